@@ -1,0 +1,457 @@
+"""The configuration: the only place where a default or a limit of it is written.
+
+`config.yaml` and the overlays in `config/` hold values; these models hold names, types, units, defaults, limits and
+the rules that span several keys. Strings are coerced ("4" -> 4), because `snakemake --config 'a={"b": 4}'` passes
+every leaf as a string. `config/README.md` and `workflow/schemas/config.schema.json` are generated from here.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from lungddpm.errors import ConfigError
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
+Range = tuple[float, float]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+
+
+def _known_module(package: str, name: str, key: str) -> None:
+    known = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / package)]))
+    if name not in known:
+        raise ValueError(f"{key}: there is no '{name}'; known are {', '.join(known)}")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Phantom(_Section):
+    """The procedural thorax cohort. Used when `source.kind` is `phantom`."""
+
+    patients: PositiveInt = 24
+    """Number of patients, one CT series each."""
+    matrix: Annotated[int, Field(ge=64, le=512)] = 160
+    """Pixels along each side of an axial slice."""
+    pixel_mm: PositiveFloat = 2.2
+    """Mean pixel spacing in mm; each patient's own differs by up to 5 %."""
+    slice_mm: PositiveFloat = 3.0
+    """Slice spacing in mm."""
+    nodules: tuple[PositiveInt, PositiveInt] = (1, 3)
+    """Fewest and most nodules a patient."""
+    nodule_diameter_mm: tuple[PositiveFloat, PositiveFloat] = (8.0, 30.0)
+    """Smallest and largest nodule diameter in mm."""
+    noise_hu: Annotated[float, Field(ge=0)] = 20.0
+    """Standard deviation of the scanner noise in HU."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Phantom:
+        for name in ("nodules", "nodule_diameter_mm"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: the smaller value comes first, got {low}, {high}")
+        return self
+
+
+class Source(_Section):
+    """Where the scans come from."""
+
+    kind: Name = "phantom"
+    """`phantom` (built in), `lidc` (DICOM + LIDC XML) or `nifti` (folders `images/` and `labels/`)."""
+    path: Path | None = None
+    """Folder of the data set; the phantom cohort makes its own and ignores this."""
+    phantom: Phantom = Phantom()
+
+    @model_validator(mode="after")
+    def _known(self) -> Source:
+        _known_module("sources", self.kind, "source.kind")
+        if self.kind != "phantom" and self.path is None:
+            raise ValueError(f"source.path is needed for source.kind '{self.kind}'")
+        return self
+
+
+class Roles(_Section):
+    """Which patients do what. A number below 1 is a share of all patients, 1 or more a count, a list names patients."""
+
+    discovery: Share | PositiveInt | list[str] = 0.5
+    """Patients who train the denoiser and, as real data, the segmenter."""
+    reference: Share | PositiveInt | list[str] = 0.2
+    """Patients whose CT fills what a layout leaves open in synthetic CT."""
+    test: Share | PositiveInt | list[str] = 0.3
+    """Patients on whom the segmenters are compared."""
+    allow_shared_patients: bool = False
+    """Let one patient have several roles. The verdict then means nothing but that the pipeline runs."""
+
+    @model_validator(mode="after")
+    def _disjoint(self) -> Roles:
+        named = {
+            role: value for role in ("discovery", "reference", "test") if isinstance(value := getattr(self, role), list)
+        }
+        for role, patients in named.items():
+            if not patients:
+                raise ValueError(f"roles.{role} names no patient")
+        shares = [
+            value for role in ("discovery", "reference", "test") if isinstance(value := getattr(self, role), float)
+        ]
+        if sum(shares) > 1 + 1e-9 and not self.allow_shared_patients:
+            raise ValueError(f"the shares of roles add up to {sum(shares):g}, which is more than all patients")
+        if not self.allow_shared_patients:
+            for first, second in (("discovery", "reference"), ("discovery", "test"), ("reference", "test")):
+                if shared := set(named.get(first, ())) & set(named.get(second, ())):
+                    raise ValueError(f"patient {sorted(shared)[0]} is in roles.{first} and in roles.{second}")
+        return self
+
+
+class Grid(_Section):
+    """The model grid: what every CT and layout is resampled to."""
+
+    size: Size3 = (64, 64, 64)
+    """Voxels along x (left to right), y (posterior to anterior), z (feet to head)."""
+    extent: Literal["full", "lungs"] = "full"
+    """`full`: the whole field of view (as published); `lungs`: the lungs' bounding box plus `margin_mm`."""
+    margin_mm: Annotated[float, Field(ge=0)] = 10.0
+    """Margin around the lungs for `extent: lungs`, in mm."""
+    window_hu: Range = (-1024.0, 600.0)
+    """HU range that maps linearly to the model's [-1, 1]; values outside are clipped."""
+
+    @model_validator(mode="after")
+    def _window(self) -> Grid:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"grid.window_hu: the lower bound comes first, got {self.window_hu}")
+        return self
+
+
+class Layouts(_Section):
+    """From CT and readers' contours to label volumes."""
+
+    consensus: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """Share of a nodule's own readers who must have drawn a voxel for it to count."""
+    minimum_readers: Annotated[int, Field(ge=1, le=4)] = 1
+    """Nodules drawn by fewer distinct readers are left out."""
+    minimum_lung_litres: Annotated[float, Field(ge=0)] = 1.0
+    """A scan with less lung than this (both sides together) is excluded as having no lungs."""
+
+
+class Denoiser(_Section):
+    """The published 3-D U-Net; its defaults give the published network."""
+
+    base_channels: PositiveInt = 64
+    """Channels of the first level."""
+    multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 1, 2, 3, 4]
+    """Channels of each level as multiples of `base_channels`; each level but the last halves the grid."""
+    norm_groups: PositiveInt = 32
+    """Groups of every GroupNorm; must divide every level's channels."""
+    attention: bool = True
+    """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> Denoiser:
+        for multiplier in self.multipliers:
+            if self.base_channels * multiplier % self.norm_groups:
+                raise ValueError(
+                    f"diffusion.denoiser.norm_groups {self.norm_groups} does not divide "
+                    f"{self.base_channels} x {multiplier} channels"
+                )
+        return self
+
+    @property
+    def reduction(self) -> int:
+        """How many times smaller the deepest feature map is than the grid."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Training(_Section):
+    """Training of the denoiser; the defaults are the published recipe."""
+
+    steps: PositiveInt = 100_000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 1
+    """Volumes (or crops) a forward pass."""
+    accumulation: PositiveInt = 2
+    """Forward passes an optimizer step."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of Adam."""
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` decays to zero over `steps`."""
+    gradient_clip: PositiveFloat | None = None
+    """Largest gradient norm; null does not clip (as published)."""
+    crop: PositiveInt | None = None
+    """Edge of random cubic crops in voxels; null trains on whole volumes (as published)."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Decay of the exponential moving average of the weights."""
+    ema_every: PositiveInt = 10
+    """Steps between updates of the average."""
+    ema_start: Annotated[int, Field(ge=0)] = 2000
+    """The average is a plain copy before this step."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on a GPU that has it, else fp32."""
+    save_every: PositiveInt = 1000
+    """Steps between saved states, from which an interrupted training goes on."""
+
+
+class Sampling(_Section):
+    """From noise to CT: solver, steps, and anatomically aware sampling (AAS)."""
+
+    sampler: Literal["ddpm", "dpmsolver++"] = "ddpm"
+    """`ddpm`: ancestral, as published; `dpmsolver++`: second-order multistep, 20 to 50 steps."""
+    steps: PositiveInt = 250
+    """Denoiser calls a volume; for `ddpm` it must equal `diffusion.timesteps`."""
+    batch_size: PositiveInt = 1
+    """Volumes sampled at once."""
+
+
+class Diffusion(_Section):
+    """Lung-DDPM: denoiser, schedule, training, sampling."""
+
+    run: Name = "main"
+    """Name of the run: the folder under `results/diffusion/`, part of every sample's seed."""
+    classes: list[Literal["lung", "nodule", "vessel"]] = ["lung", "nodule"]
+    """Layout classes that condition the denoiser, in channel order. Without `vessel`, vessels count as lung."""
+    timesteps: PositiveInt = 250
+    """Noise levels T of the cosine schedule."""
+    denoiser: Denoiser = Denoiser()
+    training: Training = Training()
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Diffusion:
+        if self.classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
+            raise ValueError("diffusion.classes is [lung, nodule] or [lung, nodule, vessel]")
+        if self.sampling.sampler == "ddpm" and self.sampling.steps != self.timesteps:
+            raise ValueError(
+                f"diffusion.sampling.steps is {self.sampling.steps}, but the ddpm sampler visits all "
+                f"{self.timesteps} timesteps; use dpmsolver++ for fewer"
+            )
+        if self.sampling.steps > self.timesteps:
+            raise ValueError(f"diffusion.sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
+        crop = self.training.crop
+        if crop is not None:
+            if self.denoiser.attention:
+                raise ValueError(
+                    "diffusion.training.crop needs diffusion.denoiser.attention: false "
+                    "(attention sits at a fixed map size, which crops do not have)"
+                )
+            if crop % self.denoiser.reduction:
+                raise ValueError(f"diffusion.training.crop {crop} is not divisible by {self.denoiser.reduction}")
+        return self
+
+
+class Arms(_Section):
+    """The training sets that are compared. `real` is always there; the others are named after what they add."""
+
+    generators: list[Name] = ["lung_ddpm"]
+    """Generators of synthetic CT, modules of `lungddpm/generators/`; each gives an arm `real+<generator>@<dose>`."""
+    doses: list[PositiveFloat] = [1.0]
+    """Synthetic cases as a multiple of the real training cases."""
+    controls: list[Name] = ["real"]
+    """`real` (the real cases once more: arm `real+real`), or generators that serve as controls, used at `control_dose`."""
+    control_dose: PositiveFloat = 1.0
+    """Dose of the control generators."""
+
+    @model_validator(mode="after")
+    def _known(self) -> Arms:
+        for key, names in (("generators", self.generators), ("controls", [c for c in self.controls if c != "real"])):
+            for name in names:
+                _known_module("generators", name, f"arms.{key}")
+        for key in ("generators", "doses", "controls"):
+            values = getattr(self, key)
+            if len(set(values)) != len(values):
+                raise ValueError(f"arms.{key} lists a value twice: {values}")
+        if self.doses and not self.generators:
+            raise ValueError("arms.doses is set, but arms.generators is empty: name a generator, or empty both")
+        if self.generators and not self.doses:
+            raise ValueError("arms.generators is set, but arms.doses is empty: name a dose, e.g. [1.0]")
+        if both := set(self.generators) & set(self.controls):
+            raise ValueError(f"{sorted(both)[0]} is listed in arms.generators and in arms.controls: keep one")
+        return self
+
+    def largest_doses(self) -> dict[str, float]:
+        """Generators in use and the largest dose that any arm takes of each."""
+        doses = {name: max(self.doses) for name in self.generators}
+        return doses | {name: self.control_dose for name in self.controls if name != "real"}
+
+    def names(self) -> list[str]:
+        """All arms, `real` first, e.g. `["real", "real+lung_ddpm@1.0", "real+real"]`."""
+        mixed = [f"real+{name}@{dose}" for name in self.generators for dose in self.doses]
+        controls = ["real+real" if name == "real" else f"real+{name}@{self.control_dose}" for name in self.controls]
+        return ["real", *mixed, *controls]
+
+
+class Network(_Section):
+    """A smaller nnU-Net than the planned one: for small grids and for CPUs."""
+
+    patch: Size3 = (32, 32, 32)
+    """Patch size in voxels, in the order of `grid.size` (x, y, z)."""
+    features: Annotated[list[PositiveInt], Field(min_length=2)] = [8, 16, 32, 64]
+    """Channels of each stage; each stage but the first halves the patch."""
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Network:
+        reduction = 2 ** (len(self.features) - 1)
+        if any(edge % reduction for edge in self.patch):
+            raise ValueError(
+                f"segmentation.network.patch {list(self.patch)} is not divisible by {reduction}, "
+                f"as {len(self.features)} stages need"
+            )
+        return self
+
+
+class Segmentation(_Section):
+    """nnU-Net: every arm gets the plans made on `real` and the same number of optimizer steps."""
+
+    network: Network | None = None
+    """Patch and features; null takes what nnU-Net plans (`3d_fullres`)."""
+    batch_size: Annotated[int, Field(ge=2)] = 2
+    """Patches an optimizer step."""
+    steps: PositiveInt = 250_000
+    """Optimizer steps in every arm (nnU-Net's default: 1000 epochs of 250)."""
+    save_every: PositiveInt = 250
+    """Steps between saved states; also the length of what nnU-Net calls an epoch."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """`sgd`: nnU-Net's own (Nesterov momentum, polynomial decay); `adamw`: learns in hundreds of steps."""
+    learning_rate: PositiveFloat = 1e-2
+    """Initial learning rate, decayed polynomially to zero."""
+    n_folds: Annotated[int, Field(ge=2)] = 5
+    """The real training cases are split, by patient, into this many folds."""
+    folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
+    """Folds that are trained; a replicate is a fold with a seed."""
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
+    """Seeds that are trained in every fold."""
+
+    @model_validator(mode="after")
+    def _folds(self) -> Segmentation:
+        if max(self.folds) >= self.n_folds:
+            raise ValueError(f"segmentation.folds names fold {max(self.folds)}, but n_folds is {self.n_folds}")
+        for key in ("folds", "seeds"):
+            if len(set(getattr(self, key))) != len(getattr(self, key)):
+                raise ValueError(f"segmentation.{key} lists a value twice")
+        if self.steps % self.save_every:
+            raise ValueError(
+                f"segmentation.steps {self.steps} is not a multiple of segmentation.save_every {self.save_every}"
+            )
+        return self
+
+    def replicates(self) -> list[str]:
+        """Names of all replicates, e.g. `fold0_seed0`."""
+        return [f"fold{fold}_seed{seed}" for fold in self.folds for seed in self.seeds]
+
+
+class Verdict(_Section):
+    """Statistics of the comparison."""
+
+    bootstraps: Annotated[int, Field(ge=100)] = 10_000
+    """Bootstrap resamples (replicate, then case)."""
+    confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
+    """Level of the confidence intervals."""
+
+
+class Workflow(_Section):
+    """How the work is cut into jobs. No result depends on it."""
+
+    case_shards: PositiveInt = 4
+    """Jobs that share the preparation of cases."""
+    synthesis_shards: PositiveInt = 2
+    """Jobs a generator that share its synthesis; each loads the model once."""
+
+
+class Config(_Section):
+    """Everything that decides what a run computes."""
+
+    seed: Annotated[int, Field(ge=0)] = 1
+    """Root of every random number in the run."""
+    source: Source = Source()
+    roles: Roles = Roles()
+    grid: Grid = Grid()
+    layouts: Layouts = Layouts()
+    diffusion: Diffusion = Diffusion()
+    arms: Arms = Arms()
+    segmentation: Segmentation = Segmentation()
+    verdict: Verdict = Verdict()
+    workflow: Workflow = Workflow()
+
+    @model_validator(mode="after")
+    def _grid_fits(self) -> Config:
+        reduction = self.diffusion.denoiser.reduction
+        if any(edge % reduction for edge in self.grid.size):
+            raise ValueError(
+                f"grid.size {list(self.grid.size)} is not divisible by {reduction}, "
+                f"as {len(self.diffusion.denoiser.multipliers)} denoiser levels need"
+            )
+        crop = self.diffusion.training.crop
+        if crop is not None and crop > min(self.grid.size):
+            raise ValueError(f"diffusion.training.crop {crop} is larger than grid.size {list(self.grid.size)}")
+        if self.diffusion.denoiser.attention and len(set(self.grid.size)) != 1:
+            raise ValueError("diffusion.denoiser.attention needs a cubic grid.size (it sits at 16 voxels an edge)")
+        network = self.segmentation.network
+        if network is not None and any(p > g for p, g in zip(network.patch, self.grid.size, strict=True)):
+            raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
+        return self
+
+
+def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
+    """Validate a merged config.
+
+    Args:
+        values: the nested mapping, as YAML or Snakemake gives it.
+        origin: the file it came from, for messages.
+
+    Raises:
+        ConfigError: naming every wrong key and what it should be.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            origin,
+            "; ".join(_explain(problem) for problem in error.errors()),
+            "See config/README.md for every key, or run 'lungddpm config schema'.",
+        ) from None
+
+
+def load_config(*paths: Path) -> Config:
+    """Read and deep-merge YAML (or JSON) files from left to right; lists are replaced, as Snakemake does.
+
+    Raises:
+        ConfigError: a file is missing, is not YAML, or the merged values are wrong.
+    """
+    merged: dict[str, Any] = {}
+    for path in paths:
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(path, "does not exist", "Give the path of a YAML file.") from None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(path, f"cannot be read as YAML ({error})", "Mend the file.") from None
+        if not isinstance(values or {}, dict):
+            raise ConfigError(path, "is not a mapping of keys to values", "Start from config.yaml.")
+        merged = _merge(merged, values or {})
+    return parse_config(merged, " + ".join(map(str, paths)))
+
+
+def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overlay.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
+    path = ".".join(str(part) for part in problem["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: there is no such key"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = problem.get("input")
+    return (
+        f"{path}: {message}" + (f", got {shown!r}" if isinstance(shown, str | int | float) else "") if path else message
+    )

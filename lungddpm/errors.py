@@ -1,0 +1,56 @@
+"""The exceptions that users see. Each message names the file or key, what is wrong, and the way out."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: the command ends with exit code 2 and this message, without a traceback.
+
+    Args:
+        what: the file, folder or config key concerned.
+        problem: what is wrong with it, as a clause ("has no CT series").
+        remedy: what the user can do about it, as a sentence.
+    """
+
+    def __init__(self, what: str | Path, problem: str, remedy: str):
+        self.what, self.problem, self.remedy = str(what), problem, remedy
+        super().__init__(f"{what}: {problem}. {remedy}")
+
+
+class ConfigError(UserError):
+    """The config has a typo, a wrong type, or a combination that cannot work."""
+
+
+class InputError(UserError):
+    """A file or folder of the user's is missing, unreadable, or breaks its contract."""
+
+
+class ExcludedCaseError(InputError):
+    """One case cannot be used. The run goes on without it; the reason is kept in `cases.tsv`."""
+
+
+class LeakError(UserError):
+    """A test patient has found a way into a training set."""
+
+
+class OutputError(UserError):
+    """The output folder cannot be written: full, read-only, or locked by another run."""
+
+
+_OUTPUT_PROBLEMS = {
+    errno.ENOSPC: ("no space is left on the device", "Free some space and run the same command again."),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
+    errno.EROFS: ("the file system is read-only", "Choose a results folder that can be written (--directory)."),
+    errno.EACCES: ("permission is denied", "Choose a folder that you may read and write (--directory)."),
+    errno.EPERM: ("permission is denied", "Choose a folder that you may read and write (--directory)."),
+}
+
+
+def from_os_error(error: OSError) -> OutputError | None:
+    """The user-facing form of a full or read-only disk; None where `error` is something else."""
+    if error.errno not in _OUTPUT_PROBLEMS:
+        return None
+    return OutputError(error.filename or "results", *_OUTPUT_PROBLEMS[error.errno])

@@ -1,0 +1,90 @@
+"""What a person sees while a stage works: a bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+
+LOG = logging.getLogger("lungddpm")
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def start_logging(log_file: str | None = None) -> None:
+    """Send messages of the package to standard error and, if given, to a file as well."""
+    LOG.setLevel(logging.INFO)
+    LOG.handlers.clear()
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(console)
+    if log_file is not None:
+        handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        LOG.addHandler(handler)
+
+
+class Progress:
+    """Counts steps towards a total.
+
+    On a terminal: a tqdm bar with time left. Everywhere: a log line every 15 s and at the end, so that a log file
+    reads the same whoever watches.
+
+    Example:
+        with Progress("denoiser", total=1000) as progress:
+            for step in progress.steps():
+                progress.note(loss=0.1)
+    """
+
+    def __init__(self, what: str, total: int, start: int = 0):
+        self.what, self.total, self.done = what, total, start
+        self._first, self._began = start, time.monotonic()
+        self._last_line = self._began
+        self._notes: dict[str, str] = {}
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self.what, total=self.total, initial=self.done, leave=False, mininterval=0.5)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if exc_info[0] is None:
+            self._line()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, 0-based, advancing by one after each."""
+        for step in range(self.done, self.total):
+            yield step
+            self.advance()
+
+    def note(self, **notes: float | str) -> None:
+        """Values to show beside the count, e.g. the loss."""
+        self._notes = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in notes.items()}
+
+    def advance(self) -> None:
+        """One more step is done."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.set_postfix(self._notes, refresh=False)
+            self._bar.update()
+        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES and self.done < self.total:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._began
+        rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        notes = "".join(f", {name} {value}" for name, value in self._notes.items())
+        handlers = [h for h in LOG.handlers if self._bar is None or isinstance(h, logging.FileHandler)]
+        record = LOG.makeRecord(
+            LOG.name, logging.INFO, __file__, 0,
+            f"{self.what}: {self.done} of {self.total}{notes}, {elapsed:.0f} s{left}", (), None,
+        )  # fmt: skip
+        for handler in handlers:
+            handler.handle(record)

@@ -1,0 +1,124 @@
+"""Sources: where scans come from. A new source is one new module here with `find_series` and `load_scan`.
+
+find_series(path) -> list[Series]            reads headers only; nothing is dropped, excluded series carry a reason
+load_scan(path, case) -> Scan                reads one series of the index in full
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+
+from lungddpm import cases
+from lungddpm.errors import InputError
+from lungddpm.files import write_table
+from lungddpm.volume import Volume
+
+INDEX_COLUMNS = [*cases.COLUMNS, "annotations"]
+"""The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
+source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One CT series as its headers describe it: a row of the index."""
+
+    case_id: str
+    patient_id: str
+    series_uid: str
+    size: tuple[int, int, int] = (0, 0, 0)
+    spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    n_nodules: int = 0
+    path: str = ""
+    annotations: tuple[str, ...] = ()
+    excluded: str = ""
+    """Why the series cannot be used; empty if it can."""
+
+
+@dataclass(frozen=True)
+class Contour:
+    """One reader's outline on one slice. The points are the first voxels OUTSIDE the nodule (LIDC's rule)."""
+
+    slice_index: int
+    points: np.ndarray
+    """(n, 2) int: column, row, 0-based."""
+    inclusion: bool = True
+    """False: the outlined region is cut out of the nodule."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What one reader drew for one nodule of at least 3 mm."""
+
+    reader: int
+    contours: tuple[Contour, ...]
+    characteristics: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan in full resolution, with what is known about its nodules."""
+
+    ct: Volume
+    """int16 HU, indexed (column, row, slice); the affine is true but need not be canonical."""
+    annotations: tuple[Annotation, ...] = ()
+    """Readers' contours, in the index space of `ct.array`."""
+    labels: np.ndarray | None = None
+    """Ready labels instead of contours, same shape: 1 lung, 2 nodule, 3 vessel."""
+    files: tuple[Path, ...] = ()
+    """Every file that was read, for provenance."""
+
+
+def module_of(kind: str) -> ModuleType:
+    """The source module of that name."""
+    return importlib.import_module(f"{__name__}.{kind}")
+
+
+def index_source(kind: str, path: Path) -> pd.DataFrame:
+    """One row a series, in order of case id, `role` still empty (see `INDEX_COLUMNS`).
+
+    Raises:
+        InputError: the folder is missing, or holds no series at all.
+    """
+    if not path.is_dir():
+        raise InputError(path, "is not a folder", "Set source.path to the folder of the data set.")
+    found = sorted(module_of(kind).find_series(path), key=lambda series: series.case_id)
+    if not found:
+        raise InputError(path, f"holds no CT series that the source '{kind}' can read", "Check source.path and kind.")
+    return pd.DataFrame([_row(kind, series) for series in found], columns=INDEX_COLUMNS)
+
+
+def read_index(path: Path) -> pd.DataFrame:
+    """Read an index written by `write_index`."""
+    return cases.read_cases(path)
+
+
+def write_index(path: Path, index: pd.DataFrame) -> None:
+    """Write the index as a tab-separated table, atomically."""
+    write_table(path, index[INDEX_COLUMNS])
+
+
+def _row(kind: str, series: Series) -> dict:
+    sizes = dict(zip(("size_x", "size_y", "size_z"), series.size, strict=True))
+    spacings = dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), series.spacing_mm, strict=True))
+    return {
+        "case_id": series.case_id,
+        "patient_id": series.patient_id,
+        "source": kind,
+        "role": "",
+        "series_uid": series.series_uid,
+        **sizes,
+        **spacings,
+        "n_nodules": series.n_nodules,
+        "status": "excluded" if series.excluded else "ok",
+        "reason": series.excluded,
+        "path": series.path,
+        "sha256": "",
+        "annotations": json.dumps(series.annotations),
+    }
