@@ -253,7 +253,7 @@ class Arms(_Section):
     doses: list[PositiveFloat] = [1.0]
     """Synthetic cases as a multiple of the real training cases."""
     controls: list[Name] = ["real"]
-    """`real` (the real cases once more: arm `real+real`), or generators that serve as controls, used at `control_dose`."""
+    """`real` (the real cases once more: arm `real+real`), or generators used as controls, at `control_dose`."""
     control_dose: PositiveFloat = 1.0
     """Dose of the control generators."""
 

@@ -1,0 +1,369 @@
+"""The command line: one thin verb a stage. Heavy imports stay inside the verbs, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lungddpm.errors import UserError, from_os_error
+from lungddpm.progress import LOG, start_logging
+
+app = typer.Typer(
+    name="lungddpm",
+    help="Does synthetic CT from a layout-guided diffusion model make a lung-nodule segmenter better?\n\n"
+    "'lungddpm run' does everything through Snakemake; the other verbs are its stages, in the order of the work.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+segment_app = typer.Typer(no_args_is_help=True, help="nnU-Net: plan, train, predict (one arm at a time).")
+config_app = typer.Typer(no_args_is_help=True, help="Show, check and document the configuration.")
+app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
+app.add_typer(config_app, name="config", rich_help_panel="Tools")
+
+ConfigFiles = Annotated[
+    list[Path], typer.Option("--config", "-c", help="YAML or JSON file; several are merged from left to right.")
+]
+CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
+SampleTables = Annotated[
+    list[Path] | None, typer.Argument(help="Tables of synthetic cases, in order of shards (none for real arms).")
+]
+Shard = Annotated[int, typer.Option(min=0, help="Which part of the work, counted from 0.")]
+Shards = Annotated[int, typer.Option(min=1, help="Into how many parts the work is cut.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto takes a GPU where there is one.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+Fold = Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
+ArmFolder = Annotated[Path, typer.Option("--arm-folder", help="Folder of the arm (results/arms/<arm>).")]
+DEFAULT_CONFIG = [Path("config.yaml")]
+RESULTS = Path("results")
+CASES = RESULTS / "cases" / "cases.tsv"
+STAGES, TOOLS = "Stages", "Tools"
+
+
+@app.callback()
+def _common(log: Annotated[Path | None, typer.Option(help="Also write what is said to this file.")] = None) -> None:
+    start_logging(log)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+def run(context: typer.Context) -> None:
+    """Run the whole benchmark: Snakemake with a lock of its own; all arguments are passed on to snakemake.
+
+    The same command continues an interrupted run; a second run in the same folder is refused.
+    Inputs: config.yaml and --configfile overlays. Outputs: results/ in the working directory (or --directory).
+    Example: lungddpm run --cores all --configfile config/lidc.yaml my_paths.yaml
+    """
+    from lungddpm.runner import run_snakemake
+
+    raise typer.Exit(run_snakemake(context.args))
+
+
+@app.command(rich_help_panel=STAGES)
+def phantom(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    output: Annotated[Path, typer.Option(help="Folder for DICOM series and reader XML.")] = RESULTS / "source",
+) -> None:
+    """Write the built-in phantom cohort as DICOM series (HU) with LIDC-style reader XML (pixels)."""
+    from lungddpm.config import load_config
+    from lungddpm.sources.phantom import run_phantom
+
+    run_phantom(load_config(*config), output)
+
+
+@app.command(rich_help_panel=STAGES)
+def index(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    source: Annotated[Path | None, typer.Option(help="Folder of the data set; default: source.path.")] = None,
+    output: Annotated[Path, typer.Option(help="Table to write, one row a CT series.")] = RESULTS / "cases/index.tsv",
+) -> None:
+    """List every CT series of the source by its headers (sizes in voxels, spacings in mm) and assign roles."""
+    from lungddpm.arms.splits import assign_roles
+    from lungddpm.config import load_config
+    from lungddpm.sources import index_source, write_index
+
+    settings = load_config(*config)
+    found = index_source(settings.source.kind, _source_folder(settings, source))
+    write_index(output, assign_roles(found, settings.roles, settings.seed))
+
+
+@app.command(rich_help_panel=STAGES)
+def prepare(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    index: Annotated[Path, typer.Option(help="Table written by 'index'.")] = RESULTS / "cases/index.tsv",
+    source: Annotated[Path | None, typer.Option(help="Folder of the data set; default: source.path.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the cases.")] = RESULTS / "cases",
+    shard: Shard = 0,
+    shards: Shards = 1,
+    table: Annotated[Path, typer.Option(help="Table of this shard's cases to write.")] = RESULTS / "cases/cases-0.tsv",
+) -> None:
+    """Turn scans into cases on the model grid: ct.nii.gz (int16 HU), layout.nii.gz (labels), case.json."""
+    from lungddpm.config import load_config
+    from lungddpm.layouts.compose import run_prepare
+
+    settings = load_config(*config)
+    run_prepare(settings, index, _source_folder(settings, source), output, shard, shards, table)
+
+
+@app.command(rich_help_panel=STAGES)
+def collect(
+    tables: Annotated[list[Path], typer.Argument(help="Tables of all shards, as written by 'prepare'.")],
+    config: ConfigFiles = DEFAULT_CONFIG,
+    output: Annotated[Path, typer.Option(help="Merged table to write.")] = CASES,
+) -> None:
+    """Merge the shards' tables into cases.tsv and check that every role has usable cases."""
+    from lungddpm.cases import run_collect
+    from lungddpm.config import load_config
+
+    run_collect(load_config(*config), tables, output)
+
+
+@app.command(rich_help_panel=STAGES)
+def train(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    output: Annotated[Path, typer.Option(help="Folder of the run.")] = RESULTS / "diffusion/main",
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train the denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume."""
+    from lungddpm.config import load_config
+
+    settings = load_config(*config)
+    _set_threads(threads)
+    from lungddpm.diffusion.training import run_train
+
+    run_train(settings, cases, output, device)
+
+
+@app.command(rich_help_panel=STAGES)
+def synthesize(
+    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, e.g. lung_ddpm.")],
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    weights: Annotated[Path | None, typer.Option(help="Weights (.safetensors) for generators that need them.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>.")] = None,
+    shard: Shard = 0,
+    shards: Shards = 1,
+    table: Annotated[Path | None, typer.Option(help="Table to write; default samples-<shard>.tsv there.")] = None,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Make synthetic cases from references and layouts: CT (int16 HU) and layout on the reference's own grid."""
+    from lungddpm.config import load_config
+
+    settings = load_config(*config)
+    _set_threads(threads)
+    from lungddpm.generators import run_synthesize
+
+    folder = output or RESULTS / "synthetic" / generator
+    samples = table or folder / f"samples-{shard}.tsv"
+    run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, device)
+
+
+@app.command(rich_help_panel=STAGES)
+def compose(
+    arm: Annotated[str, typer.Option(help="Name of the arm, e.g. real+lung_ddpm@1.0.")],
+    samples: SampleTables = None,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    output: Annotated[Path | None, typer.Option(help="Folder of the arm; default results/arms/<arm>.")] = None,
+) -> None:
+    """Compose a training set (nnU-Net raw dataset, HU) from real and synthetic cases, behind the leak guard."""
+    from lungddpm.arms.compose import run_compose
+    from lungddpm.config import load_config
+
+    run_compose(load_config(*config), arm, cases, samples or [], output or RESULTS / "arms" / arm)
+
+
+@segment_app.command("plan")
+def segment_plan(
+    arm_folder: ArmFolder,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    plans_from: Annotated[Path, typer.Option(help="Folder of the arm that makes the plans.")] = RESULTS / "arms/real",
+    threads: Threads = 1,
+) -> None:
+    """Preprocess one arm with the plans made on 'real'; on 'real' itself, make them first."""
+    from lungddpm.config import load_config
+
+    settings, threads = load_config(*config), _set_threads(threads)
+    from lungddpm.segmentation.nnunet import run_plan
+
+    run_plan(settings, arm_folder, None if arm_folder == plans_from else plans_from, threads)
+
+
+@segment_app.command("train")
+def segment_train(
+    arm_folder: ArmFolder,
+    fold: Fold = 0,
+    seed: Seed = 0,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Train nnU-Net on one arm for the steps in config; resumes where an interrupted training stopped."""
+    from lungddpm.config import load_config
+
+    settings, threads = load_config(*config), _set_threads(threads)
+    from lungddpm.segmentation.nnunet import run_train
+
+    run_train(settings, arm_folder, fold, seed, device, threads)
+
+
+@segment_app.command("predict")
+def segment_predict(
+    arm_folder: ArmFolder,
+    output: Annotated[Path, typer.Option(help="Folder for the predicted masks, one NIfTI file (0, 1) a test case.")],
+    fold: Fold = 0,
+    seed: Seed = 0,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment the nodules of every test case with a trained replicate."""
+    from lungddpm.config import load_config
+
+    settings, threads = load_config(*config), _set_threads(threads)
+    from lungddpm.segmentation.nnunet import run_predict
+
+    run_predict(settings, arm_folder, fold, seed, cases, output, device, threads)
+
+
+@app.command(rich_help_panel=STAGES)
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="Folder with <case>.nii.gz masks of all test cases.")],
+    output: Annotated[Path, typer.Option(help="Folder for metrics.csv (a row a case) and lesions.csv.")],
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+) -> None:
+    """Compare predictions with the test cases' nodules: Dice, sensitivity, ... (ratios), volumes in mm3."""
+    from lungddpm.config import load_config
+    from lungddpm.verdict.segmentation import run_evaluate
+
+    run_evaluate(load_config(*config), cases, predictions, output)
+
+
+@app.command(rich_help_panel=STAGES)
+def quality(
+    samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, in order of shards.")],
+    generator: Annotated[str, typer.Option(help="Generator whose samples are judged.")],
+    output: Annotated[Path, typer.Option(help="Table to write: one row a sample, region and measure.")],
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+) -> None:
+    """Compare synthetic CT with its references: whole volume, lungs, nodules; on [0, 1] over grid.window_hu."""
+    from lungddpm.config import load_config
+    from lungddpm.verdict.image_quality import run_quality
+
+    run_quality(load_config(*config), cases, samples, generator, output)
+
+
+@app.command(rich_help_panel=STAGES)
+def report(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    results: Annotated[Path, typer.Option(help="Folder of a run; tables/, figures/, report.html go there.")] = RESULTS,
+) -> None:
+    """Reach the verdict from the metrics of all arms: tables, figures, report.html, manifest.json."""
+    from lungddpm.config import load_config
+    from lungddpm.verdict.report import run_report
+
+    run_report(load_config(*config), results)
+
+
+@app.command(rich_help_panel=TOOLS)
+def verdict(
+    results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
+) -> None:
+    """Print the verdict of a finished run and where its report lies."""
+    from lungddpm.verdict.report import verdict_table_text
+
+    typer.echo(verdict_table_text(results))
+
+
+@config_app.command("show")
+def config_show(config: ConfigFiles = DEFAULT_CONFIG) -> None:
+    """Print the complete configuration, defaults included, as YAML."""
+    import yaml
+
+    from lungddpm.config import load_config
+
+    typer.echo(yaml.safe_dump(load_config(*config).model_dump(mode="json"), sort_keys=False), nl=False)
+
+
+@config_app.command("validate")
+def config_validate(config: ConfigFiles = DEFAULT_CONFIG) -> None:
+    """Check names, types, limits and combinations; say which arms and replicates will be run."""
+    from lungddpm.config import load_config
+
+    settings = load_config(*config)
+    typer.echo(
+        f"{' + '.join(map(str, config))}: fine. Arms: {', '.join(settings.arms.names())}; "
+        f"replicates: {', '.join(settings.segmentation.replicates())}."
+    )
+
+
+@config_app.command("schema")
+def config_schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Every key as Markdown (config/README.md).")] = False,
+) -> None:
+    """Print the JSON schema of the configuration (workflow/schemas/config.schema.json)."""
+    from lungddpm.config_reference import json_schema, markdown_reference
+
+    typer.echo(markdown_reference() if markdown else json.dumps(json_schema(), indent=2))
+
+
+@app.command(rich_help_panel=TOOLS)
+def doctor() -> None:
+    """Versions, devices, free disk and memory, and what is missing."""
+    from lungddpm.doctor import describe, faults
+
+    for line in describe():
+        typer.echo(line)
+    if problems := faults():
+        for problem in problems:
+            typer.echo(f"missing: {problem}", err=True)
+        raise typer.Exit(2)
+
+
+def main() -> None:
+    """Entry point: user's faults end with exit code 2 and one message, ours with 1 and a traceback."""
+    try:
+        app()
+    except UserError as error:
+        _refuse(error)
+    except OSError as error:
+        if (known := from_os_error(error)) is None:
+            raise
+        _refuse(known)
+    except Exception:
+        LOG.error(traceback.format_exc())
+        sys.exit(1)
+
+
+def _refuse(error: UserError) -> None:
+    from lungddpm.runner import report_fault
+
+    LOG.error("error: %s", error)
+    report_fault(error)
+    sys.exit(2)
+
+
+def _source_folder(settings, source: Path | None) -> Path:
+    if source is not None:
+        return source
+    return RESULTS / "source" if settings.source.kind == "phantom" else settings.source.path
+
+
+def _set_threads(threads: int) -> int:
+    """Limit every library's threads (0: all cores); must come before torch and numpy's BLAS are loaded."""
+    count = threads or os.cpu_count() or 1
+    for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[variable] = str(count)
+    return count

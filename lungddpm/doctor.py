@@ -1,0 +1,73 @@
+"""`lungddpm doctor`: what this machine has, and what a run would miss."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from pathlib import Path
+
+from lungddpm import __version__
+
+LIBRARIES = [
+    "torch", "torchvision", "monai", "nnunetv2", "snakemake", "diffusers", "accelerate", "pydicom", "SimpleITK",
+    "nibabel", "pandas", "scikit-learn", "scikit-image",
+]  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what results depend on; missing ones are left out."""
+    found = {"lungddpm": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def describe() -> list[str]:
+    """One line a fact: versions, devices, cores, memory, disk."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    lines = [f"{name} {version}" for name, version in versions().items()]
+    lines.append(
+        f"cores: {os.cpu_count()}; memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+    )
+    lines.append(f"disk: {shutil.disk_usage(Path('.')).free / 2**30:.1f} GiB free in this folder")
+    return lines + _devices()
+
+
+def faults() -> list[str]:
+    """What would stop a run: missing libraries, a torchvision that does not load, a known bad torch."""
+    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in versions()]
+    if problems:
+        return problems
+    if versions()["torch"].startswith("2.9."):
+        problems.append("another torch: 2.9.* runs 3-D convolutions under autocast four times slower")
+    try:
+        import torchvision  # noqa: F401 (whether it loads is the question)
+    except Exception as error:
+        problems.append(f"a torchvision that matches torch: nnU-Net cannot find its classes without ({error})")
+    return problems
+
+
+def gpu_slots() -> int:
+    """How many GPU jobs may run at once on this machine: one a GPU; without a GPU, no limit of its own."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1000
+
+
+def _devices() -> list[str]:
+    if "torch" not in versions():
+        return ["devices: unknown without torch"]
+    import torch
+
+    lines = [
+        f"cuda:{i}: {torch.cuda.get_device_name(i)}, "
+        f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB, "
+        f"bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
+        for i in range(torch.cuda.device_count())
+    ]
+    return lines or ["devices: CPU only"]

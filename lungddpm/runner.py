@@ -1,0 +1,127 @@
+"""`lungddpm run`: Snakemake behind a lock of our own, so that the same command always continues.
+
+After a kill -9 Snakemake leaves its own lock and refuses to start. Here, whoever holds `results/.lock` is the run;
+a Snakemake lock without such a holder is stale and is cleared (see docs/explanation/interruption.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lungddpm.errors import OutputError, UserError, from_os_error
+from lungddpm.progress import LOG
+
+FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
+"""Names a file to which stages append the user's faults, so that `run` can repeat them where they are seen: last."""
+
+
+def run_snakemake(arguments: Sequence[str]) -> int:
+    """Run snakemake with these arguments in the results folder's lock.
+
+    Returns:
+        Snakemake's exit code; 2 where a stage refused the user's input.
+
+    Raises:
+        OutputError: another run holds the folder, or the folder cannot be written.
+    """
+    directory = _option(arguments, "--directory", "-d") or Path(".")
+    if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
+        arguments = [*arguments, "--cores", "all"]
+    if not _option(arguments, "--snakefile", "-s") and not Path("Snakefile").exists():
+        raise UserError("Snakefile", "is not in this folder", "Run from the repository's root, or give --snakefile.")
+    with _lock(directory / "results") as lock, tempfile.NamedTemporaryFile("r", encoding="utf-8") as faults:
+        environment = _environment(faults.name)
+        # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
+        # inherit it, so an orphaned job cannot block the next run.
+        if _has_stale_lock(directory):
+            LOG.info("Clearing the lock that an interrupted run left behind.")
+            subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
+        code = _supervise(_snakemake([*arguments, "--rerun-incomplete"]), environment, lock)
+        messages = list(dict.fromkeys(faults.read().splitlines()))
+    for message in messages:
+        LOG.error("error: %s", message)
+    return 2 if messages else code
+
+
+def report_fault(error: UserError) -> None:
+    """Leave a message for `run_snakemake`, if one is listening."""
+    if path := os.environ.get(FAULTS_VARIABLE):
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.write(" ".join(str(error).split()) + "\n")
+
+
+def offer_own_programs() -> None:
+    """Let jobs find `lungddpm` beside this Python where no environment is activated; an activated one comes first."""
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+
+
+def _snakemake(arguments: Sequence[str]) -> list[str]:
+    beside_python = Path(sys.executable).with_name("snakemake")
+    program = str(beside_python) if beside_python.exists() else shutil.which("snakemake")
+    if program is None:
+        raise UserError("snakemake", "is not installed beside this Python", "Run 'make demo', or pip install it.")
+    return [program, *arguments]
+
+
+def _environment(faults: str) -> dict[str, str]:
+    # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, "PATH": path, FAULTS_VARIABLE: faults}
+
+
+@contextmanager
+def _lock(results: Path) -> Iterator[int]:
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(results / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise from_os_error(error) or error from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OutputError(
+                results, "another run is working in this folder", "Wait for it, or use another --directory."
+            ) from None
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _has_stale_lock(directory: Path) -> bool:
+    locks = directory / ".snakemake" / "locks"
+    return locks.is_dir() and any(locks.iterdir())
+
+
+def _supervise(command: Sequence[str], environment: dict[str, str], lock: int) -> int:
+    """Run the command in a process group of its own; forward signals; leave no orphan if it is killed."""
+    process = subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock,))
+
+    def forward(number: int, _frame: object) -> None:
+        process.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    code = process.wait()
+    if code < 0:
+        LOG.error("snakemake was killed by signal %d; ending its jobs. The same command continues.", -code)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        return 128 - code
+    return code
+
+
+def _option(arguments: Sequence[str], *names: str) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest="value", type=Path)
+    return parser.parse_known_args(list(arguments))[0].value

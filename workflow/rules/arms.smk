@@ -1,0 +1,27 @@
+# Real and synthetic cases -> training sets, behind the leak guard.
+
+
+rule compose:
+    input:
+        config=ancient(CONFIG_FILE),
+        cases="results/cases/cases.tsv",
+        samples=samples_of_arm,
+    output:
+        ensure("results/arms/{arm}/arm.json", non_empty=True),
+    log:
+        "results/logs/compose-{arm}.log",
+    benchmark:
+        "results/benchmarks/compose-{arm}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        folder=subpath(output[0], parent=True),
+        settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
+        code=code_of("arms"),
+    shell:
+        "lungddpm --log {log:q} compose {input.samples} --config {input.config}"
+        " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"

@@ -1,0 +1,83 @@
+# Training sets -> nnU-Net -> predictions of the test cases. Every arm uses the plans made on `real`.
+
+
+rule plan:
+    input:
+        config=ancient(CONFIG_FILE),
+        arm="results/arms/{arm}/arm.json",
+        plans=plans_of,
+    output:
+        ensure("results/arms/{arm}/plan.json", non_empty=True),
+    log:
+        "results/logs/plan-{arm}.log",
+    benchmark:
+        "results/benchmarks/plan-{arm}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=8000,
+        runtime=240,
+    params:
+        folder=subpath(output[0], parent=True),
+        settings=settings_of(**SEGMENTER),
+        code=code_of("segmentation"),
+    shell:
+        "lungddpm --log {log:q} segment plan --config {input.config} --arm-folder {params.folder:q}"
+        " --plans-from results/arms/real --threads {threads}"
+
+
+rule train_segmenter:
+    input:
+        config=ancient(CONFIG_FILE),
+        plan="results/arms/{arm}/plan.json",
+    output:
+        ensure(
+            "results/segmentation/{arm}/fold{fold}_seed{seed}/trained.json",
+            non_empty=True,
+        ),
+    log:
+        "results/logs/train_segmenter-{arm}-fold{fold}_seed{seed}.log",
+    benchmark:
+        "results/benchmarks/train_segmenter-{arm}-fold{fold}_seed{seed}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: half_the_cores
+    resources:
+        mem_mb=16000,
+        runtime=1440,
+        gpu=1,
+    params:
+        folder=subpath(input.plan, parent=True),
+        settings=settings_of(**SEGMENTER),
+        code=code_of("segmentation"),
+    shell:
+        "lungddpm --log {log:q} segment train --config {input.config} --arm-folder {params.folder:q}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --marker {output:q} --threads {threads}"
+
+
+rule predict:
+    input:
+        config=ancient(CONFIG_FILE),
+        cases="results/cases/cases.tsv",
+        trained="results/segmentation/{arm}/fold{fold}_seed{seed}/trained.json",
+    output:
+        directory("results/segmentation/{arm}/fold{fold}_seed{seed}/predictions"),
+    log:
+        "results/logs/predict-{arm}-fold{fold}_seed{seed}.log",
+    benchmark:
+        "results/benchmarks/predict-{arm}-fold{fold}_seed{seed}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: half_the_cores
+    resources:
+        mem_mb=16000,
+        runtime=480,
+        gpu=1,
+    params:
+        folder="results/arms/{arm}",
+        code=code_of("segmentation"),
+    shell:
+        "lungddpm --log {log:q} segment predict --config {input.config} --arm-folder {params.folder:q}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases} --output {output:q}"
+        " --threads {threads}"

@@ -1,0 +1,106 @@
+# Predictions -> measures -> tables, figures, report.
+
+
+rule evaluate:
+    input:
+        config=ancient(CONFIG_FILE),
+        cases="results/cases/cases.tsv",
+        predictions="results/segmentation/{arm}/fold{fold}_seed{seed}/predictions",
+    output:
+        metrics=ensure(
+            "results/segmentation/{arm}/fold{fold}_seed{seed}/metrics.csv",
+            non_empty=True,
+        ),
+        lesions=ensure(
+            "results/segmentation/{arm}/fold{fold}_seed{seed}/lesions.csv",
+            non_empty=True,
+        ),
+    log:
+        "results/logs/evaluate-{arm}-fold{fold}_seed{seed}.log",
+    benchmark:
+        "results/benchmarks/evaluate-{arm}-fold{fold}_seed{seed}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        folder=subpath(output.metrics, parent=True),
+        code=code_of("verdict"),
+    shell:
+        "lungddpm --log {log:q} evaluate --config {input.config} --cases {input.cases}"
+        " --predictions {input.predictions:q} --output {params.folder:q}"
+
+
+rule quality:
+    input:
+        config=ancient(CONFIG_FILE),
+        cases="results/cases/cases.tsv",
+        samples=lambda wildcards: samples_of_generator(wildcards.generator),
+    output:
+        ensure("results/quality/{generator}.csv", non_empty=True),
+    log:
+        "results/logs/quality-{generator}.log",
+    benchmark:
+        "results/benchmarks/quality-{generator}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=240,
+    params:
+        settings=settings_of(window=SETTINGS.grid.window_hu),
+        code=code_of("verdict"),
+    shell:
+        "lungddpm --log {log} quality {input.samples} --config {input.config} --generator {wildcards.generator}"
+        " --cases {input.cases} --output {output}"
+
+
+rule write_report:
+    input:
+        config=ancient(CONFIG_FILE),
+        cases="results/cases/cases.tsv",
+        metrics=collect(
+            "results/segmentation/{arm}/{replicate}/{table}.csv",
+            arm=ARMS,
+            replicate=SETTINGS.segmentation.replicates(),
+            table=["metrics", "lesions"],
+        ),
+        quality=collect("results/quality/{generator}.csv", generator=GENERATORS),
+    output:
+        page=report(
+            "results/report.html",
+            caption="../report/report.rst",
+            category="Verdict",
+            labels={"what": "report page"},
+        ),
+        verdict=report(
+            "results/tables/verdict.csv",
+            caption="../report/verdict.rst",
+            category="Verdict",
+            labels={"what": "arms compared with real"},
+        ),
+        dice=report(
+            "results/figures/dice_by_arm.png",
+            caption="../report/dice_by_arm.rst",
+            category="Verdict",
+            labels={"what": "Dice by arm"},
+        ),
+        manifest="results/manifest.json",
+    log:
+        "results/logs/write_report.log",
+    benchmark:
+        "results/benchmarks/write_report.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=4000,
+        runtime=60,
+    params:
+        settings=settings_of("verdict", arms=ARMS),
+        code=code_of("verdict"),
+    shell:
+        "lungddpm --log {log} report --config {input.config} --results results"
