@@ -41,7 +41,8 @@ def _section(root: dict, node: dict, prefix: str) -> list[str]:
     for key, entry in node["properties"].items():
         if (child := _resolve(root, entry)) is not None:
             nested += _section(root, child, f"{prefix}{key}.")
-            continue
+            if "anyOf" not in entry:
+                continue
         meaning = entry.get("description", "").replace("\n", " ").replace("|", "\\|")
         default = yaml.safe_dump(entry["default"], default_flow_style=True).removesuffix("\n").removesuffix("\n...")
         lines.append(f"| `{prefix}{key}` | {_type(entry)} | `{default}` | {meaning} |\n")
@@ -57,6 +58,8 @@ def _resolve(root: dict, entry: dict) -> dict | None:
 
 
 def _type(entry: dict) -> str:
+    if "$ref" in entry:
+        return "section below"
     if "anyOf" in entry:
         return " or ".join(_type(option) for option in entry["anyOf"])
     if "enum" in entry:

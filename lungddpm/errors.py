@@ -44,6 +44,8 @@ _OUTPUT_PROBLEMS = {
     errno.ENOSPC: ("no space is left on the device", "Free some space and run the same command again."),
     errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
     errno.EROFS: ("the file system is read-only", "Choose a results folder that can be written (--directory)."),
+    errno.EEXIST: ("a file is in the way of the folder", "Move the file, or choose another folder (--directory)."),
+    errno.ENOTDIR: ("a file is in the way of the folder", "Move the file, or choose another folder (--directory)."),
     errno.EACCES: ("permission is denied", "Choose a folder that you may read and write (--directory)."),
     errno.EPERM: ("permission is denied", "Choose a folder that you may read and write (--directory)."),
 }

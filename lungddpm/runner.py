@@ -108,7 +108,8 @@ def _supervise(command: Sequence[str], environment: dict[str, str], lock: int) -
     process = subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock,))
 
     def forward(number: int, _frame: object) -> None:
-        process.send_signal(number)
+        # To the whole group, as a terminal does on Ctrl-C: alone, Snakemake would wait hours for a training job.
+        os.killpg(process.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, forward)

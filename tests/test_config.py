@@ -1,0 +1,146 @@
+"""The configuration: what is accepted, what is refused, and what is generated from it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from lungddpm.config import Config, load_config, parse_config
+from lungddpm.config_reference import json_schema, markdown_reference
+from lungddpm.errors import ConfigError
+
+OVERLAYS = ["lidc", "paper"]
+
+
+def leaves(values, prefix=()):
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key)
+
+
+def test_default_config_is_the_phantom_demo(repository):
+    config = load_config(repository / "config.yaml")
+    assert config.source.kind == "phantom"
+    assert config.arms.names() == ["real", "real+lung_ddpm@1.0", "real+real"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_overlays_are_valid_with_a_path(repository, tmp_path, overlay):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("source: {path: /data/LIDC-IDRI}\n")
+    config = load_config(repository / "config.yaml", repository / f"config/{overlay}.yaml", mine)
+    assert (config.grid.size, config.diffusion.denoiser.base_channels) == ((128, 128, 128), 64)
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_nothing_of_the_demo_leaks_into_an_overlay(repository, overlay):
+    # The demo's values lie underneath every overlay: a small learning rate forgotten here would be silent.
+    demo = set(leaves(yaml.safe_load((repository / "config.yaml").read_text())))
+    values = yaml.safe_load((repository / f"config/{overlay}.yaml").read_text())
+    of_the_source = {path for path in demo if path[:2] == ("source", "phantom")}
+    covered = set(leaves(values)) | {("seed",)} | of_the_source
+    replaced = {path for path in demo if path[:2] == ("segmentation", "network")}
+    assert values["segmentation"]["network"] is None
+    assert demo - covered - replaced == set()
+
+
+def test_strings_from_the_command_line_are_coerced():
+    config = parse_config({"grid": {"size": ["32", "32", "32"]}, "segmentation": {"steps": "500"}})
+    assert (config.grid.size, config.segmentation.steps) == ((32, 32, 32), 500)
+
+
+def test_lists_are_replaced_and_mappings_merged(tmp_path):
+    first, second = tmp_path / "a.yaml", tmp_path / "b.yaml"
+    first.write_text("arms: {doses: [0.5, 1.0]}\ngrid: {size: [32, 32, 32], extent: lungs}\n")
+    second.write_text("arms: {doses: [2.0]}\ngrid: {margin_mm: 5}\n")
+    config = load_config(first, second)
+    assert config.arms.doses == [2.0]
+    assert (config.grid.extent, config.grid.margin_mm, config.grid.size) == ("lungs", 5.0, (32, 32, 32))
+
+
+FAULTS = {
+    "typo": ({"grdi": {}}, "grdi: there is no such key"),
+    "nested typo": ({"diffusion": {"training": {"stpes": 3}}}, "diffusion.training.stpes"),
+    "wrong type": ({"segmentation": {"steps": "many"}}, "segmentation.steps"),
+    "unknown source": ({"source": {"kind": "pacs"}}, "there is no 'pacs'"),
+    "source without path": ({"source": {"kind": "lidc"}}, "source.path"),
+    "unknown generator": ({"arms": {"generators": ["gan"]}}, "there is no 'gan'"),
+    "patch not divisible": ({"segmentation": {"network": {"patch": [30, 32, 32]}}}, "not divisible by 8"),
+    "patch larger than grid": ({"segmentation": {"network": {"patch": [128, 128, 128]}}}, "larger than grid.size"),
+    "grid not divisible": ({"grid": {"size": [40, 40, 40]}}, "not divisible by 16"),
+    "dose without generator": ({"arms": {"generators": [], "doses": [1.0]}}, "arms.generators is empty"),
+    "generator without dose": ({"arms": {"doses": []}}, "arms.doses is empty"),
+    "no test patients": ({"roles": {"test": 0}}, "roles.test"),
+    "empty list of patients": ({"roles": {"test": []}}, "roles.test names no patient"),
+    "patient in two roles": ({"roles": {"test": ["a"], "discovery": ["a", "b"]}}, "patient a is in roles.discovery"),
+    "shares above all": ({"roles": {"discovery": 0.8, "test": 0.5, "reference": 0.2}}, "more than all patients"),
+    "groups do not divide": ({"diffusion": {"denoiser": {"base_channels": 20}}}, "does not divide"),
+    "crop with attention": ({"diffusion": {"training": {"crop": 32}}}, "attention: false"),
+    "too few ddpm steps": ({"diffusion": {"sampling": {"steps": 20}}}, "use dpmsolver++"),
+    "fold that does not exist": ({"segmentation": {"folds": [5]}}, "names fold 5"),
+    "steps between saves": ({"segmentation": {"steps": 100, "save_every": 30}}, "not a multiple"),
+    "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), FAULTS.values(), ids=FAULTS)
+def test_faults_are_named(values, message):
+    with pytest.raises(ConfigError, match="my.yaml") as caught:
+        parse_config(values, "my.yaml")
+    assert message in str(caught.value)
+
+
+def test_shared_patients_need_the_switch():
+    shared = {"discovery": ["a"], "reference": ["a"], "test": ["a"]}
+    with pytest.raises(ConfigError, match="patient a"):
+        parse_config({"roles": shared})
+    assert parse_config({"roles": {**shared, "allow_shared_patients": True}}).roles.test == ["a"]
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])
+def test_files_that_are_no_config(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(path)
+
+
+def test_missing_config(tmp_path):
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+
+
+def test_arm_names_and_doses():
+    arms = {"generators": ["lung_ddpm"], "doses": [0.5, 2.0], "controls": ["real", "reference"]}
+    config = parse_config({"arms": arms})
+    assert config.arms.names() == [
+        "real", "real+lung_ddpm@0.5", "real+lung_ddpm@2.0", "real+real", "real+reference@1.0",
+    ]  # fmt: skip
+    assert config.arms.largest_doses() == {"lung_ddpm": 2.0, "reference": 1.0}
+
+
+def test_schema_and_reference_are_in_step_with_the_models(repository):
+    stored = json.loads((repository / "workflow/schemas/config.schema.json").read_text())
+    assert stored == json_schema(), "run 'make docs'"
+    assert (repository / "config/README.md").read_text() == markdown_reference() + "\n", "run 'make docs'"
+
+
+def test_every_key_has_a_meaning():
+    rows = [line for line in markdown_reference().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(list(leaves(Config().model_dump()))) + 2  # the two keys of network: null
+    assert all(len(row.split("|")[4].strip()) > 10 for row in rows)
+
+
+def test_light_verbs_import_nothing_heavy(repository):
+    code = (
+        "import sys; sys.argv = ['lungddpm', 'config', 'validate']\n"
+        "from lungddpm.cli import main\n"
+        "try: main()\nexcept SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'monai', 'nnunetv2', 'scipy', 'SimpleITK', 'matplotlib', 'pandas'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=repository)

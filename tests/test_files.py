@@ -1,0 +1,66 @@
+"""Atomic writes, hashes, seeds."""
+
+import hashlib
+import json
+import os
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lungddpm.files import atomic_path, fingerprint, seed_from, sha256_of, write_json, write_table
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.json"
+    write_json(path, {"old": 1})
+    with pytest.raises(RuntimeError), atomic_path(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_temporary_keeps_suffixes_and_folder(tmp_path):
+    with atomic_path(tmp_path / "deep" / "scan.nii.gz") as temporary:
+        assert temporary.parent == tmp_path / "deep"
+        assert temporary.name.endswith(".nii.gz")
+        temporary.write_bytes(b"x")
+    assert (tmp_path / "deep" / "scan.nii.gz").read_bytes() == b"x"
+
+
+def test_files_are_readable_by_others(tmp_path):
+    write_json(tmp_path / "a.json", {})
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_json_is_strict(tmp_path):
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"dice": float("nan")})
+    assert not list(tmp_path.iterdir())
+    write_json(tmp_path / "b.json", {"n": np.int64(3), "a": np.arange(2)})
+    assert json.loads((tmp_path / "b.json").read_text()) == {"n": 3, "a": [0, 1]}
+
+
+def test_tables_choose_their_separator(tmp_path):
+    table = pd.DataFrame({"a": [1], "b": ["x,y"]})
+    write_table(tmp_path / "t.tsv", table)
+    write_table(tmp_path / "t.csv", table)
+    assert (tmp_path / "t.tsv").read_text() == "a\tb\n1\tx,y\n"
+    assert (tmp_path / "t.csv").read_text() == 'a,b\n1,"x,y"\n'
+
+
+def test_hashes(tmp_path):
+    (tmp_path / "f").write_bytes(b"lung")
+    assert sha256_of(tmp_path / "f") == hashlib.sha256(b"lung").hexdigest()
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+
+
+def test_seeds_are_stable_distinct_and_in_range():
+    # The value is a contract: seeds must not change between versions, or interrupted runs would not continue.
+    assert seed_from(1, "main", "case", 0) == 6685482984341975558
+    seeds = {seed_from(1, run, case, i) for run in "ab" for case in "cd" for i in range(50)}
+    assert len(seeds) == 200
+    assert all(0 <= seed < 2**63 for seed in seeds)

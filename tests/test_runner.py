@@ -1,0 +1,153 @@
+"""`lungddpm run`: the same command continues, a second one is refused, faults are repeated last."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+LUNGDDPM = Path(sys.executable).with_name("lungddpm")
+
+SNAKEFILE = """
+rule all:
+    input: "results/second.txt"
+
+rule first:
+    output: "results/first.txt"
+    shell: "echo $$ > job.pid; while [ ! -e go ]; do sleep 0.05; done; date +%s%N > {output}"
+
+rule second:
+    input: "results/first.txt"
+    output: "results/second.txt"
+    shell: "cp {input} {output}"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "Snakefile").write_text(SNAKEFILE)
+    return tmp_path
+
+
+def start(folder, *arguments):
+    command = [LUNGDDPM, "run", "--cores", "1", *arguments]
+    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "nothing happened in time"
+        time.sleep(0.05)
+    return value
+
+
+def job_of(folder):
+    path = folder / "job.pid"
+    return wait_for(lambda: path.exists() and path.read_text().strip() and int(path.read_text()))
+
+
+def test_runs_to_the_end_and_passes_arguments_on(folder):
+    (folder / "go").touch()
+    run = start(folder, "results/first.txt")
+    assert run.wait(60) == 0, run.stdout.read()
+    assert [(folder / f"results/{name}.txt").exists() for name in ("first", "second")] == [True, False]
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(folder):
+    first = start(folder)
+    job_of(folder)
+    second = start(folder)
+    output, _ = second.communicate(timeout=60)
+    assert second.returncode == 2
+    assert "another run is working in this folder" in output
+    (folder / "go").touch()
+    assert first.wait(60) == 0
+
+
+def snakemake_under(run):
+    return wait_for(lambda: [p for p in psutil.Process(run.pid).children() if "snakemake" in " ".join(p.cmdline())])[0]
+
+
+@pytest.mark.parametrize("victim", ["snakemake", "job"])
+def test_continues_after_kill_9(folder, victim):
+    run = start(folder)
+    job = job_of(folder)
+    os.kill(job if victim == "job" else snakemake_under(run).pid, signal.SIGKILL)
+    assert run.wait(60) != 0
+    wait_for(lambda: not psutil.pid_exists(job) or psutil.Process(job).status() == psutil.STATUS_ZOMBIE)
+    (folder / "go").touch()
+    again = start(folder)
+    assert again.wait(60) == 0, again.stdout.read()
+    assert (folder / "results/second.txt").exists()
+
+
+def test_ctrl_c_ends_in_order_and_the_same_command_continues(folder):
+    run = start(folder)
+    job_of(folder)
+    run.send_signal(signal.SIGINT)
+    assert run.wait(60) != 0
+    (folder / "go").touch()
+    assert start(folder).wait(60) == 0
+
+
+def test_a_run_whose_snakemake_survives_still_holds_the_folder(folder):
+    run = start(folder)
+    job_of(folder)
+    snakemake = snakemake_under(run)
+    run.kill()
+    run.wait()
+    refused = start(folder)
+    assert refused.wait(60) == 2
+    (folder / "go").touch()
+    snakemake.wait(60)
+    assert (folder / "results/second.txt").exists()
+
+
+def test_faults_of_stages_are_repeated_last_with_exit_code_2(folder):
+    (folder / "stage.py").write_text(
+        "from lungddpm.cli import _refuse\n"
+        "from lungddpm.errors import InputError\n"
+        "_refuse(InputError('x.dcm', 'is cut short', 'Copy it anew.'))\n"
+    )
+    job = f"{sys.executable} stage.py"
+    (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{job}"\n')
+    run = start(folder)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert output.strip().splitlines()[-1] == "error: x.dcm: is cut short. Copy it anew."
+
+
+def test_the_folder_can_be_chosen(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "go").touch()
+    assert start(folder, "--directory", str(elsewhere)).wait(60) == 0
+    assert (elsewhere / "results/second.txt").exists()
+    assert (elsewhere / "results/.lock").exists()
+
+
+def test_a_results_path_that_cannot_be_a_folder_is_refused(folder):
+    (folder / "results").write_text("in the way")
+    run = start(folder)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "results" in output
+
+
+def test_no_snakefile_is_told(tmp_path):
+    run = start(tmp_path)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "Run from the repository's root" in output
+
+
+def test_the_lock_is_free_after_a_run(folder):
+    (folder / "go").touch()
+    start(folder).wait(60)
+    with (folder / "results/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
