@@ -1,0 +1,68 @@
+"""Every shipped config and profile gives a workflow that Snakemake accepts."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SNAKEMAKE = Path(sys.executable).with_name("snakemake")
+
+
+def dry_run(repository, folder, *arguments):
+    command = [SNAKEMAKE, "--dry-run", "--directory", folder, *arguments]
+    return subprocess.run(command, cwd=repository, text=True, capture_output=True, check=False)
+
+
+def jobs(output):
+    """Number of jobs of each rule, from Snakemake's table."""
+    return {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", output, re.MULTILINE)}
+
+
+@pytest.fixture
+def overlay_with_path(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"source: {{path: '{tmp_path}'}}\n")
+    return path
+
+
+def test_the_demo(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--cores", "2")
+    assert run.returncode == 0, run.stderr
+    counts = jobs(run.stdout + run.stderr)
+    assert {name: counts[name] for name in ("phantom", "train_denoiser", "compose", "plan")} == {
+        "phantom": 1, "train_denoiser": 1, "compose": 3, "plan": 3,
+    }  # fmt: skip
+    assert counts["train_segmenter"] == counts["evaluate"] == counts["predict"]
+    assert counts["train_segmenter"] % 3 == 0
+    assert not (tmp_path / "results").exists(), "a dry run writes nothing"
+
+
+@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 4, 3), ("paper", 8, 5)])
+def test_overlays(repository, tmp_path, overlay_with_path, overlay, arms, replicates):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", f"config/{overlay}.yaml", overlay_with_path)
+    assert run.returncode == 0, run.stderr
+    counts = jobs(run.stdout + run.stderr)
+    assert (counts["compose"], counts["train_segmenter"]) == (arms, arms * replicates)
+    assert "phantom" not in counts
+
+
+def test_slurm_profile(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--workflow-profile", "profiles/slurm")
+    assert run.returncode == 0, run.stderr
+    training = re.search(r"rule train_denoiser:.*?resources: ([^\n]*)", run.stdout + run.stderr, re.DOTALL)[1]
+    assert {"mem_mb=32000", "runtime=2880", "gpu=1", "slurm_partition=main"} <= set(training.replace(",", "").split())
+
+
+def test_nested_values_on_the_command_line(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", 'segmentation={"seeds": [0], "steps": "100"}')
+    assert run.returncode == 0, run.stderr
+    assert jobs(run.stdout + run.stderr)["train_segmenter"] == 3
+
+
+def test_a_typo_is_refused_by_name(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", "grdi=1")
+    assert run.returncode != 0
+    assert "grdi: there is no such key" in run.stdout + run.stderr
+    assert not (tmp_path / "results").exists()

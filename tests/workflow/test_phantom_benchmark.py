@@ -1,0 +1,132 @@
+"""The whole benchmark on a tiny phantom cohort: what it leaves, how it continues, what makes it run again."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+
+import nibabel
+import numpy as np
+import pandas as pd
+import psutil
+import pytest
+
+pytestmark = pytest.mark.workflow
+
+ARMS = ["real", "real+lung_ddpm@1.0", "real+real"]
+VERDICT_TABLES = ["cases.csv", "verdict.csv", "lesions.csv"]
+
+
+def test_every_contract_is_kept(tiny_benchmark):
+    results = tiny_benchmark.results
+    cases = pd.read_csv(results / "cases/cases.tsv", sep="\t")
+    assert cases["role"].value_counts().to_dict() == {"discovery": 3, "test": 2, "reference": 1}
+    for case_id in cases.loc[cases["status"] == "ok", "case_id"]:
+        ct, layout = (nibabel.load(results / "cases" / case_id / f"{name}.nii.gz") for name in ("ct", "layout"))
+        assert ct.shape == layout.shape == (32, 32, 32)
+        assert np.allclose(ct.affine, layout.affine)
+        assert (ct.get_data_dtype(), layout.get_data_dtype()) == (np.int16, np.uint8)
+        assert set(np.unique(layout.dataobj)) == {0, 1, 2, 3}
+    for path in ("diffusion/main/model.safetensors", "diffusion/main/history.csv", "report.html", "manifest.json"):
+        assert (results / path).stat().st_size > 0, path
+    assert {path.name for path in (results / "arms").iterdir()} == set(ARMS)
+
+
+def test_synthetic_cases_keep_their_reference_outside_the_lungs(tiny_benchmark):
+    results = tiny_benchmark.results
+    samples = pd.read_csv(results / "synthetic/lung_ddpm/samples-0.tsv", sep="\t")
+    assert len(samples) == 3  # dose 1.0 of three discovery cases
+    for sample in samples["path"]:
+        folder = results / "synthetic/lung_ddpm" / sample
+        record = json.loads((folder / "sample.json").read_text())
+        ct = np.asarray(nibabel.load(folder / "ct.nii.gz").dataobj)
+        reference = np.asarray(nibabel.load(results / "cases" / record["reference"] / "ct.nii.gz").dataobj)
+        outside = np.asarray(nibabel.load(folder / "layout.nii.gz").dataobj) == 0
+        assert (ct[outside] == reference[outside]).all()
+        assert (ct[~outside] != reference[~outside]).mean() > 0.5
+
+
+def test_no_test_patient_is_in_any_arm(tiny_benchmark):
+    results = tiny_benchmark.results
+    cases = pd.read_csv(results / "cases/cases.tsv", sep="\t")
+    tested = set(cases.loc[cases["role"] == "test", "patient_id"])
+    for arm in ARMS:
+        record = json.loads((results / "arms" / arm / "arm.json").read_text())
+        patients = {case["patient_id"] for case in record["cases"]}
+        assert patients
+        assert not patients & tested
+
+
+def test_every_arm_has_the_same_plans_and_steps(tiny_benchmark):
+    arms = tiny_benchmark.results / "arms"
+    plans = [next((arms / arm / "nnUNet_preprocessed").glob("*/*lans*.json")).read_bytes() for arm in ARMS]
+    assert plans[0] == plans[1] == plans[2]
+
+
+def test_the_verdict_agrees_with_the_measures_of_the_cases(tiny_benchmark):
+    cases, verdict = tiny_benchmark.table("cases.csv"), tiny_benchmark.table("verdict.csv")
+    means = cases.groupby("arm")["dice"].mean()
+    stated = verdict[verdict["metric"] == "dice"].set_index("arm")["mean"]
+    assert set(stated.index) == set(ARMS)
+    for arm in ARMS:
+        assert stated[arm] == pytest.approx(means[arm], abs=1e-9, nan_ok=True)
+
+
+def test_nothing_names_this_machine(tiny_benchmark):
+    texts = [*tiny_benchmark.results.rglob("*.json"), *tiny_benchmark.results.rglob("*.tsv")]
+    texts += [*(tiny_benchmark.results / "tables").iterdir(), tiny_benchmark.results / "report.html"]
+    folder = str(tiny_benchmark.folder)
+    assert [path for path in texts if folder in path.read_text(encoding="utf-8")] == []
+
+
+def test_a_finished_run_has_nothing_left_to_do(tiny_benchmark):
+    run = tiny_benchmark.run("--dry-run")
+    assert "Nothing to be done" in run.stdout, run.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        ("verdict={'bootstraps': 300}", {"write_report"}),
+        ("segmentation={'steps': 25}", {"plan", "train_segmenter", "predict", "evaluate", "write_report"}),
+        ("diffusion={'sampling': {'steps': 5}}", {"synthesize", "quality", "compose", "train_segmenter"}),
+    ],
+)
+def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change, rerun):
+    run = tiny_benchmark.run("--dry-run", "--config", change)
+    jobs = set(re.findall(r"^(\w+) +\d+$", run.stdout, re.MULTILINE)) - {"all", "total", "config_file"}
+    assert rerun <= jobs, run.stdout[-3000:]
+    expensive = {"phantom", "prepare", "train_denoiser", "synthesize", "train_segmenter"}
+    assert not (jobs - rerun) & expensive, run.stdout[-3000:]
+
+
+def kill_during(process, log, seconds=240):
+    """Kill -9 Snakemake and all its jobs as soon as `log` has been written to."""
+    end = time.monotonic() + seconds
+    while not (log.exists() and log.stat().st_size):
+        assert time.monotonic() < end, f"{log} was not reached"
+        assert process.poll() is None, "the run ended before it could be interrupted"
+        time.sleep(0.1)
+    time.sleep(1.0)
+    for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        try:
+            victim.send_signal(signal.SIGKILL)
+        except psutil.NoSuchProcess:
+            continue
+    process.wait()
+
+
+def test_an_interrupted_run_ends_with_the_same_tables(tiny_benchmark, make_benchmark, tmp_path):
+    benchmark = make_benchmark(tmp_path)
+    for log in ("train_denoiser.log", "train_segmenter-real-fold0_seed0.log"):
+        with open(os.devnull, "w") as nowhere:
+            process = subprocess.Popen(
+                benchmark.command(), cwd=benchmark.repository, stdout=nowhere, stderr=subprocess.STDOUT
+            )
+        kill_during(process, benchmark.results / "logs" / log)
+    run = benchmark.run()
+    assert run.returncode == 0, run.stdout[-5000:]
+    for name in VERDICT_TABLES:
+        pd.testing.assert_frame_equal(benchmark.table(name), tiny_benchmark.table(name))
