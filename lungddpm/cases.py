@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lungddpm.config import Config
 from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.files import write_table
+from lungddpm.files import fingerprint, sha256_of, write_table
 from lungddpm.layouts import Label
+from lungddpm.progress import LOG
 from lungddpm.volume import Volume, read_volume
 
 COLUMNS = [
@@ -57,13 +59,25 @@ def write_cases(path: Path, rows: pd.DataFrame | Iterable[dict]) -> None:
 
 def usable(cases: pd.DataFrame, role: str) -> pd.DataFrame:
     """The cases of a role that were not excluded, in table order."""
-    has_role = cases["role"].map(lambda roles: role in roles.split("+"))
-    return cases[(cases["status"] == "ok") & has_role]
+    of_role = _of_role(cases, role)
+    return of_role[of_role["status"] == "ok"]
 
 
 def folder_of(table: Path, case: pd.Series) -> Path:
     """The folder that holds a row's CT and layout."""
     return Path(table).parent / case["path"]
+
+
+def hash_case(folder: Path) -> str:
+    """What the column `sha256` holds: one SHA-256 over CT and layout.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    try:
+        return fingerprint([sha256_of(folder / name) for name in ("ct.nii.gz", "layout.nii.gz")])
+    except FileNotFoundError as error:
+        raise InputError(error.filename, "does not exist", "Delete the table of its case and run again.") from None
 
 
 def read_case(folder: Path) -> tuple[Volume, Volume]:
@@ -81,7 +95,11 @@ def read_case(folder: Path) -> tuple[Volume, Volume]:
 
 
 def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
-    """Raise `ExcludedCaseError` unless CT and layout share a grid, the CT is finite and varies, the labels are known."""
+    """Check the contract: CT and layout share a grid, the CT is finite and varies, the labels are known.
+
+    Raises:
+        ExcludedCaseError: naming `origin` and the first fault.
+    """
     if ct.shape != layout.shape:
         raise ExcludedCaseError(
             origin, f"CT {ct.shape} and labels {layout.shape} differ in shape", "Export both on one grid."
@@ -99,3 +117,37 @@ def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
             f"the labels hold {', '.join(f'{value:g}' for value in unknown[:5])}, known are 0 to {max(Label)}",
             "Use 0 background, 1 lung, 2 nodule, 3 vessel.",
         )
+
+
+def run_collect(config: Config, tables: list[Path], output: Path) -> None:
+    """Merge the shards' tables, in order of case id, and make sure that every role can do its part.
+
+    Args:
+        config: `roles` stands in messages.
+        tables: case tables of all shards.
+        output: merged table to write.
+
+    Raises:
+        InputError: a role has no usable case, or none with a nodule; the message says why the others were excluded.
+    """
+    merged = pd.concat([read_cases(table) for table in tables]).sort_values("case_id", kind="stable")
+    excluded = merged[merged["status"] != "ok"]
+    for case in excluded.itertuples():
+        LOG.warning("%s is excluded: %s", case.case_id, case.reason)
+    LOG.info("%d cases are usable, %d are excluded", len(merged) - len(excluded), len(excluded))
+    for role in ("discovery", "reference", "test"):
+        having = usable(merged, role)
+        if (having["n_nodules"] > 0).any():
+            continue
+        reasons = _of_role(excluded, role)["reason"].value_counts()
+        why = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.items())
+        raise InputError(
+            f"roles.{role} = {getattr(config.roles, role)}",
+            f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
+            "Give the role more patients, or mend what the reasons name.",
+        )
+    write_cases(output, merged)
+
+
+def _of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:
+    return cases[cases["role"].map(lambda roles: role in roles.split("+")).astype(bool)]

@@ -59,6 +59,8 @@ class Phantom(_Section):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name}: the smaller value comes first, got {low}, {high}")
+        if self.matrix * self.pixel_mm < 300:
+            raise ValueError(f"matrix x pixel_mm is {self.matrix * self.pixel_mm:g} mm, but a chest needs 300 or more")
         return self
 
 
@@ -301,6 +303,11 @@ class Network(_Section):
             raise ValueError(
                 f"segmentation.network.patch {list(self.patch)} is not divisible by {reduction}, "
                 f"as {len(self.features)} stages need"
+            )
+        if all(edge == reduction for edge in self.patch):
+            raise ValueError(
+                f"segmentation.network.patch {list(self.patch)} shrinks to one voxel in {len(self.features)} stages, "
+                "which instance normalisation cannot take; enlarge it or drop a stage"
             )
         return self
 

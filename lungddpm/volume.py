@@ -1,6 +1,7 @@
 """Volumes: array plus affine, NIfTI in and out, the model grid, and the model's intensity range.
 
 Arrays are indexed (x, y, z); affines map voxel indices to patient coordinates in mm, RAS+ (NIfTI's convention).
+nibabel is imported where it is used: it takes a quarter of a second, which commands without images need not pay.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel
 import numpy as np
 
 from lungddpm.errors import InputError
@@ -49,10 +49,19 @@ class Volume:
         """Another array on the same grid."""
         return Volume(array, self.affine)
 
+    def crop(self, box: tuple[slice, slice, slice]) -> Volume:
+        """A box of the volume, with non-negative starts, at its place in the patient."""
+        to_box = np.eye(4)
+        to_box[:3, 3] = [side.start for side in box]
+        return Volume(self.array[box], self.affine @ to_box)
+
     def canonical(self) -> Volume:
         """The same volume with axes permuted and flipped to the closest RAS+ orientation; no resampling."""
-        image = nibabel.as_closest_canonical(nibabel.Nifti1Image(self.array, self.affine, dtype=self.array.dtype))
-        return Volume(np.asarray(image.dataobj), image.affine)
+        from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+
+        orientation = io_orientation(self.affine)
+        to_original = inv_ornt_aff(orientation, self.shape)
+        return Volume(apply_orientation(self.array, orientation), self.affine @ to_original)
 
     def same_grid(self, other: Volume, tolerance_mm: float = 1e-2) -> bool:
         """Whether shape and affine agree, the corners of the grid to within `tolerance_mm`."""
@@ -69,6 +78,8 @@ def read_volume(path: Path) -> Volume:
     Raises:
         InputError: missing, unreadable or cut short, not 3-D, or an affine that cannot be inverted.
     """
+    import nibabel
+
     try:
         image = nibabel.load(path)
         array = np.asarray(image.dataobj)
@@ -86,12 +97,136 @@ def read_volume(path: Path) -> Volume:
 
 def write_volume(path: Path, volume: Volume) -> None:
     """Write a volume as NIfTI, atomically, in the array's dtype; equal volumes give equal bytes."""
+    import nibabel
+
     image = nibabel.Nifti1Image(volume.array, volume.affine, dtype=volume.array.dtype)
     image.header.set_xyzt_units("mm")
     image.set_sform(volume.affine, code="scanner")
     image.set_qform(volume.affine, code="scanner")
     with atomic_path(path) as temporary:
         nibabel.save(image, temporary)
+
+
+def model_grid(
+    volume: Volume, size: tuple[int, int, int], mask: np.ndarray | None = None, margin_mm: float = 0.0
+) -> np.ndarray:
+    """The affine of a grid of `size` cells along the axes of `volume`, true to the patient.
+
+    The outer edges of the grid's cells (not their centres) lie on the outer edges of the volume's voxels, or, with a
+    mask, on those of the mask's bounding box widened by the margin, which may reach beyond the volume.
+
+    Args:
+        volume: the scan, RAS+.
+        size: cells along x, y, z.
+        mask: (x, y, z) bool with at least one voxel; None covers the whole field of view.
+        margin_mm: distance from the mask's box to the grid's edge on each side, in mm.
+
+    Returns:
+        (4, 4) affine, cell index -> mm.
+    """
+    low, high = np.zeros(3), np.array(volume.shape, float)
+    if mask is not None:
+        margin = margin_mm / volume.spacing_mm
+        box = bounding_box(mask)
+        low = np.array([side.start for side in box]) - margin
+        high = np.array([side.stop for side in box]) + margin
+    step = (high - low) / np.array(size)
+    cell_to_voxel = np.diag([*step, 1.0])
+    cell_to_voxel[:3, 3] = low + step / 2 - 0.5
+    return volume.affine @ cell_to_voxel
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every true voxel of a mask; the mask must have one."""
+    x, y = (np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2)))
+    z = np.flatnonzero(mask.any(axis=(0, 1)))
+    return tuple(slice(int(used[0]), int(used[-1]) + 1) for used in (x, y, z))
+
+
+def resample_image(volume: Volume, affine: np.ndarray, shape: tuple[int, int, int], outside: float = AIR_HU) -> Volume:
+    """Resample onto a grid with parallel axes without aliasing: the mean of the linear interpolant over each cell.
+
+    Larger cells average their area, smaller ones interpolate linearly. From the outermost voxel centres to the
+    volume's edge the interpolant is constant; beyond the edge it is `outside`.
+
+    Args:
+        volume: the image, in any orientation.
+        affine: (4, 4) of the target grid, RAS+, its axes parallel to the volume's (see `model_grid`).
+        shape: cells of the target along x, y, z.
+        outside: value beyond the volume.
+
+    Returns:
+        float32 on the target grid.
+
+    Raises:
+        ValueError: the axes are not parallel.
+    """
+    source = volume.canonical()
+    weights = [
+        _interpolant_weights(n, edges) for n, edges in zip(source.shape, _edges(source, affine, shape), strict=True)
+    ]
+    return Volume(_weighted_means(source.array, weights, outside), np.array(affine, float))
+
+
+def occupancy(mask: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+    """The share of each target cell that a mask covers, exact for grids with parallel axes, finer or coarser.
+
+    Args:
+        mask: bool, in any orientation.
+        affine: (4, 4) of the target grid, RAS+, its axes parallel to the mask's (see `model_grid`).
+        shape: cells of the target along x, y, z.
+
+    Returns:
+        float32 in [0, 1], of `shape`.
+
+    Raises:
+        ValueError: the axes are not parallel.
+    """
+    source = mask.canonical()
+    weights = [_overlap_weights(n, edges) for n, edges in zip(source.shape, _edges(source, affine, shape), strict=True)]
+    return np.clip(_weighted_means(source.array, weights, 0.0), 0.0, 1.0)
+
+
+def _edges(source: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> list[np.ndarray]:
+    """For each axis the edges of the target's cells in voxel coordinates of the source (voxel i spans i +- 0.5)."""
+    cell_to_voxel = np.linalg.solve(source.affine, np.asarray(affine, float))
+    steps = np.diag(cell_to_voxel)[:3]
+    drift = np.abs(cell_to_voxel[:3, :3] - np.diag(steps)) * np.array(shape)
+    if (steps <= 0).any() or drift.max() > 0.05:
+        raise ValueError("the axes of the target grid are not parallel to the volume's")
+    return [
+        first + (np.arange(n + 1) - 0.5) * step
+        for n, step, first in zip(shape, steps, cell_to_voxel[:3, 3], strict=True)
+    ]
+
+
+def _overlap_weights(voxels: int, edges: np.ndarray) -> np.ndarray:
+    """(cells, voxels): the share of each cell that each voxel covers."""
+    covered = np.clip(edges[:, None] - np.arange(voxels) + 0.5, 0, 1)
+    return np.diff(covered, axis=0) / np.diff(edges)[:, None]
+
+
+def _interpolant_weights(voxels: int, edges: np.ndarray) -> np.ndarray:
+    """(cells, voxels): each voxel's weight in the mean of the linear interpolant over each cell."""
+    # One more voxel at each end repeats the outermost value, which makes the interpolant constant there.
+    offset = np.clip(edges, -0.5, voxels - 0.5)[:, None] - np.arange(-1, voxels + 1)
+    rising = np.clip(offset + 1, 0, 1) ** 2 / 2
+    falling = (1 - np.clip(1 - offset, 0, 1) ** 2) / 2
+    weights = np.diff(rising + falling * (offset > 0), axis=0) / np.diff(edges)[:, None]
+    weights[:, 1] += weights[:, 0]
+    weights[:, -2] += weights[:, -1]
+    return weights[:, 1:-1]
+
+
+def _weighted_means(array: np.ndarray, weights: list[np.ndarray], outside: float) -> np.ndarray:
+    """The separable weighted sum over a volume; the part of a cell that no voxel covers counts as `outside`."""
+    x, y, z = (axis_weights.astype(np.float32) for axis_weights in weights)
+    used = np.flatnonzero(z.any(axis=0))
+    in_plane = np.zeros((len(x), len(y), len(used)), np.float32)
+    # Slice by slice: a float copy of a whole scan would not fit beside it in a small memory.
+    for place, k in enumerate(used):
+        in_plane[:, :, place] = x @ (array[:, :, k].astype(np.float32) - np.float32(outside)) @ y.T
+    return in_plane @ z[:, used].T + np.float32(outside)
 
 
 def to_model_range(hu: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:

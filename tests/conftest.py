@@ -3,7 +3,13 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from lungddpm.cases import COLUMNS, hash_case, write_cases
+from lungddpm.files import seed_from, write_json
+from lungddpm.layouts import Label
+from lungddpm.volume import Volume, write_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -21,3 +27,61 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data not found in {folder}; set LUNGDDPM_TEST_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_blob_case():
+    """A function that writes a case folder (bright balls in noise) and returns its row of a case table."""
+
+    def write(folder: Path, patient_id: str, role: str = "", source: str = "phantom", size: int = 32, **provenance):
+        generator = np.random.default_rng(seed_from(folder.name))
+        hu, layout = generator.normal(-800, 30, (size,) * 3), np.full((size,) * 3, Label.LUNG, np.uint8)
+        voxels = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), -1)
+        for centre in generator.uniform(size * 0.2, size * 0.8, (2, 3)):
+            ball = ((voxels - centre) ** 2).sum(-1) < (size * 0.12) ** 2
+            hu[ball] += 820
+            layout[ball] = Label.NODULE
+        affine = np.diag([4.0, 3.0, 5.0, 1.0])
+        write_volume(folder / "ct.nii.gz", Volume(hu.astype(np.int16), affine))
+        write_volume(folder / "layout.nii.gz", Volume(layout, affine))
+        write_json(folder / ("sample.json" if provenance else "case.json"), provenance or {"case_id": folder.name})
+        row = dict.fromkeys(COLUMNS, "") | dict.fromkeys([c for c in COLUMNS if c.startswith(("size", "spacing"))], 1)
+        return row | {
+            "case_id": folder.name,
+            "patient_id": patient_id,
+            "source": source,
+            "role": role,
+            "n_nodules": 2,
+            "status": "ok",
+            "path": folder.name,
+            "sha256": hash_case(folder),
+        }
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Table of three discovery, two reference and one test case of 16^3 voxels: soft tissue around one lung with a
+    vessel and a nodule. Do not write there."""
+    folder = tmp_path_factory.mktemp("cohort")
+    random = np.random.default_rng(7)
+    x, y, z = np.indices((16, 16, 16)) - 7.5
+    affine = np.diag([4.0, 4.0, 5.0, 1.0])
+    rows = []
+    for number, role in enumerate(["discovery"] * 3 + ["reference"] * 2 + ["test"]):
+        layout = np.zeros((16, 16, 16), np.uint8)
+        layout[(x / 6.5) ** 2 + (y / 5) ** 2 + (z / 7) ** 2 < 1] = Label.LUNG
+        layout[(abs(x) < 1) & (abs(y) < 1) & (layout == Label.LUNG)] = Label.VESSEL
+        layout[(x - 3) ** 2 + y**2 + (z - number) ** 2 < 4] = Label.NODULE
+        hu = np.choose(layout, [40 + 700 * (y > 6), -850, 20, -50]) + random.normal(0, 10, layout.shape)
+        case_id = f"case{number:02d}"
+        write_volume(folder / case_id / "ct.nii.gz", Volume(hu.astype(np.int16), affine))
+        write_volume(folder / case_id / "layout.nii.gz", Volume(layout, affine))
+        sizes = {"size_x": 16, "size_y": 16, "size_z": 16}
+        spacings = {"spacing_x_mm": 4.0, "spacing_y_mm": 4.0, "spacing_z_mm": 5.0}
+        names = {"case_id": case_id, "patient_id": f"patient{number:02d}", "source": "test", "role": role}
+        state = {"series_uid": f"1.2.{number}", "n_nodules": 1, "status": "ok", "reason": "", "path": case_id}
+        rows.append(names | sizes | spacings | state | {"sha256": hash_case(folder / case_id)})
+    write_cases(folder / "cases.tsv", rows)
+    return folder / "cases.tsv"

@@ -1,0 +1,1 @@
+"""Arms: who trains and who tests, and the training sets that are compared."""

@@ -1,0 +1,36 @@
+"""Control: the reference with lungs of one constant grey. What the pasted background alone gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lungddpm.config import Config
+from lungddpm.errors import InputError
+from lungddpm.generators import Generator, Task
+from lungddpm.layouts import Label
+
+CITATION = "None: the reference's background around lungs of constant HU."
+NEEDS_DENOISER = False
+
+
+def load(config: Config, weights: Path | None, device: str) -> Generator:
+    """Ready at once; needs nothing."""
+    return Generator(make=lambda tasks: [fill_with_mean_lung(task) for task in tasks])
+
+
+def fill_with_mean_lung(task: Task) -> np.ndarray:
+    """The reference with every voxel of the layout, nodules and vessels too, at the mean HU of its lung voxels.
+
+    Returns:
+        (x, y, z) int16 HU.
+
+    Raises:
+        InputError: the layout has no lung voxel.
+    """
+    layout, hu = task.layout.array, task.reference.array.astype(np.int16)
+    lung = hu[layout == Label.LUNG]
+    if not lung.size:
+        raise InputError("paste_constant", "got a layout without lung", "Exclude the reference, or mend its layout.")
+    return np.where(layout == Label.BACKGROUND, hu, np.int16(np.rint(lung.mean(dtype=np.float64))))

@@ -1,0 +1,1 @@
+"""Segmentation: nnU-Net, behind one adapter."""

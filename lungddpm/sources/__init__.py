@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -71,6 +73,8 @@ class Scan:
     """Readers' contours, in the index space of `ct.array`."""
     labels: np.ndarray | None = None
     """Ready labels instead of contours, same shape: 1 lung, 2 nodule, 3 vessel."""
+    slice_thickness_mm: float | None = None
+    """Thickness of a slice where the headers tell it; it can differ from the distance between slices."""
     files: tuple[Path, ...] = ()
     """Every file that was read, for provenance."""
 
@@ -78,6 +82,20 @@ class Scan:
 def module_of(kind: str) -> ModuleType:
     """The source module of that name."""
     return importlib.import_module(f"{__name__}.{kind}")
+
+
+def case_ids(names: Iterable[str]) -> list[str]:
+    """Distinct names that are safe for folders, in the order given; the second of equal names gets `_2`, and so on."""
+    given: list[str] = []
+    for name in names:
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".") or "unnamed"
+        candidate, count = safe, 1
+        # Case-insensitive file systems would put "a" and "A" into one folder.
+        while candidate.casefold() in (other.casefold() for other in given):
+            count += 1
+            candidate = f"{safe}_{count}"
+        given.append(candidate)
+    return given
 
 
 def index_source(kind: str, path: Path) -> pd.DataFrame:

@@ -42,7 +42,7 @@ def test_synthetic_cases_keep_their_reference_outside_the_lungs(tiny_benchmark):
         folder = results / "synthetic/lung_ddpm" / sample
         record = json.loads((folder / "sample.json").read_text())
         ct = np.asarray(nibabel.load(folder / "ct.nii.gz").dataobj)
-        reference = np.asarray(nibabel.load(results / "cases" / record["reference"] / "ct.nii.gz").dataobj)
+        reference = np.asarray(nibabel.load(results / "cases" / record["reference_case_id"] / "ct.nii.gz").dataobj)
         outside = np.asarray(nibabel.load(folder / "layout.nii.gz").dataobj) == 0
         assert (ct[outside] == reference[outside]).all()
         assert (ct[~outside] != reference[~outside]).mean() > 0.5

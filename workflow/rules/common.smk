@@ -23,6 +23,11 @@ GENERATORS = list(SETTINGS.arms.largest_doses())
 RUN = SETTINGS.diffusion.run
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 CONFIG_FILE = "results/config.json"
+# nnU-Net's own place and name for the weights of a replicate.
+CHECKPOINT = (
+    "results/arms/{arm}/nnUNet_results/seed{seed}/Dataset501_LungNodule"
+    "/LungDDPMTrainer__nnUNetPlans__lungddpm/fold_{fold}/checkpoint_final.pth"
+)
 
 
 wildcard_constraints:
@@ -62,7 +67,7 @@ def source_option():
 
 def phantom_cohort(_wildcards):
     """The phantom's marker file, where the source is the phantom."""
-    return ["results/source/cohort.json"] if SETTINGS.source.kind == "phantom" else []
+    return ["results/source/.complete"] if SETTINGS.source.kind == "phantom" else []
 
 
 def generator_of(arm):

@@ -32,10 +32,7 @@ rule train_segmenter:
         config=ancient(CONFIG_FILE),
         plan="results/arms/{arm}/plan.json",
     output:
-        ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/trained.json",
-            non_empty=True,
-        ),
+        ensure(CHECKPOINT, non_empty=True),
     log:
         "results/logs/train_segmenter-{arm}-fold{fold}_seed{seed}.log",
     benchmark:
@@ -53,14 +50,15 @@ rule train_segmenter:
         code=code_of("segmentation"),
     shell:
         "lungddpm --log {log:q} segment train --config {input.config} --arm-folder {params.folder:q}"
-        " --fold {wildcards.fold} --seed {wildcards.seed} --marker {output:q} --threads {threads}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
 
 
 rule predict:
     input:
         config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
-        trained="results/segmentation/{arm}/fold{fold}_seed{seed}/trained.json",
+        plan="results/arms/{arm}/plan.json",
+        checkpoint=CHECKPOINT,
     output:
         directory("results/segmentation/{arm}/fold{fold}_seed{seed}/predictions"),
     log:
@@ -75,7 +73,7 @@ rule predict:
         runtime=480,
         gpu=1,
     params:
-        folder="results/arms/{arm}",
+        folder=subpath(input.plan, parent=True),
         code=code_of("segmentation"),
     shell:
         "lungddpm --log {log:q} segment predict --config {input.config} --arm-folder {params.folder:q}"

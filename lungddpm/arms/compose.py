@@ -1,0 +1,239 @@
+"""Training sets: real and synthetic cases become an nnU-Net raw dataset, behind the leak guard.
+
+<arm>/nnUNet_raw/Dataset501_LungNodule/   imagesTr (links to the cases' CT), labelsTr, dataset.json, splits_final.json
+<arm>/arm.json                            every case with its patient and hash, the folds, the leak guard's proof
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lungddpm.arms import splits
+from lungddpm.cases import folder_of, hash_case, read_case, read_cases, usable
+from lungddpm.config import Config
+from lungddpm.errors import ConfigError, InputError
+from lungddpm.files import fingerprint, sha256_of, write_json
+from lungddpm.layouts import Label
+from lungddpm.progress import LOG
+from lungddpm.volume import write_volume
+
+DATASET = "Dataset501_LungNodule"
+FILE_ENDING = ".nii.gz"
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """One entry of nnU-Net's training set."""
+
+    name: str
+    """nnU-Net's identifier; a repeated case has another name than its original."""
+    case_id: str
+    patient_id: str
+    source: str
+    folder: Path
+    sha256: str
+
+
+def parse_arm(name: str) -> tuple[str | None, float]:
+    """What an arm adds to the real cases, and how much of it.
+
+    Returns:
+        (None, 0) for `real`, ("real", 1) for `real+real`, (generator, dose) for `real+<generator>@<dose>`.
+
+    Raises:
+        ConfigError: none of these.
+    """
+    if name == "real":
+        return None, 0.0
+    if name == "real+real":
+        return "real", 1.0
+    generator, at, dose = name.removeprefix("real+").partition("@")
+    try:
+        value = float(dose)
+    except ValueError:
+        value = 0.0
+    if not name.startswith("real+") or not generator or not at or not 0 < value < float("inf"):
+        raise ConfigError(
+            f"arm '{name}'",
+            "is not the name of an arm",
+            "Names are real, real+real and real+<generator>@<dose>, e.g. real+lung_ddpm@1.0.",
+        )
+    return generator, value
+
+
+def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list[Path], output: Path) -> None:
+    """Compose one arm from scratch: nnU-Net's raw dataset and, last, `arm.json`.
+
+    The first `round(dose x real cases)` samples of the synthesis plan are taken, so that a smaller dose is a subset of
+    a larger one. Synthetic and repeated cases are only ever trained on, never validated on.
+
+    Args:
+        config: decides the folds and whether patients may be shared.
+        arm: its name, see `parse_arm`.
+        cases_table: table of the real cases, with roles.
+        sample_tables: tables of all shards of the arm's generator, in the order of shards.
+        output: folder of the arm.
+
+    Raises:
+        ConfigError: not an arm, or the folds cannot be made.
+        InputError: no training case with a nodule, too few samples, or files that differ from their table.
+        LeakError: a test patient is in the training set.
+    """
+    generator, dose = parse_arm(arm)
+    # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
+    (output / "arm.json").unlink(missing_ok=True)
+    cases = read_cases(cases_table)
+    discovery, test = usable(cases, "discovery"), usable(cases, "test")
+    for role, chosen in (("discovery", discovery), ("test", test)):
+        if chosen.empty:
+            raise InputError(cases_table, f"has no usable {role} case", f"See its column reason; set roles.{role}.")
+    shared = config.roles.allow_shared_patients
+    segmentation = config.segmentation
+    folds = splits.folds(discovery, segmentation.n_folds, segmentation.folds, config.seed, shared)
+
+    real = _training_cases(cases_table, discovery)
+    added: list[TrainingCase] = []
+    if generator == "real":
+        added = [replace(case, name=_repeated_name(case.name)) for case in real]
+        folds = [{**fold, "train": fold["train"] + [_repeated_name(name) for name in fold["train"]]} for fold in folds]
+    elif generator is not None:
+        if not (wanted := round(dose * len(real))):
+            raise ConfigError("arms.doses", f"{dose} of {len(real)} real cases is not one case", "Raise the dose.")
+        added = [_training_case(*sample) for sample in first_samples(sample_tables, wanted)]
+        folds = [{**fold, "train": fold["train"] + [case.name for case in added]} for fold in folds]
+    training = [*real, *added]
+    _check_names(training)
+
+    patient_of = splits.known_patients(cases)
+    proof = splits.check_leaks(
+        [_origin(case, patient_of) for case in training],
+        [_origin(case, patient_of) for case in _training_cases(cases_table, test)],
+        shared,
+    )
+    with _replaced_folder(output / "nnUNet_raw") as raw:
+        nodule_voxels = _write_dataset(raw / DATASET, output / "nnUNet_raw" / DATASET, training, folds)
+        if not any(nodule_voxels[case.name] for case in real):
+            raise InputError(cases_table, "has no discovery case with a nodule", "Give roles.discovery other patients.")
+    entries = [
+        {
+            "name": case.name,
+            "case_id": case.case_id,
+            "patient_id": case.patient_id,
+            "source": case.source,
+            "sha256": case.sha256,
+            "nodule_voxels": nodule_voxels[case.name],
+        }
+        for case in training
+    ]
+    content = {"arm": arm, "dataset": DATASET, "folds": folds, "cases": entries}
+    write_json(output / "arm.json", {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
+    LOG.info("arm %s: %d real cases, %d added, %d folds", arm, len(real), len(added), len(folds))
+
+
+def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]]:
+    """The first samples of the synthesis plan, as rows with their table: row k of shard s is sample k * shards + s.
+
+    Raises:
+        InputError: one of them was not made.
+    """
+    planned = {
+        row * len(tables) + shard: (table, sample)
+        for shard, table in enumerate(tables)
+        for row, (_, sample) in enumerate(read_cases(table).iterrows())
+    }
+    for number in range(count):
+        if number not in planned:
+            raise InputError(
+                tables[number % len(tables)] if tables else "--samples",
+                f"has no sample {number}; the arm needs {count} and there are {len(planned)}",
+                "Synthesise more, or lower the dose.",
+            )
+        table, sample = planned[number]
+        if sample["status"] != "ok":
+            raise InputError(table, f"has no CT for {sample['case_id']} ({sample['reason']})", "Synthesise it anew.")
+    return [planned[number] for number in range(count)]
+
+
+def _training_case(table: Path, row: pd.Series) -> TrainingCase:
+    folder = folder_of(table, row)
+    if (found := hash_case(folder)) != row["sha256"]:
+        raise InputError(folder, f"differs from what {table} says was written there", "Delete the table and run again.")
+    return TrainingCase(row["case_id"], row["case_id"], row["patient_id"], row["source"], folder, found)
+
+
+def _training_cases(table: Path, rows: pd.DataFrame) -> list[TrainingCase]:
+    return [_training_case(table, row) for _, row in rows.iterrows()]
+
+
+def _repeated_name(name: str) -> str:
+    return f"{name}__again"
+
+
+def _check_names(training: list[TrainingCase]) -> None:
+    names = [case.name for case in training]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"case {twice[0]}", "is listed twice", "Give every case and sample its own case_id.")
+
+
+def _origin(case: TrainingCase, patient_of: dict[str, str]) -> splits.Origin:
+    """Who is in a case, by its table and by its provenance file."""
+    sample = case.folder / "sample.json"
+    provenance = sample if sample.exists() else case.folder / "case.json"
+    patients = splits.patients_named_in(provenance, patient_of)
+    if provenance == sample and not patients:
+        raise InputError(sample, "names no known patient as its reference", "Synthesise it from the cases of this run.")
+    return splits.Origin(case.case_id, patients | {case.patient_id}, sha256_of(case.folder / "ct.nii.gz"))
+
+
+def _write_dataset(
+    folder: Path, final_folder: Path, training: list[TrainingCase], folds: list[dict[str, list[str]]]
+) -> dict[str, int]:
+    """Write the raw dataset into `folder`, which will be renamed; returns the nodule voxels of every case."""
+    (folder / "imagesTr").mkdir(parents=True)
+    nodule_voxels, entries = {}, {}
+    for case in training:
+        _, layout = read_case(case.folder)
+        nodule = (layout.array == Label.NODULE).astype(np.uint8)
+        nodule_voxels[case.name] = int(nodule.sum())
+        image, label = f"imagesTr/{case.name}_0000{FILE_ENDING}", f"labelsTr/{case.name}{FILE_ENDING}"
+        ct = (case.folder / "ct.nii.gz").resolve()
+        (folder / image).symlink_to(os.path.relpath(ct, (final_folder / "imagesTr").resolve()))
+        write_volume(folder / label, layout.like(nodule))
+        entries[case.name] = {"images": [image], "label": label}
+    dataset = {
+        "channel_names": {"0": "CT"},
+        "labels": {"background": 0, "nodule": 1},
+        "numTraining": len(training),
+        "file_ending": FILE_ENDING,
+        "overwrite_image_reader_writer": "SimpleITKIO",
+        # Without this list nnU-Net starts twelve processes to match file names.
+        "dataset": entries,
+    }
+    write_json(folder / "dataset.json", dataset)
+    write_json(folder / "splits_final.json", folds)
+    return nodule_voxels
+
+
+@contextmanager
+def _replaced_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that takes its place if the block ends well."""
+    new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        if target.exists():
+            target.rename(old)
+        new.rename(target)
+    finally:
+        for leftover in (new, old):
+            shutil.rmtree(leftover, ignore_errors=True)

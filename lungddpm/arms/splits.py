@@ -1,0 +1,247 @@
+"""Roles of patients, cross-validation folds, and the leak guard. Everything here is split by patient, never by case."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from lungddpm.config import Roles
+from lungddpm.errors import ConfigError, InputError, LeakError
+from lungddpm.files import seed_from
+from lungddpm.progress import LOG
+
+ROLES = ("discovery", "reference", "test")
+UNUSED = "not needed by roles"
+
+
+def assign_roles(index: pd.DataFrame, roles: Roles, seed: int) -> pd.DataFrame:
+    """Give every patient with a usable series a role; patients are drawn in a seeded order, whatever the table's.
+
+    Args:
+        index: case table; only rows with status `ok` get a role.
+        roles: below 1 a share of the usable patients, from 1 a count, or a list of patients.
+        seed: root of the draw.
+
+    Returns:
+        A copy with `role` filled. Patients who are not needed keep an empty role and say so in `reason`.
+
+    Raises:
+        ConfigError: unknown patients in a list, too few patients, or a role without any.
+    """
+    index = index.copy()
+    usable = index["status"] == "ok"
+    patients = _shuffled(index.loc[usable, "patient_id"], seed, "roles")
+    named = {role: value for role in ROLES if isinstance(value := getattr(roles, role), list)}
+    for role, wanted in named.items():
+        _check_named(role, wanted, set(index["patient_id"]), set(patients))
+    chosen = {role: [patient for patient in patients if patient in wanted] for role, wanted in named.items()}
+    counts = _counts(roles, len(patients))
+    free = [patient for patient in patients if not any(patient in members for members in chosen.values())]
+    for role, count in counts.items():
+        chosen[role], free = free[:count], free[count:]
+        if len(chosen[role]) < count and roles.allow_shared_patients:
+            others = [patient for patient in patients if patient not in chosen[role]]
+            chosen[role] += others[: count - len(chosen[role])]
+        if len(chosen[role]) < count:
+            named_by = f", of whom lists name {sum(map(len, named.values()))}" if named else ""
+            raise ConfigError(
+                f"roles.{role}",
+                f"needs {count} patients, but {len(chosen[role])} are left "
+                f"(the source has {len(patients)} usable patients{named_by})",
+                "Lower the numbers under roles, or give a source with more patients.",
+            )
+    for role in ROLES:
+        if not chosen[role]:
+            raise ConfigError(
+                f"roles.{role}",
+                f"no patient is left for it (the source has {len(patients)} usable patients)",
+                "Raise its number, or give a source with more patients.",
+            )
+    members = {role: set(chosen[role]) for role in ROLES}
+    role_of = {patient: "+".join(role for role in ROLES if patient in members[role]) for patient in patients}
+    index.loc[usable, "role"] = index.loc[usable, "patient_id"].map(role_of)
+    index.loc[usable, "reason"] = index.loc[usable, "role"].map(lambda role: "" if role else UNUSED)
+    for role in ROLES:
+        cases = index[index["patient_id"].isin(members[role]) & usable]
+        without = len(members[role]) - cases.loc[cases["n_nodules"] > 0, "patient_id"].nunique()
+        LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
+    if shared := sorted(patient for patient, role in role_of.items() if "+" in role):
+        LOG.warning(
+            "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
+            "the verdict of this run means nothing but that the pipeline runs",
+            len(shared),
+            shared[0],
+        )
+    return index
+
+
+def folds(
+    cases: pd.DataFrame, n_folds: int, wanted: Iterable[int], seed: int, allow_shared_patients: bool = False
+) -> list[dict[str, list[str]]]:
+    """Cross-validation folds of the discovery cases, grouped by patient.
+
+    With fewer patients than `n_folds` there are as many folds as patients.
+
+    Args:
+        cases: the usable discovery cases.
+        n_folds: folds asked for.
+        wanted: the folds that will be trained.
+        seed: root of the draw.
+        allow_shared_patients: a single patient is trained and validated on; otherwise that is refused.
+
+    Returns:
+        For every fold `{"train": [case ids], "val": [case ids]}`, sorted.
+
+    Raises:
+        ConfigError: a wanted fold cannot exist with so few patients.
+    """
+    patients = _shuffled(cases["patient_id"], seed, "folds")
+    if len(patients) == 1 and allow_shared_patients:
+        LOG.warning("WARNING: there is only one discovery patient: validation cases are the training cases")
+        names = sorted(cases["case_id"])
+        return [{"train": names, "val": names} for _ in range(n_folds)]
+    possible = min(n_folds, len(patients)) if len(patients) > 1 else 0
+    if (largest := max(wanted)) >= possible:
+        raise ConfigError(
+            "segmentation.folds",
+            f"names fold {largest}, but with {len(patients)} usable discovery patients there are {possible} folds",
+            "Name fewer folds (the first is 0), or give more patients the role discovery.",
+        )
+    if possible < n_folds:
+        LOG.warning("segmentation.n_folds is %d, but there are only %d discovery patients", n_folds, possible)
+    fold_of = cases["patient_id"].map({patient: rank % possible for rank, patient in enumerate(patients)})
+    return [
+        {
+            "train": sorted(cases.loc[fold_of != fold, "case_id"]),
+            "val": sorted(cases.loc[fold_of == fold, "case_id"]),
+        }
+        for fold in range(possible)
+    ]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Who is in a case: everything that the leak guard knows about it."""
+
+    case_id: str
+    patients: frozenset[str]
+    """Whom the table and the files of the case name: its own patient, its reference's, its nodules'."""
+    ct_sha256: str
+    """Of the CT file itself, so that a patient under a second name is found."""
+
+
+def check_leaks(training: Iterable[Origin], test: Iterable[Origin], allow_shared_patients: bool) -> dict:
+    """The leak guard: no test patient may be in a training case, not even as its reference.
+
+    Returns:
+        The proof for `arm.json`: the patients on both sides, and whom they share (nobody, unless it is allowed).
+
+    Raises:
+        LeakError: naming the patients, unless `allow_shared_patients`.
+    """
+    training, test = list(training), list(test)
+    test_patients = {patient for case in test for patient in case.patients}
+    test_patient_of_ct = {case.ct_sha256: min(case.patients) for case in test}
+    leaks: dict[str, set[str]] = {}
+    for case in training:
+        leaked = case.patients & test_patients
+        if case.ct_sha256 in test_patient_of_ct:
+            leaked |= {test_patient_of_ct[case.ct_sha256]}
+        for patient in leaked:
+            leaks.setdefault(patient, set()).add(case.case_id)
+    if leaks and not allow_shared_patients:
+        shown = "; ".join(f"{patient} in {', '.join(sorted(leaks[patient])[:3])}" for patient in sorted(leaks))
+        raise LeakError(
+            "leak guard",
+            f"{len(leaks)} test patients are in the training set ({shown})",
+            "Rebuild the cases and samples with disjoint roles; edit no tables by hand.",
+        )
+    if leaks:
+        LOG.warning(
+            "WARNING: %d test patients are in this training set (roles.allow_shared_patients): "
+            "no figure of this run says anything about segmentation",
+            len(leaks),
+        )
+    return {
+        "disjoint": not leaks,
+        "checked": "patients named by the tables, by case.json and by sample.json; SHA-256 of every CT file",
+        "n_training_cases": len(training),
+        "n_test_cases": len(test),
+        "training_patients": sorted({patient for case in training for patient in case.patients}),
+        "test_patients": sorted(test_patients),
+        "shared_patients": sorted(leaks),
+    }
+
+
+def known_patients(cases: pd.DataFrame) -> dict[str, str]:
+    """Patient of every case id, series and patient id in a case table."""
+    patient_of = dict(zip(cases["series_uid"], cases["patient_id"], strict=True))
+    patient_of |= dict(zip(cases["case_id"], cases["patient_id"], strict=True))
+    patient_of |= {patient: patient for patient in cases["patient_id"]}
+    patient_of.pop("", None)
+    return patient_of
+
+
+def patients_named_in(path: Path, patient_of: Mapping[str, str]) -> frozenset[str]:
+    """The known patients that a provenance file names anywhere, as an id of its own or as a part of a path.
+
+    No key is trusted: a reference, the origin of a layout or of a nodule counts under whatever key it is written.
+
+    Raises:
+        InputError: the file is missing or is not JSON.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(path, "does not exist, so nobody knows who is in this case", "Make the case anew.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", "Make the case anew.") from None
+    words = {word for text in _strings(content) for word in (text, *re.split(r"[/\\]", text))}
+    return frozenset(patient_of[word] for word in words if word in patient_of)
+
+
+def _strings(value: object) -> Iterable[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _shuffled(patients: Iterable[str], seed: int, draw: str) -> list[str]:
+    return sorted(set(patients), key=lambda patient: (seed_from(seed, draw, patient), patient))
+
+
+def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]) -> None:
+    if unknown := sorted(set(wanted) - known):
+        raise ConfigError(
+            f"roles.{role}",
+            f"names {', '.join(unknown[:5])}, whom the source does not have",
+            "Spell patients as in the column patient_id of the index.",
+        )
+    if excluded := sorted(set(wanted) - usable):
+        LOG.warning("roles.%s names %s, of whom no series is usable", role, ", ".join(excluded))
+
+
+def _counts(roles: Roles, n_patients: int) -> dict[str, int]:
+    """Patients of each role that is not a list; shares are rounded so that together they take what they add up to."""
+    values = {role: value for role in ROLES if not isinstance(value := getattr(roles, role), list)}
+    shares = {role: value * n_patients for role, value in values.items() if value < 1}
+    counts = {role: value for role, value in values.items() if role not in shares}
+    whole = {role: int(share) for role, share in shares.items()}
+    # Largest remainder (Hamilton): plain rounding of 0.5, 0.2, 0.3 of 3 patients would ask for 4.
+    left = round(sum(shares.values())) - sum(whole.values())
+    by_remainder = sorted(shares, key=lambda role: whole[role] - shares[role])
+    counts |= {role: whole[role] + (role in by_remainder[:left]) for role in shares}
+    if roles.allow_shared_patients:
+        counts = {role: max(count, 1) for role, count in counts.items()}
+    return {role: counts[role] for role in ROLES if role in counts}

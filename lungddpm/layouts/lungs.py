@@ -1,0 +1,332 @@
+"""Lungs from CT, classically: threshold, airways out, left from right, closed over nodules and hila.
+
+The steps follow Hu, Hoffman & Reinhardt, IEEE Trans. Med. Imaging 20:490-498, 2001 (threshold, separation, closing);
+the airways are grown with an explosion stop as in Mori et al., Proc. SPIE 4321, 2001.
+"""
+
+from __future__ import annotations
+
+import cc3d
+import numpy as np
+from scipy import ndimage
+from skimage.segmentation import watershed
+
+from lungddpm.config import Layouts
+from lungddpm.errors import ExcludedCaseError
+from lungddpm.volume import AIR_HU, Volume, bounding_box, model_grid, resample_image
+
+RIGHT, LEFT = 1, 2
+"""Values of a lung mask: the patient's right lung (larger x in RAS+) and left lung."""
+
+_WORKING_MM = 1.4
+_SPLITTING_MM = 2.8
+_SMOOTHING_MM = 1.0
+_THRESHOLD_HU = (-550.0, -350.0)
+_TISSUE_HU = -300.0
+_GAS_HU = -965.0
+"""Median that even emphysema stays above, and bowel gas below."""
+_SHELL_MM = 3.0
+"""Erosion that the patient survives and the shell of a table does not."""
+_CLOSING_MM = 11.0
+_COSTAL_CLOSING_MM = 17.0
+"""Half the width of the gaps that are closed: LIDC-IDRI has nodules of 30 mm on the chest wall."""
+_TRACHEA_MM2 = (60.0, 700.0)
+_LUMEN_HU = -850.0
+_TRACHEA_DRIFT_MM = 6.0
+_TRACHEA_GAP_MM = 5.0
+_TRACHEA_LENGTH_MM = 20.0
+_AIRWAY_WALL_MM = 2.0
+_MAIN_BRONCHI_MM = 45.0
+_LARGEST_AIRWAYS_ML = 130.0
+_EXPLOSION_ML = 25.0
+_FRAGMENT_LITRES = 0.05
+_DEEPEST_PEEL_MM = 30.0
+_LUNGS_APART_MM = 40.0
+_SMALLER_LUNG_SHARE = 0.1
+_CUT_SHARE = 0.1
+"""An end slice with more than this share of the largest lung area cuts through the lungs."""
+_DEFAULTS = Layouts()
+
+
+def segment_lungs(ct: Volume, settings: Layouts = _DEFAULTS) -> np.ndarray:
+    """Both lungs with their vessels and nodules, without trachea and main bronchi.
+
+    Args:
+        ct: HU, RAS+ (see `Volume.canonical`), at any spacing.
+        settings: gives the least volume that counts as lungs.
+
+    Returns:
+        uint8 of the CT's shape: 0 outside, `RIGHT`, `LEFT`.
+
+    Raises:
+        ExcludedCaseError: there are no lungs, only one, too little of them, or they are cut off by the field of view.
+    """
+    work = _at_least(_WORKING_MM, ct)
+    spacing = work.spacing_mm
+    hu = ndimage.gaussian_filter(work.array, _SMOOTHING_MM / spacing)
+    air = hu < _threshold(hu)
+    air &= _body(hu, spacing) & ~_outside(air, hu, work.voxel_mm3)
+    lungs = _lung_like(air, hu, work.voxel_mm3)
+    airways = _airways(hu, air, lungs, spacing)
+    lungs = _lung_like(lungs & ~airways, hu, work.voxel_mm3)
+    sides = _close(split_lungs(work.like(lungs)), airways, spacing)
+    check_lungs(work.like(sides), settings)
+    return _back(work.like(sides), ct)
+
+
+def split_lungs(lungs: Volume) -> np.ndarray:
+    """Tell the right lung from the left where both may touch, by watershed on the distance to the lungs' surface.
+
+    Args:
+        lungs: bool, RAS+, both lungs.
+
+    Returns:
+        uint8 of the same shape: `RIGHT`, `LEFT`, 0 outside the mask.
+
+    Raises:
+        ExcludedCaseError: there are not two lungs side by side.
+    """
+    if not lungs.array.any():
+        raise _excluded("no lungs were found")
+    box = bounding_box(lungs.array)
+    cropped = lungs.array[box]
+    work = _at_least(_SPLITTING_MM, lungs.like(cropped), outside=0.0)
+    # An empty rim: where the box cuts no air, the distance to the surface must not run past its edge.
+    mask = np.pad(work.array >= 0.5, 1)
+    depth_mm = ndimage.distance_transform_edt(mask, work.spacing_mm)
+    markers = _two_lungs(mask, depth_mm, work.spacing_mm)
+    coarse = watershed(-depth_mm, markers, mask=mask)
+    nearest = ndimage.distance_transform_edt(coarse == 0, work.spacing_mm, return_distances=False, return_indices=True)
+    coarse = coarse[tuple(nearest)]
+    places = [
+        1 + np.minimum((np.arange(n) + 0.5) * (m - 2) / n, m - 3).astype(int)
+        for n, m in zip(cropped.shape, mask.shape, strict=True)
+    ]
+    sides = np.zeros(lungs.shape, np.uint8)
+    sides[box] = np.where(cropped, coarse[np.ix_(*places)], 0)
+    return sides
+
+
+def check_lungs(sides: Volume, settings: Layouts) -> None:
+    """Check that the scan shows the lungs from end to end, and enough of them.
+
+    Args:
+        sides: non-zero inside the lungs.
+        settings: gives the least volume that counts as lungs.
+
+    Raises:
+        ExcludedCaseError: an end slice cuts through the lungs, or they are too small.
+    """
+    areas = np.count_nonzero(sides.array, axis=(0, 1))
+    for end, name in ((0, "bottom"), (-1, "top")):
+        if areas[end] > _CUT_SHARE * areas.max():
+            raise _excluded(f"the lungs are cut off at the {name} of the scan")
+    litres = areas.sum() * sides.voxel_mm3 / 1e6
+    if litres < settings.minimum_lung_litres:
+        raise _excluded(f"the lungs hold {litres:.2f} litres, less than the {settings.minimum_lung_litres:g} required")
+
+
+def _excluded(problem: str) -> ExcludedCaseError:
+    return ExcludedCaseError("CT", problem, "Use chest CT in Hounsfield units that shows both lungs in full.")
+
+
+def _at_least(spacing_mm: float, volume: Volume, outside: float = AIR_HU) -> Volume:
+    """The volume on a grid no finer than `spacing_mm` along any axis; the same volume where that changes nothing."""
+    shape = tuple(
+        int(np.ceil(n * s / spacing_mm)) if s < spacing_mm else n
+        for n, s in zip(volume.shape, volume.spacing_mm, strict=True)
+    )
+    if shape == volume.shape:
+        return volume.like(volume.array.astype(np.float32))
+    return resample_image(volume, model_grid(volume, shape), shape, outside)
+
+
+def _threshold(hu: np.ndarray) -> float:
+    """Midway between the means of lung and of soft tissue, iterated to a fixed point (Hu et al. 2001, section II-A)."""
+    values = hu[(hu > _GAS_HU) & (hu < 200)][::5]
+    threshold = float(np.mean(_THRESHOLD_HU))
+    for _ in range(20):
+        lung, tissue = values[values < threshold], values[values >= threshold]
+        if not lung.size or not tissue.size:
+            break
+        threshold = float((lung.mean() + tissue.mean()) / 2)
+    return float(np.clip(threshold, *_THRESHOLD_HU))
+
+
+def _outside(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
+    """The air around the patient: what touches a lateral face.
+
+    Raises:
+        ExcludedCaseError: lung touches a lateral face.
+    """
+    labels = cc3d.connected_components(air, connectivity=6)
+    lateral = _present((labels[0], labels[-1], labels[:, 0], labels[:, -1]), labels.max())
+    # A table filled with foam looks like lung, but runs from end to end of the scan.
+    whole_length = _present((labels[:, :, 0],), labels.max()) & _present((labels[:, :, -1],), labels.max())
+    if _lung_like((lateral & ~whole_length)[labels], hu, voxel_mm3).any():
+        raise _excluded("the lungs are cut off at the side of the field of view")
+    return lateral[labels]
+
+
+def _present(faces: tuple[np.ndarray, ...], largest: int) -> np.ndarray:
+    """For each label up to the largest whether it occurs in a face; never for 0."""
+    present = np.zeros(largest + 1, bool)
+    for face in faces:
+        present[np.unique(face)] = True
+    present[0] = False
+    return present
+
+
+def _body(hu: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """The patient with all that is enclosed, without the table: its shell is too thin to survive an erosion."""
+    reach = np.maximum(1, np.rint(_SHELL_MM / spacing)).astype(int)
+    solid = ndimage.minimum_filter((hu > _TISSUE_HU).view(np.uint8), 2 * reach + 1)
+    core = cc3d.largest_k(solid, k=1, connectivity=6).astype(np.uint8)
+    body = ndimage.maximum_filter(core, 2 * (reach + 1) + 1).astype(bool)
+    for k in range(body.shape[2]):
+        body[:, :, k] = ndimage.binary_fill_holes(body[:, :, k])
+    return body
+
+
+def _lung_like(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
+    """The large components of air that are denser than gas, which leaves out bowel and stomach."""
+    labels = cc3d.connected_components(air, connectivity=6)
+    statistics = cc3d.statistics(labels)
+    keep = np.zeros(labels.max() + 1, bool)
+    for label in range(1, len(keep)):
+        if statistics["voxel_counts"][label] * voxel_mm3 / 1e6 >= _FRAGMENT_LITRES:
+            box = statistics["bounding_boxes"][label]
+            keep[label] = np.median(hu[box][labels[box] == label]) > _GAS_HU
+    return keep[labels]
+
+
+def _airways(hu: np.ndarray, air: np.ndarray, lungs: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Trachea and main bronchi with their walls, as far as they are air; nothing where no trachea shows.
+
+    The threshold rises from step to step until the region explodes into the lungs (Mori et al. 2001).
+    """
+    trachea = _trachea(hu, air, lungs, spacing)
+    if not trachea.any():
+        return trachea
+    millilitre = 1000 / spacing.prod()
+    tree, size = trachea, np.inf
+    for limit in range(-950, -600, 25):
+        labels = cc3d.connected_components(((hu < limit) & air) | trachea, connectivity=6)
+        grown = np.isin(labels, np.unique(labels[trachea]))
+        grown_size = np.count_nonzero(grown)
+        if grown_size > min(size + _EXPLOSION_ML * millilitre, _LARGEST_AIRWAYS_ML * millilitre):
+            break
+        tree, size = grown, grown_size
+    carina_z = np.flatnonzero(trachea.any(axis=(0, 1)))[0]
+    carina = [*np.argwhere(trachea[:, :, carina_z]).mean(axis=0), carina_z]
+    x, y, z = np.ogrid[tuple(slice(n) for n in tree.shape)]
+    offsets = [(axis - centre) * step for axis, centre, step in zip((x, y, z), carina, spacing, strict=True)]
+    main = trachea | (tree & (offsets[0] ** 2 + offsets[1] ** 2 + offsets[2] ** 2 <= _MAIN_BRONCHI_MM**2))
+    box = _widened(bounding_box(main), np.ceil(_AIRWAY_WALL_MM / spacing).astype(int))
+    walled = np.zeros_like(main)
+    walled[box] = (ndimage.distance_transform_edt(~main[box], spacing) <= _AIRWAY_WALL_MM) & air[box]
+    return walled
+
+
+def _trachea(hu: np.ndarray, air: np.ndarray, lungs: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """The longest vertical chain of round patches of air near the midline, from the top down to the carina."""
+    trachea = np.zeros_like(air)
+    if not lungs.any():
+        return trachea
+    side, _, height = bounding_box(lungs)
+    gap = max(1, round(_TRACHEA_GAP_MM / spacing[2]))
+    centre, reach = (side.start + side.stop) / 2, (side.stop - side.start) / 5
+    chains: list[list[tuple[int, np.ndarray, np.ndarray]]] = []
+    for k in range(air.shape[2] - 1, (height.start + height.stop) // 2, -1):
+        for patch in _round_patches(air[:, :, k] & (hu[:, :, k] < _LUMEN_HU), spacing):
+            middle = patch.mean(axis=0)
+            if abs(middle[0] - centre) > reach:
+                continue
+            for chain in chains:
+                above, before, _ = chain[-1]
+                if (
+                    above - k <= gap
+                    and above > k
+                    and np.linalg.norm((middle - before) * spacing[:2]) < _TRACHEA_DRIFT_MM
+                ):
+                    chain.append((k, middle, patch))
+                    break
+            else:
+                chains.append([(k, middle, patch)])
+    longest = max(chains, key=len, default=[])
+    if len(longest) * spacing[2] >= _TRACHEA_LENGTH_MM:
+        for k, _, patch in longest:
+            trachea[patch[:, 0], patch[:, 1], k] = True
+    return trachea
+
+
+def _round_patches(air: np.ndarray, spacing: np.ndarray) -> list[np.ndarray]:
+    """Patches of air in an axial slice that could be the trachea's lumen, each as (n, 2) pixel indices."""
+    labels, _ = ndimage.label(air)
+    patches = []
+    for label, box in enumerate(ndimage.find_objects(labels), start=1):
+        patch = labels[box] == label
+        width, depth = np.array(patch.shape) * spacing[:2]
+        area = np.count_nonzero(patch) * spacing[0] * spacing[1]
+        round_enough = max(width, depth) < 2.5 * min(width, depth) and area > 0.5 * width * depth
+        if _TRACHEA_MM2[0] <= area <= _TRACHEA_MM2[1] and round_enough:
+            patches.append(np.argwhere(patch) + np.array([box[0].start, box[1].start]))
+    return patches
+
+
+def _two_lungs(mask: np.ndarray, depth_mm: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Cores of the two lungs (values `RIGHT` and `LEFT`), found by peeling until two large pieces lie side by side."""
+    for peeled_mm in np.arange(0, _DEEPEST_PEEL_MM, spacing.min()):
+        labels = cc3d.connected_components(depth_mm > peeled_mm, connectivity=6)
+        counts = cc3d.statistics(labels)["voxel_counts"][1:]
+        if len(counts) < 2:
+            continue
+        larger, smaller = np.argsort(counts)[::-1][:2] + 1
+        middles = {label: np.flatnonzero((labels == label).any(axis=(1, 2))).mean() for label in (larger, smaller)}
+        apart_mm = abs(middles[larger] - middles[smaller]) * spacing[0]
+        if counts[smaller - 1] >= _SMALLER_LUNG_SHARE * counts[larger - 1] and apart_mm > _LUNGS_APART_MM:
+            right, left = sorted((larger, smaller), key=middles.get, reverse=True)
+            return np.where(labels == right, RIGHT, np.where(labels == left, LEFT, 0)).astype(np.int32)
+    raise _excluded("only one lung was found")
+
+
+def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+    """Each lung closed over vessels, hila and nodules on the pleura, its holes filled, the airways left out.
+
+    A wider closing, for large nodules on the chest wall, counts only where the same lung lies further medially: at the
+    mediastinum it would swallow the aorta.
+    """
+    closed_sides = sides.copy()
+    margin = np.ceil(_COSTAL_CLOSING_MM / spacing).astype(int) + 2
+    for side in (RIGHT, LEFT):
+        box = _widened(bounding_box(sides == side), margin)
+        lung = sides[box] == side
+        from_medial = slice(None, None, 1 if side == RIGHT else -1)
+        beyond_lung = np.logical_or.accumulate(lung[from_medial], axis=0)[from_medial]
+        distance_mm = ndimage.distance_transform_edt(~lung, spacing)
+        closed = lung.copy()
+        for radius_mm, where in ((_CLOSING_MM, True), (_COSTAL_CLOSING_MM, beyond_lung)):
+            closed |= where & (ndimage.distance_transform_edt(distance_mm <= radius_mm, spacing) > radius_mm)
+        closed = ndimage.binary_fill_holes(closed) & ~airways[box] & (closed_sides[box] == 0)
+        closed_sides[box][closed] = side
+    return closed_sides
+
+
+def _widened(box: tuple[slice, ...], margin: np.ndarray) -> tuple[slice, ...]:
+    return tuple(slice(max(0, edge.start - n), edge.stop + n) for edge, n in zip(box, margin, strict=True))
+
+
+def _back(sides: Volume, ct: Volume) -> np.ndarray:
+    """The sides on the CT's own grid, which has the same extent."""
+    if sides.shape == ct.shape:
+        return sides.array
+    box = tuple(
+        slice(int(side.start * n / m), int(np.ceil(side.stop * n / m)))
+        for side, n, m in zip(bounding_box(sides.array > 0), ct.shape, sides.shape, strict=True)
+    )
+    target = ct.crop(box)
+    result = np.zeros(ct.shape, np.uint8)
+    for side in (RIGHT, LEFT):
+        lung = resample_image(sides.like(sides.array == side), target.affine, target.shape, outside=0.0).array
+        result[box][lung >= 0.5] = side
+    return result

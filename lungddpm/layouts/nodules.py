@@ -1,0 +1,217 @@
+"""Nodules: from readers' contours, or ready labels, to physical nodules in the scan's own index space.
+
+The rules are those of LIDC-IDRI: Armato et al., Medical Physics 38:915-931, 2011, doi 10.1118/1.3528204 (a contour is
+the first voxel outside the nodule). Clustering by the smallest distance between contours and the consensus over
+readers follow Hancock and Magnan, J. Medical Imaging 3:044504, 2016, doi 10.1117/1.JMI.3.4.044504.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import cc3d
+import numpy as np
+from scipy.sparse.csgraph import connected_components
+from scipy.spatial import cKDTree
+from skimage.measure import grid_points_in_poly
+
+from lungddpm.config import Layouts
+from lungddpm.layouts import Label
+from lungddpm.sources import Annotation, Scan
+from lungddpm.volume import bounding_box
+
+READERS = 4
+"""Readers of LIDC-IDRI: a cluster of more annotations joins several nodules."""
+TOLERANCE_STEP = 0.9
+SMALLEST_TOLERANCE_MM = 0.1
+_ROUNDING_MM = 1e-3
+"""Slice positions in headers are rounded: contours exactly one slice apart must stay linked."""
+
+
+@dataclass(frozen=True)
+class Nodule:
+    """One physical nodule: a box of the scan and the voxels of the nodule in it."""
+
+    corner: tuple[int, int, int]
+    """Index of the box's first voxel in the scan."""
+    mask: np.ndarray
+    """bool; the box fits closely."""
+    readers: int = 1
+    """Distinct readers who drew it; 1 where ready labels say so."""
+    flagged: bool = False
+    """One reader drew it more than once, in contours that touch: their union was taken."""
+    characteristics: dict[str, float] = field(default_factory=dict)
+    """Median rating over the annotations, e.g. `malignancy`; empty where nobody rated."""
+
+    @property
+    def voxels(self) -> int:
+        """Number of voxels."""
+        return int(np.count_nonzero(self.mask))
+
+    @property
+    def box(self) -> tuple[slice, slice, slice]:
+        """The box as an index into the scan."""
+        return tuple(slice(first, first + n) for first, n in zip(self.corner, self.mask.shape, strict=True))
+
+    def paste(self, into: np.ndarray, value: int | bool = True) -> None:
+        """Set the nodule's voxels in an array of the scan's shape, in place."""
+        into[self.box][self.mask] = value
+
+
+def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
+    """The physical nodules of a scan, from feet to head.
+
+    Contours are clustered and merged by consensus; nodules of fewer than `settings.minimum_readers` distinct readers,
+    and those without a voxel at `settings.consensus`, are left out. Of ready labels, every 26-connected component of
+    the label `NODULE` is a nodule, whatever the settings.
+    """
+    nodules = (
+        _labelled_nodules(scan.labels)
+        if scan.labels is not None
+        else [
+            nodule
+            for cluster in cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm)
+            if (nodule := consensus(cluster, settings.consensus)) is not None
+            and nodule.readers >= settings.minimum_readers
+        ]
+    )
+    return sorted(nodules, key=lambda nodule: nodule.corner[::-1])
+
+
+def cluster_annotations(
+    annotations: Sequence[Annotation], affine: np.ndarray, slice_thickness_mm: float | None = None
+) -> list[list[Annotation]]:
+    """Group the annotations of one scan into physical nodules.
+
+    Two annotations are linked if their contours come as close as the slice thickness (single linkage). While a cluster
+    holds more than four annotations, or two of one reader, its own tolerance shrinks by a tenth, down to 0.1 mm.
+
+    Args:
+        annotations: of one scan.
+        affine: (4, 4) of the scan, index -> mm.
+        slice_thickness_mm: None takes the distance between slices.
+
+    Returns:
+        Clusters in the order of their first annotation.
+    """
+    if not annotations:
+        return []
+    if slice_thickness_mm is None:
+        slice_thickness_mm = float(np.linalg.norm(affine[:3, 2]))
+    distances = _contour_distances_mm(annotations, affine, slice_thickness_mm)
+    readers = np.array([annotation.reader for annotation in annotations])
+    clusters = []
+    open_groups = [(np.arange(len(annotations)), slice_thickness_mm)]
+    while open_groups:
+        members, tolerance = open_groups.pop()
+        _, part = connected_components(distances[np.ix_(members, members)] <= tolerance + _ROUNDING_MM, directed=False)
+        for cluster in (members[part == number] for number in range(part.max() + 1)):
+            too_many = len(cluster) > READERS or len(np.unique(readers[cluster])) < len(cluster)
+            if too_many and tolerance > SMALLEST_TOLERANCE_MM:
+                open_groups.append((cluster, max(tolerance * TOLERANCE_STEP, SMALLEST_TOLERANCE_MM)))
+            else:
+                clusters.append(cluster)
+    return [[annotations[i] for i in cluster] for cluster in sorted(clusters, key=lambda cluster: cluster[0])]
+
+
+def consensus(cluster: Sequence[Annotation], level: float) -> Nodule | None:
+    """The voxels that at least a share of the nodule's own readers drew.
+
+    Args:
+        cluster: the annotations of one physical nodule.
+        level: the share, above 0, at most 1.
+
+    Returns:
+        The nodule; None if no voxel reaches the level.
+    """
+    masks = [annotation_mask(annotation) for annotation in cluster]
+    low = np.min([corner for corner, _ in masks], axis=0)
+    high = np.max([np.add(corner, mask.shape) for corner, mask in masks], axis=0)
+    readers = sorted({annotation.reader for annotation in cluster})
+    drawn = np.zeros((len(readers), *(high - low)), bool)
+    for annotation, (corner, mask) in zip(cluster, masks, strict=True):
+        inside = tuple(slice(first, first + n) for first, n in zip(corner - low, mask.shape, strict=True))
+        drawn[readers.index(annotation.reader)][inside] |= mask
+    # Rounding must not turn "one of three" at a level of 1/3 into less than that.
+    agreed = drawn.sum(axis=0) >= level * len(readers) - 1e-6
+    if not agreed.any():
+        return None
+    ratings: dict[str, list[int]] = {}
+    for annotation in cluster:
+        for name, value in annotation.characteristics.items():
+            ratings.setdefault(name, []).append(value)
+    box = bounding_box(agreed)
+    return Nodule(
+        corner=tuple(int(first + side.start) for first, side in zip(low, box, strict=True)),
+        mask=agreed[box],
+        readers=len(readers),
+        flagged=len(readers) < len(cluster),
+        characteristics={name: float(np.median(values)) for name, values in ratings.items()},
+    )
+
+
+def annotation_mask(annotation: Annotation) -> tuple[np.ndarray, np.ndarray]:
+    """What one reader drew for one nodule: the union of the outlined regions, less those to be cut out.
+
+    Returns:
+        (corner, mask): the index of the first voxel of a box around all contours, (3,), and the box, bool.
+    """
+    points = _contour_points(annotation)
+    low, high = points.min(axis=0), points.max(axis=0) + 1
+    mask = np.zeros(high - low, bool)
+    in_plane = mask.shape[:2]
+    for contour in annotation.contours:
+        if contour.inclusion:
+            mask[:, :, contour.slice_index - low[2]] |= contour_mask(contour.points - low[:2], in_plane)
+    for contour in annotation.contours:
+        if not contour.inclusion:
+            edge = contour.points - low[:2]
+            cut = contour_mask(edge, in_plane)
+            cut[tuple(edge.T)] = True
+            mask[:, :, contour.slice_index - low[2]] &= ~cut
+    return low, mask
+
+
+def contour_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """The pixels whose centres lie inside a closed polygon by the even-odd rule, without its listed points.
+
+    A contour that touches or crosses itself, is open, or has gaps is no error: the last point joins the first.
+
+    Args:
+        points: (n, 2) int, column and row.
+        shape: columns and rows of the result.
+
+    Returns:
+        bool, of `shape`.
+    """
+    inside = 1  # grid_points_in_poly: 0 outside, 1 inside, 2 vertex, 3 edge
+    return grid_points_in_poly(shape, points, binarize=False) == inside
+
+
+def _contour_points(annotation: Annotation) -> np.ndarray:
+    """(n, 3) int: column, row, slice of every contour point."""
+    return np.concatenate(
+        [np.insert(contour.points, 2, contour.slice_index, axis=1) for contour in annotation.contours]
+    )
+
+
+def _contour_distances_mm(annotations: Sequence[Annotation], affine: np.ndarray, limit_mm: float) -> np.ndarray:
+    """(n, n): the smallest distance between the contour points of two annotations; infinite beyond the limit."""
+    trees = [cKDTree(_contour_points(annotation) @ affine[:3, :3].T) for annotation in annotations]
+    distances = np.zeros((len(trees), len(trees)))
+    for i, tree in enumerate(trees):
+        for j in range(i):
+            nearest, _ = tree.query(trees[j].data, distance_upper_bound=limit_mm + 2 * _ROUNDING_MM)
+            distances[i, j] = distances[j, i] = nearest.min()
+    return distances
+
+
+def _labelled_nodules(labels: np.ndarray) -> list[Nodule]:
+    components = cc3d.connected_components(labels == Label.NODULE, connectivity=26)
+    boxes = cc3d.statistics(components)["bounding_boxes"]
+    return [
+        Nodule(tuple(int(side.start) for side in box), components[box] == number)
+        for number, box in enumerate(boxes)
+        if number > 0
+    ]

@@ -1,0 +1,430 @@
+"""The only adapter to nnU-Net: plan, train and predict one arm, without its command line and global settings.
+
+<arm>/plan.json                               written last: the arm is planned and preprocessed
+<arm>/nnUNet_preprocessed/, <arm>/nnUNet_results/seed<k>/    as nnU-Net lays them out, usable with its own commands
+                                              (nnUNet_extTrainer must name the folder `trainers` beside this file)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm.arms.compose import DATASET
+from lungddpm.cases import folder_of, read_cases, usable
+from lungddpm.config import Config, Network
+from lungddpm.errors import ConfigError, InputError
+from lungddpm.files import fingerprint, seed_from, sha256_of, write_json
+from lungddpm.progress import LOG, Progress
+from lungddpm.volume import read_volume, write_volume
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIGURATION = "lungddpm"
+PLANS = "nnUNetPlans"
+TRAINER = "LungDDPMTrainer"
+TRAINERS = Path(__file__).parent / "trainers"
+
+
+def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, processes: int = 1) -> None:
+    """Fingerprint, plan and preprocess an arm; with `plans_from`, take fingerprint and plans from that arm.
+
+    Writes `plan.json` last; does nothing where that already describes this arm under this config.
+
+    Args:
+        config: `segmentation.network` and `segmentation.batch_size` make nnU-Net's configuration `lungddpm`.
+        arm_dir: folder of a composed arm.
+        plans_from: folder of the planned arm `real`, so that all arms train the same network on the same scale.
+        processes: cases preprocessed at once.
+
+    Raises:
+        InputError: the arm is not composed, or `plans_from` is not planned.
+    """
+    settings = {"network": config.segmentation.network, "batch_size": config.segmentation.batch_size}
+    origin = _read_marker(plans_from, "plan.json", "segment plan") if plans_from else None
+    arm = _read_marker(arm_dir, "arm.json", "compose")
+    state = fingerprint(
+        {
+            "arm": arm["fingerprint"],
+            "settings": settings,
+            "plans": origin["plans_sha256"] if origin else None,
+            "nnunetv2": version("nnunetv2"),
+        }
+    )
+    marker = arm_dir / "plan.json"
+    if marker.exists() and _read_marker(arm_dir, "plan.json", "segment plan")["fingerprint"] == state:
+        LOG.info("%s is planned and preprocessed already", arm_dir)
+        return
+    marker.unlink(missing_ok=True)
+    preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
+    shutil.rmtree(preprocessed, ignore_errors=True)
+    preprocessed.mkdir(parents=True)
+    raw = arm_dir / "nnUNet_raw" / DATASET
+    for name in ("dataset.json", "splits_final.json"):
+        shutil.copyfile(raw / name, preprocessed / name)
+    # nnU-Net's own validation looks for the true labels here.
+    (preprocessed / "gt_segmentations").symlink_to(os.path.relpath(raw.resolve() / "labelsTr", preprocessed.resolve()))
+
+    with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
+        if plans_from is None:
+            LOG.info("nnU-Net measures and plans %s", arm_dir.name)
+            _plan(config, preprocessed, processes)
+        else:
+            for name in ("dataset_fingerprint.json", f"{PLANS}.json"):
+                shutil.copyfile(plans_from / "nnUNet_preprocessed" / DATASET / name, preprocessed / name)
+        _preprocess(raw, preprocessed, processes)
+    content = {
+        "arm": arm["arm"],
+        "arm_fingerprint": arm["fingerprint"],
+        "plans_sha256": sha256_of(preprocessed / f"{PLANS}.json"),
+        "nnunetv2": version("nnunetv2"),
+    }
+    write_json(marker, {**content, "fingerprint": state})
+
+
+def small_configuration(planned: dict, transpose_forward: list[int], network: Network | None, batch_size: int) -> dict:
+    """nnU-Net's configuration `lungddpm`: the planned `3d_fullres` with another patch, network and batch size.
+
+    Args:
+        planned: the configuration `3d_fullres` of the plans.
+        transpose_forward: the plans' order of axes, relative to (z, y, x) as SimpleITK reads them.
+        network: patch in (x, y, z) and features of each stage; None keeps what nnU-Net planned.
+        batch_size: patches an optimizer step.
+    """
+    configuration = {"inherits_from": "3d_fullres", "batch_size": batch_size}
+    if network is None:
+        return configuration
+    stages = len(network.features)
+    architecture = planned["architecture"]
+    kwargs = architecture["arch_kwargs"] | {
+        "n_stages": stages,
+        "features_per_stage": list(network.features),
+        "kernel_sizes": [[3, 3, 3]] * stages,
+        "strides": [[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        "n_conv_per_stage": [2] * stages,
+        "n_conv_per_stage_decoder": [2] * (stages - 1),
+    }
+    patch_zyx = network.patch[::-1]
+    return configuration | {
+        "patch_size": [patch_zyx[axis] for axis in transpose_forward],
+        "architecture": architecture | {"arch_kwargs": kwargs},
+    }
+
+
+def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1) -> None:
+    """Train one replicate of an arm for `segmentation.steps` optimizer steps, or go on where a killed run stopped.
+
+    The random seed depends on the run's seed, the replicate's seed and the fold, not on the arm: replicates of
+    different arms are pairs. A finished training of the same data and settings is kept; one of others is discarded.
+
+    Args:
+        config: the run's config.
+        arm_dir: folder of a planned arm.
+        fold: index into the arm's folds.
+        seed: the replicate's seed.
+        device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda or mps.
+        processes: data loaders beside the training process on a GPU. On a CPU batches are made in the training
+            process, which makes runs repeatable bit by bit.
+
+    Raises:
+        ConfigError: no such device.
+        InputError: the arm is not planned as it is now, or has no such fold.
+    """
+    chosen = select_device(device)
+    settings = _training_settings(config, arm_dir, fold, seed)
+    folder = fold_folder(arm_dir, fold, seed)
+    what = f"{arm_dir.name} fold {fold} seed {seed}"
+    with _lock(results_folder(arm_dir, seed) / f".lock_fold{fold}", what):
+        if _is_trained(folder, settings):
+            LOG.info("%s is trained already", what)
+            return
+        if (before := _settings_of(folder)) and before != settings:
+            LOG.info("%s: data, plans or settings have changed: the old training in %s is discarded", what, folder)
+            shutil.rmtree(folder)
+        write_json(folder / "training.json", settings)
+        loaders = 0 if chosen.type == "cpu" else processes
+        with _environment(arm_dir, processes, seed, loaders), _quiet(folder / "console.log"):
+            _train(arm_dir, folder, fold, chosen, what)
+
+
+def run_predict(
+    config: Config,
+    arm_dir: Path,
+    fold: int,
+    seed: int,
+    cases_table: Path,
+    output: Path,
+    device: str = "auto",
+    processes: int = 1,
+) -> None:
+    """Segment every usable test case with a trained replicate, on the case's own grid.
+
+    Writes `<case_id>.nii.gz` (uint8, 0 or 1) and `probability/<case_id>.nii.gz` (uint8, 255 times the probability
+    of nodule); files of other cases are removed from `output`. Mirrored copies are averaged on a GPU only (8 times
+    the work).
+
+    Args:
+        config: the run's config.
+        arm_dir: folder of a planned arm.
+        fold: fold of the replicate.
+        seed: seed of the replicate.
+        cases_table: table of the real cases, with roles.
+        output: folder for the masks.
+        device: as for `run_train`.
+        processes: threads that nnU-Net may use at most.
+
+    Raises:
+        ConfigError: no such device.
+        InputError: the replicate is not trained, or not on this arm and with this config as they are now.
+    """
+    chosen = select_device(device)
+    cases = usable(read_cases(cases_table), "test")
+    folder = fold_folder(arm_dir, fold, seed)
+    if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
+        raise InputError(
+            folder, "holds no finished training of this arm with this config", "Run 'lungddpm segment train' first."
+        )
+    with _environment(arm_dir, processes, seed), _quiet(folder / "console.log"):
+        predictor, reader = _predictor(arm_dir, folder, chosen)
+        with Progress(f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}", len(cases)) as progress:
+            for _, case in cases.iterrows():
+                path = folder_of(cases_table, case) / "ct.nii.gz"
+                ct = read_volume(path)
+                image, properties = reader.read_images([str(path)])
+                mask, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
+                # nnU-Net's arrays are (z, y, x) and its channel 1 is the nodule.
+                probability = np.rint(255 * probabilities[1].T).astype(np.uint8)
+                write_volume(output / "probability" / f"{case['case_id']}.nii.gz", ct.like(probability))
+                write_volume(output / f"{case['case_id']}.nii.gz", ct.like(mask.T.astype(np.uint8)))
+                progress.advance()
+    expected = {f"{case_id}.nii.gz" for case_id in cases["case_id"]}
+    for stale in [path for path in output.rglob("*.nii.gz") if path.name not in expected]:
+        stale.unlink()
+
+
+def results_folder(arm_dir: Path, seed: int) -> Path:
+    """The folder that nnU-Net is told to be `nnUNet_results` for one seed."""
+    return arm_dir / "nnUNet_results" / f"seed{seed}"
+
+
+def fold_folder(arm_dir: Path, fold: int, seed: int) -> Path:
+    """Where nnU-Net keeps the checkpoints of one replicate."""
+    return results_folder(arm_dir, seed) / DATASET / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
+
+
+def select_device(device: str) -> torch.device:
+    """The device of that name; `auto` takes a CUDA GPU if there is one, else the CPU.
+
+    Raises:
+        ConfigError: it is unknown or not there.
+    """
+    import torch
+
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    chosen = device if device != "auto" else "cuda" if present["cuda"] else "cpu"
+    if not present.get(chosen, False):
+        found = ", ".join(name for name in present if present[name])
+        raise ConfigError("device", f"'{device}' is not available here", f"Use auto or one of: {found}.")
+    return torch.device(chosen)
+
+
+def _plan(config: Config, preprocessed: Path, processes: int) -> None:
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
+
+    extractor = DatasetFingerprintExtractor(DATASET, processes)
+    extractor.show_progress_bar = False
+    extractor.run()
+    plans = ExperimentPlanner(DATASET).plan_experiment()
+    plans["configurations"][CONFIGURATION] = small_configuration(
+        plans["configurations"]["3d_fullres"],
+        plans["transpose_forward"],
+        config.segmentation.network,
+        config.segmentation.batch_size,
+    )
+    write_json(preprocessed / f"{PLANS}.json", plans)
+
+
+def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    plans = PlansManager(str(preprocessed / f"{PLANS}.json"))
+    configuration = plans.get_configuration(CONFIGURATION)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    if processes > 1:
+        preprocessor.show_progress_bar = False
+        preprocessor.run(DATASET, CONFIGURATION, PLANS, processes)
+        return
+    # nnU-Net's own loop starts a process even for one: seconds for each arm.
+    dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
+    target = preprocessed / configuration.data_identifier
+    target.mkdir()
+    dataset = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    with Progress("preprocessing training cases", len(dataset)) as progress:
+        for name, files in dataset.items():
+            preprocessor.run_case_save(
+                str(target / name), files["images"], files["label"], plans, configuration, dataset_json
+            )
+            progress.advance()
+
+
+def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: str) -> None:
+    import torch
+
+    from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
+
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    latest = folder / "checkpoint_latest.pth"
+    preprocessed = arm_dir.resolve() / "nnUNet_preprocessed" / DATASET
+    plans, dataset_json = (
+        json.loads((preprocessed / name).read_text(encoding="utf-8")) for name in (f"{PLANS}.json", "dataset.json")
+    )
+    trainer = LungDDPMTrainer(
+        plans=plans | {"continue_training": latest.exists()},
+        configuration=CONFIGURATION,
+        fold=fold,
+        dataset_json=dataset_json,
+        device=device,
+    )
+    if latest.exists():
+        trainer.load_checkpoint(str(latest))
+        LOG.info("%s goes on after epoch %d of %d", what, trainer.current_epoch, trainer.num_epochs)
+    steps = trainer.num_iterations_per_epoch
+    with Progress(f"training {what}", trainer.num_epochs * steps, trainer.current_epoch * steps) as trainer.progress:
+        trainer.run_training()
+
+
+def _predictor(arm_dir: Path, folder: Path, device: torch.device):
+    """nnU-Net's predictor with the replicate's last weights, and the reader of its images."""
+    import torch
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
+    plans = PlansManager(str(preprocessed / f"{PLANS}.json"))
+    configuration = plans.get_configuration(CONFIGURATION)
+    dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
+    network = get_network_from_plans(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+        input_channels=1,
+        output_channels=2,
+        deep_supervision=False,
+    )
+    # Our own file: nnU-Net's checkpoints hold more than tensors.
+    checkpoint = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    predictor = nnUNetPredictor(use_mirroring=device.type != "cpu", device=device, allow_tqdm=False)
+    predictor.manual_initialization(
+        network,
+        plans,
+        configuration,
+        [checkpoint["network_weights"]],
+        dataset_json,
+        TRAINER,
+        checkpoint["inference_allowed_mirroring_axes"],
+    )
+    return predictor, plans.image_reader_writer_class()
+
+
+def _read_marker(folder: Path, name: str, verb: str) -> dict:
+    try:
+        return json.loads((folder / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(folder / name, "does not exist", f"Run 'lungddpm {verb}' for this arm first.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(folder / name, f"cannot be read as JSON ({error})", "Delete it and run again.") from None
+
+
+def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> dict:
+    """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
+
+    Raises:
+        InputError: the arm is not planned, was composed anew since, or has no such fold.
+    """
+    plan, arm = _read_marker(arm_dir, "plan.json", "segment plan"), _read_marker(arm_dir, "arm.json", "compose")
+    if plan["arm_fingerprint"] != arm["fingerprint"]:
+        raise InputError(arm_dir, "was composed anew since it was planned", "Run 'lungddpm segment plan' again.")
+    if fold >= (n_folds := len(arm["folds"])):
+        raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
+    options = config.segmentation
+    settings = {
+        "steps": options.steps,
+        "save_every": options.save_every,
+        "optimizer": options.optimizer,
+        "learning_rate": options.learning_rate,
+        "seed": seed_from(config.seed, seed, fold),
+        "plan": plan["fingerprint"],
+    }
+    return settings | {"fingerprint": fingerprint(settings)}
+
+
+def _is_trained(folder: Path, settings: dict) -> bool:
+    return _settings_of(folder) == settings and (folder / "checkpoint_final.pth").exists()
+
+
+def _settings_of(folder: Path) -> dict:
+    """The settings of the training in a fold's folder; empty where there is none."""
+    path = folder / "training.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+@contextlib.contextmanager
+def _environment(arm_dir: Path, processes: int, seed: int | None = None, loaders: int = 1) -> Iterator[None]:
+    """nnU-Net's environment variables for one arm (and seed), set before its modules are loaded and then put back."""
+    arm_dir = arm_dir.resolve()
+    values = {
+        "nnUNet_raw": arm_dir / "nnUNet_raw",
+        "nnUNet_preprocessed": arm_dir / "nnUNet_preprocessed",
+        "nnUNet_results": results_folder(arm_dir, seed) if seed is not None else arm_dir / "nnUNet_results",
+        "nnUNet_extTrainer": TRAINERS,
+        "nnUNet_def_n_proc": processes,
+        "nnUNet_n_proc_DA": loaders,
+        "nnUNet_compile": "f",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    # Compiling needs a C compiler on the machine and is not repeatable: only who sets the variable gets it.
+    values["nnUNet_compile"] = before["nnUNet_compile"] or values["nnUNet_compile"]
+    os.environ.update({name: str(value) for name, value in values.items()})
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _quiet(log_file: Path) -> Iterator[None]:
+    """Send what nnU-Net prints to a file instead of the terminal."""
+    log_file.parent.mkdir(parents=True, exist_ok=True)
+    with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        yield
+
+
+@contextlib.contextmanager
+def _lock(path: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; a training that a killed run left behind is waited for."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOG.warning("%s is being trained by another process (left by a killed run?): waiting for it", what)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,114 @@
+"""The trainer that nnU-Net runs. nnU-Net imports every module of this folder: keep nothing but trainers here."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.utils.random import RandomTransform
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from lungddpm.files import atomic_path, seed_from
+from lungddpm.progress import Progress
+
+SETTINGS_FILE = "training.json"
+
+
+class LungDDPMTrainer(nnUNetTrainer):
+    """nnU-Net's trainer for a fixed number of optimizer steps, repeatable and resumable.
+
+    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `seed`) are read from `training.json` in the
+    fold's result folder; without that file it trains as nnU-Net does. On a CPU with the loader in the process
+    (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed and resumed.
+    """
+
+    def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device):
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        settings_file = Path(self.output_folder) / SETTINGS_FILE
+        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+        self.seed = settings.get("seed", 0)
+        self.optimizer_name = settings.get("optimizer", "sgd")
+        self.initial_lr = settings.get("learning_rate", self.initial_lr)
+        self.num_iterations_per_epoch = settings.get("save_every", self.num_iterations_per_epoch)
+        self.num_epochs = settings.get("steps", 1000 * self.num_iterations_per_epoch) // self.num_iterations_per_epoch
+        # The validation patches only draw a curve: the last weights are used, whatever it says.
+        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 10)
+        self.save_every = 1
+        # nnU-Net gives the coarsest output the weight zero; with two stages there is no other.
+        self.enable_deep_supervision = len(self.configuration_manager.pool_op_kernel_sizes) > 2
+        self.progress: Progress | None = None
+
+    def initialize(self) -> None:
+        """Build network, optimizer and loss from the seed."""
+        self._seed_all("start")
+        super().initialize()
+
+    def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
+        """SGD as nnU-Net has it, or AdamW, which learns in hundreds of steps."""
+        if self.optimizer_name == "sgd":
+            return super().configure_optimizers()
+        optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
+
+    @staticmethod
+    def get_training_transforms(*args, **kwargs):
+        """nnU-Net's augmentation, with a blur that does not choose its algorithm by the clock."""
+        transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        for transform in transforms.transforms:
+            if isinstance(transform, RandomTransform) and isinstance(transform.transform, GaussianBlurTransform):
+                transform.transform.benchmark = False
+        return transforms
+
+    def on_train_epoch_start(self) -> None:
+        """Draw what follows from the seed and the epoch alone, so that a resumed run goes on as it would have."""
+        self._seed_all(self.current_epoch)
+        self.step_in_epoch = 0
+        super().on_train_epoch_start()
+
+    def train_step(self, batch: dict) -> dict:
+        """One optimizer step; the learning rate decays by the step, not by the epoch."""
+        self.lr_scheduler.step(self.current_epoch + self.step_in_epoch / self.num_iterations_per_epoch)
+        self.step_in_epoch += 1
+        outputs = super().train_step(batch)
+        if self.progress is not None:
+            self.progress.advance()
+        return outputs
+
+    def on_epoch_end(self) -> None:
+        """Log and save; nnU-Net's best-so-far checkpoint and its plot of each epoch (seconds) are left out."""
+        loss = float(self.logger.get_value("train_losses", step=-1))
+        pseudo_dice = float(self.logger.get_value("mean_fg_dice", step=-1))
+        self.logger.log("epoch_end_timestamps", time.time(), self.current_epoch)
+        self.print_to_log_file(f"train_loss {loss:.4f}, pseudo Dice {pseudo_dice:.4f}")
+        if self.progress is not None:
+            self.progress.note(loss=loss, pseudo_dice=pseudo_dice)
+        if self.current_epoch + 1 < self.num_epochs:
+            self.save_checkpoint(str(Path(self.output_folder) / "checkpoint_latest.pth"))
+        self.current_epoch += 1
+
+    def save_checkpoint(self, filename: str) -> None:
+        """Save atomically: a killed run leaves the last complete checkpoint."""
+        with atomic_path(Path(filename)) as temporary:
+            super().save_checkpoint(str(temporary))
+
+    def print_to_log_file(self, *args, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
+        """Write to nnU-Net's own log file, never to the terminal."""
+        super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
+
+    def plot_network_architecture(self) -> None:
+        """Left out: it needs a library that is not kept up."""
+
+    def _save_debug_information(self) -> None:
+        """Left out: it records the host's name and absolute paths."""
+
+    def _seed_all(self, moment: int | str) -> None:
+        seed = seed_from(self.seed, moment)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        torch.manual_seed(seed)

@@ -1,0 +1,86 @@
+"""One patient: from a seed to a chest CT and all that is true of it. Every part of the patient (body, scanner, vessels,
+nodules, noise, marks) has random numbers of its own, so that another noise, say, leaves the anatomy as it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from lungddpm.config import Phantom
+from lungddpm.sources.phantom.anatomy import Physique, paint_soft_tissue, parenchyma, surfaces_of
+from lungddpm.sources.phantom.nodules import Nodule, paint_nodule, paint_small_nodule, place_marks, place_nodules
+from lungddpm.sources.phantom.scanner import HU, LPS_TO_RAS, acquire, field_of_view, paint
+from lungddpm.sources.phantom.skeleton import paint_skeleton
+from lungddpm.sources.phantom.vessels import paint_vessels
+from lungddpm.volume import Volume
+
+
+@dataclass(frozen=True)
+class Thorax:
+    """One scan and all that is true of it; every array has the shape of `ct`.
+
+    Attributes:
+        ct: int16 HU, indexed (column, row, slice); the affine is RAS mm.
+        lungs: bool, both lungs with the vessels and nodules inside, without trachea and main bronchi.
+        vessels: bool, lung voxels at least half filled by vessels; never a nodule.
+        vessel_radius_mm: float32, radius of the widest vessel that reaches into the voxel, 0 where there is none.
+        nodules: at least 3 mm, mutually disjoint, inside the lungs.
+        small_nodules_mm: (n, 3) RAS, centres of nodules below 3 mm, of which readers mark but the centre.
+        distractors_mm: (n, 3) RAS, vessel forks that readers mark as findings other than nodules.
+    """
+
+    ct: Volume
+    lungs: np.ndarray
+    vessels: np.ndarray
+    vessel_radius_mm: np.ndarray
+    nodules: tuple[Nodule, ...]
+    small_nodules_mm: np.ndarray
+    distractors_mm: np.ndarray
+
+
+def thorax(parameters: Phantom, seed: int) -> Thorax:
+    """One patient's chest CT and its exact truth.
+
+    Args:
+        parameters: size of the scan, number and size of nodules, noise.
+        seed: of this patient; equal seeds give equal scans.
+
+    Takes about 2 s and 0.4 GB at the default size, 12 s and 1.6 GB at 320 x 320 x 200.
+    """
+    body_rng, scanner_rng, tree_rng, nodule_rng, noise_rng, mark_rng = np.random.default_rng(seed).spawn(6)
+    physique = Physique.draw(body_rng)
+    grid, shift_mm = field_of_view(parameters, physique.size, physique.height_mm, scanner_rng)
+    surfaces = surfaces_of(grid, physique)
+
+    hu = np.full(grid.shape, HU["air"], np.float32)
+    paint_soft_tissue(hu, grid, physique, surfaces)
+    paint_skeleton(hu, grid, physique, surfaces)
+    lung_share = grid.share(surfaces.lung)
+    paint(hu, lung_share, parenchyma(grid, physique, scanner_rng))
+    vessel_share, vessel_radius_mm = paint_vessels(hu, grid, physique, surfaces.lung, tree_rng)
+
+    sites = place_nodules(grid, parameters, surfaces, vessel_radius_mm, nodule_rng)
+    nodules = [paint_nodule(hu, grid, site, lung_share, nodule_rng) for site in sites]
+    deep = surfaces.lung < -6
+    small_nodules = place_marks(grid, deep & (vessel_radius_mm == 0), 3, sites, mark_rng)
+    for centre_mm in small_nodules:
+        paint_small_nodule(hu, grid, centre_mm, mark_rng)
+    forks = place_marks(grid, deep & (vessel_radius_mm > 1.5), 4, sites, mark_rng)
+    for nodule in nodules:
+        vessel_radius_mm[nodule.mask] = 0
+
+    def to_ras(points_mm: np.ndarray) -> np.ndarray:
+        return LPS_TO_RAS * (points_mm + shift_mm)
+
+    affine = np.diag([*(LPS_TO_RAS * grid.step_mm), 1.0])
+    affine[:3, 3] = to_ras(grid.first_mm)
+    return Thorax(
+        ct=Volume(acquire(hu, grid, parameters.noise_hu, noise_rng), affine),
+        lungs=lung_share >= 0.5,
+        vessels=(vessel_share >= 0.5) & (vessel_radius_mm > 0),
+        vessel_radius_mm=vessel_radius_mm,
+        nodules=tuple(replace(n, centre_mm=tuple(map(float, to_ras(n.centre_mm)))) for n in nodules),
+        small_nodules_mm=to_ras(small_nodules),
+        distractors_mm=to_ras(forks),
+    )

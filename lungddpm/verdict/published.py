@@ -1,0 +1,147 @@
+"""The published figures (published.csv is their only copy) beside this run's, and whether the two can be compared.
+
+Sources: the poster of Lung-DDPM (arXiv 2502.15204) and the README of its successor, Lung-DDPM+.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+import numpy as np
+import pandas as pd
+
+from lungddpm.verdict.image_quality import SYNTHETIC
+
+REAL_CASES = 800
+"""Real training cases in the published segmentation experiment."""
+_GENERATORS = {"Lung-DDPM": "lung_ddpm"}
+"""Published methods that this benchmark has, by their module in `lungddpm/generators/`."""
+_SEGMENTATION = (
+    "its 249 test patients are private, and what its sd is taken over is not stated: "
+    "compare the change against real data, not the level"
+)
+_OTHER_SCALE = (
+    "its intensity scaling and references are not ours; with 84-90 % of the voxels copied from the reference, "
+    "the whole-volume figure mostly tells how large the lungs are"
+)
+_OTHER_FEATURES = (
+    "distances depend on the feature network, the input range and the cohort; this run does not compute it"
+)
+_OTHER_MACHINE = "sampling time depends on the machine and the grid, which differ"
+_NOT_MEASURED = "not measured in this run"
+_PHANTOMS = "the patients of this run are computed phantoms"
+
+
+def published_figures() -> pd.DataFrame:
+    """The published figures: table, source, cohort, method, condition, training_set, metric, mean, sd."""
+    with files(__package__).joinpath("published.csv").open(encoding="utf-8") as file:
+        return (
+            pd.read_csv(file, keep_default_na=False, dtype=str)
+            .astype({"mean": float})
+            .assign(sd=lambda table: pd.to_numeric(table["sd"]))
+        )
+
+
+def published_comparison(
+    verdict: pd.DataFrame,
+    image_quality: pd.DataFrame | None = None,
+    seconds_per_volume: dict[str, float] | None = None,
+    phantoms: bool = False,
+) -> pd.DataFrame:
+    """Published figures and this run's, row by row.
+
+    Args:
+        verdict: rows of `verdict.csv`.
+        image_quality: rows of `image_quality.csv`, if measured.
+        seconds_per_volume: mean sampling time by generator, if known.
+        phantoms: the run's patients are computed, so that nothing compares.
+
+    Returns:
+        The published rows with: published_change (against real only), arm (or generator) of this run that comes
+        closest, measured_mean, measured_sd, measured_change, comparable ("no" or "change only"), why_not.
+    """
+    rows = []
+    figures = published_figures()
+    real_only = figures[figures["method"] == "real only"].set_index("metric")["mean"]
+    for figure in figures.to_dict("records"):
+        row = {name: figure[name] for name in ("table", "source", "cohort", "method", "training_set", "metric")}
+        row |= {"published_mean": figure["mean"], "published_sd": figure["sd"], "published_change": np.nan}
+        row |= {"arm": "", "measured_mean": np.nan, "measured_sd": np.nan, "measured_change": np.nan}
+        if figure["table"] == "segmentation":
+            if figure["method"] != "real only":
+                row["published_change"] = figure["mean"] - real_only[figure["metric"]]
+            row |= _segmentation(figure, verdict)
+        elif figure["table"] == "image_quality":
+            row |= _quality(figure, image_quality)
+        else:
+            row |= _sampling(figure, seconds_per_volume or {})
+        if phantoms and row["arm"]:
+            row |= {"comparable": "no", "why_not": _PHANTOMS}
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _segmentation(figure: dict, verdict: pd.DataFrame) -> dict:
+    if figure["method"] == "real only":
+        arm = "real"
+    elif figure["method"] in _GENERATORS:
+        dose = int(figure["training_set"].split("+")[1].split()[0]) / REAL_CASES
+        arm = _arm_of_dose(verdict["arm"], _GENERATORS[figure["method"]], dose)
+        if not arm:
+            return {"comparable": "no", "why_not": f"this run has no arm with a dose of about {dose:.2g}"}
+    else:
+        return _absent(figure)
+    measured = verdict[(verdict["arm"] == arm) & (verdict["metric"] == figure["metric"])].iloc[0]
+    if np.isnan(measured["mean"]):
+        return {"comparable": "no", "why_not": _NOT_MEASURED}
+    return {
+        "arm": arm,
+        "measured_mean": measured["mean"],
+        "measured_sd": measured["sd"],
+        "measured_change": measured["difference"],
+        "comparable": "no" if arm == "real" else "change only",
+        "why_not": _SEGMENTATION,
+    }
+
+
+def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
+    """The generator's arm whose dose is closest to `dose` and within a tenth of it (0.23 passes for 0.25)."""
+    prefix = f"real+{generator}@"
+    distance = {arm: abs(float(arm.removeprefix(prefix)) / dose - 1) for arm in arms if arm.startswith(prefix)}
+    closest = min(distance, key=distance.get, default="")
+    return closest if closest and distance[closest] <= 0.1 else ""
+
+
+def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
+    if figure["method"] not in _GENERATORS:
+        return _absent(figure)
+    if figure["metric"] != "MSE":
+        return {"comparable": "no", "why_not": _OTHER_FEATURES}
+    generator = _GENERATORS[figure["method"]]
+    if image_quality is not None:
+        rows = image_quality[
+            (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
+            & (image_quality["region"] == "whole volume") & (image_quality["metric"] == "mse")
+        ]  # fmt: skip
+        if not rows.empty:
+            measured = {"measured_mean": rows["mean"].iloc[0], "measured_sd": rows["sd"].iloc[0]}
+            return {"arm": generator, **measured, "comparable": "no", "why_not": _OTHER_SCALE}
+    return {"comparable": "no", "why_not": _NOT_MEASURED}
+
+
+def _sampling(figure: dict, seconds_per_volume: dict[str, float]) -> dict:
+    generator = _GENERATORS.get(figure["method"])
+    if generator is None:
+        return _absent(figure)
+    if generator not in seconds_per_volume:
+        return {"comparable": "no", "why_not": _NOT_MEASURED}
+    return {
+        "arm": generator,
+        "measured_mean": seconds_per_volume[generator],
+        "comparable": "no",
+        "why_not": _OTHER_MACHINE,
+    }
+
+
+def _absent(figure: dict) -> dict:
+    return {"comparable": "no", "why_not": f"{figure['method']} is not part of this benchmark"}

@@ -1,0 +1,203 @@
+"""Composed arms: what nnU-Net will read, held against the cases that went in."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lungddpm.arms.compose import DATASET, first_samples, parse_arm, run_compose
+from lungddpm.cases import hash_case, read_cases, write_cases
+from lungddpm.config import parse_config
+from lungddpm.errors import ConfigError, InputError, LeakError
+from lungddpm.files import write_json
+from lungddpm.layouts import Label
+from lungddpm.volume import read_volume, write_volume
+
+CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}})
+ROLES = ["discovery"] * 4 + ["reference"] * 2 + ["test"] * 2
+
+
+@pytest.fixture
+def cohort(tmp_path, write_blob_case) -> Path:
+    """Eight patients (four discovery, two reference, two test) and two shards of three samples."""
+    rows = [write_blob_case(tmp_path / "cases" / f"P{i}_0", f"P{i}", role, size=8) for i, role in enumerate(ROLES)]
+    write_cases(tmp_path / "cases" / "cases.tsv", rows)
+    for shard in range(2):
+        folder = tmp_path / "synthetic"
+        rows = [
+            write_blob_case(
+                folder / f"s{number}", "P4", source="lung_ddpm", size=8, reference_case_id="P4_0", number=number
+            )
+            for number in (shard, shard + 2, shard + 4)
+        ]
+        write_cases(folder / f"samples-{shard}.tsv", rows)
+    return tmp_path
+
+
+def compose(cohort: Path, arm: str, config=CONFIG) -> tuple[dict, Path]:
+    tables = [cohort / "synthetic" / f"samples-{shard}.tsv" for shard in range(2)]
+    output = cohort / "arms" / arm
+    run_compose(config, arm, cohort / "cases" / "cases.tsv", tables, output)
+    return json.loads((output / "arm.json").read_text()), output / "nnUNet_raw" / DATASET
+
+
+def edit(table: Path, case_id: str, **values: str) -> None:
+    rows = read_cases(table)
+    rows.loc[rows["case_id"] == case_id, list(values)] = list(values.values())
+    write_cases(table, rows)
+
+
+def test_names_of_arms():
+    assert parse_arm("real") == (None, 0.0)
+    assert parse_arm("real+real") == ("real", 1.0)
+    assert parse_arm("real+lung_ddpm@0.5") == ("lung_ddpm", 0.5)
+    for wrong in ("", "unreal", "real+lung_ddpm", "real+@1", "real+a@zero", "real+a@-1", "real+a@nan"):
+        with pytest.raises(ConfigError):
+            parse_arm(wrong)
+
+
+def test_real_links_the_images_and_maps_nodules_to_one(cohort):
+    arm, raw = compose(cohort, "real")
+    assert [case["case_id"] for case in arm["cases"]] == ["P0_0", "P1_0", "P2_0", "P3_0"]
+    for case in arm["cases"]:
+        image, label = (
+            raw / kind for kind in (f"imagesTr/{case['name']}_0000.nii.gz", f"labelsTr/{case['name']}.nii.gz")
+        )
+        assert not image.readlink().is_absolute()
+        original = cohort / "cases" / case["case_id"]
+        assert image.resolve() == (original / "ct.nii.gz").resolve()
+        layout, written = read_volume(original / "layout.nii.gz"), read_volume(label)
+        assert ((layout.array == Label.NODULE) == (written.array == 1)).all()
+        assert written.same_grid(layout)
+        assert case["nodule_voxels"] == written.array.sum() > 0
+    assert json.loads((raw / "splits_final.json").read_text()) == arm["folds"]
+    assert json.loads((raw / "dataset.json").read_text())["numTraining"] == 4
+    assert arm["leak_guard"]["disjoint"]
+    assert arm["leak_guard"]["test_patients"] == ["P6", "P7"]
+
+
+def test_repeated_cases_are_never_copies_of_validation_cases(cohort):
+    arm, _ = compose(cohort, "real+real")
+    case_of = {case["name"]: case["case_id"] for case in arm["cases"]}
+    real, _ = compose(cohort, "real")
+    for fold, real_fold in zip(arm["folds"], real["folds"], strict=True):
+        assert fold["val"] == real_fold["val"]
+        assert sorted(case_of[name] for name in fold["train"]) == sorted(2 * real_fold["train"])
+
+
+def test_doses_are_nested_and_synthetic_cases_are_only_trained_on(cohort):
+    added = {}
+    for dose in (0.25, 0.5, 1.0, 1.5):
+        arm, _ = compose(cohort, f"real+lung_ddpm@{dose}")
+        added[dose] = [case["case_id"] for case in arm["cases"] if case["source"] == "lung_ddpm"]
+        for fold in arm["folds"]:
+            assert set(added[dose]) <= set(fold["train"])
+            assert all(name.startswith("P") for name in fold["val"])
+    assert added == {0.25: ["s0"], 0.5: ["s0", "s1"], 1.0: ["s0", "s1", "s2", "s3"], 1.5: [f"s{i}" for i in range(6)]}
+    with pytest.raises(InputError, match="needs 8 and there are 6"):
+        compose(cohort, "real+lung_ddpm@2.0")
+    with pytest.raises(ConfigError, match="not one case"):
+        compose(cohort, "real+lung_ddpm@0.1")
+
+
+def test_a_sample_that_failed_is_named(cohort):
+    tables = [cohort / "synthetic" / f"samples-{shard}.tsv" for shard in range(2)]
+    edit(tables[1], "s3", status="excluded", reason="the CT is constant")
+    assert len(first_samples(tables, 3)) == 3
+    with pytest.raises(InputError, match="s3 .the CT is constant"):
+        first_samples(tables, 4)
+
+
+def test_composing_again_leaves_nothing_stale_and_changes_nothing(cohort):
+    first, raw = compose(cohort, "real")
+    (raw / "labelsTr" / "stale.nii.gz").touch()
+    results = cohort / "arms" / "real" / "nnUNet_results" / "keep"
+    results.mkdir(parents=True)
+    second, raw = compose(cohort, "real")
+    assert first == second
+    assert not (raw / "labelsTr" / "stale.nii.gz").exists()
+    assert results.exists()
+    assert sorted(path.name for path in (cohort / "arms" / "real").iterdir()) == [
+        "arm.json",
+        "nnUNet_raw",
+        "nnUNet_results",
+    ]
+
+
+def test_changed_files_are_refused(cohort):
+    ct = cohort / "cases" / "P1_0" / "ct.nii.gz"
+    ct.write_bytes((cohort / "cases" / "P2_0" / "ct.nii.gz").read_bytes())
+    with pytest.raises(InputError, match="differs from what"):
+        compose(cohort, "real")
+
+
+def test_a_cohort_without_nodules_or_with_too_few_patients_is_refused(cohort):
+    table = cohort / "cases" / "cases.tsv"
+    for i in range(4):
+        path = cohort / "cases" / f"P{i}_0" / "layout.nii.gz"
+        layout = read_volume(path)
+        write_volume(path, layout.like(np.where(layout.array == Label.NODULE, Label.LUNG, layout.array)))
+        edit(table, f"P{i}_0", sha256=hash_case(path.parent))
+    with pytest.raises(InputError, match="no discovery case with a nodule"):
+        compose(cohort, "real")
+    for i in range(1, 4):
+        edit(table, f"P{i}_0", role="reference")
+    with pytest.raises(ConfigError, match="1 usable discovery patient"):
+        compose(cohort, "real")
+
+
+class TestLeaks:
+    """Every way in that was thought of; the tables may promise what they like."""
+
+    def test_a_sample_whose_file_names_a_test_patient(self, cohort):
+        write_json(cohort / "synthetic" / "s1" / "sample.json", {"reference_case_id": "P4_0", "nodules": ["P6_0"]})
+        with pytest.raises(LeakError, match="P6 in s1"):
+            compose(cohort, "real+lung_ddpm@1.0")
+        compose(cohort, "real+lung_ddpm@0.25")
+
+    def test_a_table_that_was_edited_to_hide_the_test_patient(self, cohort):
+        table = cohort / "cases" / "cases.tsv"
+        edit(table, "P6_0", role="discovery", patient_id="P6")
+        edit(table, "P0_0", role="test", patient_id="P6")
+        with pytest.raises(LeakError, match="P6 in P6_0"):
+            compose(cohort, "real")
+
+    def test_a_row_that_points_to_a_test_patients_folder(self, cohort):
+        table = cohort / "cases" / "cases.tsv"
+        rows = read_cases(table)
+        edit(table, "P0_0", path="P7_0", sha256=rows.set_index("case_id").loc["P7_0", "sha256"])
+        with pytest.raises(LeakError, match="P7 in P0_0"):
+            compose(cohort, "real")
+
+    def test_a_copy_of_a_test_patient_under_another_name(self, cohort, write_blob_case):
+        table = cohort / "cases" / "cases.tsv"
+        row = write_blob_case(cohort / "cases" / "Q_0", "Q", "discovery", size=8)
+        for name in ("ct.nii.gz", "layout.nii.gz"):
+            (cohort / "cases" / "Q_0" / name).write_bytes((cohort / "cases" / "P7_0" / name).read_bytes())
+        row["sha256"] = read_cases(table).set_index("case_id").loc["P7_0", "sha256"]
+        write_cases(table, pd.concat([read_cases(table), pd.DataFrame([row])]))
+        with pytest.raises(LeakError, match="P7 in Q_0"):
+            compose(cohort, "real")
+
+    def test_a_sample_without_provenance(self, cohort):
+        write_json(cohort / "synthetic" / "s0" / "sample.json", {"reference_case_id": "someone else"})
+        with pytest.raises(InputError, match="names no known patient"):
+            compose(cohort, "real+lung_ddpm@1.0")
+
+    def test_no_arm_is_left_behind(self, cohort):
+        compose(cohort, "real+lung_ddpm@1.0")
+        write_json(cohort / "synthetic" / "s1" / "sample.json", {"reference_case_id": "P6_0"})
+        with pytest.raises(LeakError):
+            compose(cohort, "real+lung_ddpm@1.0")
+        assert not (cohort / "arms" / "real+lung_ddpm@1.0" / "arm.json").exists()
+
+    def test_shared_patients_pass_where_they_are_allowed_and_the_proof_says_so(self, cohort):
+        config = parse_config({"roles": {"allow_shared_patients": True}, "segmentation": {"n_folds": 2, "folds": [0]}})
+        edit(cohort / "cases" / "cases.tsv", "P6_0", role="discovery+test")
+        with pytest.raises(LeakError):
+            compose(cohort, "real")
+        arm, _ = compose(cohort, "real", config)
+        assert not arm["leak_guard"]["disjoint"]
+        assert arm["leak_guard"]["shared_patients"] == ["P6"]

@@ -1,0 +1,146 @@
+"""Roles, folds and the leak guard against small cohorts whose right answer can be counted by hand."""
+
+import json
+import logging
+
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lungddpm.arms import splits
+from lungddpm.cases import COLUMNS
+from lungddpm.config import Roles
+from lungddpm.errors import ConfigError, InputError, LeakError
+
+
+def cohort(n_patients: int, series_each: int = 1) -> pd.DataFrame:
+    empty = dict.fromkeys(COLUMNS, "")
+    rows = [
+        empty | {"case_id": f"P{p:03d}_{s}", "patient_id": f"P{p:03d}", "status": "ok", "n_nodules": p % 2}
+        for p in range(n_patients)
+        for s in range(series_each)
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def patients_of(index: pd.DataFrame) -> dict[str, set[str]]:
+    return {role: set(group["patient_id"]) for role, group in index.groupby("role") if role}
+
+
+def test_shares_and_counts_give_the_expected_numbers():
+    assigned = patients_of(splits.assign_roles(cohort(24), Roles(), seed=1))
+    assert {role: len(patients) for role, patients in assigned.items()} == {"discovery": 12, "reference": 5, "test": 7}
+    counts = patients_of(splits.assign_roles(cohort(24), Roles(discovery=3, reference=2, test=0.5), seed=1))
+    assert {role: len(patients) for role, patients in counts.items()} == {"discovery": 3, "reference": 2, "test": 12}
+
+
+@given(st.integers(3, 60), st.integers(1, 3), st.integers(0, 5))
+def test_default_shares_use_every_patient_once_with_all_series(n_patients, series_each, seed):
+    index = splits.assign_roles(cohort(n_patients, series_each), Roles(), seed)
+    assert set(index["role"]) == set(splits.ROLES)
+    assert (index.groupby("patient_id")["role"].nunique() == 1).all()
+
+
+def test_roles_do_not_depend_on_the_order_of_the_table_but_on_the_seed():
+    index = cohort(30)
+    first = patients_of(splits.assign_roles(index, Roles(), 1))
+    assert first == patients_of(splits.assign_roles(index.sample(frac=1, random_state=0), Roles(), 1))
+    assert first != patients_of(splits.assign_roles(index, Roles(), 2))
+
+
+def test_unneeded_patients_and_excluded_series_say_why_they_have_no_role():
+    index = cohort(10)
+    index.loc[4, ["status", "reason"]] = ["excluded", "slices are missing"]
+    assigned = splits.assign_roles(index, Roles(discovery=2, reference=1, test=1), 1)
+    assert assigned.loc[4, ["role", "status", "reason"]].tolist() == ["", "excluded", "slices are missing"]
+    unused = assigned[(assigned["role"] == "") & (assigned["status"] == "ok")]
+    assert len(unused) == 5
+    assert set(unused["reason"]) == {splits.UNUSED}
+
+
+def test_lists_are_taken_literally_and_numbers_draw_from_the_rest():
+    roles = Roles(discovery=["P000", "P001"], reference=1, test=["P007"])
+    assigned = patients_of(splits.assign_roles(cohort(8), roles, 1))
+    assert assigned["discovery"] == {"P000", "P001"}
+    assert assigned["test"] == {"P007"}
+    assert not assigned["reference"] & {"P000", "P001", "P007"}
+
+
+@pytest.mark.parametrize(
+    ("roles", "n_patients", "key", "says"),
+    [
+        (Roles(discovery=5, reference=2, test=3), 9, "roles.test", "9 usable patients"),
+        (Roles(discovery=["P999"]), 9, "roles.discovery", "P999"),
+        (Roles(), 2, "roles.reference", "2 usable patients"),
+        (Roles(), 0, "roles.discovery", "0 usable patients"),
+        (Roles(discovery=3, reference=1, test=1, allow_shared_patients=True), 2, "roles.discovery", "2 usable"),
+    ],
+)
+def test_impossible_roles_name_the_key_and_the_number_there_is(roles, n_patients, key, says):
+    with pytest.raises(ConfigError, match=says) as error:
+        splits.assign_roles(cohort(n_patients), roles, 1)
+    assert error.value.what == key
+
+
+def test_patients_are_shared_only_when_allowed_and_loudly(caplog):
+    caplog.set_level(logging.WARNING, "lungddpm")
+    index = splits.assign_roles(cohort(1), Roles(allow_shared_patients=True), 1)
+    assert index["role"].tolist() == ["discovery+reference+test"]
+    assert "means nothing" in caplog.text
+
+
+def test_folds_are_grouped_by_patient_and_validate_every_case_once():
+    cases = cohort(7, series_each=2)
+    folds = splits.folds(cases, 3, [0, 1, 2], seed=1)
+    assert sorted(name for fold in folds for name in fold["val"]) == sorted(cases["case_id"])
+    for fold in folds:
+        assert sorted(fold["train"] + fold["val"]) == sorted(cases["case_id"])
+        assert not {name[:4] for name in fold["train"]} & {name[:4] for name in fold["val"]}
+    assert folds == splits.folds(cases.sample(frac=1, random_state=0), 3, [0, 1, 2], seed=1)
+
+
+def test_folds_with_too_few_patients():
+    assert len(splits.folds(cohort(3), 5, [0, 2], seed=1)) == 3
+    with pytest.raises(ConfigError, match="fold 3"):
+        splits.folds(cohort(3), 5, [0, 3], seed=1)
+    with pytest.raises(ConfigError, match="1 usable discovery patient"):
+        splits.folds(cohort(1), 2, [0], seed=1)
+    shared = splits.folds(cohort(1), 2, [0, 1], seed=1, allow_shared_patients=True)
+    assert shared == [{"train": ["P000_0"], "val": ["P000_0"]}] * 2
+
+
+def origin(case_id: str, patients: str, ct_sha256: str = "") -> splits.Origin:
+    return splits.Origin(case_id, frozenset(patients.split()), ct_sha256 or case_id)
+
+
+def test_the_leak_guard_passes_disjoint_sets_with_a_proof():
+    proof = splits.check_leaks([origin("a", "A"), origin("s", "A R")], [origin("t", "T")], False)
+    assert proof["disjoint"]
+    assert (proof["training_patients"], proof["test_patients"], proof["shared_patients"]) == (["A", "R"], ["T"], [])
+
+
+@pytest.mark.parametrize("leak", [origin("s", "A T"), origin("s", "T"), origin("renamed", "A", "t")])
+def test_the_leak_guard_finds_patients_references_and_renamed_copies(leak, caplog):
+    training, test = [origin("a", "A"), leak], [origin("t", "T")]
+    with pytest.raises(LeakError, match=f"T in {leak.case_id}"):
+        splits.check_leaks(training, test, False)
+    caplog.set_level(logging.WARNING, "lungddpm")
+    proof = splits.check_leaks(training, test, True)
+    assert not proof["disjoint"]
+    assert proof["shared_patients"] == ["T"]
+    assert "WARNING" in caplog.text
+
+
+def test_provenance_is_searched_under_every_key_and_in_paths(tmp_path):
+    patient_of = {"P1": "P1", "case-of-P2": "P2", "P3": "P3", "P4": "P4"}
+    path = tmp_path / "sample.json"
+    path.write_text(
+        json.dumps({"reference": "P1", "nodules": [{"from": "results/cases/case-of-P2/ct.nii.gz"}], "P3": 1, "seed": 4})
+    )
+    assert splits.patients_named_in(path, patient_of) == {"P1", "P2", "P3"}
+    path.write_text("{")
+    with pytest.raises(InputError, match="JSON"):
+        splits.patients_named_in(path, patient_of)
+    with pytest.raises(InputError, match="does not exist"):
+        splits.patients_named_in(tmp_path / "none.json", patient_of)

@@ -1,0 +1,61 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from lungddpm.config import parse_config
+from lungddpm.diffusion.denoiser import build_denoiser, condition_channels
+from lungddpm.layouts import Label
+
+
+@pytest.mark.parametrize(("edge", "base", "parameters"), [(32, 32, 9_966_273), (128, 64, 40_226_433)])
+def test_state_dict_has_the_published_keys_and_shapes(reference_folder, edge, base, parameters):
+    published = json.loads((reference_folder / f"lung_ddpm_{edge}_c{base}_state_keys.json").read_text())
+    config = parse_config({"grid": {"size": [edge] * 3}, "diffusion": {"denoiser": {"base_channels": base}}})
+    with torch.device("meta"):
+        denoiser = build_denoiser(config)
+    assert {key: list(tensor.shape) for key, tensor in denoiser.state_dict().items()} == published
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == parameters
+
+
+def test_output_equals_the_golden_output(golden, golden_denoiser):
+    predicted = golden_denoiser(golden["denoiser_in"], golden["denoiser_t"])
+    torch.testing.assert_close(predicted, golden["denoiser_out"], rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def small_denoiser():
+    torch.manual_seed(0)
+    settings = {"base_channels": 4, "multipliers": [1, 2, 4], "norm_groups": 2, "attention": False}
+    classes = ["lung", "nodule", "vessel"]
+    return build_denoiser(parse_config({"diffusion": {"classes": classes, "denoiser": settings}}))
+
+
+def test_without_attention_any_divisible_size_fits(small_denoiser):
+    timesteps = torch.tensor([3, 9])
+    for shape in ((8, 8, 8), (12, 16, 20)):
+        assert small_denoiser(torch.zeros(2, 4, *shape), timesteps).shape == (2, 1, *shape)
+    assert not [key for key in small_denoiser.state_dict() if "qkv" in key]
+    assert len(small_denoiser.middle_block) == 2
+
+
+def test_fresh_denoiser_predicts_zero(small_denoiser):
+    # The last convolution starts at zero, so that training starts from the mean.
+    assert not small_denoiser(torch.randn(1, 4, 8, 8, 8), torch.tensor([5])).any()
+
+
+def test_condition_channels_are_disjoint_and_in_zyx_order():
+    layout = np.zeros((4, 5, 6), np.uint8)
+    layout[1, 2, 3], layout[1, 2, 4], layout[3, 0, 5] = Label.LUNG, Label.NODULE, Label.VESSEL
+    channels = condition_channels(layout, ["lung", "nodule", "vessel"])
+    assert channels.shape == (3, 6, 5, 4)
+    assert set(np.unique(channels)) == {-1, 1}
+    assert np.argwhere(channels > 0).tolist() == [[0, 3, 2, 1], [1, 4, 2, 1], [2, 5, 0, 3]]
+
+
+def test_vessels_count_as_lung_without_a_class_of_their_own():
+    layout = np.array([[[Label.BACKGROUND, Label.LUNG, Label.NODULE, Label.VESSEL]]], np.uint8)
+    lung, nodule = condition_channels(layout, ["lung", "nodule"])
+    assert lung.ravel().tolist() == [-1, 1, -1, 1]
+    assert nodule.ravel().tolist() == [-1, -1, 1, -1]

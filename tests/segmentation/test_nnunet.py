@@ -1,0 +1,247 @@
+"""nnU-Net behind its adapter, on bright balls that a small network learns in a minute of steps."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from shutil import copytree
+
+import numpy as np
+import pytest
+import torch
+
+from lungddpm.arms.compose import DATASET, run_compose
+from lungddpm.cases import read_case, read_cases, usable, write_cases
+from lungddpm.config import Network, parse_config
+from lungddpm.errors import ConfigError, InputError
+from lungddpm.layouts import Label
+from lungddpm.segmentation import nnunet
+from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
+from lungddpm.volume import read_volume
+
+MIXED = "real+lung_ddpm@0.5"
+
+
+def configured(**segmentation):
+    settings = {
+        "network": {"patch": [16, 32, 16], "features": [8, 16, 32]},
+        "steps": 100,
+        "save_every": 25,
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "n_folds": 2,
+        "folds": [0],
+    }
+    return parse_config({"segmentation": settings | segmentation})
+
+
+CONFIG = configured()
+SHORT = configured(steps=8, save_every=2)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, write_blob_case) -> Path:
+    """A run's folder with two composed and planned arms."""
+    torch.set_num_threads(1)
+    root = tmp_path_factory.mktemp("run")
+    roles = ["discovery"] * 4 + ["reference"] + ["test"] * 2
+    rows = [write_blob_case(root / "cases" / f"P{i}", f"P{i}", role) for i, role in enumerate(roles)]
+    write_cases(root / "cases" / "cases.tsv", rows)
+    rows = [
+        write_blob_case(root / "synthetic" / f"s{i}", "P4", source="lung_ddpm", reference_case_id="P4") for i in (0, 1)
+    ]
+    write_cases(root / "synthetic" / "samples.tsv", rows)
+    for arm in ("real", MIXED):
+        run_compose(
+            CONFIG, arm, root / "cases" / "cases.tsv", [root / "synthetic" / "samples.tsv"], root / "arms" / arm
+        )
+    nnunet.run_plan(CONFIG, root / "arms" / "real")
+    nnunet.run_plan(CONFIG, root / "arms" / MIXED, root / "arms" / "real")
+    return root
+
+
+def checkpoint(arm: Path, name: str = "checkpoint_final.pth") -> dict:
+    return torch.load(nnunet.fold_folder(arm, 0, 0) / name, weights_only=False)
+
+
+def test_the_patch_follows_nnunets_order_of_axes():
+    planned = {"architecture": {"network_class_name": "unet", "arch_kwargs": {"conv_op": "conv3d"}}}
+    network = Network(patch=(16, 32, 48), features=[8, 16, 32])
+    small = nnunet.small_configuration(planned, [1, 0, 2], network, 3)
+    assert small["patch_size"] == [32, 48, 16]
+    assert small["batch_size"] == 3
+    assert small["architecture"]["arch_kwargs"]["strides"] == [[1, 1, 1], [2, 2, 2], [2, 2, 2]]
+    assert small["architecture"]["arch_kwargs"]["conv_op"] == "conv3d"
+    assert nnunet.small_configuration(planned, [0, 1, 2], None, 2) == {"inherits_from": "3d_fullres", "batch_size": 2}
+
+
+def test_all_arms_have_the_plans_made_on_real(run):
+    real, mixed = (run / "arms" / arm / "nnUNet_preprocessed" / DATASET for arm in ("real", MIXED))
+    for name in ("nnUNetPlans.json", "dataset_fingerprint.json"):
+        assert (real / name).read_bytes() == (mixed / name).read_bytes()
+    plans = json.loads((real / "nnUNetPlans.json").read_text())
+    # The blobs' spacing is 4, 3, 5 mm along x, y, z: SimpleITK's (z, y, x) with the largest spacing first.
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [5.0, 3.0, 4.0]
+    assert plans["configurations"]["lungddpm"]["patch_size"] == [16, 32, 16]
+    assert len(list((mixed / "nnUNetPlans_3d_fullres").glob("*.pkl"))) == 6
+    assert (mixed / "gt_segmentations" / "s0.nii.gz").exists()
+
+
+def test_planning_again_does_nothing_until_the_arm_or_the_config_changes(run, monkeypatch):
+    real = run / "arms" / "real"
+    before = (real / "plan.json").stat().st_mtime_ns
+    nnunet.run_plan(CONFIG, real)
+    assert (real / "plan.json").stat().st_mtime_ns == before
+    mixed = run / "arms" / "again"
+    copytree(run / "arms" / MIXED, mixed, symlinks=True)
+    planned = []
+    monkeypatch.setattr(nnunet, "_preprocess", lambda *_: planned.append(1))
+    nnunet.run_plan(CONFIG, mixed, real)
+    assert not planned
+    arm = json.loads((mixed / "arm.json").read_text())
+    (mixed / "arm.json").write_text(json.dumps(arm | {"fingerprint": "another"}))
+    nnunet.run_plan(CONFIG, mixed, real)
+    assert planned
+
+
+def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
+    arm, table = run / "arms" / "real", run / "cases" / "cases.tsv"
+    nnunet.run_train(CONFIG, arm, 0, 0, "cpu")
+    (tmp_path / "gone.nii.gz").touch()
+    nnunet.run_predict(CONFIG, arm, 0, 0, table, tmp_path, "cpu")
+    test = usable(read_cases(table), "test")["case_id"]
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.nii.gz")) == sorted(
+        f"{prefix}{case}.nii.gz" for case in test for prefix in ("", "probability/")
+    )
+    for case in test:
+        _, layout = read_case(run / "cases" / case)
+        mask, probability = (read_volume(tmp_path / f"{prefix}{case}.nii.gz") for prefix in ("", "probability/"))
+        assert mask.same_grid(layout)
+        assert mask.array.dtype == np.uint8
+        # nnU-Net keeps logits in half precision: ties at one half may fall either way.
+        assert (np.abs(probability.array[mask.array != (probability.array > 127)].astype(int) - 127) <= 1).all()
+        truth = layout.array == Label.NODULE
+        dice = 2 * (mask.array & truth).sum() / (mask.array.sum() + truth.sum())
+        # Marking everything gives 2 x 0.013 / 1.013 = 0.03.
+        assert dice > 0.6
+
+
+def test_every_arm_takes_the_same_steps_from_the_same_seed(run):
+    for arm in ("real", MIXED):
+        nnunet.run_train(SHORT, run / "arms" / arm, 0, 7, "cpu")
+    settings, steps = [], []
+    for arm in ("real", MIXED):
+        folder = nnunet.fold_folder(run / "arms" / arm, 0, 7)
+        settings.append(json.loads((folder / "training.json").read_text()))
+        state = torch.load(folder / "checkpoint_final.pth", weights_only=False)["optimizer_state"]["state"]
+        steps.append({int(parameter["step"]) for parameter in state.values()})
+    assert steps == [{8}, {8}]
+    assert settings[0]["seed"] == settings[1]["seed"]
+    assert settings[0]["fingerprint"] != settings[1]["fingerprint"]
+
+
+def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
+    whole, killed = (run / "arms" / name for name in ("whole", "killed"))
+    for copy in (whole, killed):
+        copytree(run / "arms" / "real", copy, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    nnunet.run_train(SHORT, whole, 0, 0, "cpu")
+    steps = 0
+    step = LungDDPMTrainer.train_step
+
+    def stop_in_the_third_epoch(trainer, batch):
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        return step(trainer, batch)
+
+    monkeypatch.setattr(LungDDPMTrainer, "train_step", stop_in_the_third_epoch)
+    with pytest.raises(KeyboardInterrupt):
+        nnunet.run_train(SHORT, killed, 0, 0, "cpu")
+    assert checkpoint(killed, "checkpoint_latest.pth")["current_epoch"] == 2
+    nnunet.run_train(SHORT, killed, 0, 0, "cpu")
+    assert steps == 6 + 4
+    ours, theirs = checkpoint(whole), checkpoint(killed)
+    for name, weights in ours["network_weights"].items():
+        assert torch.equal(weights, theirs["network_weights"][name])
+    assert ours["logging"]["train_losses"] == theirs["logging"]["train_losses"]
+    assert ours["optimizer_state"]["param_groups"] == theirs["optimizer_state"]["param_groups"]
+
+
+def test_two_stages_train_without_deep_supervision(run):
+    arm = run / "arms" / "two_stages"
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    path = arm / "nnUNet_preprocessed" / DATASET / "nnUNetPlans.json"
+    plans = json.loads(path.read_text())
+    plans["configurations"]["lungddpm"] = nnunet.small_configuration(
+        plans["configurations"]["3d_fullres"], plans["transpose_forward"], Network(patch=(8, 8, 8), features=[4, 8]), 2
+    )
+    path.write_text(json.dumps(plans))
+    nnunet.run_train(configured(steps=2, save_every=1), arm, 0, 0, "cpu")
+    assert all(np.isfinite(checkpoint(arm)["logging"]["train_losses"]))
+
+
+def test_a_finished_training_is_kept_and_one_of_other_settings_discarded(run, caplog):
+    caplog.set_level(logging.INFO, "lungddpm")
+    arm = run / "arms" / MIXED
+    final = nnunet.fold_folder(arm, 0, 1) / "checkpoint_final.pth"
+    nnunet.run_train(SHORT, arm, 0, 1, "cpu")
+    first = final.stat().st_mtime_ns
+    nnunet.run_train(SHORT, arm, 0, 1, "cpu")
+    assert final.stat().st_mtime_ns == first
+    nnunet.run_train(configured(steps=2, save_every=1, optimizer="sgd"), arm, 0, 1, "cpu")
+    assert final.stat().st_mtime_ns != first
+    assert "is trained already" in caplog.text
+    assert "is discarded" in caplog.text
+
+
+def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(run, tmp_path, monkeypatch):
+    target = tmp_path / "checkpoint_latest.pth"
+    target.write_bytes(b"complete")
+
+    def fill_the_disk(_trainer, filename):
+        Path(filename).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(LungDDPMTrainer.__base__, "save_checkpoint", fill_the_disk)
+    with pytest.raises(OSError, match="no space"):
+        LungDDPMTrainer.save_checkpoint(object.__new__(LungDDPMTrainer), str(target))
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"complete"]
+
+
+def test_a_second_training_of_the_same_replicate_waits(tmp_path, caplog):
+    order = []
+
+    def second():
+        with nnunet._lock(tmp_path / "lock", "real fold 0 seed 0"):
+            order.append("second")
+
+    with nnunet._lock(tmp_path / "lock", "real fold 0 seed 0"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while "waiting for it" not in caplog.text:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]
+
+
+def test_what_is_missing_is_named(run, tmp_path):
+    arm, table = run / "arms" / MIXED, run / "cases" / "cases.tsv"
+    recomposed = run / "arms" / "recomposed"
+    recomposed.mkdir()
+    (recomposed / "plan.json").write_bytes((arm / "plan.json").read_bytes())
+    (recomposed / "arm.json").write_text(json.dumps({"fingerprint": "another", "folds": []}))
+    with pytest.raises(InputError, match=r"arm\.json.*compose"):
+        nnunet.run_plan(CONFIG, tmp_path)
+    with pytest.raises(InputError, match=r"plan\.json.*segment plan"):
+        nnunet.run_train(CONFIG, tmp_path, 0, 0)
+    with pytest.raises(InputError, match="composed anew since"):
+        nnunet.run_train(CONFIG, recomposed, 0, 0)
+    with pytest.raises(InputError, match="not fold 2"):
+        nnunet.run_train(CONFIG, arm, 2, 0)
+    with pytest.raises(InputError, match="no finished training"):
+        nnunet.run_predict(CONFIG, arm, 1, 0, table, tmp_path)
+    with pytest.raises(ConfigError, match="'quantum' is not available"):
+        nnunet.run_train(CONFIG, arm, 0, 0, "quantum")

@@ -1,0 +1,60 @@
+"""Phantom patients that several tests look at; none of them may be changed."""
+
+from pathlib import Path
+
+import pytest
+
+from lungddpm.config import Config, Phantom
+from lungddpm.files import seed_from
+from lungddpm.sources.phantom import run_phantom, thorax
+from lungddpm.sources.phantom.patient import Thorax
+
+_SEED = 3
+
+
+@pytest.fixture(scope="session")
+def small() -> Phantom:
+    """Coarse scans with nodules that are large enough for them."""
+    return Phantom(matrix=80, pixel_mm=4.4, slice_mm=6, nodules=(2, 3), nodule_diameter_mm=(16, 30))
+
+
+@pytest.fixture(scope="session")
+def clean() -> Thorax:
+    """A patient of default size without noise."""
+    return thorax(Phantom(noise_hu=0, nodules=(3, 3)), seed=8)
+
+
+@pytest.fixture(scope="session")
+def patients(small: Phantom) -> list[Thorax]:
+    """Coarse patients without noise, of seeds 0 to 5, for what must hold in all of them."""
+    return [thorax(small.model_copy(update={"noise_hu": 0.0}), seed) for seed in range(6)]
+
+
+@pytest.fixture(scope="session")
+def small_config(small: Phantom):
+    """A function that makes the config of a coarse cohort."""
+
+    def config(patients: int, **keys: object) -> Config:
+        return Config(seed=_SEED, source={"phantom": {**small.model_dump(), "patients": patients, **keys}})
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def cohort(small_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of two coarse patients."""
+    folder = tmp_path_factory.mktemp("cohort")
+    run_phantom(small_config(2), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cohort_seeds() -> list[int]:
+    """Seeds of the cohort's patients."""
+    return [seed_from(_SEED, "phantom", index) for index in (1, 2)]
+
+
+@pytest.fixture(scope="session")
+def cohort_truths(small: Phantom, cohort_seeds: list[int]) -> list[Thorax]:
+    """The cohort's patients as they were before they were written."""
+    return [thorax(small, seed) for seed in cohort_seeds]

@@ -1,0 +1,394 @@
+"""LIDC-IDRI reader: DICOM written here with pydicom, trap files and whole scans of the release where they are."""
+
+import shutil
+import sys
+from subprocess import run
+
+import nibabel
+import numpy as np
+import pydicom
+import pytest
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+
+from lungddpm.errors import ExcludedCaseError, InputError
+from lungddpm.sources import index_source, lidc, read_index, write_index
+
+SQUARE = [(3, 3), (4, 3), (5, 3), (5, 4), (5, 5), (4, 5), (3, 5), (3, 4)]
+SLICES, ROWS, COLUMNS = 5, 12, 10
+SPACING = (0.7, 0.8, 2.5)
+STORED = np.random.default_rng(1).integers(0, 3000, (COLUMNS, ROWS, SLICES))
+UPRIGHT = np.eye(3)
+
+
+def write_slice(path, k, *, series="1.2.3", patient="P-01", axes=UPRIGHT, syntax=ExplicitVRLittleEndian, **changes):
+    """Slice k of `STORED`: `axes` holds the direction cosines of row, column and normal as columns (LPS)."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"{series}.{k + 1}"
+    dataset.Modality, dataset.PatientID, dataset.SeriesInstanceUID = "CT", patient, series
+    dataset.ImageOrientationPatient = [*axes[:, 0].tolist(), *axes[:, 1].tolist()]
+    dataset.ImagePositionPatient = (np.array([-20.0, -30.0, -40.0]) + axes[:, 2] * k * SPACING[2]).tolist()
+    dataset.PixelSpacing, dataset.SliceThickness = [SPACING[1], SPACING[0]], "3.0"
+    dataset.InstanceNumber = 100 - 7 * k
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = ROWS, COLUMNS, 1
+    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 1
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
+    dataset.PixelData = STORED[:, :, k % SLICES].T.astype("<i2").tobytes()
+    for keyword, value in changes.items():
+        setattr(dataset, keyword, value)
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def write_series(folder, slices=range(SLICES), **options):
+    for k in slices:
+        # File names run against the order of the slices.
+        write_slice(folder / f"{90 - k:06d}.dcm", k, **options)
+    return folder
+
+
+def roi(k, points=SQUARE, series="1.2.3", z=None, inclusion="TRUE"):
+    edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in points)
+    z = -40 + k * SPACING[2] if z is None else z
+    return (
+        f"<roi><imageZposition>{z} </imageZposition><imageSOP_UID>{series}.{k + 1}</imageSOP_UID>"
+        f"<inclusion>{inclusion}</inclusion>{edges}</roi>"
+    )
+
+
+def nodule(*rois, rating=4):
+    return (
+        f"<unblindedReadNodule><noduleID>n</noduleID><characteristics><malignancy>{rating}</malignancy>"
+        f"</characteristics>{''.join(rois)}</unblindedReadNodule>"
+    )
+
+
+def xml(*sessions, series="1.2.3", root="LidcReadMessage"):
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?>\r\n<{root} uid="9" xmlns="http://www.nih.gov"><ResponseHeader>'
+        f"<CTSeriesInstanceUid>5.5</CTSeriesInstanceUid><SeriesInstanceUid>{series}</SeriesInstanceUid>"
+        f"</ResponseHeader>{''.join(f'<readingSession>{s}</readingSession>' for s in sessions)}</{root}>"
+    )
+
+
+def write_case(top, patient="P-01", series="1.2.3", **options):
+    folder = write_series(top / patient / "a study" / series, series=series, patient=patient, **options)
+    (folder / "reads.xml").write_text(xml(nodule(roi(1, series=series), roi(2, series=series)), series=series))
+    return folder
+
+
+def only(top):
+    (series,) = lidc.find_series(top)
+    return series
+
+
+def load(top):
+    (_, case), *_ = index_source("lidc", top).iterrows()
+    return lidc.load_scan(top, case)
+
+
+def test_scan_is_sorted_by_position_and_true_to_the_patient(tmp_path):
+    write_case(tmp_path)
+    series, scan = only(tmp_path), load(tmp_path)
+    assert not series.excluded
+    assert (series.case_id, series.size, series.n_nodules) == ("P-01", (COLUMNS, ROWS, SLICES), 1)
+    np.testing.assert_allclose(series.spacing_mm, SPACING)
+    np.testing.assert_array_equal(scan.ct.array, STORED - 1024)
+    assert scan.ct.array.dtype == np.int16
+    np.testing.assert_allclose(scan.ct.affine, np.diag([-0.7, -0.8, 2.5, 1]) + np.outer([20, 30, -40, 0], [0, 0, 0, 1]))
+    assert scan.slice_thickness_mm == 3.0
+    assert len(scan.files) == SLICES + 1
+
+
+def test_oblique_and_reversed_orientation(tmp_path):
+    angle = np.deg2rad(20)
+    tilt = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
+    axes = tilt @ np.array([[0, -1, 0], [1, 0, 0], [0, 0, 1.0]])
+    write_case(tmp_path, axes=axes)
+    scan = load(tmp_path)
+    lps = np.array([-20.0, -30.0, -40.0]) + axes @ (np.array([3, 7, 2]) * SPACING)
+    np.testing.assert_allclose((scan.ct.affine @ [3, 7, 2, 1])[:3], lps * [-1, -1, 1], atol=1e-4)
+    np.testing.assert_array_equal(scan.ct.array, STORED - 1024)
+
+
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, RLELossless])
+def test_other_transfer_syntaxes(tmp_path, syntax):
+    write_case(tmp_path, syntax=syntax)
+    assert not only(tmp_path).excluded
+    np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
+
+
+@pytest.mark.parametrize("padding", [-2000, 63536])
+def test_padding_becomes_air(tmp_path, padding):
+    pixels = STORED[:, :, 0].T.astype("<i2")
+    pixels[0, :3] = [-2000, -500, -2600]
+    # Rescaling lifts the padding value to -500 HU, and leaves -2600 at -1100 HU.
+    write_case(tmp_path, PixelData=pixels.tobytes(), RescaleIntercept=1500)
+    for file in tmp_path.rglob("*.dcm"):
+        dataset = pydicom.dcmread(file)
+        dataset.add_new("PixelPaddingValue", "SS" if padding < 0 else "US", padding)
+        dataset.save_as(file)
+    assert load(tmp_path).ct.array[:3, 0, 0].tolist() == [-1024, 1000, -1024]
+
+
+def test_contours_by_sop_uid_then_by_position(tmp_path):
+    folder = write_case(tmp_path)
+    stray = roi(3, series="9.9")
+    (folder / "reads.xml").write_text(
+        xml(nodule(roi(1, z=999), stray, roi(1, [(4, 4)], inclusion="FALSE")), "", nodule(roi(2)))
+    )
+    first, second = load(tmp_path).annotations
+    assert [contour.slice_index for contour in first.contours] == [1, 3, 1]
+    assert [contour.inclusion for contour in first.contours] == [True, True, False]
+    assert (first.reader, second.reader, first.characteristics) == (0, 2, {"malignancy": 4})
+    assert first.contours[0].points.tolist() == [list(point) for point in SQUARE]
+
+
+@pytest.mark.parametrize(
+    ("outline", "problem"), [(roi(7, z=500), "where no slice lies"), (roi(1, [(3, 3), (10, 3)]), "outside the 10 x 12")]
+)
+def test_contours_that_do_not_fit_exclude_the_case(tmp_path, outline, problem):
+    folder = write_case(tmp_path)
+    (folder / "reads.xml").write_text(xml(nodule(outline)))
+    with pytest.raises(ExcludedCaseError, match=problem):
+        load(tmp_path)
+
+
+def test_small_and_unrated_marks_are_dropped(tmp_path):
+    file = tmp_path / "reads.xml"
+    unrated = "<unblindedReadNodule><characteristics/>" + roi(1) + "</unblindedReadNodule>"
+    other = "<nonNodule>" + roi(1) + "</nonNodule>"
+    file.write_text(xml(nodule(roi(1, [(3, 3)])), nodule(roi(1), rating=0), unrated + other, nodule(roi(1))))
+    assert [mark.reader for mark in lidc.read_xml(file).marks] == [3]
+
+
+def test_xml_in_a_tree_of_its_own_and_read_twice(tmp_path):
+    folder = write_case(tmp_path)
+    tree = tmp_path / "tcia-lidc-xml" / "157"
+    tree.mkdir(parents=True)
+    text = "\ufeff" + (folder / "reads.xml").read_text()
+    (folder / "reads.xml").rename(tree / "158.xml")
+    (tree / "159.xml").write_text(text, encoding="utf-8")
+    (tree / "160.xml").write_text(xml(nodule(roi(1, series="7")), series="7"))
+    series = only(tmp_path)
+    assert series.annotations == ("tcia-lidc-xml/157/158.xml", "tcia-lidc-xml/157/159.xml")
+    assert (series.n_nodules, series.excluded) == (1, "")
+    (annotation,) = load(tmp_path).annotations
+    assert len(annotation.contours) == 2
+
+
+def test_erratum_replaces_what_it_corrects(tmp_path):
+    folder = write_case(tmp_path)
+    (folder / "erratum-reads.xml").write_text(xml("", nodule(roi(3))))
+    (annotation,) = load(tmp_path).annotations
+    assert (annotation.reader, annotation.contours[0].slice_index) == (1, 3)
+
+
+BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><LidcReadMessage>&b;</LidcReadMessage>'
+
+
+UNREADABLE = [
+    BOMB,
+    "<LidcReadMessage>",
+    "",
+    xml(nodule(roi(1, [("a", 1), (2, 2)]))),
+    xml(nodule(roi(1))).replace("xCoord", "x"),
+]
+
+
+@pytest.mark.parametrize("text", UNREADABLE)
+def test_unreadable_xml_excludes_its_series_only(tmp_path, text):
+    folder = write_case(tmp_path)
+    write_case(tmp_path, "P-02", "1.2.4")
+    (folder / "reads.xml").write_text(text)
+    first, second = lidc.find_series(tmp_path)
+    assert "reads.xml: cannot be read as LIDC XML" in first.excluded
+    assert not second.excluded
+    with pytest.raises(InputError, match="cannot be read as LIDC XML"):
+        lidc.read_xml(folder / "reads.xml")
+
+
+def test_unreadable_xml_elsewhere_is_found_by_the_series_it_names(tmp_path):
+    folder = write_case(tmp_path)
+    (tmp_path / "tree").mkdir()
+    (folder / "reads.xml").rename(tmp_path / "tree" / "1.xml")
+    text = (tmp_path / "tree" / "1.xml").read_text()
+    (tmp_path / "tree" / "1.xml").write_text(text[:-30])
+    assert only(tmp_path).excluded.startswith("tree/1.xml: cannot be read as LIDC XML")
+
+
+def cut(folder, bytes_left):
+    file = folder / "000088.dcm"
+    file.write_bytes(file.read_bytes()[:bytes_left])
+
+
+def drop_reads(folder):
+    (folder / "reads.xml").unlink()
+
+
+def as_radiograph(folder):
+    for k in range(SLICES):
+        write_slice(folder / f"{90 - k:06d}.dcm", k, Modality="DX")
+
+
+FAULTS = {
+    "missing slice": (lambda f: (f / "000088.dcm").unlink(), "1 slice(s) missing between 000089.dcm and 000087.dcm"),
+    "doubled slice": (lambda f: shutil.copy(f / "000088.dcm", f / "copy.dcm"), "are slices of one position"),
+    "irregular": (lambda f: write_slice(f / "000090.dcm", 0, ImagePositionPatient=[-20, -30, -40.7]), "3.2 mm apart"),
+    "two orientations": (lambda f: write_slice(f / "x.dcm", 1, axes=UPRIGHT[:, [0, 2, 1]]), "differs in orientation"),
+    "tilted gantry": (
+        lambda f: [
+            write_slice(f / f"{90 - k:06d}.dcm", k, ImagePositionPatient=[0, k * 1.0, k * 2.5]) for k in range(SLICES)
+        ],
+        "shifted sideways",
+    ),
+    "two patients": (lambda f: write_slice(f / "000090.dcm", 0, patient="P-02"), "do not name one patient"),
+    "cut short": (lambda f: cut(f, -1), "000088.dcm: is cut short"),
+    "cut in the header": (lambda f: cut(f, 600), "000088.dcm: is cut short"),
+    "empty": (lambda f: cut(f, 0), "000088.dcm: is empty"),
+    "no reads": (drop_reads, "no reader XML names this series"),
+    "radiograph": (as_radiograph, "chest radiograph (modality DX)"),
+    "radiograph reads": (
+        lambda f: (f / "reads.xml").write_text(xml(root="IdriReadMessage")),
+        "reads of a chest radiograph",
+    ),
+    "two folders": (lambda f: shutil.copytree(f, f.parent / "again"), "spread over 2 folders"),
+    "single slice": (lambda f: [(f / f"{90 - k:06d}.dcm").unlink() for k in range(1, SLICES)], "single slice"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
+    harm, reason = FAULTS[fault]
+    harm(write_case(tmp_path))
+    write_case(tmp_path, "P-02", "1.2.4")
+    index = index_source("lidc", tmp_path)
+    assert index["status"].tolist() == ["excluded", "ok"]
+    assert reason in index["reason"][0]
+    assert str(tmp_path) not in index["reason"][0]
+
+
+def test_faults_that_appear_after_indexing_exclude_the_case(tmp_path):
+    folder = write_case(tmp_path)
+    (_, case), *_ = index_source("lidc", tmp_path).iterrows()
+    write_slice(folder / "000088.dcm", 2, PixelData=b"\0\0")
+    with pytest.raises(ExcludedCaseError, match=r"000088.dcm: pixels cannot be decoded"):
+        lidc.load_scan(tmp_path, case)
+    write_slice(folder / "000088.dcm", 2)
+    (folder / "reads.xml").unlink()
+    with pytest.raises(ExcludedCaseError, match=r"reads.xml: cannot be read"):
+        lidc.load_scan(tmp_path, case)
+
+
+def test_two_series_in_one_folder_and_extra_files(tmp_path):
+    folder = write_case(tmp_path)
+    for k in range(3):
+        write_slice(folder / f"other {k}.dcm", k, series="1.2.9", Rows=ROWS)
+    (folder / "second.xml").write_text(xml("", series="1.2.9"))
+    (folder / "notes.txt").write_text("not an image")
+    (folder / "._000090.dcm").write_bytes(b"\0" * 300)
+    (folder / "unrelated.xml").write_text("<settings/>")
+    first, second = lidc.find_series(tmp_path)
+    assert (first.case_id, first.size[2], second.case_id, second.size[2]) == ("P-01", 5, "P-01_2", 3)
+    assert (first.excluded, second.excluded, second.n_nodules) == ("", "", 0)
+    assert load(tmp_path).ct.shape == (COLUMNS, ROWS, 5)
+
+
+@pytest.mark.parametrize(
+    ("patient", "case_id"), [("../../etc", "_.._etc"), (".hidden", "hidden"), ("a/b c", "a_b_c"), ("..", "unnamed")]
+)
+def test_patient_ids_never_lead_outside(tmp_path, patient, case_id):
+    write_series(tmp_path / "x", patient=patient)
+    assert only(tmp_path).case_id == case_id
+
+
+def test_damaged_files_without_a_series_keep_a_row(tmp_path):
+    (tmp_path / "P-07").mkdir()
+    (tmp_path / "P-07" / "1.dcm").write_bytes(b"nothing")
+    series = only(tmp_path)
+    assert (series.case_id, series.excluded) == ("P-07", "P-07/1.dcm: is empty or no DICOM file")
+
+
+def test_links_are_followed_once(tmp_path):
+    folder = write_case(tmp_path / "data")
+    (tmp_path / "subset").mkdir()
+    (tmp_path / "subset" / "P-01").symlink_to(tmp_path / "data" / "P-01")
+    (folder / "loop").symlink_to(tmp_path / "subset")
+    assert not only(tmp_path / "subset").excluded
+
+
+def test_index_survives_its_file(tmp_path):
+    write_case(tmp_path / "data")
+    index = index_source("lidc", tmp_path / "data")
+    write_index(tmp_path / "index.tsv", index)
+    case = read_index(tmp_path / "index.tsv").iloc[0]
+    assert lidc.load_scan(tmp_path / "data", case).ct.shape == (COLUMNS, ROWS, SLICES)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no CT series"):
+        index_source("lidc", tmp_path / "empty")
+
+
+def test_indexing_plain_files_needs_neither_pydicom_nor_nibabel(tmp_path):
+    write_case(tmp_path)
+    code = (
+        "import sys, pathlib; from lungddpm.sources import index_source\n"
+        "index_source('lidc', pathlib.Path(sys.argv[1]))\n"
+        "sys.exit(' '.join({'pydicom', 'nibabel', 'scipy', 'skimage', 'torch'} & set(sys.modules)))"
+    )
+    assert run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True).stderr.strip() == ""
+
+
+def test_quick_header_reader_agrees_with_pydicom(shared_data):
+    for file in sorted((shared_data / "lidc").rglob("*.dcm"))[::10]:
+        elements, end = lidc._explicit_elements(file.read_bytes()[:8192])
+        dataset = pydicom.dcmread(file)
+        for keyword in set(elements) - {"TransferSyntaxUID"}:
+            value = dataset[keyword].value
+            text = "\\".join(map(str, value)) if dataset[keyword].VM > 1 else str(value)
+            assert elements[keyword] == text
+        assert end == file.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("file", "nodules_of_readers"),
+    [
+        ("157-161.xml", {0: 1, 1: 1, 3: 1}),
+        ("erratum-157-161.xml", {1: 1, 3: 1}),
+        ("188-011.xml", {0: 1, 1: 1, 2: 1, 3: 1}),
+        ("188-264.xml", {0: 1, 2: 1}),
+        ("188-283.xml", {0: 6, 1: 5, 2: 3, 3: 4}),
+        ("189-110.xml", {0: 1, 1: 1, 2: 1}),
+        ("189-173.xml", {0: 1, 3: 1}),
+        ("185-068.xml", {}),
+    ],
+)
+def test_traps_of_the_release(shared_data, file, nodules_of_readers):
+    reads = lidc.read_xml(shared_data / "lidc-xml" / file)
+    readers = [mark.reader for mark in reads.marks]
+    assert {reader: readers.count(reader) for reader in readers} == nodules_of_readers
+    assert reads.is_ct == (file != "185-068.xml")
+
+
+def test_same_reads_in_two_files_count_once(shared_data):
+    reads = [lidc.read_xml(shared_data / "lidc-xml" / name) for name in ("189-173.xml", "189-174.xml")]
+    assert reads[0].series_uid == reads[1].series_uid
+    assert lidc._merged(reads) == list(reads[0].marks)
+
+
+def test_real_scans(shared_data):
+    index = index_source("lidc", shared_data / "lidc").set_index("case_id")
+    assert index["status"].tolist() == ["ok", "ok"]
+    assert index["n_nodules"].to_dict() == {"LIDC-IDRI-0001": 1, "LIDC-IDRI-0003": 4}
+    scan = lidc.load_scan(shared_data / "lidc", index.loc["LIDC-IDRI-0003"])
+    oracle = nibabel.load(shared_data / "lidc-oracle" / "LIDC-IDRI-0003_consensus050.nii.gz")
+    assert scan.ct.shape == oracle.shape
+    np.testing.assert_allclose(scan.ct.affine, oracle.affine, atol=1e-4)
+    assert (scan.ct.array.min(), scan.ct.array.max()) == (-1024, 5892)
+    assert [annotation.reader for annotation in scan.annotations] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4

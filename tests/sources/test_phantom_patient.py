@@ -1,0 +1,178 @@
+"""A phantom patient against anatomy and physics."""
+
+import numpy as np
+import pytest
+from scipy.ndimage import binary_dilation, binary_erosion, label
+
+from lungddpm.config import Phantom
+from lungddpm.sources.phantom import thorax
+from lungddpm.sources.phantom.nodules import draw_shape, shape_share
+from lungddpm.sources.phantom.patient import Thorax
+from lungddpm.sources.phantom.scanner import PADDING_HU, Grid
+from lungddpm.sources.phantom.shapes import fill_rods, rods_between
+from lungddpm.sources.phantom.vessels import grow_tree
+
+# ------------------------------------------------------------------ anatomy
+
+
+def test_tissues_have_their_attenuation(clean: Thorax):
+    hu = clean.ct.array
+    inside = binary_erosion(clean.lungs, iterations=3)
+    parenchyma = inside & (clean.vessel_radius_mm == 0) & ~np.any([n.mask for n in clean.nodules], axis=0)
+    assert np.median(hu[parenchyma]) == pytest.approx(-850, abs=40)
+    rows = np.nonzero(parenchyma)[1]
+    front, back = np.quantile(rows, [0.2, 0.8])
+    values = hu[parenchyma]
+    assert 15 < np.median(values[rows > back]) - np.median(values[rows < front]) < 100
+    assert hu[80, 5, 50] == -1000
+    assert np.median(hu[binary_erosion(clean.vessels & (clean.vessel_radius_mm > 4))]) == pytest.approx(40, abs=15)
+    peaks = np.bincount((hu[hu > -200] + 200).ravel(), minlength=1000)
+    for tissue, low, high in (("fat", -110, -90), ("muscle", 45, 55), ("blood", 35, 45), ("liver", 55, 65)):
+        assert peaks[low + 200 : high + 201].sum() > 3000, tissue
+    assert 1000 < (hu > 250).sum() < 0.1 * hu.size
+    assert hu.max() <= 720
+
+
+def test_nodules_have_the_attenuation_of_their_texture(patients: list[Thorax]):
+    seen = set()
+    for truth in patients:
+        for nodule in truth.nodules:
+            core = binary_erosion(nodule.mask)
+            if nodule.margin == "smooth" and core.any():
+                middle = np.median(truth.ct.array[core])
+                low, high = {"solid": (0, 40), "ground-glass": (-640, -500), "part-solid": (-640, 40)}[nodule.texture]
+                assert low <= middle <= high, (nodule.texture, middle)
+                seen.add(nodule.texture)
+    assert {"solid", "ground-glass"} <= seen
+
+
+def test_lungs_are_of_human_size_and_two(clean: Thorax, patients: list[Thorax]):
+    for truth in [clean, *patients]:
+        assert 3 <= truth.lungs.sum() * truth.ct.voxel_mm3 / 1e6 <= 7
+        parts, count = label(truth.lungs)
+        sizes = np.sort(np.bincount(parts.ravel())[1:])[::-1]
+        assert count >= 2
+        assert sizes[:2].sum() > 0.999 * truth.lungs.sum()
+        assert sizes[1] > 0.6 * sizes[0]
+        assert not truth.lungs[:, :, -1].any()
+        assert not truth.lungs[:, :, 0].any()
+    assert np.ptp([truth.lungs.sum() * truth.ct.voxel_mm3 for truth in patients]) > 3e5
+
+
+def test_noise_has_the_wanted_strength_and_is_correlated(small: Phantom, patients: list[Thorax]):
+    quiet = patients[5].ct.array.astype(float)
+    noisy = thorax(small, 5).ct.array.astype(float)
+    difference = np.where((quiet > -900) & (quiet < 500), noisy - quiet, np.nan)
+    assert np.nanstd(difference) == pytest.approx(small.noise_hu, rel=0.1)
+    assert np.nanmean(difference[1:] * difference[:-1]) > 0.2 * small.noise_hu**2
+
+
+def test_only_the_outside_of_the_scanners_circle_is_padding(clean: Thorax):
+    hu = clean.ct.array
+    columns, rows = np.indices(hu.shape[:2]) - (hu.shape[0] - 1) / 2
+    outside = np.hypot(columns, rows) > hu.shape[0] / 2
+    assert ((hu == PADDING_HU) == outside[..., None]).all()
+    assert hu[~outside].min() >= -1024
+
+
+# ------------------------------------------------------------------ vessels
+
+
+def test_tree_obeys_murrays_law():
+    rng = np.random.default_rng(0)
+    points = rng.uniform(0, 100, (2000, 3))
+    tree = grow_tree(points, np.zeros(3), np.array([1.0, 0, 0]), 6.0, rng)
+    assert tree.radius_mm[0] == 6.0
+    assert tree.parent[0] == -1
+    assert (tree.parent[1:] < np.arange(1, len(tree.parent))).all()
+    children = np.bincount(tree.parent[1:], minlength=len(tree.parent))
+    assert set(children.tolist()) == {0, 2}
+    cubes = np.bincount(tree.parent[1:], tree.radius_mm[1:] ** 3, minlength=len(tree.parent))
+    forks = children == 2
+    np.testing.assert_allclose(cubes[forks], tree.radius_mm[forks] ** 3, rtol=1e-9)
+    np.testing.assert_allclose(tree.start[1:], tree.end[tree.parent[1:]])
+    # Volume-filling: no point of the tissue is far from a vessel's end.
+    ends = tree.end[~forks]
+    assert max(np.linalg.norm(ends - p, axis=1).min() for p in points) < 20
+
+
+def test_vessels_lie_in_the_lungs_and_taper(clean: Thorax):
+    assert (clean.lungs | ~clean.vessels).all()
+    assert (clean.vessel_radius_mm[clean.vessels] > 0).all()
+    share = clean.vessels.sum() / clean.lungs.sum()
+    assert 0.01 < share < 0.1
+    lateral_mm = np.abs(clean.ct.affine[0, 0] * np.arange(clean.ct.shape[0]) + clean.ct.affine[0, 3])
+    widest = [clean.vessel_radius_mm[(lateral_mm > low) & (lateral_mm <= low + 20)].max() for low in (50, 80, 110)]
+    assert widest[0] > 1.5 * widest[1] > 1.5 * widest[2] > 0
+
+
+def test_rods_keep_the_volume_of_tubes_thinner_than_a_voxel():
+    axis = np.arange(20, dtype=np.float32)
+    grid = Grid(2 * axis, 2 * axis, 3 * axis, 2.0, 3.0)
+    points = np.linspace([8, 9, 9], [30, 25, 48], 80)
+    for radius in (0.3, 0.6, 2.5):
+        share, widest = fill_rods(grid, rods_between(points[:-1], points[1:], np.full((79, 2), radius)))
+        length = np.linalg.norm(points[-1] - points[0])
+        assert share.sum() * 12 == pytest.approx(np.pi * radius**2 * length, rel=0.03)
+        assert (widest[share > 0] == np.float32(radius)).all()
+        assert (widest[share == 0] == 0).all()
+
+
+# ------------------------------------------------------------------ nodules
+
+
+def test_nodules_are_in_the_lungs_and_disjoint(clean: Thorax, patients: list[Thorax]):
+    for truth in [clean, *patients]:
+        assert 1 <= len(truth.nodules) <= 3
+        assert not truth.vessels[np.any([n.mask for n in truth.nodules], axis=0)].any()
+        for nodule in truth.nodules:
+            assert (truth.lungs | ~nodule.mask).mean() == 1
+            touches = (binary_dilation(nodule.mask, iterations=2) & ~truth.lungs).any()
+            if nodule.attachment == "pleura":
+                assert touches
+            if nodule.attachment == "isolated" and nodule.margin == "smooth":
+                assert not (binary_dilation(nodule.mask) & ~truth.lungs).any()
+            voxel = np.rint(np.linalg.inv(truth.ct.affine) @ (*nodule.centre_mm, 1))[:3].astype(int)
+            assert nodule.mask[tuple(voxel)]
+        assert np.sum([n.mask for n in truth.nodules], axis=0).max() == 1
+        _, parts = label(binary_dilation(np.any([n.mask for n in truth.nodules], axis=0)), np.ones((3, 3, 3)))
+        assert parts == len(truth.nodules)
+
+
+def test_smooth_nodule_fills_the_sphere_of_its_diameter():
+    parameters = Phantom(matrix=110, pixel_mm=3.2, slice_mm=4, nodules=(3, 3), nodule_diameter_mm=(26, 26))
+    checked = 0
+    for seed in (0, 1, 2):
+        truth = thorax(parameters, seed)
+        for nodule in truth.nodules:
+            volume = nodule.mask.sum() * truth.ct.voxel_mm3
+            assert volume == pytest.approx(np.pi / 6 * nodule.diameter_mm**3, rel=0.1)
+            if nodule.margin == "smooth" and nodule.attachment != "pleura":
+                assert nodule.diameter_mm == pytest.approx(26, rel=0.02)
+                checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("margin", ["smooth", "lobulated", "spiculated"])
+def test_shapes_have_the_volume_of_their_sphere(margin: str):
+    rng = np.random.default_rng(2)
+    axis = np.arange(-30, 31, 2, dtype=np.float32)
+    grid = Grid(axis, axis, axis, 2.0, 2.0)
+    shape = draw_shape(10.0, margin, rng)
+    _, share = shape_share(grid, shape, np.zeros(3))
+    assert share.sum() * 8 == pytest.approx(4 / 3 * np.pi * 1000, rel=0.03)
+
+
+# ------------------------------------------------------------------ seeds
+
+
+def test_equal_seeds_give_equal_patients_and_others_differ(
+    small: Phantom, cohort_seeds: list[int], cohort_truths: list[Thorax]
+):
+    first, other = cohort_truths
+    again = thorax(small, cohort_seeds[0])
+    np.testing.assert_array_equal(first.ct.array, again.ct.array)
+    np.testing.assert_array_equal(first.ct.affine, again.ct.affine)
+    np.testing.assert_array_equal(first.vessel_radius_mm, again.vessel_radius_mm)
+    assert [n.diameter_mm for n in first.nodules] == [n.diameter_mm for n in again.nodules]
+    assert first.ct.shape != other.ct.shape or (first.ct.array != other.ct.array).mean() > 0.5

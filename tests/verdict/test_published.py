@@ -1,0 +1,85 @@
+"""The published figures against the file they were copied from, and their comparison with a run."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lungddpm.verdict.published import published_comparison, published_figures
+
+
+@pytest.fixture
+def verdict():
+    arms = {"real": (0.30, np.nan), "real+lung_ddpm@1.0": (0.35, 0.05), "real+lung_ddpm@0.25": (0.32, 0.02)}
+    return pd.DataFrame(
+        [
+            {"arm": arm, "metric": metric, "mean": mean, "sd": 0.1, "difference": difference}
+            for arm, (mean, difference) in arms.items()
+            for metric in ("dice", "sensitivity")
+        ]
+    )
+
+
+def row_of(comparison, **wanted):
+    rows = comparison[np.logical_and.reduce([comparison[name] == value for name, value in wanted.items()])]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def test_figures_equal_their_source(shared_data):
+    source = pd.read_csv(shared_data.parent / "reference" / "published_results.csv", keep_default_na=False, dtype=str)
+    ours = published_figures()
+    assert ours[["method", "training_set", "metric"]].equals(source[["method", "training_set", "metric"]])
+    assert ours["mean"].tolist() == source["mean"].astype(float).tolist()
+    assert ours["sd"].isna().tolist() == (source["sd"] == "").tolist()
+
+
+def test_every_published_figure_keeps_its_row(verdict):
+    assert len(published_comparison(verdict)) == len(published_figures())
+
+
+def test_arms_of_the_same_dose_stand_beside_each_other(verdict):
+    row = row_of(
+        published_comparison(verdict), method="Lung-DDPM", training_set="800 real + 800 IUCPQ synthetic", metric="dice"
+    )
+    assert (row["arm"], row["measured_mean"], row["measured_change"]) == ("real+lung_ddpm@1.0", 0.35, 0.05)
+    assert row["published_change"] == pytest.approx(0.3914 - 0.3598)
+    assert row["comparable"] == "change only"
+
+
+def test_183_of_800_is_a_dose_of_a_quarter_and_half_is_missing(verdict):
+    comparison = published_comparison(verdict)
+    lidc = row_of(comparison, method="Lung-DDPM", training_set="800 real + 183 LIDC synthetic", metric="dice")
+    half = row_of(comparison, method="Lung-DDPM", training_set="800 real + 400 IUCPQ synthetic", metric="dice")
+    assert lidc["arm"] == "real+lung_ddpm@0.25"
+    assert half["arm"] == ""
+    assert "0.5" in half["why_not"]
+
+
+def test_levels_never_compare_and_every_row_says_why(verdict):
+    comparison = published_comparison(verdict)
+    assert (comparison["why_not"] != "").all()
+    assert set(comparison["comparable"]) == {"no", "change only"}
+    assert row_of(comparison, method="real only", metric="dice")["comparable"] == "no"
+
+
+def test_phantoms_compare_with_nothing(verdict):
+    comparison = published_comparison(verdict, phantoms=True)
+    assert set(comparison["comparable"]) == {"no"}
+    assert "phantoms" in row_of(comparison, method="real only", metric="dice")["why_not"]
+
+
+def test_image_quality_and_sampling_time_are_filled_in(verdict):
+    keys = {"generator": "lung_ddpm", "image": "synthetic", "region": "whole volume", "metric": "mse"}
+    quality = pd.DataFrame([keys | {"mean": 0.002, "sd": 0.1}])
+    comparison = published_comparison(verdict, quality, {"lung_ddpm": 7.0})
+    mse = comparison[(comparison["method"] == "Lung-DDPM") & (comparison["metric"] == "MSE")]
+    assert mse["measured_mean"].tolist() == [0.002, 0.002]
+    assert row_of(comparison, method="Lung-DDPM", metric="seconds_per_volume")["measured_mean"] == 7.0
+    assert comparison[comparison["metric"] == "FID"]["measured_mean"].isna().all()
+
+
+def test_an_unmeasured_run_says_so(verdict):
+    verdict["mean"] = np.nan
+    assert row_of(published_comparison(verdict), method="real only", metric="dice")["why_not"].startswith(
+        "not measured"
+    )
