@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from lungddpm.config import Config
 from lungddpm.errors import ExcludedCaseError, InputError
@@ -20,6 +20,9 @@ from lungddpm.files import fingerprint, sha256_of, write_table
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG
 from lungddpm.volume import Volume, read_volume
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 COLUMNS = [
     "case_id", "patient_id", "source", "role", "series_uid",
@@ -36,6 +39,8 @@ def read_cases(path: Path) -> pd.DataFrame:
     Raises:
         InputError: missing file or columns.
     """
+    import pandas as pd
+
     try:
         table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
     except FileNotFoundError:
@@ -54,6 +59,8 @@ def read_cases(path: Path) -> pd.DataFrame:
 
 def write_cases(path: Path, rows: pd.DataFrame | Iterable[dict]) -> None:
     """Write a case table atomically, columns in the order of `COLUMNS`."""
+    import pandas as pd
+
     write_table(path, pd.DataFrame(rows, columns=COLUMNS))
 
 
@@ -130,6 +137,8 @@ def run_collect(config: Config, tables: list[Path], output: Path) -> None:
     Raises:
         InputError: a role has no usable case, or none with a nodule; the message says why the others were excluded.
     """
+    import pandas as pd
+
     merged = pd.concat([read_cases(table) for table in tables]).sort_values("case_id", kind="stable")
     excluded = merged[merged["status"] != "ok"]
     for case in excluded.itertuples():

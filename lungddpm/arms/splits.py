@@ -7,38 +7,61 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import pandas as pd
+from typing import TYPE_CHECKING
 
 from lungddpm.config import Roles
 from lungddpm.errors import ConfigError, InputError, LeakError
 from lungddpm.files import seed_from
 from lungddpm.progress import LOG
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 ROLES = ("discovery", "reference", "test")
 UNUSED = "not needed by roles"
 
 
-def assign_roles(index: pd.DataFrame, roles: Roles, seed: int) -> pd.DataFrame:
+def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
     """Give every patient with a usable series a role; patients are drawn in a seeded order, whatever the table's.
 
     Args:
-        index: case table; only rows with status `ok` get a role.
+        index: rows of the index; only those with status `ok` get a role.
         roles: below 1 a share of the usable patients, from 1 a count, or a list of patients.
         seed: root of the draw.
 
     Returns:
-        A copy with `role` filled. Patients who are not needed keep an empty role and say so in `reason`.
+        Copies with `role` filled. Patients who are not needed keep an empty role and say so in `reason`.
 
     Raises:
         ConfigError: unknown patients in a list, too few patients, or a role without any.
     """
-    index = index.copy()
-    usable = index["status"] == "ok"
-    patients = _shuffled(index.loc[usable, "patient_id"], seed, "roles")
+    patients = _shuffled((row["patient_id"] for row in index if row["status"] == "ok"), seed, "roles")
+    members = _draw_members(roles, patients, {row["patient_id"] for row in index})
+    role_of = {patient: "+".join(role for role in ROLES if patient in members[role]) for patient in patients}
+    assigned = [dict(row) for row in index]
+    for row in assigned:
+        if row["status"] == "ok":
+            row["role"] = role_of[row["patient_id"]]
+            row["reason"] = "" if row["role"] else UNUSED
+    for role in ROLES:
+        with_nodule = {row["patient_id"] for row in index if row["status"] == "ok" and row["n_nodules"] > 0}
+        without = len(members[role] - with_nodule)
+        LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
+    if shared := sorted(patient for patient, role in role_of.items() if "+" in role):
+        LOG.warning(
+            "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
+            "the verdict of this run means nothing but that the pipeline runs",
+            len(shared),
+            shared[0],
+        )
+    return assigned
+
+
+def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[str, set[str]]:
+    """The patients of every role: the named ones, then as many of the others, in their order, as are asked for."""
     named = {role: value for role in ROLES if isinstance(value := getattr(roles, role), list)}
     for role, wanted in named.items():
-        _check_named(role, wanted, set(index["patient_id"]), set(patients))
+        _check_named(role, wanted, known, set(patients))
     chosen = {role: [patient for patient in patients if patient in wanted] for role, wanted in named.items()}
     counts = _counts(roles, len(patients))
     free = [patient for patient in patients if not any(patient in members for members in chosen.values())]
@@ -62,22 +85,7 @@ def assign_roles(index: pd.DataFrame, roles: Roles, seed: int) -> pd.DataFrame:
                 f"no patient is left for it (the source has {len(patients)} usable patients)",
                 "Raise its number, or give a source with more patients.",
             )
-    members = {role: set(chosen[role]) for role in ROLES}
-    role_of = {patient: "+".join(role for role in ROLES if patient in members[role]) for patient in patients}
-    index.loc[usable, "role"] = index.loc[usable, "patient_id"].map(role_of)
-    index.loc[usable, "reason"] = index.loc[usable, "role"].map(lambda role: "" if role else UNUSED)
-    for role in ROLES:
-        cases = index[index["patient_id"].isin(members[role]) & usable]
-        without = len(members[role]) - cases.loc[cases["n_nodules"] > 0, "patient_id"].nunique()
-        LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
-    if shared := sorted(patient for patient, role in role_of.items() if "+" in role):
-        LOG.warning(
-            "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
-            "the verdict of this run means nothing but that the pipeline runs",
-            len(shared),
-            shared[0],
-        )
-    return index
+    return {role: set(chosen[role]) for role in ROLES}
 
 
 def folds(

@@ -6,6 +6,7 @@ load_scan(path, case) -> Scan                reads one series of the index in fu
 
 from __future__ import annotations
 
+import csv
 import importlib
 import json
 import re
@@ -13,14 +14,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 
 from lungddpm import cases
 from lungddpm.errors import InputError
-from lungddpm.files import write_table
+from lungddpm.files import atomic_path
 from lungddpm.volume import Volume
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 INDEX_COLUMNS = [*cases.COLUMNS, "annotations"]
 """The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
@@ -98,7 +102,7 @@ def case_ids(names: Iterable[str]) -> list[str]:
     return given
 
 
-def index_source(kind: str, path: Path) -> pd.DataFrame:
+def index_source(kind: str, path: Path) -> list[dict]:
     """One row a series, in order of case id, `role` still empty (see `INDEX_COLUMNS`).
 
     Raises:
@@ -109,7 +113,7 @@ def index_source(kind: str, path: Path) -> pd.DataFrame:
     found = sorted(module_of(kind).find_series(path), key=lambda series: series.case_id)
     if not found:
         raise InputError(path, f"holds no CT series that the source '{kind}' can read", "Check source.path and kind.")
-    return pd.DataFrame([_row(kind, series) for series in found], columns=INDEX_COLUMNS)
+    return [_row(kind, series) for series in found]
 
 
 def read_index(path: Path) -> pd.DataFrame:
@@ -117,9 +121,12 @@ def read_index(path: Path) -> pd.DataFrame:
     return cases.read_cases(path)
 
 
-def write_index(path: Path, index: pd.DataFrame) -> None:
-    """Write the index as a tab-separated table, atomically."""
-    write_table(path, index[INDEX_COLUMNS])
+def write_index(path: Path, index: list[dict]) -> None:
+    """Write the index as a tab-separated table, atomically. Without pandas, which takes longer than ten headers."""
+    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, INDEX_COLUMNS, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(index)
 
 
 def _row(kind: str, series: Series) -> dict:

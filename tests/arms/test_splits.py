@@ -24,35 +24,39 @@ def cohort(n_patients: int, series_each: int = 1) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def assign(index: pd.DataFrame, roles: Roles, seed: int) -> pd.DataFrame:
+    return pd.DataFrame(splits.assign_roles(index.to_dict("records"), roles, seed))
+
+
 def patients_of(index: pd.DataFrame) -> dict[str, set[str]]:
     return {role: set(group["patient_id"]) for role, group in index.groupby("role") if role}
 
 
 def test_shares_and_counts_give_the_expected_numbers():
-    assigned = patients_of(splits.assign_roles(cohort(24), Roles(), seed=1))
+    assigned = patients_of(assign(cohort(24), Roles(), seed=1))
     assert {role: len(patients) for role, patients in assigned.items()} == {"discovery": 12, "reference": 5, "test": 7}
-    counts = patients_of(splits.assign_roles(cohort(24), Roles(discovery=3, reference=2, test=0.5), seed=1))
+    counts = patients_of(assign(cohort(24), Roles(discovery=3, reference=2, test=0.5), seed=1))
     assert {role: len(patients) for role, patients in counts.items()} == {"discovery": 3, "reference": 2, "test": 12}
 
 
 @given(st.integers(3, 60), st.integers(1, 3), st.integers(0, 5))
 def test_default_shares_use_every_patient_once_with_all_series(n_patients, series_each, seed):
-    index = splits.assign_roles(cohort(n_patients, series_each), Roles(), seed)
+    index = assign(cohort(n_patients, series_each), Roles(), seed)
     assert set(index["role"]) == set(splits.ROLES)
     assert (index.groupby("patient_id")["role"].nunique() == 1).all()
 
 
 def test_roles_do_not_depend_on_the_order_of_the_table_but_on_the_seed():
     index = cohort(30)
-    first = patients_of(splits.assign_roles(index, Roles(), 1))
-    assert first == patients_of(splits.assign_roles(index.sample(frac=1, random_state=0), Roles(), 1))
-    assert first != patients_of(splits.assign_roles(index, Roles(), 2))
+    first = patients_of(assign(index, Roles(), 1))
+    assert first == patients_of(assign(index.sample(frac=1, random_state=0), Roles(), 1))
+    assert first != patients_of(assign(index, Roles(), 2))
 
 
 def test_unneeded_patients_and_excluded_series_say_why_they_have_no_role():
     index = cohort(10)
     index.loc[4, ["status", "reason"]] = ["excluded", "slices are missing"]
-    assigned = splits.assign_roles(index, Roles(discovery=2, reference=1, test=1), 1)
+    assigned = assign(index, Roles(discovery=2, reference=1, test=1), 1)
     assert assigned.loc[4, ["role", "status", "reason"]].tolist() == ["", "excluded", "slices are missing"]
     unused = assigned[(assigned["role"] == "") & (assigned["status"] == "ok")]
     assert len(unused) == 5
@@ -61,7 +65,7 @@ def test_unneeded_patients_and_excluded_series_say_why_they_have_no_role():
 
 def test_lists_are_taken_literally_and_numbers_draw_from_the_rest():
     roles = Roles(discovery=["P000", "P001"], reference=1, test=["P007"])
-    assigned = patients_of(splits.assign_roles(cohort(8), roles, 1))
+    assigned = patients_of(assign(cohort(8), roles, 1))
     assert assigned["discovery"] == {"P000", "P001"}
     assert assigned["test"] == {"P007"}
     assert not assigned["reference"] & {"P000", "P001", "P007"}
@@ -79,13 +83,13 @@ def test_lists_are_taken_literally_and_numbers_draw_from_the_rest():
 )
 def test_impossible_roles_name_the_key_and_the_number_there_is(roles, n_patients, key, says):
     with pytest.raises(ConfigError, match=says) as error:
-        splits.assign_roles(cohort(n_patients), roles, 1)
+        assign(cohort(n_patients), roles, 1)
     assert error.value.what == key
 
 
 def test_patients_are_shared_only_when_allowed_and_loudly(caplog):
     caplog.set_level(logging.WARNING, "lungddpm")
-    index = splits.assign_roles(cohort(1), Roles(allow_shared_patients=True), 1)
+    index = assign(cohort(1), Roles(allow_shared_patients=True), 1)
     assert index["role"].tolist() == ["discovery+reference+test"]
     assert "means nothing" in caplog.text
 

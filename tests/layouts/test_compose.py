@@ -4,7 +4,6 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from lungddpm.cases import read_case, read_cases, run_collect, write_cases
@@ -177,7 +176,7 @@ def cohort(patient, tmp_path, monkeypatch):
                 "annotations": "[]",
             }
         )
-    write_index(tmp_path / "index.tsv", pd.DataFrame(rows))
+    write_index(tmp_path / "index.tsv", rows)
     loads = []
 
     def load_scan(path, row):

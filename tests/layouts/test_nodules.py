@@ -173,7 +173,7 @@ def test_labels_give_components_that_touch_at_corners_as_one():
 
 @pytest.fixture(scope="module")
 def real_scans(shared_data):
-    index = index_source("lidc", shared_data / "lidc")
+    index = pd.DataFrame(index_source("lidc", shared_data / "lidc"))
     return {case["case_id"]: lidc.load_scan(shared_data / "lidc", case) for _, case in index.iterrows()}
 
 

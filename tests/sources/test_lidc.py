@@ -6,6 +6,7 @@ from subprocess import run
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
@@ -90,7 +91,7 @@ def only(top):
 
 
 def load(top):
-    (_, case), *_ = index_source("lidc", top).iterrows()
+    case, *_ = index_source("lidc", top)
     return lidc.load_scan(top, case)
 
 
@@ -269,7 +270,7 @@ def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
     harm, reason = FAULTS[fault]
     harm(write_case(tmp_path))
     write_case(tmp_path, "P-02", "1.2.4")
-    index = index_source("lidc", tmp_path)
+    index = pd.DataFrame(index_source("lidc", tmp_path))
     assert index["status"].tolist() == ["excluded", "ok"]
     assert reason in index["reason"][0]
     assert str(tmp_path) not in index["reason"][0]
@@ -277,7 +278,7 @@ def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
 
 def test_faults_that_appear_after_indexing_exclude_the_case(tmp_path):
     folder = write_case(tmp_path)
-    (_, case), *_ = index_source("lidc", tmp_path).iterrows()
+    case, *_ = index_source("lidc", tmp_path)
     write_slice(folder / "000088.dcm", 2, PixelData=b"\0\0")
     with pytest.raises(ExcludedCaseError, match=r"000088.dcm: pixels cannot be decoded"):
         lidc.load_scan(tmp_path, case)
@@ -383,7 +384,7 @@ def test_same_reads_in_two_files_count_once(shared_data):
 
 
 def test_real_scans(shared_data):
-    index = index_source("lidc", shared_data / "lidc").set_index("case_id")
+    index = pd.DataFrame(index_source("lidc", shared_data / "lidc")).set_index("case_id")
     assert index["status"].tolist() == ["ok", "ok"]
     assert index["n_nodules"].to_dict() == {"LIDC-IDRI-0001": 1, "LIDC-IDRI-0003": 4}
     scan = lidc.load_scan(shared_data / "lidc", index.loc["LIDC-IDRI-0003"])

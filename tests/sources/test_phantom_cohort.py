@@ -9,6 +9,7 @@ from subprocess import run
 from xml.etree import ElementTree
 
 import numpy as np
+import pandas as pd
 import pydicom
 import pytest
 import SimpleITK
@@ -145,7 +146,7 @@ def test_slices_are_valid_ct_images(cohort: Path, small: Phantom):
 
 
 def test_the_source_reads_its_own_cohort(cohort: Path, cohort_truths: list[Thorax], readings: tuple[Reading, ...]):
-    index = index_source("phantom", cohort)
+    index = pd.DataFrame(index_source("phantom", cohort))
     assert index["case_id"].tolist() == ["PHANTOM-0001", "PHANTOM-0002"]
     assert (index["status"] == "ok").all()
     case = index.iloc[0]
