@@ -2,6 +2,7 @@
 
 import nibabel
 import numpy as np
+import pandas as pd
 import pytest
 
 from lungddpm.errors import ExcludedCaseError
@@ -24,7 +25,7 @@ def write_case(top, ct=CT, labels=LABELS, image="a_0000.nii.gz", label="a.nii.gz
 
 
 def load(top):
-    return nifti.load_scan(top, index_source("nifti", top).iloc[0])
+    return nifti.load_scan(top, index_source("nifti", top)[0])
 
 
 @pytest.mark.parametrize(
@@ -84,7 +85,7 @@ def test_values_outside_int16_hu_are_clamped(tmp_path):
 def test_headers_that_do_not_fit_keep_a_row_with_the_reason(tmp_path, options, reason):
     write_case(tmp_path, **options)
     write_case(tmp_path, image="good.nii.gz", label="good.nii.gz")
-    index = index_source("nifti", tmp_path).set_index("case_id")
+    index = pd.DataFrame(index_source("nifti", tmp_path)).set_index("case_id")
     assert index["status"].to_dict() == {"a": "excluded", "good": "ok"}
     assert index["reason"]["a"].startswith(reason)
 

@@ -1,0 +1,182 @@
+"""The command line on bad input: one clear message, exit code 2, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+
+LUNGDDPM = Path(sys.executable).with_name("lungddpm")
+
+
+def lungddpm(*arguments, cwd):
+    return subprocess.run([LUNGDDPM, *arguments], cwd=cwd, text=True, capture_output=True, check=False)
+
+
+def config_for(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(values))
+    return path
+
+
+VERBS = [
+    "run", "phantom", "index", "prepare", "collect", "train", "synthesize", "compose", "segment plan", "segment train",
+    "segment predict", "evaluate", "quality", "report", "verdict", "config show", "config validate", "config schema",
+    "doctor",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb != "run"])
+def test_every_verb_explains_itself(verb, tmp_path):
+    shown = lungddpm(*verb.split(), "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    assert "Usage" in shown.stdout
+
+
+def test_help_lists_every_verb(tmp_path):
+    shown = lungddpm("--help", cwd=tmp_path).stdout
+    assert all(verb.split()[0] in shown for verb in VERBS)
+
+
+def test_faults_go_to_the_log_file_as_well(tmp_path):
+    run = lungddpm("--log", "mine.log", "config", "validate", "-c", "none.yaml", cwd=tmp_path)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: none.yaml: does not exist.")
+    assert "none.yaml: does not exist." in (tmp_path / "mine.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "is not a folder"),
+        (lambda path: path.mkdir(), "holds no CT series"),
+        (lambda path: path.write_text("not a folder"), "is not a folder"),
+    ],
+    ids=["missing", "empty", "a file"],
+)
+def test_index_refuses_a_source_without_scans(tmp_path, make, message):
+    make(tmp_path / "data")
+    config = config_for(tmp_path, source={"kind": "lidc", "path": str(tmp_path / "data")})
+    run = lungddpm("index", "-c", config, "--output", "index.tsv", cwd=tmp_path)
+    assert run.returncode == 2
+    assert message in run.stderr
+    assert "Traceback" not in run.stderr
+    assert not (tmp_path / "index.tsv").exists()
+
+
+def write_pair(folder, name, ct, labels, label_affine=None):
+    affine = np.diag([4.0, 4.0, 4.0, 1.0])
+    for kind, array, grid in (("images", ct, affine), ("labels", labels, label_affine)):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+        nibabel.save(nibabel.Nifti1Image(array, affine if grid is None else grid), folder / kind / f"{name}.nii.gz")
+
+
+@pytest.fixture
+def bad_pairs(tmp_path):
+    """Good pairs beside one of each fault."""
+    rng = np.random.default_rng(0)
+    shape = (64, 64, 64)
+    ct = rng.normal(40, 10, shape).astype(np.float32)
+    labels = np.zeros(shape, np.uint8)
+    for left in (8, 36):
+        labels[left : left + 20, 16:48, 8:56] = 1
+    labels[14:18, 30:34, 30:34] = 2
+    ct[labels == 1] = rng.normal(-850, 10, (labels == 1).sum())
+    for name in ("good1", "good2", "good3"):
+        write_pair(tmp_path / "data", name, ct, labels)
+    write_pair(tmp_path / "data", "shape", ct, labels[:-1])
+    write_pair(tmp_path / "data", "affine", ct, labels, np.diag([4.0, 4.0, 5.0, 1.0]))
+    write_pair(tmp_path / "data", "nan", np.where(labels == 2, np.nan, ct).astype(np.float32), labels)
+    write_pair(tmp_path / "data", "constant", np.full(shape, -1000, np.int16), labels)
+    write_pair(tmp_path / "data", "unknown", ct, np.where(labels == 2, 7, labels).astype(np.uint8))
+    write_pair(tmp_path / "data", "lungless", rng.normal(40, 10, shape).astype(np.float32), np.zeros(shape, np.uint8))
+    return tmp_path
+
+
+def test_bad_pairs_are_excluded_with_their_reason_and_the_others_go_on(bad_pairs):
+    config = config_for(
+        bad_pairs,
+        source={"kind": "nifti", "path": str(bad_pairs / "data")},
+        roles={"discovery": ["good1"], "reference": ["good2"], "test": ["good3"]},
+        grid={"size": [32, 32, 32]},
+        diffusion={"denoiser": {"attention": False}},
+    )
+    for arguments in (
+        ["index", "--output", "cases/index.tsv"],
+        ["prepare", "--index", "cases/index.tsv", "--output", "cases", "--table", "cases/cases-0.tsv"],
+        ["collect", "cases/cases-0.tsv", "--output", "cases/cases.tsv"],
+    ):
+        run = lungddpm(*arguments, "-c", config, cwd=bad_pairs)
+        assert run.returncode == 0, run.stderr
+    table = pd.read_csv(bad_pairs / "cases/cases.tsv", sep="\t", keep_default_na=False).set_index("case_id")
+    assert table.loc[table["status"] == "ok"].index.tolist() == ["good1", "good2", "good3"]
+    expected = {
+        "shape": "shape", "affine": "affine", "nan": "NaN", "constant": "constant", "unknown": "7", "lungless": "lung",
+    }  # fmt: skip
+    for case_id, word in expected.items():
+        assert word in table.loc[case_id, "reason"], case_id
+        assert not (bad_pairs / "cases" / case_id / "ct.nii.gz").exists()
+    assert str(bad_pairs) not in (bad_pairs / "cases/cases.tsv").read_text()
+
+
+def test_a_role_that_loses_its_last_case_ends_the_run_with_the_reason(bad_pairs):
+    config = config_for(
+        bad_pairs,
+        source={"kind": "nifti", "path": str(bad_pairs / "data")},
+        roles={"discovery": ["good1"], "reference": ["good2"], "test": ["constant"]},
+        grid={"size": [32, 32, 32]},
+        diffusion={"denoiser": {"attention": False}},
+    )
+    for arguments, code in (
+        (["index", "--output", "cases/index.tsv"], 0),
+        (["prepare", "--index", "cases/index.tsv", "--output", "cases", "--table", "cases/cases-0.tsv"], 0),
+        (["collect", "cases/cases-0.tsv", "--output", "cases/cases.tsv"], 2),
+    ):
+        run = lungddpm(*arguments, "-c", config, cwd=bad_pairs)
+        assert run.returncode == code, run.stderr
+    assert "roles.test" in run.stderr
+    assert "constant" in run.stderr
+    assert not (bad_pairs / "cases/cases.tsv").exists()
+
+
+@pytest.fixture(params=["size=16k", "ro"], ids=["full", "read-only"])
+def unwritable(request, tmp_path):
+    """A small tmpfs, full or read-only; needs the right to mount."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", request.param, "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_or_read_only_folder_is_told(unwritable, tmp_path):
+    config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
+    run = lungddpm("phantom", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert "no space is left" in run.stderr or "read-only" in run.stderr
+    assert "Traceback" not in run.stderr
+    left = [path for path in unwritable.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"
+
+
+def test_doctor_knows_what_is_here(tmp_path):
+    shown = lungddpm("doctor", cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert f"cores: {os.cpu_count()}" in shown.stdout
+    assert "torch " in shown.stdout
+
+
+def test_config_show_gives_a_config_that_is_valid_again(repository, tmp_path):
+    shown = lungddpm("config", "show", "-c", repository / "config.yaml", cwd=tmp_path)
+    (tmp_path / "all.yaml").write_text(shown.stdout)
+    again = lungddpm("config", "show", "-c", "all.yaml", cwd=tmp_path)
+    assert again.stdout == shown.stdout != ""
