@@ -3,7 +3,6 @@
 
 rule compose:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
         samples=samples_of_arm,
     output:
@@ -23,5 +22,5 @@ rule compose:
         settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
         code=code_of("arms"),
     shell:
-        "lungddpm --log {log:q} compose {input.samples} --config {input.config}"
+        "lungddpm --log {log:q} compose {input.samples} --config results/config.json"
         " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"

@@ -1,30 +1,7 @@
 # Scans -> cases: CT in HU and layout on the model grid.
 
 
-rule config_file:
-    # Stages read the merged config from here: as `ancient` input, since `params.settings` makes them run again.
-    output:
-        CONFIG_FILE,
-    log:
-        "results/logs/config_file.log",
-    benchmark:
-        "results/benchmarks/config_file.tsv"
-    localrule: True
-    conda:
-        "../../envs/lungddpm.yaml"
-    threads: 1
-    resources:
-        mem_mb=100,
-        runtime=5,
-    params:
-        settings=SETTINGS.model_dump_json(indent=2),
-    shell:
-        "printf '%s\\n' {params.settings:q} > {output} 2> {log}"
-
-
 rule phantom:
-    input:
-        config=ancient(CONFIG_FILE),
     output:
         touch("results/source/.complete"),
     log:
@@ -41,12 +18,11 @@ rule phantom:
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
         code=code_of("sources"),
     shell:
-        "lungddpm --log {log} phantom --config {input.config} --output results/source"
+        "lungddpm --log {log} phantom --config results/config.json --output results/source"
 
 
 rule index:
     input:
-        config=ancient(CONFIG_FILE),
         cohort=phantom_cohort,
     output:
         ensure("results/cases/index.tsv", non_empty=True),
@@ -65,12 +41,11 @@ rule index:
         settings=settings_of("roles", source=SETTINGS.source.kind),
         code=code_of("sources"),
     shell:
-        "lungddpm --log {log} index --config {input.config} --source {params.source:q} --output {output}"
+        "lungddpm --log {log} index --config results/config.json --source {params.source:q} --output {output}"
 
 
 rule prepare:
     input:
-        config=ancient(CONFIG_FILE),
         index="results/cases/index.tsv",
     output:
         ensure("results/cases/cases-{shard}.tsv", non_empty=True),
@@ -90,13 +65,12 @@ rule prepare:
         settings=settings_of("grid", "layouts"),
         code=code_of("sources", "layouts"),
     shell:
-        "lungddpm --log {log} prepare --config {input.config} --index {input.index} --source {params.source:q}"
+        "lungddpm --log {log} prepare --config results/config.json --index {input.index} --source {params.source:q}"
         " --output results/cases --shard {wildcards.shard} --shards {params.shards} --table {output}"
 
 
 rule collect:
     input:
-        config=ancient(CONFIG_FILE),
         tables=collect(
             "results/cases/cases-{shard}.tsv",
             shard=range(SETTINGS.workflow.case_shards),
@@ -117,4 +91,4 @@ rule collect:
         settings=settings_of("roles"),
         code=code_of(),
     shell:
-        "lungddpm --log {log} collect {input.tables} --config {input.config} --output {output}"
+        "lungddpm --log {log} collect {input.tables} --config results/config.json --output {output}"

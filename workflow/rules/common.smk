@@ -6,7 +6,7 @@ from pathlib import Path
 import lungddpm
 from lungddpm.config import parse_config
 from lungddpm.errors import UserError
-from lungddpm.files import fingerprint, sha256_of
+from lungddpm.files import fingerprint, sha256_of, write_json
 from lungddpm.generators import module_of
 from lungddpm.runner import offer_own_programs, report_fault
 
@@ -22,12 +22,17 @@ ARMS = SETTINGS.arms.names()
 GENERATORS = list(SETTINGS.arms.largest_doses())
 RUN = SETTINGS.diffusion.run
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
-CONFIG_FILE = "results/config.json"
 # nnU-Net's own place and name for the weights of a replicate.
 CHECKPOINT = (
-    "results/arms/{arm}/nnUNet_results/seed{seed}/Dataset501_LungNodule"
-    "/LungDDPMTrainer__nnUNetPlans__lungddpm/fold_{fold}/checkpoint_final.pth"
+    "results/arms/{arm}/nnUNet_results/seed{seed}/Dataset501_LungNodule/"
+    "LungDDPMTrainer__nnUNetPlans__lungddpm/fold_{fold}/checkpoint_final.pth"
 )
+
+
+# Stages read the merged config from this file. It is nobody's input: each job's `params.settings` holds the parts that
+# decide its result, so that a change of the others leaves it alone.
+onstart:
+    write_json(Path("results/config.json"), SETTINGS)
 
 
 wildcard_constraints:

@@ -3,7 +3,6 @@
 
 rule train_denoiser:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
     output:
         ensure(f"results/diffusion/{RUN}/model.safetensors", non_empty=True),
@@ -26,5 +25,5 @@ rule train_denoiser:
         ),
         code=code_of("diffusion"),
     shell:
-        "lungddpm --log {log} train --config {input.config} --cases {input.cases} --output {params.folder}"
+        "lungddpm --log {log} train --config results/config.json --cases {input.cases} --output {params.folder}"
         " --threads {threads}"

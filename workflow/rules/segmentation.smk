@@ -3,7 +3,6 @@
 
 rule plan:
     input:
-        config=ancient(CONFIG_FILE),
         arm="results/arms/{arm}/arm.json",
         plans=plans_of,
     output:
@@ -20,16 +19,17 @@ rule plan:
         runtime=240,
     params:
         folder=subpath(output[0], parent=True),
-        settings=settings_of(**SEGMENTER),
+        settings=settings_of(
+            network=SEGMENTER["network"], batch_size=SEGMENTER["batch_size"]
+        ),
         code=code_of("segmentation"),
     shell:
-        "lungddpm --log {log:q} segment plan --config {input.config} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment plan --config results/config.json --arm-folder {params.folder:q}"
         " --plans-from results/arms/real --threads {threads}"
 
 
 rule train_segmenter:
     input:
-        config=ancient(CONFIG_FILE),
         plan="results/arms/{arm}/plan.json",
     output:
         ensure(CHECKPOINT, non_empty=True),
@@ -49,13 +49,12 @@ rule train_segmenter:
         settings=settings_of(**SEGMENTER),
         code=code_of("segmentation"),
     shell:
-        "lungddpm --log {log:q} segment train --config {input.config} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment train --config results/config.json --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
 
 
 rule predict:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
         plan="results/arms/{arm}/plan.json",
         checkpoint=CHECKPOINT,
@@ -76,6 +75,6 @@ rule predict:
         folder=subpath(input.plan, parent=True),
         code=code_of("segmentation"),
     shell:
-        "lungddpm --log {log:q} segment predict --config {input.config} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment predict --config results/config.json --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases} --output {output:q}"
         " --threads {threads}"

@@ -3,7 +3,6 @@
 
 rule synthesize:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
         weights=denoiser_of,
     output:
@@ -33,6 +32,6 @@ rule synthesize:
         ),
         code=code_of("diffusion", "generators"),
     shell:
-        "lungddpm --log {log} synthesize --config {input.config} --generator {wildcards.generator}"
+        "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} {params.weights} --output {params.folder} --shard {wildcards.shard}"
         " --shards {params.shards} --table {output} --threads {threads}"

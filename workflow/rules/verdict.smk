@@ -3,7 +3,6 @@
 
 rule evaluate:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
         predictions="results/segmentation/{arm}/fold{fold}_seed{seed}/predictions",
     output:
@@ -29,13 +28,12 @@ rule evaluate:
         folder=subpath(output.metrics, parent=True),
         code=code_of("verdict"),
     shell:
-        "lungddpm --log {log:q} evaluate --config {input.config} --cases {input.cases}"
+        "lungddpm --log {log:q} evaluate --config results/config.json --cases {input.cases}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
 
 
 rule quality:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
         samples=lambda wildcards: samples_of_generator(wildcards.generator),
     output:
@@ -54,13 +52,12 @@ rule quality:
         settings=settings_of(window=SETTINGS.grid.window_hu),
         code=code_of("verdict"),
     shell:
-        "lungddpm --log {log} quality {input.samples} --config {input.config} --generator {wildcards.generator}"
+        "lungddpm --log {log} quality {input.samples} --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} --output {output}"
 
 
 rule write_report:
     input:
-        config=ancient(CONFIG_FILE),
         cases="results/cases/cases.tsv",
         metrics=collect(
             "results/segmentation/{arm}/{replicate}/{table}.csv",
@@ -103,4 +100,4 @@ rule write_report:
         settings=settings_of("verdict", arms=ARMS),
         code=code_of("verdict"),
     shell:
-        "lungddpm --log {log} report --config {input.config} --results results"
+        "lungddpm --log {log} report --config results/config.json --results results"
