@@ -11,9 +11,10 @@ from pathlib import Path
 from lungddpm import __version__
 
 LIBRARIES = [
-    "torch", "torchvision", "monai", "nnunetv2", "snakemake", "diffusers", "accelerate", "pydicom", "SimpleITK",
-    "nibabel", "pandas", "scikit-learn", "scikit-image",
+    "torch", "torchvision", "nnunetv2", "diffusers", "accelerate", "snakemake", "monai", "pydicom", "SimpleITK",
+    "nibabel", "numpy", "scipy", "pandas", "scikit-image", "scikit-learn", "connected-components-3d", "matplotlib",
 ]  # fmt: skip
+"""What a run needs and what its results depend on; the manifest records their versions."""
 
 
 def versions() -> dict[str, str]:

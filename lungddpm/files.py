@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from lungddpm.progress import LOG
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +39,24 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def exclusive_lock(path: Path, work: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; wait for another process that holds it, such as a killed run's orphan.
+
+    Args:
+        path: the lock file; it is made and stays.
+        work: what the other process is doing, for the message ("training into results/diffusion/main").
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            LOG.warning("Another process is %s: waiting for it to end", work)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def write_text(path: Path, text: str) -> None:

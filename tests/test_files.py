@@ -3,12 +3,14 @@
 import hashlib
 import json
 import os
+import threading
+import time
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.files import atomic_path, fingerprint, seed_from, sha256_of, write_json, write_table
+from lungddpm.files import atomic_path, exclusive_lock, fingerprint, seed_from, sha256_of, write_json, write_table
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -64,3 +66,20 @@ def test_seeds_are_stable_distinct_and_in_range():
     seeds = {seed_from(1, run, case, i) for run in "ab" for case in "cd" for i in range(50)}
     assert len(seeds) == 200
     assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_who_comes_second_waits_and_says_so(tmp_path, caplog):
+    order = []
+
+    def second():
+        with exclusive_lock(tmp_path / "lock", "training"):
+            order.append("second")
+
+    with exclusive_lock(tmp_path / "lock", "training"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        while "Another process is training: waiting" not in caplog.text:
+            time.sleep(0.01)
+        order.append("first")
+    thread.join()
+    assert order == ["first", "second"]

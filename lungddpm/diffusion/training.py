@@ -9,12 +9,10 @@
 from __future__ import annotations
 
 import copy
-import fcntl
 import math
 import pickle
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,7 +29,7 @@ from lungddpm.diffusion.device import make_accelerator
 from lungddpm.diffusion.sampling import sample
 from lungddpm.diffusion.schedule import add_noise, alphas_cumprod, cosine_betas
 from lungddpm.errors import InputError
-from lungddpm.files import atomic_path, fingerprint, seed_from, write_table
+from lungddpm.files import atomic_path, exclusive_lock, fingerprint, seed_from, write_table
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG, Progress
 from lungddpm.volume import to_model_range
@@ -76,7 +74,7 @@ def run_train(config: Config, cases_table: Path, output: Path, device: str = "au
     model_path = output / "model.safetensors"
     if _is_complete(model_path, metadata):
         return
-    with _locked(output):
+    with exclusive_lock(output / ".lock", f"training into {output}"):
         if _is_complete(model_path, metadata):  # by the process that held the lock
             return
         data = [_read(folder) for folder in folders]
@@ -308,19 +306,6 @@ def _read(folder: Path) -> TrainingCase:
 
 def _integer(below: int, generator: torch.Generator) -> int:
     return int(torch.randint(below, (), generator=generator))
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder; wait for one that a killed workflow has left behind."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            LOG.warning("Another process is training into %s: waiting for it to end", folder)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _write_picture(

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ from lungddpm.arms.compose import DATASET
 from lungddpm.cases import folder_of, read_cases, usable
 from lungddpm.config import Config, Network
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import fingerprint, seed_from, sha256_of, write_json
+from lungddpm.files import exclusive_lock, fingerprint, seed_from, sha256_of, write_json
 from lungddpm.progress import LOG, Progress
 from lungddpm.volume import read_volume, write_volume
 
@@ -144,7 +143,7 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
     settings = _training_settings(config, arm_dir, fold, seed)
     folder = fold_folder(arm_dir, fold, seed)
     what = f"{arm_dir.name} fold {fold} seed {seed}"
-    with _lock(results_folder(arm_dir, seed) / f".lock_fold{fold}", what):
+    with exclusive_lock(results_folder(arm_dir, seed) / f".lock_fold{fold}", f"training {what}"):
         if _is_trained(folder, settings):
             LOG.info("%s is trained already", what)
             return
@@ -414,17 +413,4 @@ def _quiet(log_file: Path) -> Iterator[None]:
     """Send what nnU-Net prints to a file instead of the terminal."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
-        yield
-
-
-@contextlib.contextmanager
-def _lock(path: Path, what: str) -> Iterator[None]:
-    """Hold a lock file; a training that a killed run left behind is waited for."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            LOG.warning("%s is being trained by another process (left by a killed run?): waiting for it", what)
-            fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,6 @@ import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib import metadata
 from io import StringIO
 from pathlib import Path
 from string import ascii_lowercase
@@ -26,6 +25,7 @@ from rich.table import Table
 import lungddpm
 from lungddpm import cases, generators
 from lungddpm.config import Config
+from lungddpm.doctor import versions
 from lungddpm.files import sha256_of, write_json, write_text
 from lungddpm.progress import LOG
 from lungddpm.verdict import figures
@@ -33,11 +33,6 @@ from lungddpm.verdict.image_quality import SYNTHETIC, list_samples, read_sample
 from lungddpm.verdict.segmentation import SIZE_BINS
 from lungddpm.verdict.statistics import SIGNIFICANCE, caveats, count, format_p, signed
 from lungddpm.verdict.tables import BASELINE, MEASURES, quality_files, read_csv, write_tables
-
-_PACKAGES = (
-    "accelerate", "connected-components-3d", "diffusers", "matplotlib", "monai", "nibabel", "nnunetv2", "numpy",
-    "pandas", "pydicom", "scikit-image", "scipy", "SimpleITK", "snakemake", "torch",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -152,19 +147,16 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
         files: the files to hash, in that folder.
 
     Returns:
-        JSON-like: written (UTC), lungddpm, git_commit, python, platform, packages, config, sha256 by relative path.
+        JSON-like: written (UTC), git_commit, platform, versions, config, sha256 by relative path.
     """
     values = config.model_dump(mode="json")
     if config.source.path is not None:
         values["source"]["path"] = config.source.path.name
-    installed = {package: _version(package) for package in _PACKAGES}
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "lungddpm": lungddpm.__version__,
         "git_commit": _git_commit(),
-        "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
-        "packages": {package: version for package, version in installed.items() if version},
+        "versions": versions(),
         "config": values,
         "sha256": {path.relative_to(results).as_posix(): sha256_of(path) for path in files},
     }
@@ -417,13 +409,6 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _git_commit() -> str | None:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import threading
-import time
 from pathlib import Path
 from shutil import copytree
 
@@ -208,23 +206,6 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(run, tmp_path, 
     with pytest.raises(OSError, match="no space"):
         LungDDPMTrainer.save_checkpoint(object.__new__(LungDDPMTrainer), str(target))
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"complete"]
-
-
-def test_a_second_training_of_the_same_replicate_waits(tmp_path, caplog):
-    order = []
-
-    def second():
-        with nnunet._lock(tmp_path / "lock", "real fold 0 seed 0"):
-            order.append("second")
-
-    with nnunet._lock(tmp_path / "lock", "real fold 0 seed 0"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        while "waiting for it" not in caplog.text:
-            time.sleep(0.01)
-        order.append("first")
-    thread.join()
-    assert order == ["first", "second"]
 
 
 def test_what_is_missing_is_named(run, tmp_path):

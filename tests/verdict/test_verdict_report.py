@@ -58,7 +58,7 @@ def test_full_report(make_results, read_manifest):
     for name, recorded in manifest["sha256"].items():
         assert hashlib.sha256((results / name).read_bytes()).hexdigest() == recorded
     assert manifest["config"]["segmentation"]["folds"] == [0, 1]
-    assert manifest["packages"]["numpy"]
+    assert manifest["versions"]["numpy"]
 
 
 def test_nothing_names_the_machine(make_results, tmp_path):
