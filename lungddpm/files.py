@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -16,6 +17,9 @@ from lungddpm.progress import LOG
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_CODE = {".py", ".jinja", ".csv"}
 
 
 @contextmanager
@@ -85,6 +89,18 @@ def sha256_of(path: Path) -> str:
 def fingerprint(value: Any) -> str:
     """SHA-256 of a JSON-like value: equal values, equal fingerprints, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+@functools.cache
+def code_fingerprint(*rooms: str) -> str:
+    """SHA-256 over the source and template files of these rooms ("layouts") and the modules that all rooms share.
+
+    What was made by other code is made anew, in Snakemake's eyes and in those of the stage itself.
+    """
+    package = Path(__file__).parent
+    shared = [package / f"{name}.py" for name in ("cases", "files", "volume")]
+    files = shared + sorted(path for room in rooms for path in (package / room).rglob("*") if path.suffix in _CODE)
+    return fingerprint([sha256_of(path) for path in files])
 
 
 def seed_from(*parts: int | str) -> int:

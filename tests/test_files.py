@@ -10,7 +10,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.files import atomic_path, exclusive_lock, fingerprint, seed_from, sha256_of, write_json, write_table
+from lungddpm.files import (
+    atomic_path,
+    code_fingerprint,
+    exclusive_lock,
+    fingerprint,
+    seed_from,
+    sha256_of,
+    write_json,
+    write_table,
+)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -83,3 +92,31 @@ def test_who_comes_second_waits_and_says_so(tmp_path, caplog):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_code_fingerprint_follows_the_room_and_what_rooms_share(tmp_path, monkeypatch):
+    package = tmp_path / "lungddpm"
+    for room in ("layouts", "verdict"):
+        (package / room).mkdir(parents=True)
+        (package / room / "module.py").write_text(room)
+    for shared in ("cases", "files", "volume"):
+        (package / f"{shared}.py").write_text(shared)
+    monkeypatch.setattr("lungddpm.files.__file__", str(package / "files.py"))
+
+    def both():
+        code_fingerprint.cache_clear()
+        return code_fingerprint("layouts"), code_fingerprint("verdict")
+
+    before = both()
+    (package / "layouts/module.py").write_text("changed")
+    layouts_changed = both()
+    (package / "verdict/page.html.jinja").write_text("new")
+    verdict_changed = both()
+    (package / "volume.py").write_text("changed")
+    shared_changed = both()
+    code_fingerprint.cache_clear()
+    assert layouts_changed == (layouts_changed[0], before[1])
+    assert layouts_changed[0] != before[0]
+    assert verdict_changed[0] == layouts_changed[0]
+    assert verdict_changed[1] != layouts_changed[1]
+    assert not set(shared_changed) & set(verdict_changed)

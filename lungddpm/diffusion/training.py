@@ -29,7 +29,7 @@ from lungddpm.diffusion.device import make_accelerator
 from lungddpm.diffusion.sampling import sample
 from lungddpm.diffusion.schedule import add_noise, alphas_cumprod, cosine_betas
 from lungddpm.errors import InputError
-from lungddpm.files import atomic_path, exclusive_lock, fingerprint, seed_from, write_table
+from lungddpm.files import atomic_path, code_fingerprint, exclusive_lock, fingerprint, seed_from, write_table
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG, Progress
 from lungddpm.volume import to_model_range
@@ -238,7 +238,7 @@ class _Run:
                 LOG.warning("%s cannot be read and is passed over: %s", path, str(error).splitlines()[0])
                 continue
             if state["config_fingerprint"] != self.metadata.config_fingerprint:
-                LOG.info("%s stems from a training with a different config and is passed over", path)
+                LOG.info("%s stems from a training with a different config or code and is passed over", path)
                 continue
             if state["data_fingerprint"] != self.metadata.data_fingerprint:
                 LOG.info("%s stems from a training on different cases and is passed over", path)
@@ -277,7 +277,8 @@ class _Run:
 
 def _config_fingerprint(config: Config) -> str:
     diffusion = config.diffusion.model_dump(mode="json", exclude={"sampling": True, "training": {"save_every"}})
-    return fingerprint({"seed": config.seed, "grid": config.grid.model_dump(mode="json"), "diffusion": diffusion})
+    code = code_fingerprint("diffusion")
+    return fingerprint({"seed": config.seed, "window_hu": config.grid.window_hu, "diffusion": diffusion, "code": code})
 
 
 def _is_complete(model_path: Path, wanted: Metadata) -> bool:

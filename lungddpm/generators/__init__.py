@@ -24,7 +24,7 @@ import pandas as pd
 from lungddpm import cases
 from lungddpm.config import Config
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import fingerprint, seed_from, sha256_of, write_json
+from lungddpm.files import code_fingerprint, fingerprint, seed_from, sha256_of, write_json
 from lungddpm.progress import LOG, Progress
 from lungddpm.volume import Volume, write_volume
 
@@ -165,12 +165,13 @@ def run_synthesize(
 
 def _settings(config: Config, generator: str, weights: Path | None) -> dict[str, Any]:
     """What decides a sample besides its reference, its layout and its seed."""
+    settings = {"generator": generator, "code": code_fingerprint("diffusion", "generators")}
     if weights is None:
-        return {"generator": generator, "sampler": None, "steps": None, "aas_mode": None, "weights_sha256": None}
+        return {**settings, "sampler": None, "steps": None, "aas_mode": None, "weights_sha256": None}
     if not weights.exists():
         raise InputError(weights, "does not exist", "Train the denoiser first (lungddpm train).")
     return {
-        "generator": generator,
+        **settings,
         "sampler": config.diffusion.sampling.sampler,
         "steps": config.diffusion.sampling.steps,
         "aas_mode": "corrected",

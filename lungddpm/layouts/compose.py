@@ -17,7 +17,7 @@ from lungddpm import __version__
 from lungddpm.cases import check_case, hash_case, write_cases
 from lungddpm.config import Config
 from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.files import fingerprint, sha256_of, write_json
+from lungddpm.files import code_fingerprint, fingerprint, sha256_of, write_json
 from lungddpm.layouts import Label
 from lungddpm.layouts.lungs import LEFT, RIGHT, check_lungs, segment_lungs, split_lungs
 from lungddpm.layouts.nodules import Nodule, find_nodules
@@ -205,7 +205,7 @@ def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[
         {
             "grid": config.grid,
             "layouts": config.layouts,
-            "version": __version__,
+            "code": code_fingerprint("sources", "layouts"),
             "row": {column: row[column] for column in ("source", "series_uid", "path", "annotations")},
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }

@@ -22,7 +22,7 @@ from lungddpm.arms.compose import DATASET
 from lungddpm.cases import folder_of, read_cases, usable
 from lungddpm.config import Config, Network
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import exclusive_lock, fingerprint, seed_from, sha256_of, write_json
+from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of, write_json
 from lungddpm.progress import LOG, Progress
 from lungddpm.volume import read_volume, write_volume
 
@@ -58,6 +58,7 @@ def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, proc
             "settings": settings,
             "plans": origin["plans_sha256"] if origin else None,
             "nnunetv2": version("nnunetv2"),
+            "code": code_fingerprint("segmentation"),
         }
     )
     marker = arm_dir / "plan.json"

@@ -20,7 +20,7 @@ rule compose:
     params:
         folder=subpath(output[0], parent=True),
         settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
-        code=code_of("arms"),
+        code=code_fingerprint("arms"),
     shell:
         "lungddpm --log {log:q} compose {input.samples} --config results/config.json"
         " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"

@@ -16,7 +16,7 @@ rule phantom:
         runtime=60,
     params:
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
-        code=code_of("sources"),
+        code=code_fingerprint("sources"),
     shell:
         "lungddpm --log {log} phantom --config results/config.json --output results/source"
 
@@ -39,7 +39,7 @@ rule index:
     params:
         source=source_option(),
         settings=settings_of("roles", source=SETTINGS.source.kind),
-        code=code_of("sources"),
+        code=code_fingerprint("sources"),
     shell:
         "lungddpm --log {log} index --config results/config.json --source {params.source:q} --output {output}"
 
@@ -63,7 +63,7 @@ rule prepare:
         source=source_option(),
         shards=SETTINGS.workflow.case_shards,
         settings=settings_of("grid", "layouts"),
-        code=code_of("sources", "layouts"),
+        code=code_fingerprint("sources", "layouts"),
     shell:
         "lungddpm --log {log} prepare --config results/config.json --index {input.index} --source {params.source:q}"
         " --output results/cases --shard {wildcards.shard} --shards {params.shards} --table {output}"
@@ -89,6 +89,6 @@ rule collect:
         runtime=10,
     params:
         settings=settings_of("roles"),
-        code=code_of(),
+        code=code_fingerprint(),
     shell:
         "lungddpm --log {log} collect {input.tables} --config results/config.json --output {output}"

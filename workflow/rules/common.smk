@@ -3,10 +3,9 @@
 import json
 from pathlib import Path
 
-import lungddpm
 from lungddpm.config import parse_config
 from lungddpm.errors import UserError
-from lungddpm.files import fingerprint, sha256_of, write_json
+from lungddpm.files import code_fingerprint, write_json
 from lungddpm.generators import module_of
 from lungddpm.runner import offer_own_programs, report_fault
 
@@ -41,16 +40,6 @@ wildcard_constraints:
     shard=r"\d+",
     fold=r"\d+",
     seed=r"\d+",
-
-
-def code_of(*rooms):
-    """Fingerprint of the rooms' source files (and of those every room shares): jobs rerun when their room changes."""
-    package = Path(lungddpm.__file__).parent
-    shared = [package / f"{name}.py" for name in ("cases", "files", "volume")]
-    files = shared + sorted(
-        path for room in rooms for path in (package / room).rglob("*.py")
-    )
-    return fingerprint([sha256_of(path) for path in files])
 
 
 def settings_of(*sections, **values):

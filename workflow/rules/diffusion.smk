@@ -23,7 +23,7 @@ rule train_denoiser:
             window=SETTINGS.grid.window_hu,
             **SETTINGS.diffusion.model_dump(exclude={"sampling"}),
         ),
-        code=code_of("diffusion"),
+        code=code_fingerprint("diffusion"),
     shell:
         "lungddpm --log {log} train --config results/config.json --cases {input.cases} --output {params.folder}"
         " --threads {threads}"

@@ -30,7 +30,7 @@ rule synthesize:
             window=SETTINGS.grid.window_hu,
             doses=SETTINGS.arms.largest_doses(),
         ),
-        code=code_of("diffusion", "generators"),
+        code=code_fingerprint("diffusion", "generators"),
     shell:
         "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} {params.weights} --output {params.folder} --shard {wildcards.shard}"

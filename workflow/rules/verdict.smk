@@ -26,7 +26,7 @@ rule evaluate:
         runtime=60,
     params:
         folder=subpath(output.metrics, parent=True),
-        code=code_of("verdict"),
+        code=code_fingerprint("verdict"),
     shell:
         "lungddpm --log {log:q} evaluate --config results/config.json --cases {input.cases}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
@@ -50,7 +50,7 @@ rule quality:
         runtime=240,
     params:
         settings=settings_of(window=SETTINGS.grid.window_hu),
-        code=code_of("verdict"),
+        code=code_fingerprint("verdict"),
     shell:
         "lungddpm --log {log} quality {input.samples} --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} --output {output}"
@@ -98,6 +98,6 @@ rule write_report:
         runtime=60,
     params:
         settings=settings_of("verdict", arms=ARMS),
-        code=code_of("verdict"),
+        code=code_fingerprint("verdict"),
     shell:
         "lungddpm --log {log} report --config results/config.json --results results"
