@@ -72,7 +72,7 @@ def phantom(
 ) -> None:
     """Write the built-in phantom cohort as DICOM series (HU) with LIDC-style reader XML (pixels)."""
     from lungddpm.config import load_config
-    from lungddpm.sources.phantom import run_phantom
+    from lungddpm.sources.phantom.cohort import run_phantom
 
     run_phantom(load_config(*config), output)
 

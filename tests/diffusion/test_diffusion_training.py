@@ -129,7 +129,7 @@ def test_state_runs_no_code(tiny_cohort, tmp_path, log):
 def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, tmp_path, log):
     shutil.copytree(uninterrupted, tmp_path / "run")
     training.run_train(tiny_config(seed=2), tiny_cohort, tmp_path / "run", "cpu")
-    assert "different config and is passed over" in log.text
+    assert "different config or code and is passed over" in log.text
     assert not history_of(tmp_path / "run").equals(history_of(uninterrupted))
 
     shutil.copytree(tiny_cohort.parent, tmp_path / "cohort")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lungddpm.config import Phantom
-from lungddpm.sources.phantom import thorax
+from lungddpm.sources.phantom.patient import thorax
 from lungddpm.volume import Volume
 
 

@@ -6,8 +6,8 @@ import pytest
 
 from lungddpm.config import Config, Phantom
 from lungddpm.files import seed_from
-from lungddpm.sources.phantom import run_phantom, thorax
-from lungddpm.sources.phantom.patient import Thorax
+from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources.phantom.patient import Thorax, thorax
 
 _SEED = 3
 

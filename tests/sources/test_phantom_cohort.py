@@ -21,7 +21,8 @@ from skimage.draw import polygon
 from lungddpm.config import Phantom
 from lungddpm.files import seed_from
 from lungddpm.sources import index_source
-from lungddpm.sources.phantom import load_scan, run_phantom
+from lungddpm.sources.phantom import load_scan
+from lungddpm.sources.phantom.cohort import run_phantom
 from lungddpm.sources.phantom.patient import Thorax
 from lungddpm.sources.phantom.readers import Reading, outlinable, outlines, read
 from lungddpm.sources.phantom.scanner import PADDING_HU

@@ -5,9 +5,8 @@ import pytest
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
 from lungddpm.config import Phantom
-from lungddpm.sources.phantom import thorax
 from lungddpm.sources.phantom.nodules import draw_shape, shape_share
-from lungddpm.sources.phantom.patient import Thorax
+from lungddpm.sources.phantom.patient import Thorax, thorax
 from lungddpm.sources.phantom.scanner import PADDING_HU, Grid
 from lungddpm.sources.phantom.shapes import fill_rods, rods_between
 from lungddpm.sources.phantom.vessels import grow_tree

@@ -16,8 +16,7 @@ the patient's left, y to the back, z to the head, the origin in the midline near
 leaves it is RAS.
 """
 
+# Reading a cohort is reading LIDC-IDRI; what makes one is imported from its module, so that indexing stays quick.
 from lungddpm.sources.lidc import find_series, load_scan
-from lungddpm.sources.phantom.cohort import run_phantom
-from lungddpm.sources.phantom.patient import thorax
 
-__all__ = ["find_series", "load_scan", "run_phantom", "thorax"]
+__all__ = ["find_series", "load_scan"]
