@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -49,7 +50,7 @@ def faults() -> list[str]:
     if versions()["torch"].startswith("2.9."):
         problems.append("another torch: 2.9.* runs 3-D convolutions under autocast four times slower")
     try:
-        import torchvision  # noqa: F401 (whether it loads is the question)
+        importlib.import_module("torchvision")
     except Exception as error:
         problems.append(f"a torchvision that matches torch: nnU-Net cannot find its classes without ({error})")
     return problems

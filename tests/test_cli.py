@@ -98,21 +98,27 @@ def bad_pairs(tmp_path):
     return tmp_path
 
 
-def test_bad_pairs_are_excluded_with_their_reason_and_the_others_go_on(bad_pairs):
+def prepare_pairs(folder, test_patient):
+    """Index, prepare and collect with that patient in the role test; the last stage's process."""
     config = config_for(
-        bad_pairs,
-        source={"kind": "nifti", "path": str(bad_pairs / "data")},
-        roles={"discovery": ["good1"], "reference": ["good2"], "test": ["good3"]},
+        folder,
+        source={"kind": "nifti", "path": str(folder / "data")},
+        roles={"discovery": ["good1"], "reference": ["good2"], "test": [test_patient]},
         grid={"size": [32, 32, 32]},
         diffusion={"denoiser": {"attention": False}},
     )
     for arguments in (
         ["index", "--output", "cases/index.tsv"],
         ["prepare", "--index", "cases/index.tsv", "--output", "cases", "--table", "cases/cases-0.tsv"],
-        ["collect", "cases/cases-0.tsv", "--output", "cases/cases.tsv"],
     ):
-        run = lungddpm(*arguments, "-c", config, cwd=bad_pairs)
+        run = lungddpm(*arguments, "-c", config, cwd=folder)
         assert run.returncode == 0, run.stderr
+    return lungddpm("collect", "cases/cases-0.tsv", "--output", "cases/cases.tsv", "-c", config, cwd=folder)
+
+
+def test_bad_pairs_are_excluded_with_their_reason_and_the_others_go_on(bad_pairs):
+    run = prepare_pairs(bad_pairs, "good3")
+    assert run.returncode == 0, run.stderr
     table = pd.read_csv(bad_pairs / "cases/cases.tsv", sep="\t", keep_default_na=False).set_index("case_id")
     assert table.loc[table["status"] == "ok"].index.tolist() == ["good1", "good2", "good3"]
     expected = {
@@ -125,20 +131,8 @@ def test_bad_pairs_are_excluded_with_their_reason_and_the_others_go_on(bad_pairs
 
 
 def test_a_role_that_loses_its_last_case_ends_the_run_with_the_reason(bad_pairs):
-    config = config_for(
-        bad_pairs,
-        source={"kind": "nifti", "path": str(bad_pairs / "data")},
-        roles={"discovery": ["good1"], "reference": ["good2"], "test": ["constant"]},
-        grid={"size": [32, 32, 32]},
-        diffusion={"denoiser": {"attention": False}},
-    )
-    for arguments, code in (
-        (["index", "--output", "cases/index.tsv"], 0),
-        (["prepare", "--index", "cases/index.tsv", "--output", "cases", "--table", "cases/cases-0.tsv"], 0),
-        (["collect", "cases/cases-0.tsv", "--output", "cases/cases.tsv"], 2),
-    ):
-        run = lungddpm(*arguments, "-c", config, cwd=bad_pairs)
-        assert run.returncode == code, run.stderr
+    run = prepare_pairs(bad_pairs, "constant")
+    assert run.returncode == 2
     assert "roles.test" in run.stderr
     assert "constant" in run.stderr
     assert not (bad_pairs / "cases/cases.tsv").exists()
