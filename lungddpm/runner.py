@@ -25,6 +25,10 @@ FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
 """Names a file to which stages append the user's faults, so that `run` can repeat them where they are seen: last."""
 
 
+_LEAST_FREE_BYTES = 100 * 2**20
+"""Below this Snakemake itself could not keep its records."""
+
+
 def run_snakemake(arguments: Sequence[str]) -> int:
     """Run snakemake with these arguments in the results folder's lock.
 
@@ -41,6 +45,7 @@ def run_snakemake(arguments: Sequence[str]) -> int:
         raise UserError("Snakefile", "is not in this folder", "Run from the repository's root, or give --snakefile.")
     with _lock(directory / "results") as lock, tempfile.NamedTemporaryFile("r", encoding="utf-8") as faults:
         environment = _environment(faults.name)
+        _check_space(directory / "results")
         # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
         # inherit it, so an orphaned job cannot block the next run.
         if _has_stale_lock(directory):
@@ -96,6 +101,15 @@ def _lock(results: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _check_space(results: Path) -> None:
+    if (free := shutil.disk_usage(results).free) < _LEAST_FREE_BYTES:
+        raise OutputError(
+            results,
+            f"only {free / 2**20:.0f} MiB are free, a run needs {_LEAST_FREE_BYTES / 2**20:.0f} MiB to start",
+            "Free some space, or use another --directory.",
+        )
 
 
 def _has_stale_lock(directory: Path) -> bool:

@@ -139,6 +139,25 @@ def test_a_results_path_that_cannot_be_a_folder_is_refused(folder):
     assert "results" in output
 
 
+@pytest.mark.parametrize(("option", "message"), [("size=1m", "MiB are free"), ("ro", "read-only")])
+def test_a_full_or_read_only_folder_is_refused_before_anything_runs(folder, option, message):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", option, "tmpfs", elsewhere], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        run = start(folder, "--directory", str(elsewhere))
+        output, _ = run.communicate(timeout=60)
+    finally:
+        subprocess.run(["umount", elsewhere], check=True)
+    assert run.returncode == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
 def test_no_snakefile_is_told(tmp_path):
     run = start(tmp_path)
     output, _ = run.communicate(timeout=60)

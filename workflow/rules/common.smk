@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from lungddpm.config import parse_config
-from lungddpm.errors import UserError
+from lungddpm.errors import UserError, from_os_error
 from lungddpm.files import code_fingerprint, write_json
 from lungddpm.generators import module_of
 from lungddpm.runner import offer_own_programs, report_fault
@@ -31,7 +31,7 @@ CHECKPOINT = (
 # Stages read the merged config from this file. It is nobody's input: each job's `params.settings` holds the parts that
 # decide its result, so that a change of the others leaves it alone.
 onstart:
-    write_json(Path("results/config.json"), SETTINGS)
+    write_merged_config()
 
 
 wildcard_constraints:
@@ -40,6 +40,17 @@ wildcard_constraints:
     shard=r"\d+",
     fold=r"\d+",
     seed=r"\d+",
+
+
+def write_merged_config():
+    """Write the config that stages read; a disk that cannot take it is the user's to mend."""
+    try:
+        write_json(Path("results/config.json"), SETTINGS)
+    except OSError as error:
+        if (fault := from_os_error(error)) is None:
+            raise
+        report_fault(fault)
+        raise WorkflowError(str(fault)) from None
 
 
 def settings_of(*sections, **values):
