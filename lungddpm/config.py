@@ -132,6 +132,29 @@ class Grid(_Section):
         return self
 
 
+class LayoutLimits(_Section):
+    """What a scan's layout has to keep within; outside it the case is excluded, with the figure as the reason."""
+
+    lung_litres: Range = (1.0, 12.0)
+    """Least and greatest volume of both lungs together, in litres."""
+    smaller_lung_share: Annotated[float, Field(ge=0, le=0.5)] = 0.15
+    """Least share of the lung volume that the smaller lung holds."""
+    end_slice_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Largest lung area on the first or last slice, as a share of the greatest axial area; above it lungs are cut."""
+    vessel_share: Range = (0.003, 0.3)
+    """Least and greatest share of the lung volume that vessels take."""
+    nodule_share: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Least share of all nodule voxels that lie in the lungs or touch them."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> LayoutLimits:
+        for name in ("lung_litres", "vessel_share"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"layouts.limits.{name}: the lower bound comes first, got {low:g}, {high:g}")
+        return self
+
+
 class Layouts(_Section):
     """From CT and readers' contours to label volumes."""
 
@@ -139,8 +162,28 @@ class Layouts(_Section):
     """Share of a nodule's own readers who must have drawn a voxel for it to count."""
     minimum_readers: Annotated[int, Field(ge=1, le=4)] = 1
     """Nodules drawn by fewer distinct readers are left out."""
-    minimum_lung_litres: Annotated[float, Field(ge=0)] = 1.0
-    """A scan with less lung than this (both sides together) is excluded as having no lungs."""
+    lungs: Literal["classical", "lungmask", "totalsegmentator"] = "classical"
+    """`classical` (built in, no weights), or the network of that package, which has to be installed with its weights."""
+    limits: LayoutLimits = LayoutLimits()
+
+
+class Synthesis(_Section):
+    """Which layouts the synthetic CT is made from."""
+
+    place_nodules: bool = True
+    """Give references without a nodule new plausible ones (from the discovery cases); else they are not used."""
+    jitter_repeats: bool = True
+    """From the second time that a reference is used on, shift and scale its nodules; else only the noise differs."""
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.33)
+    """Smallest and largest factor on the diameter of a nodule that is placed or jittered."""
+    shift_mm: Annotated[float, Field(ge=0)] = 15.0
+    """Largest shift of a jittered nodule in mm."""
+
+    @model_validator(mode="after")
+    def _scale(self) -> Synthesis:
+        if self.scale[0] > self.scale[1]:
+            raise ValueError(f"synthesis.scale: the smaller factor comes first, got {self.scale[0]:g}, {self.scale[1]:g}")
+        return self
 
 
 class Denoiser(_Section):
@@ -380,6 +423,7 @@ class Config(_Section):
     grid: Grid = Grid()
     layouts: Layouts = Layouts()
     diffusion: Diffusion = Diffusion()
+    synthesis: Synthesis = Synthesis()
     arms: Arms = Arms()
     segmentation: Segmentation = Segmentation()
     verdict: Verdict = Verdict()

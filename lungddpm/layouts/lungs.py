@@ -43,8 +43,6 @@ _FRAGMENT_LITRES = 0.05
 _DEEPEST_PEEL_MM = 30.0
 _LUNGS_APART_MM = 40.0
 _SMALLER_LUNG_SHARE = 0.1
-_CUT_SHARE = 0.1
-"""An end slice with more than this share of the largest lung area cuts through the lungs."""
 _DEFAULTS = Layouts()
 
 
@@ -119,11 +117,12 @@ def check_lungs(sides: Volume, settings: Layouts) -> None:
     """
     areas = np.count_nonzero(sides.array, axis=(0, 1))
     for end, name in ((0, "bottom"), (-1, "top")):
-        if areas[end] > _CUT_SHARE * areas.max():
+        if areas[end] > settings.limits.end_slice_share * areas.max():
             raise _excluded(f"the lungs are cut off at the {name} of the scan")
     litres = areas.sum() * sides.voxel_mm3 / 1e6
-    if litres < settings.minimum_lung_litres:
-        raise _excluded(f"the lungs hold {litres:.2f} litres, less than the {settings.minimum_lung_litres:g} required")
+    least, most = settings.limits.lung_litres
+    if not least <= litres <= most:
+        raise _excluded(f"the lungs hold {litres:.2f} litres, not {least:g} to {most:g} (layouts.limits.lung_litres)")
 
 
 def _excluded(problem: str) -> ExcludedCaseError:

@@ -111,7 +111,7 @@ def test_unusable_scans_are_told_with_the_true_reason(patient, reason):
 
 def test_too_little_lung_is_told(patient):
     with pytest.raises(ExcludedCaseError, match=r"hold \d\.\d\d litres, less than the 9 required"):
-        segment_lungs(patient.ct, Layouts(minimum_lung_litres=9))
+        segment_lungs(patient.ct, Layouts(limits={"lung_litres": (9, 12)}))
 
 
 def test_a_table_filled_with_foam_is_no_lung(patient):
