@@ -1,19 +1,12 @@
-"""The figures of the verdict: each a function from data to a matplotlib figure, saved as SVG and PNG.
+"""The figures of the verdict: each a function from data to a matplotlib figure.
 
-Colours are those of Okabe & Ito (2008), told apart with any colour vision; shape or position always says the same, so
+Colours are told apart with any colour vision; shape or position always says the same, so
 that a grey print loses nothing.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from pathlib import Path
-
-import cc3d
-import matplotlib
-
-matplotlib.use("Agg")
 
 import numpy as np
 import pandas as pd
@@ -21,66 +14,25 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
-from matplotlib.patheffects import withStroke
 
-from lungddpm.files import atomic_path
+from lungddpm.drawing import (
+    LABELS,
+    LUNG_WINDOW_HU,
+    PLANES,
+    STYLE,
+    Plane,
+    largest_nodule,
+    mark_sides,
+    oriented_slice,
+    size_mm,
+)  # fmt: skip
 from lungddpm.layouts import Label
 from lungddpm.verdict.statistics import signed
 from lungddpm.volume import Volume
 
-LUNG_WINDOW_HU = (-1350.0, 150.0)
-"""Level -600, width 1500: the radiologist's lung window."""
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D"), "no difference shown": ("#555555", "o")}
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
-_LABELS = {
-    Label.BACKGROUND: ("background", "#000000"),
-    Label.LUNG: ("lung", "#56B4E9"),
-    Label.NODULE: ("nodule", "#F0E442"),
-    Label.VESSEL: ("vessel", "#D55E00"),
-}
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-    "svg.hashsalt": "lungddpm",
-    "svg.fonttype": "none",
-    "font.sans-serif": ["DejaVu Sans"],
-}
-
-
-@dataclass(frozen=True)
-class Plane:
-    """An orthogonal plane of a RAS+ volume and how radiology shows it."""
-
-    name: str
-    axis: int
-    """Voxel axis at right angles to the plane."""
-    sides: tuple[str, str, str, str]
-    """What lies at the left, right, top and bottom of the picture."""
-
-
-PLANES = (
-    Plane("axial", axis=2, sides=("R", "L", "A", "P")),
-    Plane("coronal", axis=1, sides=("R", "L", "H", "F")),
-    Plane("sagittal", axis=0, sides=("A", "P", "H", "F")),
-)
-"""The patient's right on the left, anterior up (axial) or left (sagittal), feet down."""
-
-
-def save(figure: Figure, path: Path) -> list[Path]:
-    """Write `<path>.svg` and `<path>.png`, atomically and without dates; closes the figure; returns both paths."""
-    paths = [path.with_suffix(".svg"), path.with_suffix(".png")]
-    for target, metadata in zip(paths, ({"Date": None}, {"Software": None}), strict=True):
-        with plt.rc_context(_STYLE), atomic_path(target) as temporary:
-            figure.savefig(
-                temporary, format=target.suffix[1:], dpi=160, metadata=metadata, facecolor="white", bbox_inches="tight"
-            )
-    plt.close(figure)
-    return paths
 
 
 def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float) -> Figure:
@@ -95,7 +47,7 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
     arms = list(dict.fromkeys(compared["arm"]))
     if not arms:
         return _empty_figure("no arm could be compared")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(measures), 1, figsize=(7.2, len(measures) * (1.0 + 0.32 * len(arms))), squeeze=False, sharex=True,
             layout="constrained",
@@ -134,7 +86,7 @@ def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     arms = list(dict.fromkeys(cases["arm"]))
     if scores.empty:
         return _empty_figure(f"no test case has a {prose}")
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.2, 1.1 + 0.55 * len(arms)), layout="constrained")
         few = len(scores) <= _MANY_CASES
         lines = np.arange(len(arms))
@@ -173,18 +125,18 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
     made = np.abs(difference[layout.array != Label.BACKGROUND])
     limit = max(100, 100 * math.ceil(np.quantile(made, 0.98) / 100)) if made.size else 100
     lung_window = {"cmap": "gray", "vmin": LUNG_WINDOW_HU[0], "vmax": LUNG_WINDOW_HU[1]}
-    colours = ListedColormap([colour for _, colour in _LABELS.values()])
+    colours = ListedColormap([colour for _, colour in LABELS.values()])
     columns = (
         ("reference CT", reference.array, lung_window),
-        ("layout", layout.array, {"cmap": colours, "vmin": -0.5, "vmax": len(_LABELS) - 0.5}),
+        ("layout", layout.array, {"cmap": colours, "vmin": -0.5, "vmax": len(LABELS) - 0.5}),
         ("synthetic CT", synthetic.array, lung_window),
         ("synthetic − reference", difference, {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}),
     )
     views = [(plane.name, plane, False) for plane in PLANES] + [("axial, nodule", PLANES[0], True)]
-    sizes_mm = [_size_mm(layout, plane) for _, plane, _ in views]
+    sizes_mm = [size_mm(layout, plane) for _, plane, _ in views]
     width_mm = max(width for width, _ in sizes_mm)
     heights = [1.0 if close else height / width_mm for (_, _, close), (_, height) in zip(views, sizes_mm, strict=True)]
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
             len(views), len(columns), figsize=(8.6, 1.0 + 1.95 * sum(heights)), layout="constrained",
             gridspec_kw={"height_ratios": heights},
@@ -208,30 +160,14 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
                     axis.add_patch(Rectangle(corner, *edges, fill=False, edgecolor="white", linewidth=0.8))
             axes[row, 0].set_ylabel(view)
             if not close:
-                _mark_sides(axes[row, 0], plane)
+                mark_sides(axes[row, 0], plane)
         for axis, (name, _, _) in zip(axes[0], columns, strict=True):
             axis.set_title(name, fontsize=9.5)
         figure.colorbar(drawn, ax=axes[:, -1], label="difference (HU)", shrink=0.5, aspect=30, extend="both")
-        handles = [Patch(facecolor=colour, label=name) for label, (name, colour) in _LABELS.items() if label]
+        handles = [Patch(facecolor=colour, label=name) for label, (name, colour) in LABELS.items() if label]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         figure.suptitle(title, fontsize=9.5)
     return figure
-
-
-def oriented_slice(array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
-    """One slice of a RAS+ array as a picture (rows from top to bottom), in radiological convention."""
-    # RAS+ axes run left to right, back to front, feet to head; every picture here runs against both of its axes.
-    return np.take(array, index, axis=plane.axis).T[::-1, ::-1]
-
-
-def largest_nodule(layout: Volume) -> tuple[int, int, int]:
-    """A voxel inside the layout's largest nodule, nearest its centre of mass; the grid's centre if there is none."""
-    largest = cc3d.largest_k(layout.array == Label.NODULE, k=1, connectivity=26)
-    voxels = np.argwhere(largest)
-    if not len(voxels):
-        return tuple(edge // 2 for edge in layout.shape)
-    nearest = np.square((voxels - voxels.mean(axis=0)) * layout.spacing_mm).sum(axis=1).argmin()
-    return tuple(voxels[nearest].tolist())
 
 
 def training_curve(history: pd.DataFrame) -> Figure:
@@ -240,7 +176,7 @@ def training_curve(history: pd.DataFrame) -> Figure:
     Args:
         history: rows of `history.csv` with `step` and `loss`.
     """
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure, axis = plt.subplots(figsize=(7.2, 2.6), layout="constrained")
         window = max(1, len(history) // 50)
         smooth = history["loss"].rolling(window, min_periods=1).mean()
@@ -252,36 +188,21 @@ def training_curve(history: pd.DataFrame) -> Figure:
     return figure
 
 
-def _size_mm(volume: Volume, plane: Plane) -> tuple[float, float]:
-    horizontal, vertical = (axis for axis in range(3) if axis != plane.axis)
-    return tuple(float(volume.shape[axis] * volume.spacing_mm[axis]) for axis in (horizontal, vertical))
-
-
 def _box_around(centre: tuple[int, int, int], volume: Volume, plane: Plane) -> tuple[float, float, float, float]:
     """Left, right, bottom, top (mm on the page) of the close-up, kept within the picture."""
     edges = []
-    for axis, size_mm in zip((axis for axis in range(3) if axis != plane.axis), _size_mm(volume, plane), strict=True):
-        half = min(_CLOSE_UP_MM, size_mm) / 2
+    for axis, extent_mm in zip((axis for axis in range(3) if axis != plane.axis), size_mm(volume, plane), strict=True):
+        half = min(_CLOSE_UP_MM, extent_mm) / 2
         middle = (centre[axis] + 0.5) * volume.spacing_mm[axis]
         if not edges:  # the horizontal axis runs against the page
-            middle = size_mm - middle
-        middle = min(max(middle, half), size_mm - half)
+            middle = extent_mm - middle
+        middle = min(max(middle, half), extent_mm - half)
         edges += [middle - half, middle + half]
     return tuple(edges)
 
 
-def _mark_sides(axis: plt.Axes, plane: Plane) -> None:
-    places = ((0.03, 0.5, "left", "center"), (0.97, 0.5, "right", "center"))
-    places += ((0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom"))
-    for side, (x, y, horizontal, vertical) in zip(plane.sides, places, strict=True):
-        axis.text(
-            x, y, side, transform=axis.transAxes, ha=horizontal, va=vertical, color="white", fontsize=7.5,
-            fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="black")],
-        )  # fmt: skip
-
-
 def _empty_figure(why: str) -> Figure:
-    with plt.rc_context(_STYLE):
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(7.2, 1.0))
         figure.text(0.5, 0.5, why, ha="center", va="center", color="#555555")
     return figure

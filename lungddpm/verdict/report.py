@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lungddpm
-from lungddpm import cases, generators
+from lungddpm import cases, drawing, generators
 from lungddpm.config import Config
 from lungddpm.doctor import versions
 from lungddpm.files import sha256_of, write_json, write_text
@@ -111,7 +111,10 @@ def draw_figures(config: Config, results: Path, tables: dict[str, pd.DataFrame])
     history = results / "diffusion" / config.diffusion.run / "history.csv"
     if history.exists():
         drawn["training"] = figures.training_curve(read_csv(history))
-    return {name: figures.save(figure, folder / name) for name, figure in drawn.items()}
+    paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
+    for name, figure in drawn.items():
+        drawing.save(figure, *paths[name])
+    return paths
 
 
 def typical_sample(results: Path, generator: str) -> Path | None:

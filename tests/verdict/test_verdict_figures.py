@@ -1,49 +1,11 @@
-"""Orientation and planes against a marked volume; files that come out the same twice."""
+"""What the figures show, read from their axes."""
 
 import numpy as np
 import pandas as pd
-import pytest
 
 from lungddpm.layouts import Label
-from lungddpm.verdict.figures import (
-    PLANES,
-    case_plot,
-    forest_plot,
-    largest_nodule,
-    montage,
-    oriented_slice,
-    save,
-    training_curve,
-)
+from lungddpm.verdict.figures import case_plot, forest_plot, montage
 from lungddpm.volume import Volume
-
-AXIAL, CORONAL, SAGITTAL = PLANES
-
-
-@pytest.mark.parametrize(
-    ("plane", "voxel", "place"),
-    [
-        # RAS+: high x is the patient's right-to-left end on R, high y is anterior, high z is the head.
-        (AXIAL, (9, 4, 3), (3, 0)),
-        (AXIAL, (5, 7, 3), (0, 4)),
-        (CORONAL, (9, 4, 3), (2, 0)),
-        (CORONAL, (5, 4, 5), (0, 4)),
-        (SAGITTAL, (5, 7, 3), (2, 0)),
-        (SAGITTAL, (5, 4, 5), (0, 3)),
-    ],
-)
-def test_pictures_follow_radiological_convention(plane, voxel, place):
-    array = np.zeros((10, 8, 6))
-    array[voxel] = 1
-    picture = oriented_slice(array, plane, voxel[plane.axis])
-    assert [tuple(index) for index in np.argwhere(picture)] == [place]
-
-
-def test_sides_name_what_lies_at_each_edge():
-    # In RAS+, +x is right (left edge of the page), +y anterior, +z head.
-    assert AXIAL.sides == ("R", "L", "A", "P")
-    assert CORONAL.sides == ("R", "L", "H", "F")
-    assert SAGITTAL.sides == ("A", "P", "H", "F")
 
 
 def volumes():
@@ -54,20 +16,6 @@ def volumes():
     ct = np.where(layout == Label.LUNG, -850, 30).astype(np.int16)
     affine = np.diag([3.0, 4.0, 5.0, 1.0])
     return Volume(ct, affine), Volume(layout, affine), Volume(ct + 10 * (layout > 0), affine)
-
-
-def test_planes_go_through_the_largest_nodule():
-    _, layout, _ = volumes()
-    assert largest_nodule(layout) == (13, 9, 10)
-    assert largest_nodule(layout.like(np.zeros_like(layout.array))) == (10, 9, 8)
-
-
-def test_a_curved_nodule_is_cut_where_it_is():
-    _, layout, _ = volumes()
-    ring = np.zeros_like(layout.array)
-    ring[5:12, 5:12, 8] = Label.NODULE
-    ring[6:11, 6:11, 8] = 0
-    assert ring[largest_nodule(layout.like(ring))] == Label.NODULE
 
 
 def test_montage_has_true_proportions_and_the_nodule_in_the_close_up():
@@ -86,14 +34,6 @@ def test_montage_has_true_proportions_and_the_nodule_in_the_close_up():
 def test_montage_without_a_layout_does_not_fail():
     reference, layout, synthetic = volumes()
     montage(reference, layout.like(np.zeros_like(layout.array)), synthetic, title="background only")
-
-
-def test_figures_are_saved_twice_alike(tmp_path):
-    history = pd.DataFrame({"step": range(10), "loss": np.linspace(1, 0.1, 10)})
-    first = save(training_curve(history), tmp_path / "first" / "training")
-    second = save(training_curve(history), tmp_path / "second" / "training")
-    assert [path.suffix for path in first] == [".svg", ".png"]
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
 
 
 def test_forest_plot_shows_arms_but_not_the_baseline():
