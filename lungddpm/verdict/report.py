@@ -9,7 +9,6 @@ import platform
 import subprocess
 import textwrap
 from collections import Counter
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import StringIO
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 
 import pandas as pd
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
 
@@ -27,21 +25,13 @@ from lungddpm import cases, drawing, generators
 from lungddpm.config import Config
 from lungddpm.doctor import versions
 from lungddpm.files import sha256_of, write_json, write_text
+from lungddpm.pages import Shown, render
 from lungddpm.progress import LOG
 from lungddpm.verdict import figures
 from lungddpm.verdict.image_quality import SYNTHETIC, list_samples, read_sample
 from lungddpm.verdict.segmentation import SIZE_BINS
 from lungddpm.verdict.statistics import SIGNIFICANCE, caveats, count, format_p, signed
 from lungddpm.verdict.tables import BASELINE, MEASURES, quality_files, read_csv, write_tables
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A table as the page shows it: column heads and cells as text; numbers are set right."""
-
-    heads: list[str]
-    rows: list[list[str]]
-    numeric: list[bool]
 
 
 def run_report(config: Config, results: Path) -> None:
@@ -183,10 +173,6 @@ def render_report(
         arms: parsed `arm.json` by arm.
         manifest: as of `describe_run`.
     """
-    environment = Environment(
-        loader=PackageLoader("lungddpm.verdict", "."), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
     images = {
         name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
         for name, paths in drawn.items()
@@ -195,7 +181,8 @@ def render_report(
     }
     verdict, prose = tables["verdict"], next(iter(MEASURES))
     confidence = f"{100 * config.verdict.confidence:g} %"
-    return environment.get_template("report.html.jinja").render(
+    return render(
+        "verdict/report.html.jinja",
         generators=config.arms.generators,
         shared_patients=config.roles.allow_shared_patients,
         phantom=config.source.kind == "phantom",
