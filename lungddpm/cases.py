@@ -1,14 +1,18 @@
 """Cases on disk: the table and the folder that every room agrees on, real and synthetic alike.
 
-<table>.tsv          one row a case, columns as in `COLUMNS`
+<table>.tsv              one row a case, columns as in `COLUMNS`
+nodules.tsv              one row a nodule of a usable case, columns as in `NODULE_COLUMNS`
 <folder>/ct.nii.gz       int16 HU, RAS+, on the model grid
 <folder>/layout.nii.gz   uint8 labels (see `lungddpm.layouts.Label`), same grid
-<folder>/case.json       provenance (`sample.json` for synthetic cases)
+<folder>/nodules.nii.gz  uint8 numbers of the nodules in the scan's own resolution, cropped; no synthetic case has it
+<folder>/case.json       provenance and quality figures (`sample.json` for synthetic cases)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,10 +35,25 @@ COLUMNS = [
 ]  # fmt: skip
 """`role` joins several by "+" under `roles.allow_shared_patients`; `status` is ok | excluded; `path` is relative to
 the table's folder; `sha256` covers CT and layout (empty before they exist)."""
+_EXAMPLES = 3
+
+CHARACTERISTICS = (
+    "subtlety", "internal_structure", "calcification", "sphericity", "margin",
+    "lobulation", "spiculation", "texture", "malignancy",
+)  # fmt: skip
+"""What readers of LIDC-IDRI rate, from 1 to 5 (6 for calcification); `internal_structure` goes up to 4."""
+
+NODULE_COLUMNS = [
+    "case_id", "patient_id", "nodule", "readers", "flagged", "volume_mm3", "equivalent_diameter_mm",
+    "centroid_x_mm", "centroid_y_mm", "centroid_z_mm", *CHARACTERISTICS, "touches_pleura", "touches_vessel",
+    "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
+]  # fmt: skip
+"""`nodule` is its value in `nodules.nii.gz`; the position is in patient coordinates, RAS+; characteristics are medians
+over the readers, empty where nobody rated; `notes` tells what was untidy about their contours."""
 
 
 def read_cases(path: Path) -> pd.DataFrame:
-    """Read a case table; text columns as str (never NaN), `n_nodules` as int.
+    """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 where nobody has counted).
 
     Raises:
         InputError: missing file or columns.
@@ -49,6 +68,7 @@ def read_cases(path: Path) -> pd.DataFrame:
         raise InputError(path, f"is not a table of cases ({error})", "Delete it and run again.") from None
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(path, f"lacks the columns {', '.join(missing)}", "Delete it and run again.")
+    table["n_nodules"] = table["n_nodules"].replace("", "0")
     numbers = {column: float for column in COLUMNS if column.startswith("spacing")}
     numbers |= {column: int for column in COLUMNS if column.startswith("size") or column == "n_nodules"}
     try:
@@ -126,36 +146,84 @@ def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
         )
 
 
+def excluded_alike(rows: Iterable[Mapping]) -> list[list[Mapping]]:
+    """The excluded rows of a case table, grouped by the kind of their reason, the most frequent kind first.
+
+    Reasons are of a kind if they differ only in the file they name and in numbers.
+    """
+    kinds: dict[str, list[Mapping]] = defaultdict(list)
+    for row in rows:
+        if row["status"] != "ok":
+            words = (row["reason"].partition(": ")[2] or row["reason"]).split()
+            kinds[" ".join(word for word in words if not any(map(str.isdigit, word)))].append(row)
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
+def log_excluded(rows: Iterable[Mapping]) -> None:
+    """Say who is excluded and why, one line for each kind of reason."""
+    for alike in excluded_alike(rows):
+        named = ", ".join(row["case_id"] for row in alike[:_EXAMPLES])
+        more = f" and {len(alike) - _EXAMPLES} more" if len(alike) > _EXAMPLES else ""
+        told = "excluded" if len(alike) == 1 else "excluded for reasons like"
+        LOG.warning("%s%s: %s: %s", named, more, told, alike[0]["reason"])
+
+
 def run_collect(config: Config, tables: list[Path], output: Path) -> None:
-    """Merge the shards' tables, in order of case id, and make sure that every role can do its part.
+    """Merge the shards' tables, and make sure that every role can do its part.
+
+    Rows are in order of case id, those without a patient last. Beside the merged table it writes `nodules.tsv`, with a
+    row for each nodule of the usable cases.
 
     Args:
-        config: `roles` stands in messages.
+        config: `synthesis.place_nodules` is used; `roles` stands in messages.
         tables: case tables of all shards.
-        output: merged table to write.
+        output: merged table to write, in the folder of the cases.
 
     Raises:
-        InputError: a role has no usable case, or none with a nodule; the message says why the others were excluded.
+        InputError: a role has no usable case, or none with a nodule where it needs one (references do not, if they get
+            placed ones); the message says why the others were excluded. Or the `case.json` of a usable case is
+            missing or damaged.
     """
     import pandas as pd
 
-    merged = pd.concat([read_cases(table) for table in tables]).sort_values("case_id", kind="stable")
+    merged = pd.concat([read_cases(table) for table in tables]).sort_values("case_id")
+    merged = merged.sort_values("patient_id", key=lambda patients: patients == "", kind="stable")
     excluded = merged[merged["status"] != "ok"]
-    for case in excluded.itertuples():
-        LOG.warning("%s is excluded: %s", case.case_id, case.reason)
+    log_excluded(merged.to_dict("records"))
     LOG.info("%d cases are usable, %d are excluded", len(merged) - len(excluded), len(excluded))
     for role in ("discovery", "reference", "test"):
         having = usable(merged, role)
-        if (having["n_nodules"] > 0).any():
+        gets_nodules = role == "reference" and config.synthesis.place_nodules
+        if (having["n_nodules"] > 0).any() or (gets_nodules and not having.empty):
             continue
-        reasons = _of_role(excluded, role)["reason"].value_counts()
-        why = "; ".join(f"{reason} ({count} x)" for reason, count in reasons.items())
+        alike = excluded_alike(_of_role(excluded, role).to_dict("records"))
+        why = "; ".join(f"{rows[0]['reason']} ({len(rows)} x)" for rows in alike)
         raise InputError(
             f"roles.{role} = {getattr(config.roles, role)}",
             f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
             "Give the role more patients, or mend what the reasons name.",
         )
+    write_table(output.with_name("nodules.tsv"), _nodules_of(merged[merged["status"] == "ok"], output))
     write_cases(output, merged)
+
+
+def _nodules_of(cases: pd.DataFrame, table: Path) -> pd.DataFrame:
+    """A row a nodule (see `NODULE_COLUMNS`), from the figures that the cases' folders keep."""
+    import pandas as pd
+
+    rows = []
+    for _, case in cases.iterrows():
+        path = folder_of(table, case) / "case.json"
+        try:
+            nodules = json.loads(path.read_text(encoding="utf-8"))["qc"]["nodules"]
+            rows += [
+                {"case_id": case["case_id"], "patient_id": case["patient_id"], "nodule": number, **figures}
+                for number, figures in enumerate(nodules, start=1)
+            ]
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            problem = f"is missing or damaged ({type(error).__name__})"
+            raise InputError(path, problem, "Delete the table of its case and run again.") from None
+    return pd.DataFrame(rows, columns=NODULE_COLUMNS)
 
 
 def _of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:

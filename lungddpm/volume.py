@@ -6,16 +6,22 @@ nibabel is imported where it is used: it takes a quarter of a second, which comm
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lungddpm.errors import InputError
 from lungddpm.files import atomic_path
 
+if TYPE_CHECKING:
+    import nibabel
+
 AIR_HU = -1024
+
+Window = tuple[float, float] | tuple[np.ndarray, np.ndarray]
+"""Lowest and highest HU: of a whole volume, or arrays that broadcast over it."""
 
 
 @dataclass(frozen=True)
@@ -76,23 +82,55 @@ def read_volume(path: Path) -> Volume:
     """Read a 3-D NIfTI file in the closest RAS+ orientation, values as stored (scaled where the header says so).
 
     Raises:
-        InputError: missing, unreadable or cut short, not 3-D, or an affine that cannot be inverted.
+        InputError: as `read_grid`, or the voxels are cut short or damaged, or fill more memory than there is.
     """
+    image = _open_image(path)
+    try:
+        array = np.asarray(image.dataobj)
+    except MemoryError:
+        raise InputError(
+            path, f"{image.shape} voxels do not fit into memory", "Check its header, or use less."
+        ) from None
+    except Exception as error:  # damaged bytes make nibabel fail in any of its functions
+        raise _unreadable(path, error) from None
+    return Volume(array, np.asarray(image.affine, float)).canonical()
+
+
+def read_grid(path: Path) -> Volume:
+    """The grid of a NIfTI file in the closest RAS+ orientation, from its header; the array has no memory or meaning.
+
+    Raises:
+        InputError: missing or unreadable, not 3-D, without voxels, not one real number a voxel, or an affine that
+            cannot be inverted.
+    """
+    image = _open_image(path)
+    return Volume(np.broadcast_to(np.uint8(0), image.shape), np.asarray(image.affine, float)).canonical()
+
+
+def _open_image(path: Path) -> nibabel.spatialimages.SpatialImage:
+    """A NIfTI file whose header is that of a volume."""
     import nibabel
 
     try:
         image = nibabel.load(path)
-        array = np.asarray(image.dataobj)
+        affine = np.asarray(image.affine, float)
     except FileNotFoundError:
         raise InputError(path, "does not exist", "Check the path.") from None
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise InputError(path, f"cannot be read as NIfTI ({error})", "Convert or copy the file anew.") from None
-    if array.ndim != 3:
-        raise InputError(path, f"has {array.ndim} dimensions instead of 3", "Store one 3-D volume a file.")
-    affine = np.asarray(image.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+    except Exception as error:  # damaged bytes make nibabel fail in any of its functions
+        raise _unreadable(path, error) from None
+    if len(image.shape) != 3:
+        raise InputError(path, f"has {len(image.shape)} dimensions instead of 3", "Store one 3-D volume a file.")
+    if min(image.shape) < 1:
+        raise InputError(path, f"has no voxels (its shape is {image.shape})", "Convert or copy the file anew.")
+    if image.get_data_dtype().kind not in "biuf":
+        raise InputError(path, "holds colours or complex numbers", "Store one number a voxel.")
+    if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) >= 1e-9:
         raise InputError(path, "has an affine that cannot be inverted", "Write the file with its true geometry.")
-    return Volume(array, affine).canonical()
+    return image
+
+
+def _unreadable(path: Path, error: Exception) -> InputError:
+    return InputError(path, f"cannot be read as NIfTI ({error})", "Convert or copy the file anew.")
 
 
 def write_volume(path: Path, volume: Volume) -> None:
@@ -229,13 +267,26 @@ def _weighted_means(array: np.ndarray, weights: list[np.ndarray], outside: float
     return in_plane @ z[:, used].T + np.float32(outside)
 
 
-def to_model_range(hu: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
+def slice_windows(hu: np.ndarray, axis: int) -> Window:
+    """The least and the greatest HU of each slice across an axis, for `to_model_range` and `to_hu`.
+
+    Published Lung-DDPM scales its volumes so (arXiv 2502.15204), which loses the HU that slices have in common.
+
+    Returns:
+        Two float32 arrays that broadcast over `hu`; a slice of one value gets a window of 1 HU above it.
+    """
+    others = tuple(place for place in range(hu.ndim) if place != axis)
+    low = hu.min(axis=others, keepdims=True).astype(np.float32)
+    return low, np.maximum(hu.max(axis=others, keepdims=True).astype(np.float32), low + 1)
+
+
+def to_model_range(hu: np.ndarray, window_hu: Window) -> np.ndarray:
     """HU -> [-1, 1] float32, linear over the window, clipped outside it."""
     low, high = window_hu
     return (np.clip(hu, low, high).astype(np.float32) - low) * (2 / (high - low)) - 1
 
 
-def to_hu(values: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
+def to_hu(values: np.ndarray, window_hu: Window) -> np.ndarray:
     """[-1, 1] -> HU as int16, the inverse of `to_model_range` up to rounding."""
     low, high = window_hu
     return np.rint((np.clip(values, -1, 1).astype(np.float64) + 1) * ((high - low) / 2) + low).astype(np.int16)

@@ -1,10 +1,13 @@
 """The contract of cases: tables and folders, and every way to break it."""
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from lungddpm.cases import COLUMNS, check_case, read_cases, usable, write_cases
+from lungddpm.cases import COLUMNS, NODULE_COLUMNS, check_case, read_cases, run_collect, usable, write_cases
+from lungddpm.config import Config
 from lungddpm.errors import ExcludedCaseError, InputError
+from lungddpm.files import write_json
 from lungddpm.volume import Volume
 
 
@@ -62,3 +65,87 @@ def test_broken_cases_are_excluded_with_the_reason(pair, message):
     with pytest.raises(ExcludedCaseError, match=message) as caught:
         check_case(*pair, "case_1")
     assert str(caught.value).startswith("case_1: ")
+
+
+# ---------------------------------------------------------------- collecting the shards
+
+FIGURES = dict.fromkeys(NODULE_COLUMNS[3:]) | {
+    "readers": 2,
+    "flagged": False,
+    "malignancy": 3.5,
+    "notes": "open contours: 1",
+}
+
+
+def shard_table(path, **rows):
+    """A case table of (role, nodules, reason) by case id, and the record of each case that is not excluded."""
+    numbers = {f"{what}_{axis}{unit}": 1 for axis in "xyz" for what, unit in (("size", ""), ("spacing", "_mm"))}
+    write_cases(
+        path,
+        [
+            {
+                **numbers, "case_id": name, "patient_id": f"0{name}", "source": "fake", "role": role,
+                "series_uid": name, "n_nodules": nodules, "status": "excluded" if reason else "ok", "reason": reason,
+                "path": "" if reason else name, "sha256": "",
+            }
+            for name, (role, nodules, reason) in rows.items()
+        ],
+    )  # fmt: skip
+    for name, (_, nodules, reason) in rows.items():
+        if not reason:
+            figures = [FIGURES | {"volume_mm3": 10.0 * (number + 1)} for number in range(nodules)]
+            write_json(path.parent / name / "case.json", {"qc": {"nodules": figures}})
+    return path
+
+
+def three_shards(folder):
+    return [
+        shard_table(folder / "0.tsv", a=("discovery", 1, ""), c=("test", 1, "")),
+        shard_table(folder / "1.tsv", b=("reference", 2, ""), d=("test", 0, "bad"), e=("test", 0, "")),
+        shard_table(folder / "2.tsv"),
+    ]
+
+
+def test_shards_are_merged_by_case_id(tmp_path):
+    run_collect(Config(), three_shards(tmp_path), tmp_path / "cases.tsv")
+    assert read_cases(tmp_path / "cases.tsv")["case_id"].tolist() == ["a", "b", "c", "d", "e"]
+
+
+def test_the_nodules_of_usable_cases_are_listed(tmp_path):
+    run_collect(Config(), three_shards(tmp_path), tmp_path / "cases.tsv")
+    table = pd.read_csv(tmp_path / "nodules.tsv", sep="\t", dtype={"patient_id": str})
+    assert table.columns.tolist() == NODULE_COLUMNS
+    assert table[["case_id", "patient_id", "nodule", "volume_mm3"]].to_numpy().tolist() == [
+        ["a", "0a", 1, 10.0], ["b", "0b", 1, 10.0], ["b", "0b", 2, 20.0], ["c", "0c", 1, 10.0],
+    ]  # fmt: skip
+    assert table["flagged"].dtype == bool
+    assert (table["malignancy"] == 3.5).all()
+    assert table["subtlety"].isna().all()
+    assert (table["notes"] == "open contours: 1").all()
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"qc": {}}')])
+def test_a_missing_or_damaged_record_is_told(tmp_path, damage):
+    tables = three_shards(tmp_path)
+    damage(tmp_path / "b" / "case.json")
+    with pytest.raises(InputError, match=r"b/case.json: is missing or damaged.*Delete the table of its case"):
+        run_collect(Config(), tables, tmp_path / "cases.tsv")
+    assert not (tmp_path / "cases.tsv").exists()
+    assert not (tmp_path / "nodules.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"t": ("test", 1, "only one lung")}, r"roles.test.*no usable case is left.*only one lung \(1 x\)"),
+        ({"t": ("test", 0, "")}, r"roles.test.*no usable case with a nodule is left"),
+        ({}, r"roles.test.*excluded: none"),
+    ],
+)
+def test_a_role_without_usable_cases_is_told(tmp_path, rows, message):
+    others = {"a": ("discovery", 1, ""), "b": ("reference", 1, "")}
+    table = shard_table(tmp_path / "0.tsv", **others, **rows)
+    with pytest.raises(InputError, match=message):
+        run_collect(Config(), [table], tmp_path / "cases.tsv")
+    assert not (tmp_path / "cases.tsv").exists()
+    assert not (tmp_path / "nodules.tsv").exists()

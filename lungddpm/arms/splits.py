@@ -43,10 +43,14 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
         if row["status"] == "ok":
             row["role"] = role_of[row["patient_id"]]
             row["reason"] = "" if row["role"] else UNUSED
+    with_nodule = {row["patient_id"] for row in assigned if row["status"] == "ok" and row["n_nodules"] not in ("", 0)}
+    uncounted = {row["patient_id"] for row in assigned if row["status"] == "ok" and row["n_nodules"] == ""}
     for role in ROLES:
-        with_nodule = {row["patient_id"] for row in index if row["status"] == "ok" and row["n_nodules"] > 0}
-        without = len(members[role] - with_nodule)
-        LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
+        if members[role] & uncounted:
+            LOG.info("role %s: %d patients, nodules not counted yet", role, len(members[role]))
+        else:
+            without = len(members[role] - with_nodule)
+            LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
     if shared := sorted(patient for patient, role in role_of.items() if "+" in role):
         LOG.warning(
             "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
@@ -188,6 +192,7 @@ def check_leaks(training: Iterable[Origin], test: Iterable[Origin], allow_shared
 
 def known_patients(cases: pd.DataFrame) -> dict[str, str]:
     """Patient of every case id, series and patient id in a case table."""
+    cases = cases[cases["patient_id"] != ""]
     patient_of = dict(zip(cases["series_uid"], cases["patient_id"], strict=True))
     patient_of |= dict(zip(cases["case_id"], cases["patient_id"], strict=True))
     patient_of |= {patient: patient for patient in cases["patient_id"]}

@@ -1,6 +1,6 @@
 """Sources: where scans come from. A new source is one new module here with `find_series` and `load_scan`.
 
-find_series(path) -> list[Series]            reads headers only; nothing is dropped, excluded series carry a reason
+find_series(path, cache) -> list[Series]     reads headers only; nothing is dropped, excluded series carry a reason
 load_scan(path, case) -> Scan                reads one series of the index in full
 """
 
@@ -10,17 +10,18 @@ import csv
 import importlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lungddpm import cases
 from lungddpm.errors import InputError
-from lungddpm.files import atomic_path
+from lungddpm.files import atomic_path, code_fingerprint, fingerprint, write_text
+from lungddpm.progress import LOG
 from lungddpm.volume import Volume
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 INDEX_COLUMNS = [*cases.COLUMNS, "annotations"]
 """The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
-source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked."""
+source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known."""
+LONGEST_NAME = 64
+"""Characters of a case id before what tells it from an equal one; no DICOM identifier may have more."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Series:
     series_uid: str
     size: tuple[int, int, int] = (0, 0, 0)
     spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    n_nodules: int = 0
+    n_nodules: int | None = 0
+    """None: only the labels themselves would tell."""
     path: str = ""
     annotations: tuple[str, ...] = ()
     excluded: str = ""
@@ -88,32 +92,105 @@ def module_of(kind: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{kind}")
 
 
+class Cache:
+    """What was read from files, for as long as their names, sizes and times stay what they were.
+
+    In its file: JSON of the code that has read, and for every key the state of its files and what they said. A cache
+    that other code has written, or that cannot be read, counts as empty.
+
+    Args:
+        path: file of the cache; None keeps nothing beyond this run.
+        kind: source that it belongs to.
+    """
+
+    def __init__(self, path: Path | None, kind: str):
+        self._path = path
+        self._made_by = fingerprint([kind, code_fingerprint("sources")])
+        self._before = self._load()
+        self._entries: dict[str, list] = {}
+
+    def recall(
+        self, key: str, files: Iterable[Path], read: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
+    ) -> Any:
+        """What `read()` gave when these files were last read, or gives now if one of them has changed since.
+
+        Args:
+            key: names the entry; one that no call names any more is forgotten.
+            files: all that `read` looks at.
+            read: gives a JSON value without tuples; what it raises is passed on, and not kept.
+            keep: whether a value is kept; those with faults are better looked at again.
+        """
+        # Before reading: a file that changes meanwhile has another state the next time.
+        state = _state(files)
+        known = self._before.get(key)
+        if known is not None and known[0] == state:
+            self._entries[key] = known
+            return known[1]
+        value = read()
+        if keep(value):
+            self._entries[key] = [state, value]
+        return value
+
+    def save(self) -> None:
+        """Write the entries of this run."""
+        if self._path is not None and self._entries != self._before:
+            write_text(self._path, json.dumps({"made_by": self._made_by, "entries": self._entries}))
+
+    def _load(self) -> dict[str, list]:
+        try:
+            content = json.loads(self._path.read_text(encoding="utf-8")) if self._path is not None else {}
+            return content["entries"] if content["made_by"] == self._made_by else {}
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            return {}
+
+
 def case_ids(names: Iterable[str]) -> list[str]:
     """Distinct names that are safe for folders, in the order given; the second of equal names gets `_2`, and so on."""
     given: list[str] = []
+    taken: dict[str, int] = {}
     for name in names:
-        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".") or "unnamed"
-        candidate, count = safe, 1
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:LONGEST_NAME] or "unnamed"
+        # Tables and the cache lie in the folder of the cases.
+        candidate = safe = re.sub(r"(?i)\.(tsv|json)$", r"_\1", safe)
         # Case-insensitive file systems would put "a" and "A" into one folder.
-        while candidate.casefold() in (other.casefold() for other in given):
-            count += 1
-            candidate = f"{safe}_{count}"
+        while candidate.casefold() in taken:
+            taken[safe.casefold()] += 1
+            candidate = f"{safe}_{taken[safe.casefold()]}"
+        taken[candidate.casefold()] = 1
         given.append(candidate)
     return given
 
 
-def index_source(kind: str, path: Path) -> list[dict]:
-    """One row a series, in order of case id, `role` still empty (see `INDEX_COLUMNS`).
+def reason_of(fault: InputError, top: Path) -> str:
+    """A fault as tables tell it: in one line, files relative to the data set."""
+    told = str(fault)
+    for root in (top, top.resolve()):
+        told = told.replace(f"{root}/", "")
+    return " ".join(told.split())
+
+
+def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]:
+    """One row a series, in order of case id, those without a patient last; `role` is still empty.
+
+    Args:
+        kind: module of the source.
+        path: folder of the data set.
+        cache: file that remembers what the headers said, so that only what has changed is read the next time.
 
     Raises:
         InputError: the folder is missing, or holds no series at all.
     """
     if not path.is_dir():
         raise InputError(path, "is not a folder", "Set source.path to the folder of the data set.")
-    found = sorted(module_of(kind).find_series(path), key=lambda series: series.case_id)
+    remembered = Cache(cache, kind)
+    found = module_of(kind).find_series(path, remembered)
+    remembered.save()
     if not found:
         raise InputError(path, f"holds no CT series that the source '{kind}' can read", "Check source.path and kind.")
-    return [_row(kind, series) for series in found]
+    rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
+    LOG.info("%d of %d series can be used", sum(row["status"] == "ok" for row in rows), len(rows))
+    cases.log_excluded(rows)
+    return rows
 
 
 def read_index(path: Path) -> pd.DataFrame:
@@ -129,6 +206,20 @@ def write_index(path: Path, index: list[dict]) -> None:
         writer.writerows(index)
 
 
+def _state(files: Iterable[Path]) -> str:
+    """A hash that changes with every file that comes, goes or is written; one that cannot be read has a state too."""
+    states = []
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            states.append([file.name])
+        else:
+            # The change time tells files apart that were replaced by others of the same size and date.
+            states.append([file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return fingerprint(states)
+
+
 def _row(kind: str, series: Series) -> dict:
     sizes = dict(zip(("size_x", "size_y", "size_z"), series.size, strict=True))
     spacings = dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), series.spacing_mm, strict=True))
@@ -140,7 +231,7 @@ def _row(kind: str, series: Series) -> dict:
         "series_uid": series.series_uid,
         **sizes,
         **spacings,
-        "n_nodules": series.n_nodules,
+        "n_nodules": "" if series.n_nodules is None else series.n_nodules,
         "status": "excluded" if series.excluded else "ok",
         "reason": series.excluded,
         "path": series.path,

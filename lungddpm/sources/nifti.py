@@ -7,6 +7,7 @@ the case and the patient: one scan a patient.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ import numpy as np
 from lungddpm.cases import check_case
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.progress import Progress
-from lungddpm.sources import Scan, Series, case_ids
-from lungddpm.volume import AIR_HU, Volume, read_volume
+from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
+from lungddpm.volume import AIR_HU, Volume, read_grid, read_volume
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,19 +26,45 @@ _SUFFIXES = (".nii.gz", ".nii")
 _CHANNEL = "_0000"
 
 
-def find_series(path: Path) -> list[Series]:
-    """One series an image, from the headers of image and label.
+def find_series(path: Path, cache: Cache) -> list[Series]:
+    """One series an image, from the headers of image and label; labels without an image have a row as well.
 
-    `n_nodules` stays 0: how many nodules the labels hold, no header tells.
+    `n_nodules` is unknown: how many nodules the labels hold, no header tells.
     """
     images = [file for file in sorted((path / "images").glob("[!.]*")) if file.name.endswith(_SUFFIXES)]
-    patients = [_stem(image).removesuffix(_CHANNEL) for image in images]
+    labels = {image: _label_of(path, image) for image in images}
     found = []
     with Progress("NIfTI headers", total=len(images)) as progress:
-        for image, patient, case_id in zip(images, patients, case_ids(patients), strict=True):
-            found.append(_describe(path, image, patient, case_id))
+        for image, label in labels.items():
+            files = [image, label] if label else [image]
+            key = " ".join(file.relative_to(path).as_posix() for file in files)
+            grid = cache.recall(
+                key,
+                files,
+                lambda image=image, label=label: _describe(path, image, label),
+                keep=lambda grid: not grid["excluded"],
+            )
+            found.append(
+                Series(
+                    case_id="",
+                    patient_id=_stem(image).removesuffix(_CHANNEL),
+                    series_uid="",
+                    size=tuple(grid["size"]),
+                    spacing_mm=tuple(grid["spacing_mm"]),
+                    n_nodules=None,
+                    path=image.relative_to(path).as_posix(),
+                    annotations=(label.relative_to(path).as_posix(),) if label else (),
+                    excluded=grid["excluded"],
+                )
+            )
             progress.advance()
-    return found
+    for label in sorted(set((path / "labels").glob("[!.]*")) - set(labels.values())):
+        if label.name.endswith(_SUFFIXES):
+            fault = InputError(label, "has no image of its name in images/", "Add the image, or ignore this row.")
+            name = label.relative_to(path).as_posix()
+            found.append(Series("", _stem(label), "", n_nodules=None, path=name, excluded=reason_of(fault, path)))
+    names = case_ids(series.patient_id for series in found)
+    return [replace(series, case_id=name) for series, name in zip(found, names, strict=True)]
 
 
 def load_scan(path: Path, case: pd.Series) -> Scan:
@@ -69,28 +96,19 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     return Scan(ct=ct.like(hu), labels=labels.array.astype(np.uint8), files=(image, label))
 
 
-def _describe(top: Path, image: Path, patient: str, case_id: str) -> Series:
-    label = _label_of(top, image)
-    grid, excluded = None, ""
+def _describe(top: Path, image: Path, label: Path | None) -> dict:
+    """What the headers of an image and its label say, ready for the cache."""
+    size, spacing_mm, excluded = [0, 0, 0], [0.0, 0.0, 0.0], ""
     try:
-        grid = _grid(image)
+        grid = read_grid(image)
+        size, spacing_mm = list(grid.shape), grid.spacing_mm.tolist()
         if label is None:
-            raise ExcludedCaseError(
-                image, f"has no label labels/{patient}.nii.gz", "Add it, with 1 lung, 2 nodule, 3 vessel."
-            )
+            name = _stem(image).removesuffix(_CHANNEL)
+            raise InputError(image, f"has no label labels/{name}.nii.gz", "Add it, with 1 lung, 2 nodule, 3 vessel.")
         _check_same_grid(image, grid, label)
     except InputError as fault:
-        excluded = f"{Path(fault.what).relative_to(top).as_posix()}: {fault.problem}"
-    return Series(
-        case_id=case_id,
-        patient_id=patient,
-        series_uid="",
-        size=grid.shape if grid else (0, 0, 0),
-        spacing_mm=tuple(grid.spacing_mm.tolist()) if grid else (0.0, 0.0, 0.0),
-        path=image.relative_to(top).as_posix(),
-        annotations=(label.relative_to(top).as_posix(),) if label else (),
-        excluded=excluded,
-    )
+        excluded = reason_of(fault, top)
+    return {"size": size, "spacing_mm": spacing_mm, "excluded": excluded}
 
 
 def _stem(file: Path) -> str:
@@ -105,31 +123,11 @@ def _label_of(top: Path, image: Path) -> Path | None:
     return next((label for label in candidates if label.is_file()), None)
 
 
-def _grid(file: Path) -> Volume:
-    """The grid of a file in the closest RAS+ orientation, from its header; the array is a placeholder without memory.
-
-    Raises:
-        ExcludedCaseError: the header cannot be read, or is not that of a 3-D volume.
-    """
-    import nibabel
-
-    try:
-        image = nibabel.load(file)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, ValueError) as error:
-        raise ExcludedCaseError(file, f"cannot be read as NIfTI ({error})", "Convert or copy the file anew.") from None
-    if len(image.shape) != 3:
-        raise ExcludedCaseError(file, f"has {len(image.shape)} dimensions instead of 3", "Store one volume a file.")
-    affine = np.asarray(image.affine, float)
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        raise ExcludedCaseError(file, "has an affine that cannot be inverted", "Write it with its true geometry.")
-    return Volume(np.broadcast_to(np.uint8(0), image.shape), affine).canonical()
-
-
 def _check_same_grid(image: Path, grid: Volume, label: Path) -> None:
-    other = _grid(label)
+    other = read_grid(label)
     if grid.shape != other.shape:
-        raise ExcludedCaseError(
+        raise InputError(
             label, f"has shape {other.shape}, but images/{image.name} has {grid.shape}", "Export both on one grid."
         )
     if not grid.same_grid(other):
-        raise ExcludedCaseError(label, f"has another affine than images/{image.name}", "Export both with one geometry.")
+        raise InputError(label, f"has another affine than images/{image.name}", "Export both with one geometry.")

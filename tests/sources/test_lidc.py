@@ -1,5 +1,7 @@
 """LIDC-IDRI reader: DICOM written here with pydicom, trap files and whole scans of the release where they are."""
 
+import json
+import re
 import shutil
 import sys
 from subprocess import run
@@ -9,90 +11,28 @@ import numpy as np
 import pandas as pd
 import pydicom
 import pytest
-from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from lidc_files import (
+    COLUMNS,
+    ROWS,
+    SLICES,
+    SPACING,
+    SQUARE,
+    STORED,
+    UPRIGHT,
+    find,
+    load,
+    nodule,
+    only,
+    roi,
+    write_case,
+    write_series,
+    write_slice,
+    xml,
+)  # fmt: skip
+from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.sources import index_source, lidc, read_index, write_index
-
-SQUARE = [(3, 3), (4, 3), (5, 3), (5, 4), (5, 5), (4, 5), (3, 5), (3, 4)]
-SLICES, ROWS, COLUMNS = 5, 12, 10
-SPACING = (0.7, 0.8, 2.5)
-STORED = np.random.default_rng(1).integers(0, 3000, (COLUMNS, ROWS, SLICES))
-UPRIGHT = np.eye(3)
-
-
-def write_slice(path, k, *, series="1.2.3", patient="P-01", axes=UPRIGHT, syntax=ExplicitVRLittleEndian, **changes):
-    """Slice k of `STORED`: `axes` holds the direction cosines of row, column and normal as columns (LPS)."""
-    dataset = Dataset()
-    dataset.file_meta = FileMetaDataset()
-    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
-    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
-    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"{series}.{k + 1}"
-    dataset.Modality, dataset.PatientID, dataset.SeriesInstanceUID = "CT", patient, series
-    dataset.ImageOrientationPatient = [*axes[:, 0].tolist(), *axes[:, 1].tolist()]
-    dataset.ImagePositionPatient = (np.array([-20.0, -30.0, -40.0]) + axes[:, 2] * k * SPACING[2]).tolist()
-    dataset.PixelSpacing, dataset.SliceThickness = [SPACING[1], SPACING[0]], "3.0"
-    dataset.InstanceNumber = 100 - 7 * k
-    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = ROWS, COLUMNS, 1
-    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 1
-    dataset.BitsAllocated = dataset.BitsStored = 16
-    dataset.HighBit = 15
-    dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
-    dataset.PixelData = STORED[:, :, k % SLICES].T.astype("<i2").tobytes()
-    for keyword, value in changes.items():
-        setattr(dataset, keyword, value)
-    if syntax == RLELossless:
-        dataset.compress(RLELossless)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    dataset.save_as(path, enforce_file_format=True)
-
-
-def write_series(folder, slices=range(SLICES), **options):
-    for k in slices:
-        # File names run against the order of the slices.
-        write_slice(folder / f"{90 - k:06d}.dcm", k, **options)
-    return folder
-
-
-def roi(k, points=SQUARE, series="1.2.3", z=None, inclusion="TRUE"):
-    edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in points)
-    z = -40 + k * SPACING[2] if z is None else z
-    return (
-        f"<roi><imageZposition>{z} </imageZposition><imageSOP_UID>{series}.{k + 1}</imageSOP_UID>"
-        f"<inclusion>{inclusion}</inclusion>{edges}</roi>"
-    )
-
-
-def nodule(*rois, rating=4):
-    return (
-        f"<unblindedReadNodule><noduleID>n</noduleID><characteristics><malignancy>{rating}</malignancy>"
-        f"</characteristics>{''.join(rois)}</unblindedReadNodule>"
-    )
-
-
-def xml(*sessions, series="1.2.3", root="LidcReadMessage"):
-    return (
-        f'<?xml version="1.0" encoding="UTF-8"?>\r\n<{root} uid="9" xmlns="http://www.nih.gov"><ResponseHeader>'
-        f"<CTSeriesInstanceUid>5.5</CTSeriesInstanceUid><SeriesInstanceUid>{series}</SeriesInstanceUid>"
-        f"</ResponseHeader>{''.join(f'<readingSession>{s}</readingSession>' for s in sessions)}</{root}>"
-    )
-
-
-def write_case(top, patient="P-01", series="1.2.3", **options):
-    folder = write_series(top / patient / "a study" / series, series=series, patient=patient, **options)
-    (folder / "reads.xml").write_text(xml(nodule(roi(1, series=series), roi(2, series=series)), series=series))
-    return folder
-
-
-def only(top):
-    (series,) = lidc.find_series(top)
-    return series
-
-
-def load(top):
-    case, *_ = index_source("lidc", top)
-    return lidc.load_scan(top, case)
 
 
 def test_scan_is_sorted_by_position_and_true_to_the_patient(tmp_path):
@@ -178,8 +118,9 @@ def test_xml_in_a_tree_of_its_own_and_read_twice(tmp_path):
     (folder / "reads.xml").rename(tree / "158.xml")
     (tree / "159.xml").write_text(text, encoding="utf-8")
     (tree / "160.xml").write_text(xml(nodule(roi(1, series="7")), series="7"))
-    series = only(tmp_path)
+    series, without_images = find(tmp_path)
     assert series.annotations == ("tcia-lidc-xml/157/158.xml", "tcia-lidc-xml/157/159.xml")
+    assert (without_images.case_id, without_images.patient_id, without_images.series_uid) == ("7", "", "7")
     assert (series.n_nodules, series.excluded) == (1, "")
     (annotation,) = load(tmp_path).annotations
     assert len(annotation.contours) == 2
@@ -209,7 +150,7 @@ def test_unreadable_xml_excludes_its_series_only(tmp_path, text):
     folder = write_case(tmp_path)
     write_case(tmp_path, "P-02", "1.2.4")
     (folder / "reads.xml").write_text(text)
-    first, second = lidc.find_series(tmp_path)
+    first, second = find(tmp_path)
     assert "reads.xml: cannot be read as LIDC XML" in first.excluded
     assert not second.excluded
     with pytest.raises(InputError, match="cannot be read as LIDC XML"):
@@ -252,7 +193,7 @@ FAULTS = {
     ),
     "two patients": (lambda f: write_slice(f / "000090.dcm", 0, patient="P-02"), "do not name one patient"),
     "cut short": (lambda f: cut(f, -1), "000088.dcm: is cut short"),
-    "cut in the header": (lambda f: cut(f, 600), "000088.dcm: is cut short"),
+    "cut in the header": (lambda f: cut(f, 600), "000088.dcm: has no pixel data, or is cut short"),
     "empty": (lambda f: cut(f, 0), "000088.dcm: is empty"),
     "no reads": (drop_reads, "no reader XML names this series"),
     "radiograph": (as_radiograph, "chest radiograph (modality DX)"),
@@ -296,7 +237,7 @@ def test_two_series_in_one_folder_and_extra_files(tmp_path):
     (folder / "notes.txt").write_text("not an image")
     (folder / "._000090.dcm").write_bytes(b"\0" * 300)
     (folder / "unrelated.xml").write_text("<settings/>")
-    first, second = lidc.find_series(tmp_path)
+    first, second = find(tmp_path)
     assert (first.case_id, first.size[2], second.case_id, second.size[2]) == ("P-01", 5, "P-01_2", 3)
     assert (first.excluded, second.excluded, second.n_nodules) == ("", "", 0)
     assert load(tmp_path).ct.shape == (COLUMNS, ROWS, 5)
@@ -314,7 +255,8 @@ def test_damaged_files_without_a_series_keep_a_row(tmp_path):
     (tmp_path / "P-07").mkdir()
     (tmp_path / "P-07" / "1.dcm").write_bytes(b"nothing")
     series = only(tmp_path)
-    assert (series.case_id, series.excluded) == ("P-07", "P-07/1.dcm: is empty or no DICOM file")
+    assert (series.case_id, series.patient_id) == ("P-07", "")
+    assert series.excluded.startswith("P-07/1.dcm: is empty or no DICOM file.")
 
 
 def test_links_are_followed_once(tmp_path):
@@ -348,7 +290,7 @@ def test_indexing_plain_files_needs_neither_pydicom_nor_nibabel(tmp_path):
 
 def test_quick_header_reader_agrees_with_pydicom(shared_data):
     for file in sorted((shared_data / "lidc").rglob("*.dcm"))[::10]:
-        elements, end = lidc._explicit_elements(file.read_bytes()[:8192])
+        elements, end = lidc.slices._explicit_elements(file.read_bytes()[:8192])
         dataset = pydicom.dcmread(file)
         for keyword in set(elements) - {"TransferSyntaxUID"}:
             value = dataset[keyword].value
@@ -380,7 +322,7 @@ def test_traps_of_the_release(shared_data, file, nodules_of_readers):
 def test_same_reads_in_two_files_count_once(shared_data):
     reads = [lidc.read_xml(shared_data / "lidc-xml" / name) for name in ("189-173.xml", "189-174.xml")]
     assert reads[0].series_uid == reads[1].series_uid
-    assert lidc._merged(reads) == list(reads[0].marks)
+    assert lidc.merged(reads) == list(reads[0].marks)
 
 
 def test_real_scans(shared_data):
@@ -393,3 +335,70 @@ def test_real_scans(shared_data):
     np.testing.assert_allclose(scan.ct.affine, oracle.affine, atol=1e-4)
     assert (scan.ct.array.min(), scan.ct.array.max()) == (-1024, 5892)
     assert [annotation.reader for annotation in scan.annotations] == [0] * 3 + [1] * 3 + [2] * 3 + [3] * 4
+
+
+def marks_by_pattern(text):
+    """Points, cut-out outlines and sum of ratings of every mark of 3 mm or more, reader by reader, without a parser."""
+    for reader, session in enumerate(re.findall(r"<readingSession>(.*?)</readingSession>", text, re.DOTALL)):
+        for mark in re.findall(r"<unblindedReadNodule>(.*?)</unblindedReadNodule>", session, re.DOTALL):
+            ratings = re.search(r"<characteristics>(.*?)</characteristics>", mark, re.DOTALL)
+            total = sum(map(int, re.findall(r">\s*(\d+)\s*<", ratings[1]))) if ratings else 0
+            points = len(re.findall(r"<xCoord>", mark))
+            if points > 1 and total > 0:
+                yield reader, points, len(re.findall(r"<inclusion>\s*FALSE", mark)), total
+
+
+def test_every_outline_and_rating_of_the_release_is_read(shared_data):
+    files = [file for file in (shared_data / "lidc-xml").glob("*.xml") if file.name != "185-068.xml"]
+    files += (shared_data / "lidc").glob("*/*/*/*.xml")
+    for file in files:
+        expected = list(marks_by_pattern(file.read_text("utf-8-sig")))
+        marks = lidc.read_xml(file).marks
+        assert [
+            (
+                mark.reader,
+                sum(len(outline.points) for outline in mark.outlines),
+                sum(not outline.inclusion for outline in mark.outlines),
+                sum(mark.characteristics.values()),
+            )
+            for mark in marks
+        ] == expected
+        assert all(np.isfinite(outline.z_mm) for mark in marks for outline in mark.outlines)
+        assert all(1 <= value <= 6 for mark in marks for value in mark.characteristics.values())
+
+
+@pytest.mark.parametrize(("file", "sessions"), [("188-011.xml", 8), ("189-110.xml", 3), ("189-173.xml", 4)])
+def test_sessions_of_the_release_number_the_readers(shared_data, file, sessions):
+    text = (shared_data / "lidc-xml" / file).read_text()
+    assert text.count("<readingSession>") == sessions
+    # Of eight sessions, only the first four hold nodules of 3 mm and more.
+    assert max(mark.reader for mark in lidc.read_xml(shared_data / "lidc-xml" / file).marks) < 4
+
+
+def index_beside(top, shared_data, patient, *names):
+    """The row of a series that these files of the release name, its slices small ones made here."""
+    uid = lidc.read_xml(shared_data / "lidc-xml" / names[0]).series_uid
+    folder = write_series(top / patient / uid, series=uid, patient=patient)
+    (top / "tcia-lidc-xml").mkdir()
+    for name in names:
+        shutil.copy(shared_data / "lidc-xml" / name, top / "tcia-lidc-xml")
+    (row,) = index_source("lidc", top)
+    assert row["path"] == folder.relative_to(top).as_posix()
+    return row
+
+
+@pytest.mark.filterwarnings("ignore:The value length")
+def test_the_published_erratum_replaces_the_bogus_contour(shared_data, tmp_path):
+    original = index_beside(tmp_path / "a", shared_data, "LIDC-IDRI-0101", "157-161.xml")
+    both = index_beside(tmp_path / "b", shared_data, "LIDC-IDRI-0101", "157-161.xml", "erratum-157-161.xml")
+    assert json.loads(original["annotations"]) == ["tcia-lidc-xml/157-161.xml"]
+    assert json.loads(both["annotations"]) == ["tcia-lidc-xml/erratum-157-161.xml"]
+    bogus, *_ = lidc.read_xml(shared_data / "lidc-xml" / "157-161.xml").marks
+    assert (bogus.reader, len(bogus.outlines)) == (0, 23)
+
+
+@pytest.mark.filterwarnings("ignore:The value length")
+def test_two_files_of_one_series_are_merged_and_never_multiplied(shared_data, tmp_path):
+    row = index_beside(tmp_path, shared_data, "LIDC-IDRI-0127", "189-173.xml", "189-174.xml")
+    assert len(json.loads(row["annotations"])) == 2
+    assert (row["n_nodules"], row["status"]) == (1, "ok")

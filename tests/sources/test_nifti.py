@@ -1,12 +1,19 @@
 """NIfTI source: files written here with nibabel, and the 8-bit samples published with Lung-DDPM where they are."""
 
+import gzip
+import struct
+
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
 
+from lungddpm.arms.splits import assign_roles
+from lungddpm.cases import read_cases
+from lungddpm.config import Config, Roles
 from lungddpm.errors import ExcludedCaseError
-from lungddpm.sources import index_source, nifti
+from lungddpm.layouts import compose
+from lungddpm.sources import Cache, index_source, nifti, read_index, write_index
 
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
@@ -24,6 +31,10 @@ def write_case(top, ct=CT, labels=LABELS, image="a_0000.nii.gz", label="a.nii.gz
     save(top / "labels" / label, labels, **label_options)
 
 
+def find(top):
+    return nifti.find_series(top, Cache(None, "nifti"))
+
+
 def load(top):
     return nifti.load_scan(top, index_source("nifti", top)[0])
 
@@ -39,8 +50,9 @@ def load(top):
 )
 def test_pairs_by_name(tmp_path, image, label, case_id):
     write_case(tmp_path, image=image, label=label)
-    (series,) = nifti.find_series(tmp_path)
+    (series,) = find(tmp_path)
     assert (series.case_id, series.size, series.excluded) == (case_id, SHAPE, "")
+    assert (series.n_nodules, index_source("nifti", tmp_path)[0]["n_nodules"]) == (None, "")
     np.testing.assert_allclose(series.spacing_mm, (0.7, 0.8, 2.5))
     scan = load(tmp_path)
     np.testing.assert_array_equal(scan.ct.array, CT)
@@ -54,7 +66,7 @@ def test_orientation_becomes_canonical(tmp_path):
     stored_ct, stored_labels = (array[::-1].transpose(2, 0, 1) for array in (CT, LABELS))
     save(tmp_path / "images" / "a.nii.gz", stored_ct, affine)
     save(tmp_path / "labels" / "a.nii.gz", stored_labels, affine)
-    (series,) = nifti.find_series(tmp_path)
+    (series,) = find(tmp_path)
     assert series.size == SHAPE
     np.testing.assert_allclose(series.spacing_mm, (0.7, 0.8, 2.5))
     scan = load(tmp_path)
@@ -86,7 +98,7 @@ def test_headers_that_do_not_fit_keep_a_row_with_the_reason(tmp_path, options, r
     write_case(tmp_path, **options)
     write_case(tmp_path, image="good.nii.gz", label="good.nii.gz")
     index = pd.DataFrame(index_source("nifti", tmp_path)).set_index("case_id")
-    assert index["status"].to_dict() == {"a": "excluded", "good": "ok"}
+    assert index["status"][["a", "good"]].tolist() == ["excluded", "ok"]
     assert index["reason"]["a"].startswith(reason)
 
 
@@ -116,14 +128,14 @@ def test_truncated_file(tmp_path):
     with pytest.raises(ExcludedCaseError, match=r"a.nii.gz: cannot be read"):
         load(tmp_path)
     file.write_bytes(b"")
-    assert nifti.find_series(tmp_path)[0].excluded.startswith("labels/a.nii.gz: cannot be read")
+    assert find(tmp_path)[0].excluded.startswith("labels/a.nii.gz: cannot be read")
 
 
 def test_two_images_of_one_stem_stay_apart(tmp_path):
     write_case(tmp_path, image="a.nii.gz")
     write_case(tmp_path)
-    assert [series.case_id for series in nifti.find_series(tmp_path)] == ["a", "a_2"]
-    assert {series.patient_id for series in nifti.find_series(tmp_path)} == {"a"}
+    assert [series.case_id for series in find(tmp_path)] == ["a", "a_2"]
+    assert {series.patient_id for series in find(tmp_path)} == {"a"}
 
 
 def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
@@ -132,3 +144,79 @@ def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
         (tmp_path / folder / "case0.nii.gz").symlink_to(shared_data / "published-samples" / f"case0_{name}.nii.gz")
     with pytest.raises(ExcludedCaseError, match="Hounsfield"):
         load(tmp_path)
+
+
+def test_roles_do_not_claim_to_know_the_nodules(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name in "abc":
+        write_case(tmp_path, image=f"{name}.nii.gz", label=f"{name}.nii.gz")
+    rows = assign_roles(index_source("nifti", tmp_path), Roles(discovery=1, reference=1, test=1), seed=1)
+    assert "role test: 1 patients, nodules not counted yet" in caplog.messages
+    write_index(tmp_path / "index.tsv", rows)
+    assert read_index(tmp_path / "index.tsv")["n_nodules"].tolist() == [0, 0, 0]
+
+
+def patch(file, offset, value):
+    """Overwrite bytes of a compressed file, such as a field of the header (NIfTI-1, nifti1.h)."""
+    content = bytearray(gzip.decompress(file.read_bytes()))
+    content[offset : offset + len(value)] = value
+    file.write_bytes(gzip.compress(bytes(content)))
+
+
+def cut_short(file):
+    file.write_bytes(file.read_bytes()[:-20])
+
+
+COLOURS = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+SIZES, SROW_X, SROW_Y = 40, 280, 296
+LARGE = {"ct": np.tile(CT, (4, 4, 4)), "labels": np.tile(LABELS, (4, 4, 4))}
+HUGE = struct.pack("<3h", 32767, 32767, 32767)
+# What is written instead of a good pair, what is done to image and label, and the reason: in the index or, after
+# "prepare:", in the case table.
+FAULTS = {
+    "singular affine": ({}, lambda image, label: patch(image, SROW_Y, bytes(16)), "affine that cannot be inverted"),
+    "affine that is no number": ({}, lambda image, label: patch(image, SROW_X, b"\0\0\xc0\x7f"), "be inverted"),
+    "singular label": ({}, lambda image, label: patch(label, SROW_Y, bytes(16)), "labels/bad.nii.gz: has an affine"),
+    "4D": ({"ct": np.stack([CT, CT], -1)}, None, "images/bad.nii.gz: has 4 dimensions"),
+    "4D label": ({"labels": np.stack([LABELS] * 2, -1)}, None, "labels/bad.nii.gz: has 4 dimensions"),
+    "colours": ({"ct": COLOURS}, None, "holds colours or complex numbers"),
+    "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels hold 0.5"),
+    "labels that are no number": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:hold nan"),
+    "image cut short": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
+    "label cut short": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
+    "empty": ({}, lambda image, label: image.write_bytes(b""), "images/bad.nii.gz: cannot be read"),
+    "no NIfTI": ({}, lambda image, label: image.write_bytes(gzip.compress(b"x" * 999)), "cannot be read as NIfTI"),
+    "negative size": ({}, lambda image, label: patch(image, SIZES + 2, struct.pack("<h", -5)), "bad.nii.gz: "),
+    "no voxels": ({}, lambda image, label: patch(image, SIZES + 2, struct.pack("<h", 0)), "has no voxels"),
+    "larger than memory": ({}, lambda *both: [patch(file, SIZES + 2, HUGE) for file in both], "prepare:into memory"),
+    "unknown type": ({}, lambda image, label: patch(image, 70, struct.pack("<h", 77)), "cannot be read as NIfTI"),
+    "image alone": ({}, lambda image, label: label.unlink(), "images/bad.nii.gz: has no label labels/bad.nii.gz"),
+    "label alone": ({}, lambda image, label: image.unlink(), "labels/bad.nii.gz: has no image"),
+    "NaN": ({"ct": np.where(LABELS, CT, np.float32("nan"))}, None, "prepare:NaN"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypatch):
+    options, harm, reason = FAULTS[fault]
+    data, results = tmp_path / "data", tmp_path / "results"
+    write_case(data, image="good.nii.gz", label="good.nii.gz", labels=LABELS.astype(np.float64))
+    write_case(data, image="bad.nii.gz", label="bad.nii.gz", **options)
+    if harm:
+        harm(data / "images" / "bad.nii.gz", data / "labels" / "bad.nii.gz")
+    index = index_source("nifti", data)
+    write_index(results / "index.tsv", index)
+    # A layout of so few voxels would never pass; all of these faults show before.
+    monkeypatch.setattr(compose, "_write", lambda config, source, row, folder: load_only(source, row))
+    compose.run_prepare(Config(), results / "index.tsv", data, results, 0, 1, results / "cases-0.tsv")
+    table = read_cases(results / "cases-0.tsv").set_index("case_id")
+    assert table["status"].to_dict() == {"bad": "excluded", "good": "ok"}
+    told = table.loc["bad", "reason"]
+    assert reason.removeprefix("prepare:") in told
+    assert str(tmp_path) not in told
+    assert (index[0]["status"] == "ok") == reason.startswith("prepare:")
+
+
+def load_only(source, row):
+    nifti.load_scan(source, row)
+    return {"qc": {"n_nodules": 1}, "sha256": ""}

@@ -1,0 +1,329 @@
+"""LIDC-IDRI: chest CT as DICOM (`slices`), and the outlines that four readers drew, as XML (`readings`).
+
+Both layouts of the download are read: the XML beside the slices, or in a tree of its own; an XML file belongs to the
+series that its header names. Armato et al., Medical Physics 38:915-931, 2011, doi 10.1118/1.3528204.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm.errors import ExcludedCaseError, InputError
+from lungddpm.files import fingerprint
+from lungddpm.progress import Progress
+from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
+from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
+from lungddpm.sources.lidc.slices import Header, can_be_decoded, hounsfield, name_of_syntax, read_headers, stack_of
+from lungddpm.volume import Volume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What one folder holds of one series, as the cache keeps it."""
+
+    folder: str
+    series_uid: str
+    patients: list[str]
+    modalities: list[str]
+    syntaxes: list[str]
+    size: Sequence[int]
+    spacing_mm: Sequence[float]
+    fault: str
+    """Why these slices are no scan; empty if they are."""
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """What one XML file says, as the cache keeps it."""
+
+    series_uid: str
+    is_ct: bool
+    marks: list[list]
+    """Reader and a hash of the outlines of every mark."""
+
+
+@dataclass(frozen=True)
+class _AllReads:
+    """What all XML files say."""
+
+    of_series: dict[str, dict[str, _Marked]]
+    """By series UID and file."""
+    faults: dict[str, str]
+    """By series UID, why one of its files cannot be read."""
+    without_images: list[Series]
+    """Rows for what only XML files name, and for those that cannot be read and belong to no series here."""
+
+
+def find_series(path: Path, cache: Cache) -> list[Series]:
+    """All series below a folder, from the headers of their slices and their readers' XML.
+
+    What only an XML file names has a row as well, and so has a folder of which nothing can be read. `n_nodules` is the
+    largest number of nodules of at least 3 mm that any one reader marked: which marks of different readers mean the
+    same nodule is known only once their contours are compared (`lungddpm.layouts.nodules`).
+    """
+    files, nameless = _files_below(path)
+    xml_files = [file for file in files if file.suffix.lower() == ".xml"]
+    parts, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
+    nameless |= damaged
+    reads = _read_annotations(path, xml_files, parts, cache)
+    found = [
+        _describe(uid, of_series, nameless, _in_force(reads.of_series.get(uid, {})), reads.faults.get(uid, ""))
+        for uid, of_series in parts.items()
+    ]
+    with_slices = {part.folder for of_series in parts.values() for part in of_series}
+    found += [Series("", "", "", path=name, excluded=nameless[name]) for name in nameless if name not in with_slices]
+    found += reads.without_images
+    found.sort(key=lambda series: (not series.patient_id, series.patient_id, bool(series.excluded), series.series_uid))
+    names = case_ids(series.patient_id or series.series_uid or series.path for series in found)
+    return [replace(series, case_id=name) for series, name in zip(found, names, strict=True)]
+
+
+def load_scan(path: Path, case: pd.Series) -> Scan:
+    """Read one series of the index in full.
+
+    Args:
+        path: folder of the data set.
+        case: row of the index; `path`, `series_uid` and `annotations` are used.
+
+    Returns:
+        The CT in HU, at least -1024, with the contours of every reader.
+
+    Raises:
+        ExcludedCaseError: slices are missing, doubled or damaged, or the XML does not fit them.
+    """
+    folder = path / case["path"]
+    slices, fault = read_headers(file for file in sorted(folder.glob("*")) if file.is_file())
+    if fault is not None:
+        raise fault
+    if case["series_uid"] not in slices:
+        raise ExcludedCaseError(folder, f"no longer holds series {case['series_uid']}", "Index the data set again.")
+    stack = stack_of(slices[case["series_uid"]])
+    first = hounsfield(stack.headers[0].path, stack.size[1::-1])
+    # Only now: a damaged header could ask for more memory than there is. Fortran order keeps a slice in one piece, here
+    # and in the NIfTI file.
+    array = np.empty(stack.size, np.int16, order="F")
+    array[:, :, 0] = first.T
+    for k, header in enumerate(stack.headers[1:], start=1):
+        array[:, :, k] = hounsfield(header.path, stack.size[1::-1]).T
+    xml_files = [path / name for name in json.loads(case["annotations"])]
+    marks = merged([_read_or_exclude(file) for file in xml_files])
+    return Scan(
+        ct=Volume(array, stack.affine),
+        annotations=tuple(in_scan(mark, stack, xml_files[0]) for mark in marks),
+        slice_thickness_mm=stack.thickness_mm,
+        files=(*(header.path for header in stack.headers), *xml_files),
+    )
+
+
+def _files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
+    """All files that are not hidden, and the reason for each folder that cannot be listed."""
+    files, seen, faults = [], set(), {}
+
+    def tell(error: OSError) -> None:
+        folder = Path(error.filename)
+        fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
+        faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
+
+    for folder, subfolders, names in os.walk(top, onerror=tell, followlinks=True):
+        # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return files, faults
+
+
+def _read_folders(top: Path, files: list[Path], cache: Cache) -> tuple[dict[str, list[_Part]], dict[str, str]]:
+    """The parts of every series, and for each folder with files whose series is unknown the reason of the first."""
+    in_folder: dict[Path, list[Path]] = defaultdict(list)
+    for file in files:
+        in_folder[file.parent].append(file)
+    parts: dict[str, list[_Part]] = defaultdict(list)
+    nameless: dict[str, str] = {}
+    with Progress("slice headers", total=len(files)) as progress:
+        for folder, inside in in_folder.items():
+            done = progress.done
+            found = cache.recall(
+                f"slices {_relative(folder, top)}",
+                inside,
+                lambda inside=inside: _read_folder(top, inside, progress.advance),
+                keep=lambda found: not found["nameless"],
+            )
+            progress.advance(done + len(inside) - progress.done)
+            for part in found["parts"]:
+                parts[part["series_uid"]].append(_Part(**part))
+            if found["nameless"]:
+                nameless[_relative(folder, top)] = found["nameless"]
+    return parts, nameless
+
+
+def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> dict:
+    """What the files of one folder hold, ready for the cache."""
+
+    def each() -> Iterable[Path]:
+        for file in files:
+            yield file
+            advance()
+
+    slices, fault = read_headers(each())
+    return {
+        "parts": [asdict(_part(top, headers)) for headers in slices.values()],
+        "nameless": reason_of(fault, top) if fault else "",
+    }
+
+
+def _part(top: Path, headers: list[Header]) -> _Part:
+    size, spacing_mm, fault = (0, 0, 0), (0.0, 0.0, 0.0), ""
+    try:
+        stack = stack_of(headers)
+        size, spacing_mm = stack.size, stack.spacing_mm
+    except ExcludedCaseError as error:
+        fault = reason_of(error, top)
+    return _Part(
+        folder=_relative(headers[0].path.parent, top),
+        series_uid=headers[0]["SeriesInstanceUID"],
+        patients=sorted({header["PatientID"] for header in headers}),
+        modalities=sorted({header["Modality"] for header in headers}),
+        syntaxes=sorted({header["TransferSyntaxUID"] for header in headers}),
+        size=size,
+        spacing_mm=spacing_mm,
+        fault=fault,
+    )
+
+
+def _describe(
+    uid: str, parts: list[_Part], nameless: dict[str, str], reads: dict[str, _Marked], unreadable: str
+) -> Series:
+    """One row of the index, `case_id` still empty.
+
+    Args:
+        uid: SeriesInstanceUID.
+        parts: what the folders hold of it.
+        nameless: for folders with damaged files, the reason.
+        reads: by file, what the readers of this series say.
+        unreadable: why an XML file of this series cannot be read; empty if none is damaged.
+    """
+    first = parts[0]
+    ct_reads = {file: read for file, read in reads.items() if read.is_ct}
+    marks = {(reader, outlines) for read in ct_reads.values() for reader, outlines in read.marks}
+    return Series(
+        case_id="",
+        patient_id=first.patients[0],
+        series_uid=uid,
+        size=tuple(first.size),
+        spacing_mm=tuple(first.spacing_mm),
+        n_nodules=max(Counter(reader for reader, _ in marks).values(), default=0),
+        path=first.folder,
+        annotations=tuple(ct_reads),
+        excluded=_fault_of_slices(parts, nameless) or unreadable or _fault_of_reads(first.folder, reads, ct_reads),
+    )
+
+
+def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
+    folders = [part.folder for part in parts]
+    modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
+    if modalities != ["CT"]:
+        kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is no CT"
+        return f"{folders[0]}: {kind} (modality {', '.join(modalities)}). Leave it out."
+    if damaged := next((nameless[folder] for folder in folders if folder in nameless), ""):
+        return damaged
+    if len(parts) > 1:
+        return f"{folders[0]}: series is spread over {len(folders)} folders. Keep one copy of it."
+    if len(parts[0].patients) > 1 or not parts[0].patients[0]:
+        return f"{folders[0]}: the slices do not name one patient (PatientID). Mend the headers."
+    if undecodable := next((syntax for syntax in parts[0].syntaxes if not can_be_decoded(syntax)), ""):
+        return (
+            f"{folders[0]}: no decoder is installed for its compression, {name_of_syntax(undecodable)}. "
+            "Install python-gdcm, or pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg."
+        )
+    return parts[0].fault
+
+
+def _fault_of_reads(folder: str, reads: dict[str, _Marked], ct_reads: dict[str, _Marked]) -> str:
+    if ct_reads:
+        return ""
+    if reads:
+        return f"{next(iter(reads))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
+    return f"{folder}: no reader XML names this series. Add its readers' XML."
+
+
+def _relative(path: Path, top: Path) -> str:
+    return path.relative_to(top).as_posix()
+
+
+def _read_annotations(top: Path, files: list[Path], parts: dict[str, list[_Part]], cache: Cache) -> _AllReads:
+    """Read what belongs to the series found; of other files, what they name."""
+    of_series: dict[str, dict[str, _Marked]] = defaultdict(dict)
+    absent: dict[str, list[Path]] = defaultdict(list)
+    unreadable: list[tuple[Path, str, str]] = []
+    with Progress("readers' XML", total=len(files)) as progress:
+        for file in files:
+            name, uid = _relative(file, top), ""
+            try:
+                uid = cache.recall(f"series of {name}", [file], lambda file=file: named_series(file))
+                if not uid or uid in parts:
+                    read = _Marked(**cache.recall(f"reads of {name}", [file], lambda file=file: _marked(file)))
+                    uid = read.series_uid
+                    if uid in parts:
+                        of_series[uid][name] = read
+                if uid and uid not in parts:
+                    absent[uid].append(file)
+            except InputError as fault:
+                unreadable.append((file, uid, reason_of(fault, top)))
+            progress.advance()
+
+    faults: dict[str, str] = {}
+    without_images = []
+    for uid, named_by in absent.items():
+        fault = InputError(
+            named_by[0], "names a series whose images are not here", "Download them, or ignore this row."
+        )
+        names = tuple(_relative(file, top) for file in named_by)
+        without_images.append(Series("", "", uid, path=names[0], annotations=names, excluded=reason_of(fault, top)))
+    for file, uid, reason in unreadable:
+        folder = _relative(file.parent, top)
+        beside = [near for near, its_parts in parts.items() if folder in [part.folder for part in its_parts]]
+        # One that does not even tell its series belongs to those beside it that have no other.
+        owners = [uid] if uid else [near for near in beside if near not in of_series]
+        for owner in owners:
+            faults.setdefault(owner, reason)
+        if not owners:
+            without_images.append(Series("", "", "", path=_relative(file, top), excluded=reason))
+    return _AllReads(of_series, faults, without_images)
+
+
+def _marked(file: Path) -> dict:
+    """What one XML file says, ready for the cache."""
+    read = read_xml(file)
+    marks = [
+        [mark.reader, fingerprint([[o.sop_uid, o.z_mm, o.inclusion, o.points] for o in mark.outlines])[:16]]
+        for mark in read.marks
+    ]
+    return asdict(_Marked(read.series_uid, read.is_ct, marks))
+
+
+def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
+    """The files that count: a published erratum replaces what it corrects (LIDC-IDRI-0101 has one)."""
+    errata = {file: read for file, read in reads.items() if "erratum" in Path(file).name.lower()}
+    return errata or reads
+
+
+def _read_or_exclude(path: Path) -> Reads:
+    try:
+        return read_xml(path)
+    except InputError as fault:
+        raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None

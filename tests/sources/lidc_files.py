@@ -1,0 +1,90 @@
+"""Small DICOM series and reader XML, written as LIDC-IDRI has them, for the tests of what reads them."""
+
+import numpy as np
+from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
+
+from lungddpm.sources import Cache, index_source, lidc
+
+SQUARE = [(3, 3), (4, 3), (5, 3), (5, 4), (5, 5), (4, 5), (3, 5), (3, 4)]
+SLICES, ROWS, COLUMNS = 5, 12, 10
+SPACING = (0.7, 0.8, 2.5)
+STORED = np.random.default_rng(1).integers(0, 3000, (COLUMNS, ROWS, SLICES))
+UPRIGHT = np.eye(3)
+
+
+def write_slice(path, k, *, series="1.2.3", patient="P-01", axes=UPRIGHT, syntax=ExplicitVRLittleEndian, **changes):
+    """Slice k of `STORED`: `axes` holds the direction cosines of row, column and normal as columns (LPS)."""
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian if syntax == RLELossless else syntax
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = CTImageStorage
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = f"{series}.{k + 1}"
+    dataset.Modality, dataset.PatientID, dataset.SeriesInstanceUID = "CT", patient, series
+    dataset.ImageOrientationPatient = [*axes[:, 0].tolist(), *axes[:, 1].tolist()]
+    dataset.ImagePositionPatient = (np.array([-20.0, -30.0, -40.0]) + axes[:, 2] * k * SPACING[2]).tolist()
+    dataset.PixelSpacing, dataset.SliceThickness = [SPACING[1], SPACING[0]], "3.0"
+    dataset.InstanceNumber = 100 - 7 * k
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = ROWS, COLUMNS, 1
+    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 1
+    dataset.BitsAllocated = dataset.BitsStored = 16
+    dataset.HighBit = 15
+    dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
+    dataset.PixelData = STORED[:, :, k % SLICES].T.astype("<i2").tobytes()
+    for keyword, value in changes.items():
+        setattr(dataset, keyword, value)
+    if syntax == RLELossless:
+        dataset.compress(RLELossless)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def write_series(folder, slices=range(SLICES), **options):
+    for k in slices:
+        # File names run against the order of the slices.
+        write_slice(folder / f"{90 - k:06d}.dcm", k, **options)
+    return folder
+
+
+def roi(k, points=SQUARE, series="1.2.3", z=None, inclusion="TRUE"):
+    edges = "".join(f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in points)
+    z = -40 + k * SPACING[2] if z is None else z
+    return (
+        f"<roi><imageZposition>{z} </imageZposition><imageSOP_UID>{series}.{k + 1}</imageSOP_UID>"
+        f"<inclusion>{inclusion}</inclusion>{edges}</roi>"
+    )
+
+
+def nodule(*rois, rating=4):
+    return (
+        f"<unblindedReadNodule><noduleID>n</noduleID><characteristics><malignancy>{rating}</malignancy>"
+        f"</characteristics>{''.join(rois)}</unblindedReadNodule>"
+    )
+
+
+def xml(*sessions, series="1.2.3", root="LidcReadMessage"):
+    return (
+        f'<?xml version="1.0" encoding="UTF-8"?>\r\n<{root} uid="9" xmlns="http://www.nih.gov"><ResponseHeader>'
+        f"<CTSeriesInstanceUid>5.5</CTSeriesInstanceUid><SeriesInstanceUid>{series}</SeriesInstanceUid>"
+        f"</ResponseHeader>{''.join(f'<readingSession>{s}</readingSession>' for s in sessions)}</{root}>"
+    )
+
+
+def write_case(top, patient="P-01", series="1.2.3", **options):
+    folder = write_series(top / patient / "a study" / series, series=series, patient=patient, **options)
+    (folder / "reads.xml").write_text(xml(nodule(roi(1, series=series), roi(2, series=series)), series=series))
+    return folder
+
+
+def find(top):
+    return lidc.find_series(top, Cache(None, "lidc"))
+
+
+def only(top):
+    (series,) = find(top)
+    return series
+
+
+def load(top):
+    case, *_ = index_source("lidc", top)
+    return lidc.load_scan(top, case)

@@ -1,0 +1,345 @@
+"""Bad scans beside a good one: `index` and `prepare` exclude them with the reason, write nowhere else, and go on."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+from lidc_files import (
+    COLUMNS,
+    ROWS,
+    SLICES,
+    STORED,
+    find,
+    load,
+    nodule,
+    only,
+    roi,
+    write_case,
+    write_series,
+    write_slice,
+    xml,
+)  # fmt: skip
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import JPEG2000MC, ImplicitVRLittleEndian, RLELossless
+
+from lungddpm.arms.splits import known_patients
+from lungddpm.cases import excluded_alike, read_cases, run_collect
+from lungddpm.config import Config
+from lungddpm.errors import InputError
+from lungddpm.layouts.compose import run_prepare
+from lungddpm.sources import case_ids, index_source, write_index
+
+THIRD = "000088.dcm"
+
+
+def rewrite(file, **changes):
+    """Change elements of a DICOM file; None deletes one."""
+    dataset = dcmread(file)
+    for keyword, value in changes.items():
+        if value is None:
+            delattr(dataset, keyword)
+        else:
+            setattr(dataset, keyword, value)
+    dataset.save_as(file)
+
+
+def truncate(file, share):
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+
+
+def compress_unreadably(folder):
+    for file in folder.glob("*.dcm"):
+        dataset = dcmread(file)
+        dataset.PixelData = encapsulate([b"\xff\x4f\xff\x51" * 9])
+        dataset["PixelData"].is_undefined_length = True
+        dataset["PixelData"].VR = "OB"
+        dataset.file_meta.TransferSyntaxUID = JPEG2000MC
+        dataset.save_as(file)
+
+
+def spoil_padding(folder):
+    dataset = dcmread(folder / THIRD)
+    dataset.add_new("PixelPaddingValue", "US", [1, 2])
+    dataset.save_as(folder / THIRD)
+
+
+def mix_in_a_broken_series(folder):
+    write_series(folder / "new", slices=[0, 1, 3], series="8.8", patient="P-mixed")
+    for file in (folder / "new").iterdir():
+        file.rename(folder / f"other-{file.name}")
+    (folder / "new").rmdir()
+
+
+def with_reads(text):
+    return lambda folder: (folder / "reads.xml").write_text(text.replace("{series}", folder.name))
+
+
+BOMB = (
+    '<!DOCTYPE x [<!ENTITY a "aaaaaaaaaa">'
+    + "".join(f'<!ENTITY {b} "{f"&{a};" * 10}">' for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+    + "]><LidcReadMessage>&i;</LidcReadMessage>"
+)
+ATTRIBUTES = f'<!DOCTYPE a [<!ATTLIST a b CDATA "{"x" * 10**6}">]><a>' + "<a/>" * 10**5 + "</a>"
+
+# What happens to a case, the options it is written with, and the reason in the index or, after "prepare:", in the case
+# table.
+FAULTS = {
+    "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or no DICOM file"),
+    "cut short": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is cut short"),
+    "cut in the header": (lambda f: truncate(f / THIRD, 0.4), {}, f"{THIRD}: "),
+    "cut short, implicit": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": ImplicitVRLittleEndian}, f"{THIRD}: is cut short",
+    ),
+    "cut short, compressed": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": RLELossless}, f"prepare:{THIRD}: pixels cannot be decoded",
+    ),
+    "missing slice": (lambda f: (f / THIRD).unlink(), {}, "1 slice(s) missing between"),
+    "doubled slice": (lambda f: shutil.copy(f / THIRD, f / "copy.dcm"), {}, "are slices of one position"),
+    "wrong modality": (lambda f: None, {"Modality": "MR"}, "is no CT (modality MR)"),
+    "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is no CT (modality CT, PT)"),
+    "no pixel data": (lambda f: rewrite(f / THIRD, PixelData=None), {}, f"{THIRD}: has no pixel data"),
+    "no pixel data, implicit": (
+        lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
+    ),
+    "no decoder": (compress_unreadably, {}, "no decoder is installed for its compression, JPEG 2000 Part 2"),
+    "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is cut short, or lacks its Series"),
+    "no patient": (lambda f: None, {"PatientID": ""}, "do not name one patient"),
+    "no position": (lambda f: rewrite(f / THIRD, ImagePositionPatient=None), {}, "has no ImagePositionPatient of 3"),
+    "absurd position": (
+        lambda f: rewrite(f / THIRD, ImagePositionPatient=[0, 0, 1e300]), {}, "has no ImagePositionPatient of 3",
+    ),
+    "no pixel size": (lambda f: None, {"PixelSpacing": [0, 0]}, "pixels without a size"),
+    "no rows": (lambda f: None, {"Rows": 0}, "has no rows"),
+    "a matrix larger than memory": (lambda f: None, {"Rows": 65535, "Columns": 65535}, "prepare:cannot be decoded"),
+    "no rescale": (lambda f: rewrite(f / THIRD, RescaleSlope=None), {}, "prepare:has no rescale slope"),
+    "no rescale value": (lambda f: rewrite(f / THIRD, RescaleSlope=""), {}, "prepare:value is no number"),
+    "odd padding": (spoil_padding, {}, "prepare:padding value is no number"),
+    "no XML": (lambda f: (f / "reads.xml").unlink(), {}, "no reader XML names this series"),
+    "XML that is none": (with_reads("reads"), {}, "reads.xml: cannot be read as LIDC XML"),
+    "empty XML": (with_reads(""), {}, "reads.xml: cannot be read as LIDC XML"),
+    "billion laughs": (with_reads(BOMB), {}, "cannot be read as LIDC XML (ValueError: it has a document type"),
+    "default attributes": (with_reads(ATTRIBUTES), {}, "reads.xml: cannot be read as LIDC XML"),
+    "huge XML": (with_reads("<a>" + " " * (17 << 20) + "</a>"), {}, "reads.xml: is larger than the 16 MiB"),
+    "XML without a series": (with_reads(xml(series="")), {}, "cannot be read as LIDC XML (it names no series)"),
+    "XML of another series": (with_reads(xml(series="9.9.9")), {}, "no reader XML names this series"),
+    "contour outside": (
+        with_reads(xml(nodule(roi(1, [(3, 3), (99, 3)])), series="{series}")), {}, "prepare:outside the 10 x 12",
+    ),
+    "contour left of the image": (
+        with_reads(xml(nodule(roi(1, [(3, 3), (-1, 3)])), series="{series}")), {}, "prepare:outside the 10 x 12",
+    ),
+    "contour far outside": (
+        with_reads(xml(nodule(roi(1, [(3, 3), (10**30, 3)])), series="{series}")), {}, "neither a pixel nor a rating",
+    ),
+    "contour on no slice": (
+        with_reads(xml(nodule(roi(9, z=500)), series="{series}")), {}, "prepare:z 500 mm, where no slice lies",
+    ),
+    "contour at no z": (
+        with_reads(xml(nodule(roi(9, z="nan")), series="{series}")), {}, "prepare:has a contour at z nan mm",
+    ),
+}  # fmt: skip
+
+
+def prepare(top, kind, index, results):
+    """The case table of all shards, by case id."""
+    for row in index:
+        row["role"] = "test"
+    write_index(results / "index.tsv", index)
+    config = Config(grid={"size": [32, 32, 32]})
+    run_prepare(config, results / "index.tsv", top, results, 0, 1, results / "cases-0.tsv")
+    return read_cases(results / "cases-0.tsv").set_index("case_id")
+
+
+def everything_below(folder):
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*")}
+
+
+@pytest.mark.filterwarnings("ignore:End of file reached")
+def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, cohort):
+    data, results = tmp_path / "data", tmp_path / "results"
+    shutil.copytree(cohort / "PHANTOM-0001", data / "PHANTOM-0001")
+    numbers = {fault: f"P-{number:02d}" for number, fault in enumerate(FAULTS)}
+    for number, (fault, (harm, options, _)) in enumerate(FAULTS.items()):
+        folder = data / numbers[fault] / "a study" / f"1.2.{number}"
+        write_series(folder, series=folder.name, **{"patient": numbers[fault], **options})
+        (folder / "reads.xml").write_text(xml(nodule(roi(1, series=folder.name)), series=folder.name))
+        harm(folder)
+    index = index_source("lidc", data)
+    series_of = {row["path"].split("/")[0]: row for row in index if not row["path"].endswith(".xml")}
+    reasons = {number: row["reason"] for number, row in series_of.items()}
+    table = prepare(data, "lidc", index, results)
+    for fault, (_, _, expected) in FAULTS.items():
+        told = table.loc[series_of[numbers[fault]]["case_id"], "reason"]
+        if expected.startswith("prepare:"):
+            assert (reasons[numbers[fault]], fault) == ("", fault)
+        else:
+            assert told == reasons[numbers[fault]], fault
+        assert expected.removeprefix("prepare:") in told, fault
+        assert str(tmp_path) not in told, fault
+    assert table.index[table["status"] == "ok"].tolist() == ["PHANTOM-0001"]
+    # Nothing is left of the others.
+    folders = {path for path in everything_below(results) if (results / path).is_dir()}
+    assert folders == {"PHANTOM-0001"}
+
+
+def test_two_series_in_one_folder_are_told_apart_when_one_is_damaged(tmp_path):
+    folder = write_case(tmp_path)
+    mix_in_a_broken_series(folder)
+    write_slice(folder / "third.dcm", 1, series="7.7", patient="P-third")
+    truncate(folder / "third.dcm", 0.9)
+    first, mixed, third = find(tmp_path)
+    assert (first.case_id, first.excluded) == ("P-01", "")
+    assert "1 slice(s) missing between other-000089.dcm and other-000087.dcm" in mixed.excluded
+    assert (third.patient_id, "third.dcm: is cut short" in third.excluded) == ("P-third", True)
+    assert load(tmp_path).ct.shape == (COLUMNS, ROWS, SLICES)
+
+
+def test_what_is_no_slice_does_no_harm(tmp_path):
+    folder = write_case(tmp_path / "a b" / "c")
+    (folder / "dicomdir").write_bytes(b"\0" * 128 + b"DICM")
+    (folder / "._reads.xml").write_bytes(b"\0\5\x16\7")
+    (folder / "notes.TXT").write_text("x")
+    os.mkfifo(folder / "pipe")
+    os.mkfifo(folder / "pipe.xml")
+    shutil.copytree(folder, tmp_path / ".snapshot" / "yesterday", ignore=shutil.ignore_patterns("pipe*"))
+    series, pipe = find(tmp_path)
+    assert not series.excluded
+    assert "pipe.xml: is no file" in pipe.excluded
+    np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
+
+
+def test_a_link_to_nowhere_is_a_slice_that_cannot_be_read(tmp_path):
+    folder = write_case(tmp_path)
+    (folder / THIRD).unlink()
+    (folder / THIRD).symlink_to(tmp_path / "annex" / "object")
+    assert f"{THIRD}: cannot be read (No such file or directory)" in only(tmp_path).excluded
+
+
+def test_a_folder_that_cannot_be_listed_has_a_row(tmp_path, monkeypatch):
+    write_case(tmp_path)
+    write_case(tmp_path, "P-02", "1.2.4")
+    true = os.scandir
+
+    def scandir(folder):
+        if str(folder).endswith("P-02"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return true(folder)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    first, second = find(tmp_path)
+    assert not first.excluded
+    assert (second.case_id, second.patient_id) == ("P-02", "")
+    assert second.excluded.startswith("P-02: cannot be listed (Permission denied).")
+
+
+# ---------------------------------------------------------------- what only XML names
+
+
+@pytest.fixture
+def whole_xml_tree(tmp_path):
+    """One patient, and XML of sixty series and five radiographs, as the separate download has it."""
+    write_case(tmp_path / "data")
+    tree = tmp_path / "data" / "tcia-lidc-xml"
+    for number in range(60):
+        (tree / str(number % 7)).mkdir(parents=True, exist_ok=True)
+        uid = f"1.3.6.1.{number}"
+        (tree / str(number % 7) / f"{number}.xml").write_text(xml(nodule(roi(1, series=uid)), series=uid))
+    for number in range(5):
+        (tree / "0" / f"cxr-{number}.xml").write_text(xml(series=f"1.9.{number}", root="IdriReadMessage"))
+    (tree / "0" / "again.xml").write_text(xml(nodule(roi(1, series="1.3.6.1.0")), series="1.3.6.1.0"))
+    (tree / "0" / "torn.xml").write_text("<LidcReadMessage>")
+    (tree / "0" / "settings.xml").write_text("<settings/>")
+    return tmp_path
+
+
+def test_series_that_only_xml_names_have_rows_and_one_line(whole_xml_tree, caplog):
+    caplog.set_level("INFO")
+    index = index_source("lidc", whole_xml_tree / "data")
+    assert len(index) == len({row["case_id"] for row in index}) == 1 + 60 + 5 + 1
+    assert [row["patient_id"] for row in index] == ["P-01"] + [""] * 66
+    by_uid = {row["series_uid"]: row for row in index}
+    assert by_uid["1.3.6.1.33"]["case_id"] == "1.3.6.1.33"
+    assert by_uid["1.3.6.1.33"]["reason"].startswith("tcia-lidc-xml/5/33.xml: names a series whose images are not here")
+    assert by_uid["1.3.6.1.0"]["annotations"] == '["tcia-lidc-xml/0/0.xml", "tcia-lidc-xml/0/again.xml"]'
+    assert by_uid[""]["case_id"] == "tcia-lidc-xml_0_torn_xml".replace("_xml", ".xml")
+    assert by_uid[""]["reason"].startswith("tcia-lidc-xml/0/torn.xml: cannot be read as LIDC XML")
+    lines = [record.getMessage() for record in caplog.records]
+    assert "1 of 67 series can be used" in lines
+    assert sum("excluded" in line for line in lines) == 2
+    assert any("and 62 more: excluded for reasons like: tcia-lidc-xml/0/0.xml: names" in line for line in lines)
+
+    table = prepare(whole_xml_tree / "data", "lidc", index, whole_xml_tree / "results")
+    assert table["reason"].iloc[1:].tolist() == [row["reason"] for row in index[1:]]
+    assert "" not in known_patients(table.reset_index()).values()
+    caplog.clear()
+    with pytest.raises(InputError, match="no usable case is left"):
+        run_collect(Config(), [whole_xml_tree / "results/cases-0.tsv"], whole_xml_tree / "results/cases.tsv")
+    assert len(caplog.records) <= 4
+
+
+def test_radiographs_have_rows_with_and_without_images(tmp_path):
+    folder = write_case(tmp_path)
+    write_slice(tmp_path / "P-01" / "x ray" / "1.dcm", 0, series="5.5", Modality="DX")
+    write_slice(tmp_path / "P-01" / "x ray 2" / "1.dcm", 0, series="5.6", Modality="CR")
+    (folder / "x.xml").write_text(xml(series="5.5", root="IdriReadMessage"))
+    series = find(tmp_path)
+    assert [one.case_id for one in series] == ["P-01", "P-01_2", "P-01_3"]
+    assert [one.excluded.partition(": ")[2] for one in series] == [
+        "",
+        "is a chest radiograph (modality DX). Leave it out.",
+        "is a chest radiograph (modality CR). Leave it out.",
+    ]
+
+
+def test_published_radiograph_reads_name_the_radiograph(shared_data, tmp_path):
+    write_case(tmp_path)
+    shutil.copy(shared_data / "lidc-xml" / "185-068.xml", tmp_path)
+    _, radiograph = find(tmp_path)
+    assert radiograph.series_uid == "1.3.6.1.4.1.14519.5.2.1.6279.6001.141365756818074696859567662357"
+    assert "185-068.xml: names a series whose images are not here" in radiograph.excluded
+
+
+def test_reasons_of_one_kind_are_told_together():
+    reasons = {
+        "a": "x/1: 1 slice(s) missing between 000089.dcm and 000087.dcm. Download",
+        "b": "y/2: 3 slice(s) missing between 000012.dcm and 000016.dcm. Download",
+        "c": "scan: no lungs were found. Look",
+        "d": "plain",
+    }
+    rows = [{"case_id": name, "status": "excluded", "reason": reason} for name, reason in reasons.items()]
+    alike = excluded_alike([*rows, {"case_id": "e", "status": "ok", "reason": ""}])
+    assert [[row["case_id"] for row in group] for group in alike] == [["a", "b"], ["c"], ["d"]]
+
+
+# ---------------------------------------------------------------- names
+
+PATIENTS = [
+    "../../etc", "/etc/passwd", "..", "a\nb", "a b", "a/b", "A/B", ".hidden", "cases.tsv", "index.cache.json", "x" * 64,
+]  # fmt: skip
+
+
+def test_patient_ids_lead_nowhere_else_and_stay_apart(tmp_path):
+    data, results = tmp_path / "deep" / "data", tmp_path / "deep" / "results"
+    for number, patient in enumerate(PATIENTS):
+        write_case(data / str(number), "P", f"1.2.{number}", PatientID=patient, RescaleSlope="")
+    before = everything_below(tmp_path)
+    index = index_source("lidc", data)
+    assert sorted(row["patient_id"] for row in index) == sorted(PATIENTS)
+    assert len({row["case_id"].casefold() for row in index}) == len(PATIENTS)
+    assert all(row["case_id"] not in ("cases.tsv", "index.cache.json") for row in index)
+    table = prepare(data, "lidc", index, results)
+    assert sorted(table["patient_id"]) == sorted(PATIENTS)
+    assert table["reason"].str.contains("rescale or padding").all()
+    made = everything_below(tmp_path) - before
+    assert all(path.startswith("deep/results") for path in made)
+    assert not (tmp_path.parent / "etc").exists()
+
+
+def test_case_ids_are_short_and_quick_for_many_equal_names():
+    ids = case_ids(["P"] * 5000 + ["p_7", "y" * 10000, "y" * 10000, "z.TSV"])
+    assert len({name.casefold() for name in ids}) == len(ids)
+    assert ids[:2] == ["P", "P_2"]
+    assert max(map(len, ids)) < 80
+    assert ids[-1] == "z_TSV"
