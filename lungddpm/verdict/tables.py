@@ -12,32 +12,63 @@ import pandas as pd
 from lungddpm.config import Config
 from lungddpm.errors import InputError
 from lungddpm.files import seed_from, write_table, write_text
+from lungddpm.progress import LOG
 from lungddpm.verdict import image_quality
 from lungddpm.verdict.published import published_comparison
 from lungddpm.verdict.segmentation import SIZE_BINS
-from lungddpm.verdict.statistics import compare, describe_baseline, sentence
+from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
 BASELINE = "real"
 MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
-"""What the verdict is about: column of `metrics.csv` -> its name in prose. The first decides, the others support."""
+"""What the verdict is about: column of `metrics.csv` (between 0 and 1, larger is better) -> its name in prose.
+
+The first decides, the others support."""
 _FOUND_BY_SIZE = dict(
     zip(SIZE_BINS, ("found_percent_below_6_mm", "found_percent_6_to_10_mm", "found_percent_above_10_mm"), strict=True)
 )
 VERDICT_COLUMNS = [
-    "arm", "metric", "n_cases", "n_replicates", "mean", "sd", "difference", "relative_percent",
-    "ci_low", "ci_high", "p_wilcoxon", "wins", "ties", "losses", "verdict", "sentence",
+    "arm", "metric", "n_cases", "n_replicates", "mean", "sd", "baseline_mean", "difference", "relative_percent",
+    "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "detectable_difference",
+    "bootstrap_low", "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "verdict", "sentence",
 ]  # fmt: skip
 
 
-def gather(results: Path, arms: list[str], replicates: list[str], name: str) -> pd.DataFrame:
+def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
+    """Replicates that have metrics, by arm; a warning names those that have none.
+
+    Raises:
+        InputError: `real` has none, so that there is nothing to compare with.
+    """
+    found = {}
+    for arm in config.arms.names():
+        present = {
+            replicate: (results / "segmentation" / arm / replicate / "metrics.csv").exists()
+            for replicate in config.segmentation.replicates()
+        }
+        found[arm] = [replicate for replicate, there in present.items() if there]
+        if missing := [replicate for replicate, there in present.items() if not there]:
+            LOG.warning("%s has no metrics of %s: the verdict goes on without", arm, ", ".join(missing))
+    if not found[BASELINE]:
+        raise InputError(
+            results / "segmentation" / BASELINE, "holds no metrics.csv", "Evaluate it first (lungddpm evaluate)."
+        )
+    return found
+
+
+def gather(results: Path, replicates: dict[str, list[str]], name: str) -> pd.DataFrame:
     """One table of all arms and replicates: `<results>/segmentation/<arm>/<replicate>/<name>`, with both as columns.
+
+    Args:
+        results: of the run.
+        replicates: by arm.
+        name: of the file.
 
     Raises:
         InputError: a file is missing or is no table.
     """
     tables = []
-    for arm in arms:
-        for replicate in replicates:
+    for arm, names in replicates.items():
+        for replicate in names:
             table = read_csv(results / "segmentation" / arm / replicate / name)
             table.insert(0, "arm", arm)
             table.insert(1, "replicate", replicate)
@@ -60,18 +91,35 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise InputError(path, f"is not a table ({error})", "Delete it and run again.") from None
 
 
-def scores_of(cases: pd.DataFrame, arm: str, measure: str) -> np.ndarray:
-    """Scores of an arm, (replicates, cases), both in the order of their first appearance in the table.
+def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
+    """One measure of all arms and replicates of the config, `real` first; cases in the order of the table.
 
     Raises:
-        InputError: a replicate of the arm lacks a case, or has one twice.
+        InputError: a replicate that was evaluated lacks a case, or has one twice.
     """
-    replicates, names = cases["replicate"].unique(), cases["case_id"].unique()
-    rows = cases[cases["arm"] == arm]
-    complete = len(rows) == len(replicates) * len(names) == len(rows[["replicate", "case_id"]].drop_duplicates())
-    if not complete:
-        raise InputError(f"metrics of {arm}", "do not cover the same cases as the others", "Evaluate all arms again.")
-    return rows.pivot(index="replicate", columns="case_id", values=measure).loc[replicates, names].to_numpy(float)
+    arms, replicates, names = config.arms.names(), config.segmentation.replicates(), cases["case_id"].unique()
+    values = np.full((len(arms), len(replicates), len(names)), np.nan)
+    evaluated = np.zeros(values.shape[:2], bool)
+    for (arm, replicate), rows in cases.groupby(["arm", "replicate"]):
+        if sorted(rows["case_id"]) != sorted(names):
+            raise InputError(
+                f"metrics of {arm}, {replicate}",
+                "do not cover the same cases as the others",
+                "Evaluate all arms again.",
+            )
+        where = arms.index(arm), replicates.index(replicate)
+        values[where], evaluated[where] = rows.set_index("case_id").loc[names, measure], True
+    return Scores.over_scored_cases(values, evaluated)
+
+
+def missing_replicates(cases: pd.DataFrame, config: Config) -> dict[str, list[str]]:
+    """Replicates of the config that `cases` has no row of, by arm; arms that have all are left out."""
+    there = cases.groupby("arm")["replicate"].unique().to_dict()
+    missing = {
+        arm: [name for name in config.segmentation.replicates() if name not in there.get(arm, ())]
+        for arm in config.arms.names()
+    }
+    return {arm: names for arm, names in missing.items() if names}
 
 
 def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
@@ -80,19 +128,56 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     Raises:
         InputError: the arms do not cover the same cases.
     """
-    settings, rows = config.verdict, []
-    for arm in cases["arm"].unique():
+    settings, missing, rows = config.verdict, missing_replicates(cases, config), []
+    comparisons = {
+        measure: compare_arms(
+            scores_of(cases, config, measure),
+            settings.bootstraps,
+            settings.confidence,
+            seed_from(config.seed, "verdict", measure),
+        )
+        for measure in MEASURES
+    }
+    for number, arm in enumerate(config.arms.names()):
         for measure, prose in MEASURES.items():
-            scores = scores_of(cases, arm, measure)
-            if arm == BASELINE:
-                comparison = describe_baseline(scores)
-            else:
-                seed = seed_from(config.seed, "verdict", arm, measure)
-                baseline = scores_of(cases, BASELINE, measure)
-                comparison = compare(scores, baseline, settings.bootstraps, settings.confidence, seed)
+            comparison = comparisons[measure][number]
             text = sentence(arm, BASELINE, prose, comparison, settings.confidence)
+            if arm in missing and comparison.n_replicates:
+                text += f" Not evaluated and left out: {', '.join(missing[arm])}."
             rows.append({"arm": arm, "metric": measure, **asdict(comparison), "sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
+
+
+def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
+    """The lines over dose, of each measure and each generator with at least two doses; none where no generator has.
+
+    Returns:
+        `dose_response`: generator, metric, n_doses (without 0), slope (gain a dose of 1), ci_low, ci_high,
+        standard_error, df, p (of the slope, uncorrected). `dose_response_band`: generator, metric, dose, fitted
+        difference to `real`, ci_low, ci_high (pointwise).
+    """
+    lines, bands = [], []
+    arms = config.arms.names()
+    for measure in MEASURES:
+        scores = scores_of(cases, config, measure)
+        for generator in config.arms.generators:
+            doses = {arms.index(f"{BASELINE}+{generator}@{dose}"): dose for dose in config.arms.doses}
+            doses = {arm: dose for arm, dose in doses.items() if scores.evaluated[arm].any()}
+            if len(doses) < 2 or not scores.paired(0, *doses).size:
+                continue
+            line = dose_response(scores, doses, config.verdict.confidence)
+            ci_low, ci_high = line.slope.interval(config.verdict.confidence)
+            keys = {"generator": generator, "metric": measure}
+            lines.append(
+                keys
+                | {"n_doses": len(doses), "slope": line.slope.value, "ci_low": ci_low, "ci_high": ci_high}
+                | {"standard_error": line.slope.standard_error, "df": line.slope.df, "p": line.slope.p()}
+            )
+            values = {"dose": line.doses, "fitted": line.fitted, "ci_low": line.low, "ci_high": line.high}
+            bands.append(pd.DataFrame(keys | values))
+    if not lines:
+        return {}
+    return {"dose_response": pd.DataFrame(lines), "dose_response_band": pd.concat(bands, ignore_index=True)}
 
 
 def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
@@ -103,9 +188,9 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
         false_positives_per_scan, and for cases without a lesion: n_empty_cases, empty_false_positive_mm3.
     """
     rows = []
-    n_replicates = cases["replicate"].nunique()
     for arm in cases["arm"].unique():
         scans, marked = cases[cases["arm"] == arm], lesions[lesions["arm"] == arm]
+        n_replicates = scans["replicate"].nunique()
         empty = scans[scans["n_lesions"] == 0]
         by_size = marked.groupby("size_bin")["found"].mean().reindex(SIZE_BINS)
         rows.append(
@@ -187,17 +272,18 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, verdict, detection, published_comparison; and
-        image_quality and timing where the run measured them.
+        dose_response, image_quality and timing where the run has them.
 
     Raises:
-        InputError: metrics of an arm or replicate are missing or do not fit the others.
+        InputError: `real` was not evaluated, or metrics do not fit together.
     """
-    arms, replicates = config.arms.names(), config.segmentation.replicates()
     generators = list(config.arms.largest_doses())
-    cases = gather(results, arms, replicates, "metrics.csv")
-    lesions = gather(results, arms, replicates, "lesions.csv")
+    replicates = evaluated_replicates(results, config)
+    cases = gather(results, replicates, "metrics.csv")
+    lesions = gather(results, replicates, "lesions.csv")
     tables = {
         "verdict": verdict_table(cases, config),
+        **dose_tables(cases, config),
         "detection": detection_table(cases, lesions),
         "cases": cases,
         "lesions": lesions,

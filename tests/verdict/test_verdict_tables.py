@@ -1,19 +1,38 @@
 """Tables assembled from a results folder, against numbers computed from its files."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
+from lungddpm.config import parse_config
 from lungddpm.errors import InputError
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
+    dose_tables,
     quality_table,
     scores_of,
     seconds_per_volume,
     timing_table,
+    verdict_table,
     write_tables,
 )
+
+
+def simulated_cases(config, gain=0.0, n_cases=30):
+    """Rows of `cases.csv`, scores growing by `gain` a dose."""
+    rng = np.random.default_rng(3)
+    of_case, rows = rng.uniform(0.2, 0.6, n_cases), []
+    for arm in config.arms.names():
+        dose = float(arm.split("@")[1]) if "@" in arm else 0
+        for replicate in config.segmentation.replicates():
+            for number, score in enumerate(of_case + gain * dose + rng.normal(0, 0.02, n_cases)):
+                row = {"arm": arm, "replicate": replicate, "case_id": f"case-{number}"}
+                rows.append(row | {"dice": score, "sensitivity": 1 - score})
+    return pd.DataFrame(rows)
 
 
 def test_verdict_follows_from_the_metrics_files(make_results):
@@ -48,19 +67,69 @@ def test_markdown_says_the_same_as_the_table(make_results):
     assert "nan" not in "".join(lines)
 
 
-def test_missing_metrics_are_named(make_results):
+def test_numbers_of_one_replicate_agree_with_scipy():
+    config = parse_config({"arms": {"controls": []}, "segmentation": {"folds": [0]}})
+    cases = simulated_cases(config, gain=0.02)
+    real, arm = (cases[cases["arm"] == name]["dice"].to_numpy() for name in config.arms.names())
+    baseline, row = verdict_table(cases, config).query("metric == 'dice'").to_dict("records")
+    theirs = stats.ttest_rel(arm, real)
+    assert (row["p"], row["p_holm"], row["df"]) == pytest.approx((theirs.pvalue, theirs.pvalue, 29))
+    assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
+    assert row["p_wilcoxon"] == pytest.approx(stats.wilcoxon(arm - real).pvalue)
+    assert row["baseline_mean"] == baseline["mean"] == pytest.approx(real.mean())
+    assert (row["wins"], row["losses"]) == ((arm > real).sum(), (arm < real).sum())
+
+
+def test_an_arm_that_was_not_evaluated_does_not_stop_the_others(make_results, caplog):
+    config, results = make_results(n_test=7, n_replicates=2, extras=False)
+    shutil.rmtree(results / "segmentation" / "real+real")
+    (results / "segmentation" / "real+lung_ddpm@1.0" / "fold1_seed0" / "metrics.csv").unlink()
+    tables, _ = write_tables(config, results)
+    rows = tables["verdict"].query("metric == 'dice'").set_index("arm")
+    assert rows["verdict"].tolist() == ["baseline", "better", "not measured"]
+    assert rows["n_replicates"].tolist() == [2, 1, 0]
+    assert rows.loc["real+lung_ddpm@1.0", "sentence"].endswith("Not evaluated and left out: fold1_seed0.")
+    assert rows.loc["real+lung_ddpm@1.0", "n_compared"] == 1
+    assert tables["detection"]["n_lesions"].tolist() == [7, 7]
+    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict goes on without" in caplog.text
+
+
+def test_without_the_baseline_there_is_no_verdict(make_results):
     config, results = make_results(n_test=1, n_replicates=1, extras=False)
-    (results / "segmentation" / "real+real" / "fold0_seed0" / "metrics.csv").unlink()
-    with pytest.raises(InputError, match=r"real\+real.*metrics.csv"):
+    (results / "segmentation" / "real" / "fold0_seed0" / "metrics.csv").unlink()
+    with pytest.raises(InputError, match=r"segmentation/real.*metrics.csv"):
         write_tables(config, results)
 
 
 def test_arms_must_cover_the_same_cases():
-    rows = [("real", "a"), ("real", "b"), ("other", "a")]
-    cases = pd.DataFrame([{"arm": arm, "replicate": "r", "case_id": case, "dice": 0.5} for arm, case in rows])
-    assert scores_of(cases, "real", "dice").shape == (1, 2)
+    config = parse_config({"segmentation": {"folds": [0]}})
+    cases = simulated_cases(config, n_cases=2)
+    assert scores_of(cases, config, "dice").values.shape == (3, 1, 2)
     with pytest.raises(InputError, match="do not cover the same cases"):
-        scores_of(cases, "other", "dice")
+        scores_of(cases.iloc[:-1], config, "dice")
+    with pytest.raises(InputError, match="do not cover the same cases"):
+        scores_of(pd.concat([cases, cases.iloc[-1:]]), config, "dice")
+
+
+def test_dose_response_of_every_generator_with_two_doses():
+    arms = {"generators": ["lung_ddpm", "reference"], "doses": [0.5, 2.0], "controls": []}
+    config = parse_config({"arms": arms, "segmentation": {"folds": [0, 1, 2]}})
+    tables = dose_tables(simulated_cases(config, gain=0.1), config)
+    lines = tables["dose_response"].query("metric == 'dice'").set_index("generator")
+    assert lines.index.tolist() == ["lung_ddpm", "reference"]
+    assert lines["slope"].tolist() == pytest.approx([0.1, 0.1], abs=0.01)
+    assert (lines["ci_low"] > 0).all()
+    assert (lines["p"] < 0.001).all()
+    band = tables["dose_response_band"].query("metric == 'dice' and generator == 'reference'")
+    assert (band["dose"].min(), band["dose"].max()) == (0, 2)
+    assert band["fitted"].iloc[-1] - band["fitted"].iloc[0] == pytest.approx(2 * lines.loc["reference", "slope"])
+    assert (band["ci_low"] < band["fitted"]).all()
+    assert (band["fitted"] < band["ci_high"]).all()
+
+
+def test_one_dose_has_no_dose_response():
+    config = parse_config({"segmentation": {"folds": [0]}})
+    assert dose_tables(simulated_cases(config), config) == {}
 
 
 def test_detection_by_size():
