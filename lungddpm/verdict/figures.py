@@ -61,8 +61,9 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
                 filled = colour if row["verdict"] != "no difference shown" else "white"
                 axis.plot([row["ci_low"], row["ci_high"]], [line, line], color=colour, linewidth=2, zorder=2)
                 axis.plot(row["difference"], line, marker, color=colour, markerfacecolor=filled, markersize=7, zorder=3)
+                interval = "" if np.isnan(row["ci_low"]) else f"  ({signed(row['ci_low'])} to {signed(row['ci_high'])})"
                 axis.annotate(
-                    f"{signed(row['difference'])}  ({signed(row['ci_low'])} to {signed(row['ci_high'])})",
+                    signed(row["difference"]) + interval,
                     (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5,
                 )  # fmt: skip
             axis.set(ylim=(len(arms) - 0.4, -0.6), yticks=range(len(arms)), yticklabels=arms)

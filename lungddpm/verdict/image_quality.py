@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,12 +36,36 @@ def unit_range(hu: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
     return (to_model_range(hu, window_hu) + 1) / 2
 
 
-def regions(layout: np.ndarray) -> dict[str, np.ndarray]:
-    """Masks of the regions in which images are compared; lungs include nodules and vessels."""
+@dataclass(frozen=True)
+class Sample:
+    """A synthetic case beside the reference that it was made from; all on one grid.
+
+    Attributes:
+        reference_id: case id of the reference.
+        ct: synthetic, HU.
+        layout: what it was made from.
+        reference: CT of the reference, HU.
+        reference_layout: the reference's own layout; another one where nodules were placed or moved.
+    """
+
+    reference_id: str
+    ct: Volume
+    layout: Volume
+    reference: Volume
+    reference_layout: Volume
+
+
+def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.ndarray]:
+    """Masks of the regions in which a synthetic CT can be compared with its reference; lungs include nodules.
+
+    Where nodules were placed or moved, the reference shows something else: those voxels are left out of the lungs, and
+    the nodules are not compared at all.
+    """
+    same = layout == reference_layout
     return {
         "whole volume": np.ones(layout.shape, bool),
-        "lungs": layout != Label.BACKGROUND,
-        "nodules": layout == Label.NODULE,
+        "lungs": (layout != Label.BACKGROUND) & same,
+        "nodules": (layout == Label.NODULE) & same.all(),
     }
 
 
@@ -95,11 +120,8 @@ def list_samples(sample_tables: list[Path]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=[*cases.COLUMNS, "folder"])
 
 
-def read_sample(sample_folder: Path, cases_table: Path) -> tuple[str, Volume, Volume, Volume]:
-    """A synthetic case and the CT it was made from.
-
-    Returns:
-        (case id of the reference, synthetic CT, its layout, reference CT); CT in HU, all on one grid.
+def read_sample(sample_folder: Path, cases_table: Path) -> Sample:
+    """A synthetic case and the case it was made from.
 
     Raises:
         InputError: `sample.json` names no known reference, or the two CTs lie on different grids.
@@ -114,10 +136,10 @@ def read_sample(sample_folder: Path, cases_table: Path) -> tuple[str, Volume, Vo
     if found.empty:
         raise InputError(origin, f"names the reference {name}, which is not in {cases_table}", "Synthesize again.")
     synthetic, layout = cases.read_case(sample_folder)
-    reference, _ = cases.read_case(cases.folder_of(cases_table, found.iloc[0]))
+    reference, reference_layout = cases.read_case(cases.folder_of(cases_table, found.iloc[0]))
     if not synthetic.same_grid(reference):
         raise InputError(sample_folder, f"is not on the grid of its reference {name}", "Synthesize it again.")
-    return name, synthetic, layout, reference
+    return Sample(name, synthetic, layout, reference, reference_layout)
 
 
 def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], generator: str, output: Path) -> None:
@@ -139,14 +161,14 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
     samples, rows = list_samples(sample_tables), []
     with Progress(f"image quality of {generator}", total=len(samples)) as progress:
         for case_id, folder in zip(samples["case_id"], samples["folder"], strict=True):
-            name, synthetic, layout, reference = read_sample(folder, cases_table)
-            masks = regions(layout.array)
-            truth = unit_range(reference.array, window)
+            sample = read_sample(folder, cases_table)
+            masks = regions(sample.layout.array, sample.reference_layout.array)
+            truth = unit_range(sample.reference.array, window)
             images = {
-                SYNTHETIC: unit_range(synthetic.array, window),
-                CONSTANT_LUNGS: constant_lungs(truth, masks["lungs"]),
+                SYNTHETIC: unit_range(sample.ct.array, window),
+                CONSTANT_LUNGS: constant_lungs(truth, sample.layout.array != Label.BACKGROUND),
             }
-            who = {"generator": generator, "case_id": case_id, "reference": name}
+            who = {"generator": generator, "case_id": case_id, "reference": sample.reference_id}
             for image, values in images.items():
                 rows += [who | {"image": image} | row for row in compare_images(values, truth, masks, window)]
             progress.advance()

@@ -25,13 +25,13 @@ from lungddpm import cases, drawing, generators
 from lungddpm.config import Config
 from lungddpm.doctor import versions
 from lungddpm.files import sha256_of, write_json, write_text
-from lungddpm.pages import Shown, render
+from lungddpm.pages import Shown, render, show_excluded
 from lungddpm.progress import LOG
 from lungddpm.verdict import figures
 from lungddpm.verdict.image_quality import SYNTHETIC, list_samples, read_sample
 from lungddpm.verdict.segmentation import SIZE_BINS
-from lungddpm.verdict.statistics import SIGNIFICANCE, caveats, count, format_p, signed
-from lungddpm.verdict.tables import BASELINE, MEASURES, quality_files, read_csv, write_tables
+from lungddpm.verdict.statistics import MINIMUM_CASES, POWER, caveats, count, format_p, signed
+from lungddpm.verdict.tables import BASELINE, MEASURES, missing_replicates, quality_files, read_csv, write_tables
 
 
 def run_report(config: Config, results: Path) -> None:
@@ -51,7 +51,10 @@ def run_report(config: Config, results: Path) -> None:
     composed = arm_files(config, results)
     arms = {arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in composed.items()}
     manifest = describe_run(config, results, [*written, *composed.values()])
-    write_text(results / "report.html", render_report(config, case_table, tables, drawn, arms, manifest))
+    write_text(
+        results / "report.html",
+        render_report(config, case_table, tables, drawn, arms, manifest, (results / "qc/index.html").exists()),
+    )
     manifest["sha256"]["report.html"] = sha256_of(results / "report.html")
     write_json(results / "manifest.json", manifest)
     LOG.info("report: %s", results / "report.html")
@@ -71,7 +74,7 @@ def verdict_table_text(results: Path) -> str:
     for row in rows.to_dict("records"):
         table.add_row(
             row["arm"], _number(row["mean"], ".3f"), _number(row["difference"], "+.3f"), _interval(row),
-            _number(row["p_wilcoxon"], ".3f"), row["verdict"],
+            _number(row["p_holm"], ".3f"), row["verdict"],
         )  # fmt: skip
     console = Console(file=StringIO(), width=100, no_color=True, highlight=False)
     console.print(table)
@@ -95,9 +98,9 @@ def draw_figures(config: Config, results: Path, tables: dict[str, pd.DataFrame])
     }
     for generator in config.arms.largest_doses():
         if (folder_of_sample := typical_sample(results, generator)) is not None:
-            name, synthetic, layout, reference = read_sample(folder_of_sample, results / "cases" / "cases.tsv")
-            title = f"{generator}: sample {folder_of_sample.name}, made from {name}"
-            drawn[f"montage-{generator}"] = figures.montage(reference, layout, synthetic, title)
+            sample = read_sample(folder_of_sample, results / "cases" / "cases.tsv")
+            title = f"{generator}: sample {folder_of_sample.name}, made from {sample.reference_id}"
+            drawn[f"montage-{generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
     history = results / "diffusion" / config.diffusion.run / "history.csv"
     if history.exists():
         drawn["training"] = figures.training_curve(read_csv(history))
@@ -108,7 +111,8 @@ def draw_figures(config: Config, results: Path, tables: dict[str, pd.DataFrame])
 
 
 def typical_sample(results: Path, generator: str) -> Path | None:
-    """Folder of the sample to show: with a nodule, and of median squared error in the lungs, not the best of all.
+    """Folder of the sample to show: with the reference's own nodules, if any has, and of median squared error in the
+    lungs, not the best of all.
 
     Without measured image quality the first sample with a nodule; None where the generator has none.
     """
@@ -118,10 +122,13 @@ def typical_sample(results: Path, generator: str) -> Path | None:
         return None
     if path := quality_files(results, [generator]).get(generator):
         quality = read_csv(path)
-        in_lungs = (quality["image"] == SYNTHETIC) & (quality["region"] == "lungs") & (quality["metric"] == "mse")
-        ranked = quality[in_lungs & quality["case_id"].isin(folders.index)].sort_values("value")["case_id"]
+        mse = quality[(quality["image"] == SYNTHETIC) & (quality["metric"] == "mse")]
+        mse = mse[mse["case_id"].isin(folders.index)].pivot(index="case_id", columns="region", values="value")
+        # Beside a reference whose nodules are elsewhere, a sample says little: those with its own layout come first.
+        own = mse[mse["nodules"].notna()]
+        ranked = (mse if own.empty else own).sort_values("lungs").index
         if len(ranked):
-            return folders[ranked.iloc[len(ranked) // 2]]
+            return folders[ranked[len(ranked) // 2]]
     return folders.iloc[0]
 
 
@@ -162,6 +169,7 @@ def render_report(
     drawn: dict[str, list[Path]],
     arms: dict[str, dict],
     manifest: dict[str, Any],
+    layouts: bool,
 ) -> str:
     """The page as HTML, complete in itself: figures inlined, no script, no network.
 
@@ -172,6 +180,7 @@ def render_report(
         drawn: SVG and PNG path by figure name.
         arms: parsed `arm.json` by arm.
         manifest: as of `describe_run`.
+        layouts: whether the pages of the layouts are there to point to.
     """
     images = {
         name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -192,6 +201,7 @@ def render_report(
         images=images,
         montages={name.removeprefix("montage-"): src for name, src in images.items() if name.startswith("montage-")},
         numbers=[show_verdict(verdict, measure, confidence) for measure in MEASURES],
+        description=[show_description(verdict, measure, confidence) for measure in MEASURES],
         cases_and_replicates=", ".join(
             (count(verdict["n_cases"].max(), "test case"), count(verdict["n_replicates"].max(), "replicate"))
         ),
@@ -207,10 +217,14 @@ def render_report(
         arm_cases={arm: [case["name"] for case in content["cases"]] for arm, content in arms.items()},
         roles=show_roles(case_table),
         excluded=show_excluded(case_table),
+        layouts=layouts,
         limits=limits_of(config, tables),
         timing=show_timing(tables["timing"]) if "timing" in tables else None,
         confidence=confidence,
-        significance=SIGNIFICANCE,
+        significance=f"{1 - config.verdict.confidence:g}",
+        n_compared=int(verdict["n_compared"].max()),
+        minimum_cases=MINIMUM_CASES,
+        power=f"{100 * POWER:g} %",
         config_text=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
         manifest=manifest,
     )
@@ -220,15 +234,19 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     """What this run cannot tell, as sentences."""
     verdict, cases_scored = tables["verdict"], tables["cases"]
     n_cases, n_replicates = int(verdict["n_cases"].max()), int(verdict["n_replicates"].max())
-    n_compared = verdict["arm"].nunique() - 1
-    limits = caveats(n_cases, n_replicates)
+    limits = [
+        f"Not evaluated, and left out: {arm}, {', '.join(replicates)}."
+        for arm, replicates in missing_replicates(cases_scored, config).items()
+    ]
+    limits += caveats(n_cases, n_replicates)
     if 1 < n_replicates < 5:
         limits.append(
-            f"{n_replicates} replicates cover the luck of training runs only roughly: it can look like a difference."
+            f"{n_replicates} replicates show only roughly how much training runs scatter: with few arms, a difference "
+            "that is not there is shown somewhat more often than it should be."
         )
-    if n_compared > 1:
+    if (n_patients := cases_scored["patient_id"].nunique()) < (n_scans := cases_scored["case_id"].nunique()):
         limits.append(
-            f"{n_compared} arms are compared with {BASELINE}, each on its own, without correction for their number."
+            f"{n_scans} test cases come from {n_patients} patients, but count as if each were a patient of its own."
         )
     if n_empty := cases_scored.loc[cases_scored["n_lesions"] == 0, "case_id"].nunique():
         limits.append(
@@ -245,23 +263,29 @@ def show_verdict(verdict: pd.DataFrame, measure: str, confidence: str) -> Shown:
     rows = [
         [
             row["arm"], _spread(row["mean"], row["sd"], ".3f"), _number(row["difference"], "+.3f"), _interval(row),
-            _number(row["relative_percent"], "+.1f"),
-            "" if pd.isna(row["p_wilcoxon"]) else format_p(row["p_wilcoxon"]).removeprefix("= "),
-            "" if pd.isna(row["p_wilcoxon"]) else f"{row['wins']} / {row['ties']} / {row['losses']}", row["verdict"],
+            _number(row["relative_percent"], "+.1f"), _p(row["p"]), _p(row["p_holm"]),
+            _number(row["detectable_difference"], ".3f"), row["verdict"],
         ]
         for row in verdict[verdict["metric"] == measure].to_dict("records")
     ]  # fmt: skip
-    heads = [
-        "arm",
-        f"{MEASURES[measure]} ± sd",
-        "difference",
-        f"{confidence} CI",
-        "in %",
-        "p",
-        "wins / ties / losses",
-        "verdict",
-    ]
-    return Shown(heads, rows, [False, *[True] * 6, False])
+    heads = ["arm", f"{MEASURES[measure]} ± sd", "difference", f"{confidence} CI", "in %", "p", "p, Holm", "detectable",
+             "verdict"]  # fmt: skip
+    return Shown(heads, rows, [False, *[True] * 7, False])
+
+
+def show_description(verdict: pd.DataFrame, measure: str, confidence: str) -> Shown:
+    """What describes the comparisons of one measure without deciding them."""
+    rows = [
+        [
+            row["arm"], _number(row["difference"], "+.3f"), _interval(row, "bootstrap"), _p(row["p_wilcoxon"]),
+            f"{row['wins']} / {row['ties']} / {row['losses']}", _number(row["standard_error"], ".4f"),
+            _number(row["df"], ".1f"),
+        ]
+        for row in verdict[(verdict["metric"] == measure) & verdict["difference"].notna()].to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", f"difference, {MEASURES[measure]}", f"{confidence} CI, bootstrap", "p, Wilcoxon",
+             "wins / ties / losses", "standard error", "df"]  # fmt: skip
+    return Shown(heads, rows, [False, *[True] * 6])
 
 
 def show_detection(detection: pd.DataFrame) -> Shown:
@@ -351,16 +375,6 @@ def show_arms(arms: dict[str, dict]) -> Shown:
     return Shown(["arm", "training cases", "from", "patients", "leak guard"], rows, [False, True, False, True, False])
 
 
-def show_excluded(case_table: pd.DataFrame) -> Shown | None:
-    """Excluded cases with their reasons; None where there are none."""
-    excluded = case_table[case_table["status"] != "ok"]
-    if excluded.empty:
-        return None
-    return Shown(
-        ["case", "patient", "reason"], excluded[["case_id", "patient_id", "reason"]].to_numpy().tolist(), [False] * 3
-    )
-
-
 def show_timing(timing: pd.DataFrame) -> Shown:
     """Time and memory by stage."""
     stages = timing.groupby("stage", sort=False).agg(
@@ -391,8 +405,13 @@ def _spread(mean: float, sd: float, form: str) -> str:
     return _number(mean, form) + ("" if pd.isna(sd) else f" ± {_number(sd, unsigned)}")
 
 
-def _interval(row: dict) -> str:
-    return "" if pd.isna(row["ci_low"]) else f"{signed(row['ci_low'])} to {signed(row['ci_high'])}"
+def _interval(row: dict, kind: str = "ci") -> str:
+    low, high = row[f"{kind}_low"], row[f"{kind}_high"]
+    return "" if pd.isna(low) else f"{signed(low)} to {signed(high)}"
+
+
+def _p(value: float) -> str:
+    return "" if pd.isna(value) else format_p(value).removeprefix("= ")
 
 
 def _duration(seconds: float) -> str:

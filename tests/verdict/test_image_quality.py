@@ -39,7 +39,7 @@ def test_a_shift_in_one_region_has_its_closed_form(reference):
     layout = np.zeros(reference.shape, np.uint8)
     layout[2:12, 2:12, 2:12] = Label.LUNG
     layout[5:7, 5:7, 5:7] = Label.NODULE
-    masks = regions(layout)
+    masks = regions(layout, layout)
     rows = compare_images(reference + 0.1 * masks["nodules"], reference, masks, WINDOW)
     nodules, lungs, whole = (values_of(rows, region) for region in ("nodules", "lungs", "whole volume"))
     assert nodules["mse"] == pytest.approx(0.01, rel=1e-4)
@@ -47,6 +47,17 @@ def test_a_shift_in_one_region_has_its_closed_form(reference):
     assert nodules["mean_difference_hu"] == pytest.approx(162.4, rel=1e-4)
     assert lungs["mse"] == pytest.approx(0.01 * 8 / 1000, rel=1e-4)
     assert whole["mse"] == pytest.approx(0.01 * 8 / reference.size, rel=1e-4)
+
+
+def test_moved_nodules_are_not_compared_with_what_the_reference_shows_there(reference):
+    own = np.full(reference.shape, Label.LUNG, np.uint8)
+    own[5:7, 5:7, 5:7] = Label.NODULE
+    moved = np.full(reference.shape, Label.LUNG, np.uint8)
+    moved[6:8, 5:7, 5:7] = Label.NODULE
+    masks = regions(moved, own)
+    assert not masks["nodules"].any()
+    assert np.argwhere(~masks["lungs"]).tolist() == np.argwhere(moved != own).tolist()
+    assert np.count_nonzero(~masks["lungs"]) == 8
 
 
 def test_identical_images(reference):
@@ -70,7 +81,8 @@ def test_ssim_agrees_with_monai(reference):
 
 def test_empty_regions_and_small_grids_are_not_measured():
     image = np.zeros((8, 8, 8), np.float32)
-    rows = compare_images(image, image, regions(np.zeros(image.shape, np.uint8)), WINDOW)
+    empty = np.zeros(image.shape, np.uint8)
+    rows = compare_images(image, image, regions(empty, empty), WINDOW)
     assert all(math.isnan(value) for value in values_of(rows, "nodules").values())
     assert math.isnan(values_of(rows, "whole volume")["ssim"])
 
