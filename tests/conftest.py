@@ -9,7 +9,7 @@ import pytest
 from lungddpm.cases import COLUMNS, hash_case, write_cases
 from lungddpm.files import seed_from, write_json
 from lungddpm.layouts import Label
-from lungddpm.volume import Volume, write_volume
+from lungddpm.volume import Volume, bounding_box, read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +61,34 @@ def write_blob_case():
 
 
 @pytest.fixture(scope="session")
-def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_nodules():
+    """A function that gives a case folder what `prepare` keeps of its layout's nodules: nodules.nii.gz, case.json."""
+    from scipy import ndimage
+
+    from lungddpm.layouts.prior import measure_places
+
+    def write(folder: Path) -> None:
+        layout = read_volume(folder / "layout.nii.gz")
+        numbers, count = ndimage.label(layout.array == Label.NODULE, np.ones((3, 3, 3)))
+        nodules = []
+        for number in range(1, count + 1):
+            at = np.argwhere(numbers == number)
+            centroid = (layout.affine @ [*at.mean(axis=0), 1])[:3]
+            figures = {"volume_mm3": len(at) * layout.voxel_mm3, "share_in_or_touching_lungs": 1.0}
+            nodules.append(figures | {f"centroid_{axis}_mm": float(x) for axis, x in zip("xyz", centroid, strict=True)})
+        if count:
+            box = bounding_box(numbers > 0)
+            write_volume(folder / "nodules.nii.gz", layout.like(numbers.astype(np.uint8)).crop(box))
+        else:
+            (folder / "nodules.nii.gz").unlink(missing_ok=True)
+        record = {"case_id": folder.name, "fingerprint": hash_case(folder), "qc": {"nodules": nodules}}
+        write_json(folder / "case.json", record | {"placement": measure_places(layout, nodules)})
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_cohort(tmp_path_factory: pytest.TempPathFactory, write_nodules) -> Path:
     """Table of three discovery, two reference and one test case of 16^3 voxels: soft tissue around one lung with a
     vessel and a nodule. Do not write there."""
     folder = tmp_path_factory.mktemp("cohort")
@@ -78,6 +105,7 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
         case_id = f"case{number:02d}"
         write_volume(folder / case_id / "ct.nii.gz", Volume(hu.astype(np.int16), affine))
         write_volume(folder / case_id / "layout.nii.gz", Volume(layout, affine))
+        write_nodules(folder / case_id)
         sizes = {"size_x": 16, "size_y": 16, "size_z": 16}
         spacings = {"spacing_x_mm": 4.0, "spacing_y_mm": 4.0, "spacing_z_mm": 5.0}
         names = {"case_id": case_id, "patient_id": f"patient{number:02d}", "source": "test", "role": role}

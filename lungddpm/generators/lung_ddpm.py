@@ -9,34 +9,43 @@ import numpy as np
 from lungddpm.config import Config
 from lungddpm.generators import Generator, Task
 from lungddpm.layouts import Label
-from lungddpm.volume import to_hu, to_model_range
+from lungddpm.volume import Window, slice_windows, to_hu, to_model_range
 
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
 NEEDS_DENOISER = True
+KEEPS_LAYOUT = False
 
 
 def load(config: Config, weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
+    In the mode `published` of AAS, open voxels keep the noise that this mode leaves in them.
+
     Raises:
-        InputError: the weights are missing, cut short, not ours, or trained for another grid or other classes.
+        InputError: see `load_denoiser`.
     """
     import torch
 
-    from lungddpm.diffusion.checkpoint import check_fits, load_denoiser
+    from lungddpm.diffusion.checkpoint import load_denoiser
     from lungddpm.diffusion.denoiser import condition_channels
     from lungddpm.diffusion.device import make_accelerator
     from lungddpm.diffusion.sampling import sample
     from lungddpm.diffusion.schedule import cosine_betas
 
     accelerator = make_accelerator(device, config.diffusion.training.precision)
-    denoiser, metadata = load_denoiser(weights, accelerator.device)
-    check_fits(weights, metadata, config)
+    denoiser = load_denoiser(weights, config, accelerator.device)
     betas = cosine_betas(config.diffusion.timesteps)
-    sampling, window_hu = config.diffusion.sampling, config.grid.window_hu
+    sampling = config.diffusion.sampling
+
+    def window_of(reference: np.ndarray) -> Window:
+        return config.grid.window_hu if sampling.intensities == "corrected" else slice_windows(reference, axis=2)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
-        references = [to_model_range(task.reference.array, window_hu).transpose(2, 1, 0)[None] for task in tasks]
+        windows = [window_of(task.reference.array) for task in tasks]
+        references = [
+            to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
+            for task, window in zip(tasks, windows, strict=True)
+        ]
         conditions = [condition_channels(task.layout.array, config.diffusion.classes) for task in tasks]
         with accelerator.autocast():
             drawn = sample(
@@ -47,11 +56,18 @@ def load(config: Config, weights: Path, device: str) -> Generator:
                 sampling.steps,
                 [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks],
                 torch.from_numpy(np.stack(references)).to(accelerator.device),
+                order=sampling.order,
+                resampling=sampling.resampling,
+                aas=sampling.aas,
+                times=sampling.times,
             )
-        return [
-            fill_open_voxels(task, to_hu(volume[0].transpose(2, 1, 0), window_hu))
-            for task, volume in zip(tasks, drawn.cpu().numpy(), strict=True)
+        volumes = [
+            to_hu(volume[0].transpose(2, 1, 0), window)
+            for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
         ]
+        if sampling.aas == "published":
+            return volumes
+        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
 
     return Generator(make, str(accelerator.device))
 

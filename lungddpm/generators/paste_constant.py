@@ -13,6 +13,7 @@ from lungddpm.layouts import Label
 
 CITATION = "None: the reference's background around lungs of constant HU."
 NEEDS_DENOISER = False
+KEEPS_LAYOUT = False
 
 
 def load(config: Config, weights: Path | None, device: str) -> Generator:

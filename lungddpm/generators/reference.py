@@ -11,6 +11,7 @@ from lungddpm.generators import Generator, Task
 
 CITATION = "None: the reference CT itself, unchanged."
 NEEDS_DENOISER = False
+KEEPS_LAYOUT = True
 
 
 def load(config: Config, weights: Path | None, device: str) -> Generator:

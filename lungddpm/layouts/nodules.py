@@ -7,8 +7,9 @@ readers follow Hancock and Magnan, J. Medical Imaging 3:044504, 2016, doi 10.111
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import cc3d
 import numpy as np
@@ -17,9 +18,10 @@ from scipy.spatial import cKDTree
 from skimage.measure import grid_points_in_poly
 
 from lungddpm.config import Layouts
+from lungddpm.errors import ExcludedCaseError
 from lungddpm.layouts import Label
 from lungddpm.sources import Annotation, Scan
-from lungddpm.volume import bounding_box
+from lungddpm.volume import Volume, bounding_box
 
 READERS = 4
 """Readers of LIDC-IDRI: a cluster of more annotations joins several nodules."""
@@ -43,6 +45,8 @@ class Nodule:
     """One reader drew it more than once, in contours that touch: their union was taken."""
     characteristics: dict[str, float] = field(default_factory=dict)
     """Median rating over the annotations, e.g. `malignancy`; empty where nobody rated."""
+    untidy: dict[str, int] = field(default_factory=dict)
+    """See `untidy_contours`; empty where labels were ready."""
 
     @property
     def voxels(self) -> int:
@@ -57,6 +61,16 @@ class Nodule:
     def paste(self, into: np.ndarray, value: int | bool = True) -> None:
         """Set the nodule's voxels in an array of the scan's shape, in place."""
         into[self.box][self.mask] = value
+
+    def volume_in(self, scan: Volume) -> Volume:
+        """The nodule as a small volume of its own, at its place in the patient."""
+        return scan.crop(self.box).like(self.mask)
+
+    def canonical(self, scan: Volume) -> Nodule:
+        """The same nodule in the index space of `scan.canonical()`."""
+        turned = self.volume_in(scan).canonical()
+        corner = np.linalg.solve(scan.canonical().affine, turned.affine)[:3, 3]
+        return replace(self, corner=tuple(int(first) for first in np.rint(corner)), mask=turned.array)
 
 
 def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
@@ -76,7 +90,38 @@ def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
             and nodule.readers >= settings.minimum_readers
         ]
     )
-    return sorted(nodules, key=lambda nodule: nodule.corner[::-1])
+    return sorted(nodules, key=lambda nodule: centroid_mm(nodule.volume_in(scan.ct))[::-1].tolist())
+
+
+def centroid_mm(mask: Volume) -> np.ndarray:
+    """Mean position of a mask's voxels in mm, RAS+, shape (3,)."""
+    return mask.affine[:3, :3] @ np.argwhere(mask.array).mean(axis=0) + mask.affine[:3, 3]
+
+
+def number_voxels(nodules: Sequence[Nodule], shape: tuple[int, int, int]) -> np.ndarray:
+    """One array for all nodules of a scan.
+
+    Args:
+        nodules: in the scan's index space; where two overlap, the smaller one is shown.
+        shape: of the scan.
+
+    Returns:
+        uint8 of `shape`: 0, or the nodule's place in `nodules`, counted from 1.
+
+    Raises:
+        ExcludedCaseError: there are more nodules than uint8 can number.
+    """
+    most = np.iinfo(np.uint8).max
+    if len(nodules) > most:
+        raise ExcludedCaseError(
+            "nodules",
+            f"there are {len(nodules)}, more than the {most} that can be numbered",
+            "Remove specks from the nodule label.",
+        )
+    numbers = np.zeros(shape, np.uint8)
+    for number, nodule in sorted(enumerate(nodules, start=1), key=lambda item: -item[1].voxels):
+        nodule.paste(numbers, number)
+    return numbers
 
 
 def cluster_annotations(
@@ -148,6 +193,7 @@ def consensus(cluster: Sequence[Annotation], level: float) -> Nodule | None:
         readers=len(readers),
         flagged=len(readers) < len(cluster),
         characteristics={name: float(np.median(values)) for name, values in ratings.items()},
+        untidy=untidy_contours(cluster),
     )
 
 
@@ -187,6 +233,46 @@ def contour_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """
     inside = 1  # grid_points_in_poly: 0 outside, 1 inside, 2 vertex, 3 edge
     return grid_points_in_poly(shape, points, binarize=False) == inside
+
+
+def untidy_contours(cluster: Sequence[Annotation]) -> dict[str, int]:
+    """What is untidy about the outlines of one nodule, in words, and how often; all of it is normal in LIDC-IDRI.
+
+    A contour is open if its ends, and gapped if two consecutive points, are more than a pixel apart. It touches or
+    crosses itself if it comes back to a point, or to the middle of a step: so do diagonal steps that cross.
+
+    Args:
+        cluster: the annotations of one physical nodule.
+
+    Returns:
+        Only what occurs, e.g. `{"open contours": 2}`.
+    """
+    counts: Counter[str] = Counter()
+    for annotation in cluster:
+        for contour in annotation.contours:
+            counts.update(_faults(contour.points))
+        slices = Counter(contour.slice_index for contour in annotation.contours if contour.inclusion)
+        counts["slices with several outlines by one reader"] += sum(n > 1 for n in slices.values())
+    drawn = Counter(annotation.reader for annotation in cluster)
+    counts["readers who drew it more than once"] = sum(n > 1 for n in drawn.values())
+    return {fault: count for fault, count in counts.items() if count}
+
+
+def _faults(points: np.ndarray) -> list[str]:
+    """What is untidy about one contour."""
+    corners = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
+    interior = contour_mask(points - points.min(axis=0), tuple(np.ptp(points, axis=0) + 1))
+    faults = {"contours with an empty interior": not interior.any()}
+    if len(corners) <= 2:
+        faults["contours of at most two points"] = True
+    else:
+        doubled = np.concatenate([2 * corners, corners + np.roll(corners, -1, axis=0)])
+        faults |= {
+            "open contours": np.abs(points[0] - points[-1]).max() > 1,
+            "contours with gaps over 1 px": np.abs(np.diff(points, axis=0)).max() > 1,
+            "contours that touch or cross themselves": len(np.unique(doubled, axis=0)) < len(doubled),
+        }
+    return [fault for fault, found in faults.items() if found]
 
 
 def _contour_points(annotation: Annotation) -> np.ndarray:

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -7,14 +8,18 @@ import pytest
 import torch
 
 from lungddpm import cases, generators
-from lungddpm.config import parse_config
+from lungddpm.arms import splits
+from lungddpm.config import Synthesis, parse_config
 from lungddpm.diffusion.checkpoint import Metadata, save_denoiser
 from lungddpm.diffusion.denoiser import build_denoiser
-from lungddpm.errors import ConfigError, InputError
+from lungddpm.errors import ConfigError, InputError, LeakError
 from lungddpm.files import write_json
 from lungddpm.generators import Task, paste_constant
 from lungddpm.layouts import Label
-from lungddpm.volume import Volume
+from lungddpm.layouts.compose import run_prepare
+from lungddpm.sources import index_source, write_index
+from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.volume import Volume, read_volume, write_volume
 
 NAMES = ["lung_ddpm", "reference", "paste_constant"]
 
@@ -60,6 +65,7 @@ def test_light_import_of_every_generator():
         "import sys, lungddpm.generators as g\n"
         f"modules = [g.module_of(name) for name in {NAMES}]\n"
         "assert [bool(m.CITATION) and m.NEEDS_DENOISER for m in modules] == [True, False, False]\n"
+        "assert [m.KEEPS_LAYOUT for m in modules] == [False, True, False]\n"
         "assert not {'torch', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -75,14 +81,49 @@ def test_plan_takes_references_in_turn(tiny_cohort):
     assert plan[0].seed != generators.plan_samples(make_config(seed=2), "lung_ddpm", table)[0].seed
 
 
-def test_plan_leaves_out_references_without_nodules_and_excluded_ones(tiny_cohort):
+def origins(plan):
+    return [(sample.sample_id, sample.layout_origin) for sample in plan]
+
+
+def test_plan_says_where_layouts_are_from(tiny_cohort):
     table = cases.read_cases(tiny_cohort)
     table.loc[table["case_id"] == "case03", "n_nodules"] = 0
-    plan = generators.plan_samples(make_config(), "reference", table)
-    assert {sample.reference["case_id"] for sample in plan} == {"case04"}
+    doses = {"arms": {"generators": NAMES, "doses": [1.67], "controls": []}}
+    plan = generators.plan_samples(make_config(**doses), "lung_ddpm", table)
+    assert origins(plan) == [
+        ("case03_s000", "placed"), ("case04_s000", "reference"), ("case03_s001", "placed"),
+        ("case04_s001", "jittered"), ("case03_s002", "placed"),
+    ]  # fmt: skip
+    seeds = [sample.layout_seed for sample in plan]
+    assert seeds[1] is None
+    assert len(set(seeds)) == 5
+    others = generators.plan_samples(make_config(**doses), "paste_constant", table)
+    assert [sample.layout_seed for sample in others] == seeds
+    assert not {sample.seed for sample in others} & {sample.seed for sample in plan}
+
+    calm = make_config(**doses, synthesis={"jitter_repeats": False})
+    plan = generators.plan_samples(calm, "lung_ddpm", table)
+    assert [origin for _, origin in origins(plan)] == ["placed", "reference"] * 2 + ["placed"]
+    assert [sample.layout_seed for sample in plan] == [seeds[0], None] * 2 + [seeds[0]]
+    assert len({sample.seed for sample in plan}) == 5
+
+
+def test_plan_leaves_out_references_without_nodules_where_none_are_placed(tiny_cohort):
+    table = cases.read_cases(tiny_cohort)
+    table.loc[table["case_id"] == "case03", "n_nodules"] = 0
+    without = make_config(synthesis={"place_nodules": False})
+    for config, name in ((without, "lung_ddpm"), (make_config(), "reference")):
+        assert {sample.reference["case_id"] for sample in generators.plan_samples(config, name, table)} == {"case04"}
+    assert {origin for _, origin in origins(generators.plan_samples(make_config(), "reference", table))} == {
+        "reference"
+    }
     table.loc[table["case_id"] == "case04", "status"] = "excluded"
-    with pytest.raises(InputError, match="no usable reference case with a nodule"):
-        generators.plan_samples(make_config(), "reference", table)
+    for config, name in ((without, "lung_ddpm"), (make_config(), "reference")):
+        with pytest.raises(InputError, match="no usable reference case with a nodule"):
+            generators.plan_samples(config, name, table)
+    table.loc[table["case_id"] == "case03", "status"] = "excluded"
+    with pytest.raises(InputError, match="no usable reference case for"):
+        generators.plan_samples(make_config(), "lung_ddpm", table)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,7 +139,8 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         reference, reference_layout = cases.read_case(tiny_cohort.parent / row["case_id"].split("_")[0])
         assert ct.array.dtype == np.int16
         assert ct.same_grid(reference)
-        assert np.array_equal(layout.array, reference_layout.array)
+        own = name == "reference" or row["case_id"].endswith("s000")
+        assert np.array_equal(layout.array, reference_layout.array) == own
         background = layout.array == Label.BACKGROUND
         assert reference.array[background].max() > 600  # beyond the model's window
         assert np.array_equal(ct.array[background], reference.array[background])
@@ -107,11 +149,12 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         record = json.loads((folder / "sample.json").read_text())
         assert record["reference_case_id"] == row["case_id"].split("_")[0]
         assert record["generator"] == name
+        assert record["layout_origin"] == ("reference" if own else "jittered")
         assert (record["weights_sha256"] is None) == (name != "lung_ddpm")
 
 
 def test_same_reference_and_layout_give_new_lungs_each_time(synthesize, tmp_path):
-    synthesize("lung_ddpm")
+    synthesize("lung_ddpm", synthesis={"jitter_repeats": False})
     first, second = (cases.read_case(tmp_path / "out" / f"case03_s00{k}")[0].array for k in (0, 1))
     assert (first != second).any()
 
@@ -140,6 +183,9 @@ def test_complete_samples_are_kept_and_broken_ones_made_again(synthesize, tmp_pa
     synthesize("lung_ddpm")
     assert made == ["case04_s000", "case03_s001"]
     made.clear()
+    synthesize("lung_ddpm", synthesis={"shift_mm": 7})
+    assert made == ["case04_s000", "case03_s001"], "only the jittered one, beside the one that is broken still"
+    made.clear()
     steps = {"sampler": "dpmsolver++", "steps": 4}
     synthesize("lung_ddpm", diffusion={**make_config().diffusion.model_dump(), "sampling": steps})
     assert len(made) == 3
@@ -164,3 +210,147 @@ def test_constant_is_the_mean_of_lung_voxels():
     made = paste_constant.fill_with_mean_lung(Task(Volume(hu, np.eye(4)), Volume(layout, np.eye(4)), seed=0))
     assert made.dtype == np.int16
     assert made.ravel().tolist() == [900, -820, -820, -820, -820]
+
+
+# ---------------------------------------------------------------- made layouts
+
+
+@pytest.fixture
+def partly_bare_cohort(tiny_cohort, write_nodules, tmp_path):
+    """The tiny cohort on its own, its first reference without nodules; table and folder may be changed."""
+    folder = tmp_path / "cohort"
+    shutil.copytree(tiny_cohort.parent, folder)
+    bare = folder / "case03"
+    layout = read_volume(bare / "layout.nii.gz")
+    write_volume(bare / "layout.nii.gz", layout.like(np.where(layout.array == Label.NODULE, 1, layout.array)))
+    write_nodules(bare)
+    table = cases.read_cases(folder / "cases.tsv")
+    table.loc[table["case_id"] == "case03", "n_nodules"] = 0
+    table["sha256"] = [cases.hash_case(folder / path) for path in table["path"]]
+    cases.write_cases(folder / "cases.tsv", table)
+    return folder / "cases.tsv"
+
+
+def run(cohort, folder, name="paste_constant", shard=0, shards=1, **changes):
+    table = folder / f"samples-{shard}.tsv"
+    doses = {"arms": {"generators": NAMES, "doses": [4 / 3], "controls": []}}
+    generators.run_synthesize(make_config(**doses, **changes), name, cohort, None, folder, shard, shards, table, "cpu")
+    return cases.read_cases(table)
+
+
+def layouts_in(folder):
+    return {path.parent.name: read_volume(path).array for path in sorted(folder.glob("*/layout.nii.gz"))}
+
+
+def test_references_without_nodules_get_some(partly_bare_cohort, tmp_path):
+    table = run(partly_bare_cohort, tmp_path / "out").set_index("case_id")
+    assert table.index.tolist() == ["case03_s000", "case04_s000", "case03_s001", "case04_s001"]
+    known = {f"case{n:02d}": f"patient{n:02d}" for n in range(3)}
+    for name in ("case03_s000", "case03_s001"):
+        record = json.loads((tmp_path / "out" / name / "sample.json").read_text())
+        assert (record["layout_origin"], record["n_nodules"]) == ("placed", table.loc[name, "n_nodules"])
+        assert len(record["nodules"]) == record["n_nodules"] > 0
+        for nodule in record["nodules"]:
+            assert nodule["patient_id"] == known[nodule["case_id"]], "discovery cases only"
+            assert set(nodule) == {"case_id", "patient_id", "nodule", "scale", "position_mm", "volume_mm3"}
+    made = layouts_in(tmp_path / "out")
+    before = read_volume(partly_bare_cohort.parent / "case03/layout.nii.gz").array
+    assert (made["case03_s000"] != made["case03_s001"]).any()
+    for name in ("case03_s000", "case03_s001"):
+        assert (made[name] == Label.NODULE).any()
+        assert (before[made[name] == Label.NODULE] != Label.BACKGROUND).all()
+        assert ((made[name] == before) | (made[name] == Label.NODULE)).all()
+
+
+def test_generators_and_shards_agree_on_layouts(partly_bare_cohort, tmp_path, monkeypatch):
+    run(partly_bare_cohort, tmp_path / "one")
+    # Any other generator that takes made layouts.
+    monkeypatch.setattr(generators.module_of("reference"), "KEEPS_LAYOUT", False)
+    run(partly_bare_cohort, tmp_path / "other", "reference")
+    for shard in (2, 0, 1):
+        run(partly_bare_cohort, tmp_path / "sharded", shard=shard, shards=3)
+    one, other, sharded = (layouts_in(tmp_path / folder) for folder in ("one", "other", "sharded"))
+    assert set(one) == set(other) == set(sharded)
+    for name in one:
+        assert np.array_equal(one[name], other[name])
+        assert np.array_equal(one[name], sharded[name])
+
+
+def test_the_leak_guard_finds_who_lent_a_nodule(partly_bare_cohort, tmp_path):
+    run(partly_bare_cohort, tmp_path / "out")
+    known = splits.known_patients(cases.read_cases(partly_bare_cohort))
+    sample = tmp_path / "out/case03_s000/sample.json"
+    lenders = {nodule["patient_id"] for nodule in json.loads(sample.read_text())["nodules"]}
+    assert splits.patients_named_in(sample, known) == {"patient03"} | lenders
+    origin = splits.Origin("case03_s000", splits.patients_named_in(sample, known), "hash")
+    tested = splits.Origin("a test case", frozenset(sorted(lenders)[:1]), "other hash")
+    with pytest.raises(LeakError, match=f"{min(lenders)} in case03_s000"):
+        splits.check_leaks([origin], [tested], allow_shared_patients=False)
+
+
+def test_layouts_are_made_again_when_what_decides_them_changes(partly_bare_cohort, tmp_path, monkeypatch):
+    run(partly_bare_cohort, tmp_path / "out")
+    made = []
+    monkeypatch.setattr(generators, "_make", lambda batch, *_: made.extend(sample.sample_id for sample, _ in batch))
+    run(partly_bare_cohort, tmp_path / "out")
+    assert made == []
+    run(partly_bare_cohort, tmp_path / "out", synthesis={"scale": [1, 1.2]})
+    assert made == ["case03_s000", "case03_s001", "case04_s001"]
+    made.clear()
+    record = partly_bare_cohort.parent / "case01/case.json"
+    write_json(record, {**json.loads(record.read_text()), "fingerprint": "prepared by other code"})
+    run(partly_bare_cohort, tmp_path / "out")
+    assert made == ["case03_s000", "case03_s001", "case04_s001"]
+
+
+def test_missing_nodules_and_full_lungs_are_told(partly_bare_cohort, tmp_path):
+    nodules = partly_bare_cohort.parent / "case04/nodules.nii.gz"
+    nodules.rename(tmp_path / "kept")
+    with pytest.raises(InputError, match=r"case04/nodules.nii.gz: does not exist"):
+        run(partly_bare_cohort, tmp_path / "out")
+    (tmp_path / "kept").rename(nodules)
+    layout = read_volume(partly_bare_cohort.parent / "case03/layout.nii.gz")
+    small = np.zeros_like(layout.array)
+    small[8, 8, 8] = Label.LUNG
+    write_volume(partly_bare_cohort.parent / "case03/layout.nii.gz", layout.like(small))
+    with pytest.raises(InputError, match=r"case03/layout.nii.gz: has no room in its lungs"):
+        run(partly_bare_cohort, tmp_path / "out")
+
+
+def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
+    """From DICOM to the sample, with nothing in between made by hand."""
+    phantom = {
+        "patients": 3,
+        "matrix": 96,
+        "pixel_mm": 3.6,
+        "slice_mm": 6.0,
+        "nodules": [0, 1],
+        "nodule_diameter_mm": [16, 24],
+    }
+    config = make_config(
+        seed=5, source={"phantom": phantom}, grid={"size": [32, 32, 32], "extent": "lungs"},
+        arms={"generators": ["paste_constant"], "doses": [1.0], "controls": []},
+    )  # fmt: skip
+    run_phantom(config, tmp_path / "source")
+    write_index(tmp_path / "index.tsv", index_source("phantom", tmp_path / "source"))
+    folder = tmp_path / "cases"
+    run_prepare(config, tmp_path / "index.tsv", tmp_path / "source", folder, 0, 1, folder / "cases-0.tsv")
+    table = cases.read_cases(folder / "cases-0.tsv")
+    assert set(table["status"]) == {"ok"}
+    assert table["n_nodules"].tolist() == [1, 0, 1]
+    table["role"] = ["discovery", "reference", "test"]
+    cases.write_cases(folder / "cases-0.tsv", table)
+    cases.run_collect(config, [folder / "cases-0.tsv"], folder / "cases.tsv")
+    out = tmp_path / "out"
+    generators.run_synthesize(config, "paste_constant", folder / "cases.tsv", None, out, 0, 1, out / "s.tsv", "cpu")
+    samples = cases.read_cases(out / "s.tsv")
+    assert samples[["case_id", "n_nodules"]].to_numpy().tolist() == [["PHANTOM-0002_s000", 1]]
+    ct, layout = cases.read_case(out / "PHANTOM-0002_s000")
+    assert (layout.array == Label.NODULE).sum() >= 2
+    assert len(np.unique(ct.array[layout.array != Label.BACKGROUND])) == 1
+    with pytest.raises(InputError, match=r"roles.reference.*no usable case with a nodule"):
+        cases.run_collect(
+            config.model_copy(update={"synthesis": Synthesis(place_nodules=False)}),
+            [folder / "cases-0.tsv"],
+            folder / "other.tsv",
+        )

@@ -5,15 +5,18 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
-from lungddpm.cases import read_case, read_cases, run_collect, write_cases
+from lungddpm.cases import NODULE_COLUMNS, read_case, read_cases
 from lungddpm.config import Config, Grid
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.files import fingerprint, sha256_of
 from lungddpm.layouts import Label, compose
 from lungddpm.layouts.compose import build_case, place_nodules, run_prepare
+from lungddpm.layouts.nodules import centroid_mm
 from lungddpm.sources import INDEX_COLUMNS, Scan, write_index
-from lungddpm.volume import AIR_HU, Volume, model_grid, occupancy
+from lungddpm.volume import AIR_HU, Volume, model_grid, occupancy, read_volume
 
 SIZE = (64, 64, 64)
 
@@ -32,11 +35,15 @@ def labelled(patient):
     return Scan(patient.ct, labels=labels)
 
 
-def flipped(scan):
-    """The same scan as DICOM orders it: columns to the left, rows to the back."""
-    turn = np.diag([-1.0, -1.0, 1.0, 1.0])
-    turn[:2, 3] = np.array(scan.ct.shape[:2]) - 1
-    return Scan(Volume(scan.ct.array[::-1, ::-1], scan.ct.affine @ turn), labels=scan.labels[::-1, ::-1])
+def turned(scan, flips, degrees=0.0):
+    """The same scan with some axes stored the other way round, after the patient has turned about z."""
+    turn = np.diag([*np.where(flips, -1.0, 1.0), 1.0])
+    turn[:3, 3] = np.where(flips, np.array(scan.ct.shape) - 1, 0)
+    angle = np.radians(degrees)
+    about_z = np.eye(4)
+    about_z[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    backwards = tuple(slice(None, None, -1 if flip else 1) for flip in flips)
+    return Scan(Volume(scan.ct.array[backwards], about_z @ scan.ct.affine @ turn), labels=scan.labels[backwards])
 
 
 @pytest.fixture(scope="module")
@@ -81,14 +88,90 @@ def test_qc_tells_the_truth(patient, case):
     assert all(abs(nodule["volume_error"]) < 0.1 for nodule in case.qc["nodules"])
     assert all(nodule["share_in_or_touching_lungs"] > 0.95 for nodule in case.qc["nodules"])
     assert 0.01 < case.qc["vessel_share_of_lungs"] < 0.1
+    assert case.qc["smaller_lung_share"] == pytest.approx(case.qc["lung_litres_left"] / litres, abs=1e-3)
+    assert case.qc["end_slice_share_bottom"] == case.qc["end_slice_share_top"] == 0
+    assert case.qc["nodule_share_in_or_touching_lungs"] > 0.95
     json.dumps(case.qc, allow_nan=False)
 
 
+def test_every_nodule_is_described(patient, case):
+    ct, truth = patient.ct, sorted(patient.nodules, key=lambda mask: centroid_mm(patient.ct.like(mask))[2])
+    for mask, figures in zip(truth, case.qc["nodules"], strict=True):
+        assert list(figures) == NODULE_COLUMNS[3:]
+        volume_mm3 = mask.sum() * ct.voxel_mm3
+        assert figures["volume_mm3"] == pytest.approx(volume_mm3, abs=0.05)
+        assert figures["equivalent_diameter_mm"] ** 3 * np.pi / 6 == pytest.approx(volume_mm3, rel=1e-2)
+        centre = [figures[f"centroid_{axis}_mm"] for axis in "xyz"]
+        np.testing.assert_allclose(centre, centroid_mm(ct.like(mask)), atol=0.01)
+        assert (figures["readers"], figures["malignancy"], figures["notes"]) == (1, None, "")
+
+
+def test_what_was_found_is_given_at_the_scans_own_resolution(patient, case):
+    found = case.found
+    np.testing.assert_array_equal(found.ct.array, np.maximum(patient.ct.array, AIR_HU))
+    np.testing.assert_array_equal(found.nodules > 0, np.any(patient.nodules, axis=0))
+    assert not (found.vessels & (found.nodules > 0)).any()
+    labels = found.labels()
+    counts = np.bincount(labels.ravel(), minlength=4)
+    assert counts[Label.NODULE] == np.count_nonzero(found.nodules)
+    assert counts[Label.VESSEL] == np.count_nonzero(found.vessels)
+    assert ((labels > 0) == ((found.sides > 0) | (found.nodules > 0))).all()
+
+
 def test_orientation_does_not_matter(patient):
-    straight, turned = (build_case(scan, Config()) for scan in (labelled(patient), flipped(labelled(patient))))
-    assert straight.ct.same_grid(turned.ct)
-    assert np.abs(straight.ct.array - turned.ct.array).max() <= 1
-    assert (straight.layout.array != turned.layout.array).sum() <= 3
+    # As DICOM orders it: columns to the left, rows to the back.
+    scan = labelled(patient)
+    straight, other = (build_case(scan, Config()) for scan in (scan, turned(scan, (True, True, False))))
+    assert straight.ct.same_grid(other.ct)
+    assert np.abs(straight.ct.array - other.ct.array).max() <= 1
+    assert (straight.layout.array != other.layout.array).sum() <= 3
+
+
+@pytest.mark.parametrize("extent", ["full", "lungs"])
+@pytest.mark.parametrize(
+    ("flips", "degrees"), [((True, True, False), 0), ((False, True, True), 8), ((True, False, True), -5)]
+)
+def test_a_layout_overlays_its_scan(patient, extent, flips, degrees):
+    scan = turned(labelled(patient), flips, degrees)
+    made = build_case(scan, Config(grid=Grid(extent=extent, size=SIZE)))
+    assert made.qc["n_nodules"] == 3
+    nodule_cells = made.layout.like(made.layout.array == Label.NODULE)
+    cell = np.linalg.inv(made.layout.affine)
+    for number, figures in enumerate(made.qc["nodules"], start=1):
+        before_mm = centroid_mm(made.found.ct.like(made.found.nodules == number))
+        np.testing.assert_allclose(before_mm, [figures[f"centroid_{axis}_mm"] for axis in "xyz"], atol=0.01)
+        # The scan that came in, in its own orientation, has a nodule there.
+        at = np.rint(np.linalg.solve(scan.ct.affine, [*before_mm, 1])[:3]).astype(int)
+        assert scan.labels[tuple(at)] == Label.NODULE
+        own_cells = occupancy(made.found.ct.like(made.found.nodules == number), made.layout.affine, SIZE) > 0
+        after_mm = centroid_mm(nodule_cells.like(nodule_cells.array & own_cells))
+        assert np.abs(cell[:3, :3] @ (after_mm - before_mm)).max() <= 0.5
+    lungs = [
+        centroid_mm(volume.like(volume.array > 0)) for volume in (made.layout, made.found.ct.like(made.found.labels()))
+    ]
+    assert np.abs(cell[:3, :3] @ np.subtract(*lungs)).max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"lung_litres": (8, 12)}, r"hold \d\.\d\d litres, not 8 to 12 \(layouts.limits.lung_litres\)"),
+        ({"smaller_lung_share": 0.5}, r"holds 4\d\.\d% .* less than 50\.0% \(layouts.limits.smaller_lung_share\)"),
+        ({"vessel_share": (0.2, 0.3)}, r"take \d\.\d\d% .* not 20\.00% to 30\.00% \(layouts.limits.vessel_share\)"),
+        ({"vessel_share": (0, 0.001)}, r"take \d\.\d\d% .* not 0\.00% to 0\.10% \(layouts.limits.vessel_share\)"),
+    ],
+)
+def test_a_case_outside_the_limits_is_excluded_with_the_figure(patient, limits, message):
+    with pytest.raises(ExcludedCaseError, match=message):
+        build_case(labelled(patient), Config(layouts={"limits": limits}))
+
+
+def test_nodules_outside_the_lungs_exclude_the_case(patient):
+    scan = labelled(patient)
+    scan.labels[2:40, 2:12, 2:30] = Label.NODULE
+    message = r"nodules: \d+\.\d% of their voxels .* less than 50\.0% \(layouts.limits.nodule_share\)"
+    with pytest.raises(ExcludedCaseError, match=message):
+        build_case(scan, Config())
 
 
 def test_ready_labels_are_used(patient):
@@ -138,6 +221,28 @@ def test_no_nodule_is_lost_on_a_coarse_grid(diameter_mm, tolerance):
         assert np.abs(centre - 20 - shift).max() < 1.7
 
 
+@settings(derandomize=True, max_examples=100, deadline=None)
+@given(
+    st.tuples(*[st.floats(1.5, 9)] * 3),
+    st.tuples(*[st.floats(-0.5, 0.5)] * 6),
+    st.floats(0.6, 5),
+    st.tuples(st.floats(1.5, 3.2), st.floats(1.5, 3.2), st.floats(1.5, 5)),
+)
+def test_a_nodules_centroid_stays_within_half_a_cell(radii_mm, shift, slice_mm, cell_mm):
+    spacing = np.array([0.7, 0.8, slice_mm])
+    axes = [np.arange(-20, 21) * step for step in spacing]
+    x, y, z = (((axis + s) / r) ** 2 for axis, s, r in zip(axes, shift[:3] * spacing, radii_mm, strict=True))
+    mask = Volume(x[:, None, None] + y[:, None] + z <= 1, np.diag([*spacing, 1.0]))
+    assume(mask.array.any())
+    affine = np.diag([*cell_mm, 1.0])
+    affine[:3, 3] = 20 * spacing + np.array(cell_mm) * (np.array(shift[3:]) - 8)
+    cells = place_nodules([mask], affine, (17, 17, 17))
+    moved_mm = centroid_mm(Volume(cells > 0, affine)) - centroid_mm(mask)
+    assert np.abs(moved_mm / cell_mm).max() <= 0.5
+    wanted = max(1, round(mask.array.sum() * mask.voxel_mm3 / np.prod(cell_mm)))
+    assert np.count_nonzero(cells) == wanted
+
+
 def test_two_nodules_never_share_a_cell():
     affine, shape = coarse_grid(spacing=(6.0, 6.0, 6.0), size=6)
     masks = [sphere(12, (20, 20, 20)), sphere(3, (20.5, 20, 20)), sphere(3, (20, 20.5, 20))]
@@ -151,7 +256,7 @@ def test_two_nodules_never_share_a_cell():
 
 @pytest.fixture
 def cohort(patient, tmp_path, monkeypatch):
-    """An index of five rows; the second cannot be read, the fourth was excluded before."""
+    """An index of five rows; the second cannot be read, the fourth was excluded before, the fifth has no nodule."""
     source = tmp_path / "data"
     source.mkdir()
     rows = []
@@ -183,8 +288,12 @@ def cohort(patient, tmp_path, monkeypatch):
         loads.append(row["case_id"])
         if row["case_id"] == "case1":
             raise ExcludedCaseError(path / row["path"], "misses\nslice 7", "Download it again.")
-        labels = labelled(patient)
-        return Scan(labels.ct, labels=labels.labels, files=(path / row["path"],))
+        scan = labelled(patient)
+        coarse = Volume(scan.ct.array[::2, ::2], scan.ct.affine @ np.diag([2.0, 2, 1, 1]))
+        labels = scan.labels[::2, ::2]
+        if row["case_id"] == "case4":
+            labels = np.where(labels == Label.NODULE, np.uint8(Label.LUNG), labels)
+        return Scan(coarse, labels=labels, files=(path / row["path"],))
 
     monkeypatch.setattr(compose, "module_of", lambda kind: SimpleNamespace(load_scan=load_scan))
 
@@ -214,14 +323,42 @@ def test_a_shard_writes_its_own_cases(cohort):
     assert np.count_nonzero(layout.array == Label.NODULE) > 3
 
 
+def test_the_nodules_are_written_at_the_scans_own_resolution(cohort, patient):
+    cohort.prepare(shard=2, shards=5)
+    nodules = read_volume(cohort.cases / "case2" / "nodules.nii.gz")
+    figures = json.loads((cohort.cases / "case2" / "case.json").read_text())["qc"]["nodules"]
+    assert nodules.array.dtype == np.uint8
+    assert np.unique(nodules.array).tolist() == [0, 1, 2, 3]
+    for number, nodule in enumerate(figures, start=1):
+        mask = nodules.like(nodules.array == number)
+        np.testing.assert_allclose(centroid_mm(mask), [nodule[f"centroid_{axis}_mm"] for axis in "xyz"], atol=0.01)
+        assert np.count_nonzero(mask.array) * mask.voxel_mm3 == pytest.approx(nodule["volume_mm3"], abs=0.06)
+    # Cropped to the nodules: each face of the volume meets one.
+    assert all(face.any() for axis in range(3) for face in np.moveaxis(nodules.array, axis, 0)[[0, -1]])
+
+
+def test_a_case_without_nodules_has_no_file_of_them(cohort):
+    stale = cohort.cases / "case4" / "nodules.nii.gz"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("stale")
+    table = cohort.prepare(shard=4, shards=5)
+    assert table.loc["case4", ["status", "n_nodules"]].tolist() == ["ok", 0]
+    assert not stale.exists()
+    qc = json.loads((cohort.cases / "case4" / "case.json").read_text())["qc"]
+    assert (qc["nodules"], qc["nodule_share_in_or_touching_lungs"]) == ([], None)
+    cohort.prepare(shard=4, shards=5)
+    assert cohort.loads == []
+
+
 def test_a_case_that_cannot_be_used_keeps_its_row(cohort):
     (cohort.cases / "case1").mkdir(parents=True)
-    (cohort.cases / "case1" / "ct.nii.gz").write_text("stale")
+    for name in ("ct.nii.gz", "nodules.nii.gz"):
+        (cohort.cases / "case1" / name).write_text("stale")
     table = cohort.prepare(shard=1, shards=2)
     assert table["status"].tolist() == ["excluded", "excluded"]
     assert table.loc["case1", "reason"] == "case1.bin: misses slice 7. Download it again."
     assert table.loc["case3", "reason"] == "no XML"
-    assert not (cohort.cases / "case1" / "ct.nii.gz").exists()
+    assert list((cohort.cases / "case1").iterdir()) == []
 
 
 def test_only_what_has_changed_is_done_again(cohort):
@@ -229,15 +366,20 @@ def test_only_what_has_changed_is_done_again(cohort):
     assert cohort.prepare(shard=0, shards=2).equals(first)
     assert cohort.loads == []
 
-    (cohort.source / "case0.bin").write_text("changed")
+    (cohort.cases / "case0" / "nodules.nii.gz").unlink()
     (cohort.cases / "case2" / "layout.nii.gz").write_bytes(b"damaged")
-    (cohort.cases / "case4" / "case.json").write_text("{")
+    (cohort.source / "case4.bin").write_text("changed")
     again = cohort.prepare(shard=0, shards=2)
     assert cohort.loads == ["case0", "case2", "case4"]
     assert again.equals(first)
 
-    cohort.prepare(Config(grid=Grid(size=(32, 32, 32))), shard=0, shards=2)
-    assert cohort.loads == ["case0", "case2", "case4"]
+    (cohort.cases / "case2" / "nodules.nii.gz").write_bytes(b"damaged")
+    (cohort.cases / "case4" / "case.json").write_text("{")
+    cohort.prepare(shard=0, shards=2)
+    assert cohort.loads == ["case2", "case4"]
+
+    cohort.prepare(Config(grid=Grid(size=(32, 32, 32))), shard=4, shards=5)
+    assert cohort.loads == ["case4"]
 
 
 def test_a_shard_without_cases_writes_an_empty_table(cohort):
@@ -247,46 +389,3 @@ def test_a_shard_without_cases_writes_an_empty_table(cohort):
 def test_a_missing_source_is_told(cohort, tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         run_prepare(Config(), tmp_path / "index.tsv", tmp_path / "gone", tmp_path, 0, 1, tmp_path / "t.tsv")
-
-
-def shard_table(path, **rows):
-    """A case table of (role, nodules, reason) by case id."""
-    numbers = {f"{what}_{axis}{unit}": 1 for axis in "xyz" for what, unit in (("size", ""), ("spacing", "_mm"))}
-    write_cases(
-        path,
-        [
-            {
-                **numbers, "case_id": name, "patient_id": name, "source": "fake", "role": role, "series_uid": name,
-                "n_nodules": nodules, "status": "excluded" if reason else "ok", "reason": reason,
-                "path": name, "sha256": "",
-            }
-            for name, (role, nodules, reason) in rows.items()
-        ],
-    )  # fmt: skip
-    return path
-
-
-def test_shards_are_merged_by_case_id(tmp_path):
-    tables = [
-        shard_table(tmp_path / "0.tsv", a=("discovery", 1, ""), c=("test", 1, "")),
-        shard_table(tmp_path / "1.tsv", b=("reference", 2, ""), d=("test", 0, "bad")),
-        shard_table(tmp_path / "2.tsv"),
-    ]
-    run_collect(Config(), tables, tmp_path / "cases.tsv")
-    assert read_cases(tmp_path / "cases.tsv")["case_id"].tolist() == ["a", "b", "c", "d"]
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ({"t": ("test", 1, "only one lung")}, r"roles.test.*no usable case is left.*only one lung \(1 x\)"),
-        ({"t": ("test", 0, "")}, r"roles.test.*no usable case with a nodule is left"),
-        ({}, r"roles.test.*excluded: none"),
-    ],
-)
-def test_a_role_without_usable_cases_is_told(tmp_path, rows, message):
-    others = {"a": ("discovery", 1, ""), "b": ("reference", 1, "")}
-    table = shard_table(tmp_path / "0.tsv", **others, **rows)
-    with pytest.raises(InputError, match=message):
-        run_collect(Config(), [table], tmp_path / "cases.tsv")
-    assert not (tmp_path / "cases.tsv").exists()

@@ -1,0 +1,454 @@
+"""New plausible nodules: real ones of the discovery cases, turned, scaled and put into lungs; and existing ones moved.
+
+The published protocol had radiologists place nodules in references that have none (arXiv 2502.15204). Here the shapes
+are those of the discovery cases' nodules, the places follow a prior that was learned from them (`prior`), and these
+rules hold for every nodule that is put somewhere:
+
+- Only lung and vessel become nodule. What would lie beyond the lungs is cut off, at most `CUT_SHARE` of a nodule, so
+  that it can sit on the pleura.
+- It touches neither another nodule nor a medial surface, that is one with more of the same lung further lateral:
+  mediastinum, hilum, airways, and most of the diaphragm's dome, which no label tells from the heart.
+- It takes at most `VESSEL_SHARE` of its volume from vessels, so that it hangs on a vessel but swallows no hilar one.
+
+All functions are deterministic under the generator of random numbers that they are given.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy import ndimage
+from scipy.spatial.transform import Rotation
+
+from lungddpm import cases
+from lungddpm.config import Synthesis
+from lungddpm.errors import InputError
+from lungddpm.files import fingerprint
+from lungddpm.layouts import Label
+from lungddpm.layouts.compose import place_nodules
+from lungddpm.layouts.prior import Prior, lies_in_lungs
+from lungddpm.progress import LOG
+from lungddpm.volume import Volume, bounding_box, read_volume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CUT_SHARE = 0.15
+VESSEL_SHARE = 0.3
+DROP_PROBABILITY = ADD_PROBABILITY = 0.25
+"""Of one nodule less, or one more, when a layout is jittered."""
+_SHAPES_TRIED = 10
+_PLACES_TRIED = 20_000
+_PLACES_AT_ONCE = 500
+_CELLS_TRIED = 60
+_SCALES_TRIED = 10
+_LUNG_AROUND = 0.3
+"""A nodule with less lung around it lies in the mediastinum or the chest wall: were it moved, lung would be left."""
+_FREE, _VESSEL, _OUTSIDE, _FORBIDDEN = range(4)
+_NEIGHBOURS = np.ones((3, 3, 3), bool)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A real nodule.
+
+    Attributes:
+        mask: bool, at the resolution of its scan, RAS+; the box fits closely.
+        case_id: its case.
+        patient_id: its patient.
+        number: which of the case's nodules, from 1.
+    """
+
+    mask: Volume
+    case_id: str
+    patient_id: str
+    number: int
+
+    @property
+    def centre_mm(self) -> np.ndarray:
+        """Its centroid, RAS, shape (3,)."""
+        return (self.mask.affine @ [*np.argwhere(self.mask.array).mean(axis=0), 1])[:3]
+
+
+@dataclass(frozen=True)
+class PlacedNodule:
+    """One nodule of a layout that was made here: whose shape it has and what became of it.
+
+    Attributes:
+        case_id: whence the shape is.
+        patient_id: whose it is.
+        nodule: its number there.
+        scale: factor on its diameter.
+        position_mm: of its centroid in the made layout, RAS.
+        volume_mm3: in the made layout.
+    """
+
+    case_id: str
+    patient_id: str
+    nodule: int
+    scale: float
+    position_mm: tuple[float, float, float]
+    volume_mm3: float
+
+
+@dataclass(frozen=True)
+class MadeLayout:
+    """A layout with placed or moved nodules."""
+
+    layout: Volume
+    """uint8 `Label`, on the grid of the layout that it was made from."""
+    nodules: tuple[PlacedNodule, ...]
+
+
+@dataclass(frozen=True)
+class Donor:
+    """A nodule that lends its shape; the shape itself is read when it is drawn."""
+
+    folder: Path
+    case_id: str
+    patient_id: str
+    number: int
+    volume_mm3: float
+
+    def shape(self) -> Shape:
+        """Read it.
+
+        Raises:
+            InputError: the case lacks it.
+        """
+        for shape in read_shapes(self.folder, self.case_id, self.patient_id):
+            if shape.number == self.number:
+                return shape
+        raise InputError(
+            self.folder / "nodules.nii.gz", f"holds no nodule {self.number}", "Delete its folder and prepare it anew."
+        )
+
+
+@dataclass(frozen=True)
+class Bank:
+    """What new nodules are drawn from."""
+
+    donors: tuple[Donor, ...]
+    counts: tuple[int, ...]
+    """Nodules of each case that has any."""
+    prior: Prior
+    fingerprint: str
+    """Changes with whatever a draw depends on."""
+
+
+def open_bank(cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool) -> Bank:
+    """The nodules of the usable discovery cases; of patients who are also tested on only where that is allowed.
+
+    Only `case.json` of each case is read here.
+
+    Args:
+        cases_table: where the table lies, beside the cases' folders.
+        table: all cases.
+        allow_shared_patients: see `roles.allow_shared_patients`.
+
+    Raises:
+        InputError: no such nodule, or a case without a readable record.
+    """
+    tested = set(table.loc[table["role"].map(lambda role: "test" in role.split("+")).astype(bool), "patient_id"])
+    donors, counts, measures, identity = [], [], [], []
+    for _, row in cases.usable(table, "discovery").iterrows():
+        if row["n_nodules"] == 0 or (row["patient_id"] in tested and not allow_shared_patients):
+            continue
+        folder = cases.folder_of(cases_table, row)
+        record = _read_record(folder)
+        numbered = [item for item in enumerate(record["nodules"], start=1) if lies_in_lungs(item[1])]
+        if not numbered:
+            continue
+        names = row["case_id"], row["patient_id"]
+        donors += [Donor(folder, *names, number, nodule["volume_mm3"]) for number, nodule in numbered]
+        counts.append(len(numbered))
+        measures.append(record["placement"])
+        identity.append([*names, record])
+    if not donors:
+        raise InputError(
+            cases_table,
+            "has no discovery case with a nodule in the lungs, from which new ones could be made",
+            "Give roles.discovery other patients, or set synthesis.place_nodules and jitter_repeats to false.",
+        )
+    return Bank(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
+
+
+def read_shapes(folder: Path, case_id: str, patient_id: str) -> list[Shape]:
+    """The nodules of a case at its scan's resolution, in the order of their numbers.
+
+    Raises:
+        InputError: `nodules.nii.gz` is missing or unreadable.
+    """
+    volume = read_volume(folder / "nodules.nii.gz")
+    boxes = ndimage.find_objects(volume.array.astype(np.int32))
+    return [
+        Shape(volume.like(volume.array == number).crop(box), case_id, patient_id, number)
+        for number, box in enumerate(boxes, start=1)
+        if box is not None
+    ]
+
+
+def place(layout: Volume, bank: Bank, settings: Synthesis, rng: np.random.Generator) -> MadeLayout:
+    """Put new nodules into a layout: as many as some discovery case has, each a real one's shape, turned and scaled.
+
+    Args:
+        layout: uint8 `Label`, RAS+; nodules that it has stay.
+        bank: shapes, numbers and places to draw from.
+        settings: `scale` is used.
+        rng: of every draw.
+
+    Returns:
+        The layout; it has fewer nodules, or none, where there is no room for more.
+    """
+    lungs = _Lungs(layout)
+    weights = bank.prior.weights(layout)
+    wanted = int(rng.choice(bank.counts))
+    while len(lungs.nodules) < wanted and _add(lungs, weights, bank, settings, rng):
+        pass
+    if len(lungs.nodules) < wanted:
+        LOG.info("of %d nodules to be placed, %d fit into the lungs", wanted, len(lungs.nodules))
+    return lungs.made()
+
+
+def jitter(
+    layout: Volume, own: Sequence[Shape], bank: Bank, settings: Synthesis, rng: np.random.Generator
+) -> MadeLayout:
+    """Move and scale the nodules of a layout; now and then one is left out (never the last), or one is added.
+
+    All are lifted first, which leaves lung; large ones, which have less room, choose first. Each gets a factor within
+    `settings.scale` and a shift that is uniform in a ball of `settings.shift_mm`, both on condition that it fits; where
+    nothing fits it stays as it was. Nodules that hardly touch the lungs are not moved.
+
+    Args:
+        layout: uint8 `Label`, RAS+, with nodules.
+        own: their shapes; their grids are parallel to the layout's.
+        bank: what an added one is drawn from.
+        settings: `scale` and `shift_mm` are used.
+        rng: of every draw.
+    """
+    was = layout.array == Label.NODULE
+    cells = np.where(was, place_nodules([shape.mask for shape in own], layout.affine, layout.shape), 0)
+    own_cells = {number: np.argwhere(cells == number) for number in range(1, len(own) + 1)}
+    kept = sorted((n for n, at in own_cells.items() if len(at)), key=lambda n: len(own_cells[n]), reverse=True)
+    staying = [n for n in kept if _lung_around(layout.array, cells == n) < _LUNG_AROUND]
+    moving = [n for n in kept if n not in staying]
+    lifted = np.where(was & ~np.isin(cells, staying), np.uint8(Label.LUNG), layout.array)
+    chance = rng.random()
+    if chance < DROP_PROBABILITY and len(kept) > 1 and moving:
+        moving.remove(int(rng.choice(moving)))
+
+    lungs = _Lungs(layout.like(lifted))
+    for n in staying:
+        lungs.put(own_cells[n], own[n - 1], 1.0)
+    for n in moving:
+        if not _move(lungs, own[n - 1], settings, rng):
+            lungs.put_back(own_cells[n], own[n - 1])
+    if chance > 1 - ADD_PROBABILITY:
+        _add(lungs, bank.prior.weights(layout), bank, settings, rng)
+    return lungs.made()
+
+
+def transformed(mask: Volume, rotation: np.ndarray, scale: float, step_mm: float) -> Volume:
+    """A body turned about its centroid and scaled, its volume true to the scale up to half a voxel.
+
+    The surface is interpolated from the signed distance, so that thick slices leave no steps.
+
+    Args:
+        mask: bool, at any spacing; only the spacing of its affine counts.
+        rotation: (3, 3).
+        scale: factor on lengths.
+        step_mm: edge of the result's voxels.
+
+    Returns:
+        bool, the box fits closely; its affine has the axes of the array and the centroid of `mask` as its origin.
+    """
+    spacing_mm = mask.spacing_mm
+    body = np.pad(mask.array, 2)
+    signed_mm = ndimage.distance_transform_edt(~body, spacing_mm) - ndimage.distance_transform_edt(body, spacing_mm)
+    inside = np.argwhere(body)
+    centre = inside.mean(axis=0)
+    reach_mm = scale * (np.linalg.norm((inside - centre) * spacing_mm, axis=1).max() + np.linalg.norm(spacing_mm))
+    half = int(np.ceil(reach_mm / step_mm))
+    to_source = (rotation.T / spacing_mm[:, None]) * (step_mm / scale)
+    sampled = ndimage.affine_transform(
+        signed_mm,
+        to_source,
+        offset=centre - to_source @ np.full(3, half),
+        output_shape=(2 * half + 1,) * 3,
+        order=1,
+        cval=signed_mm.max(),
+    )
+    wanted = max(1, round(len(inside) * mask.voxel_mm3 * scale**3 / step_mm**3))
+    result = np.zeros(sampled.shape, bool)
+    result.flat[np.argpartition(sampled, wanted - 1, axis=None)[:wanted]] = True
+    affine = np.diag([step_mm] * 3 + [1.0])
+    affine[:3, 3] = -half * step_mm
+    return Volume(result, affine).crop(bounding_box(result))
+
+
+class _Lungs:
+    """A layout while nodules are put into it."""
+
+    def __init__(self, layout: Volume):
+        lungs = layout.array != Label.BACKGROUND
+        self.layout = layout.like(layout.array.copy())
+        self.nodules: list[PlacedNodule] = []
+        self._codes = np.full(layout.shape, _FREE, np.uint8)
+        self._codes[layout.array == Label.VESSEL] = _VESSEL
+        self._codes[~lungs] = _OUTSIDE
+        forbidden = _medial(lungs) | (layout.array == Label.NODULE)
+        self._codes[ndimage.binary_dilation(forbidden, _NEIGHBOURS)] = _FORBIDDEN
+
+    def first_fit(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray | None:
+        """The first place, (3,), of those given, (m, 3), at which a nodule's cells, (n, 3) from its own, all fit."""
+        reach = int(np.abs(cells).max())
+        codes = np.pad(self._codes, reach, constant_values=_OUTSIDE)
+        strides = np.array([codes.shape[1] * codes.shape[2], codes.shape[2], 1])
+        codes, steps = codes.ravel(), cells @ strides
+        # Most places of a large nodule fail, and a few of its cells tell.
+        some_steps = steps[:: 1 + len(steps) // _CELLS_TRIED]
+        for first in range(0, len(places), _PLACES_AT_ONCE):
+            at_once = places[first : first + _PLACES_AT_ONCE]
+            starts = (at_once + reach) @ strides
+            possible = (codes[starts[:, None] + some_steps] != _FORBIDDEN).all(axis=1)
+            for number in np.flatnonzero(possible):
+                found = np.bincount(codes[starts[number] + steps], minlength=4) / len(steps)
+                if not found[_FORBIDDEN] and found[_OUTSIDE] <= CUT_SHARE and found[_VESSEL] <= VESSEL_SHARE:
+                    return at_once[number]
+        return None
+
+    def put(self, cells: np.ndarray, shape: Shape, scale: float) -> None:
+        """Turn cells, (n, 3), into a nodule, as far as they lie in the lungs."""
+        labels = self.layout.array
+        cells = cells[((cells >= 0) & (cells < labels.shape)).all(axis=1)]
+        cells = cells[labels[tuple(cells.T)] != Label.BACKGROUND]
+        labels[tuple(cells.T)] = Label.NODULE
+        for offset in np.argwhere(_NEIGHBOURS) - 1:
+            near = np.clip(cells + offset, 0, np.array(labels.shape) - 1)
+            self._codes[tuple(near.T)] = _FORBIDDEN
+        position_mm = (self.layout.affine @ [*cells.mean(axis=0), 1])[:3]
+        self.nodules.append(
+            PlacedNodule(
+                shape.case_id,
+                shape.patient_id,
+                shape.number,
+                round(float(scale), 4),
+                tuple(round(float(x), 2) for x in position_mm),
+                round(len(cells) * self.layout.voxel_mm3, 1),
+            )
+        )
+
+    def put_back(self, cells: np.ndarray, shape: Shape) -> None:
+        """Leave a nodule where it was, unless another one has come too near."""
+        taken = ndimage.binary_dilation(self.layout.array == Label.NODULE, _NEIGHBOURS)
+        if taken[tuple(cells.T)].any():
+            LOG.info("nodule %d of %s fits nowhere any more and is left out", shape.number, shape.case_id)
+        else:
+            self.put(cells, shape, 1.0)
+
+    def made(self) -> MadeLayout:
+        """The layout as it is now."""
+        return MadeLayout(self.layout, tuple(self.nodules))
+
+
+def _add(lungs: _Lungs, weights: np.ndarray, bank: Bank, settings: Synthesis, rng: np.random.Generator) -> bool:
+    """Put a new nodule somewhere, its place drawn by weight from those where it fits; False if none was found."""
+    places = np.argwhere(weights > 0)
+    log_weights = np.log(weights[weights > 0])
+    for attempt in range(_SHAPES_TRIED + 1):
+        donor, scale = bank.donors[rng.integers(len(bank.donors))], _draw_scale(settings.scale, rng)
+        if attempt == _SHAPES_TRIED:
+            donor, scale = min(bank.donors, key=lambda donor: donor.volume_mm3), settings.scale[0]
+        shape = donor.shape()
+        rotation = Rotation.random(rng=rng).as_matrix()
+        cells = _cells_of(shape, rotation, scale, rng.uniform(-0.5, 0.5, 3), lungs.layout.spacing_mm)
+        # Gumbel's trick: the order in which places would be drawn by weight without putting them back.
+        order = np.argsort(-(log_weights + rng.gumbel(size=len(places))))[:_PLACES_TRIED]
+        if (at := lungs.first_fit(cells, places[order])) is not None:
+            lungs.put(at + cells, shape, scale)
+            return True
+    return False
+
+
+def _move(lungs: _Lungs, shape: Shape, settings: Synthesis, rng: np.random.Generator) -> bool:
+    """Put a lifted nodule back, scaled and shifted; False if it fits nowhere within the shift at the scales tried."""
+    spacing_mm = lungs.layout.spacing_mm
+    centre = np.linalg.solve(lungs.layout.affine, [*shape.centre_mm, 1])[:3]
+    low, high = settings.scale
+    for _ in range(_SCALES_TRIED):
+        scale = _draw_scale((low, high), rng)
+        direction = rng.normal(size=3)
+        shift_mm = direction / np.linalg.norm(direction) * settings.shift_mm * rng.random() ** (1 / 3)
+        target = centre + shift_mm / spacing_mm
+        # All places in the ball that put the centre as deep into its cell as this one: one resampled shape serves all.
+        offset = target - np.rint(target)
+        reach = np.ceil(settings.shift_mm / spacing_mm).astype(int) + 1
+        places = np.argwhere(np.ones(2 * reach + 1, bool)) - reach + np.rint(centre).astype(int)
+        places = places[((places >= 0) & (places < lungs.layout.shape)).all(axis=1)]
+        apart_mm = np.linalg.norm((places + offset - centre) * spacing_mm, axis=1)
+        places = rng.permutation(places[apart_mm <= settings.shift_mm + 1e-6])
+        cells = _cells_of(shape, np.eye(3), scale, offset, spacing_mm)
+        if (at := lungs.first_fit(cells, places)) is not None:
+            lungs.put(at + cells, shape, scale)
+            return True
+        high = scale
+    return False
+
+
+def _draw_scale(limits: tuple[float, float], rng: np.random.Generator) -> float:
+    """A factor between the limits; enlarging and shrinking by the same factor are equally likely."""
+    return float(np.exp(rng.uniform(*np.log(limits))))
+
+
+def _cells_of(
+    shape: Shape, rotation: np.ndarray, scale: float, offset: np.ndarray, spacing_mm: np.ndarray
+) -> np.ndarray:
+    """The cells of a nodule, (n, 3), counted from the cell whose centre lies `offset` cells before the nodule's."""
+    diameter_mm = scale * np.cbrt(6 / np.pi * np.count_nonzero(shape.mask.array) * shape.mask.voxel_mm3)
+    body = transformed(shape.mask, rotation, scale, min(spacing_mm.min() / 3, diameter_mm / 8))
+    corners_mm = body.affine[:3, 3], body.affine[:3, 3] + (np.array(body.shape) - 1) * body.spacing_mm
+    reach = int(np.ceil((np.abs(corners_mm) / spacing_mm).max())) + 1
+    affine = np.diag([*spacing_mm, 1.0])
+    affine[:3, 3] = -(reach + offset) * spacing_mm
+    return np.argwhere(place_nodules([body], affine, (2 * reach + 1,) * 3)) - reach
+
+
+def _medial(lungs: np.ndarray) -> np.ndarray:
+    """What lies outside the lungs with lung further lateral in the same row: mediastinum, hila, airways."""
+    side = bounding_box(lungs)[0]
+    middle = (side.start + side.stop) // 2
+    lateral = np.concatenate(
+        [
+            np.logical_or.accumulate(lungs[:middle], axis=0),
+            np.logical_or.accumulate(lungs[middle:][::-1], axis=0)[::-1],
+        ]
+    )
+    return lateral & ~lungs
+
+
+def _lung_around(labels: np.ndarray, nodule: np.ndarray) -> float:
+    """Share of a nodule's neighbours, other nodules aside, that are lung or vessel."""
+    around = labels[ndimage.binary_dilation(nodule, _NEIGHBOURS) & ~nodule]
+    around = around[around != Label.NODULE]
+    return float((around != Label.BACKGROUND).mean()) if around.size else 0.0
+
+
+def _read_record(folder: Path) -> dict:
+    """What `prepare` recorded of a case, as far as it is needed here."""
+    path = folder / "case.json"
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        return {
+            "nodules": record["qc"]["nodules"],
+            "placement": record["placement"],
+            "fingerprint": record["fingerprint"],
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            path, f"does not tell where the case's nodules are ({error!r})", "Delete its folder and prepare it anew."
+        ) from None
