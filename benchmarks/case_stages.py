@@ -1,6 +1,7 @@
 """Seconds and peak memory of each stage from DICOM + XML to a case, so that a slow one shows.
 
-    OMP_NUM_THREADS=1 python benchmarks/case_stages.py --config config.yaml --config config/lidc.yaml --source /data/LIDC-IDRI [case ...]
+    export OMP_NUM_THREADS=1
+    python benchmarks/case_stages.py --config config.yaml --config mine.yaml --source /data/LIDC-IDRI [case ...]
 
 Seconds are CPU time; a stage within another counts once, as itself. Memory is resident, sampled
 every 10 ms; what an earlier stage leaves behind counts in the later ones, as it does in a real run.

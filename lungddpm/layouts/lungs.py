@@ -27,9 +27,11 @@ _GAS_HU = -965.0
 """Median that even emphysema stays above, and bowel gas below."""
 _SHELL_MM = 3.0
 """Erosion that the patient survives and the shell of a table does not."""
-_CLOSING_MM = 11.0
+_CLOSING_MM = 8.0
 _COSTAL_CLOSING_MM = 17.0
-"""Half the width of the gaps that are closed: LIDC-IDRI has nodules of 30 mm on the chest wall."""
+"""Half the width of the gaps that are closed: hilar vessels everywhere, nodules of 30 mm on the chest wall."""
+_LATERAL_MM = 6.0
+"""What lies lateral to a thinner wisp of lung, beside a bronchus say, is not yet chest wall."""
 _TRACHEA_MM2 = (60.0, 700.0)
 _LUMEN_HU = -850.0
 _TRACHEA_DRIFT_MM = 6.0
@@ -43,6 +45,7 @@ _FRAGMENT_LITRES = 0.05
 _DEEPEST_PEEL_MM = 30.0
 _LUNGS_APART_MM = 40.0
 _SMALLER_LUNG_SHARE = 0.1
+_CUT_AT_THE_SIDE = "the lungs are cut off at the side of the field of view"
 _DEFAULTS = Layouts()
 
 
@@ -51,25 +54,43 @@ def segment_lungs(ct: Volume, settings: Layouts = _DEFAULTS) -> np.ndarray:
 
     Args:
         ct: HU, RAS+ (see `Volume.canonical`), at any spacing.
-        settings: gives the least volume that counts as lungs.
+        settings: gives the method and the limits (see `check_lungs`).
 
     Returns:
         uint8 of the CT's shape: 0 outside, `RIGHT`, `LEFT`.
 
     Raises:
         ExcludedCaseError: there are no lungs, only one, too little of them, or they are cut off by the field of view.
+        UserError: the method needs a package or weights that cannot be had.
     """
+    if settings.lungs == "classical":
+        sides = _classically(ct)
+    else:
+        from lungddpm.layouts.networks import lungs_by_network
+
+        sides = ct.like(lungs_by_network(ct, settings.lungs))
+    check_lungs(sides, settings)
+    return _back(sides, ct)
+
+
+def _classically(ct: Volume) -> Volume:
+    """`RIGHT` and `LEFT` lung on a grid of the CT's extent that may be coarser."""
     work = _at_least(_WORKING_MM, ct)
     spacing = work.spacing_mm
     hu = ndimage.gaussian_filter(work.array, _SMOOTHING_MM / spacing)
     air = hu < _threshold(hu)
-    air &= _body(hu, spacing) & ~_outside(air, hu, work.voxel_mm3)
+    outside = _outside(air, hu, work.voxel_mm3)
+    air &= _body(hu, spacing) & ~outside
     lungs = _lung_like(air, hu, work.voxel_mm3)
     airways = _airways(hu, air, lungs, spacing)
     lungs = _lung_like(lungs & ~airways, hu, work.voxel_mm3)
-    sides = _close(split_lungs(work.like(lungs)), airways, spacing)
-    check_lungs(work.like(sides), settings)
-    return _back(work.like(sides), ct)
+    try:
+        sides = split_lungs(work.like(lungs))
+    except ExcludedCaseError:
+        if _holds_lung(outside, hu, spacing):
+            raise _excluded(_CUT_AT_THE_SIDE) from None
+        raise
+    return work.like(_close(sides, airways, spacing))
 
 
 def split_lungs(lungs: Volume) -> np.ndarray:
@@ -105,24 +126,62 @@ def split_lungs(lungs: Volume) -> np.ndarray:
     return sides
 
 
-def check_lungs(sides: Volume, settings: Layouts) -> None:
-    """Check that the scan shows the lungs from end to end, and enough of them.
+def measure_lungs(sides: Volume) -> dict[str, float]:
+    """Figures by which lungs are judged.
 
     Args:
-        sides: non-zero inside the lungs.
-        settings: gives the least volume that counts as lungs.
+        sides: `RIGHT` and `LEFT`, RAS+, with at least one voxel.
+
+    Returns:
+        `lung_litres_right`, `lung_litres_left`; `smaller_lung_share` of both lungs' volume; `end_slice_share_bottom`
+        and `end_slice_share_top`, the lungs' area on the scan's end slices as a share of their greatest axial area.
+    """
+    right, left = (np.count_nonzero(sides.array == side, axis=(0, 1)) for side in (RIGHT, LEFT))
+    areas = right + left
+    litre = sides.voxel_mm3 / 1e6
+    return {
+        "lung_litres_right": float(right.sum() * litre),
+        "lung_litres_left": float(left.sum() * litre),
+        "smaller_lung_share": float(min(right.sum(), left.sum()) / areas.sum()),
+        "end_slice_share_bottom": float(areas[0] / areas.max()),
+        "end_slice_share_top": float(areas[-1] / areas.max()),
+    }
+
+
+def check_lungs(sides: Volume, settings: Layouts) -> None:
+    """Check that the scan shows both lungs from end to end, and enough of them.
+
+    Args:
+        sides: see `measure_lungs`.
+        settings: gives the limits.
 
     Raises:
-        ExcludedCaseError: an end slice cuts through the lungs, or they are too small.
+        ExcludedCaseError: there are not two lungs, an end slice or a side of the scan cuts through them, they are too
+            small or too large, or one is too small.
     """
-    areas = np.count_nonzero(sides.array, axis=(0, 1))
-    for end, name in ((0, "bottom"), (-1, "top")):
-        if areas[end] > settings.limits.end_slice_share * areas.max():
-            raise _excluded(f"the lungs are cut off at the {name} of the scan")
-    litres = areas.sum() * sides.voxel_mm3 / 1e6
-    least, most = settings.limits.lung_litres
+    found = [side for side in (RIGHT, LEFT) if (sides.array == side).any()]
+    if len(found) < 2:
+        raise _excluded("only one lung was found" if found else "no lungs were found")
+    figures, limits = measure_lungs(sides), settings.limits
+    for end in ("bottom", "top"):
+        if (share := figures[f"end_slice_share_{end}"]) > limits.end_slice_share:
+            raise _excluded(
+                f"the lungs are cut off at the {end} of the scan: its end slice shows {share:.1%} of their greatest"
+                f" area, more than {limits.end_slice_share:.1%} (layouts.limits.end_slice_share)"
+            )
+    for axis in (0, 1):
+        areas = np.count_nonzero(sides.array, axis=(1 - axis, 2))
+        if max(areas[0], areas[-1]) > limits.end_slice_share * areas.max():
+            raise _excluded(_CUT_AT_THE_SIDE)
+    litres = figures["lung_litres_right"] + figures["lung_litres_left"]
+    least, most = limits.lung_litres
     if not least <= litres <= most:
         raise _excluded(f"the lungs hold {litres:.2f} litres, not {least:g} to {most:g} (layouts.limits.lung_litres)")
+    if (share := figures["smaller_lung_share"]) < limits.smaller_lung_share:
+        raise _excluded(
+            f"the smaller lung holds {share:.1%} of the lung volume, less than {limits.smaller_lung_share:.1%}"
+            " (layouts.limits.smaller_lung_share)"
+        )
 
 
 def _excluded(problem: str) -> ExcludedCaseError:
@@ -160,11 +219,23 @@ def _outside(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
     """
     labels = cc3d.connected_components(air, connectivity=6)
     lateral = _present((labels[0], labels[-1], labels[:, 0], labels[:, -1]), labels.max())
-    # A table filled with foam looks like lung, but runs from end to end of the scan.
-    whole_length = _present((labels[:, :, 0],), labels.max()) & _present((labels[:, :, -1],), labels.max())
-    if _lung_like((lateral & ~whole_length)[labels], hu, voxel_mm3).any():
-        raise _excluded("the lungs are cut off at the side of the field of view")
+    if _lung_like((lateral & ~_whole_length(labels))[labels], hu, voxel_mm3).any():
+        raise _excluded(_CUT_AT_THE_SIDE)
     return lateral[labels]
+
+
+def _holds_lung(outside: np.ndarray, hu: np.ndarray, spacing: np.ndarray) -> bool:
+    """Whether the air around the patient is joined by lung, as where the scanner's circle cuts through the chest."""
+    dense = (outside & (hu > _GAS_HU)).view(np.uint8)
+    # Thin, like the patient's skin, is what lies between air and tissue only because both are mixed there.
+    dense = ndimage.minimum_filter(dense, 2 * np.maximum(1, np.rint(_SHELL_MM / spacing)).astype(int) + 1)
+    labels = cc3d.connected_components(dense, connectivity=6)
+    return bool(_lung_like(dense.astype(bool) & ~_whole_length(labels)[labels], hu, float(spacing.prod())).any())
+
+
+def _whole_length(labels: np.ndarray) -> np.ndarray:
+    """For each label whether it runs from end to end of the scan, as a table does whose foam looks like lung."""
+    return _present((labels[:, :, 0],), labels.max()) & _present((labels[:, :, -1],), labels.max())
 
 
 def _present(faces: tuple[np.ndarray, ...], largest: int) -> np.ndarray:
@@ -302,6 +373,8 @@ def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.nd
         lung = sides[box] == side
         from_medial = slice(None, None, 1 if side == RIGHT else -1)
         beyond_lung = np.logical_or.accumulate(lung[from_medial], axis=0)[from_medial]
+        thickness = (1, *np.maximum(1, np.rint(_LATERAL_MM / spacing[1:])).astype(int))
+        beyond_lung = ndimage.grey_opening(beyond_lung.view(np.uint8), thickness).astype(bool)
         distance_mm = ndimage.distance_transform_edt(~lung, spacing)
         closed = lung.copy()
         for radius_mm, where in ((_CLOSING_MM, True), (_COSTAL_CLOSING_MM, beyond_lung)):

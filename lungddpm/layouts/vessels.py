@@ -25,6 +25,8 @@ _FAINT_HU, _CLEAR_HU = 45.0, 110.0
 _ABOVE_LUNG_HU = 250.0
 _TISSUE_HU = -550.0
 _SPECK_MM3 = 30.0
+_RIM_MM, _DEEP_SHARE = 5.0, 0.5
+"""What does not reach this share deeper than the lungs' rim is pleura, fat, scar or the diaphragm's partial volume."""
 
 
 def segment_vessels(ct: Volume, lungs: np.ndarray) -> np.ndarray:
@@ -75,7 +77,13 @@ def _tubes(hu: np.ndarray, inside: np.ndarray, spacing_mm: np.ndarray) -> np.nda
     field.flat[places] = response
     tubes = apply_hysteresis_threshold(field, _FAINT_HU, _CLEAR_HU) & (hu > lung_hu + _ABOVE_LUNG_HU)
     grown = tubes | (ndimage.binary_dilation(tubes) & (hu > _TISSUE_HU) & inside)
-    return cc3d.dust(grown, threshold=int(_SPECK_MM3 / spacing_mm.prod()), connectivity=26)
+    reach = np.rint(_RIM_MM / spacing_mm).astype(int)
+    deep = ndimage.minimum_filter(inside.view(np.uint8), 2 * reach + 1, mode="constant").astype(bool)
+    labels, count = cc3d.connected_components(grown, connectivity=26, return_N=True)
+    sizes, deep_sizes = (np.bincount(part, minlength=count + 1) for part in (labels.ravel(), labels[deep]))
+    keep = (sizes * spacing_mm.prod() >= _SPECK_MM3) & (deep_sizes >= _DEEP_SHARE * sizes)
+    keep[0] = False
+    return keep[labels]
 
 
 def _laplacian(image: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:

@@ -74,5 +74,23 @@ def test_noise_alone_is_no_vessel():
     assert not segment_vessels(volume_of(grid[0] + 99, lungs, affine, spacing, noise_hu=60), lungs).any()
 
 
+def test_a_plaque_on_the_pleura_is_no_vessel():
+    """20 mm long and wide, 4 mm thick: its edges bend like a vessel."""
+    spacing = (0.7, 0.7, 1.25)
+    grid, lungs, affine = scene(np.array(spacing))
+    plaque = np.maximum(grid[0] - 10, np.maximum(np.abs(grid[1] - 30), np.abs(grid[2] - 30)) - 10)
+    assert not segment_vessels(volume_of(plaque, lungs, affine, spacing), lungs).any()
+
+
+def test_contrast_and_a_sharp_kernel_do_no_harm(patient):
+    noise = np.random.default_rng(0).normal(0, 60, patient.ct.shape)
+    hu = np.where(patient.vessels, 350, patient.ct.array) + noise
+    found = segment_vessels(patient.ct.like(hu.astype(np.int16)), patient.lungs)
+    found &= ~np.any(patient.nodules, axis=0)
+    near = ndimage.binary_dilation(patient.vessel_radius_mm > 0, np.ones((3, 3, 3)))
+    assert found[patient.vessels & (patient.vessel_radius_mm >= 2)].mean() > 0.95
+    assert near[found].mean() > 0.95
+
+
 def test_without_lungs_there_are_no_vessels(patient):
     assert not segment_vessels(patient.ct, np.zeros(patient.ct.shape, np.uint8)).any()

@@ -7,7 +7,7 @@ from scipy.ndimage import binary_dilation, binary_erosion, label
 from lungddpm.config import Phantom
 from lungddpm.sources.phantom.nodules import draw_shape, shape_share
 from lungddpm.sources.phantom.patient import Thorax, thorax
-from lungddpm.sources.phantom.scanner import PADDING_HU, Grid
+from lungddpm.sources.phantom.scanner import PADDING_HU, Grid, acquire, painting_grid, slice_means
 from lungddpm.sources.phantom.shapes import fill_rods, rods_between
 from lungddpm.sources.phantom.vessels import grow_tree
 
@@ -72,6 +72,93 @@ def test_only_the_outside_of_the_scanners_circle_is_padding(clean: Thorax):
     outside = np.hypot(columns, rows) > hu.shape[0] / 2
     assert ((hu == PADDING_HU) == outside[..., None]).all()
     assert hu[~outside].min() >= -1024
+
+
+# ------------------------------------------------------------------ slices and kernels
+
+
+def slab(thickness_mm: float) -> Grid:
+    axis = 1.5 * np.arange(40, dtype=np.float32)
+    return Grid(axis, axis, (thickness_mm * np.arange(60 // thickness_mm)).astype(np.float32), 1.5, thickness_mm)
+
+
+@pytest.mark.parametrize("thickness_mm", [1.0, 1.5, 3.0, 5.0])
+def test_slices_average_over_their_thickness(thickness_mm: float):
+    """A level surface fills the slice that holds it by the share below it, to an eighth of its thickness."""
+    scan = slab(thickness_mm)
+    grid = painting_grid(scan)
+    assert grid.slice_mm == pytest.approx(grid.pixel_mm, rel=0.35)
+    for height in np.linspace(28, 33, 11):
+        surface = np.broadcast_to(grid.coordinates()[2] - np.float32(height), grid.shape)
+        column = slice_means(grid.share(surface), scan)[0, 0]
+        exact = np.clip((height - scan.z) / thickness_mm + 0.5, 0, 1)
+        assert np.abs(column - exact).max() < 0.13
+        assert column.sum() * thickness_mm == pytest.approx(height + thickness_mm / 2, abs=0.05)
+
+
+def test_thick_slices_show_the_mean_of_thin_ones():
+    """A scan of 9 mm slices is the mean of three 3 mm slices, but in the lungs, whose vessels and nodules differ."""
+    thick, thin = (
+        thorax(Phantom(matrix=100, pixel_mm=3.3, slice_mm=slice_mm, noise_hu=0, nodule_diameter_mm=(16, 30)), 4)
+        for slice_mm in (9.0, 3.0)
+    )
+    # Both begin with the same middle of a slice.
+    n = min(thick.ct.shape[2], (thin.ct.shape[2] - 1) // 3) - 1
+
+    def in_thirds(array: np.ndarray) -> np.ndarray:
+        return array[:, :, 2 : 2 + 3 * n].reshape(100, 100, n, 3)
+
+    lungs, thin_lungs = thick.lungs[:, :, 1 : 1 + n], in_thirds(thin.lungs)
+    body = ~binary_dilation(thin_lungs.any(axis=3), iterations=2)
+    difference = thick.ct.array[:, :, 1 : 1 + n] - in_thirds(thin.ct.array.astype(float)).mean(axis=3)
+    assert np.abs(difference[body]).max() <= 1
+    assert (lungs | ~thin_lungs.all(axis=3)).all()
+    assert (thin_lungs.any(axis=3) | ~lungs).all()
+
+
+@pytest.fixture(scope="module")
+def by_kernel() -> dict[str, np.ndarray]:
+    """A step from lung to tissue along x as each kernel shows it, without noise; 1.4 mm pixels."""
+    x = 1.4 * np.arange(60, dtype=np.float32)
+    grid = Grid(x, x, x[:4], 1.4, 1.4)
+    step = np.broadcast_to(np.where(x < 42, -850, 40)[:, None, None], grid.shape).astype(np.float32)
+    rng = np.random.default_rng(0)
+    scans = {kernel: acquire(step, grid, kernel, 0.0, rng) for kernel in ("soft", "standard", "sharp")}
+    return {kernel: scan[:, 30, 2].astype(float) for kernel, scan in scans.items()}
+
+
+def test_sharp_edges_overshoot_and_soft_ones_are_wide(by_kernel: dict[str, np.ndarray]):
+    inner = {kernel: profile[10:50] for kernel, profile in by_kernel.items()}
+    assert (inner["standard"].min(), inner["standard"].max()) == (-850, 40)
+    # A tenth to a fifth of the step, as bone kernels show it.
+    for overshoot in (inner["sharp"].max() - 40, -850 - inner["sharp"].min()):
+        assert 0.08 * 890 < overshoot < 0.22 * 890
+    assert (inner["soft"].min(), inner["soft"].max()) == pytest.approx((-850, 40), abs=2)
+    mixed = {kernel: np.count_nonzero((p > -850 + 45) & (p < 40 - 45)) for kernel, p in inner.items()}
+    assert mixed["sharp"] == mixed["standard"] == 0
+    assert mixed["soft"] >= 2
+
+
+def test_noise_is_as_fine_as_its_kernel():
+    x = 1.4 * np.arange(80, dtype=np.float32)
+    grid = Grid(x, x, x[:20], 1.4, 1.4)
+    neighbours = {}
+    for kernel in ("soft", "standard", "sharp"):
+        noise = acquire(np.zeros(grid.shape, np.float32), grid, kernel, 30.0, np.random.default_rng(1)).astype(float)
+        inner = noise[20:60, 20:60]
+        assert inner.std() == pytest.approx(30, rel=0.05)
+        neighbours[kernel] = np.corrcoef(inner[1:].ravel(), inner[:-1].ravel())[0, 1]
+    assert neighbours["soft"] > 0.6 > neighbours["standard"] > 0.3 > 0.1 > neighbours["sharp"]
+
+
+@pytest.mark.parametrize("kernel", ["soft", "sharp"])
+def test_the_truth_does_not_depend_on_the_kernel(small: Phantom, patients: list[Thorax], kernel: str):
+    other = thorax(small.model_copy(update={"noise_hu": 0.0, "kernel": kernel}), 1)
+    assert (other.ct.array != patients[1].ct.array).any()
+    for name in ("lungs", "vessels", "vessel_radius_mm"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(patients[1], name))
+    for one, another in zip(other.nodules, patients[1].nodules, strict=True):
+        np.testing.assert_array_equal(one.mask, another.mask)
 
 
 # ------------------------------------------------------------------ vessels

@@ -12,7 +12,7 @@ import numpy as np
 
 from lungddpm.config import Phantom
 from lungddpm.sources.phantom.anatomy import Surfaces
-from lungddpm.sources.phantom.scanner import HU, Box, Grid, paint
+from lungddpm.sources.phantom.scanner import HU, Box, Grid, paint, slice_means
 from lungddpm.sources.phantom.shapes import golden_spiral
 
 
@@ -137,8 +137,13 @@ def place_marks(
     return np.array([site.centre_mm for site in marks]).reshape(-1, 3)
 
 
-def paint_nodule(hu: np.ndarray, grid: Grid, site: Site, lung_share: np.ndarray, rng: np.random.Generator) -> Nodule:
-    """Paint one nodule, cut off at the lung's surface; its `centre_mm` is still in the patient's frame."""
+def paint_nodule(
+    hu: np.ndarray, grid: Grid, scan: Grid, site: Site, lung_share: np.ndarray, rng: np.random.Generator
+) -> Nodule:
+    """Paint one nodule, cut off at the lung's surface; its `centre_mm` is still in the patient's frame.
+
+    `grid` is the painting grid of `scan`, whose voxels the nodule's mask has.
+    """
     texture = str(rng.choice(["solid", "part-solid", "ground-glass"], p=[0.6, 0.2, 0.2]))
     odds = {"solid": [0.4, 0.3, 0.3], "part-solid": [0.3, 0.4, 0.3], "ground-glass": [0.7, 0.3, 0.0]}[texture]
     margin = str(rng.choice(["smooth", "lobulated", "spiculated"], p=odds))
@@ -150,11 +155,14 @@ def paint_nodule(hu: np.ndarray, grid: Grid, site: Site, lung_share: np.ndarray,
     if texture == "part-solid":
         _, core = shape_share(grid, shape, site.centre_mm, relative=rng.uniform(0.45, 0.65))
         paint(hu[box], core * lung_share[box], HU["solid"])
-    mask = np.zeros(grid.shape, bool)
-    # A nodule that fills no voxel by half still has one.
-    mask[box] = share >= min(0.5, share.max())
+    painted = np.zeros(grid.shape, np.float32)
+    painted[box] = share
+    seen = slice_means(painted, scan)
     diameter_mm = float(np.cbrt(6 / np.pi * share.sum() * grid.step_mm.prod()))
-    return Nodule(mask, tuple(site.centre_mm), diameter_mm, texture, margin, site.attachment, shape)
+    # A nodule that fills no voxel by half still has one.
+    return Nodule(
+        seen >= min(0.5, seen.max()), tuple(site.centre_mm), diameter_mm, texture, margin, site.attachment, shape
+    )
 
 
 def paint_small_nodule(hu: np.ndarray, grid: Grid, centre_mm: np.ndarray, rng: np.random.Generator) -> None:

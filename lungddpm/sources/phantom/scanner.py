@@ -1,4 +1,4 @@
-"""The scanner: what it sees of each tissue, where its voxels lie, how they mix what they hold, and its noise.
+"""The scanner: what it sees of each tissue, where its voxels lie, how they mix what they hold, its kernels, its noise.
 
 Attenuation (HU) is that of unenhanced 120 kVp CT:
     lung about -850, denser at the back of supine patients: Verschakelen et al., Am. J. Roentgenol. 161:713-717, 1993
@@ -6,6 +6,9 @@ Attenuation (HU) is that of unenhanced 120 kVp CT:
         Essential Physics of Medical Imaging, 3rd ed. 2012, chapter 10
     solid nodule 30, ground glass -600: Henschke et al., Am. J. Roentgenol. 178:1053-1057, 2002 (the textures); Wang et
         al., Iran. J. Radiol. 15:e61846, 2018 (HU of ground glass)
+
+Kernels differ as the textbook says (Bushberg et al. 2012, chapter 10): a sharp one lifts high spatial frequencies, so
+that edges overshoot and neighbouring pixels' noise differs; a soft one blurs both.
 """
 
 from __future__ import annotations
@@ -27,6 +30,27 @@ LOWEST_HU, HIGHEST_HU = -1024, 3071
 """The range of a 12-bit scanner."""
 LPS_TO_RAS = np.array([-1, -1, 1])
 """Factors that turn LPS coordinates into RAS, and back."""
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A reconstruction kernel: what it does to an image in plane, beyond the pixels' own averaging."""
+
+    blur_mm: float
+    """Standard deviation of its Gaussian blur."""
+    gain: float
+    """How much it lifts what is finer than `lifted_mm`."""
+    lifted_mm: float
+    noise_pixels: float
+    """Standard deviation of the Gaussian that correlates the noise of neighbouring pixels before the kernel."""
+
+
+_KERNELS = {
+    # B20f, B40f and B70f are their likes on one maker's scanners.
+    "soft": Kernel(blur_mm=1.0, gain=0.0, lifted_mm=0.0, noise_pixels=0.6),
+    "standard": Kernel(blur_mm=0.0, gain=0.0, lifted_mm=0.0, noise_pixels=0.6),
+    "sharp": Kernel(blur_mm=0.0, gain=0.7, lifted_mm=0.9, noise_pixels=0.0),
+}
 
 Box = tuple[slice, slice, slice]
 _EVERYWHERE: Box = (slice(None), slice(None), slice(None))
@@ -67,7 +91,10 @@ class Grid:
         return self.x[box[0], None, None], self.y[None, box[1], None], self.z[None, None, box[2]]
 
     def share(self, distance_mm: np.ndarray) -> np.ndarray:
-        """Share of each voxel behind a surface, from the signed distance of its centre (negative inside)."""
+        """Share of each voxel behind a surface, from the signed distance of its centre (negative inside).
+
+        True for voxels that are nearly cubes, see `painting_grid`.
+        """
         return np.clip(0.5 - distance_mm / np.float32((2 * self.pixel_mm + self.slice_mm) / 3), 0, 1)
 
     def index_of(self, points_mm: np.ndarray) -> np.ndarray:
@@ -104,18 +131,48 @@ def field_of_view(
     return grid, first - grid.first_mm
 
 
-def acquire(hu: np.ndarray, grid: Grid, noise_hu: float, rng: np.random.Generator) -> np.ndarray:
-    """The int16 HU that the scanner makes of a noiseless float32 `hu` on its grid."""
-    noisy = hu + _noise(grid.shape, noise_hu, rng)
+def painting_grid(scan: Grid) -> Grid:
+    """The grid to paint a scan on: every slice cut into equal parts about as thick as a pixel is wide."""
+    parts = max(1, round(scan.slice_mm / scan.pixel_mm))
+    part_mm = scan.slice_mm / parts
+    middles = (np.arange(parts) - (parts - 1) / 2) * part_mm
+    z = (scan.z[:, None] + middles.astype(np.float32)).ravel()
+    return Grid(scan.x, scan.y, z, scan.pixel_mm, part_mm)
+
+
+def slice_means(painted: np.ndarray, scan: Grid) -> np.ndarray:
+    """The mean over each slice's thickness of an array on the scan's painting grid."""
+    parts = painted.shape[2] // scan.shape[2]
+    return sum(painted[:, :, part::parts] for part in range(parts)) / np.float32(parts)
+
+
+def acquire(hu: np.ndarray, grid: Grid, kernel: str, noise_hu: float, rng: np.random.Generator) -> np.ndarray:
+    """The int16 HU that the scanner makes of a noiseless float32 `hu` on its grid, by one of `soft`, `standard` and
+    `sharp` kernel."""
+    noisy = _reconstruct(hu, _KERNELS[kernel], grid.pixel_mm) + _noise(grid, _KERNELS[kernel], noise_hu, rng)
     scan = np.clip(np.rint(noisy), LOWEST_HU, HIGHEST_HU).astype(np.int16)
     radius_mm = grid.pixel_mm * len(grid.x) / 2
     scan[np.hypot(grid.x[:, None] - grid.x.mean(), grid.y - grid.y.mean()) > radius_mm] = PADDING_HU
     return scan
 
 
-def _noise(shape: tuple[int, int, int], sigma_hu: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of that standard deviation, correlated over about a voxel, as reconstruction kernels leave it."""
+def _reconstruct(image: np.ndarray, kernel: Kernel, pixel_mm: float) -> np.ndarray:
+    """An image as the kernel shows it, slice by slice."""
+    if kernel.blur_mm:
+        image = _blurred(image, kernel.blur_mm / pixel_mm)
+    if kernel.gain:
+        image = image + np.float32(kernel.gain) * (image - _blurred(image, kernel.lifted_mm / pixel_mm))
+    return image
+
+
+def _noise(grid: Grid, kernel: Kernel, sigma_hu: float, rng: np.random.Generator) -> np.ndarray:
+    """Noise of that standard deviation, correlated as the kernel leaves it."""
+    white = rng.standard_normal(grid.shape, np.float32)
+    noise = _reconstruct(_blurred(white, kernel.noise_pixels, 0.35, mode="wrap"), kernel, grid.pixel_mm)
+    return noise * np.float32(sigma_hu / noise.std())
+
+
+def _blurred(image: np.ndarray, pixels: float, slices: float = 0.0, mode: str = "nearest") -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
-    noise = gaussian_filter(rng.standard_normal(shape, np.float32), (0.6, 0.6, 0.35), mode="wrap")
-    return noise * np.float32(sigma_hu / noise.std())
+    return gaussian_filter(image, (pixels, pixels, slices), mode=mode)

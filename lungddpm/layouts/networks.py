@@ -1,0 +1,119 @@
+"""Lungs by published networks, from packages that are installed on demand and that fetch their own weights.
+
+    lungmask           U-net R231, slice by slice: Hofmanninger et al., Eur. Radiol. Exp. 4:50, 2020
+    totalsegmentator   nnU-Net, five lobes: Wasserthal et al., Radiology: Artificial Intelligence 5:e230024, 2023
+
+Both leave trachea and main bronchi out. Both use a GPU where there is one; on a CPU a scan takes minutes.
+"""
+
+from __future__ import annotations
+
+import functools
+import pickle
+import zipfile
+
+import numpy as np
+
+from lungddpm.errors import UserError
+from lungddpm.layouts.lungs import LEFT, RIGHT
+from lungddpm.volume import Volume
+
+_LOBES = {
+    "lung_upper_lobe_right": RIGHT,
+    "lung_middle_lobe_right": RIGHT,
+    "lung_lower_lobe_right": RIGHT,
+    "lung_upper_lobe_left": LEFT,
+    "lung_lower_lobe_left": LEFT,
+}
+_KEY = "layouts.lungs"
+
+
+def lungs_by_network(ct: Volume, name: str) -> np.ndarray:
+    """Both lungs as a network sees them, unchecked.
+
+    Args:
+        ct: HU, RAS+.
+        name: `lungmask` or `totalsegmentator`.
+
+    Returns:
+        uint8 of the CT's shape: 0 outside, `RIGHT`, `LEFT`.
+
+    Raises:
+        UserError: the package is not installed, or its weights cannot be had.
+    """
+    return {"lungmask": _by_lungmask, "totalsegmentator": _by_totalsegmentator}[name](ct)
+
+
+def _by_lungmask(ct: Volume) -> np.ndarray:
+    # It takes arrays as (slice, row, column) in LPS order and gives 1 for the right lung, 2 for the left.
+    found = _lungmask_model().apply(_ras_lps(ct.array).transpose(2, 1, 0))
+    sides = np.zeros(ct.shape, np.uint8)
+    for label, side in ((1, RIGHT), (2, LEFT)):
+        sides[_ras_lps((found == label).transpose(2, 1, 0))] = side
+    return sides
+
+
+@functools.cache
+def _lungmask_model() -> object:
+    try:
+        from lungmask import LMInferer
+    except ImportError as error:
+        raise _missing("lungmask", error) from None
+    try:
+        return LMInferer(modelname="R231", tqdm_disable=True)
+    # No network (URLError is an OSError), or a download that was cut short.
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        fetch = 'python -c "from lungmask import LMInferer; LMInferer()"'
+        raise _without_weights("lungmask", error, fetch, "TORCH_HOME") from None
+
+
+def _by_totalsegmentator(ct: Volume) -> np.ndarray:
+    try:
+        from totalsegmentator.map_to_binary import class_map
+        from totalsegmentator.python_api import totalsegmentator
+    except ImportError as error:
+        raise _missing("totalsegmentator", error) from None
+    import nibabel
+    import torch
+    from requests import RequestException
+
+    try:
+        found = totalsegmentator(
+            nibabel.Nifti1Image(ct.array, ct.affine),
+            output=None,
+            ml=True,
+            task="total",
+            roi_subset=list(_LOBES),
+            quiet=True,
+            device="gpu" if torch.cuda.is_available() else "cpu",
+        )
+    except (RequestException, zipfile.BadZipFile) as error:
+        fetch = "totalseg_download_weights -t total"
+        raise _without_weights("totalsegmentator", error, fetch, "TOTALSEG_HOME_DIR") from None
+    labels = np.asarray(found.dataobj)
+    sides = np.zeros(ct.shape, np.uint8)
+    for label, name in class_map["total"].items():
+        if name in _LOBES:
+            sides[labels == label] = _LOBES[name]
+    return sides
+
+
+def _ras_lps(array: np.ndarray) -> np.ndarray:
+    """An (x, y, z) array turned from RAS to LPS, or back."""
+    return array[::-1, ::-1]
+
+
+def _missing(package: str, error: ImportError) -> UserError:
+    return UserError(
+        f"{_KEY} = {package}",
+        f"the package cannot be imported ({error})",
+        f"Run `pip install 'lungddpm[{package}]'`, or set {_KEY} to classical.",
+    )
+
+
+def _without_weights(package: str, error: Exception, fetch: str, folder: str) -> UserError:
+    return UserError(
+        f"{_KEY} = {package}",
+        f"the network's weights cannot be had ({' '.join(str(error).split())[:300]})",
+        f"Run `{fetch}` where there is a network (${folder} says where they are kept), or set {_KEY} to classical.",
+    )
