@@ -45,13 +45,15 @@ class Phantom(_Section):
     pixel_mm: PositiveFloat = 2.2
     """Mean pixel spacing in mm; each patient's own differs by up to 5 %."""
     slice_mm: PositiveFloat = 3.0
-    """Slice spacing in mm."""
-    nodules: tuple[PositiveInt, PositiveInt] = (1, 3)
-    """Fewest and most nodules a patient."""
+    """Slice spacing and thickness in mm."""
+    nodules: tuple[Annotated[int, Field(ge=0)], PositiveInt] = (1, 3)
+    """Fewest and most nodules a patient; with none, a patient can only be a reference that gets placed ones."""
     nodule_diameter_mm: tuple[PositiveFloat, PositiveFloat] = (8.0, 30.0)
     """Smallest and largest nodule diameter in mm."""
     noise_hu: Annotated[float, Field(ge=0)] = 20.0
     """Standard deviation of the scanner noise in HU."""
+    kernel: Literal["soft", "standard", "sharp"] = "standard"
+    """Reconstruction kernel: `sharp` edges overshoot and its noise is fine-grained, `soft` blurs both."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Phantom:
@@ -163,7 +165,7 @@ class Layouts(_Section):
     minimum_readers: Annotated[int, Field(ge=1, le=4)] = 1
     """Nodules drawn by fewer distinct readers are left out."""
     lungs: Literal["classical", "lungmask", "totalsegmentator"] = "classical"
-    """`classical` (built in, no weights), or the network of that package, which has to be installed with its weights."""
+    """`classical` (built in, no weights), or the network of that package, to be installed with its weights."""
     limits: LayoutLimits = LayoutLimits()
 
 
@@ -182,7 +184,9 @@ class Synthesis(_Section):
     @model_validator(mode="after")
     def _scale(self) -> Synthesis:
         if self.scale[0] > self.scale[1]:
-            raise ValueError(f"synthesis.scale: the smaller factor comes first, got {self.scale[0]:g}, {self.scale[1]:g}")
+            raise ValueError(
+                f"synthesis.scale: the smaller factor comes first, got {self.scale[0]:g}, {self.scale[1]:g}"
+            )
         return self
 
 
@@ -222,7 +226,7 @@ class Training(_Section):
     batch_size: PositiveInt = 1
     """Volumes (or crops) a forward pass."""
     accumulation: PositiveInt = 2
-    """Forward passes an optimizer step."""
+    """Forward passes an optimizer step, on each process where several share the training."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of Adam."""
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
@@ -231,6 +235,9 @@ class Training(_Section):
     """Largest gradient norm; null does not clip (as published)."""
     crop: PositiveInt | None = None
     """Edge of random cubic crops in voxels; null trains on whole volumes (as published)."""
+    augmentation: Literal["none", "standard"] = "none"
+    """`standard`: half of the volumes flipped left to right, half turned and scaled a little, HU shifted a little;
+    `none`: as published."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the weights."""
     ema_every: PositiveInt = 10
@@ -239,19 +246,43 @@ class Training(_Section):
     """The average is a plain copy before this step."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 on a GPU that has it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Compute activations once more in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile the denoiser (torch.compile): minutes at the start, faster steps."""
     save_every: PositiveInt = 1000
     """Steps between saved states, from which an interrupted training goes on."""
+    sample_every: PositiveInt = 5000
+    """Steps between grids of samples; one is drawn at the end in any case."""
 
 
 class Sampling(_Section):
     """From noise to CT: solver, steps, and anatomically aware sampling (AAS)."""
 
-    sampler: Literal["ddpm", "dpmsolver++"] = "ddpm"
-    """`ddpm`: ancestral, as published; `dpmsolver++`: second-order multistep, 20 to 50 steps."""
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddpm"
+    """`ddpm`: ancestral, as published; `ddim`: first order; `dpmsolver++`, `unipc`: multistep, 20 steps will do."""
+    order: Annotated[int, Field(ge=2, le=3)] = 2
+    """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
     steps: PositiveInt = 250
-    """Denoiser calls a volume; for `ddpm` it must equal `diffusion.timesteps`."""
+    """Noise levels visited, at most `diffusion.timesteps`; as published, `ddpm` visits all."""
+    resampling: PositiveInt = 1
+    """Times that the noise levels are visited, two at a time, with fresh noise in between (RePaint): n times the cost
+    for a better seam between what is generated and what the reference fills."""
+    aas: Literal["corrected", "published"] = "corrected"
+    """`published` pastes the reference one noise level late and leaves its noise in the background."""
+    intensities: Literal["corrected", "published"] = "corrected"
+    """How the reference is scaled for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
+    axial slice by its own minimum and maximum, for published weights only."""
+    times: Literal["corrected", "published"] = "corrected"
+    """`published`: the denoiser is told its times on a scale of 1000 whatever `diffusion.timesteps` (Lung-DDPM+)."""
     batch_size: PositiveInt = 1
     """Volumes sampled at once."""
+
+    @model_validator(mode="after")
+    def _resampling(self) -> Sampling:
+        if self.resampling > 1 and self.aas == "published":
+            raise ValueError("diffusion.sampling.resampling needs diffusion.sampling.aas: corrected")
+        return self
 
 
 class Diffusion(_Section):
@@ -267,15 +298,15 @@ class Diffusion(_Section):
     training: Training = Training()
     sampling: Sampling = Sampling()
 
+    def decides_weights(self) -> dict[str, Any]:
+        """The keys that decide the weights of a trained denoiser, as JSON-like values."""
+        only_how = {"gradient_checkpointing", "compile", "save_every", "sample_every"}
+        return self.model_dump(mode="json", exclude={"sampling": True, "training": only_how})
+
     @model_validator(mode="after")
     def _consistent(self) -> Diffusion:
         if self.classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
             raise ValueError("diffusion.classes is [lung, nodule] or [lung, nodule, vessel]")
-        if self.sampling.sampler == "ddpm" and self.sampling.steps != self.timesteps:
-            raise ValueError(
-                f"diffusion.sampling.steps is {self.sampling.steps}, but the ddpm sampler visits all "
-                f"{self.timesteps} timesteps; use dpmsolver++ for fewer"
-            )
         if self.sampling.steps > self.timesteps:
             raise ValueError(f"diffusion.sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
         crop = self.training.crop
@@ -399,9 +430,9 @@ class Verdict(_Section):
     """Statistics of the comparison."""
 
     bootstraps: Annotated[int, Field(ge=100)] = 10_000
-    """Bootstrap resamples (replicate, then case)."""
+    """Bootstrap resamples (replicate, then case); they describe, they do not decide."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Level of the confidence intervals."""
+    """Level of the confidence intervals; an arm is better or worse where p, corrected for all arms, is below 1 - it."""
 
 
 class Workflow(_Section):

@@ -6,7 +6,8 @@ Module names and their order follow the published weights' state dict, so that t
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 from lungddpm.config import Config
 from lungddpm.layouts import Label
 
-_ATTENTION_EDGE = 16
+ATTENTION_EDGE = 16
 _TIME_PERIOD = 1000
 
 
@@ -40,14 +41,44 @@ def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray
 
 def build_denoiser(config: Config) -> UNet:
     """The denoiser that a config describes, with fresh weights from torch's global generator."""
+    return UNet(**network_arguments(config))
+
+
+def network_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of `UNet` that a config describes."""
     settings = config.diffusion.denoiser
-    return UNet(
-        in_channels=1 + len(config.diffusion.classes),
-        base_channels=settings.base_channels,
-        multipliers=settings.multipliers,
-        norm_groups=settings.norm_groups,
-        attention_factor=config.grid.size[0] / _ATTENTION_EDGE if settings.attention else None,
-    )
+    return {
+        "in_channels": 1 + len(config.diffusion.classes),
+        "base_channels": settings.base_channels,
+        "multipliers": settings.multipliers,
+        "norm_groups": settings.norm_groups,
+        "attention_factor": config.grid.size[0] / ATTENTION_EDGE if settings.attention else None,
+    }
+
+
+def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
+    """The arguments of the `UNet` that weights belong to; None where they are not intelligible as such.
+
+    `norm_groups` is missing: it leaves no trace in the weights.
+    """
+    first = weights.get("input_blocks.0.0.weight")
+    if first is None or first.dim() != 5:
+        return None
+    widths, attention_factor = [], 0 if "middle_block.1.qkv.weight" in weights else None
+    block = 1
+    while (convolution := weights.get(f"input_blocks.{block}.0.in_layers.2.weight")) is not None:
+        if f"input_blocks.{block}.1.qkv.weight" in weights:
+            attention_factor = 2 ** len(widths)
+        widths.append(len(convolution))
+        block += 2  # over the downsampling between two levels
+    if not widths or any(width % len(first) for width in widths):
+        return None
+    return {
+        "in_channels": first.shape[1],
+        "base_channels": len(first),
+        "multipliers": [width // len(first) for width in widths],
+        "attention_factor": attention_factor,
+    }
 
 
 class UNet(nn.Module):

@@ -1,4 +1,4 @@
-"""From noise to CT: ancestral sampling, DPM-Solver++, and anatomically aware sampling (AAS; arXiv 2502.15204).
+"""From noise to CT: samplers, and anatomically aware sampling (AAS; arXiv 2502.15204).
 
 Under AAS, voxels that the layout leaves open are pasted from a reference CT while the rest is generated. The solvers
 are diffusers' own, told the clean CT that the denoiser implies; it is clamped to the model's range [-1, 1].
@@ -7,67 +7,93 @@ are diffusers' own, told the clean CT that the denoiser implies; it is clamped t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from lungddpm.diffusion.schedule import alphas_cumprod
+from lungddpm.diffusion.schedule import alphas_cumprod, spaced_timesteps
 
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT and condition (N, 1 + C, D, H, W), timesteps (N,)) -> predicted noise (N, 1, D, H, W)."""
 
-# Drops only the last of 250 cosine timesteps, where an error of the noise grows 5,000-fold in the clean CT.
-_LOWEST_LOG_SNR = -5.1
+# With one level a jump, multistep solvers would never get beyond first order; longer jumps mend the seam less.
+_LEVELS_A_JUMP = 2
+_PUBLISHED_TIMES = 1000
 
 
-@dataclass(frozen=True)
-class _Solver:
-    """A diffusers scheduler with the noise levels it passes through. It keeps state: every sampling needs its own.
+class Solver:
+    """Takes a state from noise level to noise level with a scheduler of diffusers; every sampling needs its own.
+
+    Args:
+        sampler: see `sample`.
+        order: of `dpmsolver++` and `unipc`.
+        betas: (T,) float64 noise schedule.
+        steps: levels to visit.
+        corrector: whether UniPC may correct a state after the fact. It does so from the state before, which undoes
+            what was pasted meanwhile.
 
     Attributes:
-        scheduler: turns the clean CT implied at one level into the state at the next.
         timesteps: n indices at which the denoiser is called, falling.
         signal: n + 1 scales of the clean CT in the state at each of them, and 1 after the last step.
         noise: n + 1 standard deviations of the noise in the state; 0 after the last step.
     """
 
-    scheduler: DDPMScheduler | DPMSolverMultistepScheduler
-    timesteps: list[int]
-    signal: list[float]
-    noise: list[float]
+    def __init__(
+        self,
+        sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"],
+        order: int,
+        betas: torch.Tensor,
+        steps: int,
+        corrector: bool = True,
+    ):
+        if not 1 <= steps <= len(betas):
+            raise ValueError(f"{steps} steps do not fit {len(betas)} timesteps")
+        signal = alphas_cumprod(betas)
+        # Only the ancestral sampler can start at pure noise, where nothing of the clean CT is left to tell.
+        takes_all = sampler == "ddpm" and steps == len(betas)
+        self.timesteps = list(reversed(range(steps))) if takes_all else spaced_timesteps(signal, steps)
+        visited = torch.cat([signal[self.timesteps], signal.new_ones(1)])
+        self.signal, self.noise = visited.sqrt().tolist(), (1 - visited).sqrt().tolist()
+        shared = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "sample"}
+        if sampler == "ddpm":
+            self.scheduler = DDPMScheduler(**shared, variance_type="fixed_small", clip_sample=False)
+            # diffusers keeps these in float32, which loses the early timesteps' small noise.
+            self.scheduler.alphas_cumprod = signal
+        elif sampler == "unipc":
+            off = [] if corrector else list(range(len(self.timesteps)))
+            self.scheduler = UniPCMultistepScheduler(**shared, solver_order=order, disable_corrector=off)
+        else:
+            # First-order DPM-Solver++ is DDIM; diffusers' DDIMScheduler takes steps of T // n whatever the timesteps.
+            self.scheduler = DPMSolverMultistepScheduler(**shared, solver_order=1 if sampler == "ddim" else order)
+        self.start(0)
 
+    def start(self, index: int) -> None:
+        """Forget the steps taken; the next one leaves level `index`."""
+        if isinstance(self.scheduler, DDPMScheduler):
+            self.scheduler.set_timesteps(timesteps=self.timesteps)
+            return
+        # Its own timesteps are too few, repeat themselves, or end far from the clean CT, depending on the spacing.
+        self.scheduler.set_timesteps(len(self.timesteps))
+        self.scheduler.timesteps = torch.tensor(self.timesteps)
+        self.scheduler.sigmas = torch.tensor([n / s for n, s in zip(self.noise, self.signal, strict=True)])
+        self.scheduler.set_begin_index(index)
 
-def _make_solver(sampler: Literal["ddpm", "dpmsolver++"], betas: torch.Tensor, steps: int) -> _Solver:
-    signal = alphas_cumprod(betas)
-    if sampler == "ddpm":
-        if steps != len(betas):
-            raise ValueError(f"the ddpm sampler visits all {len(betas)} timesteps, asked for {steps}")
-        scheduler = DDPMScheduler(
-            len(betas),
-            trained_betas=betas.tolist(),
-            variance_type="fixed_small",
-            prediction_type="sample",
-            clip_sample=False,
-        )
-    else:
-        scheduler = DPMSolverMultistepScheduler(
-            len(betas),
-            trained_betas=betas.tolist(),
-            prediction_type="sample",
-            timestep_spacing="trailing",
-            lambda_min_clipped=_LOWEST_LOG_SNR,
-            final_sigmas_type="zero",
-        )
-    # diffusers keeps these in float32, which loses the early timesteps' small noise.
-    scheduler.alphas_cumprod = signal
-    scheduler.set_timesteps(steps)
-    if sampler == "dpmsolver++":
-        scheduler.set_begin_index(0)
-    timesteps = scheduler.timesteps.tolist()
-    visited = torch.cat([signal[timesteps], torch.ones(1, dtype=signal.dtype)])
-    return _Solver(scheduler, timesteps, visited.sqrt().tolist(), (1 - visited).sqrt().tolist())
+    def clean(self, index: int, state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """The clean CT in [-1, 1] that a state at level `index` and its predicted noise imply."""
+        return ((state - self.noise[index] * noise) / self.signal[index]).clamp(-1, 1)
+
+    def step(
+        self, index: int, state: torch.Tensor, clean: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        """From level `index` to the next one."""
+        ancestral = {"generator": list(generators)} if isinstance(self.scheduler, DDPMScheduler) else {}
+        return self.scheduler.step(clean, self.timesteps[index], state, **ancestral).prev_sample
+
+    def back(self, index: int, earlier: int, state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """From level `index` back to an earlier, noisier one, by adding fresh noise."""
+        kept = self.signal[earlier] / self.signal[index]
+        return kept * state + (1 - kept**2) ** 0.5 * noise
 
 
 def open_voxels(condition: torch.Tensor) -> torch.Tensor:
@@ -80,12 +106,16 @@ def sample(
     predict_noise: Predictor,
     condition: torch.Tensor,
     betas: torch.Tensor,
-    sampler: Literal["ddpm", "dpmsolver++"],
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"],
     steps: int,
     generators: Sequence[torch.Generator],
     reference: torch.Tensor | None = None,
-    mode: Literal["corrected", "published"] = "corrected",
+    *,
+    order: int = 2,
+    resampling: int = 1,
+    aas: Literal["corrected", "published"] = "corrected",
     blend_from: int | None = None,
+    times: Literal["corrected", "published"] = "corrected",
 ) -> torch.Tensor:
     """Generate CT volumes for layouts.
 
@@ -93,39 +123,59 @@ def sample(
         predict_noise: the denoiser.
         condition: (N, C, D, H, W), see `condition_channels`.
         betas: (T,) float64 noise schedule.
-        sampler: `ddpm`, ancestral (Ho et al. 2020), or `dpmsolver++`, second-order multistep (Lu et al. 2022).
-        steps: denoiser calls. `ddpm` visits all T timesteps; `dpmsolver++` visits none twice, and therefore fewer
-            where `steps` is close to T.
+        sampler: `ddpm`, ancestral (Ho et al. 2020); `ddim` (Song et al. 2021, without noise); `dpmsolver++`, multistep
+            (Lu et al. 2022, arXiv 2211.01095); `unipc` (Zhao et al. 2023), whose corrector is off under AAS.
+        steps: noise levels to visit, at most T, none twice. `ddpm` alone can take all T; the others leave out those
+            that are pure noise.
         generators: one for each volume, so that a volume does not depend on its batch; on the device of `condition`.
         reference: (N, 1, D, H, W) CT in [-1, 1] that fills the open voxels; None generates the whole volume.
-        mode: `corrected` pastes the reference at the level that the state has reached after each step, and the
+        order: 2 or 3, of `dpmsolver++` and `unipc`.
+        resampling: times that two levels at a time are visited, going back with fresh noise in between (RePaint,
+            Lugmayr et al. 2022), so that generated voxels can adapt to what is pasted beside them.
+        aas: `corrected` pastes the reference at the level that the state has reached after each step, and the
             reference itself after the last. `published` pastes it at the level before the step, which leaves noise in
             the background.
         blend_from: in mode `published`, paste only at timesteps up to this one (default: at all).
+        times: `corrected` tells the denoiser the timestep, as in training; `published` scales it to T = 1000, as
+            Lung-DDPM+ does (arXiv 2508.09327).
 
     Returns:
         (N, 1, D, H, W) float32, on the device of `condition`.
+
+    Raises:
+        ValueError: fewer than one step, or more than T.
     """
-    solver = _make_solver(sampler, betas, steps)
+    solver = Solver(sampler, order, betas, steps, corrector=reference is None)
     shape = (len(condition), 1, *condition.shape[2:])
-    state = _draw(shape, generators)
     is_open = open_voxels(condition)
-    for index, timestep in enumerate(solver.timesteps):
-        times = torch.full((len(condition),), timestep, device=condition.device)
-        noise = predict_noise(torch.cat([state, condition], dim=1), times).float()
-        clean = ((state - solver.noise[index] * noise) / solver.signal[index]).clamp(-1, 1)
-        state = solver.scheduler.step(clean, timestep, state, generator=list(generators)).prev_sample
+    told = [t if times == "corrected" else t * _PUBLISHED_TIMES / len(betas) for t in solver.timesteps]
+
+    def one_step(index: int, state: torch.Tensor) -> torch.Tensor:
+        noise = predict_noise(
+            torch.cat([state, condition], dim=1), torch.full((len(condition),), told[index], device=condition.device)
+        )
+        state = solver.step(index, state, solver.clean(index, state, noise.float()), generators)
         if reference is None:
-            continue
-        if mode == "corrected":
-            level = index + 1
-        else:
-            level = index
-            if timestep == 0:
-                _draw(shape, generators)  # the published loop draws ancestral noise at the last step, times zero
+            return state
+        timestep = solver.timesteps[index]
+        if aas == "published" and timestep == 0:
+            _draw(shape, generators)  # the published loop draws ancestral noise at the last step, times zero
+        level = index + 1 if aas == "corrected" else index
         pasted = solver.signal[level] * reference + solver.noise[level] * _draw(shape, generators)
-        if mode == "corrected" or blend_from is None or timestep <= blend_from:
-            state = torch.where(is_open, pasted, state)
+        if aas == "published" and blend_from is not None and timestep > blend_from:
+            return state
+        return torch.where(is_open, pasted, state)
+
+    state = _draw(shape, generators)
+    for first in range(0, len(solver.timesteps), _LEVELS_A_JUMP):
+        levels = range(first, min(first + _LEVELS_A_JUMP, len(solver.timesteps)))
+        for visit in range(resampling):
+            if visit > 0:
+                state = solver.back(levels.stop, first, state, _draw(shape, generators))
+                # What a multistep solver remembers belongs to another noise.
+                solver.start(first)
+            for index in levels:
+                state = one_step(index, state)
     return state
 
 

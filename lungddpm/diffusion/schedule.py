@@ -8,6 +8,8 @@ import torch
 
 _OFFSET = 0.008
 _LARGEST_BETA = 0.999
+# Of 250 cosine timesteps, this drops only the last, where an error of the noise grows 5,000-fold in the clean CT.
+_LOWEST_LOG_SNR = -5.1
 
 
 def cosine_betas(timesteps: int) -> torch.Tensor:
@@ -25,6 +27,62 @@ def cosine_betas(timesteps: int) -> torch.Tensor:
 def alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
     """Share of the signal's variance that is left at each timestep: (T,) float64, of the clipped betas."""
     return torch.cumprod(1 - betas, dim=0)
+
+
+def spaced_timesteps(signal: torch.Tensor, steps: int) -> list[int]:
+    """Timesteps at even distances of the log signal-to-noise ratio (Lu et al. 2022, arXiv 2206.00927).
+
+    They end at timestep 0: from there to the clean CT no solver is of higher than first order, which costs spread the
+    more, the more noise is left.
+
+    Args:
+        signal: (T,) float64 `alphas_cumprod`.
+        steps: how many; fewer come where it exceeds the timesteps that are not pure noise.
+
+    Returns:
+        Indices, falling, none twice.
+    """
+    log_snr = torch.log(signal / (1 - signal)) / 2
+    first = int((log_snr >= _LOWEST_LOG_SNR).sum()) - 1
+    wanted = torch.linspace(log_snr[first], log_snr[0], min(steps, first + 1), dtype=log_snr.dtype)
+    timesteps: list[int] = []
+    for place, value in enumerate(wanted):
+        nearest = int((log_snr - value).abs().argmin())
+        # Around both ends, several values are nearest to one timestep.
+        latest = timesteps[-1] - 1 if timesteps else first
+        timesteps.append(max(min(nearest, latest), len(wanted) - 1 - place))
+    return timesteps
+
+
+def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a published checkpoint holds beside the network: coefficients of the diffusion process (Ho et al. 2020).
+
+    The names are those of the public `denoising-diffusion-pytorch`.
+
+    Args:
+        betas: (T,) float64.
+
+    Returns:
+        (T,) float32 each.
+    """
+    signal = alphas_cumprod(betas)
+    before = torch.cat([signal.new_ones(1), signal[:-1]])
+    variance = betas * (1 - before) / (1 - signal)
+    buffers = {
+        "betas": betas,
+        "alphas_cumprod": signal,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": signal.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - signal).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - signal).log(),
+        "sqrt_recip_alphas_cumprod": signal.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / signal - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - signal),
+        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - signal),
+    }
+    return {name: values.float() for name, values in buffers.items()}
 
 
 def add_noise(clean: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, signal: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,8 @@ class Generator:
 
     Attributes:
         make: tasks on grids of one size -> one (x, y, z) int16 HU array each, on its reference's grid. Where the
-            layout is background, the array equals the reference exactly. A task's array does not depend on the others.
+            layout is background, the array equals the reference exactly (but for published AAS, which leaves noise in
+            it). A task's array does not depend on the others.
         device: what it computes on, for the record.
     """
 
@@ -211,17 +212,12 @@ def run_synthesize(
 def _settings(config: Config, generator: str, weights: Path | None) -> dict[str, Any]:
     """What decides a sample besides its reference, its layout and its seed."""
     settings = {"generator": generator, "code": code_fingerprint("diffusion", "generators")}
+    sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"batch_size"})
     if weights is None:
-        return {**settings, "sampler": None, "steps": None, "aas_mode": None, "weights_sha256": None}
+        return {**settings, **dict.fromkeys(sampling), "weights_sha256": None}
     if not weights.exists():
         raise InputError(weights, "does not exist", "Train the denoiser first (lungddpm train).")
-    return {
-        **settings,
-        "sampler": config.diffusion.sampling.sampler,
-        "steps": config.diffusion.sampling.steps,
-        "aas_mode": "corrected",
-        "weights_sha256": sha256_of(weights),
-    }
+    return {**settings, **sampling, "weights_sha256": sha256_of(weights)}
 
 
 def _open_bank(config: Config, cases_table: Path, real_cases: pd.DataFrame) -> Bank:

@@ -1,16 +1,30 @@
+import json
+import pickle
+
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lungddpm.config import parse_config
-from lungddpm.diffusion.checkpoint import Metadata, check_fits, load_denoiser, read_metadata, save_denoiser
+from lungddpm.diffusion.checkpoint import Metadata, export_published, load_denoiser, read_metadata, save_denoiser
 from lungddpm.diffusion.denoiser import build_denoiser
+from lungddpm.diffusion.schedule import cosine_betas
 from lungddpm.errors import InputError
 
 VALUES = {
-    "grid": {"size": [16, 16, 16]},
-    "diffusion": {"denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False}},
+    "grid": {"size": [32, 32, 32]},
+    "diffusion": {"denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2}},
 }
+CONVOLUTION = "denoise_fn.input_blocks.0.0.weight"
+
+
+def changed(section, **values):
+    return parse_config({**VALUES, section: {**VALUES[section], **values}})
+
+
+def resized(**values):
+    return changed("diffusion", denoiser={**VALUES["diffusion"]["denoiser"], **values})
 
 
 @pytest.fixture
@@ -18,50 +32,199 @@ def saved(tmp_path):
     torch.manual_seed(0)
     config = parse_config(VALUES)
     denoiser = build_denoiser(config)
+    for parameter in denoiser.parameters():  # a fresh denoiser predicts zero
+        torch.nn.init.normal_(parameter, std=0.1)
     path = tmp_path / "model.safetensors"
     save_denoiser(path, denoiser, Metadata(config, 7, "config", "data"))
     return path, denoiser
 
 
-def test_round_trip(saved):
+@pytest.fixture
+def published(saved):
+    path = saved[0].with_name("published.pt")
+    export_published(saved[0], path)
+    return path
+
+
+def change(path, edit):
+    content = torch.load(path, weights_only=True)
+    edit(content)
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_round_trip(saved, published, kind):
     path, denoiser = saved
-    loaded, metadata = load_denoiser(path, "cpu")
-    assert metadata == Metadata(parse_config(VALUES), 7, "config", "data")
+    loaded = load_denoiser(path if kind == "ours" else published, parse_config(VALUES))
     assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
     for name, tensor in denoiser.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
+    inputs, timesteps = torch.randn(1, 3, 32, 32, 32), torch.tensor([5])
+    with torch.inference_mode():
+        assert torch.equal(loaded(inputs, timesteps), denoiser(inputs, timesteps))
 
 
-def test_missing_file(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        read_metadata(tmp_path / "model.safetensors")
-
-
-def test_file_cut_short(saved):
+def test_metadata(saved):
     path, _ = saved
-    path.write_bytes(path.read_bytes()[:-100])
+    assert read_metadata(path) == Metadata(parse_config(VALUES), 7, "config", "data")
+    with safe_open(path, framework="pt") as file:
+        texts = file.metadata()
+    assert json.loads(texts["schedule"]) == {"kind": "cosine", "timesteps": 250}
+    assert texts["data_fingerprint"] == "data"
+
+
+def test_published_format(saved, published):
+    """Step, and the network twice, under its prefix beside what the sampling loop needs (Ho et al. 2020, eq. 4, 7)."""
+    content = torch.load(published, weights_only=True)
+    assert content.keys() == {"step", "model", "ema"}
+    assert content["step"] == 7
+    ema = content["ema"]
+    assert {key for key in ema if key.startswith("denoise_fn.")} == {f"denoise_fn.{k}" for k in saved[1].state_dict()}
+    betas = cosine_betas(250)
+    torch.testing.assert_close(ema["betas"].double(), betas, rtol=1e-6, atol=0)
+    noisy, clean, signal = 0.3, 0.7, torch.cumprod(1 - betas, 0)[100].item()
+    assert ema["sqrt_alphas_cumprod"][100].item() == pytest.approx(signal**0.5)
+    noise = (noisy - signal**0.5 * clean) / (1 - signal) ** 0.5
+    implied = ema["sqrt_recip_alphas_cumprod"][100] * noisy - ema["sqrt_recipm1_alphas_cumprod"][100] * noise
+    assert implied.item() == pytest.approx(clean, rel=1e-5)
+    mean = ema["posterior_mean_coef1"][100] * clean + ema["posterior_mean_coef2"][100] * noisy
+    beta = betas[100].item()
+    assert mean.item() == pytest.approx((noisy - beta / (1 - signal) ** 0.5 * noise) / (1 - beta) ** 0.5, rel=1e-5)
+    assert ema["posterior_log_variance_clipped"][0].item() == pytest.approx(-46.05, abs=0.01)
+    assert {tensor.shape for key, tensor in ema.items() if not key.startswith("denoise_fn.")} == {(250,)}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "published.pt"])
+def test_missing_file(tmp_path, name):
+    with pytest.raises(InputError, match="does not exist"):
+        load_denoiser(tmp_path / name, parse_config(VALUES))
+
+
+@pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_file_cut_short(saved, published, kind, kept):
+    path = saved[0] if kind == "ours" else published
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
     with pytest.raises(InputError, match="cut short"):
-        load_denoiser(path, "cpu")
+        load_denoiser(path, parse_config(VALUES))
 
 
 def test_file_of_others(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match="holds no denoiser trained by lungddpm"):
-        load_denoiser(path, "cpu")
+        load_denoiser(path, parse_config(VALUES))
+    path = tmp_path / "state.pt"
+    torch.save({"weight": torch.zeros(2)}, path)
+    with pytest.raises(InputError, match="has no entry 'ema'"):
+        load_denoiser(path, parse_config(VALUES))
+    for content in (b"no checkpoint at all", b"\x80\x02garbage", b"\x00" * 64):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="no checkpoint of torch"):
+            load_denoiser(path, parse_config(VALUES))
+
+
+class Intruder:
+    """What runs code when it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return open, (str(self.trace), "w")
+
+
+@pytest.mark.parametrize("archive", [True, False])
+def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, archive):
+    path, trace = tmp_path / "published.pt", tmp_path / "trace"
+    content = {"step": 1, "model": {}, "ema": Intruder(trace)}
+    if archive:
+        torch.save(content, path)
+    else:
+        path.write_bytes(pickle.dumps(content, protocol=2))
+    with pytest.raises(InputError, match="holds code, which is never run"):
+        load_denoiser(path, parse_config(VALUES))
+    assert not trace.exists()
 
 
 @pytest.mark.parametrize(
-    ("section", "value", "message"),
+    ("edit", "message"),
     [
-        ("diffusion", {"classes": ["lung", "nodule", "vessel"]}, r"diffusion.classes \['lung', 'nodule'\]"),
-        ("grid", {"size": [32, 32, 32]}, r"grid.size \[16, 16, 16\]"),
-        ("grid", {"window_hu": [-1000, 500]}, "grid.window_hu"),
+        (lambda ema: ema.pop(CONVOLUTION), f"key {CONVOLUTION} is missing"),
+        (lambda ema: ema.pop("denoise_fn.out.2.bias"), "key denoise_fn.out.2.bias is missing"),
+        (lambda ema: ema.update({"denoise_fn.new": torch.zeros(1)}), "key denoise_fn.new has no place in it"),
+        (
+            lambda ema: ema.update({CONVOLUTION: torch.zeros(4, 3, 3, 3, 2)}),
+            r"weight has the shape \(4, 3, 3, 3, 2\) instead of \(4, 3, 3, 3, 3\)",
+        ),
+        (
+            lambda ema: ema.update({"denoise_fn.out.2.bias": torch.tensor([float("nan")])}),
+            "key denoise_fn.out.2.bias holds numbers that are not finite",
+        ),
+        (lambda ema: ema.update({"denoise_fn.out.2.bias": 3}), "key denoise_fn.out.2.bias holds no tensor"),
+        (lambda ema: ema.pop("betas"), "has no key betas"),
+        (lambda ema: ema.update(betas=cosine_betas(1000)), "timesteps 1000, the config says 250"),
+        (lambda ema: ema.update(betas=torch.linspace(1e-4, 0.02, 250)), "another noise schedule"),
+        (
+            lambda ema: [ema.pop(key) for key in list(ema) if key.startswith("denoise_fn.")],
+            "no key that starts with denoise_fn.",
+        ),
     ],
 )
-def test_weights_for_another_task_are_refused(saved, section, value, message):
-    path, _ = saved
-    asked = parse_config({**VALUES, section: {**VALUES[section], **value}})
+def test_wrong_key_is_named(published, edit, message):
+    change(published, lambda content: edit(content["ema"]))
     with pytest.raises(InputError, match=message):
-        check_fits(path, read_metadata(path), asked)
-    check_fits(path, read_metadata(path), parse_config(VALUES))
+        load_denoiser(published, parse_config(VALUES))
+
+
+def test_only_a_few_wrong_keys_are_shown(saved):
+    path, _ = saved
+    save_denoiser(path, torch.nn.Linear(2, 2), read_metadata(path))
+    with pytest.raises(InputError, match=r"(key \S+ is missing, ){2}key \S+ is missing and \d+ more"):
+        load_denoiser(path, parse_config(VALUES))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (resized(base_channels=8), r"diffusion.denoiser.base_channels: 4 \(the config says 8\)"),
+        (resized(multipliers=[1, 2, 2]), r"diffusion.denoiser.multipliers: \[1, 2\] \(the config says \[1, 2, 2\]\)"),
+        (
+            resized(attention=False),
+            r"diffusion.denoiser.attention: attention for 32 voxels an edge \(the config says no attention\)",
+        ),
+        (changed("grid", size=[16, 16, 16]), "grid.size .* 32 voxels an edge .the config says .* 16 voxels an edge"),
+        (
+            changed("diffusion", classes=["lung", "nodule", "vessel"]),
+            r"diffusion.classes: 2 classes \(the config says 3 classes\)",
+        ),
+        (changed("diffusion", timesteps=1000), "diffusion.timesteps 250, the config says 1000"),
+    ],
+)
+def test_published_weights_of_another_network_are_refused(published, config, message):
+    with pytest.raises(InputError, match=message):
+        load_denoiser(published, config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed("diffusion", classes=["lung", "nodule", "vessel"]), r"diffusion.classes \['lung', 'nodule'\]"),
+        (changed("grid", size=[64, 64, 64]), r"grid.size \[32, 32, 32\]"),
+        (changed("grid", window_hu=[-1000, 500]), "grid.window_hu"),
+        (resized(norm_groups=4), "diffusion.denoiser.norm_groups 2, the config says 4"),
+    ],
+)
+def test_weights_of_ours_for_another_task_are_refused(saved, config, message):
+    with pytest.raises(InputError, match=message):
+        load_denoiser(saved[0], config)
+
+
+def test_export_refuses_what_it_cannot_do(saved, tmp_path):
+    with pytest.raises(InputError, match="End it in .pt"):
+        export_published(saved[0], tmp_path / "out.safetensors")
+    with pytest.raises(InputError, match="does not exist"):
+        export_published(tmp_path / "nothing.safetensors", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()

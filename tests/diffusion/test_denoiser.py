@@ -5,18 +5,46 @@ import pytest
 import torch
 
 from lungddpm.config import parse_config
-from lungddpm.diffusion.denoiser import build_denoiser, condition_channels
+from lungddpm.diffusion.denoiser import build_denoiser, condition_channels, inferred_arguments
+from lungddpm.files import fingerprint
 from lungddpm.layouts import Label
 
+# Of the published key lists; the fingerprints are of {key: shape}.
+PUBLISHED = [
+    (32, 32, 9_966_273, "4a2336bf2761e352ccae9ed5d72e041fd16f398c4299b3ac1b9df51650983926"),
+    (128, 64, 40_226_433, "09f673ee6b751270652bc5c522ad34014315046e1521ef7664bd88d369974276"),
+]
 
-@pytest.mark.parametrize(("edge", "base", "parameters"), [(32, 32, 9_966_273), (128, 64, 40_226_433)])
-def test_state_dict_has_the_published_keys_and_shapes(reference_folder, edge, base, parameters):
-    published = json.loads((reference_folder / f"lung_ddpm_{edge}_c{base}_state_keys.json").read_text())
+
+@pytest.fixture(params=PUBLISHED, ids=["32", "128"])
+def published(request):
+    """A published network without memory, with its grid, width, number of parameters and fingerprint."""
+    edge, base, *_ = request.param
     config = parse_config({"grid": {"size": [edge] * 3}, "diffusion": {"denoiser": {"base_channels": base}}})
     with torch.device("meta"):
-        denoiser = build_denoiser(config)
-    assert {key: list(tensor.shape) for key, tensor in denoiser.state_dict().items()} == published
+        return build_denoiser(config), *request.param
+
+
+def test_state_dict_has_the_published_size_and_fingerprint(published):
+    denoiser, _, _, parameters, expected = published
+    assert fingerprint({key: list(tensor.shape) for key, tensor in denoiser.state_dict().items()}) == expected
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == parameters
+
+
+def test_state_dict_has_the_published_keys_and_shapes(published, reference_folder):
+    denoiser, edge, base, *_ = published
+    listed = json.loads((reference_folder / f"lung_ddpm_{edge}_c{base}_state_keys.json").read_text())
+    assert {key: list(tensor.shape) for key, tensor in denoiser.state_dict().items()} == listed
+
+
+def test_arguments_are_inferred_from_the_weights(published):
+    denoiser, edge, base, *_ = published
+    assert inferred_arguments(denoiser.state_dict()) == {
+        "in_channels": 3,
+        "base_channels": base,
+        "multipliers": [1, 1, 2, 3, 4],
+        "attention_factor": edge / 16,
+    }
 
 
 def test_output_equals_the_golden_output(golden, golden_denoiser):
