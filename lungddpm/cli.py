@@ -89,7 +89,7 @@ def index(
     from lungddpm.sources import index_source, write_index
 
     settings = load_config(*config)
-    found = index_source(settings.source.kind, _source_folder(settings, source))
+    found = index_source(settings.source.kind, _source_folder(settings, source), output.with_suffix(".cache.json"))
     write_index(output, assign_roles(found, settings.roles, settings.seed))
 
 
@@ -103,7 +103,7 @@ def prepare(
     shards: Shards = 1,
     table: Annotated[Path, typer.Option(help="Table of this shard's cases to write.")] = RESULTS / "cases/cases-0.tsv",
 ) -> None:
-    """Turn scans into cases on the model grid: ct.nii.gz (int16 HU), layout.nii.gz (labels), case.json."""
+    """Turn scans into cases: ct.nii.gz (int16 HU) and layout.nii.gz on the model grid, nodules.nii.gz, case.json."""
     from lungddpm.config import load_config
     from lungddpm.layouts.compose import run_prepare
 
@@ -115,9 +115,9 @@ def prepare(
 def collect(
     tables: Annotated[list[Path], typer.Argument(help="Tables of all shards, as written by 'prepare'.")],
     config: ConfigFiles = DEFAULT_CONFIG,
-    output: Annotated[Path, typer.Option(help="Merged table to write.")] = CASES,
+    output: Annotated[Path, typer.Option(help="Merged table to write; nodules.tsv goes beside it.")] = CASES,
 ) -> None:
-    """Merge the shards' tables into cases.tsv and check that every role has usable cases."""
+    """Merge the shards' tables into cases.tsv, list their nodules in nodules.tsv, check that every role has cases."""
     from lungddpm.cases import run_collect
     from lungddpm.config import load_config
 
@@ -125,21 +125,48 @@ def collect(
 
 
 @app.command(rich_help_panel=STAGES)
+def qc(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    output: Annotated[Path, typer.Option(help="Folder of the pages, beside the folder of the cases.")] = RESULTS / "qc",
+) -> None:
+    """Write pages to check layouts by eye: contours over each scan in three planes, figures (litres, mm, %)."""
+    from lungddpm.config import load_config
+    from lungddpm.pages.layouts import run_qc
+
+    run_qc(load_config(*config), cases, output)
+
+
+@app.command(rich_help_panel=STAGES)
 def train(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     output: Annotated[Path, typer.Option(help="Folder of the run.")] = RESULTS / "diffusion/main",
+    initial: Annotated[
+        Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = 0,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Only tell memory, time and disk; writes nothing.")
+    ] = False,
 ) -> None:
-    """Train the denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume."""
+    """Train the denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
+
+    On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
+    """
     from lungddpm.config import load_config
 
     settings = load_config(*config)
     _set_threads(threads)
+    if estimate:
+        from lungddpm.diffusion.estimate import run_estimate
+
+        run_estimate(settings, device)
+        return
     from lungddpm.diffusion.training import run_train
 
-    run_train(settings, cases, output, device)
+    run_train(settings, cases, output, device, initial)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -147,7 +174,9 @@ def synthesize(
     generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, e.g. lung_ddpm.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
-    weights: Annotated[Path | None, typer.Option(help="Weights (.safetensors) for generators that need them.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="Denoiser, for generators that need one: model.safetensors, or a published .pt.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>.")] = None,
     shard: Shard = 0,
     shards: Shards = 1,
@@ -287,6 +316,17 @@ def verdict(
     typer.echo(verdict_table_text(results))
 
 
+@app.command(rich_help_panel=TOOLS)
+def export(
+    weights: Annotated[Path, typer.Option(help="Denoiser of ours (model.safetensors).")],
+    output: Annotated[Path, typer.Option(help="File to write (.pt).")],
+) -> None:
+    """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
+    from lungddpm.diffusion.checkpoint import export_published
+
+    export_published(weights, output)
+
+
 @config_app.command("show")
 def config_show(config: ConfigFiles = DEFAULT_CONFIG) -> None:
     """Print the complete configuration, defaults included, as YAML."""
@@ -338,11 +378,9 @@ def main() -> None:
         app()
     except UserError as error:
         _refuse(error)
-    except OSError as error:
-        if (known := from_os_error(error)) is None:
-            raise
-        _refuse(known)
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and (known := from_os_error(error)) is not None:
+            _refuse(known)
         LOG.error(traceback.format_exc())
         sys.exit(1)
 
@@ -362,8 +400,11 @@ def _source_folder(settings, source: Path | None) -> Path:
 
 
 def _set_threads(threads: int) -> int:
-    """Limit every library's threads (0: all cores); must come before torch and numpy's BLAS are loaded."""
-    count = threads or os.cpu_count() or 1
+    """Limit every library's threads (0: all cores); must come before torch and numpy's BLAS are loaded.
+
+    Processes that torchrun starts on one machine share them.
+    """
+    count = max(1, (threads or os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[variable] = str(count)
     return count

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,13 +13,17 @@ _SECONDS_BETWEEN_LINES = 15.0
 
 
 def start_logging(log_file: str | None = None) -> None:
-    """Send messages of the package to standard error and, if given, to a file as well."""
-    LOG.setLevel(logging.INFO)
+    """Send messages of the package to standard error and, if given, to a file as well.
+
+    Of several processes that torchrun started, only the first one speaks; the others tell of errors.
+    """
+    is_first = os.environ.get("RANK", "0") == "0"
+    LOG.setLevel(logging.INFO if is_first else logging.ERROR)
     LOG.handlers.clear()
     console = logging.StreamHandler(sys.stderr)
     console.setFormatter(logging.Formatter("%(message)s"))
     LOG.addHandler(console)
-    if log_file is not None:
+    if log_file is not None and is_first:
         handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
@@ -44,7 +49,7 @@ class Progress:
         self._bar = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO):
             from tqdm import tqdm
 
             self._bar = tqdm(desc=self.what, total=self.total, initial=self.done, leave=False, mininterval=0.5)
@@ -66,17 +71,19 @@ class Progress:
         """Values to show beside the count, e.g. the loss."""
         self._notes = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in notes.items()}
 
-    def advance(self) -> None:
-        """One more step is done."""
-        self.done += 1
+    def advance(self, steps: int = 1) -> None:
+        """One more step, or so many, are done."""
+        self.done += steps
         if self._bar is not None:
             self._bar.set_postfix(self._notes, refresh=False)
-            self._bar.update()
+            self._bar.update(steps)
         if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES and self.done < self.total:
             self._line()
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
+        if not LOG.isEnabledFor(logging.INFO):
+            return
         elapsed = self._last_line - self._began
         rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""

@@ -3,6 +3,9 @@
 import os
 from pathlib import Path
 
+# Before numpy: the threads of its BLAS would spin on small matrices, in each of pytest's processes.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import pytest
 

@@ -25,9 +25,9 @@ def config_for(folder, **values):
 
 
 VERBS = [
-    "run", "phantom", "index", "prepare", "collect", "train", "synthesize", "compose", "segment plan", "segment train",
-    "segment predict", "evaluate", "quality", "report", "verdict", "config show", "config validate", "config schema",
-    "doctor",
+    "run", "phantom", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
+    "segment train", "segment predict", "evaluate", "quality", "report", "verdict", "export", "config show",
+    "config validate", "config schema", "doctor",
 ]  # fmt: skip
 
 
@@ -48,6 +48,25 @@ def test_faults_go_to_the_log_file_as_well(tmp_path):
     assert run.returncode == 2
     assert run.stderr.startswith("error: none.yaml: does not exist.")
     assert "none.yaml: does not exist." in (tmp_path / "mine.log").read_text()
+
+
+@pytest.mark.parametrize("fault", ["OSError(5, 'Input/output error')", "ZeroDivisionError('of ours')"])
+def test_a_fault_of_ours_goes_to_the_log_file_with_its_traceback(fault, tmp_path):
+    program = f"""
+import sys
+from lungddpm import cli
+
+@cli.app.command()
+def fail():
+    raise {fault}
+
+sys.argv = ["lungddpm", "--log", "mine.log", "fail"]
+cli.main()
+"""
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert run.returncode == 1
+    assert "Traceback" in run.stderr
+    assert "in fail" in (tmp_path / "mine.log").read_text()
 
 
 @pytest.mark.parametrize(
@@ -85,6 +104,7 @@ def bad_pairs(tmp_path):
     labels = np.zeros(shape, np.uint8)
     for left in (8, 36):
         labels[left : left + 20, 16:48, 8:56] = 1
+        labels[left + 12 : left + 15, 24:27, 12:52] = 3
     labels[14:18, 30:34, 30:34] = 2
     ct[labels == 1] = rng.normal(-850, 10, (labels == 1).sum())
     for name in ("good1", "good2", "good3"):

@@ -66,3 +66,14 @@ def test_a_stage_that_fails_does_not_say_that_it_ended(log_file):
     with pytest.raises(RuntimeError), progress.Progress("denoiser", total=3):
         raise RuntimeError
     assert path.read_text() == ""
+
+
+def test_of_several_processes_only_the_first_speaks_but_all_tell_of_errors(log_file, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    stream = Terminal()
+    path = log_file(stream)
+    count_to_three()
+    progress.LOG.info("Computing on two GPUs")
+    progress.LOG.error("error: out of memory")
+    assert stream.getvalue() == "error: out of memory\n"
+    assert not path.exists()

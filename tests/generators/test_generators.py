@@ -151,6 +151,10 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         assert record["generator"] == name
         assert record["layout_origin"] == ("reference" if own else "jittered")
         assert (record["weights_sha256"] is None) == (name != "lung_ddpm")
+        modes = {"sampler": "dpmsolver++", "order": 2, "steps": 3, "resampling": 1} | dict.fromkeys(
+            ["aas", "intensities", "times"], "corrected"
+        )
+        assert {key: record[key] for key in modes} == (modes if name == "lung_ddpm" else dict.fromkeys(modes))
 
 
 def test_same_reference_and_layout_give_new_lungs_each_time(synthesize, tmp_path):

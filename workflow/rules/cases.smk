@@ -76,7 +76,8 @@ rule collect:
             shard=range(SETTINGS.workflow.case_shards),
         ),
     output:
-        ensure("results/cases/cases.tsv", non_empty=True),
+        cases=ensure("results/cases/cases.tsv", non_empty=True),
+        nodules=ensure("results/cases/nodules.tsv", non_empty=True),
     log:
         "results/logs/collect.log",
     benchmark:
@@ -91,4 +92,27 @@ rule collect:
         settings=settings_of("roles"),
         code=code_fingerprint(),
     shell:
-        "lungddpm --log {log} collect {input.tables} --config results/config.json --output {output}"
+        "lungddpm --log {log} collect {input.tables} --config results/config.json --output {output.cases}"
+
+
+rule qc:
+    input:
+        cases="results/cases/cases.tsv",
+    output:
+        ensure("results/qc/index.html", non_empty=True),
+    log:
+        "results/logs/qc.log",
+    benchmark:
+        "results/benchmarks/qc.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        folder=subpath(output[0], parent=True),
+        settings=settings_of("layouts"),
+        code=code_fingerprint("pages"),
+    shell:
+        "lungddpm --log {log} qc --config results/config.json --cases {input.cases} --output {params.folder}"

@@ -20,10 +20,15 @@ rule train_denoiser:
     params:
         folder=subpath(output[0], parent=True),
         settings=settings_of(
-            window=SETTINGS.grid.window_hu,
-            **SETTINGS.diffusion.model_dump(exclude={"sampling"}),
+            window=SETTINGS.grid.window_hu, **SETTINGS.diffusion.decides_weights()
         ),
         code=code_fingerprint("diffusion"),
+        # Several GPUs (--set-resources train_denoiser:gpu=4): a process each.
+        launcher=lambda wildcards, resources: (
+            f"torchrun --standalone --nproc-per-node {resources.gpu} --no-python --"
+            if resources.gpu > 1
+            else ""
+        ),
     shell:
-        "lungddpm --log {log} train --config results/config.json --cases {input.cases} --output {params.folder}"
+        "{params.launcher} lungddpm --log {log} train --config results/config.json --cases {input.cases} --output {params.folder}"
         " --threads {threads}"

@@ -29,8 +29,9 @@ rule synthesize:
             run=RUN,
             window=SETTINGS.grid.window_hu,
             doses=SETTINGS.arms.largest_doses(),
+            layouts=SETTINGS.synthesis.model_dump(),
         ),
-        code=code_fingerprint("diffusion", "generators"),
+        code=code_fingerprint("layouts", "diffusion", "generators"),
     shell:
         "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} {params.weights} --output {params.folder} --shard {wildcards.shard}"

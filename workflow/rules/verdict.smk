@@ -66,6 +66,7 @@ rule write_report:
             table=["metrics", "lesions"],
         ),
         quality=collect("results/quality/{generator}.csv", generator=GENERATORS),
+        layouts="results/qc/index.html",
     output:
         page=report(
             "results/report.html",
@@ -98,6 +99,6 @@ rule write_report:
         runtime=60,
     params:
         settings=settings_of("verdict", arms=ARMS),
-        code=code_fingerprint("verdict"),
+        code=code_fingerprint("verdict", "pages"),
     shell:
         "lungddpm --log {log} report --config results/config.json --results results"
