@@ -235,9 +235,9 @@ class Training(_Section):
     """Largest gradient norm; null does not clip (as published)."""
     crop: PositiveInt | None = None
     """Edge of random cubic crops in voxels; null trains on whole volumes (as published)."""
-    augmentation: Literal["none", "standard"] = "none"
-    """`standard`: half of the volumes flipped left to right, half turned and scaled a little, HU shifted a little;
-    `none`: as published."""
+    augmentation: Literal["none", "mild", "standard"] = "none"
+    """`none`: as published; `mild`: left and right swapped in half of the samples, HU changed a little; `standard`:
+    half of them turned, scaled and shifted a little as well, which blurs, and dims small nodules on coarse grids."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the weights."""
     ema_every: PositiveInt = 10

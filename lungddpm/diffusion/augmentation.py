@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -41,12 +42,19 @@ class Augmentation:
     offset: float
 
 
-def draw_augmentation(generator: torch.Generator) -> Augmentation:
-    """The standard augmentation: flip and affine each with probability 1/2, and a small change of intensity."""
+def draw_augmentation(kind: Literal["none", "mild", "standard"], generator: torch.Generator) -> Augmentation | None:
+    """Draw a flip with probability 1/2 and a small change of intensity; in `standard` an affine map in half of all."""
+    if kind == "none":
+        return None
     flip, turn = (torch.rand(2, generator=generator) < 0.5).tolist()
     u = torch.rand(9, generator=generator, dtype=torch.float64) * 2 - 1
     affine = _affine(u[:3] * _LARGEST_TURN_RAD, u[3:4] * _LARGEST_SCALING, u[4:7] * _LARGEST_SHIFT_VOXELS)
-    return Augmentation(flip, affine if turn else None, 1 + _LARGEST_GAIN * float(u[7]), _LARGEST_OFFSET * float(u[8]))
+    return Augmentation(
+        flip,
+        affine if turn and kind == "standard" else None,
+        1 + _LARGEST_GAIN * float(u[7]),
+        _LARGEST_OFFSET * float(u[8]),
+    )
 
 
 def augment(

@@ -127,7 +127,7 @@ class SampleStream:
         if self.training.crop is not None:
             crop = draw_crop(layout, self.training.crop, generator)
         timestep = torch.randint(self.timesteps, (), generator=generator)
-        change = None if self.training.augmentation == "none" else draw_augmentation(generator)
+        change = draw_augmentation(self.training.augmentation, generator)
         # An affine map reaches beyond the crop.
         read = crop if change is None or change.affine is None else ...
         hu, labels = (send(torch.from_numpy(array[read].copy()), self.device) for array in (ct, layout))

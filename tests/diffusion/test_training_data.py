@@ -183,7 +183,7 @@ def test_flip_swaps_left_and_right_of_ct_and_layout(asymmetric):
 @pytest.mark.parametrize("crop", [everything((12, 14, 16)), (slice(2, 10), slice(5, 13), slice(6, 14))])
 def test_affine_map_agrees_with_scipy(asymmetric, crop):
     generator = torch.Generator().manual_seed(3)
-    change = next(c for c in iter(lambda: draw_augmentation(generator), None) if c.affine is not None)
+    change = next(c for c in iter(lambda: draw_augmentation("standard", generator), None) if c.affine is not None)
     change = Augmentation(False, change.affine, 1.0, 0.0)
     random = np.random.default_rng(0)
     clean = ndimage.gaussian_filter(random.uniform(-1, 1, (12, 14, 16)), 1).astype(np.float32)
@@ -202,7 +202,7 @@ def test_affine_map_agrees_with_scipy(asymmetric, crop):
 
 def test_standard_augmentation_is_small_fair_and_aligned(asymmetric, training_config):
     generator = torch.Generator().manual_seed(0)
-    drawn = [draw_augmentation(generator) for _ in range(400)]
+    drawn = [draw_augmentation("standard", generator) for _ in range(400)]
     assert np.mean([change.flip for change in drawn]) == pytest.approx(0.5, abs=0.08)
     assert np.mean([change.affine is not None for change in drawn]) == pytest.approx(0.5, abs=0.08)
     matrices = np.stack([change.affine[:, :3].numpy() for change in drawn if change.affine is not None])
@@ -220,3 +220,14 @@ def test_standard_augmentation_is_small_fair_and_aligned(asymmetric, training_co
     assert inside.min() > -0.15  # lung is at -0.79, nodule at 0.29 or, at its edge, between them
     assert set(torch.unique(batch.condition).tolist()) == {-1.0, 1.0}
     assert batch.clean.abs().max() <= 1
+
+
+def test_mild_augmentation_interpolates_nothing(asymmetric, training_config):
+    generator = torch.Generator().manual_seed(0)
+    drawn = [draw_augmentation("mild", generator) for _ in range(100)]
+    assert 30 < sum(change.flip for change in drawn) < 70
+    assert all(change.affine is None for change in drawn)
+    batch = stream(asymmetric, training_config, crop=None, batch_size=20, augmentation="mild").batch(0)
+    plain = to_model_range(asymmetric.ct[0], (-1024, 600))
+    for clean in batch.clean[:, 0].numpy():
+        assert min(np.abs(clean - plain).max(), np.abs(clean - plain[:, :, ::-1]).max()) < 0.025  # 20 HU
