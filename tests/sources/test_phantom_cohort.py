@@ -198,6 +198,21 @@ def test_other_parameters_replace_a_patient(small_config, cohort: Path, tmp_path
     assert len(list((output / "PHANTOM-0001").glob("*/*/*.xml"))) == 1
 
 
+def test_changed_phantom_code_makes_a_patient_anew_with_the_same_uids(
+    small_config, cohort: Path, tmp_path, monkeypatch
+):
+    output = tmp_path / "cohort"
+    shutil.copytree(cohort / "PHANTOM-0001", output / "PHANTOM-0001")
+    drawn = series_folder(output, "PHANTOM-0001") / "000001.dcm"
+    truth = drawn.read_bytes()
+    drawn.write_bytes(b"what the former code drew")
+    run_phantom(small_config(1), output)
+    assert drawn.read_bytes() == b"what the former code drew"
+    monkeypatch.setattr("lungddpm.sources.phantom.cohort.code_fingerprint", lambda *rooms: f"edited {rooms}")
+    run_phantom(small_config(1), output)
+    assert drawn.read_bytes() == truth
+
+
 def test_a_field_of_view_that_holds_no_chest_is_refused():
     with pytest.raises(ValueError, match="a chest needs 300"):
         Phantom(matrix=64, pixel_mm=2.2)

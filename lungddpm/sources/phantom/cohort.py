@@ -14,7 +14,7 @@ import numpy as np
 
 from lungddpm import __version__
 from lungddpm.config import Config, Phantom
-from lungddpm.files import fingerprint, seed_from, write_json
+from lungddpm.files import code_fingerprint, fingerprint, seed_from, write_json
 from lungddpm.progress import LOG, Progress
 from lungddpm.sources.phantom.nodules import Nodule
 from lungddpm.sources.phantom.patient import Thorax, thorax
@@ -87,14 +87,16 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
         "seed": seed,
         "parameters": parameters.model_dump(mode="json", exclude={"patients"}),
     }
-    record = {"fingerprint": fingerprint(recipe), **recipe}
+    # The UIDs are of the recipe alone: other seeds hang on them, which changed code is not to move.
+    uids_from = fingerprint(recipe)
+    record = {"fingerprint": fingerprint([recipe, code_fingerprint("sources/phantom")]), **recipe}
     if _is_written(folder, record["fingerprint"]):
         return
     truth = thorax(parameters, seed)
     readings = read(truth, seed_from(seed, "readers"))
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         patient = Path(temporary) / folder.name
-        study_uid, series_uid, sop_uids = _uids(folder.name, record["fingerprint"], truth.ct.shape[2])
+        study_uid, series_uid, sop_uids = _uids(folder.name, uids_from, truth.ct.shape[2])
         series = patient / study_uid / series_uid
         series.mkdir(parents=True)
         for k, sop_uid in enumerate(sop_uids):
