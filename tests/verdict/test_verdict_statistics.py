@@ -7,7 +7,7 @@ import runpy
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 from statsmodels.formula.api import ols
 from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
@@ -136,12 +136,27 @@ def test_one_replicate_is_the_paired_t_test_over_cases():
     assert ours.detectable_difference == pytest.approx(power * sd, rel=1e-4)
 
 
-@pytest.mark.parametrize(("df", "significance"), [(1, 0.05), (2.4, 0.05 / 8), (16, 0.05), (249, 0.01)])
+@pytest.mark.parametrize(("df", "significance"), [(1, 0.05), (7, 0.05 / 8), (16, 0.05), (249, 0.01)])
 def test_detectable_has_the_promised_power(df, significance):
-    found = Effect(0.0, 2.0, df).detectable(significance) / 2
+    found = Effect(0.0, 4.0, MeanSquare(0.0, 0), df).detectable(significance) / 2
     rng = np.random.default_rng(5)
     t = (rng.normal(found, 1, 200_000)) / np.sqrt(rng.chisquare(df, 200_000) / df)
     assert (2 * stats.t.sf(abs(t), df) < significance).mean() == pytest.approx(0.8, abs=0.004)
+
+
+def test_detectable_comes_out_too_large_as_often_as_too_small():
+    run_df, from_patients, from_runs = 2, 0.5, 1.0
+    df = run_df * ((from_patients + from_runs) / from_runs) ** 2
+    critical = stats.t.isf(0.025, df)
+    true = math.sqrt(from_patients + from_runs) * optimize.brentq(
+        lambda shift: stats.nct.sf(critical, df, shift) - 0.8, 1, 20
+    )
+    rng = np.random.default_rng(6)
+    estimates = [
+        Effect(0.0, from_patients, MeanSquare(from_runs * drawn / run_df, run_df), 10_000).detectable(0.05)
+        for drawn in rng.chisquare(run_df, 4000)
+    ]
+    assert np.mean(np.array(estimates) < true) == pytest.approx(0.5, abs=0.02)
 
 
 @pytest.mark.parametrize("p", [[0.01, 0.04, 0.03, 0.005], [0.2, 0.2, 0.01], [0.7, 0.9], [0.03], []])
@@ -326,6 +341,12 @@ def test_the_verdict_is_seldom_wrong_and_finds_what_it_calls_detectable(reposito
     rates = simulation["measure"](simulation["Scenario"](n_arms=3, n_replicates=3), runs=150, seed=1)
     assert rates.wrong <= 0.08
     assert rates.wilcoxon > 0.2
+    assert 0.7 <= rates.power <= 0.9
+
+
+def test_one_arm_with_three_replicates_finds_what_it_calls_detectable(repository):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
+    rates = simulation["measure"](simulation["Scenario"](n_arms=1, n_replicates=3), runs=400, seed=1)
     assert 0.7 <= rates.power <= 0.9
 
 
