@@ -44,7 +44,7 @@ def write_blob_case():
             ball = ((voxels - centre) ** 2).sum(-1) < (size * 0.12) ** 2
             hu[ball] += 820
             layout[ball] = Label.NODULE
-        affine = np.diag([4.0, 3.0, 5.0, 1.0])
+        affine = np.diag([5.0, 3.0, 4.0, 1.0])
         write_volume(folder / "ct.nii.gz", Volume(hu.astype(np.int16), affine))
         write_volume(folder / "layout.nii.gz", Volume(layout, affine))
         write_json(folder / ("sample.json" if provenance else "case.json"), provenance or {"case_id": folder.name})

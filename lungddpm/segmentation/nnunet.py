@@ -8,13 +8,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 import numpy as np
 
@@ -23,7 +25,7 @@ from lungddpm.cases import folder_of, read_cases, usable
 from lungddpm.config import Config, Network
 from lungddpm.errors import ConfigError, InputError
 from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of, write_json
-from lungddpm.progress import LOG, Progress
+from lungddpm.progress import LOG, Progress, shorten_paths
 from lungddpm.volume import read_volume, write_volume
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 CONFIGURATION = "lungddpm"
 PLANS = "nnUNetPlans"
 TRAINER = "LungDDPMTrainer"
+_LOGGED_EPOCH = re.compile(r"Epoch (\d+) \n(?:.*\n)?.*train_loss (-?\d+\.\d+)")
 TRAINERS = Path(__file__).parent / "trainers"
 
 
@@ -169,7 +172,7 @@ def run_predict(
 ) -> None:
     """Segment every usable test case with a trained replicate, on the case's own grid.
 
-    Writes `<case_id>.nii.gz` (uint8, 0 or 1) and `probability/<case_id>.nii.gz` (uint8, 255 times the probability
+    Writes `<case_id>.nii.gz` (uint8, 0 or 1) and `probability/<case_id>.nii.gz` (uint16, 65535 times the probability
     of nodule); files of other cases are removed from `output`. Mirrored copies are averaged on a GPU only (8 times
     the work).
 
@@ -202,8 +205,9 @@ def run_predict(
                 ct = read_volume(path)
                 image, properties = reader.read_images([str(path)])
                 mask, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
-                # nnU-Net's arrays are (z, y, x) and its channel 1 is the nodule.
-                probability = np.rint(255 * probabilities[1].T).astype(np.uint8)
+                # nnU-Net's arrays are (z, y, x) and its channel 1 is the nodule. In 8 bits the surest candidates,
+                # those that a FROC ranks first, would all be 255.
+                probability = np.rint(65535 * probabilities[1].T).astype(np.uint16)
                 write_volume(output / "probability" / f"{case['case_id']}.nii.gz", ct.like(probability))
                 write_volume(output / f"{case['case_id']}.nii.gz", ct.like(mask.T.astype(np.uint8)))
                 progress.advance()
@@ -220,6 +224,17 @@ def results_folder(arm_dir: Path, seed: int) -> Path:
 def fold_folder(arm_dir: Path, fold: int, seed: int) -> Path:
     """Where nnU-Net keeps the checkpoints of one replicate."""
     return results_folder(arm_dir, seed) / DATASET / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
+
+
+def training_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float]]:
+    """Optimizer step and mean training loss (nnU-Net's: cross-entropy minus soft Dice) at every saved state of a
+    replicate, from nnU-Net's logs; empty where there are none."""
+    losses = {}
+    for log in sorted(fold_folder(arm_dir, fold, seed).glob("training_log_*.txt")):
+        # A resumed training repeats what it had not saved.
+        for epoch, loss in _LOGGED_EPOCH.findall(log.read_text(encoding="utf-8")):
+            losses[int(epoch)] = float(loss)
+    return [((epoch + 1) * save_every, loss) for epoch, loss in sorted(losses.items())]
 
 
 def select_device(device: str) -> torch.device:
@@ -413,5 +428,18 @@ def _environment(arm_dir: Path, processes: int, seed: int | None = None, loaders
 def _quiet(log_file: Path) -> Iterator[None]:
     """Send what nnU-Net prints to a file instead of the terminal."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
-    with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+    with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(_ShortenedPaths(log)):
         yield
+
+
+class _ShortenedPaths(io.TextIOBase):
+    """A text file that is told no absolute paths (see `shorten_paths`)."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Write at once: a killed run leaves all that was printed."""
+        self._file.write(shorten_paths(text))
+        self._file.flush()
+        return len(text)

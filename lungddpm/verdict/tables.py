@@ -14,8 +14,10 @@ from lungddpm.errors import InputError
 from lungddpm.files import seed_from, write_table, write_text
 from lungddpm.progress import LOG
 from lungddpm.verdict import image_quality
+from lungddpm.verdict.froc import froc_tables
+from lungddpm.verdict.lesions import SIZE_BINS
 from lungddpm.verdict.published import published_comparison
-from lungddpm.verdict.segmentation import SIZE_BINS
+from lungddpm.verdict.segmentation import RATIOS, check_unchanged
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
 BASELINE = "real"
@@ -23,9 +25,8 @@ MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
 """What the verdict is about: column of `metrics.csv` (between 0 and 1, larger is better) -> its name in prose.
 
 The first decides, the others support."""
-_FOUND_BY_SIZE = dict(
-    zip(SIZE_BINS, ("found_percent_below_6_mm", "found_percent_6_to_10_mm", "found_percent_above_10_mm"), strict=True)
-)
+_SUMMARISED = (*RATIOS, "surface_dice", "hausdorff_95_mm", "volume_error_mm3")
+SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 VERDICT_COLUMNS = [
     "arm", "metric", "n_cases", "n_replicates", "mean", "sd", "baseline_mean", "difference", "relative_percent",
     "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "detectable_difference",
@@ -64,12 +65,14 @@ def gather(results: Path, replicates: dict[str, list[str]], name: str) -> pd.Dat
         name: of the file.
 
     Raises:
-        InputError: a file is missing or is no table.
+        InputError: a file is missing, is no table, or was changed since `lungddpm evaluate` wrote it.
     """
     tables = []
     for arm, names in replicates.items():
         for replicate in names:
-            table = read_csv(results / "segmentation" / arm / replicate / name)
+            path = results / "segmentation" / arm / replicate / name
+            table = read_csv(path)
+            check_unchanged(path)
             table.insert(0, "arm", arm)
             table.insert(1, "replicate", replicate)
             tables.append(table)
@@ -82,7 +85,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     Raises:
         InputError: missing, or not a table.
     """
-    identifiers = {name: str for name in ("case_id", "patient_id", "reference")}
+    identifiers = {name: str for name in ("case_id", "patient_id", "reference", "lesions")}
     try:
         return pd.read_csv(path, dtype=identifiers)
     except FileNotFoundError:
@@ -120,6 +123,15 @@ def missing_replicates(cases: pd.DataFrame, config: Config) -> dict[str, list[st
         for arm in config.arms.names()
     }
     return {arm: names for arm, names in missing.items() if names}
+
+
+def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
+    """Replicates, each as "arm, replicate", that agree in every measure of every case."""
+    alike = {}
+    for (arm, replicate), rows in cases.groupby(["arm", "replicate"], sort=False):
+        measures = rows.drop(columns=["arm", "replicate"]).sort_values("case_id").to_csv(index=False)
+        alike.setdefault(measures, []).append(f"{arm}, {replicate}")
+    return [names for names in alike.values() if len(names) > 1]
 
 
 def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
@@ -180,48 +192,97 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
     return {"dose_response": pd.DataFrame(lines), "dose_response_band": pd.concat(bands, ignore_index=True)}
 
 
-def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
-    """Lesions found by size, and false positives a scan; one row an arm, means over replicates.
+def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
+    """Every measure of every arm over the cases with a lesion, one row each.
 
     Returns:
-        arm, n_lesions, found_percent of all and of each size bin (NaN where there is no such lesion),
-        false_positives_per_scan, and for cases without a lesion: n_empty_cases, empty_false_positive_mm3.
+        arm, metric, n_cases (scored in a replicate at least), n_undefined (cases x replicates without a value: nothing
+        was predicted), mean and sd over cases, of their means over replicates.
+    """
+    rows = []
+    judged = cases[cases["n_lesions"] > 0]
+    for arm in cases["arm"].unique():
+        scored = judged[judged["arm"] == arm]
+        for metric in _SUMMARISED:
+            by_case = scored.groupby("case_id")[metric].mean().dropna()
+            counts = {"n_cases": len(by_case), "n_undefined": int(scored[metric].isna().sum())}
+            rows.append({"arm": arm, "metric": metric, **counts, "mean": by_case.mean(), "sd": by_case.std()})
+    return pd.DataFrame(rows)
+
+
+def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFrame) -> pd.DataFrame:
+    """Lesions found by size, and false positives a scan; one row an arm, means over replicates.
+
+    Args:
+        cases: `metrics.csv` of all arms and replicates.
+        lesions: `lesions.csv`, likewise.
+        cpm: of `froc_tables`; arms without scores have no row.
+
+    Returns:
+        arm, n_lesions and found_percent, of all and of each size bin (NaN where there is no such lesion),
+        false_positives_per_scan, cpm with its band, and for cases without a lesion: n_empty_cases,
+        empty_false_positive_mm3.
     """
     rows = []
     for arm in cases["arm"].unique():
         scans, marked = cases[cases["arm"] == arm], lesions[lesions["arm"] == arm]
         n_replicates = scans["replicate"].nunique()
         empty = scans[scans["n_lesions"] == 0]
-        by_size = marked.groupby("size_bin")["found"].mean().reindex(SIZE_BINS)
+        of_size = {column: marked.loc[marked["size_bin"] == size, "found"] for size, column in SIZE_COLUMNS.items()}
         rows.append(
             {"arm": arm, "n_lesions": len(marked) // n_replicates, "found_percent": 100 * marked["found"].mean()}
-            | {column: 100 * by_size[size] for size, column in _FOUND_BY_SIZE.items()}
+            | {f"n_lesions_{column}": len(found) // n_replicates for column, found in of_size.items()}
+            | {f"found_percent_{column}": 100 * found.mean() for column, found in of_size.items()}
             | {
                 "false_positives_per_scan": scans["n_false_positives"].mean(),
                 "n_empty_cases": len(empty) // n_replicates,
                 "empty_false_positive_mm3": empty["false_positive_mm3"].mean(),
             }
         )
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).merge(cpm, on="arm", how="left")
 
 
 def quality_files(results: Path, generators: list[str]) -> dict[str, Path]:
-    """The measured image qualities, by generator; those not measured are left out."""
+    """Where the measures of samples are, by generator; those not measured are left out."""
     paths = {name: results / "quality" / f"{name}.csv" for name in generators}
     return {name: path for name, path in paths.items() if path.exists()}
 
 
-def quality_table(samples: pd.DataFrame) -> pd.DataFrame:
-    """Summary of `lungddpm quality` tables: generator, image, region, metric, n, mean, sd over samples.
+def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
+    """What `lungddpm quality` measured, over all samples of a generator; one row a generator, image, region and metric.
 
-    Undefined values (empty regions) do not count towards n; a copy of the reference has an infinite mean PSNR.
+    Args:
+        samples: rows of `image_quality.COLUMNS`; summarised. Undefined values (empty regions) do not count towards n; a
+            copy of the reference has an infinite mean PSNR.
+        sets: rows of `image_quality.SET_COLUMNS`; their value becomes the mean. Those without a value stay, with n of
+            0, as their note says why.
+
+    Returns:
+        generator, image, region, metric, n, mean, sd, n_real (real cases that the set was compared with), extractor
+        (feature network), weights_sha256, note.
     """
-    keys = ["generator", "image", "region", "metric"]
-    defined = samples.dropna(subset="value")
-    if defined.empty:
-        return pd.DataFrame(columns=[*keys, "n", "mean", "sd"])
+    keys, last = ["generator", "image", "region", "metric"], ["n_real", "extractor", "weights_sha256", "note"]
     with np.errstate(invalid="ignore"):
-        return defined.groupby(keys, sort=False)["value"].agg(n="count", mean="mean", sd="std").reset_index()
+        summary = (
+            samples.dropna(subset="value")
+            .groupby(keys, sort=False)
+            .agg(n=("value", "count"), mean=("value", "mean"), sd=("value", "std"), note=("note", _common))
+            .reset_index()
+        )
+    together = sets.rename(columns={"value": "mean"})
+    together["n"] = together["n"].where(together["mean"].notna(), 0)
+    found = pd.concat([summary, together], ignore_index=True)[[*keys, "n", "mean", "sd", *last]]
+    order = {name: place for place, name in enumerate(found["generator"].unique())}
+    return (
+        found.astype({"n_real": "Int64"})
+        .fillna({"extractor": "", "weights_sha256": "", "note": ""})
+        .sort_values("generator", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    )
+
+
+def _common(notes: pd.Series) -> str:
+    """The note that all samples share, if they do."""
+    return notes.iloc[0] if notes.nunique(dropna=False) == 1 else ""
 
 
 def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
@@ -261,8 +322,9 @@ def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
     """Write `<path>.csv` in full precision and `<path>.md` for reading (four digits); returns both paths."""
     csv, markdown = path.with_suffix(".csv"), path.with_suffix(".md")
     write_table(csv, table)
-    shown = table.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
-    text = shown.replace("nan", "").to_markdown(index=False, disable_numparse=True)
+    shown = table.astype(object).where(table.notna(), "")
+    shown = shown.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
+    text = shown.to_markdown(index=False, disable_numparse=True)
     write_text(markdown, text + "\n")
     return [csv, markdown]
 
@@ -271,26 +333,36 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     """Assemble all tables of a run and write them to `<results>/tables/` as CSV and Markdown.
 
     Returns:
-        (tables by name, paths written). Tables: cases, lesions, verdict, detection, published_comparison; and
-        dose_response, image_quality and timing where the run has them.
+        (tables by name, paths written). Tables: cases, lesions, measures, verdict, detection, froc, froc_band,
+        published_comparison; and dose_response, image_quality and timing where the run has them.
 
     Raises:
-        InputError: `real` was not evaluated, or metrics do not fit together.
+        InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
     """
     generators = list(config.arms.largest_doses())
     replicates = evaluated_replicates(results, config)
     cases = gather(results, replicates, "metrics.csv")
     lesions = gather(results, replicates, "lesions.csv")
+    candidates = gather(results, replicates, "candidates.csv")
+    froc = froc_tables(cases, lesions, candidates, config.verdict.confidence, seed_from(config.seed, "verdict", "froc"))
     tables = {
         "verdict": verdict_table(cases, config),
         **dose_tables(cases, config),
-        "detection": detection_table(cases, lesions),
+        "detection": detection_table(cases, lesions, froc.pop("cpm")),
+        "measures": measures_table(cases),
+        **froc,
         "cases": cases,
         "lesions": lesions,
     }
     if measured := quality_files(results, generators):
-        samples = pd.concat([read_csv(path) for path in measured.values()], ignore_index=True)
-        tables["image_quality"] = quality_table(samples[image_quality.COLUMNS])
+        samples, sets = (
+            pd.concat([read_csv(path)[columns] for path in paths], ignore_index=True)
+            for paths, columns in (
+                (measured.values(), image_quality.COLUMNS),
+                (map(image_quality.sets_beside, measured.values()), image_quality.SET_COLUMNS),
+            )
+        )
+        tables["image_quality"] = quality_table(samples, sets)
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),

@@ -79,9 +79,10 @@ def test_all_arms_have_the_plans_made_on_real(run):
     for name in ("nnUNetPlans.json", "dataset_fingerprint.json"):
         assert (real / name).read_bytes() == (mixed / name).read_bytes()
     plans = json.loads((real / "nnUNetPlans.json").read_text())
-    # The blobs' spacing is 4, 3, 5 mm along x, y, z: SimpleITK's (z, y, x) with the largest spacing first.
-    assert plans["configurations"]["3d_fullres"]["spacing"] == [5.0, 3.0, 4.0]
-    assert plans["configurations"]["lungddpm"]["patch_size"] == [16, 32, 16]
+    # The blobs' spacing is 5, 3, 4 mm along x, y, z: SimpleITK's (z, y, x) with the largest spacing first.
+    assert plans["transpose_forward"] == [2, 0, 1]
+    assert plans["configurations"]["3d_fullres"]["spacing"] == [5.0, 4.0, 3.0]
+    assert plans["configurations"]["lungddpm"]["patch_size"] == [16, 16, 32]
     assert len(list((mixed / "nnUNetPlans_3d_fullres").glob("*.pkl"))) == 6
     assert (mixed / "gt_segmentations" / "s0.nii.gz").exists()
 
@@ -116,13 +117,28 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         _, layout = read_case(run / "cases" / case)
         mask, probability = (read_volume(tmp_path / f"{prefix}{case}.nii.gz") for prefix in ("", "probability/"))
         assert mask.same_grid(layout)
-        assert mask.array.dtype == np.uint8
+        assert (mask.array.dtype, probability.array.dtype) == (np.uint8, np.uint16)
         # nnU-Net keeps logits in half precision: ties at one half may fall either way.
-        assert (np.abs(probability.array[mask.array != (probability.array > 127)].astype(int) - 127) <= 1).all()
+        unlike = mask.array != (probability.array > 32767)
+        assert (np.abs(probability.array[unlike].astype(int) - 32767) <= 1).all()
         truth = layout.array == Label.NODULE
         dice = 2 * (mask.array & truth).sum() / (mask.array.sum() + truth.sum())
         # Marking everything gives 2 x 0.013 / 1.013 = 0.03.
         assert dice > 0.6
+
+
+def test_the_training_curve_is_read_from_the_logs(run):
+    real = run / "arms" / "real"
+    nnunet.run_train(SHORT, real, 0, 3, "cpu")
+    steps, losses = zip(*nnunet.training_curve(real, 0, 3, save_every=2), strict=True)
+    assert steps == (2, 4, 6, 8)
+    logged = torch.load(nnunet.fold_folder(real, 0, 3) / "checkpoint_final.pth", weights_only=False)["logging"]
+    assert losses == pytest.approx(logged["train_losses"], abs=5e-5)
+    # A resumed training logs anew what it had not saved.
+    again = nnunet.fold_folder(real, 0, 3) / "training_log_9999.txt"
+    again.write_text("9: Epoch 3 \n9: Current learning rate: 0.1 \n9: train_loss -0.7500, pseudo Dice 0.1 \n")
+    assert nnunet.training_curve(real, 0, 3, save_every=2) == [*zip(steps[:3], losses[:3], strict=True), (8, -0.75)]
+    assert nnunet.training_curve(real, 0, 99, save_every=2) == []
 
 
 def test_every_arm_takes_the_same_steps_from_the_same_seed(run):

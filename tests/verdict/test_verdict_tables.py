@@ -9,15 +9,20 @@ from scipy import stats
 
 from lungddpm.config import parse_config
 from lungddpm.errors import InputError
+from lungddpm.verdict.image_quality import SET_COLUMNS
+from lungddpm.verdict.segmentation import RATIOS
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
     dose_tables,
+    identical_replicates,
+    measures_table,
     quality_table,
     scores_of,
     seconds_per_volume,
     timing_table,
     verdict_table,
+    write_both,
     write_tables,
 )
 
@@ -142,17 +147,112 @@ def test_detection_by_size():
     )
     found = [("< 6 mm", True), ("> 10 mm", True), ("< 6 mm", False), ("> 10 mm", True)]
     lesions = pd.DataFrame([{"arm": "real", "size_bin": size, "found": hit} for size, hit in found])
-    (row,) = detection_table(cases, lesions).to_dict("records")
+    cpm = pd.DataFrame([{"arm": "real", "cpm": 0.7, "cpm_ci_low": 0.6, "cpm_ci_high": 0.8}])
+    (row,) = detection_table(cases, lesions, cpm).to_dict("records")
     assert (row["n_lesions"], row["found_percent"], row["n_empty_cases"]) == (2, 75, 1)
+    assert (row["n_lesions_below_6_mm"], row["n_lesions_6_to_10_mm"], row["n_lesions_above_10_mm"]) == (1, 0, 1)
     assert (row["found_percent_below_6_mm"], row["found_percent_above_10_mm"]) == (50, 100)
     assert np.isnan(row["found_percent_6_to_10_mm"])
     assert (row["false_positives_per_scan"], row["empty_false_positive_mm3"]) == (2, 30)
+    assert (row["cpm"], row["cpm_ci_low"], row["cpm_ci_high"]) == (0.7, 0.6, 0.8)
+    assert np.isnan(detection_table(cases, lesions, cpm.iloc[:0])["cpm"].item())
+
+
+def test_scores_of_candidates_reach_froc_and_cpm(make_results):
+    config, results = make_results(n_test=4, n_replicates=2, extras=False)
+    tables, written = write_tables(config, results)
+    # Each scan has its lesion at 0.8 and one false positive at 0.4.
+    assert len(tables["froc"]) == len(config.arms.names()) * 2 * 7
+    assert (tables["froc"]["sensitivity"] == 1).all()
+    assert (tables["detection"]["cpm"] == 1).all()
+    assert {"froc.csv", "froc_band.csv", "measures.csv"} <= {path.name for path in written}
+
+
+def test_without_probabilities_only_the_scores_are_missing(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False, probabilities=False)
+    tables, _ = write_tables(config, results)
+    assert tables["froc"].empty
+    assert tables["detection"]["cpm"].isna().all()
+    assert tables["detection"]["found_percent"].notna().all()
+
+
+def test_measures_of_the_cases_with_a_lesion():
+    keys = {"arm": "real", "n_lesions": 1, **dict.fromkeys(RATIOS, 0.5), "surface_dice": 0.5, "volume_error_mm3": 0}
+    rows = [
+        keys | {"replicate": replicate, "case_id": case_id, "hausdorff_95_mm": distance}
+        for replicate, case_id, distance in [("a", "p", 4), ("b", "p", 8), ("a", "q", 10), ("b", "q", np.nan)]
+    ]
+    rows.append(rows[0] | {"case_id": "empty", "n_lesions": 0, "hausdorff_95_mm": np.nan, "specificity": 0.1})
+    measures = measures_table(pd.DataFrame(rows)).set_index("metric")
+    assert measures.loc["hausdorff_95_mm", ["n_cases", "n_undefined", "mean"]].tolist() == [2, 1, 8]
+    assert measures.loc["hausdorff_95_mm", "sd"] == pytest.approx(8**0.5)
+    assert measures.loc["specificity", ["n_cases", "n_undefined", "mean"]].tolist() == [2, 0, 0.5]
+
+
+@pytest.mark.parametrize("name", ["metrics.csv", "lesions.csv", "candidates.csv"])
+def test_a_table_edited_by_hand_stops_the_verdict(make_results, name):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    path = results / "segmentation" / "real+real" / "fold0_seed0" / name
+    path.write_text(path.read_text().replace("patient-02", "patient-03"))
+    with pytest.raises(InputError, match=rf"real\+real/fold0_seed0/{name}: was changed.*lungddpm evaluate"):
+        write_tables(config, results)
+
+
+def test_all_references_empty(make_results):
+    config, results = make_results(n_test=3, n_replicates=2, nodules=False, extras=False)
+    tables, _ = write_tables(config, results)
+    assert set(tables["verdict"]["verdict"]) <= {"baseline", "not measured"}
+    detection = tables["detection"]
+    assert (detection["n_lesions"] == 0).all()
+    assert (detection["n_empty_cases"] == 3).all()
+    assert detection["empty_false_positive_mm3"].tolist() == pytest.approx([80] * 3)
+    assert detection[["found_percent", "cpm"]].isna().all(axis=None)
+    assert tables["froc"].empty
+    assert (tables["measures"]["n_cases"] == 0).all()
+
+
+def test_identical_arms_show_no_difference(make_results):
+    config, results = make_results(n_test=7, n_replicates=2, extras=False)
+    for arm in config.arms.names()[1:]:
+        shutil.rmtree(results / "segmentation" / arm)
+        shutil.copytree(results / "segmentation" / "real", results / "segmentation" / arm)
+    tables, _ = write_tables(config, results)
+    for row in tables["verdict"].query("arm != 'real'").to_dict("records"):
+        assert (row["difference"], row["verdict"], row["p_holm"]) == (0, "no difference shown", 1)
+        assert (row["wins"], row["ties"], row["losses"]) == (0, 7, 0)
+    assert identical_replicates(tables["cases"]) == [
+        [f"{arm}, {replicate}" for arm in config.arms.names()] for replicate in config.segmentation.replicates()
+    ]
+    assert tables["froc_band"].groupby("false_positives_a_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
 
 
 def test_quality_is_summarised_over_samples_with_the_region():
-    keys = {"generator": "g", "image": "synthetic", "region": "nodules", "metric": "mse"}
-    (row,) = quality_table(pd.DataFrame([keys | {"value": value} for value in (1.0, 3.0, np.nan)])).to_dict("records")
-    assert (row["n"], row["mean"], row["sd"]) == (2, 2.0, pytest.approx(2**0.5))
+    keys = {"generator": "g", "image": "synthetic", "region": "nodules", "metric": "mse", "note": "same"}
+    samples = pd.DataFrame([keys | {"value": value} for value in (1.0, 3.0, np.nan)])
+    (row,) = quality_table(samples, pd.DataFrame(columns=SET_COLUMNS)).to_dict("records")
+    assert (row["n"], row["mean"], row["sd"], row["note"]) == (2, 2.0, pytest.approx(2**0.5), "same")
+    assert row["extractor"] == ""
+
+
+def test_sets_stand_beside_their_generators_samples(tmp_path):
+    keys = {"image": "synthetic", "region": "lungs", "note": ""}
+    samples = [keys | {"generator": name, "metric": "mse", "value": 1.0, "note": note} for name, note in ("ax", "by")]
+    network = {"extractor": "network", "weights_sha256": "1f", "n": 4, "n_real": 7}
+    sets = [
+        keys | network | {"generator": name, "metric": "fid", "value": value, "note": f"of {name}"}
+        for name, value in (("a", 0.5), ("b", np.nan))
+    ]
+    table = quality_table(pd.DataFrame(samples), pd.DataFrame(sets)[SET_COLUMNS])
+    assert table["generator"].tolist() == ["a", "a", "b", "b"]
+    assert table["metric"].tolist() == ["mse", "fid", "mse", "fid"]
+    distance, absent = table.iloc[1], table.iloc[3]
+    assert (distance["mean"], distance["n"], distance["n_real"], distance["extractor"]) == (0.5, 4, 7, "network")
+    assert np.isnan(distance["sd"])
+    assert (absent["n"], absent["note"]) == (0, "of b")
+    csv, markdown = write_both(tmp_path / "image_quality", table)
+    assert pd.read_csv(csv)["n_real"].tolist()[1] == 7
+    assert "nan" not in markdown.read_text().lower()
+    assert "<na>" not in markdown.read_text().lower()
 
 
 def test_times_come_from_benchmarks_and_samples(make_results):

@@ -15,7 +15,7 @@ from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from lungddpm.files import atomic_path, seed_from
-from lungddpm.progress import Progress
+from lungddpm.progress import Progress, shorten_paths
 
 SETTINGS_FILE = "training.json"
 
@@ -98,8 +98,9 @@ class LungDDPMTrainer(nnUNetTrainer):
             super().save_checkpoint(str(temporary))
 
     def print_to_log_file(self, *args, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
-        """Write to nnU-Net's own log file, never to the terminal."""
-        super().print_to_log_file(*args, also_print_to_console=False, add_timestamp=add_timestamp)
+        """Write to nnU-Net's own log file, without absolute paths, never to the terminal."""
+        told = [shorten_paths(str(arg)) for arg in args]
+        super().print_to_log_file(*told, also_print_to_console=False, add_timestamp=add_timestamp)
 
     def plot_network_architecture(self) -> None:
         """Left out: it needs a library that is not kept up."""

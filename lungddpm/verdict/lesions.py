@@ -1,0 +1,115 @@
+"""Lesions found and false alarms of one case: connected components of the masks, and candidates with a score.
+
+Two views of the same prediction. The mask says which lesions a reader of the mask would see. The probabilities give
+candidates: regions that the segmenter takes for a nodule more or less surely, from which FROC is made (see `froc`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import cc3d
+import numpy as np
+
+SIZE_BINS = ("< 6 mm", "6-10 mm", "> 10 mm")
+CANDIDATE_PROBABILITY = 0.1
+"""A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
+to be found at a lower score; not lower, so that neighbours do not grow together."""
+_TOUCHING = 26
+
+
+@dataclass(frozen=True)
+class Lesion:
+    """One connected component of the reference mask."""
+
+    diameter_mm: float
+    """Diameter of the sphere of equal volume."""
+    overlap: float
+    """Share of the lesion's voxels that the prediction covers."""
+    score: float = math.nan
+    """Highest score of the candidates that hit it; NaN where none does, or without probabilities."""
+
+    @property
+    def found(self) -> bool:
+        """Overlap matching: one predicted voxel within the lesion is enough."""
+        return self.overlap > 0
+
+    @property
+    def size_bin(self) -> str:
+        """One of `SIZE_BINS`; 6 and 10 mm themselves belong to the middle one."""
+        return SIZE_BINS[int(self.diameter_mm >= 6) + int(self.diameter_mm > 10)]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One connected region that may be a nodule."""
+
+    score: float
+    """Highest probability in it, between 0 and 1."""
+    volume_mm3: float
+    lesions: tuple[int, ...]
+    """Numbers of the lesions, from 1, that it shares a voxel with; empty for a false positive."""
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Lesion-wise agreement of one case."""
+
+    lesions: list[Lesion]
+    n_false_positives: int
+    """Connected components of the predicted mask that touch no lesion."""
+    candidates: list[Candidate] | None
+    """None without probabilities."""
+
+
+def lesion_measures(
+    reference: np.ndarray, prediction: np.ndarray, voxel_mm3: float, probability: np.ndarray | None = None
+) -> Detection:
+    """Lesion-wise agreement of a reference with a prediction; lesions are 26-connected components.
+
+    Args:
+        reference: bool, (x, y, z).
+        prediction: bool, same shape.
+        voxel_mm3: volume of a voxel in mm3.
+        probability: of nodule, 0 to 1, same shape.
+    """
+    numbers, n_lesions = cc3d.connected_components(reference, connectivity=_TOUCHING, return_N=True)
+    n_voxels = np.bincount(numbers.ravel(), minlength=n_lesions + 1)[1:]
+    n_covered = np.bincount(numbers[prediction], minlength=n_lesions + 1)[1:]
+    components, n_components = cc3d.connected_components(prediction, connectivity=_TOUCHING, return_N=True)
+    n_matched = np.count_nonzero(np.unique(components[reference]))
+    candidates = None if probability is None else find_candidates(numbers, probability, voxel_mm3)
+    scores = np.full(n_lesions, math.nan)
+    for candidate in candidates or ():
+        for number in candidate.lesions:
+            scores[number - 1] = np.fmax(scores[number - 1], candidate.score)
+    lesions = [
+        Lesion(diameter_mm=(6 * voxels * voxel_mm3 / math.pi) ** (1 / 3), overlap=covered / voxels, score=score)
+        for voxels, covered, score in zip(n_voxels.tolist(), n_covered.tolist(), scores.tolist(), strict=True)
+    ]
+    return Detection(lesions, n_components - n_matched, candidates)
+
+
+def find_candidates(lesions: np.ndarray, probability: np.ndarray, voxel_mm3: float) -> list[Candidate]:
+    """26-connected regions of at least `CANDIDATE_PROBABILITY`, and the lesions that each of them hits.
+
+    Args:
+        lesions: number of the lesion in each voxel, 0 for none, (x, y, z).
+        probability: of nodule, 0 to 1, same shape.
+        voxel_mm3: volume of a voxel in mm3.
+    """
+    likely = probability >= CANDIDATE_PROBABILITY
+    regions, n_regions = cc3d.connected_components(likely, connectivity=_TOUCHING, return_N=True)
+    of_voxel = regions[likely]
+    n_voxels = np.bincount(of_voxel, minlength=n_regions + 1)
+    scores = np.zeros(n_regions + 1)
+    np.maximum.at(scores, of_voxel, probability[likely])
+    hits = [[] for _ in range(n_regions + 1)]
+    hit = likely & (lesions > 0)
+    for region, lesion in np.unique(np.stack([regions[hit], lesions[hit]], axis=1), axis=0).tolist():
+        hits[region].append(lesion)
+    return [
+        Candidate(float(scores[region]), float(n_voxels[region] * voxel_mm3), tuple(hits[region]))
+        for region in range(1, n_regions + 1)
+    ]
