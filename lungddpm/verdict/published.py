@@ -10,12 +10,14 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
-from lungddpm.verdict.image_quality import SYNTHETIC
+from lungddpm.verdict.feature_distances import MEDICALNET
+from lungddpm.verdict.image_quality import SYNTHETIC, WHOLE
 
 REAL_CASES = 800
 """Real training cases in the published segmentation experiment."""
-_GENERATORS = {"Lung-DDPM": "lung_ddpm"}
+_GENERATORS = {"Lung-DDPM": "lung_ddpm", "Lung-DDPM+": "lung_ddpm_plus", "Med-DDPM": "med_ddpm"}
 """Published methods that this benchmark has, by their module in `lungddpm/generators/`."""
+_QUALITY_METRICS = {"MSE": "mse", "FID": "fid", "MMD": "mmd_squared"}
 _SEGMENTATION = (
     "its 249 test patients are private, and what its sd is taken over is not stated: "
     "compare the change against real data, not the level"
@@ -25,7 +27,12 @@ _OTHER_SCALE = (
     "the whole-volume figure mostly tells how large the lungs are"
 )
 _OTHER_FEATURES = (
-    "distances depend on the feature network, the input range and the cohort; this run does not compute it"
+    "the feature network here has random weights: its distances compare with none but its own "
+    "(image_quality.weights takes MedicalNet's)"
+)
+_OTHER_INPUT = (
+    "distances compare within one feature network, input range, grid and number of volumes only; of these, "
+    "the network alone is the one that was published"
 )
 _OTHER_MACHINE = "sampling time depends on the machine and the grid, which differ"
 _NOT_MEASURED = "not measured in this run"
@@ -115,17 +122,19 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
 def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
     if figure["method"] not in _GENERATORS:
         return _absent(figure)
-    if figure["metric"] != "MSE":
-        return {"comparable": "no", "why_not": _OTHER_FEATURES}
     generator = _GENERATORS[figure["method"]]
     if image_quality is not None:
         rows = image_quality[
             (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
-            & (image_quality["region"] == "whole volume") & (image_quality["metric"] == "mse")
-        ]  # fmt: skip
+            & (image_quality["region"] == WHOLE) & (image_quality["metric"] == _QUALITY_METRICS[figure["metric"]])
+        ].dropna(subset="mean")  # fmt: skip
         if not rows.empty:
-            measured = {"measured_mean": rows["mean"].iloc[0], "measured_sd": rows["sd"].iloc[0]}
-            return {"arm": generator, **measured, "comparable": "no", "why_not": _OTHER_SCALE}
+            row = rows.iloc[0]
+            why_not = _OTHER_SCALE
+            if figure["metric"] != "MSE":
+                why_not = _OTHER_INPUT if row["extractor"] == MEDICALNET else _OTHER_FEATURES
+            measured = {"measured_mean": row["mean"], "measured_sd": row["sd"]}
+            return {"arm": generator, **measured, "comparable": "no", "why_not": why_not}
     return {"comparable": "no", "why_not": _NOT_MEASURED}
 
 

@@ -1,27 +1,37 @@
-"""Image measures against closed forms and MONAI; the floor; the table on disk."""
+"""Image measures against closed forms, the published samples and a sampler with known seams; floors; the tables."""
 
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.metrics.regression import compute_ssim_and_cs
 
+from lungddpm.cases import write_cases
+from lungddpm.diffusion.sampling import sample
+from lungddpm.diffusion.schedule import alphas_cumprod, cosine_betas
 from lungddpm.errors import InputError
 from lungddpm.files import write_json
 from lungddpm.generators import run_synthesize
 from lungddpm.layouts import Label
 from lungddpm.verdict.image_quality import (
     CONSTANT_LUNGS,
+    COPIES,
     METRICS,
+    NEAREST,
+    OTHER_PATIENTS,
+    SEAM_RATIO,
     SYNTHETIC,
     compare_images,
     constant_lungs,
     regions,
     run_quality,
+    seam_ratio,
+    sets_beside,
     unit_range,
 )
+from lungddpm.volume import read_volume
 
 WINDOW = (-1024.0, 600.0)
 
@@ -64,19 +74,93 @@ def test_identical_images(reference):
     whole = values_of(
         compare_images(reference, reference, {"whole volume": np.ones(reference.shape, bool)}, WINDOW), "whole volume"
     )
-    assert whole == {"mse": 0, "psnr_db": math.inf, "ssim": pytest.approx(1), "mean_difference_hu": 0}
+    same = {"ssim": pytest.approx(1), "ms_ssim": pytest.approx(1)}
+    assert whole == {"mse": 0, "psnr_db": math.inf, **same, "mean_difference_hu": 0}
 
 
-def test_ssim_agrees_with_monai(reference):
-    image = np.clip(reference + np.random.default_rng(2).normal(0, 0.1, reference.shape), 0, 1).astype(np.float32)
-    inner = np.zeros(image.shape, bool)
-    inner[5:-5, 5:-5, 5:-5] = True  # MONAI's window of 11 leaves the border out
-    ours = values_of(compare_images(image, reference, {"inner": inner}, WINDOW), "inner")["ssim"]
-    theirs, _ = compute_ssim_and_cs(
-        *(torch.from_numpy(array)[None, None] for array in (image, reference)),
-        spatial_dims=3, kernel_size=(11,) * 3, kernel_sigma=(1.5,) * 3, data_range=1.0,
-    )  # fmt: skip
-    assert ours == pytest.approx(float(theirs.mean()), abs=1e-4)
+def test_the_shell_reaches_two_voxels_around_nodules_but_not_beyond_the_layout():
+    layout = np.zeros((12, 12, 12), np.uint8)
+    layout[:, :7] = Label.LUNG
+    layout[5, 5, 5] = Label.NODULE
+    shell = regions(layout, layout)["nodules and shell"]
+    assert np.array_equal(np.argwhere(shell).min(axis=0), [3, 3, 3])
+    assert np.array_equal(np.argwhere(shell).max(axis=0), [7, 6, 7])
+    assert np.count_nonzero(shell) == 5 * 4 * 5
+
+
+def test_ms_ssim_says_how_many_scales_it_has():
+    image = np.random.default_rng(3).random((24, 24, 24)).astype(np.float32)
+    rows = compare_images(image, image, {"whole volume": np.ones(image.shape, bool)}, WINDOW)
+    assert {row["metric"]: row["note"] for row in rows}["ms_ssim"] == "2 scales"
+
+
+def test_seam_counts_the_faces_of_the_border():
+    reference = np.zeros((6, 6, 6), np.float32)
+    reference[3:] = 0.2
+    layout = np.where(reference > 0, Label.LUNG, Label.BACKGROUND)
+    image = reference.copy()
+    image[3:, :3] += 0.1  # half of the 36 faces
+    image[5] = 0.9  # not at the border
+    same = np.ones(layout.shape, bool)
+    assert seam_ratio(image, reference, layout, same) == pytest.approx(1.25)
+    assert seam_ratio(reference, reference, layout, same) == 1
+    same[:, :3] = False
+    assert seam_ratio(image, reference, layout, same) == 1
+    assert math.isnan(seam_ratio(image, np.zeros_like(reference), layout, same))
+
+
+def test_published_aas_has_a_seam_that_corrected_aas_has_not():
+    """The denoiser knows the reference by heart: whatever seam there is comes from how the reference is pasted."""
+    betas, ramp = cosine_betas(50), torch.linspace(-0.5, 0.5, 32).expand(1, 1, 32, 32, 32)
+    signal, condition = alphas_cumprod(betas), torch.ones(1, 2, 32, 32, 32)
+    condition[..., :16] = -1
+
+    def predict_noise(inputs, timesteps):
+        share = signal[timesteps].view(-1, 1, 1, 1, 1)
+        return (inputs[:, :1] - share.sqrt() * ramp) / (1 - share).sqrt()
+
+    ratios = {}
+    for aas in ("corrected", "published"):
+        generators = [torch.Generator().manual_seed(1)]
+        drawn = sample(predict_noise, condition.double(), betas, "ddpm", 50, generators, ramp.double(), aas=aas)
+        image, reference = ((volume[0, 0].numpy() + 1) / 2 for volume in (drawn, ramp))
+        layout = np.where(condition[0, 0].numpy() > 0, Label.LUNG, Label.BACKGROUND)
+        ratios[aas] = seam_ratio(image, reference, layout, np.ones(layout.shape, bool))
+    assert ratios["corrected"] == pytest.approx(1, abs=0.01)
+    assert ratios["published"] > 1.05
+
+
+@pytest.fixture
+def published(shared_data):
+    """Volumes in [0, 1] by name, and the layout; axis 0 is the slice."""
+    names = ("reference", "lung-ddpm", "med-ddpm", "mav", "gem-3d")
+    folder = shared_data / "published-samples"
+    volumes = {name: read_volume(folder / f"case0_{name}.nii.gz").array.astype(np.float32) / 255 for name in names}
+    return volumes, read_volume(folder / "case0_layout.nii.gz").array
+
+
+def test_published_samples(published):
+    """Protocol.md's lung-only ranking and its floor of 0.0018 are over two published cases; this is the first one."""
+    volumes, layout = published
+    reference, masks = volumes.pop("reference"), regions(layout, layout)
+    lungs = masks["lungs"]
+    assert 0.84 < 1 - lungs.mean() < 0.90
+    whole = {name: np.square(volume - reference).mean() for name, volume in volumes.items()}
+    inside = {name: np.square((volume - reference)[lungs]).mean() for name, volume in volumes.items()}
+    rows = compare_images(volumes["lung-ddpm"], reference, masks, WINDOW)
+    assert values_of(rows, "lungs")["mse"] == pytest.approx(inside["lung-ddpm"], rel=1e-4)
+    assert values_of(rows, "whole volume")["mse"] == pytest.approx(0.0021, abs=5e-5)
+    published_mse = {"lung-ddpm": 0.0021, "med-ddpm": 0.0522, "mav": 0.0876, "gem-3d": 0.0719}
+    assert {name: round(float(value), 4) for name, value in whole.items()} == published_mse
+    # What sets Lung-DDPM 25 times apart is the pasted background: within the lungs it is less than 1.5 times.
+    assert sorted(whole, key=whole.get) == ["lung-ddpm", "med-ddpm", "gem-3d", "mav"]
+    assert sorted(inside, key=inside.get)[1:] == ["gem-3d", "mav", "med-ddpm"]
+    assert whole["med-ddpm"] / whole["lung-ddpm"] > 20
+    assert inside["med-ddpm"] / inside["lung-ddpm"] < 1.5
+    # A constant within the lungs beats all of them over the whole volume.
+    floor = np.square(constant_lungs(reference, lungs) - reference).mean()
+    assert floor == pytest.approx(0.0020, abs=5e-5)
+    assert floor < min(whole.values())
 
 
 def test_empty_regions_and_small_grids_are_not_measured():
@@ -105,9 +189,90 @@ def test_table_has_a_row_a_sample_image_region_and_metric(make_results):
     _, results = make_results(n_test=1, n_replicates=1)
     table = pd.read_csv(results / "quality" / "lung_ddpm.csv")
     keys = ["case_id", "image", "region", "metric"]
-    assert len(table) == len(table[keys].drop_duplicates()) == 2 * 2 * 3 * len(METRICS)
-    assert set(table["image"]) == {SYNTHETIC, CONSTANT_LUNGS}
-    assert set(table["reference"]) == {"case-01"}
+    compared = table[table["metric"] != NEAREST]
+    assert len(compared) == len(compared[keys].drop_duplicates()) == 2 * 4 * (4 * len(METRICS) + 1)
+    assert set(compared["image"]) == {SYNTHETIC, CONSTANT_LUNGS, COPIES, OTHER_PATIENTS}
+    assert set(compared["reference"]) == {"case-01"}
+    nearest = table[table["metric"] == NEAREST].dropna(subset="value")
+    assert nearest["image"].value_counts().to_dict() == {SYNTHETIC: 2, CONSTANT_LUNGS: 2, OTHER_PATIENTS: 1}
+    assert set(nearest["note"]) == {"case-00"}
+
+
+def test_floors_come_out_as_floors(make_results):
+    _, results = make_results(n_test=1, n_replicates=1)
+    table = pd.read_csv(results / "quality" / "lung_ddpm.csv")
+    mean = table.groupby(["image", "region", "metric"])["value"].mean()
+    assert mean[COPIES, "lungs", "mse"] == 0
+    assert mean[COPIES, "lungs", "ms_ssim"] == pytest.approx(1)
+    assert mean[COPIES, "seam", SEAM_RATIO] == 1
+    # Noise of 20 HU in both; the constant lacks a nodule of 27 voxels and 890 HU among 1680.
+    assert mean[SYNTHETIC, "lungs", "mse"] == pytest.approx(2 * (20 / 1624) ** 2, rel=0.05)
+    share = 27 / 1680
+    assert mean[CONSTANT_LUNGS, "lungs", "mse"] == pytest.approx(
+        (20**2 + share * (1 - share) * 890**2) / 1624**2, rel=0.05
+    )
+    sets = pd.read_csv(sets_beside(results / "quality" / "lung_ddpm.csv"))
+    distances = sets[sets["metric"].isin(["fid", "mmd_squared"])]
+    assert len(distances) == 4 * 2 * 2
+    assert distances["extractor"].str.contains("random weights").all()
+    assert distances["weights_sha256"].str.len().eq(64).all()
+    assert distances["value"].isna().all()  # there is one reference only
+    assert distances["note"].eq("needs two images on each side").all()
+
+
+def add_sample(results, name, source):
+    """One more sample with the CT and layout of a case."""
+    folder = results / "synthetic" / "lung_ddpm" / name
+    shutil.copytree(results / "cases" / source, folder)
+    write_json(folder / "sample.json", {"reference_case_id": "case-01"})
+    table = pd.read_csv(folder.parent / "samples-0.tsv", sep="\t").assign(case_id=name, path=name)
+    write_cases(folder.parent / f"{name}.tsv", table)
+    return folder.parent / f"{name}.tsv"
+
+
+def judged(config, results, tables):
+    output = results / "judged.csv"
+    run_quality(config, results / "cases" / "cases.tsv", tables, "lung_ddpm", output)
+    sets = pd.read_csv(sets_beside(output)).set_index(["image", "region", "metric"])
+    return pd.read_csv(output), sets
+
+
+def test_a_training_case_among_the_samples_is_flagged(make_results):
+    config, results = make_results(n_test=1, n_replicates=1)
+    others = [results / "synthetic" / "lung_ddpm" / f"samples-{number}.tsv" for number in range(2)]
+    _, before = judged(config, results, others)
+    table, after = judged(config, results, [*others, add_sample(results, "stolen", "case-00")])
+    distance = table[(table["metric"] == NEAREST) & (table["image"] == SYNTHETIC)].set_index("case_id")["value"]
+    assert distance["stolen"] == 0
+    assert distance.drop("stolen").min() > 20
+    flagged = [sets.loc[(SYNTHETIC, "lungs", "n_nearer_than_any_real")] for sets in (before, after)]
+    assert flagged[1]["value"] == flagged[0]["value"] + 1
+    assert (flagged[1]["n"], flagged[1]["n_real"]) == (3, 1)
+    assert flagged[1]["note"].endswith("by chance 1.5")  # three samples, one real distance
+
+
+def test_samples_of_one_layout_are_compared_with_each_other(make_results):
+    config, results = make_results(n_test=1, n_replicates=1)
+    tables = [results / "synthetic" / "lung_ddpm" / f"samples-{number}.tsv" for number in range(2)]
+    _, sets = judged(config, results, tables)
+    noise = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
+    assert (noise["n"], noise["note"]) == (1, "1 scale, 1 layout")
+    assert 0.9 < noise["value"] < 0.999
+    _, sets = judged(config, results, [tables[0], add_sample(results, "again", "../synthetic/lung_ddpm/sample-0")])
+    assert sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]["value"] == pytest.approx(1)
+    _, sets = judged(config, results, tables[:1])
+    alone = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
+    assert (alone["n"], alone["note"]) == (0, "no two samples have one layout")
+    assert math.isnan(alone["value"])
+
+
+def test_samples_without_a_reference_are_judged_as_far_as_they_can_be(make_results):
+    config, results = make_results(n_test=1, n_replicates=1)
+    folder = results / "synthetic" / "lung_ddpm"
+    write_json(folder / "sample-0" / "sample.json", {"reference_case_id": None})
+    table, sets = judged(config, results, [folder / "samples-0.tsv"])
+    assert set(table.dropna(subset="value")["metric"]) == {NEAREST}
+    assert set(sets.xs("fid", level="metric").index.get_level_values("image")) == {SYNTHETIC, OTHER_PATIENTS}
 
 
 @pytest.mark.parametrize(

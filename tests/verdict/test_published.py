@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lungddpm.verdict.feature_distances import MEDICALNET
 from lungddpm.verdict.published import published_comparison, published_figures
 
 
@@ -70,12 +71,27 @@ def test_phantoms_compare_with_nothing(verdict):
 
 def test_image_quality_and_sampling_time_are_filled_in(verdict):
     keys = {"generator": "lung_ddpm", "image": "synthetic", "region": "whole volume", "metric": "mse"}
-    quality = pd.DataFrame([keys | {"mean": 0.002, "sd": 0.1}])
+    quality = pd.DataFrame([keys | {"mean": 0.002, "sd": 0.1, "extractor": ""}])
     comparison = published_comparison(verdict, quality, {"lung_ddpm": 7.0})
     mse = comparison[(comparison["method"] == "Lung-DDPM") & (comparison["metric"] == "MSE")]
     assert mse["measured_mean"].tolist() == [0.002, 0.002]
     assert row_of(comparison, method="Lung-DDPM", metric="seconds_per_volume")["measured_mean"] == 7.0
     assert comparison[comparison["metric"] == "FID"]["measured_mean"].isna().all()
+
+
+@pytest.mark.parametrize(
+    ("extractor", "reason"), [("ResNet-50, random weights", "random weights"), (MEDICALNET, "number of volumes")]
+)
+def test_feature_distances_never_compare_and_say_why(verdict, extractor, reason):
+    keys = {"generator": "lung_ddpm", "image": "synthetic", "region": "whole volume", "sd": np.nan}
+    measured = {"fid": 1.5, "mmd_squared": np.nan}
+    rows = [keys | {"metric": metric, "mean": value, "extractor": extractor} for metric, value in measured.items()]
+    comparison = published_comparison(verdict, pd.DataFrame(rows)).query("method == 'Lung-DDPM'")
+    fid, mmd = (comparison[comparison["metric"] == metric] for metric in ("FID", "MMD"))
+    assert fid["measured_mean"].tolist() == [1.5, 1.5]
+    assert (fid["comparable"] == "no").all()
+    assert fid["why_not"].str.contains(reason).all()
+    assert mmd["why_not"].str.startswith("not measured").all()
 
 
 def test_an_unmeasured_run_says_so(verdict):
