@@ -5,6 +5,7 @@ Colours are those of Okabe & Ito (2008), told apart with any colour vision.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ from lungddpm.volume import Volume
 
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 """Level -600, width 1500: the radiologist's lung window."""
+MEDIASTINAL_WINDOW_HU = (-160.0, 240.0)
+"""Level 40, width 400."""
 LABELS = {
     Label.BACKGROUND: ("background", "#000000"),
     Label.LUNG: ("lung", "#56B4E9"),
@@ -82,11 +85,20 @@ def oriented_slice(array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
 def largest_nodule(layout: Volume) -> tuple[int, int, int]:
     """A voxel inside the layout's largest nodule, nearest its centre of mass; the grid's centre if there is none."""
     largest = cc3d.largest_k(layout.array == Label.NODULE, k=1, connectivity=26)
-    voxels = np.argwhere(largest)
-    if not len(voxels):
-        return tuple(edge // 2 for edge in layout.shape)
-    nearest = np.square((voxels - voxels.mean(axis=0)) * layout.spacing_mm).sum(axis=1).argmin()
+    return inner_voxel(largest, layout.spacing_mm) if largest.any() else tuple(edge // 2 for edge in layout.shape)
+
+
+def inner_voxel(mask: np.ndarray, spacing_mm: np.ndarray) -> tuple[int, int, int]:
+    """The voxel of a mask that is nearest its centre of mass."""
+    voxels = np.argwhere(mask)
+    nearest = np.square((voxels - voxels.mean(axis=0)) * spacing_mm).sum(axis=1).argmin()
     return tuple(voxels[nearest].tolist())
+
+
+def difference_limit(difference_hu: np.ndarray, layout: np.ndarray) -> int:
+    """Where the colours of a difference end: its 98th percentile in what the layout fills, in whole hundreds of HU."""
+    made = np.abs(difference_hu[layout != Label.BACKGROUND])
+    return max(100, 100 * math.ceil(np.quantile(made, 0.98) / 100)) if made.size else 100
 
 
 def size_mm(volume: Volume, plane: Plane) -> tuple[float, float]:

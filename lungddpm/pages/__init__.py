@@ -1,4 +1,4 @@
-"""Pages in HTML: one look, one kind of table, no script, no network. Each room keeps its own templates."""
+"""Pages in HTML: one look, one kind of table, nothing from the network. Each room keeps its own templates."""
 
 from __future__ import annotations
 

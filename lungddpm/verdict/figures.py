@@ -7,12 +7,15 @@ that a grey print loses nothing.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from lungddpm.drawing import (
@@ -21,16 +24,39 @@ from lungddpm.drawing import (
     PLANES,
     STYLE,
     Plane,
+    difference_limit,
     largest_nodule,
     mark_sides,
     oriented_slice,
     size_mm,
 )  # fmt: skip
-from lungddpm.layouts import Label
+from lungddpm.verdict.froc import BAND_COLUMNS, RATES
+from lungddpm.verdict.image_quality import (
+    CONSTANT_LUNGS,
+    COPIES,
+    LUNGS,
+    OTHER_PATIENTS,
+    SEAM,
+    SEAM_RATIO,
+    SYNTHETIC,
+    WHOLE,
+)  # fmt: skip
 from lungddpm.verdict.statistics import signed
 from lungddpm.volume import Volume
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D"), "no difference shown": ("#555555", "o")}
+_FLOORS = [COPIES, CONSTANT_LUNGS, OTHER_PATIENTS]
+_GENERATOR_BAR, _FLOOR_BAR = {"color": "#0072B2"}, {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
+_LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: as the reference"
+_QUALITY_PANELS = {
+    ("mse", LUNGS): ("MSE, lungs", _LOWER),
+    ("ms_ssim", LUNGS): ("MS-SSIM, lungs", _HIGHER),
+    (SEAM_RATIO, SEAM): ("step at the lungs' border", _AT_ONE),
+    ("fid", WHOLE): ("FID, whole volume", _LOWER),
+    ("fid", LUNGS): ("FID, lungs", _LOWER),
+    ("mmd_squared", LUNGS): ("MMD², lungs", _LOWER),
+}
+"""Metric and region -> title, and which values are good."""
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
 
@@ -57,8 +83,7 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
             axis.axvline(0, color="#777777", linewidth=1, zorder=1)
             for line, arm in enumerate(arms):
                 row = rows.loc[arm]
-                colour, marker = _OUTCOMES[row["verdict"]]
-                filled = colour if row["verdict"] != "no difference shown" else "white"
+                colour, marker, filled = _outcome_style(row["verdict"])
                 axis.plot([row["ci_low"], row["ci_high"]], [line, line], color=colour, linewidth=2, zorder=2)
                 axis.plot(row["difference"], line, marker, color=colour, markerfacecolor=filled, markersize=7, zorder=3)
                 interval = "" if np.isnan(row["ci_low"]) else f"  ({signed(row['ci_low'])} to {signed(row['ci_high'])})"
@@ -76,7 +101,7 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
 
 
 def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
-    """Every case's score in every arm (mean over replicates), lines joining a case, bars the arms' means.
+    """Every case's score in every arm (mean over replicates), a line an arm, bars the arms' means.
 
     Args:
         cases: rows of `cases.csv`.
@@ -84,31 +109,73 @@ def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
         prose: its name.
     """
     scores = cases.pivot_table(index="case_id", columns="arm", values=measure, sort=False, dropna=False).dropna()
-    arms = list(dict.fromkeys(cases["arm"]))
+    scores = scores[list(dict.fromkeys(cases["arm"]))]
     if scores.empty:
         return _empty_figure(f"no test case has a {prose}")
     with plt.rc_context(STYLE):
-        figure, axis = plt.subplots(figsize=(7.2, 1.1 + 0.55 * len(arms)), layout="constrained")
-        few = len(scores) <= _MANY_CASES
-        lines = np.arange(len(arms))
-        for _, case in scores[arms].iterrows():
-            axis.plot(case, lines, color="#cccccc", linewidth=0.7 if few else 0.3, alpha=1 if few else 0.4, zorder=1)
-        for line, arm in enumerate(arms):
-            axis.plot(
-                scores[arm], np.full(len(scores), line), "o", markersize=5 if few else 3, zorder=2,
-                color="#0072B2", markeredgecolor="white", markeredgewidth=0.5, alpha=0.85,
-            )  # fmt: skip
-            mean = scores[arm].mean()
-            axis.plot([mean, mean], [line - 0.28, line + 0.28], color="black", linewidth=2.5, zorder=3)
-            axis.annotate(f"{mean:.3f}", (1.02, line), xycoords=("axes fraction", "data"), va="center")
-        axis.annotate(
-            "mean", (1.02, -0.6), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555555"
-        )
-        axis.set(xlim=(-0.02, 1.02), ylim=(len(arms) - 0.5, -0.6), yticks=lines, yticklabels=arms)
+        figure, axis = _strips({arm: scores[arm].to_numpy() for arm in scores}, "{:.3f}".format)
+        axis.set(xlim=(-0.02, 1.02))
         axis.set_xlabel(f"{prose} of each test case (n = {len(scores)}), mean over replicates; bar: mean over cases")
-        axis.tick_params(axis="y", length=0)
-        axis.spines["left"].set_visible(False)
-        axis.grid(axis="x", color="#eeeeee")
+    return figure
+
+
+def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
+    """Every case's difference to its own score under `real` in the same replicate (means over replicates), a line an
+    arm, bars the means.
+
+    Args:
+        cases: rows of `cases.csv`.
+        measure: its column.
+        prose: its name.
+    """
+    arms = list(dict.fromkeys(cases["arm"]))
+    scores = cases.pivot(index=["case_id", "replicate"], columns="arm", values=measure)[arms]
+    by_case = scores.sub(scores["real"], axis=0).groupby("case_id").mean().drop(columns="real")
+    differences = {arm: by_case[arm].dropna().to_numpy() for arm in by_case}
+    differences = {arm: of_cases for arm, of_cases in differences.items() if of_cases.size}
+    if not differences:
+        return _empty_figure("no test case was scored in real and in another arm")
+    with plt.rc_context(STYLE):
+        figure, axis = _strips(differences, signed)
+        axis.axvline(0, color="#777777", linewidth=1, zorder=1)
+        axis.set_xlabel(f"difference of each test case to itself under real, {prose}  (left: worse, right: better)")
+    return figure
+
+
+def froc_plot(band: pd.DataFrame, baseline: str, confidence: float) -> Figure:
+    """Sensitivity over false positives a scan with bands, one panel an arm, the baseline dashed in each.
+
+    Args:
+        band: rows of `froc_band.csv`.
+        baseline: the arm that the others are compared with.
+        confidence: level of the bands, for the caption.
+    """
+    curves = dict(iter(band.groupby("arm", sort=False)))
+    if not curves:
+        return _empty_figure("no lesion has a score")
+    arms = [arm for arm in curves if arm != baseline] or [baseline]
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(arms))
+        for axis, arm in zip(panels, arms, strict=True):
+            for name, colour, dashes in ((baseline, "#777777", "--"), (arm, "#0072B2", "-")):
+                if name in curves:
+                    _, rates, mean, low, high = (curves[name][column] for column in BAND_COLUMNS)
+                    axis.fill_between(rates, low, high, color=colour, alpha=0.2, linewidth=0)
+                    axis.plot(rates, mean, dashes, color=colour, linewidth=1.8)
+            axis.set_xscale("log", base=2)
+            axis.set(
+                xlim=(RATES[0], RATES[-1]), ylim=(0, 1), xticks=RATES, xticklabels=[*map(str, map(Fraction, RATES))]
+            )
+            axis.tick_params(axis="x", labelbottom=True, labelsize=8)
+            axis.set_title(arm, loc="left", fontsize=9)
+            axis.grid(color="#eeeeee")
+        handles = [
+            Line2D([], [], color="#0072B2", label="arm"),
+            Line2D([], [], color="#777777", linestyle="--", label=baseline),
+        ]
+        panels[0].legend(handles=handles, frameon=False, loc="lower right")
+        figure.supxlabel(f"false positives a scan  (bands: {100 * confidence:g} %)", fontsize="medium")
+        figure.supylabel("sensitivity for nodules", fontsize="medium")
     return figure
 
 
@@ -123,8 +190,7 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
     """
     centre = largest_nodule(layout)
     difference = synthetic.array.astype(np.float32) - reference.array
-    made = np.abs(difference[layout.array != Label.BACKGROUND])
-    limit = max(100, 100 * math.ceil(np.quantile(made, 0.98) / 100)) if made.size else 100
+    limit = difference_limit(difference, layout.array)
     lung_window = {"cmap": "gray", "vmin": LUNG_WINDOW_HU[0], "vmax": LUNG_WINDOW_HU[1]}
     colours = ListedColormap([colour for _, colour in LABELS.values()])
     columns = (
@@ -171,6 +237,59 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
     return figure
 
 
+def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, confidence: float) -> Figure:
+    """Difference to `real` over the dose, a panel a generator: the arms with their intervals, the line with its band.
+
+    Args:
+        verdict: rows of `verdict.csv` of one measure.
+        band: rows of `dose_response_band.csv` of that measure.
+        prose: its name.
+        confidence: level of intervals and band.
+    """
+    generators = list(dict.fromkeys(band["generator"]))
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(generators))
+        for axis, generator in zip(panels, generators, strict=False):
+            line = band[band["generator"] == generator]
+            axis.fill_between(line["dose"], line["ci_low"], line["ci_high"], color="#d9d9d9", linewidth=0)
+            axis.plot(line["dose"], line["fitted"], color="black", linewidth=1.2)
+            axis.axhline(0, color="#777777", linewidth=1, zorder=1)
+            prefix = f"real+{generator}@"
+            for row in verdict[verdict["arm"].str.startswith(prefix) & verdict["difference"].notna()].to_dict(
+                "records"
+            ):
+                dose = float(row["arm"].removeprefix(prefix))
+                colour, marker, filled = _outcome_style(row["verdict"])
+                axis.plot([dose, dose], [row["ci_low"], row["ci_high"]], color=colour, linewidth=2)
+                axis.plot(dose, row["difference"], marker, color=colour, markerfacecolor=filled, markersize=7)
+            axis.set_title(generator, loc="left")
+            axis.grid(axis="y", color="#eeeeee")
+        figure.supxlabel("dose: synthetic cases as a multiple of the real training cases", fontsize=9)
+        figure.supylabel(f"difference to real, {prose}\n({100 * confidence:g} % CI)", fontsize=9)
+    return figure
+
+
+def segmenter_curves(curves: pd.DataFrame) -> Figure:
+    """Training loss of the segmenter over optimizer steps, a panel an arm, a line a replicate, `real` behind them all.
+
+    Args:
+        curves: arm, replicate, step, loss.
+    """
+    arms = list(dict.fromkeys(curves["arm"]))
+    real = curves[curves["arm"] == "real"].groupby("step")["loss"].mean()
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(arms))
+        for axis, arm in zip(panels, arms, strict=False):
+            axis.plot(real.index, real, color="#bbbbbb", linewidth=3)
+            for _, run in curves[curves["arm"] == arm].groupby("replicate"):
+                axis.plot(run["step"], run["loss"], color="#0072B2", linewidth=1)
+            axis.set_title(arm, loc="left", fontsize=9)
+            axis.grid(color="#eeeeee")
+        figure.supxlabel("optimizer step", fontsize=9)
+        figure.supylabel("training loss", fontsize=9)
+    return figure
+
+
 def training_curve(history: pd.DataFrame) -> Figure:
     """The denoiser's training loss over optimizer steps, raw and as a running mean (log scale).
 
@@ -187,6 +306,85 @@ def training_curve(history: pd.DataFrame) -> Figure:
         axis.grid(color="#eeeeee")
         axis.legend(frameon=False)
     return figure
+
+
+def quality_bars(quality: pd.DataFrame) -> Figure:
+    """Image quality of every generator beside the floors, which need none: six panels, a measure and region each.
+
+    Args:
+        quality: rows of `image_quality.csv`. Floors differ with the generators' layouts; their means are shown.
+    """
+    generators = list(dict.fromkeys(quality.loc[quality["image"] == SYNTHETIC, "generator"]))
+    names = [*generators, *_FLOORS]
+    if not generators:
+        return _empty_figure("no sample was judged")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(7.2, 1.9 + 0.44 * len(names)), sharey=True, layout="constrained")
+        for axis, ((metric, region), (title, better)) in zip(axes.flat, _QUALITY_PANELS.items(), strict=True):
+            rows = quality[(quality["metric"] == metric) & (quality["region"] == region)]
+            made = rows[rows["image"] == SYNTHETIC].set_index("generator")[["mean", "sd"]].reindex(generators)
+            floors = rows.groupby("image")["mean"].mean().reindex(_FLOORS)
+            axis.barh(generators, made["mean"], xerr=made["sd"].fillna(0), **_GENERATOR_BAR)
+            axis.barh(_FLOORS, floors, **_FLOOR_BAR)
+            axis.axvline(better == _AT_ONE, color="#777777", linewidth=1)
+            for place, value in enumerate([*made["mean"], *floors]):
+                text = "not measured" if np.isnan(value) else f"{value:.3g}".replace("-", "−")
+                axis.annotate(
+                    text, (1.0, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=7.5
+                )
+            axis.set_title(title, loc="left", fontsize=8.5)
+            axis.set_xlabel(better, fontsize=8)
+            axis.set_xmargin(0.35)
+            if made["mean"].isna().all() and floors.isna().all():
+                axis.set(xlim=(0, 1), xticks=[])
+            axis.tick_params(axis="x", labelsize=7.5)
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+        axes[0, 0].invert_yaxis()
+        handles = [Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR)]
+        handles.append(Patch(label="floor: needs no generator", **_FLOOR_BAR))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _strips(values: dict[str, np.ndarray], form: Callable[[float], str]) -> tuple[Figure, plt.Axes]:
+    """A line a name, a dot a value and a bar their mean, which stands at the right in its form."""
+    figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.38 * len(values)), layout="constrained")
+    for line, of_cases in enumerate(values.values()):
+        # Steps of the golden ratio keep neighbours in rank apart, the same in every drawing.
+        height = line + 0.5 * ((np.arange(of_cases.size) * 0.618) % 1 - 0.5)
+        axis.plot(
+            np.sort(of_cases), height, "o", markersize=5 if of_cases.size <= _MANY_CASES else 3, zorder=2,
+            color="#0072B2", markeredgecolor="white", markeredgewidth=0.5, alpha=0.85,
+        )  # fmt: skip
+        axis.plot([of_cases.mean()] * 2, [line - 0.36, line + 0.36], color="black", linewidth=2.5, zorder=3)
+        axis.annotate(
+            form(of_cases.mean()), (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5
+        )
+    axis.annotate("mean", (1.02, -0.75), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555555")
+    axis.set(ylim=(len(values) - 0.5, -0.85), yticks=range(len(values)), yticklabels=list(values))
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x", color="#eeeeee")
+    return figure, axis
+
+
+def _outcome_style(verdict: str) -> tuple[str, str, str]:
+    """Colour, marker, and what the marker is filled with."""
+    colour, marker = _OUTCOMES[verdict]
+    return colour, marker, "white" if verdict == "no difference shown" else colour
+
+
+def _panels(count: int) -> tuple[Figure, list[plt.Axes]]:
+    """Panels of one size on one scale, at most three a row, as many as wanted shown."""
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(7.2, 0.5 + 2.1 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
 
 
 def _box_around(centre: tuple[int, int, int], volume: Volume, plane: Plane) -> tuple[float, float, float, float]:

@@ -27,11 +27,31 @@ from lungddpm.doctor import versions
 from lungddpm.files import sha256_of, write_json, write_text
 from lungddpm.pages import Shown, render, show_excluded
 from lungddpm.progress import LOG
+from lungddpm.segmentation.nnunet import training_curve
 from lungddpm.verdict import figures
-from lungddpm.verdict.image_quality import SYNTHETIC, list_samples, read_sample
-from lungddpm.verdict.segmentation import SIZE_BINS
+from lungddpm.verdict.image_quality import (
+    COPIES,
+    LUNGS,
+    SEAM,
+    SEAM_RATIO,
+    SYNTHETIC,
+    WHOLE,
+    list_samples,
+    read_sample,
+    reference_of,
+)
 from lungddpm.verdict.statistics import MINIMUM_CASES, POWER, caveats, count, format_p, signed
-from lungddpm.verdict.tables import BASELINE, MEASURES, missing_replicates, quality_files, read_csv, write_tables
+from lungddpm.verdict.tables import (
+    BASELINE,
+    MEASURES,
+    SIZE_COLUMNS,
+    identical_replicates,
+    missing_replicates,
+    quality_files,
+    read_csv,
+    write_tables,
+)
+from lungddpm.verdict.viewer import ShownSample, viewer_values
 
 
 def run_report(config: Config, results: Path) -> None:
@@ -46,14 +66,15 @@ def run_report(config: Config, results: Path) -> None:
     """
     case_table = cases.read_cases(results / "cases" / "cases.tsv")
     tables, written = write_tables(config, results)
-    drawn = draw_figures(config, results, tables)
+    shown = samples_to_show(config, results)
+    drawn = draw_figures(config, results, tables, shown)
     written += [path for paths in drawn.values() for path in paths]
     composed = arm_files(config, results)
     arms = {arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in composed.items()}
     manifest = describe_run(config, results, [*written, *composed.values()])
     write_text(
         results / "report.html",
-        render_report(config, case_table, tables, drawn, arms, manifest, (results / "qc/index.html").exists()),
+        render_report(config, case_table, tables, drawn, shown, arms, manifest, (results / "qc/index.html").exists()),
     )
     manifest["sha256"]["report.html"] = sha256_of(results / "report.html")
     write_json(results / "manifest.json", manifest)
@@ -85,51 +106,98 @@ def verdict_table_text(results: Path) -> str:
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
 
 
-def draw_figures(config: Config, results: Path, tables: dict[str, pd.DataFrame]) -> dict[str, list[Path]]:
+def draw_figures(
+    config: Config, results: Path, tables: dict[str, pd.DataFrame], shown: list[ShownSample]
+) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, dice_by_arm, montage-<generator>, training.
+    Names: forest, dose_response, dice_by_arm, paired, froc, image_quality, montage-<generator>, training,
+    segmenter_training.
     """
     folder = results / "figures"
     measure, prose = next(iter(MEASURES.items()))
     drawn = {
         "forest": figures.forest_plot(tables["verdict"], MEASURES, config.verdict.confidence),
         "dice_by_arm": figures.case_plot(tables["cases"], measure, prose),
+        "paired": figures.paired_plot(tables["cases"], measure, prose),
     }
-    for generator in config.arms.largest_doses():
-        if (folder_of_sample := typical_sample(results, generator)) is not None:
-            sample = read_sample(folder_of_sample, results / "cases" / "cases.tsv")
-            title = f"{generator}: sample {folder_of_sample.name}, made from {sample.reference_id}"
-            drawn[f"montage-{generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
+    if "dose_response_band" in tables:
+        verdict, band = (
+            table[table["metric"] == measure] for table in (tables["verdict"], tables["dose_response_band"])
+        )
+        drawn["dose_response"] = figures.dose_response_plot(verdict, band, prose, config.verdict.confidence)
+    if "froc_band" in tables:
+        drawn["froc"] = figures.froc_plot(tables["froc_band"], BASELINE, config.verdict.confidence)
+    if "image_quality" in tables:
+        drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
+    for one in first_samples(shown):
+        sample = one.sample
+        title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
+        drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
     history = results / "diffusion" / config.diffusion.run / "history.csv"
     if history.exists():
         drawn["training"] = figures.training_curve(read_csv(history))
+    if len(curves := segmenter_training(config, results)):
+        drawn["segmenter_training"] = figures.segmenter_curves(curves)
     paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
     for name, figure in drawn.items():
         drawing.save(figure, *paths[name])
     return paths
 
 
-def typical_sample(results: Path, generator: str) -> Path | None:
-    """Folder of the sample to show: with the reference's own nodules, if any has, and of median squared error in the
-    lungs, not the best of all.
+def segmenter_training(config: Config, results: Path) -> pd.DataFrame:
+    """Training loss of every replicate whose log is there: arm, replicate, step, loss."""
+    rows = []
+    for arm in config.arms.names():
+        for fold in config.segmentation.folds:
+            for seed in config.segmentation.seeds:
+                curve = training_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
+                rows += [(arm, f"fold{fold}_seed{seed}", step, loss) for step, loss in curve]
+    return pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"])
 
-    Without measured image quality the first sample with a nodule; None where the generator has none.
+
+def samples_to_show(config: Config, results: Path) -> list[ShownSample]:
+    """Of every generator a typical sample, then of every generator one of its worst."""
+    ranked = {generator: ranked_samples(results, generator) for generator in config.arms.largest_doses()}
+    several = {name: folders for name, folders in ranked.items() if len(folders) > 1}
+    chosen = [(name, folders[0], "") for name, folders in ranked.items() if len(folders) == 1]
+    chosen += [(name, folders[len(folders) // 2], "median error in the lungs") for name, folders in several.items()]
+    chosen += [(name, folders[-1], "largest error in the lungs") for name, folders in several.items()]
+    return [
+        ShownSample(generator, folder.name, why, read_sample(folder, results / "cases" / "cases.tsv"))
+        for generator, folder, why in chosen
+    ]
+
+
+def first_samples(shown: list[ShownSample]) -> list[ShownSample]:
+    """The first sample of each generator, of those that have a reference to stand beside."""
+    first = {}
+    for one in shown:
+        if one.sample.reference is not None:
+            first.setdefault(one.generator, one)
+    return list(first.values())
+
+
+def ranked_samples(results: Path, generator: str) -> list[Path]:
+    """Folders of the samples that can be judged by eye beside a reference, by squared error in the lungs: those with
+    the reference's own nodules, if any has, else those with a nodule.
+
+    Without measured image quality only the first sample with a nodule.
     """
     samples = list_samples(sorted((results / "synthetic" / generator).glob("samples-*.tsv")))
     folders = samples[samples["n_nodules"] > 0].set_index("case_id")["folder"]
+    folders = folders[[reference_of(folder) is not None for folder in folders]]
     if folders.empty:
-        return None
+        return []
     if path := quality_files(results, [generator]).get(generator):
         quality = read_csv(path)
         mse = quality[(quality["image"] == SYNTHETIC) & (quality["metric"] == "mse")]
         mse = mse[mse["case_id"].isin(folders.index)].pivot(index="case_id", columns="region", values="value")
         # Beside a reference whose nodules are elsewhere, a sample says little: those with its own layout come first.
         own = mse[mse["nodules"].notna()]
-        ranked = (mse if own.empty else own).sort_values("lungs").index
-        if len(ranked):
-            return folders[ranked[len(ranked) // 2]]
-    return folders.iloc[0]
+        if len(ranked := (mse if own.empty else own).sort_values("lungs").index):
+            return folders[ranked].tolist()
+    return folders.iloc[:1].tolist()
 
 
 def arm_files(config: Config, results: Path) -> dict[str, Path]:
@@ -149,15 +217,12 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
     Returns:
         JSON-like: written (UTC), git_commit, platform, versions, config, sha256 by relative path.
     """
-    values = config.model_dump(mode="json")
-    if config.source.path is not None:
-        values["source"]["path"] = config.source.path.name
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
         "git_commit": _git_commit(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
-        "config": values,
+        "config": config.without_folders().model_dump(mode="json"),
         "sha256": {path.relative_to(results).as_posix(): sha256_of(path) for path in files},
     }
 
@@ -167,17 +232,19 @@ def render_report(
     case_table: pd.DataFrame,
     tables: dict[str, pd.DataFrame],
     drawn: dict[str, list[Path]],
+    shown: list[ShownSample],
     arms: dict[str, dict],
     manifest: dict[str, Any],
     layouts: bool,
 ) -> str:
-    """The page as HTML, complete in itself: figures inlined, no script, no network.
+    """The page as HTML, complete in itself: figures, slices and scripts inlined, no network.
 
     Args:
         config: the run's config.
         case_table: all cases, excluded ones too.
         tables: as of `write_tables`.
         drawn: SVG and PNG path by figure name.
+        shown: samples to look through, the most important first.
         arms: parsed `arm.json` by arm.
         manifest: as of `describe_run`.
         layouts: whether the pages of the layouts are there to point to.
@@ -199,22 +266,28 @@ def render_report(
         supports=verdict[(verdict["metric"] != prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
         controls=[arm for arm in config.arms.names() if arm != BASELINE and not _tests_a_generator(arm, config)],
         images=images,
-        montages={name.removeprefix("montage-"): src for name, src in images.items() if name.startswith("montage-")},
+        montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_samples(shown)],
+        viewer=viewer_values(shown),
         numbers=[show_verdict(verdict, measure, confidence) for measure in MEASURES],
         description=[show_description(verdict, measure, confidence) for measure in MEASURES],
         cases_and_replicates=", ".join(
             (count(verdict["n_cases"].max(), "test case"), count(verdict["n_replicates"].max(), "replicate"))
         ),
+        dose_response=show_dose_response(tables["dose_response"], confidence) if "dose_response" in tables else None,
         detection=show_detection(tables["detection"]),
         dice_by_case=show_dice(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
+        quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
+        extractors=extractors_of(tables["image_quality"]) if "image_quality" in tables else [],
         compared=show_published(tables["published_comparison"].query("arm != ''")),
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
         generator_notes={
-            name: generators.module_of(name).__doc__.splitlines()[0] for name in config.arms.largest_doses()
+            name: generators.module_of(name, config).__doc__.splitlines()[0] for name in config.arms.largest_doses()
         },
-        arm_cases={arm: [case["name"] for case in content["cases"]] for arm, content in arms.items()},
+        arm_cases={
+            arm: [case["name"] for case in content["cases"] if case["trained_on"]] for arm, content in arms.items()
+        },
         roles=show_roles(case_table),
         excluded=show_excluded(case_table),
         layouts=layouts,
@@ -230,6 +303,16 @@ def render_report(
     )
 
 
+def detectable_difference(verdict: pd.DataFrame) -> str:
+    """What true differences the run could have shown, in prose; empty where that is not known."""
+    measure, prose = next(iter(MEASURES.items()))
+    smallest = verdict.loc[verdict["metric"] == measure, "detectable_difference"].dropna()
+    if smallest.empty:
+        return ""
+    low, high = f"{smallest.min():.3f}", f"{smallest.max():.3f}"
+    return f"{low} {prose}" if low == high else f"{low} to {high} {prose}, depending on the arm"
+
+
 def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     """What this run cannot tell, as sentences."""
     verdict, cases_scored = tables["verdict"], tables["cases"]
@@ -238,7 +321,17 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
         f"Not evaluated, and left out: {arm}, {', '.join(replicates)}."
         for arm, replicates in missing_replicates(cases_scored, config).items()
     ]
+    limits += [
+        f"The same measures in every case: {'; '.join(names)}. Unless nothing was predicted, trainings that differ do "
+        "not end so: look for a copied folder."
+        for names in identical_replicates(cases_scored)
+    ]
     limits += caveats(n_cases, n_replicates)
+    if detectable := detectable_difference(verdict):
+        limits.append(
+            f"A true difference shows in a run of this size with a probability of {100 * POWER:g} % if it is at least "
+            f"{detectable}; smaller ones mostly stay hidden."
+        )
     if 1 < n_replicates < 5:
         limits.append(
             f"{n_replicates} replicates show only roughly how much training runs scatter: with few arms, a difference "
@@ -288,15 +381,35 @@ def show_description(verdict: pd.DataFrame, measure: str, confidence: str) -> Sh
     return Shown(heads, rows, [False, *[True] * 6])
 
 
+def show_dose_response(lines: pd.DataFrame, confidence: str) -> Shown:
+    """`dose_response.csv` for reading."""
+    rows = [
+        [
+            row["generator"], MEASURES[row["metric"]], str(row["n_doses"]), _number(row["slope"], "+.3f"),
+            _interval(row), _p(row["p"]),
+        ]
+        for row in lines.to_dict("records")
+    ]  # fmt: skip
+    heads = ["generator", "measure", "doses", "slope", f"{confidence} CI", "p, uncorrected"]
+    return Shown(heads, rows, [False, False, True, True, True, True])
+
+
 def show_detection(detection: pd.DataFrame) -> Shown:
     """`detection.csv` for reading."""
-    heads = ["arm", "lesions", "found %", *[f"found %, {size}" for size in SIZE_BINS], "false positives a scan",
+    heads = ["arm", "found", *[f"found, {size}" for size in SIZE_COLUMNS], "false positives a scan", "CPM",
              "scans without nodule", "false positives there, mm³"]  # fmt: skip
-    formats = [None, "d", ".0f", ".0f", ".0f", ".0f", ".2f", "d", ".0f"]
-    rows = [
-        [value if form is None else _number(value, form) for value, form in zip(row, formats, strict=True)]
-        for row in detection.itertuples(index=False)
-    ]
+    rows = []
+    for row in detection.to_dict("records"):
+        found = [
+            f"{row[f'found_percent{size}']:.0f} % of {row[f'n_lesions{size}']}" if row[f"n_lesions{size}"] else ""
+            for size in ("", *(f"_{column}" for column in SIZE_COLUMNS.values()))
+        ]
+        rows.append(
+            [
+                row["arm"], *found, _number(row["false_positives_per_scan"], ".2f"), _number(row["cpm"], ".3f"),
+                str(row["n_empty_cases"]), _number(row["empty_false_positive_mm3"], ".0f"),
+            ]
+        )  # fmt: skip
     return Shown(heads, rows, [False, *[True] * 8])
 
 
@@ -313,11 +426,12 @@ def show_dice(cases_scored: pd.DataFrame) -> Shown:
 
 
 def show_quality(quality: pd.DataFrame) -> Shown:
-    """`image_quality.csv` for reading: one row a generator, image and region."""
+    """What compares voxels in `image_quality.csv`, for reading: one row a generator, image and region; copies of the
+    references are left out, as nothing differs in them."""
     columns = {"mse": ("MSE × 1000", 1000, ".2f"), "psnr_db": ("PSNR, dB", 1, ".1f"), "ssim": ("SSIM", 1, ".3f"),
-               "mean_difference_hu": ("mean difference, HU", 1, "+.0f")}  # fmt: skip
-    rows = []
-    for (generator, image, region), group in quality.groupby(["generator", "image", "region"], sort=False):
+               "ms_ssim": ("MS-SSIM", 1, ".3f"), "mean_difference_hu": ("mean difference, HU", 1, "+.0f")}  # fmt: skip
+    rows, by_voxel = [], quality[quality["metric"].isin(columns) & (quality["image"] != COPIES)]
+    for (generator, image, region), group in by_voxel.groupby(["generator", "image", "region"], sort=False):
         values = group.set_index("metric").reindex(columns)
         cells = [
             _spread(factor * values.loc[metric, "mean"], factor * values.loc[metric, "sd"], form)
@@ -325,7 +439,32 @@ def show_quality(quality: pd.DataFrame) -> Shown:
         ]
         rows.append([generator, image, region, str(int(values["n"].max())), *cells])
     heads = ["generator", "image", "region", "samples", *(name for name, _, _ in columns.values())]
-    return Shown(heads, rows, [False, False, False, *[True] * 5])
+    return Shown(heads, rows, [False, False, False, *[True] * 6])
+
+
+def show_sets(quality: pd.DataFrame) -> Shown:
+    """The rest of `image_quality.csv`, for reading: one row a generator and image, samples taken together."""
+    columns = {
+        ("fid", WHOLE): ("FID, whole volume", ".3g"), ("fid", LUNGS): ("FID, lungs", ".3g"),
+        ("mmd_squared", WHOLE): ("MMD², whole volume", "+.3f"), ("mmd_squared", LUNGS): ("MMD², lungs", "+.3f"),
+        (SEAM_RATIO, SEAM): ("step at the lungs' border", ".2f"),
+        ("nearest_training_ratio", LUNGS): ("distance to training case", ".2f"),
+        ("n_nearer_than_any_real", LUNGS): ("nearer than any real", ".0f"),
+        ("pairwise_ms_ssim", LUNGS): ("MS-SSIM within a layout, lungs", ".3f"),
+    }  # fmt: skip
+    rows = []
+    for (generator, image), group in quality.groupby(["generator", "image"], sort=False):
+        values = group.set_index(["metric", "region"])["mean"].reindex(list(columns))
+        cells = [_number(value, form) for value, (_, form) in zip(values, columns.values(), strict=True)]
+        rows.append([generator, image, *cells])
+    heads = ["generator", "images", *(head for head, _ in columns.values())]
+    return Shown(heads, rows, [False, False, *[True] * len(columns)])
+
+
+def extractors_of(quality: pd.DataFrame) -> list[str]:
+    """The feature networks behind FID and MMD, each with the beginning of its weights' SHA-256."""
+    used = quality.loc[quality["extractor"] != "", ["extractor", "weights_sha256"]].drop_duplicates()
+    return [f"{name} ({digest[:12]})" for name, digest in used.itertuples(index=False)]
 
 
 def show_published(comparison: pd.DataFrame) -> tuple[Shown, list[str]]:
@@ -365,13 +504,13 @@ def show_arms(arms: dict[str, dict]) -> Shown:
     """What every arm is trained on, and what its leak guard found; from the parsed `arm.json` files."""
     rows = []
     for arm, content in arms.items():
-        sources = Counter(
-            case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in content["cases"]
-        )
-        patients, shared = {case["patient_id"] for case in content["cases"]}, content["leak_guard"]["shared_patients"]
+        trained_on = [case for case in content["cases"] if case["trained_on"]]
+        sources = Counter(case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in trained_on)
+        patients = {case["patient_id"] for case in trained_on} - {"none"}
+        shared = content["leak_guard"]["shared_patients"]
         made_of = ", ".join(f"{count} {source}" for source, count in sources.items())
         guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
-        rows.append([arm, str(len(content["cases"])), made_of, str(len(patients)), guard])
+        rows.append([arm, str(len(trained_on)), made_of, str(len(patients)), guard])
     return Shown(["arm", "training cases", "from", "patients", "leak guard"], rows, [False, True, False, True, False])
 
 
@@ -389,7 +528,8 @@ def show_timing(timing: pd.DataFrame) -> Shown:
 
 
 def _tests_a_generator(arm: str, config: Config) -> bool:
-    return any(arm.startswith(f"{BASELINE}+{generator}@") for generator in config.arms.generators)
+    mixed = any(arm.startswith(f"{BASELINE}+{generator}@") for generator in config.arms.generators)
+    return mixed or arm.startswith("synthetic:")
 
 
 def _number(value: float, form: str) -> str:
@@ -397,7 +537,7 @@ def _number(value: float, form: str) -> str:
         return ""
     if math.isinf(value):
         return "∞"
-    return signed(value, int(form[2])) if form.startswith("+") else format(value, form)
+    return signed(value, int(form[2])) if form.startswith("+") else format(value, form).replace("-", "−")
 
 
 def _spread(mean: float, sd: float, form: str) -> str:

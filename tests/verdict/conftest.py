@@ -44,7 +44,7 @@ def write_case(folder, rng, nodule=True, provenance=None):
 def make_results(tmp_path):
     """A function that writes a results folder and returns (config, folder)."""
 
-    def make(n_test=7, n_replicates=2, nodules=True, extras=True, **overrides):
+    def make(n_test=7, n_replicates=2, nodules=True, extras=True, probabilities=True, **overrides):
         values = {"arms": {"controls": ["real"]}, "segmentation": {"folds": list(range(n_replicates))}} | overrides
         config, results, rng = parse_config(values), tmp_path / "results", np.random.default_rng(4)
         table = results / "cases" / "cases.tsv"
@@ -66,6 +66,10 @@ def make_results(tmp_path):
                     mask[0, 0, 0] = True
                     path = folder / "predictions" / f"{row['case_id']}.nii.gz"
                     write_volume(path, Volume(mask.astype(np.uint8), AFFINE))
+                    if probabilities:
+                        # 0.8 in the nodule, 0.4 in the false positive.
+                        probability = np.where(nodule, 52428, 26214 * mask).astype(np.uint16)
+                        write_volume(path.parent / "probability" / path.name, Volume(probability, AFFINE))
                 run_evaluate(config, table, folder / "predictions", folder)
         if extras:
             _write_extras(config, results, rng)
@@ -88,6 +92,7 @@ def _write_extras(config, results, rng):
     write_table(results / "diffusion" / "main" / "history.csv", pd.DataFrame({"step": steps, "loss": 1 / steps}))
     for arm in config.arms.names():
         entry = {"name": "case-00", "case_id": "case-00", "patient_id": "patient-00", "source": "phantom"}
+        entry["trained_on"] = True
         write_json(
             results / "arms" / arm / "arm.json",
             {"arm": arm, "cases": [entry], "leak_guard": {"shared_patients": []}},

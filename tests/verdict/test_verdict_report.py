@@ -4,14 +4,16 @@ import hashlib
 import re
 from html.parser import HTMLParser
 
+import pandas as pd
 import pytest
 
 from lungddpm.errors import InputError
-from lungddpm.verdict.report import run_report, typical_sample, verdict_table_text
+from lungddpm.verdict.report import extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
+from lungddpm.verdict.tables import write_tables
 
 
 class Page(HTMLParser):
-    """Collects text, image sources, references to other files, and open elements."""
+    """Collects text, images, what the page points to or would load from elsewhere, and open elements."""
 
     def __init__(self, html):
         super().__init__()
@@ -23,16 +25,17 @@ class Page(HTMLParser):
         values = dict(attrs)
         if tag == "img":
             self.images.append(values)
-        elif tag in ("script", "link", "iframe") or "href" in values:
-            self.links.append(tag)
-        if tag not in ("img", "meta"):
+        elif address := values.get("href", values.get("src")):
+            self.links.append(address)
+        if tag not in ("img", "meta", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        self.words.append(data)
+        if self.open[-1:] != ["script"]:
+            self.words.append(data)
 
 
 def page_of(results):
@@ -42,10 +45,15 @@ def page_of(results):
 def test_full_report(make_results, read_manifest):
     config, results = make_results()
     run_report(config, results)
-    page = page_of(results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
     assert page.open == []
-    assert page.links == []
-    assert len(page.images) == 4
+    assert page.links
+    assert all(link.startswith("#") for link in page.links)
+    assert {f'id="{link[1:]}"' in html for link in page.links} == {True}
+    assert len(html) < 25e6
+    assert html.count("plotly.js v") == 1
+    assert len(page.images) == 7
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
     assert "real+lung_ddpm@1.0: better than real." in page.text
     assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
@@ -74,7 +82,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
     config, results = make_results(n_test=2, n_replicates=1, extras=False)
     run_report(config, results)
     page = page_of(results)
-    assert len(page.images) == 2
+    assert len(page.images) == 4
     for expected in (
         "With 2 test cases nothing can be decided",
         "luck of a training run is not covered",
@@ -109,13 +117,16 @@ def test_verdict_as_text(make_results):
     assert "- real+lung_ddpm@1.0: better than real in one training run." in text
 
 
-def test_the_sample_shown_is_the_typical_one(make_results):
+def test_samples_to_show_are_ranked_by_their_error(make_results):
     _, results = make_results(n_test=1, n_replicates=1)
     quality = results / "quality" / "lung_ddpm.csv"
-    assert typical_sample(results, "lung_ddpm").parent == results / "synthetic" / "lung_ddpm"
+    mse = pd.read_csv(quality).query("image == 'synthetic' and metric == 'mse' and region == 'lungs'")
+    by_error = mse.sort_values("value")["case_id"].tolist()
+    assert [folder.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
+    assert sorted(by_error) == ["sample-0", "sample-1"]
     quality.unlink()
-    assert typical_sample(results, "lung_ddpm").name == "sample-0"
-    assert typical_sample(results, "reference") is None
+    assert ranked_samples(results, "lung_ddpm") == [results / "synthetic" / "lung_ddpm" / "sample-0"]
+    assert ranked_samples(results, "reference") == []
 
 
 def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
@@ -124,3 +135,16 @@ def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
         run_report(config, tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"verdict\.csv"):
         verdict_table_text(tmp_path / "nowhere")
+
+
+def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
+    config, results = make_results(n_test=1, n_replicates=1)
+    tables, _ = write_tables(config, results)
+    shown = show_sets(tables["image_quality"])
+    cells = {row[1]: dict(zip(shown.heads, row, strict=True)) for row in shown.rows}
+    assert list(cells) == ["synthetic", "constant lungs", "other patients", "copies of the references"]
+    assert cells["copies of the references"]["step at the lungs' border"] == "1.00"
+    assert cells["synthetic"]["FID, lungs"] == ""  # there is one reference only
+    assert float(cells["synthetic"]["MS-SSIM within a layout, lungs"]) > 0.9
+    (extractor,) = extractors_of(tables["image_quality"])
+    assert extractor.startswith("ResNet-50, random weights")
