@@ -14,6 +14,7 @@ from lungddpm import __version__
 LIBRARIES = [
     "torch", "torchvision", "nnunetv2", "diffusers", "accelerate", "snakemake", "monai", "pydicom", "SimpleITK",
     "nibabel", "numpy", "scipy", "pandas", "scikit-image", "scikit-learn", "connected-components-3d", "matplotlib",
+    "plotly",
 ]  # fmt: skip
 """What a run needs and what its results depend on; the manifest records their versions."""
 

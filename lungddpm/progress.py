@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
@@ -25,8 +26,30 @@ def start_logging(log_file: str | None = None) -> None:
     LOG.addHandler(console)
     if log_file is not None and is_first:
         handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
+
+
+def shorten_paths(text: str) -> str:
+    """Text for a file of the run: paths without the folders of the machine, which may tell who ran it and where.
+
+    Those are the working directory, the software, the home folder, and what absolute paths the command was given.
+    """
+    given = [word.rpartition("=")[2] for word in sys.argv[1:]]
+    folders = [os.getcwd(), str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix, str(Path.home())]
+    folders += [
+        path for word in given if os.path.isabs(word) for path in (os.path.normpath(word), os.path.realpath(word))
+    ]
+    for folder in sorted(set(folders) - {os.sep}, key=len, reverse=True):
+        text = text.replace(folder + os.sep, "").replace(folder, os.path.basename(folder))
+    return text
+
+
+class _FileFormatter(logging.Formatter):
+    """For logs, which are results: see `shorten_paths`. The terminal tells whole paths."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shorten_paths(super().format(record))
 
 
 class Progress:

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lungddpm.errors import OutputError, UserError, from_os_error
+from lungddpm.config import read_values
+from lungddpm.errors import ConfigError, OutputError, UserError, from_os_error
 from lungddpm.progress import LOG
 
 FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
@@ -37,12 +38,15 @@ def run_snakemake(arguments: Sequence[str]) -> int:
 
     Raises:
         OutputError: another run holds the folder, or the folder cannot be written.
+        UserError: a folder's name that Snakemake cannot take, or a config file that would run code.
     """
     directory = _option(arguments, "--directory", "-d") or Path(".")
     if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
         arguments = [*arguments, "--cores", "all"]
     if not _option(arguments, "--snakefile", "-s") and not Path("Snakefile").exists():
         raise UserError("Snakefile", "is not in this folder", "Run from the repository's root, or give --snakefile.")
+    _check_names(directory)
+    _check_configs(arguments)
     with _lock(directory / "results") as lock, tempfile.NamedTemporaryFile("r", encoding="utf-8") as faults:
         environment = _environment(faults.name)
         _check_space(directory / "results")
@@ -101,6 +105,25 @@ def _lock(results: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _check_names(directory: Path) -> None:
+    for folder in (Path.cwd(), directory.resolve()):
+        if braces := {"{", "}"} & set(str(folder)):
+            raise UserError(
+                folder, f"has '{min(braces)}' in its path, which Snakemake takes for a wildcard", "Use another folder."
+            )
+
+
+def _check_configs(arguments: Sequence[str]) -> None:
+    """Refuse config files that Snakemake would evaluate: a file from somebody else may say what, not run it."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--configfile", "--configfiles", nargs="+", action="extend", default=[], type=Path)
+    for path in [Path("config.yaml"), *parser.parse_known_args(list(arguments))[0].configfile]:
+        if path.is_file() and "__use_yte__" in read_values(path):
+            raise ConfigError(
+                path, "has the key __use_yte__, with which Snakemake runs code in the file", "Write plain values."
+            )
 
 
 def _check_space(results: Path) -> None:

@@ -6,6 +6,7 @@ nibabel is imported where it is used: it takes a quarter of a second, which comm
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import nibabel
 
 AIR_HU = -1024
+LARGEST_VOXELS = 2**29
+"""Of a file that is read, four times those of the largest chest CT: a small file can claim, or unpack to, any size."""
 
 Window = tuple[float, float] | tuple[np.ndarray, np.ndarray]
 """Lowest and highest HU: of a whole volume, or arrays that broadcast over it."""
@@ -100,8 +103,8 @@ def read_grid(path: Path) -> Volume:
     """The grid of a NIfTI file in the closest RAS+ orientation, from its header; the array has no memory or meaning.
 
     Raises:
-        InputError: missing or unreadable, not 3-D, without voxels, not one real number a voxel, or an affine that
-            cannot be inverted.
+        InputError: missing or unreadable, not 3-D, without voxels or with more than `LARGEST_VOXELS`, not one real
+            number a voxel, or an affine that cannot be inverted.
     """
     image = _open_image(path)
     return Volume(np.broadcast_to(np.uint8(0), image.shape), np.asarray(image.affine, float)).canonical()
@@ -122,6 +125,10 @@ def _open_image(path: Path) -> nibabel.spatialimages.SpatialImage:
         raise InputError(path, f"has {len(image.shape)} dimensions instead of 3", "Store one 3-D volume a file.")
     if min(image.shape) < 1:
         raise InputError(path, f"has no voxels (its shape is {image.shape})", "Convert or copy the file anew.")
+    if math.prod(image.shape) > LARGEST_VOXELS:
+        raise InputError(
+            path, f"claims {image.shape} voxels, more than {LARGEST_VOXELS:,}", "Check its header, or crop the scan."
+        )
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(path, "holds colours or complex numbers", "Store one number a voxel.")
     if not np.isfinite(affine).all() or not abs(np.linalg.det(affine[:3, :3])) >= 1e-9:

@@ -158,6 +158,26 @@ def test_a_full_or_read_only_folder_is_refused_before_anything_runs(folder, opti
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize("key", ["__use_yte__", '"__use\\x5fyte__"'])
+def test_a_config_that_would_run_code_is_refused(folder, key):
+    mine = folder / "mine.yaml"
+    mine.write_text(f"{key}: true\nseed: ?__import__('pathlib').Path('pwned').touch()\n")
+    run = start(folder, "--configfile", "config.yaml", str(mine))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "mine.yaml: has the key __use_yte__" in output
+    assert not list(folder.rglob("pwned"))
+
+
+def test_braces_in_the_folder_are_refused(folder):
+    elsewhere = folder / "{sample}"
+    elsewhere.mkdir()
+    run = start(folder, "--directory", str(elsewhere))
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "has '{' in its path" in output
+
+
 def test_no_snakefile_is_told(tmp_path):
     run = start(tmp_path)
     output, _ = run.communicate(timeout=60)

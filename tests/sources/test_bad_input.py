@@ -22,7 +22,7 @@ from lidc_files import (
 )  # fmt: skip
 from pydicom import dcmread
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000MC, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import JPEG2000MC, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
 
 from lungddpm.arms.splits import known_patients
 from lungddpm.cases import excluded_alike, read_cases, run_collect
@@ -104,6 +104,10 @@ FAULTS = {
         lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
     ),
     "no decoder": (compress_unreadably, {}, "no decoder is installed for its compression, JPEG 2000 Part 2"),
+    "deflated": (
+        lambda f: None, {"syntax": DeflatedExplicitVRLittleEndian}, ".dcm: is deflated, and could unpack to any size",
+    ),
+    "a file of any size": (lambda f: os.truncate(f / THIRD, 2**40), {}, f"{THIRD}: is larger than the 64 MiB"),
     "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is cut short, or lacks its Series"),
     "no patient": (lambda f: None, {"PatientID": ""}, "do not name one patient"),
     "no position": (lambda f: rewrite(f / THIRD, ImagePositionPatient=None), {}, "has no ImagePositionPatient of 3"),

@@ -188,7 +188,10 @@ FAULTS = {
     "no NIfTI": ({}, lambda image, label: image.write_bytes(gzip.compress(b"x" * 999)), "cannot be read as NIfTI"),
     "negative size": ({}, lambda image, label: patch(image, SIZES + 2, struct.pack("<h", -5)), "bad.nii.gz: "),
     "no voxels": ({}, lambda image, label: patch(image, SIZES + 2, struct.pack("<h", 0)), "has no voxels"),
-    "larger than memory": ({}, lambda *both: [patch(file, SIZES + 2, HUGE) for file in both], "prepare:into memory"),
+    "larger than memory": (
+        {}, lambda *both: [patch(file, SIZES + 2, HUGE) for file in both],
+        "images/bad.nii.gz: claims (32767, 32767, 32767) voxels, more than 536,870,912",
+    ),
     "unknown type": ({}, lambda image, label: patch(image, 70, struct.pack("<h", 77)), "cannot be read as NIfTI"),
     "image alone": ({}, lambda image, label: label.unlink(), "images/bad.nii.gz: has no label labels/bad.nii.gz"),
     "label alone": ({}, lambda image, label: image.unlink(), "labels/bad.nii.gz: has no image"),

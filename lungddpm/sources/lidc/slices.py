@@ -42,6 +42,8 @@ _IMPLICIT_LITTLE_ENDIAN, _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2", "1.2.840
 _DEFLATED = "1.2.840.10008.1.2.1.99"
 _LONG_REPRESENTATIONS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
 _HEADER_BYTES = 8192
+_LARGEST_SLICE_BYTES = 64 * 2**20
+"""Twice those of 4096 x 4096 pixels; bounds what a compressed file can unpack to."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,10 @@ def _read_header(path: Path) -> Header | None:
             elements, end = _explicit_elements(start) or _elements_by_pydicom(path, file)
     except OSError as error:
         raise ExcludedCaseError(path, f"cannot be read ({error.strerror})", "Check the file and its rights.") from None
+    if size > _LARGEST_SLICE_BYTES:
+        raise ExcludedCaseError(
+            path, f"is larger than the {_LARGEST_SLICE_BYTES >> 20} MiB that a slice can take", "Check what it is."
+        )
     if not elements.get("SeriesInstanceUID"):
         raise ExcludedCaseError(path, "is cut short, or lacks its SeriesInstanceUID", COPY_AGAIN)
     fault = "has no pixel data, or is cut short before them" if end is None else "is cut short" if end > size else ""
@@ -168,6 +174,7 @@ def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[dict[str, str], in
     """The same for every other file. Where compressed pixel data end, only decoding them would tell: then it is 0."""
     from pydicom import config
 
+    _refuse_deflated(path)
     file.seek(0)
     with config.disable_value_validation():
         dataset = _dataset(path, file, stop_before_pixels=True, specific_tags=list(_TAGS.values()))
@@ -179,7 +186,19 @@ def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[dict[str, str], in
             }
         except Exception as error:
             raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-        return elements, 0 if elements["TransferSyntaxUID"] == _DEFLATED else _end_of_pixels(dataset, file)
+        return elements, _end_of_pixels(dataset, file)
+
+
+def _refuse_deflated(path: Path) -> None:
+    """Pydicom unpacks a deflated file in one go, a thousand times its size if it is made for that."""
+    from pydicom.filereader import read_file_meta_info
+
+    try:
+        syntax = read_file_meta_info(path).get("TransferSyntaxUID", "")
+    except Exception as error:  # damaged bytes make pydicom fail in any of its functions
+        raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
+    if syntax == _DEFLATED:
+        raise ExcludedCaseError(path, "is deflated, and could unpack to any size", "Convert it, e.g. by dcmconv +te.")
 
 
 def _is_list(value: object) -> bool:

@@ -1,0 +1,157 @@
+"""The plan of a run against what is known otherwise: Snakemake's own jobs, published costs, and a finished run."""
+
+import json
+import re
+import shutil
+
+import pytest
+import yaml
+from test_dry_run import dry_run, jobs
+from typer.testing import CliRunner
+
+from lungddpm import planning
+from lungddpm.cases import write_cases
+from lungddpm.cli import app
+from lungddpm.errors import ConfigError, InputError
+
+PAPER = ["config.yaml", "config/paper.yaml"]
+EVERYTHING = {
+    "lung_ddpm_plus": {},
+    "grid": {"size": [64, 64, 64]},
+    "diffusion": {"training": {"gradient_checkpointing": True}},
+    "arms": {
+        "generators": ["lung_ddpm", "lung_ddpm_plus", "maisi"],
+        "doses": [0.5, 1.0],
+        "controls": ["real", "paste_constant"],
+        "synthetic_only": ["lung_ddpm"],
+        "external": {"maisi": "maisi"},
+    },
+    "segmentation": {"folds": [0, 2], "seeds": [0, 1]},
+}
+
+
+def plan(repository, *files, cases=None, device="a100"):
+    config = planning.load_plan_config(*(repository / file for file in files))
+    cohort = planning.count_cohort(config, None, cases)
+    return planning.plan_run(config, cohort, planning.known_speed(device))
+
+
+def stage(stages, name):
+    (found,) = [each for each in stages if each.name == name]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overlay", "values"), [("config.yaml", EVERYTHING), ("config/paper.yaml", {"source": {"path": "."}})]
+)
+def test_jobs_are_those_of_snakemake(repository, tmp_path, overlay, values):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(yaml.safe_dump(values))
+    files = ["config.yaml", overlay, mine]
+    (tmp_path / "work").mkdir()
+    run = dry_run(repository, tmp_path / "work", "--cores", "2", "--configfile", *files)
+    assert run.returncode == 0, run.stderr
+    expected = jobs(run.stdout + run.stderr)
+    assert expected.pop("total") == sum(expected.values())
+    del expected["all"]
+    planned = {}
+    for each in plan(repository, *files, cases=40):
+        planned[each.name] = planned.get(each.name, 0) + each.jobs
+    assert planned == expected
+
+
+def test_jobs_ask_for_a_gpu_where_one_is_planned(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--workflow-profile", "profiles/slurm")
+    assert run.returncode == 0, run.stderr
+    asked = re.findall(r"^rule (\w+):$.*?^    resources: (.*?)$", run.stdout + run.stderr, re.MULTILINE | re.DOTALL)
+    planned = {each.name for each in plan(repository, "config.yaml") if each.gpu_hours}
+    assert {name for name, resources in asked if "gpu=1" in resources} == planned
+    assert {name for name, resources in asked if "gpu=1" not in resources} == {name for name, _ in asked} - planned
+
+
+def test_the_protocol_costs_what_its_networks_are_known_to(repository):
+    stages = plan(repository, *PAPER)
+    # 16.6 TFLOP forward and backward (5.54 forward), two passes a step, 100,000 steps.
+    assert stage(stages, "train_denoiser").gpu_hours * 3600 == pytest.approx(
+        2 * 16.6e12 * 1e5 / (0.15 * 312e12), rel=0.01
+    )
+    # nnU-Net's own documentation: 9 hours on an A100, 7.7 GB. Ours validates half as often.
+    segmenters = stage(stages, "train_segmenter")
+    assert segmenters.gpu_hours / segmenters.jobs == pytest.approx(9, rel=0.15)
+    assert segmenters.gpu_memory_gib * 1.0737 == pytest.approx(7.7, rel=0.1)
+
+
+def test_without_a_gpu_the_hours_are_those_of_cores(repository):
+    stages = plan(repository, "config.yaml", device="cpu")
+    assert sum(each.gpu_hours for each in stages) == 0
+    # The demo takes some ten minutes on two cores.
+    assert 0.15 < sum(each.core_hours for each in stages) < 0.7
+
+
+def test_a_measured_step_is_taken_as_it_is(repository):
+    config = planning.load_plan_config(*(repository / file for file in PAPER))
+    speed = planning.measured_speed(config, "h200", 0.9)
+    cohort = planning.count_cohort(config, None, None)
+    training = stage(planning.plan_run(config, cohort, speed), "train_denoiser")
+    assert training.gpu_hours == pytest.approx(100_000 * 0.9 / 3600, rel=1e-3)
+
+
+def test_a_result_of_bench_is_read(tmp_path):
+    row = {"lever": "base", "status": "measured", "flop_per_second": 9e9, "training_steps_per_second": None}
+    used = {"lever": "bf16", "status": "measured", "flop_per_second": 2e12, "training_steps_per_second": 0.5}
+    result = {"device": "cuda:0", "device_name": "NVIDIA H200", "threads": 16, "flop_per_pass": 4e12}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({**result, "levers": [row, used]}))
+    speed = planning.benchmarked_speed(path)
+    assert (speed.device, speed.flop_per_s, speed.is_gpu) == ("NVIDIA H200", 6e12, True)
+    path.write_text(json.dumps({**result, "device": "cpu", "device_name": "cpu", "levers": [row]}))
+    assert planning.benchmarked_speed(path).flop_per_s == 9e9 / 16
+    path.write_text("[]")
+    with pytest.raises(InputError, match="is no result of 'lungddpm bench'"):
+        planning.benchmarked_speed(path)
+
+
+def test_roles_and_sizes_come_from_a_table_of_the_same_source(repository, tmp_path):
+    config = planning.load_plan_config(*(repository / file for file in PAPER))
+    row = dict.fromkeys(["case_id", "patient_id", "series_uid", "reason", "path", "sha256"], "")
+    row |= {"source": "lidc", "status": "ok", "size_x": 512, "size_y": 512, "n_nodules": 1}
+    row |= {f"spacing_{axis}_mm": 1.0 for axis in "xyz"}
+    roles = ["discovery"] * 3 + ["reference"] * 2 + ["test", ""]
+    rows = [{**row, "role": role, "size_z": 100 + 10 * number} for number, role in enumerate(roles)]
+    rows += [{**row, "role": "test", "status": "excluded", "size_z": 0}]
+    write_cases(tmp_path / "index.tsv", rows)
+    cohort = planning.count_cohort(config, tmp_path / "index.tsv", None)
+    assert (cohort.scans, cohort.discovery, cohort.reference, cohort.test) == (7, 3, 2, 1)
+    assert cohort.voxels == 512 * 512 * 130
+    write_cases(tmp_path / "index.tsv", [{**each, "source": "phantom"} for each in rows])
+    assert planning.count_cohort(config, tmp_path / "index.tsv", None).scans == 1018
+    assert planning.count_cohort(config, tmp_path / "index.tsv", 100).discovery == 50
+
+
+def test_what_cannot_be_known_is_asked_for(repository, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("source: {kind: nifti}")
+    with pytest.raises(ConfigError, match="--cases: is missing"):
+        plan(repository, "config.yaml", mine)
+    with pytest.raises(ConfigError, match="'abacus' is not known"):
+        planning.known_speed("abacus")
+
+
+def test_the_command_prints_the_table_and_writes_nothing(repository, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(repository / "config/paper.yaml", tmp_path)
+    run = CliRunner().invoke(app, ["plan", "--config", "paper.yaml", "--device", "h100"])
+    assert run.exit_code == 0, run.exception
+    heads, *rows = run.stdout.splitlines()
+    assert heads.split("  ")[0] == "stage"
+    assert any(row.startswith("together") for row in rows)
+    assert "1018 scans (LIDC-IDRI as published" in run.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["paper.yaml"]
+
+
+@pytest.mark.workflow
+def test_disk_is_enough_for_a_finished_run_and_at_most_twice_that(repository, tiny_benchmark):
+    stages = plan(repository, "config.yaml", tiny_benchmark.overlay, device="cpu")
+    planned = sum(each.disk_gib for each in stages) * 2**30
+    used = sum(path.lstat().st_size for path in tiny_benchmark.results.rglob("*") if path.is_file())
+    assert used < planned < 2 * used
