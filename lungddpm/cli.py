@@ -141,7 +141,10 @@ def qc(
 def train(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
-    output: Annotated[Path, typer.Option(help="Folder of the run.")] = RESULTS / "diffusion/main",
+    section: Annotated[
+        str, typer.Option(help="Section of the config that describes the denoiser: diffusion, or lung_ddpm_plus.")
+    ] = "diffusion",
+    output: Annotated[Path | None, typer.Option(help="Folder; default results/diffusion/<run>.")] = None,
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
@@ -151,13 +154,13 @@ def train(
         bool, typer.Option("--estimate", help="Only tell memory, time and disk; writes nothing.")
     ] = False,
 ) -> None:
-    """Train the denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
+    """Train a denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
 
     On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
     """
     from lungddpm.config import load_config
 
-    settings = load_config(*config)
+    settings = load_config(*config).for_denoiser(section)
     _set_threads(threads)
     if estimate:
         from lungddpm.diffusion.estimate import run_estimate
@@ -166,21 +169,29 @@ def train(
         return
     from lungddpm.diffusion.training import run_train
 
-    run_train(settings, cases, output, device, initial)
+    run_train(settings, cases, output or RESULTS / "diffusion" / settings.diffusion.run, device, initial)
 
 
 @app.command(rich_help_panel=STAGES)
 def synthesize(
-    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, e.g. lung_ddpm.")],
+    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, or a name in arms.external.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     weights: Annotated[
         Path | None, typer.Option(help="Denoiser, for generators that need one: model.safetensors, or a published .pt.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>.")] = None,
+    dose: Annotated[
+        float | None, typer.Option(min=0.0, help="Samples per real training case; default: the largest in config.")
+    ] = None,
+    external: Annotated[
+        Path | None, typer.Option(help="Folder of what another system made; default: arms.external.")
+    ] = None,
     shard: Shard = 0,
     shards: Shards = 1,
-    table: Annotated[Path | None, typer.Option(help="Table to write; default samples-<shard>.tsv there.")] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Table to write; default samples-<dose>-<shard>.tsv there.")
+    ] = None,
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
@@ -191,9 +202,9 @@ def synthesize(
     _set_threads(threads)
     from lungddpm.generators import run_synthesize
 
-    folder = output or RESULTS / "synthetic" / generator
-    samples = table or folder / f"samples-{shard}.tsv"
-    run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, device)
+    folder, dose = output or RESULTS / "synthetic" / generator, dose or settings.arms.largest_doses().get(generator)
+    samples = table or folder / f"samples-{dose}-{shard}.tsv"
+    run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, device, dose, external)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -268,11 +279,14 @@ def segment_predict(
 @app.command(rich_help_panel=STAGES)
 def evaluate(
     predictions: Annotated[Path, typer.Option(help="Folder with <case>.nii.gz masks of all test cases.")],
-    output: Annotated[Path, typer.Option(help="Folder for metrics.csv (a row a case) and lesions.csv.")],
+    output: Annotated[Path, typer.Option(help="Folder for metrics.csv (a row a case), lesions.csv, candidates.csv.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
 ) -> None:
-    """Compare predictions with the test cases' nodules: Dice, sensitivity, ... (ratios), volumes in mm3."""
+    """Compare predictions with the test cases' nodules: Dice, sensitivity, ... (ratios), distances (mm), volumes (mm3).
+
+    Lesions get scores, for FROC, where PREDICTIONS/probability/<case>.nii.gz lie beside the masks.
+    """
     from lungddpm.config import load_config
     from lungddpm.verdict.segmentation import run_evaluate
 
@@ -283,15 +297,20 @@ def evaluate(
 def quality(
     samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, in order of shards.")],
     generator: Annotated[str, typer.Option(help="Generator whose samples are judged.")],
-    output: Annotated[Path, typer.Option(help="Table to write: one row a sample, region and measure.")],
+    output: Annotated[Path, typer.Option(help="Table to write, a row a sample and measure; NAME-sets.csv beside.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
+    threads: Threads = 0,
 ) -> None:
-    """Compare synthetic CT with its references: whole volume, lungs, nodules; on [0, 1] over grid.window_hu."""
+    """Judge synthetic CT: error against its references by region (on [0, 1] over grid.window_hu), FID, MMD, diversity,
+    nearness to the training cases; floors beside each."""
     from lungddpm.config import load_config
+
+    settings = load_config(*config)
+    _set_threads(threads)
     from lungddpm.verdict.image_quality import run_quality
 
-    run_quality(load_config(*config), cases, samples, generator, output)
+    run_quality(settings, cases, samples, generator, output)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -325,6 +344,43 @@ def export(
     from lungddpm.diffusion.checkpoint import export_published
 
     export_published(weights, output)
+
+
+@app.command(rich_help_panel=TOOLS)
+def plan(
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: Annotated[int | None, typer.Option(min=1, help="Scans of the source, where no table tells.")] = None,
+    index: Annotated[Path | None, typer.Option(help="Table of the scans; default: that of this run, if any.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, or a GPU such as a100, h100.")] = "cpu",
+    step_seconds: Annotated[
+        float | None, typer.Option(help="Seconds of a denoiser step there, as 'train --estimate' tells.")
+    ] = None,
+    bench: Annotated[Path | None, typer.Option(help="What 'lungddpm bench' wrote there, instead of a name.")] = None,
+) -> None:
+    """Tell jobs, GPU and core hours, memory (GiB) and disk (GiB) of every stage before a run; writes nothing."""
+    from lungddpm.planning import run_plan
+
+    tables = [index] if index else [CASES, CASES.with_name("index.tsv")]
+    typer.echo(run_plan(config, tables, cases, device, step_seconds, bench))
+
+
+@app.command(rich_help_panel=TOOLS)
+def bench(
+    size: Annotated[int, typer.Option(min=16, help="Edge of the volumes in voxels.")] = 64,
+    base: Annotated[int, typer.Option(min=1, help="Base channels of the published network.")] = 64,
+    lever: Annotated[list[str] | None, typer.Option(help="Measure only this lever (and others so named).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each lever, beside the base.")] = 3,
+    longest: Annotated[float, typer.Option(help="Samplings of more seconds than this are extrapolated.")] = 120.0,
+    training: Annotated[bool, typer.Option(help="Measure training as well.")] = True,
+    output: Annotated[Path, typer.Option(help="JSON file to write.")] = RESULTS / "bench.json",
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Measure how fast the denoiser trains and samples here, with each lever: ratios to the plain module, seconds."""
+    _set_threads(threads)
+    from lungddpm.diffusion.bench import run_bench
+
+    run_bench(device, size, base, lever or [], rounds, longest, training, output)
 
 
 @config_app.command("show")

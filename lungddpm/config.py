@@ -25,10 +25,13 @@ Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 
 
-def _known_module(package: str, name: str, key: str) -> None:
-    known = sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent / package)]))
+def _modules(package: str) -> set[str]:
+    return {module.name for module in pkgutil.iter_modules([str(Path(__file__).parent / package)])}
+
+
+def _check_known(name: str, known: set[str], key: str) -> None:
     if name not in known:
-        raise ValueError(f"{key}: there is no '{name}'; known are {', '.join(known)}")
+        raise ValueError(f"{key}: there is no '{name}'; known are {', '.join(sorted(known))}")
 
 
 class _Section(BaseModel):
@@ -77,7 +80,7 @@ class Source(_Section):
 
     @model_validator(mode="after")
     def _known(self) -> Source:
-        _known_module("sources", self.kind, "source.kind")
+        _check_known(self.kind, _modules("sources"), "source.kind")
         if self.kind != "phantom" and self.path is None:
             raise ValueError(f"source.path is needed for source.kind '{self.kind}'")
         return self
@@ -200,15 +203,15 @@ class Denoiser(_Section):
     norm_groups: PositiveInt = 32
     """Groups of every GroupNorm; must divide every level's channels."""
     attention: bool = True
-    """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops."""
+    """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops, unless
+    sampling sees the same crops."""
 
     @model_validator(mode="after")
     def _groups(self) -> Denoiser:
         for multiplier in self.multipliers:
             if self.base_channels * multiplier % self.norm_groups:
                 raise ValueError(
-                    f"diffusion.denoiser.norm_groups {self.norm_groups} does not divide "
-                    f"{self.base_channels} x {multiplier} channels"
+                    f"norm_groups {self.norm_groups} does not divide {self.base_channels} x {multiplier} channels"
                 )
         return self
 
@@ -281,7 +284,7 @@ class Sampling(_Section):
     @model_validator(mode="after")
     def _resampling(self) -> Sampling:
         if self.resampling > 1 and self.aas == "published":
-            raise ValueError("diffusion.sampling.resampling needs diffusion.sampling.aas: corrected")
+            raise ValueError("resampling above 1 needs aas: corrected")
         return self
 
 
@@ -298,6 +301,11 @@ class Diffusion(_Section):
     training: Training = Training()
     sampling: Sampling = Sampling()
 
+    @property
+    def nodule_centred(self) -> bool:
+        """Whether the denoiser sees nothing but crops around nodules, in training and sampling alike (Lung-DDPM+)."""
+        return self.classes == ["nodule"]
+
     def decides_weights(self) -> dict[str, Any]:
         """The keys that decide the weights of a trained denoiser, as JSON-like values."""
         only_how = {"gradient_checkpointing", "compile", "save_every", "sample_every"}
@@ -305,40 +313,97 @@ class Diffusion(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Diffusion:
-        if self.classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
-            raise ValueError("diffusion.classes is [lung, nodule] or [lung, nodule, vessel]")
+        if not self.nodule_centred and self.classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
+            raise ValueError("classes is [lung, nodule] or [lung, nodule, vessel]; lung_ddpm_plus has [nodule]")
         if self.sampling.steps > self.timesteps:
-            raise ValueError(f"diffusion.sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
+            raise ValueError(f"sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
         crop = self.training.crop
-        if crop is not None:
-            if self.denoiser.attention:
+        if crop is None:
+            if self.nodule_centred:
+                raise ValueError("classes [nodule] needs training.crop, the edge of the crops around nodules")
+        else:
+            if self.denoiser.attention and not self.nodule_centred:
                 raise ValueError(
-                    "diffusion.training.crop needs diffusion.denoiser.attention: false "
+                    "training.crop needs denoiser.attention: false "
                     "(attention sits at a fixed map size, which crops do not have)"
                 )
             if crop % self.denoiser.reduction:
-                raise ValueError(f"diffusion.training.crop {crop} is not divisible by {self.denoiser.reduction}")
+                raise ValueError(f"training.crop {crop} is not divisible by {self.denoiser.reduction}")
         return self
+
+
+class PlusDenoiser(Denoiser):
+    """The published network of Lung-DDPM+ (39.0 million parameters): one level less than that of Lung-DDPM."""
+
+    multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 2, 3, 4]
+    """Channels of each level as multiples of `base_channels`; each level but the last halves the crop."""
+
+
+class PlusTraining(Training):
+    """Training on crops around nodules; what is published of the recipe is that of Lung-DDPM."""
+
+    crop: Annotated[int, Field(ge=8)] = 64
+    """Edge of the cubic crops in voxels, each around a voxel of a nodule; sampling works on crops of this edge, too."""
+
+
+class PlusSampling(Sampling):
+    """From the inverted reference to CT: the solver, which inverts as well (the same number of steps once more)."""
+
+    sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    """`ddim`: first order; `dpmsolver++` (as published), `unipc`: multistep."""
+    order: Annotated[int, Field(ge=2, le=3)] = 3
+    """Order of `dpmsolver++` and `unipc`."""
+    steps: PositiveInt = 50
+    """Noise levels visited, at most `timesteps`: on the way to the noise and on the way back."""
+    resampling: Annotated[int, Field(ge=1, le=1)] = 1
+    """There is none: fresh noise on the way would undo the inversion."""
+    aas: Literal["corrected", "published"] = "corrected"
+    """`published`: a crop starts from the reference's noise and is then drawn freely; `corrected`: voxels of the crop
+    that do not count in the result keep to the reference at all noise levels."""
+
+
+class LungDDPMPlus(Diffusion):
+    """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
+
+    run: Name = "plus"
+    """Name of the run: its folder under `results/diffusion/`; another one than `diffusion.run`."""
+    classes: list[Literal["nodule"]] = ["nodule"]
+    """Layout classes that condition the denoiser: nodules alone."""
+    denoiser: PlusDenoiser = PlusDenoiser()
+    training: PlusTraining = PlusTraining()
+    sampling: PlusSampling = PlusSampling()
 
 
 class Arms(_Section):
     """The training sets that are compared. `real` is always there; the others are named after what they add."""
 
     generators: list[Name] = ["lung_ddpm"]
-    """Generators of synthetic CT, modules of `lungddpm/generators/`; each gives an arm `real+<generator>@<dose>`."""
+    """Generators of synthetic CT, modules of `lungddpm/generators/` or names in `external`; each gives an arm
+    `real+<generator>@<dose>`."""
     doses: list[PositiveFloat] = [1.0]
     """Synthetic cases as a multiple of the real training cases."""
     controls: list[Name] = ["real"]
     """`real` (the real cases once more: arm `real+real`), or generators used as controls, at `control_dose`."""
     control_dose: PositiveFloat = 1.0
     """Dose of the control generators."""
+    synthetic_only: list[Name] = []
+    """Generators that are also trained on alone, with as many synthetic cases as there are real ones: arm
+    `synthetic:<generator>`."""
+    external: dict[Name, Path] = {}
+    """Folders of synthetic CT that other systems made, by name, e.g. `{maisi: /data/maisi}`; the names may stand where
+    generators do (docs/how-to/bring-your-own-synthetic-ct.md)."""
 
     @model_validator(mode="after")
     def _known(self) -> Arms:
-        for key, names in (("generators", self.generators), ("controls", [c for c in self.controls if c != "real"])):
+        modules = _modules("generators") - {"external"}
+        if taken := sorted(set(self.external) & {*modules, "external", "real"}):
+            raise ValueError(f"arms.external: the name {taken[0]} is taken, use another one")
+        controls = [name for name in self.controls if name != "real"]
+        lists = {"generators": self.generators, "controls": controls, "synthetic_only": self.synthetic_only}
+        for key, names in lists.items():
             for name in names:
-                _known_module("generators", name, f"arms.{key}")
-        for key in ("generators", "doses", "controls"):
+                _check_known(name, modules | set(self.external), f"arms.{key}")
+        for key in ("generators", "doses", "controls", "synthetic_only"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"arms.{key} lists a value twice: {values}")
@@ -350,16 +415,24 @@ class Arms(_Section):
             raise ValueError(f"{sorted(both)[0]} is listed in arms.generators and in arms.controls: keep one")
         return self
 
+    def doses_of(self) -> dict[str, list[float]]:
+        """Generators in use and the doses that the arms take of each, in ascending order."""
+        doses = {name: set(self.doses) for name in self.generators}
+        doses |= {name: {self.control_dose} for name in self.controls if name != "real"}
+        for name in self.synthetic_only:
+            doses.setdefault(name, set()).add(1.0)
+        return {name: sorted(values) for name, values in doses.items()}
+
     def largest_doses(self) -> dict[str, float]:
         """Generators in use and the largest dose that any arm takes of each."""
-        doses = {name: max(self.doses) for name in self.generators}
-        return doses | {name: self.control_dose for name in self.controls if name != "real"}
+        return {name: doses[-1] for name, doses in self.doses_of().items()}
 
     def names(self) -> list[str]:
-        """All arms, `real` first, e.g. `["real", "real+lung_ddpm@1.0", "real+real"]`."""
+        """All arms, `real` first, e.g. `["real", "real+lung_ddpm@1.0", "synthetic:lung_ddpm", "real+real"]`."""
         mixed = [f"real+{name}@{dose}" for name in self.generators for dose in self.doses]
+        alone = [f"synthetic:{name}" for name in self.synthetic_only]
         controls = ["real+real" if name == "real" else f"real+{name}@{self.control_dose}" for name in self.controls]
-        return ["real", *mixed, *controls]
+        return ["real", *mixed, *alone, *controls]
 
 
 class Network(_Section):
@@ -426,6 +499,14 @@ class Segmentation(_Section):
         return [f"fold{fold}_seed{seed}" for fold in self.folds for seed in self.seeds]
 
 
+class ImageQuality(_Section):
+    """How synthetic CT is compared with real CT; FID and MMD need a feature network."""
+
+    weights: Literal["hub"] | Path | None = None
+    """The public file `resnet_50.pth` of MedicalNet; `hub` takes it from Hugging Face; null takes a network with random
+    weights, whose distances tell sets apart but compare with no publication."""
+
+
 class Verdict(_Section):
     """Statistics of the comparison."""
 
@@ -454,29 +535,75 @@ class Config(_Section):
     grid: Grid = Grid()
     layouts: Layouts = Layouts()
     diffusion: Diffusion = Diffusion()
+    lung_ddpm_plus: LungDDPMPlus | None = None
+    """The denoiser that the generator `lung_ddpm_plus` needs; `{}` is the published one, null none."""
     synthesis: Synthesis = Synthesis()
     arms: Arms = Arms()
     segmentation: Segmentation = Segmentation()
+    image_quality: ImageQuality = ImageQuality()
     verdict: Verdict = Verdict()
     workflow: Workflow = Workflow()
 
     @model_validator(mode="after")
     def _grid_fits(self) -> Config:
-        reduction = self.diffusion.denoiser.reduction
-        if any(edge % reduction for edge in self.grid.size):
-            raise ValueError(
-                f"grid.size {list(self.grid.size)} is not divisible by {reduction}, "
-                f"as {len(self.diffusion.denoiser.multipliers)} denoiser levels need"
-            )
-        crop = self.diffusion.training.crop
-        if crop is not None and crop > min(self.grid.size):
-            raise ValueError(f"diffusion.training.crop {crop} is larger than grid.size {list(self.grid.size)}")
-        if self.diffusion.denoiser.attention and len(set(self.grid.size)) != 1:
-            raise ValueError("diffusion.denoiser.attention needs a cubic grid.size (it sits at 16 voxels an edge)")
+        for section, diffusion in self.denoisers().items():
+            reduction, crop = diffusion.denoiser.reduction, diffusion.training.crop
+            if crop is not None and crop > min(self.grid.size):
+                raise ValueError(f"{section}.training.crop {crop} is larger than grid.size {list(self.grid.size)}")
+            if diffusion.nodule_centred:
+                continue  # it never sees the whole grid
+            if any(edge % reduction for edge in self.grid.size):
+                raise ValueError(
+                    f"grid.size {list(self.grid.size)} is not divisible by {reduction}, "
+                    f"as {len(diffusion.denoiser.multipliers)} denoiser levels need"
+                )
+            if diffusion.denoiser.attention and len(set(self.grid.size)) != 1:
+                raise ValueError(f"{section}.denoiser.attention needs a cubic grid.size (it sits at 16 voxels an edge)")
         network = self.segmentation.network
         if network is not None and any(p > g for p, g in zip(network.patch, self.grid.size, strict=True)):
             raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
         return self
+
+    @model_validator(mode="after")
+    def _runs(self) -> Config:
+        if self.lung_ddpm_plus is not None and self.lung_ddpm_plus.run == self.diffusion.run:
+            raise ValueError(f"diffusion.run and lung_ddpm_plus.run are both '{self.diffusion.run}': rename one")
+        return self
+
+    def without_folders(self) -> Config:
+        """The same for results: of the user's folders, which may tell who ran it and where, only the names."""
+        external = {name: Path(folder.name) for name, folder in self.arms.external.items()}
+        path = None if self.source.path is None else Path(self.source.path.name)
+        weights = self.image_quality.weights
+        weights = Path(weights.name) if isinstance(weights, Path) else weights
+        return self.model_copy(
+            update={
+                "source": self.source.model_copy(update={"path": path}),
+                "image_quality": self.image_quality.model_copy(update={"weights": weights}),
+                "arms": self.arms.model_copy(update={"external": external}),
+            }
+        )
+
+    def denoisers(self) -> dict[str, Diffusion]:
+        """What describes a denoiser, by the name of its section."""
+        plus = {} if self.lung_ddpm_plus is None else {"lung_ddpm_plus": self.lung_ddpm_plus}
+        return {"diffusion": self.diffusion, **plus}
+
+    def for_denoiser(self, section: str) -> Config:
+        """The config of one denoiser: the same with its section in the place of `diffusion`.
+
+        Raises:
+            ConfigError: there is no such section, or it is not set; or `diffusion` has the classes of Lung-DDPM+.
+        """
+        denoisers = self.denoisers()
+        if section not in denoisers:
+            remedy = "Known are diffusion and lung_ddpm_plus; 'lung_ddpm_plus: {}' takes what is published."
+            raise ConfigError("config", f"no section '{section}' describes a denoiser", remedy)
+        if section == "diffusion" and self.diffusion.nodule_centred:
+            raise ConfigError(
+                "diffusion.classes", "[nodule] does not suit a denoiser of whole volumes", "Use lung_ddpm_plus for it."
+            )
+        return self.model_copy(update={"diffusion": denoisers[section], "lung_ddpm_plus": None})
 
 
 def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
@@ -500,10 +627,19 @@ def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Confi
 
 
 def load_config(*paths: Path) -> Config:
-    """Read and deep-merge YAML (or JSON) files from left to right; lists are replaced, as Snakemake does.
+    """Read, merge and validate configuration files (see `read_values`).
 
     Raises:
         ConfigError: a file is missing, is not YAML, or the merged values are wrong.
+    """
+    return parse_config(read_values(*paths), " + ".join(map(str, paths)))
+
+
+def read_values(*paths: Path) -> dict[str, Any]:
+    """Read and deep-merge YAML (or JSON) files from left to right; lists are replaced, as Snakemake does.
+
+    Raises:
+        ConfigError: a file is missing, or is not YAML.
     """
     merged: dict[str, Any] = {}
     for path in paths:
@@ -516,7 +652,7 @@ def load_config(*paths: Path) -> Config:
         if not isinstance(values or {}, dict):
             raise ConfigError(path, "is not a mapping of keys to values", "Start from config.yaml.")
         merged = _merge(merged, values or {})
-    return parse_config(merged, " + ".join(map(str, paths)))
+    return merged
 
 
 def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from lungddpm.config import Config, load_config, parse_config
+from lungddpm.config import load_config, parse_config
 from lungddpm.config_reference import json_schema, markdown_reference
 from lungddpm.errors import ConfigError
 
@@ -84,6 +84,21 @@ FAULTS = {
     "resampling as published": ({"diffusion": {"sampling": {"aas": "published", "resampling": 2}}}, "aas: corrected"),
     "fold that does not exist": ({"segmentation": {"folds": [5]}}, "names fold 5"),
     "steps between saves": ({"segmentation": {"steps": 100, "save_every": 30}}, "not a multiple"),
+    "plus without crop": ({"lung_ddpm_plus": {"training": {"crop": None}}}, "lung_ddpm_plus.training.crop"),
+    "plus with a small crop": ({"lung_ddpm_plus": {"training": {"crop": 4}}}, "lung_ddpm_plus.training.crop"),
+    "plus larger than grid": (
+        {"lung_ddpm_plus": {"training": {"crop": 128}}},
+        "lung_ddpm_plus.training.crop 128 is larger than grid.size",
+    ),
+    "plus by an ancestral sampler": (
+        {"lung_ddpm_plus": {"sampling": {"sampler": "ddpm"}}},
+        "lung_ddpm_plus.sampling.sampler",
+    ),
+    "plus with resampling": ({"lung_ddpm_plus": {"sampling": {"resampling": 2}}}, "lung_ddpm_plus.sampling.resampling"),
+    "plus with lungs": ({"lung_ddpm_plus": {"classes": ["lung", "nodule"]}}, "lung_ddpm_plus.classes"),
+    "plus without classes": ({"lung_ddpm_plus": {"classes": []}}, "lung_ddpm_plus: classes is"),
+    "two runs of one name": ({"lung_ddpm_plus": {"run": "main"}}, "are both 'main'"),
+    "nodules alone without crop": ({"diffusion": {"classes": ["nodule"]}}, "diffusion: classes [nodule] needs"),
     "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),
 }
 
@@ -93,6 +108,30 @@ def test_faults_are_named(values, message):
     with pytest.raises(ConfigError, match="my.yaml") as caught:
         parse_config(values, "my.yaml")
     assert message in str(caught.value)
+
+
+def test_a_denoiser_has_a_config_of_its_own():
+    config = parse_config({"diffusion": {"timesteps": 1000}, "lung_ddpm_plus": {"sampling": {"steps": "20"}}})
+    assert config.for_denoiser("diffusion").diffusion.timesteps == 1000
+    plus = config.for_denoiser("lung_ddpm_plus")
+    assert (plus.diffusion.run, plus.diffusion.timesteps, plus.diffusion.sampling.steps) == ("plus", 250, 20)
+    assert (plus.diffusion.sampling.sampler, plus.diffusion.sampling.order) == ("dpmsolver++", 3)
+    assert plus.seed == config.seed
+    # As the weights' metadata keep it.
+    assert parse_config(plus.model_dump(mode="json")).diffusion.model_dump() == plus.diffusion.model_dump()
+
+
+@pytest.mark.parametrize(
+    ("values", "section"),
+    [
+        ({}, "lung_ddpm_plus"),
+        ({}, "grid"),
+        ({"diffusion": {"classes": ["nodule"], "training": {"crop": 64}}}, "diffusion"),
+    ],
+)
+def test_sections_that_describe_no_denoiser_are_refused(values, section):
+    with pytest.raises(ConfigError, match="lung_ddpm_plus"):
+        parse_config(values).for_denoiser(section)
 
 
 def test_shared_patients_need_the_switch():
@@ -124,6 +163,21 @@ def test_arm_names_and_doses():
     assert config.arms.largest_doses() == {"lung_ddpm": 2.0, "reference": 1.0}
 
 
+def test_synthetic_only_takes_as_many_cases_as_are_real():
+    arms = {
+        "generators": ["lung_ddpm"],
+        "doses": [0.5],
+        "controls": ["real"],
+        "synthetic_only": ["lung_ddpm", "med_ddpm"],
+    }
+    config = parse_config({"arms": arms})
+    assert config.arms.names() == [
+        "real", "real+lung_ddpm@0.5", "synthetic:lung_ddpm", "synthetic:med_ddpm", "real+real",
+    ]  # fmt: skip
+    assert config.arms.doses_of() == {"lung_ddpm": [0.5, 1.0], "med_ddpm": [1.0]}
+    assert config.arms.largest_doses() == {"lung_ddpm": 1.0, "med_ddpm": 1.0}
+
+
 def test_schema_and_reference_are_in_step_with_the_models(repository):
     stored = json.loads((repository / "workflow/schemas/config.schema.json").read_text())
     assert stored == json_schema(), "run 'make docs'"
@@ -132,7 +186,9 @@ def test_schema_and_reference_are_in_step_with_the_models(repository):
 
 def test_every_key_has_a_meaning():
     rows = [line for line in markdown_reference().splitlines() if line.startswith("| `")]
-    assert len(rows) == len(list(leaves(Config().model_dump()))) + 2  # the two keys of network: null
+    optional = {"lung_ddpm_plus": {}, "segmentation": {"network": {}}}
+    # These two sections have a row of their own; the empty mapping `arms.external` is a leaf, too.
+    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 3
     assert all(len(row.split("|")[4].strip()) > 10 for row in rows)
 
 

@@ -42,19 +42,33 @@ class TrainingCase:
     sha256: str
 
 
-def parse_arm(name: str) -> tuple[str | None, float]:
-    """What an arm adds to the real cases, and how much of it.
+@dataclass(frozen=True)
+class Recipe:
+    """What an arm is trained on.
 
-    Returns:
-        (None, 0) for `real`, ("real", 1) for `real+real`, (generator, dose) for `real+<generator>@<dose>`.
+    Attributes:
+        real: whether on the real cases; they are what every arm is validated on.
+        added: a generator, `real` for the real cases once more, or None.
+        dose: how much is added, as a multiple of the real cases.
+    """
+
+    real: bool
+    added: str | None
+    dose: float
+
+
+def parse_arm(name: str) -> Recipe:
+    """What the name of an arm stands for: `real`, `real+real`, `real+<generator>@<dose>`, `synthetic:<generator>`.
 
     Raises:
         ConfigError: none of these.
     """
     if name == "real":
-        return None, 0.0
+        return Recipe(True, None, 0.0)
     if name == "real+real":
-        return "real", 1.0
+        return Recipe(True, "real", 1.0)
+    if (alone := name.removeprefix("synthetic:")) not in (name, ""):
+        return Recipe(False, alone, 1.0)
     generator, at, dose = name.removeprefix("real+").partition("@")
     try:
         value = float(dose)
@@ -64,16 +78,17 @@ def parse_arm(name: str) -> tuple[str | None, float]:
         raise ConfigError(
             f"arm '{name}'",
             "is not the name of an arm",
-            "Names are real, real+real and real+<generator>@<dose>, e.g. real+lung_ddpm@1.0.",
+            "Names are real, real+real, real+<generator>@<dose> and synthetic:<generator>, e.g. real+lung_ddpm@1.0.",
         )
-    return generator, value
+    return Recipe(True, generator, value)
 
 
 def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list[Path], output: Path) -> None:
     """Compose one arm from scratch: nnU-Net's raw dataset and, last, `arm.json`.
 
     The first `round(dose x real cases)` samples of the synthesis plan are taken, so that a smaller dose is a subset of
-    a larger one. Synthetic and repeated cases are only ever trained on, never validated on.
+    a larger one. Synthetic and repeated cases are only ever trained on, never validated on; real ones are validated on
+    even where the arm is trained on synthetic ones alone.
 
     Args:
         config: decides the folds and whether patients may be shared.
@@ -87,7 +102,7 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
         InputError: no training case with a nodule, too few samples, or files that differ from their table.
         LeakError: a test patient is in the training set.
     """
-    generator, dose = parse_arm(arm)
+    recipe = parse_arm(arm)
     # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
     (output / "arm.json").unlink(missing_ok=True)
     cases = read_cases(cases_table)
@@ -101,14 +116,18 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
 
     real = _training_cases(cases_table, discovery)
     added: list[TrainingCase] = []
-    if generator == "real":
+    if recipe.added == "real":
         added = [replace(case, name=_repeated_name(case.name)) for case in real]
         folds = [{**fold, "train": fold["train"] + [_repeated_name(name) for name in fold["train"]]} for fold in folds]
-    elif generator is not None:
-        if not (wanted := round(dose * len(real))):
-            raise ConfigError("arms.doses", f"{dose} of {len(real)} real cases is not one case", "Raise the dose.")
+    elif recipe.added is not None:
+        if not (wanted := round(recipe.dose * len(real))):
+            raise ConfigError(
+                "arms.doses", f"{recipe.dose} of {len(real)} real cases is not one case", "Raise the dose."
+            )
         added = [_training_case(*sample) for sample in first_samples(sample_tables, wanted)]
-        folds = [{**fold, "train": fold["train"] + [case.name for case in added]} for fold in folds]
+        names = [case.name for case in added]
+        folds = [{**fold, "train": (fold["train"] if recipe.real else []) + names} for fold in folds]
+    trained = {name for fold in folds for name in fold["train"]}
     training = [*real, *added]
     _check_names(training)
 
@@ -130,12 +149,14 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
             "source": case.source,
             "sha256": case.sha256,
             "nodule_voxels": nodule_voxels[case.name],
+            "trained_on": case.name in trained,
         }
         for case in training
     ]
     content = {"arm": arm, "dataset": DATASET, "folds": folds, "cases": entries}
     write_json(output / "arm.json", {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
-    LOG.info("arm %s: %d real cases, %d added, %d folds", arm, len(real), len(added), len(folds))
+    n_real = sum(case.name in trained for case in real)
+    LOG.info("arm %s: %d real cases, %d added, %d folds", arm, n_real, len(added), len(folds))
 
 
 def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]]:
@@ -188,7 +209,7 @@ def _origin(case: TrainingCase, patient_of: dict[str, str]) -> splits.Origin:
     sample = case.folder / "sample.json"
     provenance = sample if sample.exists() else case.folder / "case.json"
     patients = splits.patients_named_in(provenance, patient_of)
-    if provenance == sample and not patients:
+    if provenance == sample and not patients and not splits.declares_nobody(sample):
         raise InputError(sample, "names no known patient as its reference", "Synthesise it from the cases of this run.")
     return splits.Origin(case.case_id, patients | {case.patient_id}, sha256_of(case.folder / "ct.nii.gz"))
 

@@ -67,7 +67,7 @@ def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[st
     for role, wanted in named.items():
         _check_named(role, wanted, known, set(patients))
     chosen = {role: [patient for patient in patients if patient in wanted] for role, wanted in named.items()}
-    counts = _counts(roles, len(patients))
+    counts = role_counts(roles, len(patients))
     free = [patient for patient in patients if not any(patient in members for members in chosen.values())]
     for role, count in counts.items():
         chosen[role], free = free[:count], free[count:]
@@ -218,6 +218,12 @@ def patients_named_in(path: Path, patient_of: Mapping[str, str]) -> frozenset[st
     return frozenset(patient_of[word] for word in words if word in patient_of)
 
 
+def declares_nobody(path: Path) -> bool:
+    """Whether a provenance file says that another system made the sample, from no patient of this run."""
+    declared = json.loads(path.read_text(encoding="utf-8")).get("declared")
+    return bool(declared) and all(value == "none" for value in declared.values())
+
+
 def _strings(value: object) -> Iterable[str]:
     if isinstance(value, str):
         yield value
@@ -245,7 +251,7 @@ def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]
         LOG.warning("roles.%s names %s, of whom no series is usable", role, ", ".join(excluded))
 
 
-def _counts(roles: Roles, n_patients: int) -> dict[str, int]:
+def role_counts(roles: Roles, n_patients: int) -> dict[str, int]:
     """Patients of each role that is not a list; shares are rounded so that together they take what they add up to."""
     values = {role: value for role in ROLES if not isinstance(value := getattr(roles, role), list)}
     shares = {role: value * n_patients for role, value in values.items() if value < 1}

@@ -25,6 +25,7 @@ from lungddpm.diffusion.denoiser import (
     inferred_arguments,
     network_arguments,
 )
+from lungddpm.diffusion.device import place
 from lungddpm.diffusion.schedule import cosine_betas, published_buffers
 from lungddpm.errors import ConfigError, InputError
 from lungddpm.files import atomic_path
@@ -34,11 +35,12 @@ _PREFIX = "denoise_fn."
 _RETRAIN = "Train the denoiser anew (lungddpm train), or give the path of its model.safetensors."
 _COPY_ANEW = "Copy or download the published checkpoint anew."
 _ADAPT = "Set the config to what the weights were trained with, or give other weights."
+# Keys of the denoiser's section, be it `diffusion` or `lung_ddpm_plus`, and of `grid`.
 _CONFIG_KEYS = {
-    "in_channels": "diffusion.classes",
-    "base_channels": "diffusion.denoiser.base_channels",
-    "multipliers": "diffusion.denoiser.multipliers",
-    "attention_factor": "grid.size and diffusion.denoiser.attention",
+    "in_channels": "classes",
+    "base_channels": "denoiser.base_channels",
+    "multipliers": "denoiser.multipliers",
+    "attention_factor": "grid.size and denoiser.attention",
 }
 _FAULTS_SHOWN = 3
 
@@ -69,7 +71,7 @@ def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
         "steps": str(metadata.steps),
         "config_fingerprint": metadata.config_fingerprint,
         "data_fingerprint": metadata.data_fingerprint,
-        "config": metadata.config.model_dump_json(),
+        "config": metadata.config.without_folders().model_dump_json(),
     }
     weights = {name: tensor.cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     with atomic_path(path) as temporary:
@@ -121,7 +123,7 @@ def load_denoiser(path: Path, config: Config, device: str | torch.device = "cpu"
         denoiser = build_denoiser(config)
     _check_keys(path, weights, denoiser, config, prefix)
     denoiser.to_empty(device=device).load_state_dict(weights)
-    return denoiser.eval().requires_grad_(False)
+    return place(denoiser, device).eval().requires_grad_(False)
 
 
 def export_published(weights: Path, output: Path) -> None:
@@ -143,9 +145,10 @@ def _check_fits(path: Path, metadata: Metadata, config: Config) -> None:
     def decisive(chosen: Config) -> dict[str, Any]:
         diffusion, grid = chosen.diffusion, chosen.grid
         return {
-            "diffusion.classes": diffusion.classes,
-            "diffusion.timesteps": diffusion.timesteps,
-            **{f"diffusion.denoiser.{name}": getattr(diffusion.denoiser, name) for name in Denoiser.model_fields},
+            "classes": diffusion.classes,
+            "timesteps": diffusion.timesteps,
+            **{f"denoiser.{name}": getattr(diffusion.denoiser, name) for name in Denoiser.model_fields},
+            **({"training.crop": diffusion.training.crop} if diffusion.nodule_centred else {}),
             "grid.size": list(grid.size),
             "grid.extent": grid.extent,
             "grid.window_hu": list(grid.window_hu),
@@ -188,7 +191,7 @@ def _check_schedule(path: Path, betas: torch.Tensor | None, config: Config) -> N
     timesteps = config.diffusion.timesteps
     if betas.shape != (timesteps,):
         trained = betas.numel()
-        raise InputError(path, f"was trained with diffusion.timesteps {trained}, the config says {timesteps}", _ADAPT)
+        raise InputError(path, f"was trained with timesteps {trained}, the config says {timesteps}", _ADAPT)
     if not torch.allclose(betas.double(), cosine_betas(timesteps), rtol=0, atol=1e-5):
         raise InputError(path, "was trained with another noise schedule than the cosine one", "Give other weights.")
 

@@ -26,6 +26,7 @@ from lungddpm.progress import LOG, Progress
 from lungddpm.volume import to_model_range
 
 _CACHE_FORMAT = "z y x, int16 HU, uint8 labels"
+_NOT_OPEN = [label for label in Label if label != Label.BACKGROUND]
 _ALL_HU = np.arange(-(2**15), 2**15, dtype=np.int16)
 
 
@@ -106,6 +107,7 @@ class SampleStream:
         self.data, self.device = data, device
         self.training, self.timesteps = config.diffusion.training, config.diffusion.timesteps
         self.seed, self.run = config.seed, config.diffusion.run
+        self.centres = [Label.NODULE] if config.diffusion.nodule_centred else _NOT_OPEN
         # What `to_model_range` makes of every HU, and `condition_channels` of every label, looked up on the device.
         labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
         channels = condition_channels(labels, config.diffusion.classes).reshape(-1, len(Label))
@@ -125,7 +127,7 @@ class SampleStream:
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "sample", index))
         crop = tuple(slice(0, size) for size in layout.shape)
         if self.training.crop is not None:
-            crop = draw_crop(layout, self.training.crop, generator)
+            crop = draw_crop(layout, self.training.crop, self.centres, generator)
         timestep = torch.randint(self.timesteps, (), generator=generator)
         change = draw_augmentation(self.training.augmentation, generator)
         # An affine map reaches beyond the crop.
@@ -145,7 +147,9 @@ class SampleStream:
         return int(torch.randperm(len(self.data.ct), generator=generator)[place])
 
 
-def draw_crop(layout: np.ndarray, edge: int, generator: torch.Generator) -> tuple[slice, slice, slice]:
+def draw_crop(
+    layout: np.ndarray, edge: int, centres: Sequence[Label], generator: torch.Generator
+) -> tuple[slice, slice, slice]:
     """A random cube around something to generate; open voxels are pasted later, so they matter less.
 
     A label is drawn from those in the layout (so that the few nodule voxels are seen as often as lung), then one of
@@ -154,9 +158,10 @@ def draw_crop(layout: np.ndarray, edge: int, generator: torch.Generator) -> tupl
     Args:
         layout: labels, axes in any order.
         edge: voxels along each side, at most those of the layout.
+        centres: labels that the centre may have; where the layout has none of them, it is any voxel.
         generator: source of the draws.
     """
-    labels = [label for label in Label if label != Label.BACKGROUND and (layout == label).any()]
+    labels = [label for label in centres if (layout == label).any()]
     if labels:
         chosen = np.flatnonzero(layout == labels[_integer(len(labels), generator)])
         centre = np.unravel_index(chosen[_integer(len(chosen), generator)], layout.shape)

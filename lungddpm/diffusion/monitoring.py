@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from lungddpm import drawing
 from lungddpm.config import Config
-from lungddpm.diffusion.data import TrainingData
+from lungddpm.diffusion.data import TrainingData, draw_crop
 from lungddpm.diffusion.denoiser import UNet, condition_channels
 from lungddpm.diffusion.sampling import sample
 from lungddpm.diffusion.schedule import cosine_betas
@@ -33,7 +33,7 @@ HISTORY = ["loss", "learning_rate", "seconds", "memory_mib"]
 """Figures of each optimizer step; `seconds` since the training began, the time between interruptions left out."""
 _GRID_CASES = 2
 _GRID_STEPS = 20
-_SAMPLES = ["step", "case_id", "lung_mse"]
+_SAMPLES = ["step", "case_id", "mse"]
 
 
 class Monitor:
@@ -42,7 +42,7 @@ class Monitor:
     <output>/history.csv          a row an optimizer step
     <output>/tensorboard/         the same for TensorBoard, where that package is installed
     <output>/samples/step-*.png   reference, layout and sample of a few discovery cases
-    <output>/samples.csv          mean squared error of each of those samples within the lungs, on [0, 1]
+    <output>/samples.csv          mean squared error of each of those samples where it was drawn, on [0, 1]
 
     Args:
         output: folder of the run.
@@ -72,16 +72,16 @@ class Monitor:
         if self.board is not None:
             self.board.flush()
 
-    def add_samples(self, step: int, case_ids: Sequence[str], lung_mse: Sequence[float], figure: Figure) -> None:
+    def add_samples(self, step: int, case_ids: Sequence[str], mse: Sequence[float], figure: Figure) -> None:
         """Write a grid of samples and how far they are from their references."""
-        rows = [dict(zip(_SAMPLES, (step, *row), strict=True)) for row in zip(case_ids, lung_mse, strict=True)]
+        rows = [dict(zip(_SAMPLES, (step, *row), strict=True)) for row in zip(case_ids, mse, strict=True)]
         self.samples += rows
         write_table(self.output / "samples.csv", pd.DataFrame(self.samples, columns=_SAMPLES))
         path = self.output / f"samples/step-{step:08d}.png"
         drawing.save(figure, path, dpi=100)
-        LOG.info("%s: mean squared error in the lungs %.4f", path, np.mean(lung_mse))
+        LOG.info("%s: mean squared error %.4f", path, np.mean(mse))
         if self.board is not None:
-            self.board.add_scalar("lung_mse", float(np.mean(lung_mse)), step)
+            self.board.add_scalar("mse", float(np.mean(mse)), step)
 
     def close(self) -> None:
         """Write what TensorBoard still holds back."""
@@ -108,19 +108,27 @@ def draw_grid(
 ) -> tuple[list[float], Figure]:
     """Sample cases (DPM-Solver++, 20 steps, noise of its own for each case, the same at each call) and show them.
 
+    Of Lung-DDPM+ it is a crop around a nodule, in which the nodule is drawn and the rest pasted.
+
     Returns:
-        Mean squared error of each sample within the lungs, on [0, 1] over `grid.window_hu`; and a figure with
-        reference, layout and sample side by side, axial, at the middle of the largest nodule.
+        Mean squared error of each sample where it was drawn, in the lungs or the nodule, on [0, 1] over
+        `grid.window_hu`; and a figure with reference, layout and sample side by side, axial, at the middle of the
+        largest nodule.
     """
-    clean = [to_model_range(data.ct[case], config.grid.window_hu) for case in chosen]
-    drawn = []
-    for case, reference in zip(chosen, clean, strict=True):
+    clean, layouts, drawn, errors = [], [], [], []
+    for case in chosen:
         seed = seed_from(config.seed, config.diffusion.run, "grid", data.case_ids[case])
-        layout = data.layout[case].transpose(2, 1, 0)
+        where: tuple[slice, ...] = ()
+        if config.diffusion.nodule_centred:
+            chooser = torch.Generator().manual_seed(seed)
+            where = draw_crop(data.layout[case], config.diffusion.training.crop, [Label.NODULE], chooser)
+        layout = data.layout[case][where]
+        reference = to_model_range(data.ct[case][where], config.grid.window_hu)
+        channels = condition_channels(layout.transpose(2, 1, 0), config.diffusion.classes)
         with accelerator.autocast():
             volume = sample(
                 denoiser,
-                torch.from_numpy(condition_channels(layout, config.diffusion.classes))[None].to(accelerator.device),
+                torch.from_numpy(channels)[None].to(accelerator.device),
                 cosine_betas(config.diffusion.timesteps),
                 "dpmsolver++",
                 min(_GRID_STEPS, config.diffusion.timesteps),
@@ -128,11 +136,10 @@ def draw_grid(
                 torch.from_numpy(reference)[None, None].to(accelerator.device),
             )
         drawn.append(volume[0, 0].float().cpu().numpy())
-    layouts = [data.layout[case] for case in chosen]
-    errors = [
-        float(np.square((a - b)[layout != Label.BACKGROUND] / 2, dtype=np.float64).mean())
-        for a, b, layout in zip(drawn, clean, layouts, strict=True)
-    ]
+        clean.append(reference)
+        layouts.append(layout)
+        difference = (drawn[-1] - reference)[(channels > 0).any(axis=0)] / 2
+        errors.append(float(np.square(difference, dtype=np.float64).mean()))
     names = [data.case_ids[case] for case in chosen]
     return errors, _figure(names, clean, layouts, drawn, errors)
 
@@ -156,7 +163,7 @@ def _figure(
             axis.imshow(picture, interpolation="nearest", **style)
             axis.set(xticks=[], yticks=[], title=title if row == 0 else None)
         axes[0].set_ylabel(names[row])
-        axes[2].set_xlabel(f"MSE in the lungs {errors[row]:.4f}")
+        axes[2].set_xlabel(f"MSE {errors[row]:.4f}")
     return figure
 
 

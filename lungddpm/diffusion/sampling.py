@@ -1,4 +1,4 @@
-"""From noise to CT: samplers, and anatomically aware sampling (AAS; arXiv 2502.15204).
+"""From noise to CT: samplers, anatomically aware sampling (AAS; arXiv 2502.15204), and inversion (from CT to noise).
 
 Under AAS, voxels that the layout leaves open are pasted from a reference CT while the rest is generated. The solvers
 are diffusers' own, told the clean CT that the denoiser implies; it is clamped to the model's range [-1, 1].
@@ -21,6 +21,10 @@ Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 _LEVELS_A_JUMP = 2
 _PUBLISHED_TIMES = 1000
 
+Times = Literal["corrected", "published"]
+"""`corrected` tells the denoiser the timestep, as in training; `published` scales it to T = 1000, as Lung-DDPM+ does
+(arXiv 2508.09327)."""
+
 
 class Solver:
     """Takes a state from noise level to noise level with a scheduler of diffusers; every sampling needs its own.
@@ -32,11 +36,12 @@ class Solver:
         steps: levels to visit.
         corrector: whether UniPC may correct a state after the fact. It does so from the state before, which undoes
             what was pasted meanwhile.
+        inverting: whether it goes the other way, from the least noisy level to the noisiest; not with `ddpm`.
 
     Attributes:
-        timesteps: n indices at which the denoiser is called, falling.
-        signal: n + 1 scales of the clean CT in the state at each of them, and 1 after the last step.
-        noise: n + 1 standard deviations of the noise in the state; 0 after the last step.
+        timesteps: n indices at which the denoiser is called, falling; rising and one more than called when inverting.
+        signal: scales of the clean CT in the state at each of them, and 1 after the last step (not when inverting).
+        noise: standard deviations of the noise in the state at each of them, and 0 after the last step.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class Solver:
         betas: torch.Tensor,
         steps: int,
         corrector: bool = True,
+        inverting: bool = False,
     ):
         if not 1 <= steps <= len(betas):
             raise ValueError(f"{steps} steps do not fit {len(betas)} timesteps")
@@ -53,7 +59,9 @@ class Solver:
         # Only the ancestral sampler can start at pure noise, where nothing of the clean CT is left to tell.
         takes_all = sampler == "ddpm" and steps == len(betas)
         self.timesteps = list(reversed(range(steps))) if takes_all else spaced_timesteps(signal, steps)
-        visited = torch.cat([signal[self.timesteps], signal.new_ones(1)])
+        if inverting:
+            self.timesteps.reverse()
+        visited = torch.cat([signal[self.timesteps], signal.new_ones(0 if inverting else 1)])
         self.signal, self.noise = visited.sqrt().tolist(), (1 - visited).sqrt().tolist()
         shared = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "sample"}
         if sampler == "ddpm":
@@ -115,7 +123,10 @@ def sample(
     resampling: int = 1,
     aas: Literal["corrected", "published"] = "corrected",
     blend_from: int | None = None,
-    times: Literal["corrected", "published"] = "corrected",
+    times: Times = "corrected",
+    start: torch.Tensor | None = None,
+    path: torch.Tensor | None = None,
+    held: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Generate CT volumes for layouts.
 
@@ -136,8 +147,10 @@ def sample(
             reference itself after the last. `published` pastes it at the level before the step, which leaves noise in
             the background.
         blend_from: in mode `published`, paste only at timesteps up to this one (default: at all).
-        times: `corrected` tells the denoiser the timestep, as in training; `published` scales it to T = 1000, as
-            Lung-DDPM+ does (arXiv 2508.09327).
+        times: see `Times`.
+        start: (N, 1, D, H, W) state at the noisiest level; None draws one.
+        path: states of another CT at all levels, from `invert` with the same sampler, order and steps.
+        held: (N, 1, D, H, W) bool: voxels that follow `path`, without a reference; None holds none.
 
     Returns:
         (N, 1, D, H, W) float32, on the device of `condition`.
@@ -145,16 +158,15 @@ def sample(
     Raises:
         ValueError: fewer than one step, or more than T.
     """
-    solver = Solver(sampler, order, betas, steps, corrector=reference is None)
+    solver = Solver(sampler, order, betas, steps, corrector=reference is None and held is None)
     shape = (len(condition), 1, *condition.shape[2:])
     is_open = open_voxels(condition)
-    told = [t if times == "corrected" else t * _PUBLISHED_TIMES / len(betas) for t in solver.timesteps]
+    predict = _with_times(predict_noise, condition, solver, betas, times)
 
     def one_step(index: int, state: torch.Tensor) -> torch.Tensor:
-        noise = predict_noise(
-            torch.cat([state, condition], dim=1), torch.full((len(condition),), told[index], device=condition.device)
-        )
-        state = solver.step(index, state, solver.clean(index, state, noise.float()), generators)
+        state = solver.step(index, state, solver.clean(index, state, predict(index, state)), generators)
+        if held is not None:
+            return torch.where(held, path[index + 1], state)
         if reference is None:
             return state
         timestep = solver.timesteps[index]
@@ -166,7 +178,7 @@ def sample(
             return state
         return torch.where(is_open, pasted, state)
 
-    state = _draw(shape, generators)
+    state = _draw(shape, generators) if start is None else start
     for first in range(0, len(solver.timesteps), _LEVELS_A_JUMP):
         levels = range(first, min(first + _LEVELS_A_JUMP, len(solver.timesteps)))
         for visit in range(resampling):
@@ -177,6 +189,59 @@ def sample(
             for index in levels:
                 state = one_step(index, state)
     return state
+
+
+@torch.inference_mode()
+def invert(
+    predict_noise: Predictor,
+    condition: torch.Tensor,
+    betas: torch.Tensor,
+    sampler: Literal["ddim", "dpmsolver++", "unipc"],
+    steps: int,
+    clean: torch.Tensor,
+    *,
+    order: int = 2,
+    times: Times = "corrected",
+) -> torch.Tensor:
+    """Find the noise from which `sample`, without a reference, generates given CT volumes again, and the way there.
+
+    It follows the same flow the other way (Song et al. 2021, section 4.3), visits the same levels, and calls the
+    denoiser as often. The way from clean CT to the least noisy level takes the denoiser's noise there for the whole
+    step; how exactly the CT comes back depends on the steps.
+
+    Args:
+        predict_noise, condition, betas, sampler, steps, order, times: see `sample`.
+        clean: (N, 1, D, H, W) CT in [-1, 1].
+
+    Returns:
+        (n + 1, N, 1, D, H, W) float32: the states at the levels of `sample`, from the noise to `clean` itself.
+
+    Raises:
+        ValueError: fewer than one step, or more than T.
+    """
+    solver = Solver(sampler, order, betas, steps, inverting=True)
+    predict = _with_times(predict_noise, condition, solver, betas, times)
+    states = [clean, solver.signal[0] * clean + solver.noise[0] * predict(0, clean)]
+    for index in range(len(solver.timesteps) - 1):
+        implied = solver.clean(index, states[-1], predict(index, states[-1]))
+        states.append(solver.step(index, states[-1], implied, []))
+    return torch.stack(states[::-1])
+
+
+def _with_times(
+    predict_noise: Predictor, condition: torch.Tensor, solver: Solver, betas: torch.Tensor, times: Times
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """The noise in a state at level `index` of a solver, float32."""
+    told = [t if times == "corrected" else t * _PUBLISHED_TIMES / len(betas) for t in solver.timesteps]
+    # Made once, so that a step neither copies the condition nor sends a timestep to the device.
+    timesteps = torch.tensor(told, device=condition.device)[:, None].repeat(1, len(condition))
+    inputs = torch.cat([torch.empty_like(condition[:, :1]), condition], dim=1)
+
+    def predict(index: int, state: torch.Tensor) -> torch.Tensor:
+        inputs[:, :1] = state
+        return predict_noise(inputs, timesteps[index]).float()
+
+    return predict
 
 
 def _draw(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:

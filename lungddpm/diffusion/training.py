@@ -36,22 +36,22 @@ from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_f
 from lungddpm.progress import LOG, Progress
 
 MEMORY_LEVERS = (
-    "Set diffusion.training.gradient_checkpointing: true or precision: bf16, lower batch_size, train on crops, or "
-    "lower diffusion.denoiser.base_channels; 'lungddpm train --estimate' tells what is needed. A saved state is intact."
+    "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
+    "or lower denoiser.base_channels; 'lungddpm train --estimate' tells what is needed. A saved state is intact."
 )
 
 
 def run_train(
     config: Config, cases_table: Path, output: Path, device: str = "auto", initial: Path | None = None
 ) -> None:
-    """Train the denoiser on the usable discovery cases and write `model.safetensors`.
+    """Train a denoiser on the usable discovery cases (Lung-DDPM+: those with a nodule); write `model.safetensors`.
 
     A training of the same config on the same cases is continued from its last saved state; on a CPU it ends
     bit-identical to one that was never interrupted. One that is complete is left as it is. Started by torchrun or
     `accelerate launch`, all processes share the training and the first one writes.
 
     Args:
-        config: the whole config; `diffusion`, `grid` and `seed` decide what is trained.
+        config: the denoiser's (see `Config.for_denoiser`); `diffusion`, `grid` and `seed` decide what is trained.
         cases_table: table of cases.
         output: folder of the run.
         device: see `make_accelerator`.
@@ -64,8 +64,11 @@ def run_train(
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
     rows = cases.usable(cases.read_cases(cases_table), "discovery")
+    if config.diffusion.nodule_centred:
+        rows = rows[rows["n_nodules"] > 0]
     if rows.empty:
-        raise InputError(cases_table, "has no usable discovery case", "See its columns role, status and reason.")
+        what = "discovery case with a nodule" if config.diffusion.nodule_centred else "discovery case"
+        raise InputError(cases_table, f"has no usable {what}", "See its columns role, status and reason.")
     if initial is not None and not initial.exists():
         raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
     folders = [cases.folder_of(cases_table, row) for _, row in rows.iterrows()]
@@ -219,7 +222,7 @@ class _Run:
         return InputError(
             self.output,
             f"the training diverged: the loss is no longer finite at step {step + 1}",
-            f"Lower diffusion.training.learning_rate or set gradient_clip. {kept}",
+            f"Lower training.learning_rate or set training.gradient_clip. {kept}",
         )
 
 

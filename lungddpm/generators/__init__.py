@@ -1,13 +1,14 @@
 """Generators: what turns a reference CT, a layout and a seed into a synthetic CT. A new one is one new module here.
 
 CITATION: str                 the work to cite
-NEEDS_DENOISER: bool          whether `load` needs the weights of a trained denoiser
-KEEPS_LAYOUT: bool            whether it works with the references' own layouts only, because its CT shows the nodules
-                              that the reference has; all others are given placed and jittered layouts, too, the same
-                              ones each
+DENOISER: str | None          section of the config that describes the denoiser whose weights `load` needs, if any
+LAYOUTS: tuple[str, str]      where the layouts are from when a reference with nodules is used first, and again: each
+                              `OWN`, `JITTERED` or `ADDED`, depending on what its CT can show. References without a
+                              nodule get placed ones; where both are `OWN`, they are left out
 load(config, weights, device) -> Generator
 
 A module imports heavy libraries inside its functions only: light commands import it to read the three constants.
+Names in `arms.external` are no modules: the module `external` takes in what other systems made under them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import importlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -27,16 +29,16 @@ import pandas as pd
 from lungddpm import cases
 from lungddpm.config import Config
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import code_fingerprint, fingerprint, seed_from, sha256_of, write_json
+from lungddpm.files import code_fingerprint, fingerprint, lock_if_free, seed_from, sha256_of, write_json
 from lungddpm.progress import LOG, Progress
 from lungddpm.volume import Volume, write_volume
 
 if TYPE_CHECKING:
-    from lungddpm.layouts.placement import Bank
+    from lungddpm.layouts.placement import Bank, MadeLayout
 
-OWN, PLACED, JITTERED = "reference", "placed", "jittered"
+OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
 """Where a sample's layout is from: it is the reference's own; nodules were placed in a reference that has none; the
-reference's nodules were moved."""
+reference's nodules were moved; they are where they were, and others were placed beside them."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +49,15 @@ class Task:
         reference: int16 HU; fills what the layout leaves open.
         layout: uint8 labels on the same grid.
         seed: of every random number in this CT.
+        made: how the layout was made; None for the reference's own.
+        donors: folder of every case that one of its nodules is from, by case id.
     """
 
     reference: Volume
     layout: Volume
     seed: int
+    made: MadeLayout | None = None
+    donors: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class Generator:
     Attributes:
         make: tasks on grids of one size -> one (x, y, z) int16 HU array each, on its reference's grid. Where the
             layout is background, the array equals the reference exactly (but for published AAS, which leaves noise in
-            it). A task's array does not depend on the others.
+            it, and for `med_ddpm`, which has no AAS). A task's array does not depend on the others.
         device: what it computes on, for the record.
     """
 
@@ -78,9 +84,9 @@ class PlannedSample:
         reference: row of the case table.
         repeat: how many times the reference was used before.
         seed: of every random number in the CT.
-        layout_origin: `OWN`, `PLACED` or `JITTERED`.
+        layout_origin: `OWN`, `PLACED`, `JITTERED` or `ADDED`.
         layout_seed: of every random number in the layout; None for `OWN`. The same for all generators of a run, so that
-            they can be compared.
+            those that can show the same layouts get the same ones.
     """
 
     sample_id: str
@@ -91,34 +97,44 @@ class PlannedSample:
     layout_seed: int | None
 
 
-def module_of(name: str) -> ModuleType:
-    """The generator module of that name."""
-    return importlib.import_module(f"{__name__}.{name}")
+def module_of(name: str, config: Config) -> ModuleType:
+    """The module behind a generator's name: `external` for those in `arms.external`."""
+    return importlib.import_module(f"{__name__}.{'external' if name in config.arms.external else name}")
 
 
-def plan_samples(config: Config, generator: str, table: pd.DataFrame) -> list[PlannedSample]:
-    """Everything that a generator makes in a run, in order; an arm with a smaller dose takes the first ones.
+def samples_wanted(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> int:
+    """How many samples make up a dose (by default the largest): that times the usable discovery cases, rounded.
 
-    The number is the largest dose times the usable discovery cases, rounded. References take turns, in table order:
-    first each with its own layout, or with one of placed nodules where it has none, then with jittered ones. Without
-    `synthesis.place_nodules`, and for generators that keep the layout, references without nodules are left out; without
-    `synthesis.jitter_repeats`, the layout stays the same each time.
+    Raises:
+        ConfigError: no arm uses the generator.
+    """
+    doses = config.arms.largest_doses()
+    if generator not in doses:
+        raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
+    return round((dose or doses[generator]) * len(cases.usable(table, "discovery")))
+
+
+def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> list[PlannedSample]:
+    """The samples of a dose (by default the largest), in order; a smaller dose is the first ones of a larger one.
+
+    References take turns, in table order, until there are `samples_wanted`. Those with nodules get layouts as
+    the generator's `LAYOUTS` says, those without get placed nodules; without `synthesis.place_nodules`, and for
+    generators that show own layouts only, they are left out. Without `synthesis.jitter_repeats`, the layout stays the
+    same each time.
 
     Args:
         config: doses, run name, root seed and `synthesis`.
         generator: one that the config uses.
         table: all cases.
+        dose: as a multiple of the real training cases.
 
     Raises:
         ConfigError: no arm uses the generator.
         InputError: there is no reference to use.
     """
-    doses = config.arms.largest_doses()
-    if generator not in doses:
-        raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
-    number = round(doses[generator] * len(cases.usable(table, "discovery")))
-    keeps_layout = module_of(generator).KEEPS_LAYOUT
-    with_nodule = keeps_layout or not config.synthesis.place_nodules
+    number = samples_wanted(config, generator, table, dose)
+    first, again = module_of(generator, config).LAYOUTS
+    with_nodule = first == again == OWN or not config.synthesis.place_nodules
     references = cases.usable(table, "reference")
     if with_nodule:
         references = references[references["n_nodules"] > 0]
@@ -133,8 +149,8 @@ def plan_samples(config: Config, generator: str, table: pd.DataFrame) -> list[Pl
     for index in range(number):
         repeat, place = divmod(index, len(references))
         case_id = references[place]["case_id"]
-        jitters = repeat > 0 and config.synthesis.jitter_repeats and not keeps_layout
-        origin = PLACED if references[place]["n_nodules"] == 0 else JITTERED if jitters else OWN
+        varies = repeat > 0 and config.synthesis.jitter_repeats
+        origin = PLACED if references[place]["n_nodules"] == 0 else again if varies else first
         names = config.seed, config.diffusion.run
         plan.append(
             PlannedSample(
@@ -144,7 +160,7 @@ def plan_samples(config: Config, generator: str, table: pd.DataFrame) -> list[Pl
                 seed=seed_from(*names, generator, case_id, repeat),
                 layout_origin=origin,
                 # Where repeats are not to differ, all of them take the layout of the first.
-                layout_seed=None if origin == OWN else seed_from(*names, "layout", case_id, repeat if jitters else 0),
+                layout_seed=None if origin == OWN else seed_from(*names, "layout", case_id, repeat if varies else 0),
             )
         )
     return plan
@@ -160,12 +176,15 @@ def run_synthesize(
     shards: int,
     table: Path,
     device: str = "auto",
+    dose: float | None = None,
+    external: Path | None = None,
 ) -> None:
-    """Make the samples `shard`, `shard + shards`, ... of the plan and the table that lists them.
+    """Make the samples `shard`, `shard + shards`, ... of a dose and the table that lists them.
 
     Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}` and one row a sample, in the order of the plan:
-    row k of shard s is number k * shards + s of the whole plan. `path` in the table is relative to `output`. Samples
-    that are complete and were made from the same inputs with the same settings are left as they are.
+    row k of shard s is number k * shards + s of the dose. `path` in the table is relative to `output`. Samples that
+    are complete and were made from the same inputs with the same settings are left as they are; what another process
+    is making for another dose is left to it.
 
     Args:
         config: the whole config.
@@ -177,36 +196,71 @@ def run_synthesize(
         shards: how many shares there are.
         table: the table to write.
         device: see `lungddpm.diffusion.device.make_accelerator`.
+        dose: by default the largest that an arm takes.
+        external: folder of a generator in `arms.external`; by default the one named there.
 
     Raises:
-        ConfigError: no arm uses the generator.
+        ConfigError: no arm uses the generator, or the section of its denoiser is not set.
         InputError: no usable reference, missing or unfit weights, a case that breaks its contract, or one in whose
             lungs no nodule can be placed.
     """
     real_cases = cases.read_cases(cases_table)
-    mine = plan_samples(config, generator, real_cases)[shard::shards]
-    module = module_of(generator)
-    if module.NEEDS_DENOISER and weights is None:
+    if generator in config.arms.external:
+        folder = external or config.arms.external[generator]
+        wanted = samples_wanted(config, generator, real_cases, dose)
+        take_in = module_of(generator, config).take_in
+        rows = take_in(folder, generator, wanted, config.grid.size, cases_table, real_cases, output)
+        cases.write_cases(table, rows[shard::shards])
+        return
+    mine = plan_samples(config, generator, real_cases, dose)[shard::shards]
+    module = module_of(generator, config)
+    if module.DENOISER and weights is None:
         raise InputError(f"generator '{generator}'", "needs the weights of a denoiser", "Give --weights.")
-    settings = _settings(config, generator, weights if module.NEEDS_DENOISER else None)
+    of_denoiser = config.for_denoiser(module.DENOISER) if module.DENOISER else config
+    settings = _settings(of_denoiser, generator, weights if module.DENOISER else None)
     bank = _open_bank(config, cases_table, real_cases) if any(s.layout_origin != OWN for s in mine) else None
     wanted = [_provenance(sample, settings, config, bank, cases_table) for sample in mine]
     missing = [
         (sample, provenance)
         for sample, provenance in zip(mine, wanted, strict=True)
-        if not _is_complete(output / sample.sample_id, provenance["fingerprint"])
+        if not is_complete(output / sample.sample_id, provenance["fingerprint"])
     ]
     if len(missing) < len(mine):
         LOG.info("%d of %d samples are complete already", len(mine) - len(missing), len(mine))
     if missing:
         loaded: Generator = module.load(config, weights, device)
-        size = config.diffusion.sampling.batch_size
+        size = of_denoiser.diffusion.sampling.batch_size
         with Progress(f"synthesis with {generator}", len(missing)) as progress:
-            for first in range(0, len(missing), size):
-                _make(missing[first : first + size], loaded, config, bank, cases_table, output)
-                for _ in missing[first : first + size]:
+            while missing:
+                with ExitStack() as locks:
+                    batch, left = _claim(missing, size, output, locks)
+                    if batch:
+                        _make(batch, loaded, config, bank, cases_table, output)
+                for _ in range(len(missing) - len(left)):
                     progress.advance()
+                if len(left) == len(missing):
+                    time.sleep(1)
+                missing = left
     cases.write_cases(table, [_row(sample, generator, output) for sample in mine])
+
+
+def _claim(
+    missing: list[tuple[PlannedSample, dict[str, Any]]], size: int, output: Path, locks: ExitStack
+) -> tuple[list[tuple[PlannedSample, dict[str, Any]]], list[tuple[PlannedSample, dict[str, Any]]]]:
+    """Lock the next `size` missing samples; returns them, and those that are missing still.
+
+    What another process holds stays missing for now; what one has made meanwhile does not.
+    """
+    batch, left = [], []
+    for place, (sample, provenance) in enumerate(missing):
+        if len(batch) == size:
+            return batch, left + missing[place:]
+        folder = output / sample.sample_id
+        if not locks.enter_context(lock_if_free(folder / ".lock")):
+            left.append((sample, provenance))
+        elif not is_complete(folder, provenance["fingerprint"]):
+            batch.append((sample, provenance))
+    return batch, left
 
 
 def _settings(config: Config, generator: str, weights: Path | None) -> dict[str, Any]:
@@ -264,7 +318,8 @@ def _hash_nodules(folder: Path) -> str:
         raise InputError(path, "does not exist", "Delete the case's folder and prepare it anew.") from None
 
 
-def _is_complete(folder: Path, wanted_fingerprint: str) -> bool:
+def is_complete(folder: Path, wanted_fingerprint: str) -> bool:
+    """Whether a sample's files are there, unchanged, and were made from what the fingerprint stands for."""
     try:
         record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
         return record["fingerprint"] == wanted_fingerprint and record["sha256"] == cases.hash_case(folder)
@@ -280,23 +335,19 @@ def _make(
     cases_table: Path,
     output: Path,
 ) -> None:
-    tasks, nodules = [], []
-    for sample, _ in batch:
-        folder = cases.folder_of(cases_table, sample.reference)
-        ct, own_layout = cases.read_case(folder)
-        layout, placed = _layout_of(sample, own_layout, config, bank, folder)
-        tasks.append(Task(ct, layout, sample.seed))
-        nodules.append(placed)
+    tasks = [_task_of(sample, config, bank, cases_table) for sample, _ in batch]
     began = time.monotonic()
     made = generator.make(tasks)
     seconds = (time.monotonic() - began) / len(batch)
-    for (sample, provenance), task, placed, hu in zip(batch, tasks, nodules, made, strict=True):
+    for (sample, provenance), task, hu in zip(batch, tasks, made, strict=True):
         folder = output / sample.sample_id
         write_volume(folder / "ct.nii.gz", task.reference.like(hu))
         write_volume(folder / "layout.nii.gz", task.layout)
+        nodules = task.made.nodules if task.made else ()
+        kept = 0 if sample.layout_origin == JITTERED else int(sample.reference["n_nodules"])
         record = {
-            "n_nodules": int(sample.reference["n_nodules"]) if placed is None else len(placed),
-            "nodules": placed,
+            "n_nodules": kept + len(nodules),
+            "nodules": [asdict(nodule) for nodule in nodules],
             "seconds": round(seconds, 3),
             "device": generator.device,
             "sha256": cases.hash_case(folder),
@@ -304,27 +355,27 @@ def _make(
         write_json(folder / "sample.json", {**provenance, **record})
 
 
-def _layout_of(
-    sample: PlannedSample, own: Volume, config: Config, bank: Bank | None, reference: Path
-) -> tuple[Volume, list[dict[str, Any]] | None]:
-    """The layout that the plan asks for, and what stands in `sample.json` on its nodules (None for `OWN`)."""
+def _task_of(sample: PlannedSample, config: Config, bank: Bank | None, cases_table: Path) -> Task:
+    """What the plan asks for, its layout made."""
+    folder = cases.folder_of(cases_table, sample.reference)
+    ct, own = cases.read_case(folder)
     if sample.layout_origin == OWN:
-        return own, None
+        return Task(ct, own, sample.seed)
     from lungddpm.layouts.placement import jitter, place, read_shapes
 
-    rng = np.random.default_rng(sample.layout_seed)
-    if sample.layout_origin == PLACED:
-        made = place(own, bank, config.synthesis, rng)
-    else:
-        shapes = read_shapes(reference, sample.reference["case_id"], sample.reference["patient_id"])
+    rng, case_id = np.random.default_rng(sample.layout_seed), sample.reference["case_id"]
+    if sample.layout_origin == JITTERED:
+        shapes = read_shapes(folder, case_id, sample.reference["patient_id"])
         made = jitter(own, shapes, bank, config.synthesis, rng)
+    else:
+        made = place(own, bank, config.synthesis, rng)
     if not made.nodules:
         raise InputError(
-            reference / "layout.nii.gz",
+            folder / "layout.nii.gz",
             "has no room in its lungs for any nodule of the discovery cases",
             "Lower synthesis.scale, or name other patients in roles.reference.",
         )
-    return made.layout, [asdict(nodule) for nodule in made.nodules]
+    return Task(ct, made.layout, sample.seed, made, {**bank.folders, case_id: folder})
 
 
 def _row(sample: PlannedSample, generator: str, output: Path) -> dict[str, Any]:

@@ -7,19 +7,28 @@ from pathlib import Path
 import numpy as np
 
 from lungddpm.config import Config
-from lungddpm.generators import Generator, Task
+from lungddpm.generators import JITTERED, OWN, Generator, Task
 from lungddpm.layouts import Label
 from lungddpm.volume import Window, slice_windows, to_hu, to_model_range
 
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
-NEEDS_DENOISER = True
-KEEPS_LAYOUT = False
+DENOISER = "diffusion"
+LAYOUTS = OWN, JITTERED
 
 
 def load(config: Config, weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
     In the mode `published` of AAS, open voxels keep the noise that this mode leaves in them.
+
+    Raises:
+        InputError: see `load_denoiser`.
+    """
+    return load_sampler(config, weights, device, aas=True)
+
+
+def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Generator:
+    """Load the denoiser of whole volumes; without AAS it draws the open voxels as well.
 
     Raises:
         InputError: see `load_denoiser`.
@@ -37,11 +46,8 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     betas = cosine_betas(config.diffusion.timesteps)
     sampling = config.diffusion.sampling
 
-    def window_of(reference: np.ndarray) -> Window:
-        return config.grid.window_hu if sampling.intensities == "corrected" else slice_windows(reference, axis=2)
-
     def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [window_of(task.reference.array) for task in tasks]
+        windows = [window_of(task.reference.array, config) for task in tasks]
         references = [
             to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
             for task, window in zip(tasks, windows, strict=True)
@@ -55,9 +61,9 @@ def load(config: Config, weights: Path, device: str) -> Generator:
                 sampling.sampler,
                 sampling.steps,
                 [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks],
-                torch.from_numpy(np.stack(references)).to(accelerator.device),
+                torch.from_numpy(np.stack(references)).to(accelerator.device) if aas else None,
                 order=sampling.order,
-                resampling=sampling.resampling,
+                resampling=sampling.resampling if aas else 1,
                 aas=sampling.aas,
                 times=sampling.times,
             )
@@ -65,11 +71,17 @@ def load(config: Config, weights: Path, device: str) -> Generator:
             to_hu(volume[0].transpose(2, 1, 0), window)
             for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
         ]
-        if sampling.aas == "published":
+        if not aas or sampling.aas == "published":
             return volumes
         return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
 
     return Generator(make, str(accelerator.device))
+
+
+def window_of(hu: np.ndarray, config: Config) -> Window:
+    """The HU range that the denoiser knows as [-1, 1], for an (x, y, z) CT; see `sampling.intensities`."""
+    published = config.diffusion.sampling.intensities == "published"
+    return slice_windows(hu, axis=2) if published else config.grid.window_hu
 
 
 def fill_open_voxels(task: Task, hu: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ import numpy as np
 
 from lungddpm.config import Config
 from lungddpm.errors import InputError
-from lungddpm.generators import Generator, Task
+from lungddpm.generators import JITTERED, OWN, Generator, Task
 from lungddpm.layouts import Label
 
 CITATION = "None: the reference's background around lungs of constant HU."
-NEEDS_DENOISER = False
-KEEPS_LAYOUT = False
+DENOISER = None
+LAYOUTS = OWN, JITTERED
 
 
 def load(config: Config, weights: Path | None, device: str) -> Generator:

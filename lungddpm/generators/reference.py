@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 
 from lungddpm.config import Config
-from lungddpm.generators import Generator, Task
+from lungddpm.generators import OWN, Generator, Task
 
 CITATION = "None: the reference CT itself, unchanged."
-NEEDS_DENOISER = False
-KEEPS_LAYOUT = True
+DENOISER = None
+LAYOUTS = OWN, OWN
 
 
 def load(config: Config, weights: Path | None, device: str) -> Generator:

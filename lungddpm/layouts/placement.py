@@ -72,7 +72,7 @@ class Shape:
     @property
     def centre_mm(self) -> np.ndarray:
         """Its centroid, RAS, shape (3,)."""
-        return (self.mask.affine @ [*np.argwhere(self.mask.array).mean(axis=0), 1])[:3]
+        return _to_mm(self.mask, np.argwhere(self.mask.array).mean(axis=0))
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,8 @@ class PlacedNodule:
         patient_id: whose it is.
         nodule: its number there.
         scale: factor on its diameter.
+        rotation_degrees: rotation vector about its centre, along the axes of the grid.
+        centre_mm: centroid of the whole nodule, also of what lies beyond the lungs and is cut off, RAS.
         position_mm: of its centroid in the made layout, RAS.
         volume_mm3: in the made layout.
     """
@@ -92,6 +94,8 @@ class PlacedNodule:
     patient_id: str
     nodule: int
     scale: float
+    rotation_degrees: tuple[float, float, float]
+    centre_mm: tuple[float, float, float]
     position_mm: tuple[float, float, float]
     volume_mm3: float
 
@@ -103,6 +107,8 @@ class MadeLayout:
     layout: Volume
     """uint8 `Label`, on the grid of the layout that it was made from."""
     nodules: tuple[PlacedNodule, ...]
+    numbers: np.ndarray
+    """(x, y, z) uint16: 0, or the place in `nodules`, from 1, of the one that a voxel is of."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +145,11 @@ class Bank:
     prior: Prior
     fingerprint: str
     """Changes with whatever a draw depends on."""
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """The folder of every case that has a donor, by case id."""
+        return {donor.case_id: donor.folder for donor in self.donors}
 
 
 def open_bank(cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool) -> Bank:
@@ -244,7 +255,7 @@ def jitter(
 
     lungs = _Lungs(layout.like(lifted))
     for n in staying:
-        lungs.put(own_cells[n], own[n - 1], 1.0)
+        lungs.put_unmoved(own_cells[n], own[n - 1])
     for n in moving:
         if not _move(lungs, own[n - 1], settings, rng):
             lungs.put_back(own_cells[n], own[n - 1])
@@ -298,6 +309,7 @@ class _Lungs:
         lungs = layout.array != Label.BACKGROUND
         self.layout = layout.like(layout.array.copy())
         self.nodules: list[PlacedNodule] = []
+        self._numbers = np.zeros(layout.shape, np.uint16)
         self._codes = np.full(layout.shape, _FREE, np.uint8)
         self._codes[layout.array == Label.VESSEL] = _VESSEL
         self._codes[~lungs] = _OUTSIDE
@@ -322,26 +334,35 @@ class _Lungs:
                     return at_once[number]
         return None
 
-    def put(self, cells: np.ndarray, shape: Shape, scale: float) -> None:
+    def put(
+        self, cells: np.ndarray, shape: Shape, scale: float, rotation: Rotation, centre_mm: Sequence[float]
+    ) -> None:
         """Turn cells, (n, 3), into a nodule, as far as they lie in the lungs."""
         labels = self.layout.array
         cells = cells[((cells >= 0) & (cells < labels.shape)).all(axis=1)]
         cells = cells[labels[tuple(cells.T)] != Label.BACKGROUND]
         labels[tuple(cells.T)] = Label.NODULE
+        self._numbers[tuple(cells.T)] = len(self.nodules) + 1
         for offset in np.argwhere(_NEIGHBOURS) - 1:
             near = np.clip(cells + offset, 0, np.array(labels.shape) - 1)
             self._codes[tuple(near.T)] = _FORBIDDEN
-        position_mm = (self.layout.affine @ [*cells.mean(axis=0), 1])[:3]
+        position_mm = _to_mm(self.layout, cells.mean(axis=0))
         self.nodules.append(
             PlacedNodule(
                 shape.case_id,
                 shape.patient_id,
                 shape.number,
                 round(float(scale), 4),
-                tuple(round(float(x), 2) for x in position_mm),
+                _rounded(rotation.as_rotvec(degrees=True)),
+                _rounded(centre_mm),
+                _rounded(position_mm),
                 round(len(cells) * self.layout.voxel_mm3, 1),
             )
         )
+
+    def put_unmoved(self, cells: np.ndarray, shape: Shape) -> None:
+        """Turn the cells of a nodule of this layout's own case into that nodule."""
+        self.put(cells, shape, 1.0, Rotation.identity(), shape.centre_mm)
 
     def put_back(self, cells: np.ndarray, shape: Shape) -> None:
         """Leave a nodule where it was, unless another one has come too near."""
@@ -349,11 +370,11 @@ class _Lungs:
         if taken[tuple(cells.T)].any():
             LOG.info("nodule %d of %s fits nowhere any more and is left out", shape.number, shape.case_id)
         else:
-            self.put(cells, shape, 1.0)
+            self.put_unmoved(cells, shape)
 
     def made(self) -> MadeLayout:
         """The layout as it is now."""
-        return MadeLayout(self.layout, tuple(self.nodules))
+        return MadeLayout(self.layout, tuple(self.nodules), self._numbers)
 
 
 def _add(lungs: _Lungs, weights: np.ndarray, bank: Bank, settings: Synthesis, rng: np.random.Generator) -> bool:
@@ -365,12 +386,12 @@ def _add(lungs: _Lungs, weights: np.ndarray, bank: Bank, settings: Synthesis, rn
         if attempt == _SHAPES_TRIED:
             donor, scale = min(bank.donors, key=lambda donor: donor.volume_mm3), settings.scale[0]
         shape = donor.shape()
-        rotation = Rotation.random(rng=rng).as_matrix()
-        cells = _cells_of(shape, rotation, scale, rng.uniform(-0.5, 0.5, 3), lungs.layout.spacing_mm)
+        rotation, offset = Rotation.random(rng=rng), rng.uniform(-0.5, 0.5, 3)
+        cells = _cells_of(shape, rotation.as_matrix(), scale, offset, lungs.layout.spacing_mm)
         # Gumbel's trick: the order in which places would be drawn by weight without putting them back.
         order = np.argsort(-(log_weights + rng.gumbel(size=len(places))))[:_PLACES_TRIED]
         if (at := lungs.first_fit(cells, places[order])) is not None:
-            lungs.put(at + cells, shape, scale)
+            lungs.put(at + cells, shape, scale, rotation, _to_mm(lungs.layout, at + offset))
             return True
     return False
 
@@ -394,10 +415,18 @@ def _move(lungs: _Lungs, shape: Shape, settings: Synthesis, rng: np.random.Gener
         places = rng.permutation(places[apart_mm <= settings.shift_mm + 1e-6])
         cells = _cells_of(shape, np.eye(3), scale, offset, spacing_mm)
         if (at := lungs.first_fit(cells, places)) is not None:
-            lungs.put(at + cells, shape, scale)
+            lungs.put(at + cells, shape, scale, Rotation.identity(), _to_mm(lungs.layout, at + offset))
             return True
         high = scale
     return False
+
+
+def _to_mm(volume: Volume, index: np.ndarray) -> np.ndarray:
+    return (volume.affine @ [*index, 1])[:3]
+
+
+def _rounded(vector: Sequence[float]) -> tuple[float, ...]:
+    return tuple(round(float(x), 2) for x in vector)
 
 
 def _draw_scale(limits: tuple[float, float], rng: np.random.Generator) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.arms.compose import DATASET, first_samples, parse_arm, run_compose
+from lungddpm.arms.compose import DATASET, Recipe, first_samples, parse_arm, run_compose
 from lungddpm.cases import hash_case, read_cases, write_cases
 from lungddpm.config import parse_config
 from lungddpm.errors import ConfigError, InputError, LeakError
@@ -50,10 +50,12 @@ def edit(table: Path, case_id: str, **values: str) -> None:
 
 
 def test_names_of_arms():
-    assert parse_arm("real") == (None, 0.0)
-    assert parse_arm("real+real") == ("real", 1.0)
-    assert parse_arm("real+lung_ddpm@0.5") == ("lung_ddpm", 0.5)
-    for wrong in ("", "unreal", "real+lung_ddpm", "real+@1", "real+a@zero", "real+a@-1", "real+a@nan"):
+    assert parse_arm("real") == Recipe(real=True, added=None, dose=0.0)
+    assert parse_arm("real+real") == Recipe(real=True, added="real", dose=1.0)
+    assert parse_arm("real+lung_ddpm@0.5") == Recipe(real=True, added="lung_ddpm", dose=0.5)
+    assert parse_arm("synthetic:lung_ddpm") == Recipe(real=False, added="lung_ddpm", dose=1.0)
+    wrong_names = ("", "unreal", "real+lung_ddpm", "real+@1", "real+a@zero", "real+a@-1", "real+a@nan", "synthetic:")
+    for wrong in wrong_names:
         with pytest.raises(ConfigError):
             parse_arm(wrong)
 
@@ -100,6 +102,20 @@ def test_doses_are_nested_and_synthetic_cases_are_only_trained_on(cohort):
         compose(cohort, "real+lung_ddpm@2.0")
     with pytest.raises(ConfigError, match="not one case"):
         compose(cohort, "real+lung_ddpm@0.1")
+
+
+def test_synthetic_alone_is_validated_on_the_same_real_cases(cohort):
+    real, _ = compose(cohort, "real")
+    arm, raw = compose(cohort, "synthetic:lung_ddpm")
+    assert [case["case_id"] for case in arm["cases"] if case["trained_on"]] == ["s0", "s1", "s2", "s3"]
+    assert all(case["patient_id"] and case["sha256"] for case in arm["cases"])
+    assert all(case["trained_on"] for case in real["cases"])
+    for fold, real_fold in zip(arm["folds"], real["folds"], strict=True):
+        assert fold == {"train": ["s0", "s1", "s2", "s3"], "val": real_fold["val"]}
+        # What nnU-Net is told to use, it finds.
+        for name in fold["train"] + fold["val"]:
+            assert (raw / f"imagesTr/{name}_0000.nii.gz").resolve().exists()
+            assert (raw / f"labelsTr/{name}.nii.gz").exists()
 
 
 def test_a_sample_that_failed_is_named(cohort):
@@ -185,6 +201,18 @@ class TestLeaks:
         write_json(cohort / "synthetic" / "s0" / "sample.json", {"reference_case_id": "someone else"})
         with pytest.raises(InputError, match="names no known patient"):
             compose(cohort, "real+lung_ddpm@1.0")
+
+    def test_a_sample_of_another_system_says_whose_it_is(self, cohort):
+        path = cohort / "synthetic" / "s0" / "sample.json"
+        nobody = {"reference": "none", "donors": "none", "trained_on": "none"}
+        write_json(path, {"reference_case_id": None, "declared": nobody})
+        compose(cohort, "synthetic:lung_ddpm")
+        write_json(path, {"reference_case_id": None, "declared": nobody | {"trained_on": ["elsewhere"]}})
+        with pytest.raises(InputError, match="names no known patient"):
+            compose(cohort, "synthetic:lung_ddpm")
+        write_json(path, {"reference_case_id": None, "declared": nobody | {"trained_on": ["P7"]}})
+        with pytest.raises(LeakError, match="P7 in s0"):
+            compose(cohort, "synthetic:lung_ddpm")
 
     def test_no_arm_is_left_behind(self, cohort):
         compose(cohort, "real+lung_ddpm@1.0")

@@ -131,7 +131,7 @@ def test_tensorboard_holds_the_history(uninterrupted):
         assert [scalar.step for scalar in scalars] == history["step"].tolist()
         assert [scalar.value for scalar in scalars] == pytest.approx(history[name].tolist(), rel=1e-6)
     assert min(scalar.value for scalar in board.Scalars("steps_per_second")) > 0
-    assert [scalar.step for scalar in board.Scalars("lung_mse")] == [4, 6]
+    assert [scalar.step for scalar in board.Scalars("mse")] == [4, 6]
 
 
 def test_no_tensorboard_is_no_fault(tiny_cohort, training_config, tmp_path, monkeypatch, log):

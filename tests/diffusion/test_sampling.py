@@ -5,7 +5,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from lungddpm.diffusion.sampling import Solver, open_voxels, sample
+from lungddpm.diffusion.sampling import Solver, invert, open_voxels, sample
 from lungddpm.diffusion.schedule import alphas_cumprod, cosine_betas
 
 BETAS = cosine_betas(250)
@@ -305,6 +305,69 @@ def test_published_times_are_on_a_scale_of_1000(times, told):
 
     sample(predict_noise, torch.ones(1, 1, 4, 4, 4), BETAS, "dpmsolver++", 2, [seeded(0)], times=times)
     assert seen == told
+
+
+@pytest.mark.parametrize(
+    ("sampler", "order", "least", "error"),
+    [
+        ("ddim", 2, 0.8, 0.1),
+        # What is left is that of the first and last step, from and to the clean CT.
+        ("dpmsolver++", 2, 2, 0.002),
+        ("dpmsolver++", 3, 2, 0.002),
+        ("unipc", 2, 2, 0.003),
+        ("unipc", 3, 2, 0.002),
+    ],
+)
+def test_sampling_finds_again_what_was_inverted(accuracy, sampler, order, least, error):
+    """The error falls with the steps, on data of several voxels that depend on each other."""
+    data = accuracy.correlated("rough", 6)
+    clean, predict = data.draw(256, seeded(0)), data.best_denoiser(BETAS)
+    condition = torch.ones_like(clean)
+    errors = []
+    for steps in (12, 25, 50):
+        path = invert(predict, condition, BETAS, sampler, steps, clean, order=order)
+        found = sample(predict, condition, BETAS, sampler, steps, [seeded(1)], order=order, start=path[0])
+        errors.append((found - clean).abs().max().item())
+    assert errors[2] < error
+    assert accuracy.order_of(errors, (12, 25, 50)) > least
+    assert path[0].std().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(path[-1], clean)
+
+
+@pytest.mark.parametrize(("sampler", "order"), SOLVERS)
+def test_held_voxels_keep_to_the_path(half_open, sampler, order):
+    """At every call they are where the inversion was at that level, and at the end they are the CT itself."""
+    condition, reference = half_open
+    ideal, held = ideal_denoiser(BETAS), open_voxels(condition)
+    path = invert(ideal, condition, BETAS, sampler, 20, reference, order=order)
+    calls = iter(path)
+
+    def predict_noise(inputs, timesteps):
+        assert torch.equal(inputs[:, :1][held], next(calls)[held])
+        return ideal(inputs, timesteps)
+
+    start = torch.where(held, path[0], torch.randn(reference.shape, generator=seeded(3)))
+    changes = {"order": order, "start": start, "path": path, "held": held}
+    drawn = sample(predict_noise, condition, BETAS, sampler, 20, [seeded(1), seeded(2)], **changes)
+    assert torch.equal(drawn[held], reference[held])
+    assert drawn[~held].std().item() == pytest.approx(SPREAD, rel=0.15)
+
+
+@pytest.mark.parametrize(("times", "told"), [("corrected", [0, 0, 248]), ("published", [0, 0, 992])])
+def test_inversion_calls_the_denoiser_once_a_step(times, told):
+    seen = []
+
+    def predict_noise(inputs, timesteps):
+        seen.append(timesteps.item())
+        return torch.zeros_like(inputs[:, :1])
+
+    clean = torch.full((1, 1, 4, 4, 4), 0.5)
+    state = invert(predict_noise, torch.ones_like(clean), BETAS, "dpmsolver++", 3, clean, times=times)[0]
+    assert len(seen) == 3
+    assert seen[::2] == [told[0], seen[2]]
+    assert seen == sorted(seen)
+    # Without noise, nothing but the signal's scale at the noisiest level is left.
+    torch.testing.assert_close(state, SIGNAL[248].sqrt().float() * clean)
 
 
 @pytest.mark.parametrize(("sampler", "steps"), [("ddpm", 250), ("dpmsolver++", 10), ("unipc", 10)])

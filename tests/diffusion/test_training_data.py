@@ -159,12 +159,25 @@ def test_crops_lie_inside_and_hold_something_to_generate():
     generator = torch.Generator().manual_seed(0)
     with_nodule = 0
     for _ in range(100):
-        where = draw_crop(layout, 4, generator)
+        where = draw_crop(layout, 4, [Label.LUNG, Label.NODULE], generator)
         assert layout[where].shape == (4, 4, 4)
         assert (layout[where] != Label.BACKGROUND).any()
         with_nodule += (layout[where] == Label.NODULE).any()
     assert with_nodule > 40
-    assert layout[draw_crop(np.zeros((16, 20, 24), np.uint8), 8, generator)].shape == (8, 8, 8)
+    nothing = np.zeros((16, 20, 24), np.uint8)
+    assert layout[draw_crop(nothing, 8, [Label.NODULE], generator)].shape == (8, 8, 8)
+
+
+def test_crops_of_lung_ddpm_plus_lie_around_nodule_voxels():
+    layout = np.full((1, 16, 16, 16), Label.LUNG, np.uint8)
+    layout[0, 10:12, 7, 5] = Label.NODULE
+    plus = {"denoiser": {"attention": False, "multipliers": [1, 2]}, "training": {"crop": 8, "batch_size": 30}}
+    config = parse_config({"grid": {"size": [16, 16, 16]}, "lung_ddpm_plus": plus}).for_denoiser("lung_ddpm_plus")
+    batch = SampleStream(TrainingData(["a"], np.zeros((1, 16, 16, 16), np.int16), layout), config, CPU).batch(0)
+    assert batch.condition.shape == (30, 1, 8, 8, 8)
+    # The crop's middle is one of the two voxels, but where that would lead out of the volume.
+    nodules = [frozenset(map(tuple, torch.argwhere(one[0] > 0).tolist())) for one in batch.condition]
+    assert set(nodules) == {frozenset({(4, 4, 4), (5, 4, 4)}), frozenset({(3, 4, 4), (4, 4, 4)})}
 
 
 def everything(shape):

@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from lungddpm.config import Synthesis, parse_config
 from lungddpm.diffusion.checkpoint import Metadata, save_denoiser
 from lungddpm.diffusion.denoiser import build_denoiser
 from lungddpm.errors import ConfigError, InputError, LeakError
-from lungddpm.files import write_json
-from lungddpm.generators import Task, paste_constant
+from lungddpm.files import lock_if_free, write_json
+from lungddpm.generators import Task, lung_ddpm, paste_constant, reference
 from lungddpm.layouts import Label
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.sources import index_source, write_index
@@ -22,6 +23,15 @@ from lungddpm.sources.phantom.cohort import run_phantom
 from lungddpm.volume import Volume, read_volume, write_volume
 
 NAMES = ["lung_ddpm", "reference", "paste_constant"]
+EXPECTED = {
+    "lung_ddpm": ("diffusion", "reference", "jittered"),
+    "lung_ddpm_plus": ("lung_ddpm_plus", "reference", "added"),
+    "med_ddpm": ("diffusion", "reference", "jittered"),
+    "reference": (None, "reference", "reference"),
+    "paste_constant": (None, "reference", "jittered"),
+    "copy_paste": (None, "added", "added"),
+}
+"""Generator -> denoiser, and where the layouts are from when a reference is used first, and again."""
 
 
 def make_config(**changes):
@@ -51,9 +61,9 @@ def weights(tmp_path_factory):
 def synthesize(tiny_cohort, weights, tmp_path):
     """Run one generator; returns its table (or one shard of it)."""
 
-    def run(name, shard=0, shards=1, folder="out", **changes):
+    def run(name, shard=0, shards=1, folder="out", dose=None, **changes):
         table = tmp_path / folder / f"samples-{shard}.tsv"
-        arguments = (name, tiny_cohort, weights, tmp_path / folder, shard, shards, table, "cpu")
+        arguments = (name, tiny_cohort, weights, tmp_path / folder, shard, shards, table, "cpu", dose)
         generators.run_synthesize(make_config(**changes), *arguments)
         return cases.read_cases(table)
 
@@ -63,9 +73,10 @@ def synthesize(tiny_cohort, weights, tmp_path):
 def test_light_import_of_every_generator():
     code = (
         "import sys, lungddpm.generators as g\n"
-        f"modules = [g.module_of(name) for name in {NAMES}]\n"
-        "assert [bool(m.CITATION) and m.NEEDS_DENOISER for m in modules] == [True, False, False]\n"
-        "assert [m.KEEPS_LAYOUT for m in modules] == [False, True, False]\n"
+        "from lungddpm.config import Config\n"
+        f"modules = [g.module_of(name, Config()) for name in {[*EXPECTED]}]\n"
+        f"assert [(m.DENOISER, *m.LAYOUTS) for m in modules] == {[*EXPECTED.values()]}\n"
+        "assert all(m.CITATION and m.__doc__ and m.load for m in modules)\n"
         "assert not {'torch', 'scipy', 'matplotlib'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -106,6 +117,26 @@ def test_plan_says_where_layouts_are_from(tiny_cohort):
     assert [origin for _, origin in origins(plan)] == ["placed", "reference"] * 2 + ["placed"]
     assert [sample.layout_seed for sample in plan] == [seeds[0], None] * 2 + [seeds[0]]
     assert len({sample.seed for sample in plan}) == 5
+
+
+def test_plan_adds_nodules_for_generators_that_keep_the_own_ones(tiny_cohort):
+    table = cases.read_cases(tiny_cohort)
+    table.loc[table["case_id"] == "case03", "n_nodules"] = 0
+    names = ["copy_paste", "lung_ddpm_plus", "lung_ddpm"]
+    plus_section = {"training": {"crop": 16}}
+    config = make_config(arms={"generators": names, "doses": [4 / 3], "controls": []}, lung_ddpm_plus=plus_section)
+    pasted, plus, drawn = (generators.plan_samples(config, name, table) for name in names)
+    assert [origin for _, origin in origins(pasted)] == ["placed", "added", "placed", "added"]
+    assert [origin for _, origin in origins(plus)] == ["placed", "reference", "placed", "added"]
+    assert (
+        [s.layout_seed for s in pasted][2:] == [s.layout_seed for s in plus][2:] == [s.layout_seed for s in drawn][2:]
+    )
+    calm = config.model_copy(update={"synthesis": Synthesis(place_nodules=False, jitter_repeats=False)})
+    pasted, plus, _ = (generators.plan_samples(calm, name, table) for name in names)
+    assert {sample_id for sample_id, _ in origins(pasted)} == {f"case04_s00{repeat}" for repeat in range(4)}
+    assert {origin for _, origin in origins(pasted)} == {"added"}
+    assert {origin for _, origin in origins(plus)} == {"reference"}
+    assert len({sample.layout_seed for sample in pasted}) == 1
 
 
 def test_plan_leaves_out_references_without_nodules_where_none_are_placed(tiny_cohort):
@@ -195,6 +226,37 @@ def test_complete_samples_are_kept_and_broken_ones_made_again(synthesize, tmp_pa
     assert len(made) == 3
 
 
+def test_a_smaller_dose_is_the_first_samples_of_a_larger_one(synthesize, tmp_path, monkeypatch):
+    table = synthesize("lung_ddpm")
+    monkeypatch.setattr(lung_ddpm, "load", None)  # nothing is left to be made
+    smaller = synthesize("lung_ddpm", dose=0.67)
+    assert smaller["case_id"].tolist() == table["case_id"].tolist()[:2]
+
+
+def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
+    """Another job is at the first sample: the others are made meanwhile, that one is waited for and not made twice."""
+    whole = synthesize("paste_constant", folder="whole")
+    first = tmp_path / "out/case03_s000"
+    made = []
+
+    def make(tasks):
+        made.extend(tasks)
+        return [paste_constant.fill_with_mean_lung(task) for task in tasks]
+
+    with ExitStack() as other_job, pytest.MonkeyPatch.context() as patch:
+        assert other_job.enter_context(lock_if_free(first / ".lock"))
+
+        def finish(_seconds):
+            shutil.copytree(tmp_path / "whole/case03_s000", first, dirs_exist_ok=True)
+            other_job.close()
+
+        patch.setattr(paste_constant, "load", lambda *_: generators.Generator(make))
+        patch.setattr(generators.time, "sleep", finish)
+        table = synthesize("paste_constant")
+    assert len(made) == 2
+    assert table["sha256"].tolist() == whole["sha256"].tolist()
+
+
 def test_generator_that_no_arm_uses(synthesize):
     with pytest.raises(ConfigError, match="no arm uses the generator 'reference'"):
         synthesize("reference", arms={"generators": ["lung_ddpm"]})
@@ -256,7 +318,10 @@ def test_references_without_nodules_get_some(partly_bare_cohort, tmp_path):
         assert len(record["nodules"]) == record["n_nodules"] > 0
         for nodule in record["nodules"]:
             assert nodule["patient_id"] == known[nodule["case_id"]], "discovery cases only"
-            assert set(nodule) == {"case_id", "patient_id", "nodule", "scale", "position_mm", "volume_mm3"}
+            assert set(nodule) == {
+                "case_id", "patient_id", "nodule", "scale", "rotation_degrees", "centre_mm", "position_mm",
+                "volume_mm3",
+            }  # fmt: skip
     made = layouts_in(tmp_path / "out")
     before = read_volume(partly_bare_cohort.parent / "case03/layout.nii.gz").array
     assert (made["case03_s000"] != made["case03_s001"]).any()
@@ -269,7 +334,7 @@ def test_references_without_nodules_get_some(partly_bare_cohort, tmp_path):
 def test_generators_and_shards_agree_on_layouts(partly_bare_cohort, tmp_path, monkeypatch):
     run(partly_bare_cohort, tmp_path / "one")
     # Any other generator that takes made layouts.
-    monkeypatch.setattr(generators.module_of("reference"), "KEEPS_LAYOUT", False)
+    monkeypatch.setattr(reference, "LAYOUTS", ("reference", "jittered"))
     run(partly_bare_cohort, tmp_path / "other", "reference")
     for shard in (2, 0, 1):
         run(partly_bare_cohort, tmp_path / "sharded", shard=shard, shards=3)

@@ -39,7 +39,7 @@ def test_the_demo(repository, tmp_path):
     assert not (tmp_path / "results").exists(), "a dry run writes nothing"
 
 
-@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 4, 3), ("paper", 8, 5)])
+@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 4, 3), ("paper", 11, 5)])
 def test_overlays(repository, tmp_path, overlay_with_path, overlay, arms, replicates):
     run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", f"config/{overlay}.yaml", overlay_with_path)
     assert run.returncode == 0, run.stderr
@@ -59,6 +59,21 @@ def test_nested_values_on_the_command_line(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2", "--config", 'segmentation={"seeds": [0], "steps": "100"}')
     assert run.returncode == 0, run.stderr
     assert jobs(run.stdout + run.stderr)["train_segmenter"] == 3
+
+
+def test_lung_ddpm_plus_needs_a_denoiser_of_its_own(repository, tmp_path):
+    generators = "arms={'generators': ['lung_ddpm_plus'], 'controls': ['lung_ddpm']}"
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", generators)
+    assert run.returncode != 0
+    assert "no section 'lung_ddpm_plus' describes a denoiser" in run.stdout + run.stderr
+    section = "lung_ddpm_plus={'training': {'crop': 16}}"
+    run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--config", generators, section)
+    assert run.returncode == 0, run.stderr
+    assert jobs(run.stdout + run.stderr)["train_denoiser"] == 2
+    shown = run.stdout + run.stderr
+    for name, denoiser, folder in (("lung_ddpm", "diffusion", "main"), ("lung_ddpm_plus", "lung_ddpm_plus", "plus")):
+        assert re.search(f"--section {denoiser} .*--output results/diffusion/{folder} ", shown)
+        assert re.search(f"--generator {name} .*--weights results/diffusion/{folder}/model.safetensors ", shown)
 
 
 def test_a_typo_is_refused_by_name(repository, tmp_path):

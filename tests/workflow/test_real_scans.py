@@ -27,7 +27,7 @@ def test_two_lidc_scans_reach_a_verdict(shared_data, make_benchmark, tmp_path):
     cases = pd.read_csv(benchmark.results / "cases/cases.tsv", sep="\t").set_index("case_id")
     assert cases["n_nodules"].to_dict() == {"LIDC-IDRI-0001": 1, "LIDC-IDRI-0003": 4}  # lidc.md
     verdict = benchmark.table("verdict.csv")
-    assert set(verdict["arm"]) == {"real", "real+lung_ddpm@1.0", "real+real"}
+    assert set(verdict["arm"]) == {"real", "real+lung_ddpm@1.0", "synthetic:lung_ddpm", "real+real"}
     assert verdict.loc[verdict["metric"] == "dice", "mean"].between(0, 1).all()
     assert "allow_shared_patients" in (benchmark.results / "report.html").read_text(encoding="utf-8")
     manifest = json.loads((benchmark.results / "manifest.json").read_text())

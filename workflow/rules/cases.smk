@@ -37,7 +37,7 @@ rule index:
         mem_mb=2000,
         runtime=120,
     params:
-        source=source_option(),
+        source=source_option,
         settings=settings_of("roles", source=SETTINGS.source.kind),
         code=code_fingerprint("sources"),
     shell:
@@ -57,10 +57,11 @@ rule prepare:
         "../../envs/lungddpm.yaml"
     threads: 1
     resources:
-        mem_mb=4000,
+        # Some 36 bytes a voxel of the scan: the longest scans need a second attempt.
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=600,
     params:
-        source=source_option(),
+        source=source_option,
         shards=SETTINGS.workflow.case_shards,
         settings=settings_of("grid", "layouts"),
         code=code_fingerprint("sources", "layouts"),

@@ -1,8 +1,11 @@
 # Shared by all rooms: the validated config, the names of arms and replicates, and what makes jobs run again.
 
 import json
+import re
+import shlex
 from pathlib import Path
 
+from lungddpm.arms.compose import parse_arm
 from lungddpm.config import parse_config
 from lungddpm.errors import UserError, from_os_error
 from lungddpm.files import code_fingerprint, write_json
@@ -11,6 +14,13 @@ from lungddpm.runner import offer_own_programs, report_fault
 
 try:
     SETTINGS = parse_config(config, "config.yaml and its overlays")
+    GENERATORS = list(SETTINGS.arms.largest_doses())
+    # The config of the denoiser that a generator needs, if it needs one.
+    DENOISERS = {
+        name: SETTINGS.for_denoiser(section)
+        for name in GENERATORS
+        if (section := module_of(name, SETTINGS).DENOISER)
+    }
 except UserError as error:
     report_fault(error)
     raise WorkflowError(str(error)) from None
@@ -18,8 +28,9 @@ except UserError as error:
 offer_own_programs()
 
 ARMS = SETTINGS.arms.names()
-GENERATORS = list(SETTINGS.arms.largest_doses())
-RUN = SETTINGS.diffusion.run
+SECTION_OF_RUN = {
+    denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
+}
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # nnU-Net's own place and name for the weights of a replicate.
 CHECKPOINT = (
@@ -36,7 +47,9 @@ onstart:
 
 wildcard_constraints:
     arm="|".join(map(re.escape, ARMS)),
+    run="|".join(SECTION_OF_RUN),
     generator=r"[A-Za-z0-9_]+",
+    dose=r"[0-9.e+-]+",
     shard=r"\d+",
     fold=r"\d+",
     seed=r"\d+",
@@ -45,7 +58,7 @@ wildcard_constraints:
 def write_merged_config():
     """Write the config that stages read; a disk that cannot take it is the user's to mend."""
     try:
-        write_json(Path("results/config.json"), SETTINGS)
+        write_json(Path("results/config.json"), SETTINGS.without_folders())
     except OSError as error:
         if (fault := from_os_error(error)) is None:
             raise
@@ -58,10 +71,12 @@ def settings_of(*sections, **values):
     chosen = {
         name: getattr(SETTINGS, name).model_dump(mode="json") for name in sections
     }
-    return json.dumps({"seed": SETTINGS.seed, **chosen, **values})
+    text = json.dumps({"seed": SETTINGS.seed, **chosen, **values})
+    # Snakemake takes a word in braces for a wildcard; in JSON it can only stand in text, which has another spelling.
+    return re.sub(r"\{(?=\s*\w)", r"\\u007b", text)
 
 
-def source_option():
+def source_option(_wildcards):
     """Where the scans lie: the phantom cohort that the workflow makes, or the user's folder."""
     return (
         "results/source"
@@ -75,31 +90,57 @@ def phantom_cohort(_wildcards):
     return ["results/source/.complete"] if SETTINGS.source.kind == "phantom" else []
 
 
-def generator_of(arm):
-    """The generator whose samples an arm takes; None for `real` and `real+real`."""
-    name = arm.removeprefix("real").removeprefix("+").split("@")[0]
-    return name if name in GENERATORS else None
-
-
 def samples_of_arm(wildcards):
     """Tables of the synthetic cases that an arm takes, in order of shards."""
-    generator = generator_of(wildcards.arm)
-    return samples_of_generator(generator) if generator else []
-
-
-def samples_of_generator(generator):
-    """Tables of all shards of a generator, in order."""
-    shards = range(SETTINGS.workflow.synthesis_shards)
-    return [f"results/synthetic/{generator}/samples-{shard}.tsv" for shard in shards]
-
-
-def denoiser_of(wildcards):
-    """The trained denoiser, for generators that use one."""
+    recipe = parse_arm(wildcards.arm)
     return (
-        [f"results/diffusion/{RUN}/model.safetensors"]
-        if module_of(wildcards.generator).NEEDS_DENOISER
-        else []
+        [] if recipe.added in (None, "real") else samples_of(recipe.added, recipe.dose)
     )
+
+
+def samples_of(generator, dose=None):
+    """Tables of all shards of a dose, by default the generator's largest, in order.
+
+    Doses share their samples, but each has tables of its own, so that one more leaves the others' arms alone.
+    """
+    dose = dose or SETTINGS.arms.largest_doses()[generator]
+    return [
+        f"results/synthetic/{generator}/samples-{dose}-{shard}.tsv"
+        for shard in range(shards_of(generator))
+    ]
+
+
+def shards_of(generator):
+    """Jobs that share the work of a generator; a folder is checked as a whole, so that all its faults are told."""
+    is_external = generator in SETTINGS.arms.external
+    return 1 if is_external else SETTINGS.workflow.synthesis_shards
+
+
+def denoiser_of(generator):
+    """The trained denoiser, for generators that use one."""
+    if generator not in DENOISERS:
+        return []
+    return [f"results/diffusion/{DENOISERS[generator].diffusion.run}/model.safetensors"]
+
+
+def files_of_external(generator):
+    """All files of an external folder, so that what changes in it is taken in again; the stage says what is missing."""
+    if generator not in SETTINGS.arms.external:
+        return []
+    folder = SETTINGS.arms.external[generator]
+    return sorted(map(str, [*folder.glob("samples.json"), *folder.glob("*/*.nii.gz")]))
+
+
+def external_option(wildcards):
+    """The folder of an external generator, as an option."""
+    folder = SETTINGS.arms.external.get(wildcards.generator)
+    return f"--external {shlex.quote(str(folder))}" if folder else ""
+
+
+def sampling_of(generator):
+    """How a generator samples; None where it has no denoiser."""
+    denoiser = DENOISERS.get(generator)
+    return denoiser and denoiser.diffusion.sampling.model_dump(mode="json")
 
 
 def plans_of(wildcards):

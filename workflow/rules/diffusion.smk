@@ -1,15 +1,15 @@
-# Cases -> denoiser.
+# Cases -> denoisers: of Lung-DDPM, and of Lung-DDPM+ where its generator is in use.
 
 
 rule train_denoiser:
     input:
         cases="results/cases/cases.tsv",
     output:
-        ensure(f"results/diffusion/{RUN}/model.safetensors", non_empty=True),
+        ensure("results/diffusion/{run}/model.safetensors", non_empty=True),
     log:
-        "results/logs/train_denoiser.log",
+        "results/logs/train_denoiser-{run}.log",
     benchmark:
-        "results/benchmarks/train_denoiser.tsv"
+        "results/benchmarks/train_denoiser-{run}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
     threads: half_the_cores
@@ -19,8 +19,10 @@ rule train_denoiser:
         gpu=1,
     params:
         folder=subpath(output[0], parent=True),
-        settings=settings_of(
-            window=SETTINGS.grid.window_hu, **SETTINGS.diffusion.decides_weights()
+        section=lambda wildcards: SECTION_OF_RUN[wildcards.run],
+        settings=lambda wildcards: settings_of(
+            window=SETTINGS.grid.window_hu,
+            **SETTINGS.denoisers()[SECTION_OF_RUN[wildcards.run]].decides_weights(),
         ),
         code=code_fingerprint("diffusion"),
         # Several GPUs (--set-resources train_denoiser:gpu=4): a process each.
@@ -30,5 +32,5 @@ rule train_denoiser:
             else ""
         ),
     shell:
-        "{params.launcher} lungddpm --log {log} train --config results/config.json --cases {input.cases} --output {params.folder}"
-        " --threads {threads}"
+        "{params.launcher} lungddpm --log {log} train --config results/config.json --section {params.section} --cases {input.cases}"
+        " --output {params.folder} --threads {threads}"

@@ -14,6 +14,14 @@ rule evaluate:
             "results/segmentation/{arm}/fold{fold}_seed{seed}/lesions.csv",
             non_empty=True,
         ),
+        candidates=ensure(
+            "results/segmentation/{arm}/fold{fold}_seed{seed}/candidates.csv",
+            non_empty=True,
+        ),
+        evaluation=ensure(
+            "results/segmentation/{arm}/fold{fold}_seed{seed}/evaluation.json",
+            non_empty=True,
+        ),
     log:
         "results/logs/evaluate-{arm}-fold{fold}_seed{seed}.log",
     benchmark:
@@ -35,37 +43,42 @@ rule evaluate:
 rule quality:
     input:
         cases="results/cases/cases.tsv",
-        samples=lambda wildcards: samples_of_generator(wildcards.generator),
+        samples=lambda wildcards: samples_of(wildcards.generator),
     output:
-        ensure("results/quality/{generator}.csv", non_empty=True),
+        samples=ensure("results/quality/{generator}.csv", non_empty=True),
+        sets=ensure("results/quality/{generator}-sets.csv", non_empty=True),
     log:
         "results/logs/quality-{generator}.log",
     benchmark:
         "results/benchmarks/quality-{generator}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: 1
+    threads: half_the_cores
     resources:
-        mem_mb=4000,
-        runtime=240,
+        mem_mb=8000,
+        runtime=480,
     params:
-        settings=settings_of(window=SETTINGS.grid.window_hu),
+        settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
         code=code_fingerprint("verdict"),
     shell:
         "lungddpm --log {log} quality {input.samples} --config results/config.json --generator {wildcards.generator}"
-        " --cases {input.cases} --output {output}"
+        " --cases {input.cases} --output {output.samples} --threads {threads}"
 
 
 rule write_report:
     input:
         cases="results/cases/cases.tsv",
         metrics=collect(
-            "results/segmentation/{arm}/{replicate}/{table}.csv",
+            "results/segmentation/{arm}/{replicate}/{name}",
             arm=ARMS,
             replicate=SETTINGS.segmentation.replicates(),
-            table=["metrics", "lesions"],
+            name=["metrics.csv", "lesions.csv", "candidates.csv", "evaluation.json"],
         ),
-        quality=collect("results/quality/{generator}.csv", generator=GENERATORS),
+        quality=collect(
+            "results/quality/{generator}{table}.csv",
+            generator=GENERATORS,
+            table=["", "-sets"],
+        ),
         layouts="results/qc/index.html",
     output:
         page=report(
@@ -79,6 +92,12 @@ rule write_report:
             caption="../report/verdict.rst",
             category="Verdict",
             labels={"what": "arms compared with real"},
+        ),
+        forest=report(
+            "results/figures/forest.png",
+            caption="../report/forest.rst",
+            category="Verdict",
+            labels={"what": "differences to real"},
         ),
         dice=report(
             "results/figures/dice_by_arm.png",

@@ -1,0 +1,155 @@
+"""Control: nodules of other patients blended into the reference, beside its own. Augmentation without a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm import cases
+from lungddpm.config import Config
+from lungddpm.generators import ADDED, Generator, Task
+from lungddpm.layouts import Label
+from lungddpm.volume import AIR_HU, Volume, bounding_box
+
+if TYPE_CHECKING:
+    from lungddpm.layouts.placement import PlacedNodule
+
+CITATION = (
+    "Pezeshk, Petrick, Chen, Sahiner: Seamless Lesion Insertion for Data Augmentation in CAD Training, "
+    "IEEE Transactions on Medical Imaging 36:1005, 2017 (the idea; the blending here is simpler)."
+)
+DENOISER = None
+LAYOUTS = ADDED, ADDED
+FEATHER_VOXELS = 3
+"""Distance from a pasted nodule at which nothing but the reference is left."""
+_GAIN_LIMITS = (0.5, 2.0)
+_NEARLY_NOTHING_HU = 1.0
+
+
+@dataclass(frozen=True)
+class Original:
+    """A nodule where it comes from.
+
+    Attributes:
+        spline: (x, y, z) float32 cubic spline coefficients of its case's CT in HU.
+        lung: bool, that grid: lung and nodule, without what touches vessels or walls.
+        spacing_mm: of that grid, (3,).
+        centre: voxel coordinates of its centroid there, (3,).
+        mean_hu: over its voxels there.
+    """
+
+    spline: np.ndarray
+    lung: np.ndarray
+    spacing_mm: np.ndarray
+    centre: np.ndarray
+    mean_hu: float
+
+
+def load(config: Config, weights: Path | None, device: str) -> Generator:
+    """Ready at once; needs nothing but the donors' cases."""
+    # Neighbouring samples share donors, but a cohort of them would not fit into memory.
+    read = lru_cache(maxsize=16)(read_original)
+
+    def make(task: Task) -> np.ndarray:
+        originals = [read(task.donors[nodule.case_id], nodule.nodule) for nodule in task.made.nodules]
+        return paste_nodules(task, originals)
+
+    return Generator(make=lambda tasks: [make(task) for task in tasks])
+
+
+def read_original(folder: Path, number: int) -> Original:
+    """Nodule `number` of a case.
+
+    Raises:
+        InputError: the case breaks its contract.
+    """
+    from scipy import ndimage
+
+    from lungddpm.layouts.compose import place_nodules
+    from lungddpm.layouts.placement import read_shapes
+
+    ct, layout = cases.read_case(folder)
+    (shape,) = (shape for shape in read_shapes(folder, folder.name, "") if shape.number == number)
+    own = place_nodules([shape.mask], ct.affine, ct.shape) > 0
+    return Original(
+        spline=ndimage.spline_filter(ct.array.astype(np.float32), output=np.float32),
+        lung=ndimage.binary_erosion(np.isin(layout.array, [Label.LUNG, Label.NODULE])),
+        spacing_mm=ct.spacing_mm,
+        centre=np.linalg.solve(ct.affine, [*shape.centre_mm, 1])[:3],
+        mean_hu=float(ct.array[own].mean()),
+    )
+
+
+def paste_nodules(task: Task, originals: list[Original]) -> np.ndarray:
+    """The reference with the nodules that the layout adds, each turned and scaled as it was placed.
+
+    A nodule keeps its mean HU, and its lung becomes as dark as the lung at its new place: a linear map of HU that
+    takes its part of every voxel for granted. Around it, the reference takes over within `FEATHER_VOXELS`. Voxels
+    outside the lungs and of other nodules stay exactly as they are.
+
+    Args:
+        task: with a made layout.
+        originals: the nodules of that layout, in their order.
+
+    Returns:
+        (x, y, z) int16 HU.
+    """
+    hu = task.reference.array.astype(np.float32)
+    for number, (nodule, original) in enumerate(zip(task.made.nodules, originals, strict=True), start=1):
+        cells = task.made.numbers == number
+        box = tuple(
+            slice(max(side.start - 2 * FEATHER_VOXELS, 0), side.stop + 2 * FEATHER_VOXELS)
+            for side in bounding_box(cells)
+        )
+        hu[box] = _blend(hu[box], task.reference.crop(box), task.layout.array[box], cells[box], nodule, original)
+    return np.rint(hu).astype(np.int16)
+
+
+def _blend(
+    hu: np.ndarray,
+    reference: Volume,
+    labels: np.ndarray,
+    cells: np.ndarray,
+    nodule: PlacedNodule,
+    original: Original,
+) -> np.ndarray:
+    """A box of the CT with one nodule more, at `cells`."""
+    from scipy import ndimage
+
+    values, lung = _turned(original, nodule, reference)
+    around = ~cells & (labels == Label.LUNG)
+    is_pasted_hu = values[cells].mean()
+    was_around_hu = _median(values[around & lung], is_pasted_hu)
+    lies_around_hu = _median(reference.array[around], was_around_hu)
+    contrast_hu = is_pasted_hu - was_around_hu
+    gain = (original.mean_hu - lies_around_hu) / contrast_hu if abs(contrast_hu) > _NEARLY_NOTHING_HU else 1.0
+    matched = original.mean_hu + np.clip(gain, *_GAIN_LIMITS) * (values - is_pasted_hu)
+    # Vessels and walls beside the nodule stay at home.
+    matched = np.maximum(np.where(cells | lung, matched, lies_around_hu), AIR_HU)
+    weight = np.clip(1 - ndimage.distance_transform_edt(~cells) / FEATHER_VOXELS, 0, 1)
+    weight[~cells & np.isin(labels, [Label.BACKGROUND, Label.NODULE])] = 0
+    return hu + weight * (matched - hu)
+
+
+def _turned(original: Original, nodule: PlacedNodule, grid: Volume) -> tuple[np.ndarray, np.ndarray]:
+    """The CT around a nodule's origin as it lies on another grid once the nodule is placed, and where it is lung."""
+    from scipy import ndimage
+    from scipy.spatial.transform import Rotation
+
+    centre = np.linalg.solve(grid.affine, [*nodule.centre_mm, 1])[:3]
+    from_centre_mm = (np.moveaxis(np.indices(grid.shape), 0, -1) - centre) * grid.spacing_mm
+    turned_back_mm = Rotation.from_rotvec(nodule.rotation_degrees, degrees=True).inv().as_matrix() @ (
+        from_centre_mm[..., None] / nodule.scale
+    )
+    at = original.centre + turned_back_mm[..., 0] / original.spacing_mm
+    at = np.moveaxis(at, -1, 0)
+    values = ndimage.map_coordinates(original.spline, at, order=3, mode="mirror", prefilter=False)
+    return values, ndimage.map_coordinates(original.lung, at, order=0, mode="constant", cval=False)
+
+
+def _median(hu: np.ndarray, otherwise: float) -> float:
+    return float(np.median(hu)) if hu.size else float(otherwise)

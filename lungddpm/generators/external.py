@@ -1,0 +1,284 @@
+"""Synthetic CT that another system made, taken in from a folder (`arms.external`) once it keeps the contract.
+
+<folder>/samples.json             see `Declaration`
+<folder>/<sample>/ct.nii.gz       HU, on the grid of its reference
+<folder>/<sample>/layout.nii.gz   labels (see `lungddpm.layouts.Label`), same grid
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from lungddpm import cases
+from lungddpm.errors import InputError
+from lungddpm.files import code_fingerprint, fingerprint, sha256_of, write_json
+from lungddpm.generators import is_complete
+from lungddpm.layouts import Label
+from lungddpm.progress import LOG, Progress
+from lungddpm.volume import AIR_HU, Volume, read_grid, read_volume, write_volume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CITATION = "The system that made the folder."
+DENOISER = None
+NOBODY = "none"
+"""What a declaration says where no patient of this run went in; an empty list is refused."""
+LUNG_BELOW_HU = -300.0
+"""Some lung voxels lie below it, however poor a CT is, or it is not in HU."""
+SPACING_FACTOR = 1.5
+"""How far beyond the smallest and the largest voxel edges of the real cases those of a sample may be, as a factor."""
+_REMEDY = "See docs/how-to/bring-your-own-synthetic-ct.md."
+_SHOWN = 40
+_FILES = ("ct.nii.gz", "layout.nii.gz")
+
+_Text = Annotated[str, Field(min_length=1)]
+_Patients = Literal["none"] | Annotated[list[_Text], Field(min_length=1)]
+
+
+class _Entry(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DeclaredSample(_Entry):
+    """One entry of the declaration's `samples`."""
+
+    sample: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
+    """Its folder."""
+    reference: _Text
+    """Case of this run whose CT it was made from, on whose grid it lies, or `none`."""
+    donors: _Patients
+    """Patients or cases of whom anything else went into it, or `none`."""
+
+
+class Declaration(_Entry):
+    """What `samples.json` holds."""
+
+    trained_on: _Patients
+    """Patients or cases of this run whom the system was trained on, or `none`."""
+    samples: Annotated[list[DeclaredSample], Field(min_length=1)]
+    """A smaller dose takes the first ones."""
+
+
+def take_in(
+    root: Path,
+    generator: str,
+    wanted: int,
+    size: tuple[int, int, int],
+    cases_table: Path,
+    real_cases: pd.DataFrame,
+    output: Path,
+) -> list[dict[str, Any]]:
+    """Check the whole folder of another system, and copy the first samples.
+
+    Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}`; samples that are there already are kept.
+
+    Args:
+        root: the folder.
+        generator: its name in `arms.external`.
+        wanted: how many samples to copy.
+        size: of the model grid.
+        cases_table: table of the real cases.
+        real_cases: its content.
+        output: folder of this generator's samples.
+
+    Returns:
+        Rows of a case table, in the order of the declaration.
+
+    Raises:
+        InputError: it breaks the contract; the message has every violation with its file.
+    """
+    declaration = read_declaration(root)
+    violations = check_names(declaration, real_cases)
+    if len(declaration.samples) < wanted:
+        violations.append(f"samples.json: has {len(declaration.samples)} samples, but an arm takes {wanted}")
+    usable = real_cases[real_cases["status"] == "ok"].set_index("case_id", drop=False)
+    grids = {name: read_grid(cases.folder_of(cases_table, row) / "ct.nii.gz") for name, row in usable.iterrows()}
+    with Progress(f"checking {generator}", len(declaration.samples)) as progress:
+        for entry in declaration.samples:
+            violations += check_sample(root, entry, size, grids)
+            progress.advance()
+    if violations:
+        more = f"; and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
+        raise InputError(
+            root,
+            f"breaks the contract of arms.external, {len(violations)} times: {'; '.join(violations[:_SHOWN])}{more}",
+            _REMEDY,
+        )
+    rows = []
+    for entry in declaration.samples[:wanted]:
+        reference = None if entry.reference == NOBODY else usable.loc[entry.reference]
+        rows.append(_copy(root, entry, declaration, generator, reference, output))
+    LOG.info("%s: %d of %d samples are taken", generator, len(rows), len(declaration.samples))
+    return rows
+
+
+def read_declaration(root: Path) -> Declaration:
+    """Read `samples.json`.
+
+    Raises:
+        InputError: it is missing, is no JSON, or does not say what it should; the message has every fault.
+    """
+    path = root / "samples.json"
+    try:
+        return Declaration.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", _REMEDY) from None
+    except ValidationError as error:
+        faults = {
+            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r:.60}"
+            for fault in error.errors()
+        }
+        raise InputError(path, f"has {len(faults)} faults: {'; '.join(sorted(faults)[:_SHOWN])}", _REMEDY) from None
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", _REMEDY) from None
+
+
+def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]:
+    """What is wrong with the names in a declaration, each as "<file>: <fault>".
+
+    A patient of elsewhere cannot be told from one of this run who is misspelt, so both are refused.
+    """
+    known = {name for key in ("case_id", "patient_id", "series_uid") for name in real_cases[key]}
+    faults = []
+    for sample, times in Counter(entry.sample for entry in declaration.samples).items():
+        if times > 1:
+            faults.append(f"lists {sample} {times} times")
+        if sample in known:
+            faults.append(f"gives a sample the name of the case {sample}")
+    lists = {"trained_on": declaration.trained_on}
+    lists |= {f"donors of {entry.sample}": entry.donors for entry in declaration.samples}
+    for key, names in lists.items():
+        strangers = [] if names == NOBODY else sorted(set(names) - known)
+        if strangers:
+            faults.append(f"{key} names {', '.join(strangers[:5])}, not in this run (leave out patients of elsewhere)")
+    return [f"samples.json: {fault}" for fault in faults]
+
+
+def check_sample(
+    root: Path, entry: DeclaredSample, size: tuple[int, int, int], grids: Mapping[str, Volume]
+) -> list[str]:
+    """What is wrong with the files of one sample, each as "<file>: <fault>".
+
+    Args:
+        root: folder of the other system.
+        entry: the sample's declaration.
+        size: of the model grid.
+        grids: of the usable real cases, by case id.
+    """
+    faults, volumes = [], {}
+    for name in _FILES:
+        path = root / entry.sample / name
+        if not path.resolve().is_relative_to(root.resolve()):
+            faults.append((name, f"leads out of the folder, to {path.resolve()}"))
+            continue
+        try:
+            volumes[name] = read_volume(path)
+        except InputError as error:
+            faults.append((name, error.problem))
+    ct, layout = (volumes.get(name) for name in _FILES)
+    if entry.reference != NOBODY and entry.reference not in grids:
+        faults.append(("ct.nii.gz", f"is made from {entry.reference}, which is no usable case of this run"))
+    elif ct is not None:
+        faults += [("ct.nii.gz", fault) for fault in _grid_faults(ct, entry.reference, size, grids)]
+    if layout is not None:
+        faults += [("layout.nii.gz", fault) for fault in _label_faults(layout.array)]
+    if ct is not None:
+        faults += [("ct.nii.gz", fault) for fault in _intensity_faults(ct.array)]
+    if ct is not None and layout is not None:
+        if not ct.same_grid(layout):
+            faults.append(("layout.nii.gz", "is not on the grid of its CT"))
+        elif (lung := ct.array[layout.array == Label.LUNG]).size and lung.min() > LUNG_BELOW_HU:
+            faults.append(
+                ("ct.nii.gz", f"has nothing below {lung.min():g} where the layout says lung, so it is not in HU")
+            )
+    return [f"{entry.sample}/{name}: {fault}" for name, fault in faults]
+
+
+def _grid_faults(ct: Volume, reference: str, size: tuple[int, int, int], grids: Mapping[str, Volume]) -> list[str]:
+    if reference != NOBODY:
+        return [] if ct.same_grid(grids[reference]) else [f"is not on the grid of {reference}: resample it"]
+    faults = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
+    real_mm = np.array([grid.spacing_mm for grid in grids.values()])
+    low, high = real_mm.min(axis=0) / SPACING_FACTOR, real_mm.max(axis=0) * SPACING_FACTOR
+    if ((ct.spacing_mm < low) | (ct.spacing_mm > high)).any():
+        shown = " x ".join(f"{edge:.2f}" for edge in ct.spacing_mm)
+        faults.append(f"has voxels of {shown} mm, the real cases' are elsewhere: write its true affine")
+    return faults
+
+
+def _intensity_faults(hu: np.ndarray) -> list[str]:
+    if not np.isfinite(hu).all():
+        return [f"holds NaN or infinity in {np.count_nonzero(~np.isfinite(hu))} voxels"]
+    if hu.min() == hu.max():
+        return [f"is constant ({hu.flat[0]:g} HU)"]
+    limits = np.iinfo(np.int16)
+    if hu.min() < limits.min or hu.max() > limits.max:
+        return [f"ranges from {hu.min():g} to {hu.max():g}, which are no HU"]
+    return []
+
+
+def _label_faults(labels: np.ndarray) -> list[str]:
+    found = np.unique(labels).tolist()
+    faults = []
+    if unknown := [label for label in found if label not in list(Label)]:
+        faults.append(f"holds the label {unknown[0]:g}; known are 0 background, 1 lung, 2 nodule, 3 vessel")
+    faults += [f"has no {label.name.lower()}" for label in (Label.LUNG, Label.NODULE) if label not in found]
+    return faults
+
+
+def _copy(
+    root: Path,
+    entry: DeclaredSample,
+    declaration: Declaration,
+    generator: str,
+    reference: pd.Series | None,
+    output: Path,
+) -> dict[str, Any]:
+    """Write one sample in the form of all others; returns its row."""
+    folder = output / entry.sample
+    provenance = {
+        "sample_id": entry.sample,
+        "reference_case_id": None if reference is None else reference["case_id"],
+        "reference_patient_id": None if reference is None else reference["patient_id"],
+        "layout_origin": "external",
+        "declared": {"trained_on": declaration.trained_on, **entry.model_dump(include={"reference", "donors"})},
+        "generator": generator,
+        "files": {name: sha256_of(root / entry.sample / name) for name in _FILES},
+        "code": code_fingerprint("generators"),
+    }
+    provenance["fingerprint"] = fingerprint(provenance)
+    if not is_complete(folder, provenance["fingerprint"]):
+        ct, layout = (read_volume(root / entry.sample / name) for name in _FILES)
+        write_volume(folder / "ct.nii.gz", ct.like(np.rint(np.maximum(ct.array, AIR_HU)).astype(np.int16)))
+        write_volume(folder / "layout.nii.gz", layout.like(layout.array.astype(np.uint8)))
+        write_json(folder / "sample.json", {**provenance, "sha256": cases.hash_case(folder)})
+    return _row(folder, generator, reference)
+
+
+def _row(folder: Path, generator: str, reference: pd.Series | None) -> dict[str, Any]:
+    from scipy import ndimage
+
+    ct, layout = cases.read_case(folder)
+    _, n_nodules = ndimage.label(layout.array == Label.NODULE, np.ones((3, 3, 3)))
+    return {
+        "case_id": folder.name,
+        "patient_id": NOBODY if reference is None else reference["patient_id"],
+        "source": generator,
+        "role": "synthetic",
+        "series_uid": "" if reference is None else reference["series_uid"],
+        **dict(zip(("size_x", "size_y", "size_z"), ct.shape, strict=True)),
+        **dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), ct.spacing_mm, strict=True)),
+        "n_nodules": n_nodules,
+        "status": "ok",
+        "reason": "",
+        "path": folder.name,
+        "sha256": cases.hash_case(folder),
+    }
