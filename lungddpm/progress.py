@@ -11,6 +11,7 @@ from pathlib import Path
 
 LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
+_COMPUTING_ON = "Computing on "
 
 
 def start_logging(log_file: str | None = None) -> None:
@@ -28,6 +29,21 @@ def start_logging(log_file: str | None = None) -> None:
         handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
         handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
+
+
+def log_device(device: str, details: str) -> None:
+    """Say what this stage computes on; `device_in` finds it again."""
+    LOG.info("%s%s (%s)", _COMPUTING_ON, device, details)
+
+
+def device_in(log_file: Path) -> str:
+    """The device that a stage's log tells of last; `cpu` where it tells of none, as only networks use another."""
+    try:
+        lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return "cpu"
+    told = [line.partition(_COMPUTING_ON)[2] for line in lines if _COMPUTING_ON in line]
+    return told[-1] if told else "cpu"
 
 
 def shorten_paths(text: str) -> str:

@@ -25,7 +25,7 @@ from lungddpm.cases import folder_of, read_cases, usable
 from lungddpm.config import Config, Network
 from lungddpm.errors import ConfigError, InputError
 from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of, write_json
-from lungddpm.progress import LOG, Progress, shorten_paths
+from lungddpm.progress import LOG, Progress, log_device, shorten_paths
 from lungddpm.volume import read_volume, write_volume
 
 if TYPE_CHECKING:
@@ -250,6 +250,8 @@ def select_device(device: str) -> torch.device:
     if not present.get(chosen, False):
         found = ", ".join(name for name in present if present[name])
         raise ConfigError("device", f"'{device}' is not available here", f"Use auto or one of: {found}.")
+    name = torch.cuda.get_device_name() if chosen == "cuda" else f"{torch.get_num_threads()} threads"
+    log_device(chosen, name)
     return torch.device(chosen)
 
 

@@ -517,14 +517,15 @@ def show_arms(arms: dict[str, dict]) -> Shown:
 def show_timing(timing: pd.DataFrame) -> Shown:
     """Time and memory by stage."""
     stages = timing.groupby("stage", sort=False).agg(
-        jobs=("job", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"), memory=("max_rss_mb", "max")
-    )
+        jobs=("job", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"), memory=("max_rss_mb", "max"),
+        device=("device", lambda told: "; ".join(dict.fromkeys(told))),
+    )  # fmt: skip
     rows = [
-        [stage, str(row.jobs), _duration(row.seconds), _duration(row.longest), _number(row.memory, ".0f")]
+        [stage, str(row.jobs), _duration(row.seconds), _duration(row.longest), _number(row.memory, ".0f"), row.device]
         for stage, row in zip(stages.index, stages.itertuples(), strict=True)
     ]
-    heads = ["stage", "jobs", "time of all", "longest job", "peak memory, MB"]
-    return Shown(heads, rows, [False, *[True] * 4])
+    heads = ["stage", "jobs", "time of all", "longest job", "peak memory, MB", "device"]
+    return Shown(heads, rows, [False, *[True] * 4, False])
 
 
 def _tests_a_generator(arm: str, config: Config) -> bool:

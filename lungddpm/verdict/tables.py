@@ -12,7 +12,7 @@ import pandas as pd
 from lungddpm.config import Config
 from lungddpm.errors import InputError
 from lungddpm.files import seed_from, write_table, write_text
-from lungddpm.progress import LOG
+from lungddpm.progress import LOG, device_in
 from lungddpm.verdict import image_quality
 from lungddpm.verdict.froc import froc_tables
 from lungddpm.verdict.lesions import SIZE_BINS
@@ -27,6 +27,7 @@ MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
 The first decides, the others support."""
 _SUMMARISED = (*RATIOS, "surface_dice", "hausdorff_95_mm", "volume_error_mm3")
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
+TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
     "arm", "metric", "n_cases", "n_replicates", "mean", "sd", "baseline_mean", "difference", "relative_percent",
     "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "detectable_difference",
@@ -297,9 +298,10 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
 
 
 def timing_table(results: Path) -> pd.DataFrame:
-    """One row a job that Snakemake timed: stage, job, seconds, cpu_seconds, max_rss_mb.
+    """One row a job that Snakemake timed: `TIMING_COLUMNS`.
 
-    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`; jobs that were too short to be sampled have NaN memory.
+    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the log of the same name; jobs that were too
+    short to be sampled have NaN memory.
     """
     rows = []
     folder = results / "benchmarks"
@@ -313,9 +315,10 @@ def timing_table(results: Path) -> pd.DataFrame:
                     "seconds": run["s"],
                     "cpu_seconds": run.get("cpu_time"),
                     "max_rss_mb": run.get("max_rss"),
+                    "device": device_in(results / "logs" / f"{job}.log"),
                 }
             )
-    return pd.DataFrame(rows, columns=["stage", "job", "seconds", "cpu_seconds", "max_rss_mb"])
+    return pd.DataFrame(rows, columns=TIMING_COLUMNS)
 
 
 def write_both(path: Path, table: pd.DataFrame) -> list[Path]:

@@ -1,5 +1,6 @@
 """Tables assembled from a results folder, against numbers computed from its files."""
 
+import logging
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ from scipy import stats
 
 from lungddpm.config import parse_config
 from lungddpm.errors import InputError
+from lungddpm.progress import LOG, log_device
 from lungddpm.verdict.image_quality import SET_COLUMNS
 from lungddpm.verdict.segmentation import RATIOS
 from lungddpm.verdict.tables import (
@@ -260,4 +262,19 @@ def test_times_come_from_benchmarks_and_samples(make_results):
     (job,) = timing_table(results).to_dict("records")
     assert (job["stage"], job["job"], job["seconds"]) == ("evaluate", "evaluate-real-fold0_seed0", 61.5)
     assert np.isnan(job["max_rss_mb"])
+    assert job["device"] == "cpu"
     assert seconds_per_volume(results, ["lung_ddpm", "reference"]) == {"lung_ddpm": 2.5}
+
+
+def test_the_device_is_what_the_stage_said_last(make_results):
+    _, results = make_results(n_test=1, n_replicates=1)
+    (results / "logs").mkdir()
+    handler = logging.FileHandler(results / "logs" / "evaluate-real-fold0_seed0.log")
+    LOG.addHandler(handler)
+    LOG.setLevel(logging.INFO)
+    for device, details in (("cpu", "2 threads, fp32"), ("cuda", "NVIDIA H200, bf16")):
+        log_device(device, details)
+        LOG.info("training: 5 of 10")
+    LOG.removeHandler(handler)
+    handler.close()
+    assert timing_table(results)["device"].tolist() == ["cuda (NVIDIA H200, bf16)"]
