@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test docs clean
+.PHONY: demo test bench docs clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -25,6 +25,10 @@ test: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/snakemake --lint
 	$(BIN)/snakefmt --check Snakefile workflow
+
+# Minutes to an hour; BENCH='--size 128 --device cuda' and the like.
+bench: $(READY)
+	$(BIN)/lungddpm bench $(BENCH)
 
 # What is generated from the config models; a test compares them.
 docs: $(READY)

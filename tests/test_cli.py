@@ -27,7 +27,7 @@ def config_for(folder, **values):
 VERBS = [
     "run", "phantom", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
     "segment train", "segment predict", "evaluate", "quality", "report", "verdict", "export", "config show",
-    "config validate", "config schema", "doctor",
+    "config validate", "config schema", "doctor", "bench",
 ]  # fmt: skip
 
 

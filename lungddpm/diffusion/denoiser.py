@@ -47,12 +47,13 @@ def build_denoiser(config: Config) -> UNet:
 def network_arguments(config: Config) -> dict[str, Any]:
     """The arguments of `UNet` that a config describes."""
     settings = config.diffusion.denoiser
+    seen_edge = config.diffusion.training.crop if config.diffusion.nodule_centred else config.grid.size[0]
     return {
         "in_channels": 1 + len(config.diffusion.classes),
         "base_channels": settings.base_channels,
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
-        "attention_factor": config.grid.size[0] / ATTENTION_EDGE if settings.attention else None,
+        "attention_factor": seen_edge / ATTENTION_EDGE if settings.attention else None,
     }
 
 
@@ -137,7 +138,21 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(block, *attention(level, outputs), *upsample))
                 channels = outputs
 
-        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), nn.SiLU(), _zeroed(_convolution(channels, 1)))
+        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), _zeroed(_convolution(channels, 1)))
+
+    def arrange(self, channels_last: bool, by_planes: bool) -> UNet:
+        """Choose how to compute from now on; the results stay the same up to rounding.
+
+        Args:
+            channels_last: keep the channels of a voxel together in memory.
+            by_planes: fewer operations through two-dimensional convolutions, see `convolve_by_planes`. Wants
+                `channels_last`.
+        """
+        self.to(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
+        for module in self.modules():
+            if isinstance(module, Convolution):
+                module.by_planes = by_planes
+        return self
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """Predict the noise.
@@ -182,13 +197,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, embedding: int, norm_groups: int):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm32(norm_groups, inputs), nn.SiLU(), _convolution(inputs, outputs))
+        self.in_layers = nn.Sequential(GroupNorm32(norm_groups, inputs), SiLUInPlace(), _convolution(inputs, outputs))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outputs))
         # The published weights count a dropout (of rate zero) between activation and convolution.
         self.out_layers = nn.Sequential(
-            GroupNorm32(norm_groups, outputs), nn.SiLU(), nn.Identity(), _zeroed(_convolution(outputs, outputs))
+            GroupNorm32(norm_groups, outputs), SiLUInPlace(), nn.Identity(), _zeroed(_convolution(outputs, outputs))
         )
-        self.skip_connection = nn.Identity() if inputs == outputs else nn.Conv3d(inputs, outputs, 1)
+        self.skip_connection = nn.Identity() if inputs == outputs else Convolution(inputs, outputs, 1)
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         residual = self.in_layers(h) + self.emb_layers(embedding)[:, :, None, None, None]
@@ -205,10 +220,11 @@ class SelfAttention(nn.Module):
         self.proj_out = _zeroed(nn.Conv1d(channels, channels, 1))
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        voxels = h.flatten(2)
-        query, key, value = (part.transpose(1, 2) for part in self.qkv(self.norm(voxels)).chunk(3, dim=1))
-        attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-        return (voxels + self.proj_out(attended)).reshape(h.shape)
+        voxels = self.norm(h).flatten(2).transpose(1, 2)
+        # One head as an axis of its own: fused kernels want four axes.
+        query, key, value = _pointwise(self.qkv, voxels)[:, None].chunk(3, dim=-1)
+        attended = F.scaled_dot_product_attention(query, key, value)[:, 0]
+        return h + _pointwise(self.proj_out, attended).transpose(1, 2).unflatten(2, h.shape[2:])
 
 
 class Downsample(nn.Module):
@@ -237,11 +253,88 @@ class GroupNorm32(nn.GroupNorm):
     """GroupNorm in float32 whatever the precision around it."""
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if h.is_cuda and not h.is_contiguous():
+            return _group_norm(h, self).type(h.dtype)
         return super().forward(h.float()).type(h.dtype)
 
 
-def _convolution(inputs: int, outputs: int, stride: int = 1) -> nn.Conv3d:
-    return nn.Conv3d(inputs, outputs, 3, stride=stride, padding=1)
+class SiLUInPlace(nn.Module):
+    """SiLU of a tensor that nothing else reads; overwritten where no gradient needs it."""
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        return F.silu(h, inplace=not torch.is_grad_enabled())
+
+
+class Convolution(nn.Conv3d):
+    """Convolution of 3x3x3 or 1x1x1 voxels, which `UNet.arrange` can turn into convolutions of planes."""
+
+    by_planes = False
+
+    def forward(self, h: torch.Tensor) -> torch.Tensor:
+        if not self.by_planes or self.stride != (1, 1, 1):
+            return super().forward(h)
+        if self.kernel_size == (1, 1, 1):
+            return _volumes(F.conv2d(_planes(h), self.weight[:, :, 0], self.bias), len(h))
+        return convolve_by_planes(h, self.weight, self.bias)
+
+
+def convolve_by_planes(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """3x3x3 convolution with padding 1, as four two-dimensional ones for two planes of the output.
+
+    Minimal filtering F(2, 3) along the depth (Winograd; Lavin and Gray 2016, arXiv 1509.09308, section 4.1): two thirds
+    of the multiplications, and kernels that are better tuned on CPUs than those for volumes.
+
+    Args:
+        h: (N, C, D, H, W).
+        weight: (K, C, 3, 3, 3).
+        bias: (K,).
+
+    Returns:
+        (N, K, D, H, W), channels last in memory.
+    """
+    depth = h.shape[2]
+    pairs = F.pad(h, (0, 0, 0, 0, 1, 1 + depth % 2)).unflatten(2, (-1, 2))
+    (d0, d1), (d2, d3) = pairs[:, :, :-1].unbind(3), pairs[:, :, 1:].unbind(3)
+    w0, w1, w2 = weight.unbind(2)
+    halved = (w0 + w2) / 2
+
+    def convolved(difference: torch.Tensor, kernel: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
+        kernel = kernel.contiguous(memory_format=torch.channels_last)
+        return F.conv2d(_planes(difference), kernel, offset, padding=1).permute(0, 2, 3, 1)
+
+    total, contrast = convolved(d1 + d2, halved + w1 / 2), convolved(d2 - d1, halved - w1 / 2)
+    even = convolved(d0 - d2, w0, bias) + total + contrast
+    odd = total - contrast - convolved(d1 - d3, w2, -bias)
+    planes = torch.stack([even, odd], dim=1).flatten(0, 1).permute(0, 3, 1, 2)
+    return _volumes(planes, len(h))[:, :, :depth]
+
+
+def _planes(h: torch.Tensor) -> torch.Tensor:
+    """(N, C, D, H, W) -> (N D, C, H, W), without copying where channels are last in memory."""
+    return h.transpose(1, 2).flatten(0, 1)
+
+
+def _volumes(planes: torch.Tensor, number: int) -> torch.Tensor:
+    """(N D, C, H, W) -> (N, C, D, H, W), without copying."""
+    return planes.unflatten(0, (number, -1)).transpose(1, 2)
+
+
+def _group_norm(h: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
+    """GroupNorm that keeps the order of h in memory, which torch's own on GPUs does not: (N, C, D, H, W) float32."""
+    grouped = h.float().unflatten(1, (norm.num_groups, -1))
+    variance, mean = torch.var_mean(grouped, dim=(2, 3, 4, 5), correction=0, keepdim=True)
+    weight, bias = (values.view(1, norm.num_groups, -1, 1, 1, 1) for values in (norm.weight, norm.bias))
+    scale = weight * (variance + norm.eps).rsqrt()
+    return torch.addcmul(bias - mean * scale, grouped, scale).flatten(1, 2)
+
+
+def _pointwise(layer: nn.Conv1d, voxels: torch.Tensor) -> torch.Tensor:
+    """A 1x1 convolution of voxels whose channels come last: (N, V, C) -> (N, V, K)."""
+    return F.linear(voxels, layer.weight[:, :, 0], layer.bias)
+
+
+def _convolution(inputs: int, outputs: int, stride: int = 1) -> Convolution:
+    return Convolution(inputs, outputs, 3, stride=stride, padding=1)
 
 
 def _zeroed(layer: nn.Module) -> nn.Module:

@@ -40,7 +40,7 @@ def run_estimate(config: Config, device: str = "auto") -> None:
     operations = whole_pass * training.accumulation * processes
     LOG.info("Taking two steps of %s each", _flop(operations))
     with explain_out_of_memory(MEMORY_LEVERS):
-        optimization = Optimization(config, fresh_denoiser(config), _made_up(config), accelerator)
+        optimization = Optimization(config, fresh_denoiser(config), made_up(config), accelerator)
         _, seconds = (_timed_step(optimization, step) for step in range(2))
     state_mib = parameters * _KEPT_A_WEIGHT * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
@@ -80,7 +80,7 @@ def count(config: Config) -> tuple[int, int, int]:
     return parameters, forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-def _made_up(config: Config) -> TrainingData:
+def made_up(config: Config) -> TrainingData:
     """One case of noise, with every label."""
     random = np.random.default_rng(0)
     shape = (1, *config.grid.size[::-1])

@@ -47,6 +47,20 @@ def test_arguments_are_inferred_from_the_weights(published):
     }
 
 
+def test_lung_ddpm_plus_has_the_published_size():
+    """39.0 million parameters (arXiv 2508.09327), with attention where the map of a crop is 16 voxels wide."""
+    config = parse_config({"lung_ddpm_plus": {}}).for_denoiser("lung_ddpm_plus")
+    with torch.device("meta"):
+        denoiser = build_denoiser(config)
+    assert sum(parameter.numel() for parameter in denoiser.parameters()) == 39_051_393
+    assert inferred_arguments(denoiser.state_dict()) == {
+        "in_channels": 2,
+        "base_channels": 64,
+        "multipliers": [1, 2, 3, 4],
+        "attention_factor": 64 / 16,
+    }
+
+
 def test_output_equals_the_golden_output(golden, golden_denoiser):
     predicted = golden_denoiser(golden["denoiser_in"], golden["denoiser_t"])
     torch.testing.assert_close(predicted, golden["denoiser_out"], rtol=0, atol=1e-5)
