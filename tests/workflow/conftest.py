@@ -21,7 +21,7 @@ TINY = {
         "training": {"steps": 20, "crop": 16, "save_every": 5},
         "sampling": {"steps": 4},
     },
-    "arms": {"synthetic_only": ["lung_ddpm"]},
+    "arms": {"doses": [1.0], "synthetic_only": ["lung_ddpm"]},
     "segmentation": {
         "network": {"patch": [16, 16, 16], "features": [4, 8]},
         "steps": 20,

@@ -32,10 +32,10 @@ def test_the_demo(repository, tmp_path):
     assert run.returncode == 0, run.stderr
     counts = jobs(run.stdout + run.stderr)
     assert {name: counts[name] for name in ("phantom", "train_denoiser", "compose", "plan")} == {
-        "phantom": 1, "train_denoiser": 1, "compose": 3, "plan": 3,
+        "phantom": 1, "train_denoiser": 1, "compose": 4, "plan": 4,
     }  # fmt: skip
     assert counts["train_segmenter"] == counts["evaluate"] == counts["predict"]
-    assert counts["train_segmenter"] % 3 == 0
+    assert counts["train_segmenter"] % 4 == 0
     assert not (tmp_path / "results").exists(), "a dry run writes nothing"
 
 
@@ -58,7 +58,7 @@ def test_slurm_profile(repository, tmp_path):
 def test_nested_values_on_the_command_line(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2", "--config", 'segmentation={"seeds": [0], "steps": "100"}')
     assert run.returncode == 0, run.stderr
-    assert jobs(run.stdout + run.stderr)["train_segmenter"] == 3
+    assert jobs(run.stdout + run.stderr)["train_segmenter"] == 4
 
 
 def test_lung_ddpm_plus_needs_a_denoiser_of_its_own(repository, tmp_path):
