@@ -279,7 +279,7 @@ class Sampling(_Section):
     times: Literal["corrected", "published"] = "corrected"
     """`published`: the denoiser is told its times on a scale of 1000 whatever `diffusion.timesteps` (Lung-DDPM+)."""
     batch_size: PositiveInt = 1
-    """Volumes sampled at once."""
+    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
 
     @model_validator(mode="after")
     def _resampling(self) -> Sampling:

@@ -233,6 +233,20 @@ def test_a_smaller_dose_is_the_first_samples_of_a_larger_one(synthesize, tmp_pat
     assert smaller["case_id"].tolist() == table["case_id"].tolist()[:2]
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1]), ("cuda:0", [2, 1])])
+def test_a_cpu_takes_samples_one_by_one(synthesize, monkeypatch, device, sizes):
+    """What is left of a batch depends on what other jobs make, and a CPU's sums on the batch by a last digit."""
+    taken = []
+
+    def make(tasks):
+        taken.append(len(tasks))
+        return [paste_constant.fill_with_mean_lung(task) for task in tasks]
+
+    monkeypatch.setattr(paste_constant, "load", lambda *_: generators.Generator(make, device))
+    synthesize("paste_constant")
+    assert taken == sizes
+
+
 def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
     """Another job is at the first sample: the others are made meanwhile, that one is waited for and not made twice."""
     whole = synthesize("paste_constant", folder="whole")
