@@ -229,7 +229,7 @@ def run_synthesize(
         LOG.info("%d of %d samples are complete already", len(mine) - len(missing), len(mine))
     if missing:
         loaded: Generator = module.load(config, weights, device)
-        # On a CPU, batches bring nothing, and a volume's sums would depend on what else is in its batch by a last digit.
+        # On a CPU, batches bring nothing, and a volume's sums would depend on its batch by a last digit.
         size = 1 if loaded.device == "cpu" else of_denoiser.diffusion.sampling.batch_size
         with Progress(f"synthesis with {generator}", len(missing)) as progress:
             while missing:
