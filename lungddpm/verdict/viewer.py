@@ -198,5 +198,5 @@ def _panels(plane: Plane) -> str:
         full_html=False,
         include_plotlyjs=plane is PLANES[0],
         div_id=f"viewer-{plane.name}",
-        config={"displaylogo": False, "responsive": True, "displayModeBar": False},
+        config={"displaylogo": False, "displayModeBar": False},
     )

@@ -38,6 +38,8 @@ addEventListener("load", async () => {
     range: panels(name).map(panel => [panel.zmin, panel.zmax]),
     told: document.getElementById("viewer-at-" + name).textContent,
     drawn: document.querySelectorAll(`#viewer-${name} .heatmaplayer image`).length,
+    bottom: document.querySelector(`#viewer-${name} .main-svg`).getBoundingClientRect().bottom,
+    slider: document.querySelector(`#viewer-slice-${name}`).closest(".slider").getBoundingClientRect().top,
   }]));
   const seen = {start: await shows("0 9 7 6 -1350 150")};
   for (const name of Object.keys(seen.start)) {
@@ -120,6 +122,7 @@ def test_slices_in_a_browser(make_results, browse):
                     np.array(shown)[::-1, ::-1], oriented_slice(volume, plane, voxel[plane.axis])
                 )
             assert panels["drawn"] == 4
+            assert panels["bottom"] == pytest.approx(panels["slider"], abs=10)
             assert panels["range"][0] == panels["range"][2] == window
             assert panels["told"].startswith(f"slice {voxel[plane.axis] + 1} of {volumes[0].shape[plane.axis]}, ")
 
