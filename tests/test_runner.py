@@ -35,7 +35,8 @@ def folder(tmp_path):
 
 
 def start(folder, *arguments):
-    command = [LUNGDDPM, "run", "--cores", "1", *arguments]
+    # A suite that a shell runs in the background has SIGINT ignored, and so would all that it starts.
+    command = ["env", "--default-signal=INT", LUNGDDPM, "run", "--cores", "1", *arguments]
     return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
