@@ -36,8 +36,10 @@ def folder(tmp_path):
 
 def start(folder, *arguments):
     # A suite that a shell runs in the background has SIGINT ignored, and so would all that it starts.
-    command = ["env", "--default-signal=INT", LUNGDDPM, "run", "--cores", "1", *arguments]
-    return subprocess.Popen(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    return subprocess.Popen(
+        [LUNGDDPM, "run", "--cores", "1", *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def wait_for(condition, seconds=60):
