@@ -11,3 +11,4 @@ rule all:
         "results/report.html",
         "results/tables/verdict.csv",
         "results/manifest.json",
+        "results/SHA256SUMS",

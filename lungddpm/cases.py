@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,16 +57,19 @@ def read_cases(path: Path) -> pd.DataFrame:
     """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 where nobody has counted).
 
     Raises:
-        InputError: missing file or columns.
+        InputError: missing file or columns, or a file that was cut short.
     """
     import pandas as pd
 
     try:
-        table = pd.read_csv(path, sep="\t", dtype=str, keep_default_na=False)
+        text = Path(path).read_text(encoding="utf-8")
+        table = pd.read_csv(StringIO(text), sep="\t", dtype=str, keep_default_na=False)
     except FileNotFoundError:
         raise InputError(path, "does not exist", "Run the stage that writes it first (see lungddpm --help).") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(path, f"is not a table of cases ({error})", "Delete it and run again.") from None
+    if not text.endswith("\n"):
+        raise InputError(path, "is cut short", "Delete it and run again.")
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(path, f"lacks the columns {', '.join(missing)}", "Delete it and run again.")
     table["n_nodules"] = table["n_nodules"].replace("", "0")

@@ -325,6 +325,34 @@ def report(
     run_report(load_config(*config), results)
 
 
+@app.command(rich_help_panel=STAGES)
+def checksums(
+    results: Annotated[Path, typer.Option(help="Folder of a run; SHA256SUMS goes there.")] = RESULTS,
+) -> None:
+    """Write SHA256SUMS: the hashes of all that the run computed, for 'verify' and for sha256sum --check."""
+    from lungddpm.checksums import run_checksums
+
+    run_checksums(results)
+
+
+@app.command(rich_help_panel=TOOLS)
+def verify(
+    results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
+    repair: Annotated[bool, typer.Option(help="Delete what is damaged, so that 'run' makes it again.")] = False,
+) -> None:
+    """Find files of a finished run that were cut short, changed or deleted since (by their SHA-256)."""
+    from lungddpm.checksums import run_verify
+
+    found = run_verify(results, repair)
+    if not found:
+        typer.echo(f"{results} is as the run left it.")
+    elif repair:
+        typer.echo(f"{len(found)} damaged: deleted. The same 'lungddpm run' makes them again.")
+    else:
+        typer.echo(f"{len(found)} damaged: 'lungddpm verify --repair' deletes them; 'lungddpm run' makes them again.")
+        raise typer.Exit(2)
+
+
 @app.command(rich_help_panel=TOOLS)
 def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
@@ -435,7 +463,7 @@ def main() -> None:
     except UserError as error:
         _refuse(error)
     except Exception as error:
-        if isinstance(error, OSError) and (known := from_os_error(error)) is not None:
+        if (known := from_os_error(error)) is not None:
             _refuse(known)
         LOG.error(traceback.format_exc())
         sys.exit(1)

@@ -51,8 +51,13 @@ _OUTPUT_PROBLEMS = {
 }
 
 
-def from_os_error(error: OSError) -> OutputError | None:
-    """The user-facing form of a full or read-only disk; None where `error` is something else."""
-    if error.errno not in _OUTPUT_PROBLEMS:
+def from_os_error(error: BaseException | None) -> OutputError | None:
+    """The user-facing form of a full or read-only disk; None where `error` is something else.
+
+    Libraries wrap the system's error in errors of their own: what an exception came from is looked at as well.
+    """
+    if error is None:
         return None
-    return OutputError(error.filename or "results", *_OUTPUT_PROBLEMS[error.errno])
+    if isinstance(error, OSError) and error.errno in _OUTPUT_PROBLEMS:
+        return OutputError(error.filename or "results", *_OUTPUT_PROBLEMS[error.errno])
+    return from_os_error(error.__cause__ if error.__suppress_context__ else error.__context__)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,17 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """Compare the checksums of a zip archive, such as torch.save writes; torch.load does not.
+
+    Raises:
+        BadZipFile: it is cut short, or a part differs from its checksum.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
 
 
 def fingerprint(value: Any) -> str:

@@ -19,6 +19,8 @@ def start_logging(log_file: str | None = None) -> None:
 
     Of several processes that torchrun started, only the first one speaks; the others tell of errors.
     """
+    # Where the disk is full, so is the log: the message counts, not why it could not be written.
+    logging.raiseExceptions = False
     is_first = os.environ.get("RANK", "0") == "0"
     LOG.setLevel(logging.INFO if is_first else logging.ERROR)
     LOG.handlers.clear()

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lungddpm.checksums import outputs_to_make_again
 from lungddpm.config import read_values
 from lungddpm.errors import ConfigError, OutputError, UserError, from_os_error
 from lungddpm.progress import LOG
@@ -50,12 +51,15 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     with _lock(directory / "results") as lock, tempfile.NamedTemporaryFile("r", encoding="utf-8") as faults:
         environment = _environment(faults.name)
         _check_space(directory / "results")
+        _date_no_later_than_now(directory / "results")
         # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
         # inherit it, so an orphaned job cannot block the next run.
         if _has_stale_lock(directory):
             LOG.info("Clearing the lock that an interrupted run left behind.")
             subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
-        code = _supervise(_snakemake([*arguments, "--rerun-incomplete"]), environment, lock)
+        damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
+        forced = ["--forcerun", *damaged] if damaged else []
+        code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced]), environment, lock)
         messages = list(dict.fromkeys(faults.read().splitlines()))
     for message in messages:
         LOG.error("error: %s", message)
@@ -135,6 +139,27 @@ def _check_space(results: Path) -> None:
         )
 
 
+def _date_no_later_than_now(results: Path) -> None:
+    """Date files from the future, as a clock that was set back leaves them, to this moment; their order stays.
+
+    Snakemake fails, and deletes what it has made, where an output is older than what it was made from.
+    """
+    (results / ".lock").touch()
+    now = (results / ".lock").stat().st_mtime_ns  # the disk's clock, which may be another machine's
+    ahead = {}
+    for path in results.rglob("*"):
+        with suppress(FileNotFoundError):  # a job that outlived its Snakemake may still be at work
+            if (date := path.lstat().st_mtime_ns) > now:
+                ahead[path] = date
+    if not ahead:
+        return
+    LOG.warning("%d files are dated in the future, such as %s: they are dated now.", len(ahead), next(iter(ahead)))
+    microseconds_ago = {date: place for place, date in enumerate(sorted(set(ahead.values()), reverse=True))}
+    for path, date in ahead.items():
+        with suppress(FileNotFoundError):
+            os.utime(path, ns=(now - 1000 * microseconds_ago[date],) * 2, follow_symlinks=False)
+
+
 def _has_stale_lock(directory: Path) -> bool:
     locks = directory / ".snakemake" / "locks"
     return locks.is_dir() and any(locks.iterdir())
@@ -153,10 +178,10 @@ def _supervise(command: Sequence[str], environment: dict[str, str], lock: int) -
     code = process.wait()
     if code < 0:
         LOG.error("snakemake was killed by signal %d; ending its jobs. The same command continues.", -code)
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        return 128 - code
-    return code
+    # Its jobs if it was killed; else what a killed job has left, such as nnU-Net's loaders, which would wait for ever.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return 128 - code if code < 0 else code
 
 
 def _option(arguments: Sequence[str], *names: str) -> Path | None:

@@ -30,7 +30,7 @@ from lungddpm.diffusion.schedule import cosine_betas, published_buffers
 from lungddpm.errors import ConfigError, InputError
 from lungddpm.files import atomic_path
 
-_FORMAT = "lungddpm-denoiser-1"
+_FORMAT = "lungddpm-denoiser-2"
 _PREFIX = "denoise_fn."
 _RETRAIN = "Train the denoiser anew (lungddpm train), or give the path of its model.safetensors."
 _COPY_ANEW = "Copy or download the published checkpoint anew."
@@ -64,15 +64,16 @@ class Metadata:
 
 def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
     """Write weights and metadata, atomically."""
-    texts = {
-        "format": _FORMAT,
-        "classes": json.dumps(metadata.config.diffusion.classes),
-        "schedule": json.dumps({"kind": "cosine", "timesteps": metadata.config.diffusion.timesteps}),
-        "steps": str(metadata.steps),
+    description = {
+        "classes": metadata.config.diffusion.classes,
+        "schedule": {"kind": "cosine", "timesteps": metadata.config.diffusion.timesteps},
+        "steps": metadata.steps,
         "config_fingerprint": metadata.config_fingerprint,
         "data_fingerprint": metadata.data_fingerprint,
-        "config": metadata.config.without_folders().model_dump_json(),
+        "config": metadata.config.without_folders().model_dump(mode="json"),
     }
+    # One key: safetensors writes several in an order that changes, and equal weights would not be equal files.
+    texts = {_FORMAT: json.dumps(description)}
     weights = {name: tensor.cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     with atomic_path(path) as temporary:
         save_file(weights, temporary, texts)
@@ -91,14 +92,15 @@ def read_metadata(path: Path) -> Metadata:
         raise InputError(path, "does not exist", _RETRAIN) from None
     except (OSError, SafetensorError) as error:
         raise InputError(path, f"is cut short or no safetensors file ({error})", _RETRAIN) from None
-    if texts.get("format") != _FORMAT:
+    if _FORMAT not in texts:
         raise InputError(path, "holds no denoiser trained by lungddpm", _RETRAIN)
     try:
-        config = parse_config(json.loads(texts["config"]), path)
-        return Metadata(config, int(texts["steps"]), texts["config_fingerprint"], texts["data_fingerprint"])
+        held = json.loads(texts[_FORMAT])
+        config = parse_config(held["config"], path)
+        return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"])
     except ConfigError as error:
         raise InputError(path, f"was trained by another version ({error.problem})", _RETRAIN) from None
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(path, f"has damaged metadata ({error})", _RETRAIN) from None
 
 

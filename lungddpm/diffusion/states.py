@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lungddpm.files import atomic_path
+from lungddpm.files import atomic_path, check_archive
 from lungddpm.progress import LOG
 
 
@@ -27,8 +27,9 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any], previous: Path
         Where it was written.
     """
     path = folder / f"step-{step:08d}.pt"
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        # Given a path, torch writes it itself, and does not tell a full disk from other faults.
+        torch.save(state, file)
     keep_states(folder, path, previous)
     return path
 
@@ -50,7 +51,7 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            _check_bytes(path)
+            check_archive(path)
         except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
             LOG.warning("%s is damaged and is passed over: %s", path, str(error).splitlines()[0])
             continue
@@ -66,10 +67,3 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
 def load_state(path: Path) -> dict[str, Any]:
     """Read a state onto the CPU; no code in it is run."""
     return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _check_bytes(path: Path) -> None:
-    """torch.save writes a zip archive with checksums, which torch.load does not compare."""
-    with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"{damaged} differs from its checksum")

@@ -11,8 +11,12 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import re
 import shutil
+import signal
+import threading
+import zipfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +28,15 @@ from lungddpm.arms.compose import DATASET
 from lungddpm.cases import folder_of, read_cases, usable
 from lungddpm.config import Config, Network
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of, write_json
+from lungddpm.files import (
+    check_archive,
+    code_fingerprint,
+    exclusive_lock,
+    fingerprint,
+    seed_from,
+    sha256_of,
+    write_json,
+)
 from lungddpm.progress import LOG, Progress, log_device, shorten_paths
 from lungddpm.volume import read_volume, write_volume
 
@@ -303,29 +315,82 @@ def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: s
 
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-    latest = folder / "checkpoint_latest.pth"
+    latest = _latest_state(folder)
     preprocessed = arm_dir.resolve() / "nnUNet_preprocessed" / DATASET
     plans, dataset_json = (
         json.loads((preprocessed / name).read_text(encoding="utf-8")) for name in (f"{PLANS}.json", "dataset.json")
     )
     trainer = LungDDPMTrainer(
-        plans=plans | {"continue_training": latest.exists()},
+        plans=plans | {"continue_training": latest is not None},
         configuration=CONFIGURATION,
         fold=fold,
         dataset_json=dataset_json,
         device=device,
     )
-    if latest.exists():
+    if latest is not None:
         trainer.load_checkpoint(str(latest))
         LOG.info("%s goes on after epoch %d of %d", what, trainer.current_epoch, trainer.num_epochs)
     steps = trainer.num_iterations_per_epoch
-    with Progress(f"training {what}", trainer.num_epochs * steps, trainer.current_epoch * steps) as trainer.progress:
+    with (
+        Progress(f"training {what}", trainer.num_epochs * steps, trainer.current_epoch * steps) as trainer.progress,
+        _sigterm_as_exit(what),
+    ):
         trainer.run_training()
+
+
+@contextlib.contextmanager
+def _sigterm_as_exit(what: str) -> Iterator[None]:
+    """Within the block SIGTERM, which clusters send before the time limit, ends the process in order, loaders too.
+
+    nnU-Net saves in hundreds of steps, which may take longer than a cluster waits: what is not saved is done again.
+    """
+
+    def end(*_: object) -> None:
+        LOG.warning("%s: asked to stop (SIGTERM): the same command goes on from the last saved state", what)
+        raise SystemExit(128 + signal.SIGTERM)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield
+        return
+    former = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def _latest_state(folder: Path) -> Path | None:
+    """The last saved state of a training under way; None where there is none, or a damaged one, which is removed."""
+    path = folder / "checkpoint_latest.pth"
+    if not path.exists():
+        return None
+    try:
+        _read_checkpoint(path)
+    except InputError as error:
+        LOG.warning("%s: %s: training anew", path, error.problem)
+        path.unlink()
+        return None
+    return path
+
+
+def _read_checkpoint(path: Path) -> dict:
+    """A checkpoint on the CPU.
+
+    Raises:
+        InputError: it is cut short or otherwise damaged.
+    """
+    import torch
+
+    try:
+        check_archive(path)
+        # Our own file: nnU-Net's checkpoints hold more than tensors.
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise InputError(path, f"is damaged ({str(error).splitlines()[0]})", "Delete it and run again.") from error
 
 
 def _predictor(arm_dir: Path, folder: Path, device: torch.device):
     """nnU-Net's predictor with the replicate's last weights, and the reader of its images."""
-    import torch
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -342,8 +407,7 @@ def _predictor(arm_dir: Path, folder: Path, device: torch.device):
         output_channels=2,
         deep_supervision=False,
     )
-    # Our own file: nnU-Net's checkpoints hold more than tensors.
-    checkpoint = torch.load(folder / "checkpoint_final.pth", map_location="cpu", weights_only=False)
+    checkpoint = _read_checkpoint(folder / "checkpoint_final.pth")
     predictor = nnUNetPredictor(use_mirroring=device.type != "cpu", device=device, allow_tqdm=False)
     predictor.manual_initialization(
         network,

@@ -69,9 +69,17 @@ def test_metadata(saved):
     path, _ = saved
     assert read_metadata(path) == Metadata(parse_config(VALUES), 7, "config", "data")
     with safe_open(path, framework="pt") as file:
-        texts = file.metadata()
-    assert json.loads(texts["schedule"]) == {"kind": "cosine", "timesteps": 250}
-    assert texts["data_fingerprint"] == "data"
+        (text,) = file.metadata().values()
+    held = json.loads(text)
+    assert held["schedule"] == {"kind": "cosine", "timesteps": 250}
+    assert held["data_fingerprint"] == "data"
+
+
+def test_equal_weights_are_equal_files(saved, tmp_path):
+    path, denoiser = saved
+    for number in range(5):
+        save_denoiser(tmp_path / f"{number}.safetensors", denoiser, read_metadata(path))
+        assert (tmp_path / f"{number}.safetensors").read_bytes() == path.read_bytes()
 
 
 def test_published_format(saved, published):

@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from lungddpm import cases
-from lungddpm.diffusion import monitoring, training
+from lungddpm.diffusion import monitoring, states, training
 from lungddpm.diffusion.checkpoint import read_metadata
 from lungddpm.diffusion.denoiser import build_denoiser
 from lungddpm.diffusion.optimization import Optimization
@@ -31,12 +31,13 @@ from lungddpm.diffusion import states, training
 torch.set_num_threads(1)
 save, saved = torch.save, []
 
-def save_or_die(state, path):
-    saved.append(path)
+def save_or_die(state, file):
+    saved.append(file)
     if len(saved) == 2:
-        path.write_bytes(b"half of a st")
+        file.write(b"half of a st")
+        file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(state, path)
+    save(state, file)
 
 states.torch.save = save_or_die
 config, cohort, output = map(Path, sys.argv[1:])
@@ -181,7 +182,8 @@ def test_two_states_are_kept_and_a_damaged_one_falls_back(
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
     newest = tmp_path / "state/step-00000004.pt"
     damaged = bytearray(newest.read_bytes())
-    damaged[len(damaged) // 2] ^= 1  # one bit of one weight, which torch.load would not notice
+    history = states.load_state(newest)["history"].numpy().tobytes()
+    damaged[damaged.index(history) + 3] ^= 1  # one bit of one number, which torch.load would not notice
     newest.write_bytes(damaged)
     training.run_train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
     assert "step-00000004.pt is damaged and is passed over" in log.text

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import signal
 from pathlib import Path
 from shutil import copytree
 
@@ -183,6 +185,49 @@ def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
     assert ours["optimizer_state"]["param_groups"] == theirs["optimizer_state"]["param_groups"]
 
 
+def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplog):
+    arm = run / "arms" / "terminated"
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    steps = 0
+    step = LungDDPMTrainer.train_step
+
+    def reach_the_time_limit(trainer, batch):
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, batch)
+
+    monkeypatch.setattr(LungDDPMTrainer, "train_step", reach_the_time_limit)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit, match="143"), caplog.at_level(logging.WARNING, "lungddpm"):
+        nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    assert "goes on from the last saved state" in caplog.text
+    assert signal.getsignal(signal.SIGTERM) is before
+    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    assert steps == 6 + 4
+
+
+def test_damaged_checkpoints_are_told_and_trained_anew(run, tmp_path, monkeypatch, caplog):
+    arm = run / "arms" / "damaged"
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
+    whole, weights = final.read_bytes(), checkpoint(arm)["network_weights"]
+    final.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"checkpoint_final.pth: is damaged .* Delete it"):
+        nnunet.run_predict(SHORT, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cpu")
+    final.unlink()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    final.with_name("checkpoint_latest.pth").write_bytes(flipped)
+    with caplog.at_level(logging.WARNING, "lungddpm"):
+        nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    assert "differs from its checksum" in caplog.text
+    again = checkpoint(arm)["network_weights"]
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
 def test_two_stages_train_without_deep_supervision(run):
     arm = run / "arms" / "two_stages"
     copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
@@ -214,8 +259,8 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(run, tmp_path, 
     target = tmp_path / "checkpoint_latest.pth"
     target.write_bytes(b"complete")
 
-    def fill_the_disk(_trainer, filename):
-        Path(filename).write_bytes(b"half")
+    def fill_the_disk(_trainer, file):
+        file.write(b"half")
         raise OSError("no space left")
 
     monkeypatch.setattr(LungDDPMTrainer.__base__, "save_checkpoint", fill_the_disk)

@@ -105,7 +105,7 @@ def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change,
     counts = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", run.stdout, re.MULTILINE)}
     counts.pop("all", None)
     counts.pop("total", None)
-    assert counts == ({} if rerun is None else {**rerun, "write_report": 1}), run.stdout[-3000:]
+    assert counts == ({} if rerun is None else {**rerun, "write_report": 1, "checksums": 1}), run.stdout[-3000:]
 
 
 def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchmark, tmp_path):

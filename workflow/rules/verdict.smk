@@ -121,3 +121,25 @@ rule write_report:
         code=code_fingerprint("verdict", "pages"),
     shell:
         "lungddpm --log {log} report --config results/config.json --results results"
+
+
+# Last: whatever a run does, it ends with this.
+rule checksums:
+    input:
+        page="results/report.html",
+    output:
+        ensure("results/SHA256SUMS", non_empty=True),
+    log:
+        "results/logs/checksums.log",
+    benchmark:
+        "results/benchmarks/checksums.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=240,
+    params:
+        code=code_fingerprint(),
+    shell:
+        "lungddpm --log {log} checksums --results results"

@@ -94,8 +94,9 @@ class LungDDPMTrainer(nnUNetTrainer):
 
     def save_checkpoint(self, filename: str) -> None:
         """Save atomically: a killed run leaves the last complete checkpoint."""
-        with atomic_path(Path(filename)) as temporary:
-            super().save_checkpoint(str(temporary))
+        with atomic_path(Path(filename)) as temporary, temporary.open("wb") as file:
+            # nnU-Net hands it to torch.save, which tells of a full disk where the file is ours.
+            super().save_checkpoint(file)
 
     def print_to_log_file(self, *args, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
         """Write to nnU-Net's own log file, without absolute paths, never to the terminal."""

@@ -1,0 +1,212 @@
+"""What disks, clocks and people do to a run: each is told, and the run ends with the same tables all the same."""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+pytestmark = pytest.mark.workflow
+
+LUNGDDPM = Path(sys.executable).with_name("lungddpm")
+TABLES = ["cases.csv", "verdict.csv", "lesions.csv"]
+FOLD = "nnUNet_results/seed0/Dataset501_LungNodule/LungDDPMTrainer__nnUNetPlans__lungddpm/fold_0"
+
+
+@pytest.fixture
+def copied(tiny_benchmark, make_benchmark, tmp_path):
+    """The finished tiny benchmark in a folder of another name, to be harmed."""
+    benchmark = make_benchmark(tmp_path / "copied")
+    for name in ("results", ".snakemake"):
+        shutil.copytree(tiny_benchmark.folder / name, benchmark.folder / name, symlinks=True)
+    return benchmark
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """A function that mounts something on a new folder, until the test ends."""
+    folders = []
+
+    def mount(*options: str) -> Path:
+        folder = tmp_path / f"mounted{len(folders)}"
+        folder.mkdir()
+        done = subprocess.run(["mount", *options, folder], capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no right to mount: {done.stderr.strip()}")
+        folders.append(folder)
+        return folder
+
+    yield mount
+    for folder in folders:
+        subprocess.run(["umount", folder], check=True)
+
+
+def assert_same_tables(benchmark, other):
+    for name in TABLES:
+        pd.testing.assert_frame_equal(benchmark.table(name), other.table(name))
+
+
+def rules_of(stdout):
+    """How often each rule ran, or would run."""
+    found = re.findall(r"^(\w+) +(\d+)$", stdout, re.MULTILINE)
+    return {name: int(count) for name, count in found if name not in ("all", "total")}
+
+
+PREPARE = "prepare --index results/cases/index.tsv --source results/source --table results/cases/cases-0.tsv"
+TRAIN = "train --cases results/cases/cases.tsv --output results/diffusion/main --threads 1"
+SEGMENT = "segment train --arm-folder results/arms/real --fold 0 --seed 0 --threads 1"
+REPLICATE = "results/segmentation/real/fold0_seed0"
+EVALUATE = f"evaluate --cases results/cases/cases.tsv --predictions {REPLICATE}/predictions --output {REPLICATE}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "made", "free_kib"),
+    [
+        (PREPARE, "cases/PHANTOM-0001/ct.nii.gz", 16),
+        (TRAIN, "diffusion/main/model.safetensors", 16),  # while it decodes the cases
+        (TRAIN, "diffusion/main/model.safetensors", 600),  # while it saves its state
+        (SEGMENT, f"arms/real/{FOLD}/checkpoint_final.pth", 64),
+        (EVALUATE, "segmentation/real/fold0_seed0/metrics.csv", 0),
+    ],
+)
+def test_a_full_disk_is_told_and_nothing_is_lost(tiny_benchmark, mounted, stage, made, free_kib):
+    disk = mounted("-t", "tmpfs", "-o", "size=300m", "tmpfs")
+    results, ballast = disk / "results", disk / "ballast"
+    shutil.copytree(tiny_benchmark.results, results, symlinks=True)
+    if stage == EVALUATE:
+        (results / made).unlink()
+    else:
+        shutil.rmtree((results / made).parent)
+    command = [LUNGDDPM, *stage.split(), "--config", "results/config.json"]
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free_kib * 1024)
+    full = subprocess.run(command, cwd=disk, capture_output=True, text=True, check=False)
+    assert full.returncode == 2, full.stderr
+    assert "no space is left on the device. Free some space" in full.stderr
+    assert "Traceback" not in full.stderr
+    assert not (results / made).exists()
+    assert not [path for path in results.rglob(".*-*") if path.is_file()], "no half-written file stays"
+    ballast.unlink()
+    freed = subprocess.run(command, cwd=disk, capture_output=True, text=True, check=False)
+    assert freed.returncode == 0, freed.stderr
+    if not made.endswith(".pth"):  # nnU-Net's checkpoints hold the time
+        assert (results / made).read_bytes() == (tiny_benchmark.results / made).read_bytes()
+
+
+def sums_of(results):
+    """Hash of every file that does not hold the time, by name."""
+    lines = [line.split("  ", 1) for line in (results / "SHA256SUMS").read_text().splitlines()]
+    return {name: digest for digest, name in lines if not name.endswith(("checkpoint_final.pth", ".csv", ".json"))}
+
+
+def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
+    told = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=copied.results, check=False)
+    assert told.returncode == 0
+    moved = copied.run("--dry-run")
+    assert "Nothing to be done" in moved.stdout, "a folder may be moved"
+    cut_short = [
+        f"arms/real/{FOLD}/checkpoint_final.pth",
+        "arms/real/nnUNet_preprocessed/Dataset501_LungNodule/nnUNetPlans_3d_fullres/PHANTOM-0002.b2nd",
+        "cases/PHANTOM-0001/ct.nii.gz",
+        "cases/PHANTOM-0002/layout.nii.gz",
+        "cases/PHANTOM-0003/qc.png",
+        "diffusion/main/model.safetensors",
+        "qc/cases/PHANTOM-0004.html",
+        "quality/lung_ddpm.csv",
+        "segmentation/real+real/fold0_seed0/metrics.csv",
+        "segmentation/real/fold0_seed0/predictions/PHANTOM-0001.nii.gz",
+        "synthetic/lung_ddpm/PHANTOM-0003_s000/ct.nii.gz",
+        "tables/verdict.md",
+    ]
+    for name in cut_short:
+        path = copied.results / name
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (copied.results / "figures/forest.png").unlink()
+    verify = [LUNGDDPM, "verify", "--results", copied.results]
+    told = subprocess.run(verify, capture_output=True, text=True, check=False)
+    assert told.returncode == 2
+    assert [line.split("copied/results/")[1] for line in told.stderr.splitlines() if " has changed" in line] == [
+        f"{name} has changed" for name in sorted(cut_short)
+    ]
+    assert "figures/forest.png is missing" in told.stderr
+    assert subprocess.run([*verify, "--repair"], capture_output=True, check=False).returncode == 0
+
+    run = copied.run()
+    assert run.returncode == 0, run.stdout[-5000:]
+    done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
+    assert {"prepare", "train_denoiser", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"} <= done
+    assert not {"phantom", "index"} & done
+    assert_same_tables(copied, tiny_benchmark)
+    assert sums_of(copied.results) == sums_of(tiny_benchmark.results)
+    assert subprocess.run(verify, capture_output=True, check=False).returncode == 0
+    assert "Nothing to be done" in copied.run("--dry-run").stdout
+
+
+def test_a_clock_that_went_back_does_not_stop_the_run(tiny_benchmark, copied):
+    for path in [*copied.results.rglob("*")]:
+        if path.relative_to(copied.results).parts[0] in ("cases", "segmentation", "qc"):
+            tomorrow = path.lstat().st_mtime + 86400
+            os.utime(path, (tomorrow, tomorrow), follow_symlinks=False)
+    (copied.results / "report.html").unlink()
+    run = copied.run()
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert "are dated in the future" in run.stdout
+    assert rules_of(run.stdout) == {"write_report": 1, "checksums": 1}
+    assert_same_tables(copied, tiny_benchmark)
+    assert "Nothing to be done" in copied.run("--dry-run").stdout
+
+
+def hashes(folder):
+    return {
+        path.relative_to(folder): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_scans_may_lie_on_a_disk_that_cannot_be_written(tiny_benchmark, make_benchmark, mounted, tmp_path):
+    scans = mounted("--bind", tiny_benchmark.results / "source")
+    subprocess.run(["mount", "-o", "remount,bind,ro", scans], check=True)
+    benchmark = make_benchmark(tmp_path / "read-only", {"source": {"kind": "lidc", "path": str(scans)}})
+    run = benchmark.run("--until", "collect")
+    assert run.returncode == 0, run.stdout[-5000:]
+    ours, theirs = (hashes(b.results / "cases") for b in (benchmark, tiny_benchmark))
+    volumes = [path for path in theirs if path.name.endswith(".nii.gz")]
+    assert volumes
+    for path in volumes:
+        assert path in ours
+
+
+ONE_OF_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
+LAST = {"write_report": 1, "checksums": 1}
+
+
+@pytest.mark.parametrize(
+    ("module", "rerun"),
+    [
+        ("verdict/froc.py", {"evaluate": 4, "quality": 1}),
+        ("segmentation/nnunet.py", {"plan": 4, **ONE_OF_ALL_ARMS}),
+        ("arms/compose.py", {"compose": 4, "plan": 4, **ONE_OF_ALL_ARMS}),
+        ("pages/index.html.jinja", {"qc": 1}),
+        ("doctor.py", None),
+    ],
+)
+def test_a_changed_source_file_reruns_the_rules_of_its_room(tiny_benchmark, tmp_path, module, rerun):
+    copy = tmp_path / "repository"
+    for name in ("lungddpm", "workflow", "profiles", "envs"):
+        shutil.copytree(tiny_benchmark.repository / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Snakefile", "config.yaml"):
+        shutil.copyfile(tiny_benchmark.repository / name, copy / name)
+    with (copy / "lungddpm" / module).open("a", encoding="utf-8") as file:
+        file.write("\n# Changed.\n")
+    run = subprocess.run(
+        tiny_benchmark.command("--dry-run"), cwd=copy, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(copy)}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert rules_of(run.stdout) == ({} if rerun is None else {**rerun, **LAST}), run.stdout[-3000:]
