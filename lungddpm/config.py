@@ -306,10 +306,15 @@ class Diffusion(_Section):
         """Whether the denoiser sees nothing but crops around nodules, in training and sampling alike (Lung-DDPM+)."""
         return self.classes == ["nodule"]
 
-    def decides_weights(self) -> dict[str, Any]:
-        """The keys that decide the weights of a trained denoiser, as JSON-like values."""
+    def decides_weights(self, processes: int) -> dict[str, Any]:
+        """The keys that decide the weights of a trained denoiser, as JSON-like values.
+
+        `accumulation` counts the forward passes of all processes together: n take n times those of one.
+        """
         only_how = {"gradient_checkpointing", "compile", "save_every", "sample_every"}
-        return self.model_dump(mode="json", exclude={"sampling": True, "training": only_how})
+        decisive = self.model_dump(mode="json", exclude={"sampling": True, "training": only_how})
+        decisive["training"]["accumulation"] *= processes
+        return decisive
 
     @model_validator(mode="after")
     def _consistent(self) -> Diffusion:
@@ -517,12 +522,22 @@ class Verdict(_Section):
 
 
 class Workflow(_Section):
-    """How the work is cut into jobs. No result depends on it."""
+    """How the work is cut into jobs and processes. Results depend only on the processes that train a denoiser."""
 
     case_shards: PositiveInt = 4
     """Jobs that share the preparation of cases."""
     synthesis_shards: PositiveInt = 2
     """Jobs a generator that share its synthesis; each loads the model once."""
+    denoiser_gpus: PositiveInt = 1
+    """GPUs of a node that share the training of a denoiser, in one job and a process each. n processes take n times
+    `training.accumulation` forward passes a step: divide that by n to keep the recipe."""
+    denoiser_nodes: PositiveInt = 1
+    """Nodes that share it, with `denoiser_gpus` each; more than one needs Slurm."""
+
+    @property
+    def denoiser_processes(self) -> int:
+        """Processes that share the training of a denoiser."""
+        return self.denoiser_gpus * self.denoiser_nodes
 
 
 class Config(_Section):

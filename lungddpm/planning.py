@@ -72,6 +72,7 @@ _RATES = {
     "plan": _Rate(0.05, 0.5, memory_gib=1.7, disk_bytes_per_voxel=2),
     "evaluate": _Rate(0.05, 1.0, memory_gib=0.3),
     "write_report": _Rate(10, memory_gib=0.5, disk_bytes=8e6),
+    "checksums": _Rate(0.01, 0.01),
 }  # fmt: skip
 """Measured on the demo and, for `prepare`, on two scans of LIDC-IDRI (benchmarks/case_stages.py)."""
 _CASE_BYTES_PER_VOXEL = 1.6
@@ -120,8 +121,9 @@ class Stage:
     core_hours: float
     """Of jobs that ask for no GPU."""
     memory_gib: float
+    """On one node."""
     gpu_memory_gib: float | None
-    """Without the savings of `gradient_checkpointing`; None for jobs that ask for no GPU."""
+    """On one GPU, without the savings of `gradient_checkpointing`; None for jobs that ask for no GPU."""
     disk_gib: float
     """At the most while the stage runs; training states and caches go away when it ends."""
 
@@ -316,6 +318,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         _predict(config, segmenter, runs, predictions, speed),
         _light("evaluate", runs, predictions, grid),
         _light("write_report", 1, 1),
+        _light("checksums", 1, cohort.scans + training_cases, grid),
     ]
 
 
@@ -426,19 +429,23 @@ def _light(name: str, jobs: int, cases: int, voxels: float = 0.0, further_disk_b
     return Stage(name, jobs, 0.0, seconds / 3600, memory, None, disk / GIB)
 
 
-def _heavy(name: str, jobs: int, flop: float, memory_bytes: float, disk_bytes: float, speed: Speed) -> Stage:
-    """A stage that asks for a GPU; without one it runs on cores."""
+def _heavy(
+    name: str, jobs: int, flop: float, memory_bytes: float, disk_bytes: float, speed: Speed, processes: int = 1
+) -> Stage:
+    """A stage that asks for GPUs, one for each of a node's processes; without one it runs on cores."""
     hours = (jobs * _TORCH_START_S + flop / speed.flop_per_s) / 3600
     network = memory_bytes / GIB
     if speed.is_gpu:
-        return Stage(name, jobs, hours, 0.0, _CUDA_HOST_GIB, network, disk_bytes / GIB)
-    return Stage(name, jobs, 0.0, hours, _TORCH_GIB + network, None, disk_bytes / GIB)
+        return Stage(name, jobs, hours, 0.0, processes * _CUDA_HOST_GIB, network, disk_bytes / GIB)
+    return Stage(name, jobs, 0.0, hours, processes * (_TORCH_GIB + network), None, disk_bytes / GIB)
 
 
 def _train_denoiser(config: Config, cost: NetworkCost, voxels: int, speed: Speed) -> Stage:
     # Three states of weights, average and moments while one is written, and the result.
     disk = 13 * 4 * cost.parameters + _CACHE_BYTES * voxels
-    return _heavy("train_denoiser", 1, config.diffusion.training.steps * cost.step_flop, cost.memory_bytes, disk, speed)
+    # Each of several processes takes the forward passes of one.
+    flop = config.diffusion.training.steps * cost.step_flop * config.workflow.denoiser_processes
+    return _heavy("train_denoiser", 1, flop, cost.memory_bytes, disk, speed, config.workflow.denoiser_gpus)
 
 
 def _draw(config: Config, cost: NetworkCost, jobs: int, samples: int, speed: Speed) -> Stage:

@@ -227,13 +227,11 @@ class _Run:
 
 
 def _config_fingerprint(config: Config, processes: int, initial: Path | None) -> str:
-    """Of all that decides what training computes: n processes take n times the forward passes of one."""
-    diffusion = config.diffusion.decides_weights()
-    diffusion["training"]["accumulation"] *= processes
+    """Of all that decides what training computes."""
     decisive = {
         "seed": config.seed,
         "window_hu": config.grid.window_hu,
-        "diffusion": diffusion,
+        "diffusion": config.diffusion.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
         "code": code_fingerprint("diffusion"),
     }

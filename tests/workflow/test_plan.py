@@ -81,6 +81,15 @@ def test_the_protocol_costs_what_its_networks_are_known_to(repository):
     assert segmenters.gpu_memory_gib * 1.0737 == pytest.approx(7.7, rel=0.1)
 
 
+def test_processes_that_share_a_training_take_a_gpu_each(repository, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("workflow: {denoiser_gpus: 4, denoiser_nodes: 2}")
+    alone, shared = (stage(plan(repository, *files), "train_denoiser") for files in (PAPER, [*PAPER, mine]))
+    # Each takes the forward passes of one, and has the memory of its GPU and a fourth of its node's.
+    assert shared.gpu_hours == pytest.approx(8 * alone.gpu_hours, rel=0.01)
+    assert (shared.jobs, shared.memory_gib, shared.gpu_memory_gib) == (1, 4 * alone.memory_gib, alone.gpu_memory_gib)
+
+
 def test_without_a_gpu_the_hours_are_those_of_cores(repository):
     stages = plan(repository, "config.yaml", device="cpu")
     assert sum(each.gpu_hours for each in stages) == 0

@@ -43,6 +43,8 @@ CHECKPOINT = (
 # decide its result, so that a change of the others leaves it alone.
 onstart:
     write_merged_config()
+    # The hashes of a run under way would be wrong.
+    Path("results/SHA256SUMS").unlink(missing_ok=True)
 
 
 wildcard_constraints:
@@ -146,6 +148,27 @@ def sampling_of(generator):
 def plans_of(wildcards):
     """Every arm but `real` waits for the plans made on `real`."""
     return [] if wildcards.arm == "real" else ["results/arms/real/plan.json"]
+
+
+def several_nodes(value):
+    """A resource that only a training on several nodes has."""
+    return value if SETTINGS.workflow.denoiser_nodes > 1 else None
+
+
+def denoiser_launcher(_wildcards, threads):
+    """What starts the processes that share the training of a denoiser; nothing, where it is only one."""
+    nodes, gpus = SETTINGS.workflow.denoiser_nodes, SETTINGS.workflow.denoiser_gpus
+    if nodes == gpus == 1:
+        return ""
+    if nodes == 1:
+        return f"torchrun --standalone --nproc-per-node {gpus} --no-python --"
+    # This shell runs on the job's first node. Two trainings there, each a job, do not share a port.
+    meeting = '"$(hostname):$((20000 + SLURM_JOB_ID % 10000))"'
+    return (
+        f"srun --nodes {nodes} --ntasks {nodes} --cpus-per-task {threads} --kill-on-bad-exit=1"
+        f" torchrun --nnodes {nodes} --nproc-per-node {gpus}"
+        f' --rdzv-backend c10d --rdzv-endpoint {meeting} --rdzv-id "$SLURM_JOB_ID" --no-python --'
+    )
 
 
 def half_the_cores(_wildcards):

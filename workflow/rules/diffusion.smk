@@ -16,21 +16,28 @@ rule train_denoiser:
     resources:
         mem_mb=16000,
         runtime=2880,
-        gpu=1,
+        gpu=SETTINGS.workflow.denoiser_processes,
+        # What the Slurm plugin needs to leave several nodes to the launcher: a task and `gres` on each.
+        nodes=several_nodes(SETTINGS.workflow.denoiser_nodes),
+        tasks=several_nodes(SETTINGS.workflow.denoiser_nodes),
+        tasks_per_gpu=several_nodes(0),
+        gres=several_nodes(f"gpu:{SETTINGS.workflow.denoiser_gpus}"),
+        mpi=several_nodes("srun"),
     params:
         folder=subpath(output[0], parent=True),
         section=lambda wildcards: SECTION_OF_RUN[wildcards.run],
         settings=lambda wildcards: settings_of(
             window=SETTINGS.grid.window_hu,
-            **SETTINGS.denoisers()[SECTION_OF_RUN[wildcards.run]].decides_weights(),
+            **SETTINGS.denoisers()[SECTION_OF_RUN[wildcards.run]].decides_weights(
+                SETTINGS.workflow.denoiser_processes
+            ),
         ),
         code=code_fingerprint("diffusion"),
-        # Several GPUs (--set-resources train_denoiser:gpu=4): a process each.
-        launcher=lambda wildcards, resources: (
-            f"torchrun --standalone --nproc-per-node {resources.gpu} --no-python --"
-            if resources.gpu > 1
-            else ""
+        # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
+        launcher=denoiser_launcher,
+        threads_each=lambda wildcards, threads: max(
+            1, threads // SETTINGS.workflow.denoiser_gpus
         ),
     shell:
         "{params.launcher} lungddpm --log {log} train --config results/config.json --section {params.section} --cases {input.cases}"
-        " --output {params.folder} --threads {threads}"
+        " --output {params.folder} --threads {params.threads_each}"

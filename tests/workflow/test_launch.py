@@ -1,0 +1,88 @@
+"""Training of the denoiser in several processes: what the job asks for, how it starts them, and what they compute."""
+
+import os
+import re
+import subprocess
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BIN
+from test_dry_run import dry_run, jobs
+
+# Slurm's srun, on nodes that are all this machine: the command once for each.
+SRUN = """#!/bin/bash
+nodes=$2
+echo "$@" > "$(dirname "$0")/asked"
+while [ "$1" != torchrun ]; do shift; done
+for ((node = 0; node < nodes; node++)); do "$@" & started+=($!); done
+for process in "${started[@]}"; do wait "$process" || exit; done
+"""
+ON_ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "launcher", "asked"),
+    [
+        ("{}", "", {"gpu=1"}),
+        (
+            "{'denoiser_gpus': 4}",
+            "torchrun --standalone --nproc-per-node 4 --no-python --",
+            {"gpu=4"},
+        ),
+        (
+            "{'denoiser_gpus': 4, 'denoiser_nodes': 2}",
+            "srun --nodes 2 --ntasks 2 --cpus-per-task 8 --kill-on-bad-exit=1 torchrun --nnodes 2 --nproc-per-node 4 "
+            '--rdzv-backend c10d --rdzv-endpoint "$(hostname):$((20000 + SLURM_JOB_ID % 10000))" '
+            '--rdzv-id "$SLURM_JOB_ID" --no-python --',
+            {"gpu=8", "nodes=2", "tasks=2", "tasks_per_gpu=0", "gres=gpu:4", "mpi=srun"},
+        ),
+    ],
+)
+def test_the_job_asks_for_its_gpus_and_starts_a_process_on_each(repository, tmp_path, keys, launcher, asked):
+    arguments = ["--workflow-profile", "profiles/slurm", "--cores", "8", "--printshellcmds"]
+    run = dry_run(repository, tmp_path, *arguments, "--config", f"workflow={keys}")
+    assert run.returncode == 0, run.stderr
+    told = re.search(r"rule train_denoiser:.*?resources: (.*?)\nShell command: (.*?)\n", run.stdout, re.DOTALL)
+    resources = set(told[1].split(", "))
+    of_launch = re.compile("gpu|nodes|tasks|gres|mpi")
+    assert {resource for resource in resources if of_launch.match(resource)} == asked
+    before, _, after = told[2].partition(" lungddpm ")
+    assert before.strip() == launcher
+    assert f"--threads {2 if '4' in keys else 8}" in after
+
+
+@pytest.mark.workflow
+def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path, monkeypatch):
+    (tmp_path / "srun").write_text(SRUN)
+    (tmp_path / "srun").chmod(0o755)
+    environment = {**ON_ONE_CPU, "SLURM_JOB_ID": str(os.getpid()), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def benchmark_with(nodes, accumulation):
+        training = {"steps": 3, "accumulation": accumulation}
+        cohort = {"source": {"phantom": {"patients": 3}}, "roles": {"discovery": 1, "reference": 1, "test": 1}}
+        overlay = {"workflow": {"denoiser_nodes": nodes}, "diffusion": {"training": training}}
+        return make_benchmark(tmp_path / "run", {**cohort, **overlay})
+
+    benchmark = benchmark_with(nodes=2, accumulation=1)
+    run = benchmark.run("--until", "train_denoiser")
+    assert run.returncode == 0, run.stdout[-5000:]
+    assert (tmp_path / "asked").read_text().startswith("--nodes 2 --ntasks 2 ")
+    assert "2 processes" in (benchmark.results / "logs/train_denoiser-main.log").read_text()
+
+    standalone = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "--", BIN / "lungddpm"]
+    files = ["--config", "results/config.json", "--cases", "results/cases/cases.tsv", "--output", tmp_path / "one"]
+    subprocess.run([*standalone, "train", *files, "--threads", "1"], cwd=benchmark.folder, check=True)
+    histories = [
+        pd.read_csv(folder / "history.csv") for folder in (benchmark.results / "diffusion/main", tmp_path / "one")
+    ]
+    assert len(histories[0]) == 3
+    np.testing.assert_allclose(*(history["loss"] for history in histories), atol=1e-4, rtol=0)
+
+    # One process with twice the accumulation computes the same; with the same accumulation it does not.
+    for accumulation, to_train in ((2, 0), (1, 1)):
+        planned = benchmark_with(nodes=1, accumulation=accumulation).run("--until", "train_denoiser", "--dry-run")
+        assert planned.returncode == 0, planned.stdout
+        assert jobs(planned.stdout).get("train_denoiser", 0) == to_train
