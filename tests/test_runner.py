@@ -90,6 +90,14 @@ def test_continues_after_kill_9(folder, victim):
     assert (folder / "results/second.txt").exists()
 
 
+def test_what_a_killed_job_leaves_ends_with_the_run(folder):
+    job = "sleep 300 & echo $! > job.pid; kill -9 $$"
+    (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{job}"\n')
+    assert start(folder).wait(60) != 0
+    left = job_of(folder)
+    wait_for(lambda: not psutil.pid_exists(left) or psutil.Process(left).status() == psutil.STATUS_ZOMBIE)
+
+
 def test_ctrl_c_ends_in_order_and_the_same_command_continues(folder):
     run = start(folder)
     job_of(folder)

@@ -20,7 +20,7 @@ from lungddpm.arms import splits
 from lungddpm.cases import folder_of, hash_case, read_case, read_cases, usable
 from lungddpm.config import Config
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import fingerprint, sha256_of, write_json
+from lungddpm.files import exclusive_lock, fingerprint, sha256_of, write_json
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG
 from lungddpm.volume import write_volume
@@ -245,16 +245,17 @@ def _write_dataset(
 
 @contextmanager
 def _replaced_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place if the block ends well."""
+    """An empty folder beside `target` that takes its place if the block ends well; one process at a time."""
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-        if target.exists():
-            target.rename(old)
-        new.rename(target)
-    finally:
+    with exclusive_lock(target.with_name(".lock"), f"making {target}"):
         for leftover in (new, old):
             shutil.rmtree(leftover, ignore_errors=True)
+        new.mkdir(parents=True)
+        try:
+            yield new
+            if target.exists():
+                target.rename(old)
+            new.rename(target)
+        finally:
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)

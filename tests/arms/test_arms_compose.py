@@ -136,6 +136,7 @@ def test_composing_again_leaves_nothing_stale_and_changes_nothing(cohort):
     assert not (raw / "labelsTr" / "stale.nii.gz").exists()
     assert results.exists()
     assert sorted(path.name for path in (cohort / "arms" / "real").iterdir()) == [
+        ".lock",
         "arm.json",
         "nnUNet_raw",
         "nnUNet_results",

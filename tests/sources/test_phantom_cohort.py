@@ -177,14 +177,14 @@ def test_interrupted_run_goes_on_and_gives_equal_bytes(small_config, cohort: Pat
     run_phantom(small_config(2), output)
     assert kept.stat().st_mtime_ns == modified
     assert hashes(output) == hashes(cohort)
-    assert sorted(p.name for p in output.iterdir()) == ["PHANTOM-0001", "PHANTOM-0002"]
+    assert sorted(p.name for p in output.iterdir()) == [".lock", "PHANTOM-0001", "PHANTOM-0002"]
 
 
 def test_smaller_cohort_is_the_beginning_of_a_larger_one(small_config, cohort: Path, tmp_path: Path):
     output = tmp_path / "cohort"
     shutil.copytree(cohort, output)
     run_phantom(small_config(1), output)
-    assert [p.name for p in output.iterdir()] == ["PHANTOM-0001"]
+    assert sorted(p.name for p in output.iterdir()) == [".lock", "PHANTOM-0001"]
     assert hashes(output / "PHANTOM-0001") == hashes(cohort / "PHANTOM-0001")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from lungddpm import __version__
 from lungddpm.config import Config, Phantom
-from lungddpm.files import code_fingerprint, fingerprint, seed_from, write_json
+from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, write_json
 from lungddpm.progress import LOG, Progress
 from lungddpm.sources.phantom.nodules import Nodule
 from lungddpm.sources.phantom.patient import Thorax, thorax
@@ -66,19 +66,19 @@ def run_phantom(config: Config, output: Path) -> None:
     interrupted run goes on; patients beyond the wanted number are removed.
     """
     parameters = config.source.phantom
-    output.mkdir(parents=True, exist_ok=True)
     wanted = {f"PHANTOM-{index:04d}": index for index in range(1, parameters.patients + 1)}
-    # Half a patient is what a killed run leaves; its slices would be indexed as one more series.
-    for leftover in output.glob(".PHANTOM-*"):
-        shutil.rmtree(leftover)
-    for folder in sorted(output.glob("PHANTOM-*")):
-        if folder.name not in wanted and (folder / "phantom.json").is_file():
-            LOG.info("phantom: %s is not in a cohort of %d and is removed", folder.name, parameters.patients)
-            shutil.rmtree(folder)
-    with Progress("phantom patients", total=len(wanted)) as progress:
-        for patient_id, index in wanted.items():
-            _write_patient(output / patient_id, parameters, seed_from(config.seed, "phantom", index))
-            progress.advance()
+    with exclusive_lock(output / ".lock", f"writing the phantom cohort into {output}"):
+        # Half a patient is what a killed run leaves; its slices would be indexed as one more series.
+        for leftover in output.glob(".PHANTOM-*"):
+            shutil.rmtree(leftover)
+        for folder in sorted(output.glob("PHANTOM-*")):
+            if folder.name not in wanted and (folder / "phantom.json").is_file():
+                LOG.info("phantom: %s is not in a cohort of %d and is removed", folder.name, parameters.patients)
+                shutil.rmtree(folder)
+        with Progress("phantom patients", total=len(wanted)) as progress:
+            for patient_id, index in wanted.items():
+                _write_patient(output / patient_id, parameters, seed_from(config.seed, "phantom", index))
+                progress.advance()
 
 
 def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
