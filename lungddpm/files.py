@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import glob
 import hashlib
 import json
 import os
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,15 +28,20 @@ _CODE = {".py", ".jinja", ".csv"}
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path in the folder of `path`; it is synced and renamed to `path` if the block ends well.
 
-    The temporary name keeps all suffixes of `path` (".nii.gz"), because writers choose the format by them.
+    The temporary name keeps all suffixes of `path` (".nii.gz"), because writers choose the format by them. What killed
+    processes left of `path` is removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     suffix = "".join(path.suffixes[-2:])
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name.removesuffix(suffix)}-", suffix=suffix)
-    os.close(descriptor)
+    prefix = f".{path.name.removesuffix(suffix)}-"
+    _remove_left_behind(path.parent, prefix, suffix)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     temporary = Path(name)
     try:
+        # Until this process ends, however it ends; some network disks have no locks.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -44,6 +50,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 @contextmanager
@@ -56,6 +63,8 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lock:
+        # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.
+        os.register_at_fork(after_in_child=lock.close)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,6 +150,14 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _remove_left_behind(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove the temporary files of these names whose process is no more: nobody holds a lock on them."""
+    for path in folder.glob(f"{glob.escape(prefix)}{'[a-z0-9_]' * 8}{glob.escape(suffix)}"):
+        with suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
 
 
 def _umask() -> int:

@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
 import threading
 import time
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 
 from lungddpm.files import (
@@ -15,6 +18,7 @@ from lungddpm.files import (
     code_fingerprint,
     exclusive_lock,
     fingerprint,
+    lock_if_free,
     seed_from,
     sha256_of,
     write_json,
@@ -30,6 +34,56 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         raise RuntimeError
     assert json.loads(path.read_text()) == {"old": 1}
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    path = tmp_path / "a.nii.gz"
+
+    def die_half_way():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    killed = multiprocessing.get_context("fork").Process(target=die_half_way)
+    killed.start()
+    killed.join()
+    (left,) = tmp_path.iterdir()
+    other = tmp_path / "b.nii.gz"
+    with atomic_path(other):
+        assert left.exists(), "it is not of this file"
+    with atomic_path(path) as living:
+        assert not left.exists()
+        with atomic_path(path) as second:
+            second.write_text("second")
+        assert living.exists()
+        living.write_text("first")
+    assert path.read_text() == "first"
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.nii.gz", "b.nii.gz"}
+
+
+def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
+    context = multiprocessing.get_context("fork")
+    children = context.Queue()
+
+    def hold_and_die():
+        with exclusive_lock(tmp_path / ".lock", "training"):
+            child = context.Process(target=time.sleep, args=(60,))
+            child.start()
+            children.put(child.pid)
+            children.close()
+            children.join_thread()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    parent = context.Process(target=hold_and_die)
+    parent.start()
+    child = psutil.Process(children.get(timeout=30))
+    parent.join()
+    try:
+        with lock_if_free(tmp_path / ".lock") as free:
+            assert free
+        assert child.is_running()
+    finally:
+        child.kill()
 
 
 def test_temporary_keeps_suffixes_and_folder(tmp_path):

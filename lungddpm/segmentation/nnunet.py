@@ -76,35 +76,38 @@ def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, proc
             "code": code_fingerprint("segmentation"),
         }
     )
-    marker = arm_dir / "plan.json"
-    if marker.exists() and _read_marker(arm_dir, "plan.json", "segment plan")["fingerprint"] == state:
-        LOG.info("%s is planned and preprocessed already", arm_dir)
-        return
-    marker.unlink(missing_ok=True)
-    preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
-    shutil.rmtree(preprocessed, ignore_errors=True)
-    preprocessed.mkdir(parents=True)
-    raw = arm_dir / "nnUNet_raw" / DATASET
-    for name in ("dataset.json", "splits_final.json"):
-        shutil.copyfile(raw / name, preprocessed / name)
-    # nnU-Net's own validation looks for the true labels here.
-    (preprocessed / "gt_segmentations").symlink_to(os.path.relpath(raw.resolve() / "labelsTr", preprocessed.resolve()))
+    with exclusive_lock(arm_dir / ".lock", f"planning {arm_dir}"):
+        marker = arm_dir / "plan.json"
+        if marker.exists() and _read_marker(arm_dir, "plan.json", "segment plan")["fingerprint"] == state:
+            LOG.info("%s is planned and preprocessed already", arm_dir)
+            return
+        marker.unlink(missing_ok=True)
+        preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
+        shutil.rmtree(preprocessed, ignore_errors=True)
+        preprocessed.mkdir(parents=True)
+        raw = arm_dir / "nnUNet_raw" / DATASET
+        for name in ("dataset.json", "splits_final.json"):
+            shutil.copyfile(raw / name, preprocessed / name)
+        # nnU-Net's own validation looks for the true labels here.
+        (preprocessed / "gt_segmentations").symlink_to(
+            os.path.relpath(raw.resolve() / "labelsTr", preprocessed.resolve())
+        )
 
-    with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
-        if plans_from is None:
-            LOG.info("nnU-Net measures and plans %s", arm_dir.name)
-            _plan(config, preprocessed, processes)
-        else:
-            for name in ("dataset_fingerprint.json", f"{PLANS}.json"):
-                shutil.copyfile(plans_from / "nnUNet_preprocessed" / DATASET / name, preprocessed / name)
-        _preprocess(raw, preprocessed, processes)
-    content = {
-        "arm": arm["arm"],
-        "arm_fingerprint": arm["fingerprint"],
-        "plans_sha256": sha256_of(preprocessed / f"{PLANS}.json"),
-        "nnunetv2": version("nnunetv2"),
-    }
-    write_json(marker, {**content, "fingerprint": state})
+        with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
+            if plans_from is None:
+                LOG.info("nnU-Net measures and plans %s", arm_dir.name)
+                _plan(config, preprocessed, processes)
+            else:
+                for name in ("dataset_fingerprint.json", f"{PLANS}.json"):
+                    shutil.copyfile(plans_from / "nnUNet_preprocessed" / DATASET / name, preprocessed / name)
+            _preprocess(raw, preprocessed, processes)
+        content = {
+            "arm": arm["arm"],
+            "arm_fingerprint": arm["fingerprint"],
+            "plans_sha256": sha256_of(preprocessed / f"{PLANS}.json"),
+            "nnunetv2": version("nnunetv2"),
+        }
+        write_json(marker, {**content, "fingerprint": state})
 
 
 def small_configuration(planned: dict, transpose_forward: list[int], network: Network | None, batch_size: int) -> dict:

@@ -15,7 +15,7 @@ import pytest
 pytestmark = [pytest.mark.workflow, pytest.mark.chaos]
 
 # All targets within three minutes, and a Snakemake that has lost its `run`: then nobody ends its jobs.
-SEED = 200
+SEED = 906
 SECONDS_BETWEEN_KILLS = (20, 60)
 MOST_SECONDS = 15 * 60
 TARGETS = ["everything", "run", "snakemake", "job"]
