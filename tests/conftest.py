@@ -17,6 +17,7 @@ from lungddpm.volume import Volume, bounding_box, read_volume, write_volume
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups
 def pytest_collection_modifyitems(items):
     """The longest tests first, and those of a file on one process, as those that share the tiny benchmark are."""
     items.sort(key=lambda item: item.get_closest_marker("workflow") is None)

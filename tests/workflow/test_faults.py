@@ -99,9 +99,10 @@ def test_a_full_disk_is_told_and_nothing_is_lost(tiny_benchmark, mounted, stage,
 
 
 def sums_of(results):
-    """Hash of every file that does not hold the time, by name."""
+    """Hash of every file that does not hold the time, by name; of blosc2's not either, which differ by threads."""
     lines = [line.split("  ", 1) for line in (results / "SHA256SUMS").read_text().splitlines()]
-    return {name: digest for digest, name in lines if not name.endswith(("checkpoint_final.pth", ".csv", ".json"))}
+    varying = ("checkpoint_final.pth", ".b2nd", ".pkl", ".csv", ".json")
+    return {name: digest for digest, name in lines if not name.endswith(varying)}
 
 
 def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
@@ -149,9 +150,8 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
 
 def test_a_clock_that_went_back_does_not_stop_the_run(tiny_benchmark, copied):
     for path in [*copied.results.rglob("*")]:
-        if path.relative_to(copied.results).parts[0] in ("cases", "segmentation", "qc"):
-            tomorrow = path.lstat().st_mtime + 86400
-            os.utime(path, (tomorrow, tomorrow), follow_symlinks=False)
+        tomorrow = path.lstat().st_mtime + 86400
+        os.utime(path, (tomorrow, tomorrow), follow_symlinks=False)
     (copied.results / "report.html").unlink()
     run = copied.run()
     assert run.returncode == 0, run.stdout[-5000:]
