@@ -17,13 +17,9 @@ from lungddpm.volume import Volume, bounding_box, read_volume, write_volume
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.hookimpl(tryfirst=True)  # xdist looks for the groups
 def pytest_collection_modifyitems(items):
-    """The longest tests first, and those of a file on one process, as those that share the tiny benchmark are."""
+    """The longest tests first, so that several processes end together."""
     items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
-    for item in items:
-        shares_benchmark = "tiny_benchmark" in item.fixturenames
-        item.add_marker(pytest.mark.xdist_group("tiny benchmark" if shares_benchmark else item.path.name))
 
 
 @pytest.fixture(scope="session")
