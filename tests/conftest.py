@@ -12,14 +12,24 @@ import pytest
 from lungddpm.cases import COLUMNS, hash_case, write_cases
 from lungddpm.files import seed_from, write_json
 from lungddpm.layouts import Label
+from lungddpm.progress import LOG
 from lungddpm.volume import Volume, bounding_box, read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items):
-    """The longest tests first, so that several processes end together."""
-    items.sort(key=lambda item: item.get_closest_marker("workflow") is None)
+    """The longest tests first, the one that waits for Slurm before all, so that several processes end together."""
+    items.sort(key=lambda item: ("slurm" not in item.fixturenames, item.get_closest_marker("workflow") is None))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was():
+    """A test of the command line sets up logging; the next one must not inherit that."""
+    level, handlers = LOG.level, LOG.handlers[:]
+    yield
+    LOG.setLevel(level)
+    LOG.handlers[:] = handlers
 
 
 @pytest.fixture(scope="session")

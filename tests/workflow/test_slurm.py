@@ -157,11 +157,8 @@ def wait_for(condition, process, seconds=300):
         time.sleep(0.2)
 
 
-def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, make_benchmark, tmp_path):
-    two_arms = {"arms": {"controls": [], "synthetic_only": []}}
-    undisturbed, benchmark = (make_benchmark(tmp_path / name, two_arms) for name in ("undisturbed", "disturbed"))
-    alone = undisturbed.run()
-    assert alone.returncode == 0, alone.stdout[-5000:]
+def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark, make_benchmark, tmp_path):
+    benchmark = make_benchmark(tmp_path / "disturbed", {"arms": {"controls": [], "synthetic_only": []}})
     said = tmp_path / "said.log"
     with said.open("w") as log:
         run = subprocess.Popen(
@@ -178,8 +175,11 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, make_benchmark
     subprocess.run(["scancel", "--signal=KILL", "--full", slurm.running("train_segmenter")["JobId"]], check=True)
     assert run.wait(900) == 0, said.read_text()[-5000:]
 
-    for name in ("cases.csv", "verdict.csv", "lesions.csv"):
-        pd.testing.assert_frame_equal(benchmark.table(name), undisturbed.table(name))
+    for name in ("cases.csv", "lesions.csv"):
+        ours, of_all_arms = (each.table(name) for each in (benchmark, tiny_benchmark))
+        theirs = of_all_arms[of_all_arms["arm"].isin(ours["arm"])].reset_index(drop=True)
+        pd.testing.assert_frame_equal(ours, theirs)
+    assert set(benchmark.table("verdict.csv")["arm"]) == {"real", "real+lung_ddpm@1.0"}
     jobs = [(re.match("rule_(.+?)(_wildcards.*)?$", job["Comment"])[1], job) for job in slurm.jobs()]
     assert {rule for rule, _ in jobs} >= {"phantom", "prepare", *GPU_RULES, "evaluate", "write_report"}
     assert [rule for rule, job in jobs if job["Restarts"] != "0"] == ["train_denoiser"]
