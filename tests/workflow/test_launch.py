@@ -7,8 +7,8 @@ import subprocess
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BIN
 from test_dry_run import dry_run, jobs
+from tiny import BIN
 
 # Slurm's srun, on nodes that are all this machine: the command once for each.
 SRUN = """#!/bin/bash

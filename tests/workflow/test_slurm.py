@@ -9,8 +9,8 @@ import subprocess
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
+from tiny import TWO_ARMS, assert_same_measures
 
 pytestmark = pytest.mark.workflow
 
@@ -158,7 +158,7 @@ def wait_for(condition, process, seconds=300):
 
 
 def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark, make_benchmark, tmp_path):
-    benchmark = make_benchmark(tmp_path / "disturbed", {"arms": {"controls": [], "synthetic_only": []}})
+    benchmark = make_benchmark(tmp_path / "disturbed", TWO_ARMS)
     said = tmp_path / "said.log"
     with said.open("w") as log:
         run = subprocess.Popen(
@@ -175,10 +175,7 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
     subprocess.run(["scancel", "--signal=KILL", "--full", slurm.running("train_segmenter")["JobId"]], check=True)
     assert run.wait(900) == 0, said.read_text()[-5000:]
 
-    for name in ("cases.csv", "lesions.csv"):
-        ours, of_all_arms = (each.table(name) for each in (benchmark, tiny_benchmark))
-        theirs = of_all_arms[of_all_arms["arm"].isin(ours["arm"])].reset_index(drop=True)
-        pd.testing.assert_frame_equal(ours, theirs)
+    assert_same_measures(benchmark, tiny_benchmark)
     assert set(benchmark.table("verdict.csv")["arm"]) == {"real", "real+lung_ddpm@1.0"}
     jobs = [(re.match("rule_(.+?)(_wildcards.*)?$", job["Comment"])[1], job) for job in slurm.jobs()]
     assert {rule for rule, _ in jobs} >= {"phantom", "prepare", *GPU_RULES, "evaluate", "write_report"}
