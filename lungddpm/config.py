@@ -512,13 +512,37 @@ class ImageQuality(_Section):
     weights, whose distances tell sets apart but compare with no publication."""
 
 
+class Calibration(_Section):
+    """Limits of the calibration check: how far the HU of a generator's samples may be from those of their references, on
+    average over samples. Outside them, the check fails and the page says so first."""
+
+    lungs_hu: PositiveFloat = 10.0
+    """Largest mean difference in the lungs, nodules left out, in HU, to either side."""
+    vessels_hu: PositiveFloat | None = None
+    """The same in the vessels; null shows it without a limit, as denoisers that are not told where the vessels are
+    (`diffusion.classes`) draw them elsewhere."""
+    nodules_hu: PositiveFloat = 40.0
+    """The same in the nodules, of samples with the reference's own layout."""
+    spread_ratio: Range = (0.9, 1.1)
+    """Smallest and largest ratio of the standard deviations of HU in the lungs, nodules left out: samples over
+    references."""
+
+    @model_validator(mode="after")
+    def _spread(self) -> Calibration:
+        low, high = self.spread_ratio
+        if not 0 <= low <= 1 <= high:
+            raise ValueError(f"spread_ratio: 1 must lie between the two, got {low:g}, {high:g}")
+        return self
+
+
 class Verdict(_Section):
-    """Statistics of the comparison."""
+    """Statistics of the comparison, and what its page warns of."""
 
     bootstraps: Annotated[int, Field(ge=100)] = 10_000
     """Bootstrap resamples (replicate, then case); they describe, they do not decide."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of the confidence intervals; an arm is better or worse where p, corrected for all arms, is below 1 - it."""
+    calibration: Calibration = Calibration()
 
 
 class Workflow(_Section):

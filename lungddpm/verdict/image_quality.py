@@ -24,6 +24,7 @@ from lungddpm.errors import InputError
 from lungddpm.files import sha256_of, write_table
 from lungddpm.layouts import Label
 from lungddpm.progress import Progress
+from lungddpm.verdict.calibration import compare_hu
 from lungddpm.verdict.diversity import memorisation, nearest_case, pairwise_similarity
 from lungddpm.verdict.feature_distances import distances_of_sets
 from lungddpm.verdict.similarity import n_scales, similarities
@@ -39,7 +40,8 @@ SET_COLUMNS = [
     "generator", "image", "region", "metric", "value", "n", "n_real", "extractor", "weights_sha256", "note",
 ]  # fmt: skip
 """A row a set of images, region and metric: `n` images (or pairs of them) beside `n_real` real cases."""
-SYNTHETIC, CONSTANT_LUNGS = "synthetic", "constant lungs"
+SYNTHETIC, CONSTANT_LUNGS, SHIFTED = "synthetic", "constant lungs", "shifted references"
+"""Of the two floors, one keeps nothing but the references' brightness, the other changes nothing but that."""
 OTHER_PATIENTS, COPIES = "other patients", "copies of the references"
 """More floors: the discovery cases, taken for a sample or for a set of samples; each sample's own reference."""
 WHOLE, LUNGS, SEAM = "whole volume", "lungs", "seam"
@@ -94,6 +96,21 @@ def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.nd
 def constant_lungs(reference: np.ndarray, lungs: np.ndarray) -> np.ndarray:
     """The floor: the reference with one constant in the lungs, the one of least squared error (their mean)."""
     return np.where(lungs, reference[lungs].mean() if lungs.any() else 0, reference).astype(reference.dtype)
+
+
+def shifted_lungs(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """The floor: the reference, as bright in the lungs as the image is on average. It differs in nothing else.
+
+    Args:
+        image: (x, y, z), HU.
+        reference: same shape, HU.
+        layout: labels that the image was made from, same shape.
+        same: bool, same shape: voxels of which the mean difference is taken, where the layout names them.
+    """
+    lungs = layout != Label.BACKGROUND
+    compared = lungs & same
+    shift = image[compared].mean() - reference[compared].mean() if compared.any() else 0.0
+    return np.where(lungs, reference + shift, reference)
 
 
 def compare_images(
@@ -267,11 +284,13 @@ def _read_real(cases_table: Path, table: pd.DataFrame, role: str, window: tuple[
 
 
 def _images_of(sample: Sample, window: tuple[float, float]) -> dict[str, np.ndarray]:
-    """The sample, and the floor made from its reference, in HU."""
+    """The sample, and the floors made from its reference, in HU."""
     images = {SYNTHETIC: _clip(sample.ct, window)}
     if sample.reference is not None:
-        lungs = sample.layout.array != Label.BACKGROUND
-        images[CONSTANT_LUNGS] = constant_lungs(_clip(sample.reference, window), lungs)
+        layout, reference = sample.layout.array, _clip(sample.reference, window)
+        same = layout == sample.reference_layout.array
+        images[CONSTANT_LUNGS] = constant_lungs(reference, layout != Label.BACKGROUND)
+        images[SHIFTED] = shifted_lungs(images[SYNTHETIC], reference, layout, same)
     return images
 
 
@@ -284,7 +303,8 @@ def _judge_samples(
         for number, row in enumerate(samples.to_dict("records")):
             sample = read_sample(row["folder"], cases_table)
             images, lungs = _images_of(sample, window), sample.layout.array != Label.BACKGROUND
-            found = [{"image": image, **_nearest_row(hu, lungs, every_case)} for image, hu in images.items()]
+            remembering = {image: hu for image, hu in images.items() if image != SHIFTED}
+            found = [{"image": image, **_nearest_row(hu, lungs, every_case)} for image, hu in remembering.items()]
             if others := [case.hu for case in training if case.patient_id != row["patient_id"]]:
                 images[OTHER_PATIENTS] = others[number % len(others)]
             if sample.reference is not None:
@@ -303,7 +323,8 @@ def _beside_reference(sample: Sample, images: dict[str, np.ndarray], window: tup
         ratio = seam_ratio(values, reference, layout, layout == own_layout)
         seam = {"region": SEAM, "metric": SEAM_RATIO, "value": ratio, "note": ""}
         rows += [{"image": image, **row} for row in [*compare_images(values, reference, masks, window), seam]]
-    return rows
+    hu = compare_hu(images[SYNTHETIC], _clip(sample.reference, window), layout, own_layout)
+    return rows + [{"image": SYNTHETIC, **row} for row in hu]
 
 
 def _nearest_row(hu: np.ndarray, lungs: np.ndarray, training: dict[str, np.ndarray]) -> dict:
@@ -353,7 +374,7 @@ def _distance_rows(
             return found
 
         of_reference = {case.case_id: features(case.hu, case.lungs) for case in references}
-        sets = {SYNTHETIC: [], CONSTANT_LUNGS: [], COPIES: []}
+        sets = {SYNTHETIC: [], SHIFTED: [], CONSTANT_LUNGS: [], COPIES: []}
         sets[OTHER_PATIENTS] = [features(case.hu, case.lungs) for case in training]
         for folder in samples["folder"]:
             sample = read_sample(folder, cases_table)

@@ -14,6 +14,7 @@ from lungddpm.errors import InputError
 from lungddpm.files import seed_from, write_table, write_text
 from lungddpm.progress import LOG, device_in
 from lungddpm.verdict import image_quality
+from lungddpm.verdict.calibration import calibration_table
 from lungddpm.verdict.froc import froc_tables
 from lungddpm.verdict.lesions import SIZE_BINS
 from lungddpm.verdict.published import published_comparison
@@ -366,6 +367,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
             )
         )
         tables["image_quality"] = quality_table(samples, sets)
+    tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),

@@ -15,6 +15,7 @@ from lungddpm.errors import InputError
 from lungddpm.files import write_json
 from lungddpm.generators import run_synthesize
 from lungddpm.layouts import Label
+from lungddpm.verdict.calibration import CHECKS
 from lungddpm.verdict.image_quality import (
     CONSTANT_LUNGS,
     COPIES,
@@ -22,6 +23,7 @@ from lungddpm.verdict.image_quality import (
     NEAREST,
     OTHER_PATIENTS,
     SEAM_RATIO,
+    SHIFTED,
     SYNTHETIC,
     compare_images,
     constant_lungs,
@@ -29,9 +31,10 @@ from lungddpm.verdict.image_quality import (
     run_quality,
     seam_ratio,
     sets_beside,
+    shifted_lungs,
     unit_range,
 )
-from lungddpm.volume import read_volume
+from lungddpm.volume import Volume, read_volume, write_volume
 
 WINDOW = (-1024.0, 600.0)
 
@@ -181,6 +184,44 @@ def test_no_other_constant_is_a_better_floor(reference):
         assert best <= np.square(np.where(lungs, constant, reference) - reference).mean() + 1e-6
 
 
+def test_the_shifted_floor_has_the_brightness_of_the_image_and_nothing_else_of_it(reference):
+    layout = np.where(reference > 0.3, Label.LUNG, Label.BACKGROUND)
+    same = np.ones(layout.shape, bool)
+    same[:2] = False  # where nodules were moved, the image is no measure of brightness
+    lungs = layout == Label.LUNG
+    image = np.where(lungs, 1000 * reference[::-1] - 58, 0)
+    image[:2] = 9999
+    floor = shifted_lungs(image, 1000 * reference, layout, same)
+    shift = image[lungs & same].mean() - 1000 * reference[lungs & same].mean()
+    np.testing.assert_allclose(floor, 1000 * reference + shift * lungs, rtol=1e-5)
+    empty = np.zeros_like(layout)
+    np.testing.assert_array_equal(shifted_lungs(image, reference, empty, same), reference)
+
+
+def test_a_generator_that_changes_nothing_but_brightness_is_as_far_away_as_its_floor(make_results):
+    config, results = make_results(n_test=3, n_replicates=1)
+    table = results / "cases" / "cases.tsv"
+    cases = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False)
+    write_cases(table, cases.assign(role=cases["role"].replace("test", "reference")))
+    folder = results / "synthetic" / "lung_ddpm"
+    for number in range(2):
+        case_id = f"case-0{number + 2}"
+        ct, layout = (read_volume(results / "cases" / case_id / f"{name}.nii.gz") for name in ("ct", "layout"))
+        darker = ct.array - 58 * (layout.array != Label.BACKGROUND)
+        write_volume(folder / f"sample-{number}" / "ct.nii.gz", Volume(darker.astype(np.int16), ct.affine))
+        shutil.copy(results / "cases" / case_id / "layout.nii.gz", folder / f"sample-{number}")
+        write_json(folder / f"sample-{number}" / "sample.json", {"reference_case_id": case_id})
+    table, sets = judged(config, results, [folder / f"samples-{number}.tsv" for number in range(2)])
+    for region in ("whole volume", "lungs"):
+        for metric in ("fid", "mmd_squared"):
+            value = {image: sets.loc[(image, region, metric), "value"] for image in (SYNTHETIC, SHIFTED, COPIES)}
+            assert value[SHIFTED] == pytest.approx(value[SYNTHETIC], rel=1e-3)
+            assert value[SHIFTED] > value[COPIES]
+    mse = table[(table["metric"] == "mse") & (table["region"] == "lungs")].groupby("image")["value"].mean()
+    assert mse[SHIFTED] == pytest.approx(mse[SYNTHETIC], rel=1e-3)
+    assert mse[SHIFTED] == pytest.approx((58 / 1624) ** 2, rel=1e-3)
+
+
 def test_unit_range_clips_to_the_window():
     assert unit_range(np.array([-3000, -1024, -212, 600, 3000]), WINDOW).tolist() == [0, 0, 0.5, 1, 1]
 
@@ -190,8 +231,8 @@ def test_table_has_a_row_a_sample_image_region_and_metric(make_results):
     table = pd.read_csv(results / "quality" / "lung_ddpm.csv")
     keys = ["case_id", "image", "region", "metric"]
     compared = table[table["metric"] != NEAREST]
-    assert len(compared) == len(compared[keys].drop_duplicates()) == 2 * 4 * (4 * len(METRICS) + 1)
-    assert set(compared["image"]) == {SYNTHETIC, CONSTANT_LUNGS, COPIES, OTHER_PATIENTS}
+    assert len(compared) == len(compared[keys].drop_duplicates()) == 2 * (5 * (4 * len(METRICS) + 1) + len(CHECKS))
+    assert set(compared["image"]) == {SYNTHETIC, SHIFTED, CONSTANT_LUNGS, COPIES, OTHER_PATIENTS}
     assert set(compared["reference"]) == {"case-01"}
     nearest = table[table["metric"] == NEAREST].dropna(subset="value")
     assert nearest["image"].value_counts().to_dict() == {SYNTHETIC: 2, CONSTANT_LUNGS: 2, OTHER_PATIENTS: 1}
@@ -213,7 +254,7 @@ def test_floors_come_out_as_floors(make_results):
     )
     sets = pd.read_csv(sets_beside(results / "quality" / "lung_ddpm.csv"))
     distances = sets[sets["metric"].isin(["fid", "mmd_squared"])]
-    assert len(distances) == 4 * 2 * 2
+    assert len(distances) == 5 * 2 * 2
     assert distances["extractor"].str.contains("random weights").all()
     assert distances["weights_sha256"].str.len().eq(64).all()
     assert distances["value"].isna().all()  # there is one reference only
