@@ -513,8 +513,8 @@ class ImageQuality(_Section):
 
 
 class Calibration(_Section):
-    """Limits of the calibration check: how far the HU of a generator's samples may be from those of their references, on
-    average over samples. Outside them, the check fails and the page says so first."""
+    """Limits of the calibration check: how far the HU of a generator's samples may be from those of their references,
+    on average over samples. Outside them the check fails, and the page says so first."""
 
     lungs_hu: PositiveFloat = 10.0
     """Largest mean difference in the lungs, nodules left out, in HU, to either side."""

@@ -1,13 +1,14 @@
 """The calibration check: do a generator's samples have the HU of their references, region by region?
 
-A segmenter learns brightness before shape, so that lungs which are darker than real ones explain a loss, or a gain, that
-has nothing to do with nodules. Layout and anatomy are the reference's own, so that the mean difference of a sample to its
-reference is the generator's alone.
+A segmenter learns brightness before shape: lungs that are darker than real ones can explain a loss, or a gain, that has
+nothing to do with nodules. Layout and anatomy are the reference's own, so the mean difference of a sample to its
+reference is the generator's doing.
 """
 
 from __future__ import annotations
 
 import math
+from itertools import count
 
 import numpy as np
 import pandas as pd
@@ -74,15 +75,13 @@ def calibration_table(quality: pd.DataFrame | None, generators: list[str], limit
         limits: of the config.
 
     Returns:
-        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. What was not measured is
-        said to be so; it never passes.
+        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. What was not measured
+        says so; it never passes.
     """
     measured = {}
     if quality is not None:
-        keys = ["generator", "region", "metric"]
-        measured = (
-            quality[quality["metric"].isin([DIFFERENCE, SPREAD])].set_index(keys)[["n", "mean", "sd"]].T.to_dict()
-        )
+        found = quality[quality["metric"].isin([DIFFERENCE, SPREAD])]
+        measured = found.set_index(["generator", "region", "metric"])[["n", "mean", "sd"]].to_dict("index")
     rows = []
     for generator in generators:
         for region, measure in CHECKS:
@@ -118,24 +117,31 @@ def calibration_notes(table: pd.DataFrame) -> list[str]:
 
 
 def _failure(row: dict) -> str:
-    region = row["region"].split()[0]
+    region, low, high = row["region"].split()[0], row["limit_low"], row["limit_high"]
     if row["measure"] == SPREAD:
-        low, high = row["limit_low"], row["limit_high"]
-        return f"HU in the {region} spread {row['mean']:.2f} times as wide as in the references (limits {low:g} to {high:g})"
-    digits = 0 if abs(round(row["mean"])) > row["limit_high"] else 1
+        ratio = f"{row['mean']:.{_digits(row, 2)}f}"
+        return f"HU in the {region} spread {ratio} times as wide as in the references (limits {low:g} to {high:g})"
     how = "too bright" if row["mean"] > 0 else "too dark"
-    return f"{region} {how}, {signed(row['mean'], digits)} HU against the references (limit ±{row['limit_high']:g})"
+    return f"{region} {how}, {signed(row['mean'], _digits(row, 0))} HU against the references (limit ±{high:g})"
+
+
+def _digits(row: dict, least: int) -> int:
+    """Digits that show a mean outside its limits: -10.4 is not within -10 to 10."""
+    return next(n for n in count(least) if not row["limit_low"] <= round(row["mean"], n) <= row["limit_high"])
 
 
 def calibration_summary(table: pd.DataFrame) -> str:
     """The outcome of the check for every generator, in one sentence; empty without generators."""
-    parts = []
-    for generator, rows in table[table["status"] != NO_LIMIT].groupby("generator", sort=False):
-        rows = rows[rows["limit_low"].notna()]
-        missing = rows[rows["status"] == NOT_MEASURED]
-        said = NOT_MEASURED if len(missing) == len(rows) else FAILED if (rows["status"] == FAILED).any() else PASSED
-        regions = " and ".join(dict.fromkeys(region.split()[0] for region in missing["region"]))
-        parts.append(
-            f"{generator} {said}" + (f" ({regions} {NOT_MEASURED})" if regions and said != NOT_MEASURED else "")
-        )
+    limited = table[table["limit_low"].notna()]
+    parts = [f"{name} {_outcome(rows)}" for name, rows in limited.groupby("generator", sort=False)]
     return f"HU calibration: {'; '.join(parts)}." if parts else ""
+
+
+def _outcome(rows: pd.DataFrame) -> str:
+    """Of one generator; regions without a measurement are named where others have one."""
+    missing = rows.loc[rows["status"] == NOT_MEASURED, "region"]
+    if len(missing) == len(rows):
+        return NOT_MEASURED
+    regions = " and ".join(dict.fromkeys(region.split()[0] for region in missing))
+    outcome = FAILED if (rows["status"] == FAILED).any() else PASSED
+    return outcome + (f" ({regions} {NOT_MEASURED})" if regions else "")

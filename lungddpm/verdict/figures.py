@@ -44,7 +44,8 @@ from lungddpm.verdict.image_quality import (
 from lungddpm.verdict.statistics import signed
 from lungddpm.volume import Volume
 
-_OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D"), "no difference shown": ("#555555", "o")}
+_OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
+_NO_CLAIM = ("#555555", "o")
 _FLOORS = [COPIES, CONSTANT_LUNGS, OTHER_PATIENTS]
 _GENERATOR_BAR, _FLOOR_BAR = {"color": "#0072B2"}, {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
 _LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: as the reference"
@@ -371,8 +372,8 @@ def _strips(values: dict[str, np.ndarray], form: Callable[[float], str]) -> tupl
 
 def _outcome_style(verdict: str) -> tuple[str, str, str]:
     """Colour, marker, and what the marker is filled with."""
-    colour, marker = _OUTCOMES[verdict]
-    return colour, marker, "white" if verdict == "no difference shown" else colour
+    colour, marker = _OUTCOMES.get(verdict, _NO_CLAIM)
+    return colour, marker, colour if verdict in _OUTCOMES else "white"
 
 
 def _panels(count: int) -> tuple[Figure, list[plt.Axes]]:

@@ -29,6 +29,7 @@ from lungddpm.pages import Shown, render, show_excluded
 from lungddpm.progress import LOG
 from lungddpm.segmentation.nnunet import training_curve
 from lungddpm.verdict import figures
+from lungddpm.verdict.calibration import DIFFERENCE, SPREAD, calibration_summary
 from lungddpm.verdict.image_quality import (
     COPIES,
     LUNGS,
@@ -45,7 +46,6 @@ from lungddpm.verdict.tables import (
     BASELINE,
     MEASURES,
     SIZE_COLUMNS,
-    identical_replicates,
     missing_replicates,
     quality_files,
     read_csv,
@@ -82,12 +82,14 @@ def run_report(config: Config, results: Path) -> None:
 
 
 def verdict_table_text(results: Path) -> str:
-    """The verdict as plain text for a terminal: a table of Dice, a sentence an arm, and where the report lies.
+    """The verdict as plain text for a terminal: notes, a table of Dice, a sentence per arm, and where the report lies.
 
     Raises:
         InputError: the run has no verdict yet.
     """
-    verdict = read_csv(results / "tables" / "verdict.csv")
+    verdict, notes = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "notes"))
+    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
+    significance = 1 - manifest["config"]["verdict"]["confidence"]
     rows = verdict[verdict["metric"] == next(iter(MEASURES))]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for head in ("arm", "Dice", "difference", "CI", "p", "verdict"):
@@ -95,9 +97,13 @@ def verdict_table_text(results: Path) -> str:
     for row in rows.to_dict("records"):
         table.add_row(
             row["arm"], _number(row["mean"], ".3f"), _number(row["difference"], "+.3f"), _interval(row),
-            _number(row["p_holm"], ".3f"), row["verdict"],
+            _p(row["p_holm"], significance), row["verdict"],
         )  # fmt: skip
     console = Console(file=StringIO(), width=100, no_color=True, highlight=False)
+    for note in notes["note"]:
+        console.print(textwrap.fill(note, 98, initial_indent="! ", subsequent_indent="  "), markup=False)
+    if len(notes):
+        console.print()
     console.print(table)
     console.print()
     for text in rows["sentence"]:
@@ -256,24 +262,29 @@ def render_report(
         if path.suffix == ".png"
     }
     verdict, prose = tables["verdict"], next(iter(MEASURES))
-    confidence = f"{100 * config.verdict.confidence:g} %"
+    confidence, significance = f"{100 * config.verdict.confidence:g} %", 1 - config.verdict.confidence
     return render(
         "verdict/report.html.jinja",
         generators=config.arms.generators,
         shared_patients=config.roles.allow_shared_patients,
         phantom=config.source.kind == "phantom",
+        notes=tables["notes"]["note"].tolist(),
+        calibration=show_calibration(tables["calibration"]),
+        calibration_summary=calibration_summary(tables["calibration"]),
         answers=verdict[(verdict["metric"] == prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
         supports=verdict[(verdict["metric"] != prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
         controls=[arm for arm in config.arms.names() if arm != BASELINE and not _tests_a_generator(arm, config)],
         images=images,
         montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_samples(shown)],
         viewer=viewer_values(shown),
-        numbers=[show_verdict(verdict, measure, confidence) for measure in MEASURES],
-        description=[show_description(verdict, measure, confidence) for measure in MEASURES],
+        numbers=[show_verdict(verdict, measure, confidence, significance) for measure in MEASURES],
+        description=[show_description(verdict, measure, confidence, significance) for measure in MEASURES],
         cases_and_replicates=", ".join(
             (count(verdict["n_cases"].max(), "test case"), count(verdict["n_replicates"].max(), "replicate"))
         ),
-        dose_response=show_dose_response(tables["dose_response"], confidence) if "dose_response" in tables else None,
+        dose_response=(
+            show_dose_response(tables["dose_response"], confidence, significance) if "dose_response" in tables else None
+        ),
         detection=show_detection(tables["detection"]),
         dice_by_case=show_dice(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
@@ -294,7 +305,7 @@ def render_report(
         limits=limits_of(config, tables),
         timing=show_timing(tables["timing"]) if "timing" in tables else None,
         confidence=confidence,
-        significance=f"{1 - config.verdict.confidence:g}",
+        significance=f"{significance:g}",
         n_compared=int(verdict["n_compared"].max()),
         minimum_cases=MINIMUM_CASES,
         power=f"{100 * POWER:g} %",
@@ -321,11 +332,6 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
         f"Not evaluated, and left out: {arm}, {', '.join(replicates)}."
         for arm, replicates in missing_replicates(cases_scored, config).items()
     ]
-    limits += [
-        f"The same measures in every case: {'; '.join(names)}. Unless nothing was predicted, trainings that differ do "
-        "not end so: look for a copied folder."
-        for names in identical_replicates(cases_scored)
-    ]
     limits += caveats(n_cases, n_replicates)
     if detectable := detectable_difference(verdict):
         limits.append(
@@ -351,12 +357,13 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     return limits
 
 
-def show_verdict(verdict: pd.DataFrame, measure: str, confidence: str) -> Shown:
+def show_verdict(verdict: pd.DataFrame, measure: str, confidence: str, significance: float) -> Shown:
     """The rows of one measure in `verdict.csv` for reading."""
     rows = [
         [
             row["arm"], _spread(row["mean"], row["sd"], ".3f"), _number(row["difference"], "+.3f"), _interval(row),
-            _number(row["relative_percent"], "+.1f"), _p(row["p"]), _p(row["p_holm"]),
+            _number(row["relative_percent"], "+.1f"),
+            _p(row["p"], significance), _p(row["p_holm"], significance),
             _number(row["detectable_difference"], ".3f"), row["verdict"],
         ]
         for row in verdict[verdict["metric"] == measure].to_dict("records")
@@ -366,11 +373,12 @@ def show_verdict(verdict: pd.DataFrame, measure: str, confidence: str) -> Shown:
     return Shown(heads, rows, [False, *[True] * 7, False])
 
 
-def show_description(verdict: pd.DataFrame, measure: str, confidence: str) -> Shown:
+def show_description(verdict: pd.DataFrame, measure: str, confidence: str, significance: float) -> Shown:
     """What describes the comparisons of one measure without deciding them."""
     rows = [
         [
-            row["arm"], _number(row["difference"], "+.3f"), _interval(row, "bootstrap"), _p(row["p_wilcoxon"]),
+            row["arm"], _number(row["difference"], "+.3f"), _interval(row, "bootstrap"),
+            _p(row["p_wilcoxon"], significance),
             f"{row['wins']} / {row['ties']} / {row['losses']}", _number(row["standard_error"], ".4f"),
             _number(row["df"], ".1f"),
         ]
@@ -381,12 +389,29 @@ def show_description(verdict: pd.DataFrame, measure: str, confidence: str) -> Sh
     return Shown(heads, rows, [False, *[True] * 6])
 
 
-def show_dose_response(lines: pd.DataFrame, confidence: str) -> Shown:
+def show_calibration(calibration: pd.DataFrame) -> Shown:
+    """`calibration.csv` for reading."""
+    names = {DIFFERENCE: ("mean difference, HU", "+.1f"), SPREAD: ("spread of HU, ratio of sd", ".3f")}
+    rows = []
+    for row in calibration.to_dict("records"):
+        name, form = names[row["measure"]]
+        limits = [f"{row[key]:g}".replace("-", "−") for key in ("limit_low", "limit_high")]
+        rows.append(
+            [
+                row["generator"], row["region"], name, str(row["n_samples"]), _spread(row["mean"], row["sd"], form),
+                "" if pd.isna(row["limit_low"]) else " to ".join(limits), row["status"],
+            ]
+        )  # fmt: skip
+    heads = ["generator", "region", "measure", "samples", "mean ± sd", "limits of the mean", "check"]
+    return Shown(heads, rows, [False, False, False, True, True, True, False])
+
+
+def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float) -> Shown:
     """`dose_response.csv` for reading."""
     rows = [
         [
             row["generator"], MEASURES[row["metric"]], str(row["n_doses"]), _number(row["slope"], "+.3f"),
-            _interval(row), _p(row["p"]),
+            _interval(row), _p(row["p"], significance),
         ]
         for row in lines.to_dict("records")
     ]  # fmt: skip
@@ -551,8 +576,16 @@ def _interval(row: dict, kind: str = "ci") -> str:
     return "" if pd.isna(low) else f"{signed(low)} to {signed(high)}"
 
 
-def _p(value: float) -> str:
-    return "" if pd.isna(value) else format_p(value).removeprefix("= ")
+def _p(value: float, significance: float) -> str:
+    """A p with as many digits as show on which side of the level it lies: 0.04996, not 0.050, where that is 0.05."""
+    if pd.isna(value):
+        return ""
+    text, level = format_p(value).removeprefix("= "), round(significance, 12)
+    for digits in range(3, 17):
+        if text.startswith("<") or (float(text) < level) == (value < level):
+            break
+        text = f"{value:.{digits}f}"
+    return text
 
 
 def _duration(seconds: float) -> str:

@@ -17,6 +17,7 @@ from lungddpm.verdict import image_quality
 from lungddpm.verdict.calibration import calibration_table
 from lungddpm.verdict.froc import froc_tables
 from lungddpm.verdict.lesions import SIZE_BINS
+from lungddpm.verdict.notes import notes_table
 from lungddpm.verdict.published import published_comparison
 from lungddpm.verdict.segmentation import RATIOS, check_unchanged
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
@@ -27,6 +28,8 @@ MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
 
 The first decides, the others support."""
 _SUMMARISED = (*RATIOS, "surface_dice", "hausdorff_95_mm", "volume_error_mm3")
+NOT_TRUSTED = "not trusted"
+"""Verdict in the place of "better" or "worse" in a run with copied replicates."""
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
@@ -128,9 +131,14 @@ def missing_replicates(cases: pd.DataFrame, config: Config) -> dict[str, list[st
 
 
 def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
-    """Replicates, each as "arm, replicate", that agree in every measure of every case."""
+    """Replicates, each as "arm, replicate", that agree in every measure of every case: trainings that differ do not.
+
+    Those that predicted nothing at all are left out, as they may well agree.
+    """
     alike = {}
     for (arm, replicate), rows in cases.groupby(["arm", "replicate"], sort=False):
+        if not (rows["dice"] > 0).any() and not (rows["false_positive_mm3"] > 0).any():
+            continue
         measures = rows.drop(columns=["arm", "replicate"]).sort_values("case_id").to_csv(index=False)
         alike.setdefault(measures, []).append(f"{arm}, {replicate}")
     return [names for names in alike.values() if len(names) > 1]
@@ -160,6 +168,19 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
                 text += f" Not evaluated and left out: {', '.join(missing[arm])}."
             rows.append({"arm": arm, "metric": measure, **asdict(comparison), "sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
+
+
+def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
+    """Take back every claim of a verdict table, in a run with copied replicates.
+
+    Copies hide how much trainings scatter, which all comparisons share: no p of such a run holds.
+    """
+    claimed = verdict["verdict"].isin(["better", "worse"])
+    numbers = verdict["sentence"].str.partition(". ")[2]
+    instead = verdict["arm"] + ": not trusted, as replicates of this run are copies. " + numbers
+    return verdict.assign(
+        verdict=verdict["verdict"].mask(claimed, NOT_TRUSTED), sentence=verdict["sentence"].mask(claimed, instead)
+    )
 
 
 def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
@@ -337,8 +358,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     """Assemble all tables of a run and write them to `<results>/tables/` as CSV and Markdown.
 
     Returns:
-        (tables by name, paths written). Tables: cases, lesions, measures, verdict, detection, froc, froc_band,
-        published_comparison; and dose_response, image_quality and timing where the run has them.
+        (tables by name, paths written). Tables: cases, lesions, measures, verdict, notes, calibration, detection, froc,
+        froc_band, published_comparison; and dose_response, image_quality and timing where the run has them.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -349,8 +370,9 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     lesions = gather(results, replicates, "lesions.csv")
     candidates = gather(results, replicates, "candidates.csv")
     froc = froc_tables(cases, lesions, candidates, config.verdict.confidence, seed_from(config.seed, "verdict", "froc"))
+    verdict, copies = verdict_table(cases, config), identical_replicates(cases)
     tables = {
-        "verdict": verdict_table(cases, config),
+        "verdict": without_trust(verdict) if copies else verdict,
         **dose_tables(cases, config),
         "detection": detection_table(cases, lesions, froc.pop("cpm")),
         "measures": measures_table(cases),
@@ -368,6 +390,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         )
         tables["image_quality"] = quality_table(samples, sets)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
+    tables["notes"] = notes_table(copies, tables["calibration"])
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),

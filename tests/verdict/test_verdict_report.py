@@ -2,13 +2,14 @@
 
 import hashlib
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
 
 from lungddpm.errors import InputError
-from lungddpm.verdict.report import extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
+from lungddpm.verdict.report import _p, extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
 from lungddpm.verdict.tables import write_tables
 
 
@@ -111,10 +112,65 @@ def test_verdict_as_text(make_results):
     run_report(config, results)
     text = verdict_table_text(results)
     lines = text.splitlines()
-    assert lines[0].split() == ["arm", "Dice", "difference", "CI", "p", "verdict"]
+    assert ["arm", "Dice", "difference", "CI", "p", "verdict"] in [line.split() for line in lines]
     assert all(len(line) <= 100 for line in lines[:-1])
     assert lines[-1] == f"Report: {results / 'report.html'}"
     assert "- real+lung_ddpm@1.0: better than real in one training run." in text
+
+
+def test_notes_stand_before_the_answers_on_the_page_and_in_the_terminal(make_results):
+    config, results = make_results(verdict={"calibration": {"lungs_hu": 0.001, "nodules_hu": 0.001}})
+    run_report(config, results)
+    html, text = (results / "report.html").read_text(encoding="utf-8"), verdict_table_text(results)
+    assert html.index('class="notes"') < html.index('class="answers"')
+    note = "HU calibration of lung_ddpm failed: lungs too"
+    assert note in page_of(results).text
+    assert text.startswith(f"! {note}")
+    assert "HU calibration: lung_ddpm outside limits." in page_of(results).text
+
+
+def test_a_run_without_notes_has_no_box_and_says_that_calibration_passed(make_results):
+    config, results = make_results()
+    run_report(config, results)
+    assert 'class="notes"' not in (results / "report.html").read_text(encoding="utf-8")
+    assert "HU calibration: lung_ddpm within limits." in page_of(results).text
+    assert not verdict_table_text(results).startswith("!")
+
+
+def test_calibration_that_was_not_measured_is_not_passed(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    run_report(config, results)
+    assert "HU calibration: lung_ddpm not measured." in page_of(results).text
+    assert "within limits" not in page_of(results).text
+
+
+def test_claims_of_a_run_with_copied_replicates_are_taken_back(make_results):
+    config, results = make_results()
+    folder = results / "segmentation" / "real+real"
+    shutil.rmtree(folder / "fold1_seed0")
+    shutil.copytree(folder / "fold0_seed0", folder / "fold1_seed0")
+    run_report(config, results)
+    verdict = pd.read_csv(results / "tables" / "verdict.csv")
+    assert not verdict["verdict"].isin(["better", "worse"]).any()
+    claim = "real+lung_ddpm@1.0: not trusted, as replicates of this run are copies. Mean Dice"
+    note = "The same measures in every case: real+real, fold0_seed0; real+real, fold1_seed0."
+    page, text = page_of(results).text, verdict_table_text(results)
+    for said in (page, " ".join(text.split())):
+        assert said.index(note) < said.index(claim)
+        assert "better than real." not in said
+    assert text.startswith("! The same measures in every case")
+
+
+@pytest.mark.parametrize(
+    ("p", "level", "shown"),
+    [
+        (0.04996, 0.05, "0.04996"), (0.0499999, 0.05, "0.0499999"), (0.05, 0.05, "0.050"), (0.05004, 0.05, "0.050"),
+        (0.0499, 0.05, "0.0499"), (0.034, 0.05, "0.034"), (0.0004, 0.05, "< 0.001"), (0.0996, 0.1, "0.0996"),
+        (0.21, 0.05, "0.21"), (0.00996, 0.01, "0.00996"), (float("nan"), 0.05, ""),
+    ],
+)  # fmt: skip
+def test_p_shows_on_which_side_of_the_level_it_lies(p, level, shown):
+    assert _p(p, 1 - (1 - level)) == shown
 
 
 def test_samples_to_show_are_ranked_by_their_error(make_results):
@@ -142,7 +198,8 @@ def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
     tables, _ = write_tables(config, results)
     shown = show_sets(tables["image_quality"])
     cells = {row[1]: dict(zip(shown.heads, row, strict=True)) for row in shown.rows}
-    assert list(cells) == ["synthetic", "constant lungs", "other patients", "copies of the references"]
+    floors = ["constant lungs", "shifted references", "other patients", "copies of the references"]
+    assert list(cells) == ["synthetic", *floors]
     assert cells["copies of the references"]["step at the lungs' border"] == "1.00"
     assert cells["synthetic"]["FID, lungs"] == ""  # there is one reference only
     assert float(cells["synthetic"]["MS-SSIM within a layout, lungs"]) > 0.9

@@ -1,0 +1,38 @@
+"""What a reader has to know before the answers: above them on the page, and in the terminal.
+
+A note is here only if it may change what the reader makes of the answers; the rest is under the page's limits.
+"""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from lungddpm.verdict.calibration import calibration_notes
+
+COLUMNS = ["about", "note"]
+
+
+def notes_table(copies: list[list[str]], calibration: pd.DataFrame) -> pd.DataFrame:
+    """The notes of a run, the gravest first; most runs should have none.
+
+    Args:
+        copies: groups of replicates that are the same, each as "arm, replicate".
+        calibration: rows of `calibration.csv`.
+
+    Returns:
+        `COLUMNS`: what the note is about, and one or a few sentences.
+    """
+    notes = {
+        "copied replicates": copy_notes(copies),
+        "HU calibration": calibration_notes(calibration),
+    }
+    return pd.DataFrame([(about, note) for about, of_kind in notes.items() for note in of_kind], columns=COLUMNS)
+
+
+def copy_notes(copies: list[list[str]]) -> list[str]:
+    """A sentence for each group of replicates that are the same."""
+    return [
+        f"The same measures in every case: {'; '.join(names)}. Trainings that differ do not end so: look for a copied "
+        "folder. No answer below is to be trusted until it is replaced."
+        for names in copies
+    ]
