@@ -30,6 +30,7 @@ from lungddpm.drawing import (
     oriented_slice,
     size_mm,
 )  # fmt: skip
+from lungddpm.verdict.feature_distances import MEDICALNET
 from lungddpm.verdict.froc import BAND_COLUMNS, RATES
 from lungddpm.verdict.image_quality import (
     CONSTANT_LUNGS,
@@ -38,6 +39,7 @@ from lungddpm.verdict.image_quality import (
     OTHER_PATIENTS,
     SEAM,
     SEAM_RATIO,
+    SHIFTED,
     SYNTHETIC,
     WHOLE,
 )  # fmt: skip
@@ -46,7 +48,7 @@ from lungddpm.volume import Volume
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")
-_FLOORS = [COPIES, CONSTANT_LUNGS, OTHER_PATIENTS]
+_FLOORS = [COPIES, SHIFTED, CONSTANT_LUNGS, OTHER_PATIENTS]
 _GENERATOR_BAR, _FLOOR_BAR = {"color": "#0072B2"}, {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
 _LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: as the reference"
 _QUALITY_PANELS = {
@@ -55,28 +57,31 @@ _QUALITY_PANELS = {
     (SEAM_RATIO, SEAM): ("step at the lungs' border", _AT_ONE),
     ("fid", WHOLE): ("FID, whole volume", _LOWER),
     ("fid", LUNGS): ("FID, lungs", _LOWER),
-    ("mmd_squared", LUNGS): ("MMD², lungs", _LOWER),
+    ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
 }
 """Metric and region -> title, and which values are good."""
+_BY_NETWORK = ("fid", "mmd_squared")
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
 
 
-def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float) -> Figure:
+def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float, narrow: bool = False) -> Figure:
     """Differences to `real` with their intervals, one panel a measure, one line an arm; numbers at the right.
 
     Args:
         verdict: rows of `verdict.csv` (baseline rows are left out).
         measures: column -> its name in prose, in the order of the panels.
         confidence: level of the intervals, for the axis label.
+        narrow: for a telephone's screen: names and numbers above the lines instead of beside them.
     """
     compared = verdict[verdict["difference"].notna()]
     arms = list(dict.fromkeys(compared["arm"]))
     if not arms:
-        return _empty_figure("no arm could be compared")
+        return _empty_figure("no arm could be compared", 3.6 if narrow else 7.2)
+    width, per_arm = (3.6, 0.62) if narrow else (7.2, 0.32)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(
-            len(measures), 1, figsize=(7.2, len(measures) * (1.0 + 0.32 * len(arms))), squeeze=False, sharex=True,
+            len(measures), 1, figsize=(width, len(measures) * (1.0 + per_arm * len(arms))), squeeze=False, sharex=True,
             layout="constrained",
         )  # fmt: skip
         for axis, (measure, prose) in zip(axes[:, 0], measures.items(), strict=True):
@@ -88,16 +93,22 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
                 axis.plot([row["ci_low"], row["ci_high"]], [line, line], color=colour, linewidth=2, zorder=2)
                 axis.plot(row["difference"], line, marker, color=colour, markerfacecolor=filled, markersize=7, zorder=3)
                 interval = "" if np.isnan(row["ci_low"]) else f"  ({signed(row['ci_low'])} to {signed(row['ci_high'])})"
-                axis.annotate(
-                    signed(row["difference"]) + interval,
-                    (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5,
-                )  # fmt: skip
-            axis.set(ylim=(len(arms) - 0.4, -0.6), yticks=range(len(arms)), yticklabels=arms)
+                numbers = signed(row["difference"]) + interval
+                if narrow:
+                    axis.annotate(
+                        f"{arm}\n{numbers}", (0, line - 0.2), xycoords=("axes fraction", "data"), va="bottom",
+                        fontsize=8.5, linespacing=1.25, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                    )  # fmt: skip
+                else:
+                    axis.annotate(numbers, (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+            axis.set(ylim=(len(arms) - 0.4, -0.9 if narrow else -0.6), yticks=range(len(arms)))
+            axis.set_yticklabels([""] * len(arms) if narrow else arms)
             axis.set_title(f"{prose[0].upper()}{prose[1:]}", loc="left")
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
-        axes[-1, 0].set_xlabel(f"difference to real, with {100 * confidence:g} % CI  (left: worse, right: better)")
+        ends = ("\n" if narrow else "  ") + "(left: worse, right: better)"
+        axes[-1, 0].set_xlabel(f"difference to real, with {100 * confidence:g} % CI{ends}")
     return figure
 
 
@@ -317,6 +328,7 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
     """
     generators = list(dict.fromkeys(quality.loc[quality["image"] == SYNTHETIC, "generator"]))
     names = [*generators, *_FLOORS]
+    trained = quality["extractor"].isin(["", MEDICALNET]).all()
     if not generators:
         return _empty_figure("no sample was judged")
     with plt.rc_context(STYLE):
@@ -333,8 +345,9 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
                 axis.annotate(
                     text, (1.0, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=7.5
                 )
+            network = "" if metric not in _BY_NETWORK or trained else " (random weights)"
             axis.set_title(title, loc="left", fontsize=8.5)
-            axis.set_xlabel(better, fontsize=8)
+            axis.set_xlabel(better + network, fontsize=8)
             axis.set_xmargin(0.35)
             if made["mean"].isna().all() and floors.isna().all():
                 axis.set(xlim=(0, 1), xticks=[])
@@ -401,8 +414,8 @@ def _box_around(centre: tuple[int, int, int], volume: Volume, plane: Plane) -> t
     return tuple(edges)
 
 
-def _empty_figure(why: str) -> Figure:
+def _empty_figure(why: str, width: float = 7.2) -> Figure:
     with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(7.2, 1.0))
+        figure = plt.figure(figsize=(width, 1.0))
         figure.text(0.5, 0.5, why, ha="center", va="center", color="#555555")
     return figure

@@ -30,6 +30,7 @@ from lungddpm.progress import LOG
 from lungddpm.segmentation.nnunet import training_curve
 from lungddpm.verdict import figures
 from lungddpm.verdict.calibration import DIFFERENCE, SPREAD, calibration_summary
+from lungddpm.verdict.feature_distances import MEDICALNET
 from lungddpm.verdict.image_quality import (
     COPIES,
     LUNGS,
@@ -117,13 +118,14 @@ def draw_figures(
 ) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, dose_response, dice_by_arm, paired, froc, image_quality, montage-<generator>, training,
-    segmenter_training.
+    Names: forest, forest_narrow, dose_response, dice_by_arm, paired, froc, image_quality, montage-<generator>,
+    training, segmenter_training.
     """
     folder = results / "figures"
     measure, prose = next(iter(MEASURES.items()))
     drawn = {
         "forest": figures.forest_plot(tables["verdict"], MEASURES, config.verdict.confidence),
+        "forest_narrow": figures.forest_plot(tables["verdict"], MEASURES, config.verdict.confidence, narrow=True),
         "dice_by_arm": figures.case_plot(tables["cases"], measure, prose),
         "paired": figures.paired_plot(tables["cases"], measure, prose),
     }
@@ -262,6 +264,7 @@ def render_report(
         if path.suffix == ".png"
     }
     verdict, prose = tables["verdict"], next(iter(MEASURES))
+    extractors = extractors_of(tables["image_quality"]) if "image_quality" in tables else []
     confidence, significance = f"{100 * config.verdict.confidence:g} %", 1 - config.verdict.confidence
     return render(
         "verdict/report.html.jinja",
@@ -289,7 +292,8 @@ def render_report(
         dice_by_case=show_dice(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
         quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
-        extractors=extractors_of(tables["image_quality"]) if "image_quality" in tables else [],
+        extractors=extractors,
+        random_weights=any(not name.startswith(MEDICALNET) for name in extractors),
         compared=show_published(tables["published_comparison"].query("arm != ''")),
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
@@ -498,6 +502,7 @@ def show_published(comparison: pd.DataFrame) -> tuple[Shown, list[str]]:
     rows = []
     for row in comparison.to_dict("records"):
         form = {"sampling": ".1f", "image_quality": ".4f"}.get(row["table"], ".3f")
+        measured = _spread(row["measured_mean"], row["measured_sd"], form)
         rows.append(
             [
                 row["method"],
@@ -506,7 +511,7 @@ def show_published(comparison: pd.DataFrame) -> tuple[Shown, list[str]]:
                 _spread(row["published_mean"], row["published_sd"], form),
                 _number(row["published_change"], "+.3f"),
                 row["arm"],
-                _spread(row["measured_mean"], row["measured_sd"], form),
+                measured + (" (MMD²)" if measured and row["measured_metric"] == "mmd_squared" else ""),
                 _number(row["measured_change"], "+.3f"),
                 f"{row['comparable']} ({ascii_lowercase[reasons.index(row['why_not'])]})",
             ]

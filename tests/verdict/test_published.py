@@ -6,6 +6,7 @@ import pytest
 
 from lungddpm.verdict.feature_distances import MEDICALNET
 from lungddpm.verdict.published import published_comparison, published_figures
+from lungddpm.verdict.report import show_published
 
 
 @pytest.fixture
@@ -92,6 +93,17 @@ def test_feature_distances_never_compare_and_say_why(verdict, extractor, reason)
     assert (fid["comparable"] == "no").all()
     assert fid["why_not"].str.contains(reason).all()
     assert mmd["why_not"].str.startswith("not measured").all()
+
+
+def test_mmd_is_measured_as_its_square_and_says_so(verdict):
+    row = {"generator": "lung_ddpm", "image": "synthetic", "region": "whole volume", "metric": "mmd_squared"}
+    row |= {"mean": 0.03, "sd": np.nan, "extractor": MEDICALNET}
+    comparison = published_comparison(verdict, pd.DataFrame([row]))
+    mmd = comparison[(comparison["metric"] == "MMD") & (comparison["method"] == "Lung-DDPM")]
+    assert set(mmd["measured_metric"]) == {"mmd_squared"}
+    assert mmd["why_not"].str.startswith("what is measured here is MMD²").all()
+    shown, _ = show_published(mmd)
+    assert {line[shown.heads.index("measured")] for line in shown.rows} == {"0.0300 (MMD²)"}
 
 
 def test_an_unmeasured_run_says_so(verdict):

@@ -54,6 +54,17 @@ def test_forest_plot_shows_arms_but_not_the_baseline():
     assert "95 % CI" in axis.get_xlabel()
 
 
+def test_narrow_forest_plot_is_half_as_wide_and_names_arms_above_their_lines():
+    row = {"metric": "dice", "ci_low": -0.1, "ci_high": 0.2, "verdict": "not trusted"}
+    verdict = pd.DataFrame([{"arm": "real+lung_ddpm@1.0", "difference": 0.05, **row}])
+    figure = forest_plot(verdict, {"dice": "Dice"}, confidence=0.95, narrow=True)
+    (axis,) = figure.axes
+    # 420 pixels of a telephone hold 3.6 inches at 108 pixels an inch: 8.5 points are 13 pixels.
+    assert figure.get_figwidth() == 3.6
+    assert axis.texts[0].get_text() == "real+lung_ddpm@1.0\n+0.050  (−0.100 to +0.200)"
+    assert axis.lines[-1].get_marker() == "o"  # no claim
+
+
 def test_plots_of_nothing_say_so():
     verdict = pd.DataFrame([{"arm": "real", "metric": "dice", "difference": np.nan}])
     cases = pd.DataFrame([{"arm": "real", "case_id": "a", "dice": np.nan}])
@@ -81,18 +92,21 @@ def test_froc_shows_every_arm_beside_the_baseline():
 def test_quality_bars_show_generators_above_the_floors():
     rows = [
         {"generator": generator, "image": image, "region": region, "metric": metric, "mean": mean, "sd": np.nan}
+        | {"extractor": "ResNet-50, random weights" if metric == "mmd_squared" else ""}
         for generator, at in (("first", 1.0), ("second", 2.0))
         for image, mean in (("synthetic", at), ("constant lungs", 10 * at))
         for region, metric in (("lungs", "mse"), ("lungs", "mmd_squared"))
     ]
     figure = quality_bars(pd.DataFrame(rows))
-    names = ["first", "second", "copies of the references", "constant lungs", "other patients"]
+    names = ["first", "second", "copies of the references", "shifted references", "constant lungs", "other patients"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
     assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # from top to bottom
     mse, fid = figure.axes[0], figure.axes[3]
     assert [bar.get_width() for bar in mse.patches][:2] == [1, 2]
-    assert mse.patches[3].get_width() == 15
-    assert [text.get_text() for text in mse.texts] == ["1", "2", "not measured", "15", "not measured"]
+    assert mse.patches[4].get_width() == 15
+    assert [text.get_text() for text in mse.texts] == ["1", "2", "not measured", "not measured", "15", "not measured"]
+    labels = [axis.get_xlabel() for axis in figure.axes]
+    assert [label.endswith("(random weights)") for label in labels] == [False, False, False, True, True, True]
     assert {text.get_text() for text in fid.texts} == {"not measured"}
     assert "no sample" in quality_bars(pd.DataFrame(rows).query("image != 'synthetic'")).texts[0].get_text()
 
