@@ -131,6 +131,25 @@ def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     return figure
 
 
+def run_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
+    """Every training run's mean score over cases, a line an arm, bars the arms' means.
+
+    Args:
+        cases: rows of `cases.csv`.
+        measure: its column.
+        prose: its name.
+    """
+    scores = cases.pivot(index="case_id", columns=["arm", "replicate"], values=measure).dropna()
+    if scores.empty:
+        return _empty_figure(f"no test case has a {prose}")
+    runs = scores.mean()
+    by_arm = {arm: runs[arm].to_numpy() for arm in dict.fromkeys(cases["arm"])}
+    with plt.rc_context(STYLE):
+        figure, axis = _strips(by_arm, "{:.3f}".format)
+        axis.set_xlabel(f"mean {prose} of each training run; bar: mean over runs")
+    return figure
+
+
 def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     """Every case's difference to its own score under `real` in the same replicate (means over replicates), a line an
     arm, bars the means.

@@ -8,16 +8,21 @@ from __future__ import annotations
 import pandas as pd
 
 from lungddpm.verdict.calibration import calibration_notes
+from lungddpm.verdict.run_spread import spread_notes
 
 COLUMNS = ["about", "note"]
 
 
-def notes_table(copies: list[list[str]], calibration: pd.DataFrame) -> pd.DataFrame:
+def notes_table(
+    copies: list[list[str]], calibration: pd.DataFrame, run_spread: pd.DataFrame, significance: float
+) -> pd.DataFrame:
     """The notes of a run, the gravest first; most runs should have none.
 
     Args:
         copies: groups of replicates that are the same, each as "arm, replicate".
         calibration: rows of `calibration.csv`.
+        run_spread: rows of `run_spread.csv`.
+        significance: p below it is beyond chance.
 
     Returns:
         `COLUMNS`: what the note is about, and one or a few sentences.
@@ -25,6 +30,7 @@ def notes_table(copies: list[list[str]], calibration: pd.DataFrame) -> pd.DataFr
     notes = {
         "copied replicates": copy_notes(copies),
         "HU calibration": calibration_notes(calibration),
+        "spread of training runs": spread_notes(run_spread, "Dice", significance),
     }
     return pd.DataFrame([(about, note) for about, of_kind in notes.items() for note in of_kind], columns=COLUMNS)
 

@@ -118,7 +118,7 @@ def draw_figures(
 ) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, forest_narrow, dose_response, dice_by_arm, paired, froc, image_quality, montage-<generator>,
+    Names: forest, forest_narrow, dose_response, dice_by_arm, paired, runs, froc, image_quality, montage-<generator>,
     training, segmenter_training.
     """
     folder = results / "figures"
@@ -128,6 +128,7 @@ def draw_figures(
         "forest_narrow": figures.forest_plot(tables["verdict"], MEASURES, config.verdict.confidence, narrow=True),
         "dice_by_arm": figures.case_plot(tables["cases"], measure, prose),
         "paired": figures.paired_plot(tables["cases"], measure, prose),
+        "runs": figures.run_plot(tables["cases"], measure, prose),
     }
     if "dose_response_band" in tables:
         verdict, band = (
@@ -272,6 +273,7 @@ def render_report(
         shared_patients=config.roles.allow_shared_patients,
         phantom=config.source.kind == "phantom",
         notes=tables["notes"]["note"].tolist(),
+        run_spread=show_run_spread(tables["run_spread"], significance),
         calibration=show_calibration(tables["calibration"]),
         calibration_summary=calibration_summary(tables["calibration"]),
         answers=verdict[(verdict["metric"] == prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
@@ -408,6 +410,21 @@ def show_calibration(calibration: pd.DataFrame) -> Shown:
         )  # fmt: skip
     heads = ["generator", "region", "measure", "samples", "mean ± sd", "limits of the mean", "check"]
     return Shown(heads, rows, [False, False, False, True, True, True, False])
+
+
+def show_run_spread(spread: pd.DataFrame, significance: float) -> Shown:
+    """`run_spread.csv` for reading."""
+    rows = [
+        [
+            row["arm"], str(row["n_replicates"]), _number(row["mean"], ".3f"), _number(row["lowest"], ".3f"),
+            _number(row["highest"], ".3f"), _number(row["range"], ".3f"), _number(row["sd"], ".3f"),
+            _number(row["residual_sd"], ".3f"), _p(row["p"], significance),
+        ]
+        for row in spread.to_dict("records")
+    ]  # fmt: skip
+    mean = f"mean {next(iter(MEASURES.values()))}"
+    heads = ["arm", "runs", mean, "lowest", "highest", "range", "sd", "sd, replicates removed", "p"]
+    return Shown(heads, rows, [False, *[True] * 8])
 
 
 def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float) -> Shown:

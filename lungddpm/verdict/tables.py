@@ -19,6 +19,7 @@ from lungddpm.verdict.froc import froc_tables
 from lungddpm.verdict.lesions import SIZE_BINS
 from lungddpm.verdict.notes import notes_table
 from lungddpm.verdict.published import published_comparison
+from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.segmentation import RATIOS, check_unchanged
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
@@ -118,6 +119,14 @@ def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
         where = arms.index(arm), replicates.index(replicate)
         values[where], evaluated[where] = rows.set_index("case_id").loc[names, measure], True
     return Scores.over_scored_cases(values, evaluated)
+
+
+def run_means(scores: Scores) -> np.ndarray:
+    """Mean score of every run over cases, (arms, replicates); NaN where it was not evaluated or no case was scored."""
+    means = np.full(scores.evaluated.shape, np.nan)
+    if scores.values.shape[2]:
+        means[scores.evaluated] = scores.values[scores.evaluated].mean(axis=1)
+    return means
 
 
 def missing_replicates(cases: pd.DataFrame, config: Config) -> dict[str, list[str]]:
@@ -358,8 +367,9 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     """Assemble all tables of a run and write them to `<results>/tables/` as CSV and Markdown.
 
     Returns:
-        (tables by name, paths written). Tables: cases, lesions, measures, verdict, notes, calibration, detection, froc,
-        froc_band, published_comparison; and dose_response, image_quality and timing where the run has them.
+        (tables by name, paths written). Tables: cases, lesions, measures, verdict, run_spread, notes, calibration,
+        detection, froc, froc_band, published_comparison; and dose_response, image_quality and timing where the run has
+        them.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -390,7 +400,10 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         )
         tables["image_quality"] = quality_table(samples, sets)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
-    tables["notes"] = notes_table(copies, tables["calibration"])
+    runs = run_means(scores_of(cases, config, next(iter(MEASURES))))
+    tables["run_spread"] = run_spread_table(config.arms.names(), runs, seed_from(config.seed, "verdict", "run spread"))
+    significance = 1 - config.verdict.confidence
+    tables["notes"] = notes_table(copies, tables["calibration"], tables["run_spread"], significance)
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),

@@ -12,6 +12,7 @@ from lungddpm.verdict.figures import (
     montage,
     paired_plot,
     quality_bars,
+    run_plot,
     segmenter_curves,
 )
 from lungddpm.volume import Volume
@@ -118,6 +119,15 @@ def test_paired_plot_compares_a_case_with_itself_in_the_same_replicate():
     np.testing.assert_allclose(axis.lines[0].get_xdata(), [-0.3, 0.1])
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [-0.1, -0.1])
     assert [text.get_text() for text in axis.texts] == ["−0.100", "mean"]
+
+
+def test_run_plot_shows_the_mean_of_every_run():
+    rows = [("real", "r0", "a", 0.5), ("real", "r0", "b", 0.3), ("real", "r1", "a", 0.9), ("real", "r1", "b", 0.7)]
+    rows += [("one", "r0", "a", 0.6), ("one", "r0", "b", 0.2)]
+    (axis,) = run_plot(pd.DataFrame(rows, columns=["arm", "replicate", "case_id", "dice"]), "dice", "Dice").axes
+    np.testing.assert_allclose(axis.lines[0].get_xdata(), [0.4, 0.8])
+    np.testing.assert_allclose(axis.lines[2].get_xdata(), [0.4])
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["real", "one"]
 
 
 def test_dose_response_has_a_panel_for_each_generator():
