@@ -418,13 +418,13 @@ def show_run_spread(spread: pd.DataFrame, significance: float) -> Shown:
         [
             row["arm"], str(row["n_replicates"]), _number(row["mean"], ".3f"), _number(row["lowest"], ".3f"),
             _number(row["highest"], ".3f"), _number(row["range"], ".3f"), _number(row["sd"], ".3f"),
-            _number(row["residual_sd"], ".3f"), _p(row["p"], significance),
+            _p(row["p"], significance),
         ]
         for row in spread.to_dict("records")
     ]  # fmt: skip
     mean = f"mean {next(iter(MEASURES.values()))}"
-    heads = ["arm", "runs", mean, "lowest", "highest", "range", "sd", "sd, replicates removed", "p"]
-    return Shown(heads, rows, [False, *[True] * 8])
+    heads = ["arm", "runs", mean, "lowest", "highest", "range", "sd", "p"]
+    return Shown(heads, rows, [False, *[True] * 7])
 
 
 def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float) -> Shown:

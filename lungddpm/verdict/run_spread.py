@@ -1,9 +1,10 @@
 """How far the training runs of each arm scatter, and whether one arm's scatter more than the others' beyond chance.
 
-Arms share replicates (fold x seed), so what a replicate does to all arms alike is no scatter of a single one: spread is
-compared in the residuals of arm + replicate. The statistic is Cochran's C (1941, Annals of Eugenics 11:47), an arm's
-share of the residual mean squares. Residuals of so small a table depend on each other; but if scatter is normal, the
-distribution of C depends on nothing except which runs there are, so it is drawn instead of looked up.
+The statistic is Cochran's C (1941, Annals of Eugenics 11:47): an arm's mean square as a share of those of all arms. It
+is taken twice. Arms share replicates (fold x seed), and what a replicate does to all arms alike is not the scatter of a
+single one. So it is taken out, at the price that the arms' residuals mix. It is also left in: then C is sharper where
+replicates do little, and too even, never too uneven, where they do much. The smaller p of the two counts, and is
+compared with the smaller p of tables drawn from runs that scatter alike, normally, without an effect of replicates.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import math
 import numpy as np
 import pandas as pd
 
-COLUMNS = ["arm", "n_replicates", "mean", "sd", "lowest", "highest", "range", "residual_sd", "p"]
+COLUMNS = ["arm", "n_replicates", "mean", "sd", "lowest", "highest", "range", "p"]
 _DRAWS = 20_000
+_NO_DF = 1e-9
 _ROUNDING = 1e-18
-"""Mean squares of scores between 0 and 1 below this are rounding."""
+"""Squares of scores between 0 and 1 below this are rounding."""
 
 
 def run_spread_table(arms: list[str], means: np.ndarray, seed: int) -> pd.DataFrame:
@@ -28,28 +30,21 @@ def run_spread_table(arms: list[str], means: np.ndarray, seed: int) -> pd.DataFr
         seed: of the draws behind p.
 
     Returns:
-        `COLUMNS`, a row per arm. sd, lowest, highest and range are those of the runs' means; residual_sd is the sd
-        without what a replicate does to all arms. p: the probability that some arm stands out as far as this one if
-        the runs of all arms scatter alike; so it is corrected for the number of arms. NaN where it is not known.
+        `COLUMNS`, a row per arm: mean, sd, lowest, highest and range of the runs' means, and p of `spread_test`.
     """
-    residual_sd, p = spread_test(means, seed)
     rows = []
-    for number, (arm, of_arm) in enumerate(zip(arms, means, strict=True)):
+    for arm, of_arm, p in zip(arms, means, spread_test(means, seed), strict=True):
         runs = of_arm[np.isfinite(of_arm)]
+        values = [math.nan] * 5
         if runs.size:
             sd = float(runs.std(ddof=1)) if runs.size > 1 else math.nan
             values = [float(runs.mean()), sd, float(runs.min()), float(runs.max()), float(np.ptp(runs))]
-        else:
-            values = [math.nan] * 5
-        rows.append((arm, runs.size, *values, residual_sd[number], p[number]))
+        rows.append((arm, runs.size, *values, p))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS) -> tuple[np.ndarray, np.ndarray]:
-    """Test every arm for a spread wider than that of all arms together.
-
-    Of two arms, residuals of arm + replicate mirror each other and cannot tell which one scatters. There only the arms'
-    own means are taken out, which makes the test careful where replicates do much to both.
+def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS) -> np.ndarray:
+    """Test every arm for a spread wider than that of the others.
 
     Args:
         means: (arms, replicates), NaN where a run is missing.
@@ -57,36 +52,38 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS) -> tuple[np.n
         draws: tables with equal spread to compare with.
 
     Returns:
-        (residual_sd, p), one of each per arm; NaN for arms whose spread cannot be known.
+        (arms,): the probability that some arm stands out as far as this one if the runs of all arms scatter alike; so
+        it is corrected for the number of arms. NaN where it is not known: for arms of one run, and where fewer than two
+        arms have more, or no run differs.
     """
-    residual_sd, p = np.full(len(means), math.nan), np.full(len(means), math.nan)
+    p = np.full(len(means), math.nan)
     arm, replicate = np.nonzero(np.isfinite(means))
-    if not arm.size:
-        return residual_sd, p
-    effects = [np.eye(len(means))[arm]]
-    if len(np.unique(arm)) > 2:
-        effects.append(np.eye(means.shape[1])[replicate])
-    design = np.hstack(effects)
-    to_residuals = np.eye(arm.size) - design @ np.linalg.pinv(design)
-    of_arm = np.eye(len(means))[arm]
-    # Residual degrees of freedom of each arm; they add up to those of the whole table.
-    df = np.diag(to_residuals) @ of_arm
-    known = df > 1e-9
-    if np.count_nonzero(known) < 2:
-        return residual_sd, p
+    several = np.bincount(arm, minlength=len(means)) > 1
+    if np.count_nonzero(several) < 2:
+        return p
+    of_arm, of_replicate = np.eye(len(means))[arm], np.eye(means.shape[1])[replicate]
+    designs = [of_arm]
+    if np.count_nonzero(several) > 2:  # of two arms, what is left of arm + replicate is the same in both
+        designs.append(np.hstack([of_arm, of_replicate]))
+    tables = np.vstack([means[arm, replicate], np.random.default_rng(seed).normal(size=(draws, arm.size))])
+    smaller = np.ones((len(tables), np.count_nonzero(several)))
+    for design in designs:
+        to_residuals = np.eye(arm.size) - design @ np.linalg.pinv(design)
+        squares = (tables @ to_residuals) ** 2
+        if squares[0].max() < _ROUNDING:
+            return p
+        df = (np.diag(to_residuals) @ of_arm)[several]
+        df[df < _NO_DF] = math.inf  # runs in replicates that no other arm has leave nothing to compare
+        shares = (squares @ of_arm)[:, several] / df / squares.sum(axis=1, keepdims=True)
+        smaller = np.minimum(smaller, _share_reaching(shares.max(axis=1)[1:], shares))
+    p[several] = _share_reaching(-smaller.min(axis=1)[1:], -smaller)[0]
+    return p
 
-    def mean_squares(tables: np.ndarray) -> np.ndarray:
-        return ((tables @ to_residuals) ** 2 @ of_arm)[:, known] / df[known]
 
-    found = mean_squares(means[arm, replicate][None])[0]
-    residual_sd[known] = np.sqrt(found)
-    if found.max() < _ROUNDING:
-        return residual_sd, p
-    drawn = mean_squares(np.random.default_rng(seed).normal(size=(draws, arm.size)))
-    widest = np.sort(drawn.max(axis=1) / (drawn @ df[known]))
-    as_wide = draws - np.searchsorted(widest, found / (found @ df[known]) * (1 - 1e-12))
-    p[known] = (1 + as_wide) / (1 + draws)
-    return residual_sd, p
+def _share_reaching(drawn: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Share of the drawn numbers, and of the value itself with them, that are as large as each value."""
+    below = np.searchsorted(np.sort(drawn), values - 1e-12)
+    return (1 + len(drawn) - below) / (1 + len(drawn))
 
 
 def spread_notes(table: pd.DataFrame, measure: str, significance: float) -> list[str]:

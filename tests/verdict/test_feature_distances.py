@@ -77,6 +77,14 @@ def test_squared_mmd_is_unbiased():
     assert min(found) < 0
 
 
+def test_squared_mmd_of_a_set_and_its_copy_is_below_zero():
+    """Pairs of a vector with itself (kernel 1) count between the sets, but not within them."""
+    x = np.random.default_rng(9).normal(size=(5, 4))
+    distances = np.linalg.norm(x[:, None] - x[None], axis=2)[~np.eye(5, dtype=bool)]
+    kernel = np.exp(-(distances**2) / (2 * 2.0**2)).mean()
+    assert squared_mmd(x, x, 2.0) == pytest.approx(-2 / 5 * (1 - kernel))
+
+
 def test_median_distance_of_three_points_on_a_line():
     assert median_distance(np.array([[0.0], [1.0], [5.0]])) == 4
 
