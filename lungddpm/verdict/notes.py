@@ -8,15 +8,17 @@ from __future__ import annotations
 import pandas as pd
 
 from lungddpm.verdict.calibration import calibration_notes
+from lungddpm.verdict.power import RunPower
 
 COLUMNS = ["about", "note"]
 
 
-def notes_table(copies: list[list[str]], calibration: pd.DataFrame) -> pd.DataFrame:
+def notes_table(copies: list[list[str]], power: RunPower, calibration: pd.DataFrame) -> pd.DataFrame:
     """The notes of a run, the gravest first; most runs should have none.
 
     Args:
         copies: groups of replicates that are the same, each as "arm, replicate".
+        power: which gain the run can show.
         calibration: rows of `calibration.csv`.
 
     Returns:
@@ -24,6 +26,7 @@ def notes_table(copies: list[list[str]], calibration: pd.DataFrame) -> pd.DataFr
     """
     notes = {
         "copied replicates": copy_notes(copies),
+        "size of the run": [power.sentence] if power.too_small else [],
         "HU calibration": calibration_notes(calibration),
     }
     return pd.DataFrame([(about, note) for about, of_kind in notes.items() for note in of_kind], columns=COLUMNS)
