@@ -71,7 +71,7 @@ class Scenario:
         if self.one_in_common:
             said.append("one arm has one replicate left (claims of that arm)")
         if self.shared_share:
-            said.append(f"{self.shared_share:.0%} of the luck shared by all runs of an arm (claims of one arm)")
+            said.append(f"{self.shared_share:.0%} of the luck shared by all runs of an arm")
         if self.unequal != 1:
             said.append(f"one arm's runs scatter {self.unequal:g} times as much")
         if self.baseline_unequal != 1:
@@ -168,7 +168,7 @@ def measure(scenario: Scenario, runs: int, seed: int, bootstraps: int = 200) -> 
     generator = np.random.default_rng(seed)
     null = [judge(scenario, 0, generator, bootstraps) for _ in range(runs)]
     # Where one arm is special, its own claims count; else those of the family.
-    judged = [run[:1] if scenario.one_in_common or scenario.shared_share else run for run in null]
+    judged = [run[:1] if scenario.one_in_common else run for run in null]
     compared = [arm for run in null for arm in run if np.isfinite(arm.p)]
     p_wilcoxon = [np.array([arm.p_wilcoxon for arm in run]) for run in null]
     estimates = [run[0] for run in null if np.isfinite(run[0].detectable_difference)]
