@@ -333,8 +333,8 @@ def render_report(
 
 SHARED_LUCK = (
     "Trained once, sampled once: all replicates of an arm see the same synthetic CT, from one training of its "
-    "generator. That luck is not covered. Where it is half of all luck of training, false claims about an arm rise from "
-    "5 % to 14 % (3 replicates, 40 cases) or 29 % (5 replicates, 249 cases) in simulated benchmarks."
+    "generator. That luck is not covered. Where it is half of all luck of training, false claims about an arm rise "
+    "from 5 % to 14 % (3 replicates, 40 cases) or 29 % (5 replicates, 249 cases) in simulated benchmarks."
 )
 
 
