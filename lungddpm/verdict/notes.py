@@ -8,18 +8,20 @@ from __future__ import annotations
 import pandas as pd
 
 from lungddpm.verdict.calibration import calibration_notes
+from lungddpm.verdict.power import RunPower
 from lungddpm.verdict.run_spread import spread_notes
 
 COLUMNS = ["about", "note"]
 
 
 def notes_table(
-    copies: list[list[str]], calibration: pd.DataFrame, run_spread: pd.DataFrame, significance: float
+    copies: list[list[str]], power: RunPower, calibration: pd.DataFrame, run_spread: pd.DataFrame, significance: float
 ) -> pd.DataFrame:
     """The notes of a run, the gravest first; most runs should have none.
 
     Args:
         copies: groups of replicates that are the same, each as "arm, replicate".
+        power: which gain the run can show.
         calibration: rows of `calibration.csv`.
         run_spread: rows of `run_spread.csv`.
         significance: p below it is beyond chance.
@@ -29,6 +31,7 @@ def notes_table(
     """
     notes = {
         "copied replicates": copy_notes(copies),
+        "size of the run": [power.sentence] if power.too_small else [],
         "HU calibration": calibration_notes(calibration),
         "spread of training runs": spread_notes(run_spread, "Dice", significance),
     }

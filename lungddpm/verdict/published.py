@@ -52,6 +52,12 @@ def published_figures() -> pd.DataFrame:
         )
 
 
+def published_gain(metric: str) -> float:
+    """The largest published gain of Lung-DDPM over real data alone, in the metric's own unit."""
+    figures = published_figures().query("table == 'segmentation' and metric == @metric").set_index("method")["mean"]
+    return float(figures.loc[["Lung-DDPM"]].max() - figures.loc["real only"])
+
+
 def published_comparison(
     verdict: pd.DataFrame,
     image_quality: pd.DataFrame | None = None,

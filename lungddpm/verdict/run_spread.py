@@ -21,19 +21,21 @@ _ROUNDING = 1e-18
 """Squares of scores between 0 and 1 below this are rounding."""
 
 
-def run_spread_table(arms: list[str], means: np.ndarray, seed: int) -> pd.DataFrame:
+def run_spread_table(arms: list[str], means: np.ndarray, replicates: list[list[int]], seed: int) -> pd.DataFrame:
     """The spread of every arm's runs.
 
     Args:
         arms: their names.
-        means: (arms, replicates), each run's mean score over cases; NaN where a run is missing.
+        means: (arms, runs), each run's mean score over cases; NaN where a run is missing.
+        replicates: the runs of each independent replicate; those of one fold share its luck and are averaged for p.
         seed: of the draws behind p.
 
     Returns:
         `COLUMNS`, a row per arm: mean, sd, lowest, highest and range of the runs' means, and p of `spread_test`.
     """
+    independent = np.column_stack([pd.DataFrame(means[:, runs]).mean(axis=1) for runs in replicates])
     rows = []
-    for arm, of_arm, p in zip(arms, means, spread_test(means, seed), strict=True):
+    for arm, of_arm, p in zip(arms, means, spread_test(independent, seed), strict=True):
         runs = of_arm[np.isfinite(of_arm)]
         values = [math.nan] * 5
         if runs.size:
@@ -47,14 +49,14 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS) -> np.ndarray
     """Test every arm for a spread wider than that of the others.
 
     Args:
-        means: (arms, replicates), NaN where a run is missing.
+        means: (arms, independent replicates), NaN where one is missing.
         seed: of the draws.
         draws: tables with equal spread to compare with.
 
     Returns:
         (arms,): the probability that some arm stands out as far as this one if the runs of all arms scatter alike; so
-        it is corrected for the number of arms. NaN where it is not known: for arms of one run, and where fewer than two
-        arms have more, or no run differs.
+        it is corrected for the number of arms. NaN where it is not known: for arms of one replicate, and where fewer
+        than two arms have more, or nothing differs.
     """
     p = np.full(len(means), math.nan)
     arm, replicate = np.nonzero(np.isfinite(means))

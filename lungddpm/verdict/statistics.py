@@ -2,28 +2,38 @@
 
 Two things decide by chance whether a difference comes out: which patients are in the test set, and how a training run
 happens to end. Multi-reader multi-case analysis, radiology's standard where readers and cases are crossed, covers
-both; here the replicates (fold x seed) are its readers and the arms its modalities. Its figure of merit is a mean over
+both; here independent training runs are its readers and the arms its modalities. Its figure of merit is a mean over
 cases, so the covariances that it needs are those of the cases themselves, without a jackknife.
 
 With theta_ij the mean score of arm i in replicate j, and R replicates (Obuchowski & Rockette's model):
 
-    Var(arm - baseline) = 2/R [MS(TR) + R max(Cov2 - Cov3, 0)]
-    df = [MS(TR) + R max(Cov2 - Cov3, 0)]^2 / {MS(TR)^2 / df(TR)}
+    Var(arm - baseline) = 2/R [MS(TR) + R max(Cov2 - Cov3, 0)] = T + P
 
 MS(TR) is the mean square of arm x replicate: how differently training runs end that should end alike. It comes from
-all arms, as is usual with more than two modalities, because the few runs of a single pair tell it too poorly.
-Cov2 - Cov3 is how far the choice of patients moves the difference in all replicates alike; it comes from the compared
-pair alone, because hundreds of cases tell it well and arms differ in it. One thing is added for small test sets: df is
-never larger than the number of cases less one, which is what it would be if only the choice of patients mattered.
+all arms, as is usual with more than two modalities, because the few runs of a single pair estimate it too poorly.
+P is how far the choice of patients moves the difference in all replicates alike; it comes from the compared pair
+alone, because its cases estimate it well and arms differ in it.
+
+Degrees of freedom. Hillis gives (T + P)^2 / (T^2 / df(TR)), which takes P as known. Where that exceeds the number of
+cases less one, the cases are too few for it, and Satterthwaite's formula with both terms is used:
+(T + P)^2 / (T^2 / df(TR) + B^2 / (cases - 1)), B being the variance between cases of which P is a part, but never less
+than cases - 1. With fewer than `MINIMUM_RUN_DF` degrees of freedom MS(TR) comes out near 0 too often by chance, and
+df(TR) itself is used.
+
+Independent runs. Runs that share a fold share its luck, so seeds are averaged within a fold and folds are counted.
+Where only one fold is trained, its seeds are the replicates, and the luck of that fold is not covered. Without any
+estimate of MS(TR) (a single replicate everywhere) nothing is decided.
 
 Sources: Obuchowski & Rockette (1995), Communications in Statistics - Simulation and Computation 24:285; degrees of
-freedom by Hillis (2007), Statistics in Medicine 26:596; power by Hillis, Obuchowski & Berbaum (2011), Academic
-Radiology 18:129; Holm (1979), Scandinavian Journal of Statistics 6:65.
+freedom by Hillis (2007), Statistics in Medicine 26:596; Satterthwaite (1946), Biometrics Bulletin 2:110; power by
+Hillis, Obuchowski & Berbaum (2011), Academic Radiology 18:129; Holm (1979), Scandinavian Journal of Statistics 6:65;
+the range of a sum of variances by Graybill & Wang (1980), Journal of the American Statistical Association 75:869.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -31,15 +41,30 @@ from typing import Literal
 import numpy as np
 from scipy import special, stats
 
-Outcome = Literal["baseline", "better", "worse", "no difference shown", "not measured"]
+Outcome = Literal["baseline", "better", "worse", "no difference shown", "cannot tell", "not measured"]
 POWER = 0.8
 """Probability with which a run should show the difference that it is said to be able to show."""
+RANGE = 0.8
+"""Level of the range that is given with a detectable difference."""
 MINIMUM_CASES = 6
 """Below this many cases nothing is decided: with five that all agree, the two-sided sign test gives p = 0.06."""
+MINIMUM_RUN_DF = 4
+"""Below this, df(TR) alone is the test's: simulated, more would give 7 % false claims with 3 and 12 % with 1."""
 SMALL_TEST_SET = 30
 """Below this many cases the sentence warns."""
 _EQUAL = 1e-9
 _BAND_POINTS = 41
+
+
+def minimum_cases(n_compared: int, confidence: float) -> int:
+    """Test cases needed for a decision: so many that they could decide by all agreeing (two-sided sign test).
+
+    Args:
+        n_compared: arms in the family, all of which the strictest level of Holm's correction is divided by.
+        confidence: of the decision, e.g. 0.95.
+    """
+    strictest = (1 - confidence) / n_compared
+    return max(MINIMUM_CASES, math.floor(1 - math.log2(strictest)) + 1)
 
 
 @dataclass(frozen=True)
@@ -59,24 +84,44 @@ class Effect:
 
     value: float
     from_patients: float
-    """Variance that the choice of patients gives it."""
+    """Variance that the choice of patients gives it (P)."""
     from_runs: MeanSquare
-    """Variance that the luck of training runs gives it; 0 where it cannot be told, with one replicate."""
+    """Variance that the luck of training runs gives it (T); 0 with 0 degrees of freedom where it is not known."""
     case_df: float
     """Cases less one; NaN where that is 0."""
+    between_cases: float | None = None
+    """Variance of its mean over replicates if the cases alone were a sample (B); `from_patients` if not given."""
+
+    @property
+    def covers_runs(self) -> bool:
+        """Whether `standard_error` covers the luck of training runs."""
+        return self.from_runs.df > 0
+
+    @property
+    def variance(self) -> float:
+        """The square of `standard_error`."""
+        return self.from_patients + self.from_runs.value
 
     @property
     def standard_error(self) -> float:
         """Of `value`."""
-        return math.sqrt(self.from_patients + self.from_runs.value)
+        return math.sqrt(self.variance)
 
     @property
     def df(self) -> float:
         """Degrees of freedom of `standard_error`."""
-        if not self.from_runs.value:
+        runs = self.from_runs
+        if not runs.df:
             return self.case_df
-        share = self.from_runs.value / (self.from_patients + self.from_runs.value)
-        return min(self.from_runs.df / share**2, self.case_df)
+        if runs.df < MINIMUM_RUN_DF:
+            return float(runs.df)
+        if not runs.value:
+            return self.case_df
+        hillis = runs.df * (self.variance / runs.value) ** 2
+        if hillis <= self.case_df:
+            return hillis
+        both = self.variance**2 / (runs.value**2 / runs.df + self._between_cases**2 / self.case_df)
+        return max(both, self.case_df)
 
     def p(self) -> float:
         """Two-sided p of the t test that the effect is 0."""
@@ -94,25 +139,65 @@ class Effect:
         """The true effect that a two-sided test at `significance` would show with probability `POWER`.
 
         By the noncentral t distribution. The scatter of a few runs comes out too small more often than not, so here,
-        where no test corrects for that, its median-unbiased estimate is taken.
+        where no test corrects for that, its median-unbiased estimate is taken. It remains an estimate: see
+        `detectable_range`.
         """
+        return self._median_unbiased()._detectable(significance)
+
+    def detectable_range(self, significance: float) -> tuple[float, float]:
+        """(low, high): what `detectable` may truly be, as far as the variances are known; level `RANGE`.
+
+        The range of the sum of both variances by Graybill and Wang, each taking its part of the way.
+        """
+        estimate = self.detectable(significance)
+        low, high = (
+            self._at_limit(quantile)._detectable(significance) for quantile in ((1 + RANGE) / 2, (1 - RANGE) / 2)
+        )
+        return min(low, estimate), max(high, estimate)
+
+    def _at_limit(self, quantile: float) -> Effect:
+        """The same with the variances that chi-squared's `quantile` of their estimates gives, combined."""
+        steps = [
+            part.value * (part.df / float(stats.chi2.ppf(quantile, part.df)) - 1) if part.df else 0.0
+            for part in (self.from_runs, MeanSquare(self._between_cases, self.case_df))
+        ]
+        length = math.hypot(*steps)
+        of_runs, of_cases = (step * abs(step) / length if length else 0.0 for step in steps)
+        runs, cases = self.from_runs, self._between_cases
+        return replace(
+            self,
+            from_runs=replace(runs, value=max(runs.value + of_runs, 0.0)),
+            from_patients=max(self.from_patients + of_cases, 0.0),
+            between_cases=max(cases + of_cases, 0.0),
+        )
+
+    @property
+    def _between_cases(self) -> float:
+        return self.from_patients if self.between_cases is None else self.between_cases
+
+    def _detectable(self, significance: float) -> float:
+        critical = stats.t.isf(significance / 2, self.df)
+        return float(special.nctdtrinc(self.df, 1 - POWER, critical)) * self.standard_error
+
+    def _median_unbiased(self) -> Effect:
         runs = self.from_runs
-        if runs.value:
-            runs = MeanSquare(runs.value * runs.df / float(stats.chi2.median(runs.df)), runs.df)
-        expected = replace(self, from_runs=runs)
-        critical = stats.t.isf(significance / 2, expected.df)
-        return float(special.nctdtrinc(expected.df, 1 - POWER, critical)) * expected.standard_error
+        if not runs.df:
+            return self
+        return replace(self, from_runs=replace(runs, value=runs.value * runs.df / float(stats.chi2.median(runs.df))))
 
 
-def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare) -> Effect:
+def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare, scale: float = 1.0) -> Effect:
     """Infer a weighted sum of arms from its value in every replicate and case.
 
-    With one replicate only the choice of patients can be inferred from: the one-sample t test over cases.
+    Without MS(TR) only the choice of patients can be inferred from: the one-sample t test over cases. With MS(TR) but
+    one replicate, the case variance holds the runs' residual as well, which counts a small part twice.
 
     Args:
-        sums: (replicates, cases), finite; e.g. scores of an arm minus those of the baseline.
+        sums: (replicates, cases), finite; e.g. scores of an arm minus those of the baseline. Replicates are
+            independent of each other.
         squared_weights: sum of the arms' squared weights; 2 for a difference of two arms.
         interaction: MS(TR), from `arm_by_replicate`.
+        scale: factor on MS(TR), where the replicates are averages over fewer runs than those it was estimated from.
     """
     n_replicates, n_cases = sums.shape
     value, case_df, no_runs = float(sums.mean()), n_cases - 1, MeanSquare(0.0, 0)
@@ -120,11 +205,15 @@ def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare) ->
         return Effect(value, math.nan, no_runs, math.nan)
     # Of the replicates' means; for a difference of two arms its off-diagonal mean is 2 (Cov2 - Cov3).
     covariance = np.atleast_2d(np.cov(sums)) / n_cases
-    if n_replicates == 1:
-        return Effect(value, float(covariance[0, 0]), no_runs, case_df)
-    shared = (covariance.sum() - covariance.trace()) / (n_replicates * (n_replicates - 1))
-    from_runs = MeanSquare(squared_weights * interaction.value / n_replicates, interaction.df)
-    return Effect(value, max(float(shared), 0.0), from_runs, case_df)
+    between_cases = float(covariance.mean())
+    from_patients = between_cases
+    if n_replicates > 1:
+        shared = (covariance.sum() - covariance.trace()) / (n_replicates * (n_replicates - 1))
+        from_patients = max(float(shared), 0.0)
+    from_runs = no_runs
+    if interaction.df:
+        from_runs = MeanSquare(squared_weights * scale * interaction.value / n_replicates, interaction.df)
+    return Effect(value, from_patients, from_runs, case_df, between_cases)
 
 
 def arm_by_replicate(means: np.ndarray) -> MeanSquare:
@@ -143,37 +232,76 @@ def arm_by_replicate(means: np.ndarray) -> MeanSquare:
 
 
 @dataclass(frozen=True)
+class Paired:
+    """Arms in what they have in common."""
+
+    scores: np.ndarray
+    """(arms, independent replicates, cases): averages over the common runs of a replicate."""
+    n_runs: np.ndarray
+    """(independent replicates,): over how many."""
+
+
+@dataclass(frozen=True)
 class Scores:
     """One measure of all arms, larger is better; the first arm is the baseline.
 
-    Replicates are paired over arms by fold and seed, cases by identity.
+    Runs are paired over arms by fold and seed, cases by identity.
     """
 
     values: np.ndarray
-    """(arms, replicates, cases); finite wherever `evaluated`."""
+    """(arms, runs, cases); finite wherever `evaluated`."""
     evaluated: np.ndarray
-    """(arms, replicates), bool: whether that replicate of the arm is there."""
+    """(arms, runs), bool: whether that run of the arm is there."""
+    folds: tuple[int, ...] | None = None
+    """The fold of each run; None where no two runs share one."""
 
     @classmethod
-    def over_scored_cases(cls, values: np.ndarray, evaluated: np.ndarray) -> Scores:
-        """Leave out the cases that are NaN in any replicate that was evaluated."""
-        return cls(values[:, :, np.isfinite(values[evaluated]).all(axis=0)], evaluated)
+    def over_scored_cases(
+        cls, values: np.ndarray, evaluated: np.ndarray, folds: tuple[int, ...] | None = None
+    ) -> Scores:
+        """Leave out the cases that are NaN in any run that was evaluated."""
+        return cls(values[:, :, np.isfinite(values[evaluated]).all(axis=0)], evaluated, folds)
+
+    @cached_property
+    def replicates(self) -> list[list[int]]:
+        """The runs of each independent replicate: those of a fold, or each alone where there is one fold or none."""
+        runs = range(self.evaluated.shape[1])
+        if self.folds is None or len(set(self.folds)) == 1:
+            return [[run] for run in runs]
+        return [[run for run in runs if self.folds[run] == fold] for fold in dict.fromkeys(self.folds)]
 
     @cached_property
     def interaction(self) -> MeanSquare:
         """MS(TR) over all arms."""
-        means = np.full(self.evaluated.shape, math.nan)
-        means[self.evaluated] = self.values[self.evaluated].mean(axis=1)
+        means = np.full((len(self.values), len(self.replicates)), math.nan)
+        for arm, replicate in np.ndindex(means.shape):
+            found = self.paired(arm, replicates=[self.replicates[replicate]]).scores
+            if found.size:
+                means[arm, replicate] = found.mean()
         return arm_by_replicate(means)
 
-    def paired(self, *arms: int) -> np.ndarray:
-        """Scores of these arms in the replicates that all of them have, (arms, replicates, cases)."""
-        return self.values[list(arms)][:, self.evaluated[list(arms)].all(axis=0)]
+    @cached_property
+    def runs_per_replicate(self) -> float:
+        """Harmonic mean over the arms' replicates: how many runs the averages behind `interaction` hold."""
+        counts = np.array([self.evaluated[:, runs].sum(axis=1) for runs in self.replicates])
+        return 1 / float((1 / counts[counts > 0]).mean())
+
+    def paired(self, *arms: int, replicates: list[list[int]] | None = None) -> Paired:
+        """These arms in the runs that all of them have."""
+        common = self.evaluated[list(arms)].all(axis=0)
+        shared = [[run for run in runs if common[run]] for runs in replicates or self.replicates]
+        shared = [runs for runs in shared if runs]
+        scores = [self.values[np.ix_(arms, runs)].mean(axis=1) for runs in shared]
+        empty = np.empty((len(arms), 0, self.values.shape[2]))
+        return Paired(np.stack(scores, axis=1) if scores else empty, np.array([len(runs) for runs in shared]))
 
     def contrast(self, weights: dict[int, float]) -> Effect:
         """Infer the sum of arms' mean scores with these weights (which add up to 0), by arm."""
-        sums = np.tensordot(list(weights.values()), self.paired(*weights), axes=1)
-        return effect(sums, sum(weight**2 for weight in weights.values()), self.interaction)
+        paired = self.paired(*weights)
+        sums = np.tensordot(list(weights.values()), paired.scores, axes=1)
+        # As if the luck were all of the single runs: averages of fewer of them then scatter more.
+        scale = self.runs_per_replicate * float((1 / paired.n_runs).mean())
+        return effect(sums, sum(weight**2 for weight in weights.values()), self.interaction, scale)
 
 
 @dataclass(frozen=True)
@@ -182,12 +310,18 @@ class Comparison:
 
     n_cases: int
     n_replicates: int
-    """Those that the arm has in common with the baseline."""
+    """Runs (fold x seed) that the arm has in common with the baseline."""
+    n_independent: int
+    """Of them, independent ones: folds, or seeds where there is one fold."""
+    n_evaluated: int
+    """Runs of the arm that were evaluated."""
     mean: float
     sd: float
     """Over cases, of their means over replicates."""
     baseline_mean: float
     verdict: Outcome
+    family: str = ""
+    """Of arms that Holm's correction is made over together."""
     difference: float = math.nan
     relative_percent: float = math.nan
     ci_low: float = math.nan
@@ -197,64 +331,93 @@ class Comparison:
     bootstrap_high: float = math.nan
     p: float = math.nan
     p_holm: float = math.nan
-    """Corrected for `n_compared` arms; decides."""
+    """Corrected for the `n_compared` arms of the family; decides."""
     n_compared: int = 0
     p_wilcoxon: float = math.nan
     standard_error: float = math.nan
     df: float = math.nan
+    run_df: int = 0
+    """Degrees of freedom of MS(TR): how well the scatter of training runs is known; 0 where it is not."""
     wins: int = 0
     ties: int = 0
     losses: int = 0
     detectable_difference: float = math.nan
     """Shown with probability `POWER` at the strictest level that Holm asks of one of `n_compared` arms."""
+    detectable_low: float = math.nan
+    """What `detectable_difference` may truly be, at level `RANGE`."""
+    detectable_high: float = math.nan
 
 
-def compare_arms(scores: Scores, bootstraps: int, confidence: float, seed: int) -> list[Comparison]:
+def compare_arms(
+    scores: Scores, bootstraps: int, confidence: float, seed: int, families: Sequence[str] | None = None
+) -> list[Comparison]:
     """Compare every arm with the first.
 
-    An arm is better or worse where p after Holm's correction over all arms is below 1 - `confidence`, and there are at
-    least `MINIMUM_CASES` cases.
+    An arm is better or worse where p after Holm's correction over the arms of its family is below 1 - `confidence`.
+    Nothing is decided ("cannot tell") with fewer test cases than `minimum_cases`, or where the scatter of training
+    runs is not known.
 
     Args:
         scores: of all arms, the baseline first.
         bootstraps: resamples for the bootstrap interval, which describes and does not decide.
         confidence: level of both intervals, e.g. 0.95.
         seed: of the resampling.
+        families: a name for each arm (the baseline's is not used): arms of one name are corrected together; None
+            takes all as one family.
 
     Returns:
-        One comparison an arm, in their order; the baseline's own row first.
+        One comparison per arm, in their order; the baseline's own row first.
     """
-    own = scores.paired(0)[0]
-    measured = own.size > 0
+    n_arms = len(scores.values)
+    families = [""] * n_arms if families is None else list(families)
+    own = scores.paired(0)
+    measured = own.scores.size > 0
     effects = {
         arm: scores.contrast({arm: 1, 0: -1})
-        for arm in range(1, len(scores.values))
-        if measured and scores.paired(arm, 0).size
+        for arm in range(1, n_arms)
+        if measured and scores.paired(arm, 0).scores.size
     }
-    corrected = dict(zip(effects, holm(np.array([found.p() for found in effects.values()])), strict=True))
-    n_compared = int(np.isfinite(list(corrected.values())).sum())
-    rows = [_row(own, own, "baseline") if measured else _nothing(own)]
-    for arm in range(1, len(scores.values)):
-        own, baseline = scores.paired(arm, 0)
+    corrected: dict[int, tuple[float, int]] = {}
+    for family in dict.fromkeys(families[arm] for arm in effects):
+        members = [arm for arm in effects if families[arm] == family]
+        adjusted = holm(np.array([effects[arm].p() for arm in members]))
+        n_compared = int(np.isfinite(adjusted).sum())
+        corrected |= {arm: (float(p), n_compared) for arm, p in zip(members, adjusted, strict=True)}
+    counts = scores.evaluated.sum(axis=1)
+    rows = [_row(own, 0, int(counts[0]), "baseline") if measured else _nothing(own, int(counts[0]))]
+    for arm in range(1, n_arms):
+        paired = scores.paired(arm, 0)
         if arm not in effects:
-            rows.append(_nothing(own))
+            rows.append(_nothing(paired, int(counts[arm])))
             continue
-        found, p_holm = effects[arm], float(corrected[arm])
-        decidable = own.shape[1] >= MINIMUM_CASES
+        found, (p_holm, n_compared) = effects[arm], corrected[arm]
+        differences = paired.scores[0] - paired.scores[1]
+        enough = n_compared and differences.shape[1] >= minimum_cases(n_compared, confidence)
         verdict: Outcome = "no difference shown"
-        if decidable and p_holm < 1 - confidence:
+        if not enough or not found.covers_runs:
+            verdict = "cannot tell"
+        elif p_holm < 1 - confidence:
             verdict = "better" if found.value > 0 else "worse"
-        per_case = (own - baseline).mean(axis=0)
+        per_case = differences.mean(axis=0)
         wins, losses = int((per_case > _EQUAL).sum()), int((per_case < -_EQUAL).sum())
         ci_low, ci_high = found.interval(confidence)
-        bootstrap_low, bootstrap_high = bootstrap_interval(own - baseline, bootstraps, confidence, seed)
+        bootstrap_low, bootstrap_high = bootstrap_interval(differences, bootstraps, confidence, seed)
+        detectable = {}
+        if verdict != "cannot tell":
+            level = (1 - confidence) / n_compared
+            low, high = found.detectable_range(level)
+            detectable = {"detectable_difference": found.detectable(level), "detectable_low": low}
+            detectable["detectable_high"] = high
+        baseline_mean = float(paired.scores[1].mean())
         rows.append(
             _row(
-                own,
-                baseline,
+                paired,
+                1,
+                int(counts[arm]),
                 verdict,
+                family=families[arm],
                 difference=found.value,
-                relative_percent=100 * found.value / baseline.mean() if baseline.any() else math.nan,
+                relative_percent=100 * found.value / baseline_mean if baseline_mean else math.nan,
                 ci_low=ci_low,
                 ci_high=ci_high,
                 bootstrap_low=bootstrap_low,
@@ -265,10 +428,11 @@ def compare_arms(scores: Scores, bootstraps: int, confidence: float, seed: int) 
                 p_wilcoxon=wilcoxon_p(per_case),
                 standard_error=found.standard_error,
                 df=found.df,
+                run_df=found.from_runs.df,
                 wins=wins,
                 ties=len(per_case) - wins - losses,
                 losses=losses,
-                detectable_difference=found.detectable((1 - confidence) / n_compared) if decidable else math.nan,
+                **detectable,
             )
         )
     return rows
@@ -287,7 +451,7 @@ class DoseResponse:
     """A straight line through the arms of one generator over their dose, `real` being dose 0."""
 
     slope: Effect
-    """Gain a dose of 1, i.e. for as many synthetic cases as there are real ones."""
+    """Gain per dose of 1, i.e. for as many synthetic cases as there are real ones."""
     doses: np.ndarray
     """(points,), from 0 to the largest dose."""
     fitted: np.ndarray
@@ -359,44 +523,99 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
     """
     c = comparison
     if c.verdict == "not measured":
-        why = "no test case has a nodule" if c.n_replicates else "none of its replicates was evaluated"
+        why = "no test case has a nodule"
+        if not c.n_replicates:
+            why = (
+                f"it has no replicate in common with {baseline}"
+                if c.n_evaluated
+                else "none of its replicates was evaluated"
+            )
         return f"{arm}: {measure} was not measured, {why}."
     size = f"{count(c.n_cases, 'case')}, {count(c.n_replicates, 'replicate')}"
+    if c.n_independent < c.n_replicates:
+        size += f" in {count(c.n_independent, 'fold')}"
     if c.verdict == "baseline":
         spread = "" if math.isnan(c.sd) else f" (sd over cases {c.sd:.3f})"
         return f"{arm}: mean {measure} {c.mean:.3f}{spread}; {size}. The other arms are compared with this one."
-    claim = f"no difference to {baseline} shown"
-    if c.verdict != "no difference shown":
-        claim = f"{c.verdict} than {baseline}" + (" in one training run" if c.n_replicates == 1 else "")
+    claim = {
+        "no difference shown": f"no difference to {baseline} shown",
+        "cannot tell": f"this run cannot tell whether it differs from {baseline}",
+    }.get(c.verdict, f"{c.verdict} than {baseline}")
     relative = "" if math.isnan(c.relative_percent) else f", {signed(c.relative_percent, 1)} %"
     numbers = [signed(c.difference) + relative]
     if not math.isnan(c.p):
-        correction = f" after correction for {c.n_compared} arms" if c.n_compared > 1 else ""
+        scope = " over patients alone" if not c.run_df else ""
+        others = c.family or "arms"
+        correction = f" after correction for {c.n_compared} {others}" if c.n_compared > 1 else ""
         numbers += [
-            f"{100 * confidence:g} % CI {signed(c.ci_low)} to {signed(c.ci_high)}",
-            f"p {format_p(c.p_holm)}{correction}",
+            f"{100 * confidence:g} % CI {bound(c.ci_low)} to {bound(c.ci_high)}{scope}",
+            f"p {format_p(c.p_holm, 1 - confidence)}{correction}",
         ]
     parts = [
         f"{arm}: {claim}. Mean {measure} {c.mean:.3f} against {c.baseline_mean:.3f} ({'; '.join(numbers)}); "
         f"{size}: {c.wins} better, {c.ties} equal, {c.losses} worse.",
-        *_limits(c, confidence),
-        *caveats(c.n_cases, c.n_replicates),
+        *_limits(c, baseline, confidence),
+        *caveats(c.n_cases, c.n_independent, c.run_df, minimum_cases(max(c.n_compared, 1), confidence)),
     ]
     return " ".join(parts)
 
 
-def caveats(n_cases: int, n_replicates: int) -> list[str]:
-    """What a comparison of this size does not cover, as sentences."""
+def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = MINIMUM_CASES) -> list[str]:
+    """What a comparison of this size does not cover, as sentences.
+
+    Args:
+        n_cases: test cases scored.
+        n_independent: replicates that do not share a fold, or seeds of a single fold.
+        run_df: degrees of freedom of MS(TR), over all arms.
+        needed_cases: as of `minimum_cases`.
+    """
     warnings = []
-    if n_cases < MINIMUM_CASES:
+    if n_cases < needed_cases:
         warnings.append(
-            f"With {count(n_cases, 'test case')} nothing can be decided: fewer than {MINIMUM_CASES} agree too easily."
+            f"With {count(n_cases, 'test case')} nothing can be decided: fewer than {needed_cases} agree too easily."
         )
     elif n_cases < SMALL_TEST_SET:
-        warnings.append(f"Only {n_cases} test cases: they hardly stand for patients in general.")
-    if n_replicates == 1:
-        warnings.append("One replicate: the luck of a training run is not covered, another seed may turn the result.")
+        warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")
+    if not run_df:
+        warnings.append(
+            "One replicate: how much training runs scatter is not known, and another seed may turn the result. "
+            "Nothing is decided."
+        )
+    elif run_df < MINIMUM_RUN_DF:
+        warnings.append(
+            f"How much training runs scatter is known with {count(run_df, 'degree')} of freedom only; fewer than "
+            f"{MINIMUM_RUN_DF} come out too small too often, so the test uses these alone and asks for more. "
+            "More replicates or arms change that."
+        )
+    elif n_independent == 1:
+        warnings.append("One replicate in common: how much training runs scatter is taken from the other arms.")
     return warnings
+
+
+def detectable_text(comparison: Comparison, baseline: str) -> str:
+    """What true difference the comparison could have shown, as a sentence; empty where that is not known.
+
+    The measure lies between 0 and 1: no gain or loss is promised that the baseline leaves no room for.
+    """
+    c = comparison
+    if math.isnan(c.detectable_difference) or c.detectable_difference <= _EQUAL:
+        return ""
+    size = f"about {c.detectable_difference:.2g} ({c.detectable_low:.2g} to {c.detectable_high:.2g})"
+    room = {"gain": 1 - c.baseline_mean, "loss": c.baseline_mean}
+    possible = [name for name, most in room.items() if c.detectable_difference <= most]
+    if not possible:
+        return (
+            f"This run is too small to show even the largest possible difference reliably: it would take {size}, and "
+            f"{baseline} leaves room for a gain of {room['gain']:.2f} and a loss of {room['loss']:.2f}."
+        )
+    shown = "difference" if len(possible) == 2 else possible[0]
+    text = (
+        f"A true {shown} of {size} would be shown with a probability of {100 * POWER:.0f} %; a smaller one may exist."
+    )
+    if len(possible) == 1:
+        other = "loss" if shown == "gain" else "gain"
+        text += f" No {other} could be shown reliably: {baseline} leaves room for {room[other]:.2f}."
+    return text
 
 
 def signed(value: float, digits: int = 3) -> str:
@@ -405,9 +624,22 @@ def signed(value: float, digits: int = 3) -> str:
     return text.replace("-", "−") if text.strip("+-0.") else text[1:]
 
 
-def format_p(p: float) -> str:
-    """ "= 0.034", "= 0.21" or "< 0.001"."""
-    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+def bound(value: float) -> str:
+    """A limit of an interval: `signed`, with digits enough to show on which side of zero it lies."""
+    digits = 3
+    while value and abs(value) < 1 and not round(abs(value), digits) and digits < 9:
+        digits += 1
+    return signed(value, digits)
+
+
+def format_p(p: float, level: float = 0.05) -> str:
+    """ "= 0.034", "= 0.21" or "< 0.001", with digits enough to show on which side of `level` it lies."""
+    if p < 0.001 <= level:
+        return "< 0.001"
+    digits = 3 if p < 0.1 else 2
+    while (round(p, digits) < level) != (p < level) and digits < 9:
+        digits += 1
+    return f"= {p:.{digits}f}"
 
 
 def count(number: int, noun: str) -> str:
@@ -421,32 +653,30 @@ def _resampling_weights(n: int, bootstraps: int, generator: np.random.Generator)
     return np.bincount(drawn.ravel(), minlength=n * bootstraps).reshape(bootstraps, n) / n
 
 
-def _limits(c: Comparison, confidence: float) -> list[str]:
+def _limits(c: Comparison, baseline: str, confidence: float) -> list[str]:
     """What stands against reading more into a comparison than it shows, as sentences."""
-    if c.verdict != "no difference shown":
-        return []
     limits = []
     if not c.wins and not c.losses:
         limits.append("Every case scored the same in both: check that the arms differ.")
+    if c.verdict != "no difference shown":
+        return limits
     if c.p < 1 - confidence <= c.p_holm:
-        limits.append(f"Alone it would count (p {format_p(c.p)}), as one of {c.n_compared} comparisons it does not.")
-    if c.detectable_difference > max(c.baseline_mean, 1 - c.baseline_mean):
-        limits.append("A run of this size is not able to show even the largest possible difference reliably.")
-    elif c.detectable_difference > _EQUAL:
-        limits.append(
-            f"A true difference of {c.detectable_difference:.3f} would have been shown with a probability of "
-            f"{100 * POWER:.0f} %; a smaller one may exist."
-        )
+        alone = format_p(c.p, 1 - confidence)
+        limits.append(f"Alone it would count (p {alone}), as one of {c.n_compared} comparisons it does not.")
+    if text := detectable_text(c, baseline):
+        limits.append(text)
     return limits
 
 
-def _row(own: np.ndarray, baseline: np.ndarray, verdict: Outcome, **inferred: float) -> Comparison:
-    """A comparison from the (replicates, cases) scores of an arm and the baseline, and what was inferred of them."""
-    n_replicates, n_cases = own.shape
+def _row(paired: Paired, baseline: int, n_evaluated: int, verdict: Outcome, **inferred: float | str) -> Comparison:
+    """A comparison of the first paired arm with the `baseline`-th, and what was inferred of them."""
+    own = paired.scores[0]
     per_case = own.mean(axis=0)
-    sd = float(per_case.std(ddof=1)) if n_cases > 1 else math.nan
-    return Comparison(n_cases, n_replicates, float(own.mean()), sd, float(baseline.mean()), verdict, **inferred)
+    sd = float(per_case.std(ddof=1)) if own.shape[1] > 1 else math.nan
+    sizes = (own.shape[1], int(paired.n_runs.sum()), own.shape[0], n_evaluated)
+    return Comparison(*sizes, float(own.mean()), sd, float(paired.scores[baseline].mean()), verdict, **inferred)
 
 
-def _nothing(own: np.ndarray) -> Comparison:
-    return Comparison(own.shape[1], own.shape[0], math.nan, math.nan, math.nan, "not measured")
+def _nothing(paired: Paired, n_evaluated: int) -> Comparison:
+    sizes = (paired.scores.shape[2], int(paired.n_runs.sum()), len(paired.n_runs), n_evaluated)
+    return Comparison(*sizes, math.nan, math.nan, math.nan, "not measured")

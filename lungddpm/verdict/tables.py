@@ -18,7 +18,8 @@ from lungddpm.verdict.calibration import calibration_table
 from lungddpm.verdict.froc import froc_tables
 from lungddpm.verdict.lesions import SIZE_BINS
 from lungddpm.verdict.notes import notes_table
-from lungddpm.verdict.published import published_comparison
+from lungddpm.verdict.power import RunPower, run_power
+from lungddpm.verdict.published import published_comparison, published_gain
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.segmentation import RATIOS, check_unchanged
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
@@ -34,10 +35,15 @@ NOT_TRUSTED = "not trusted"
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
-    "arm", "metric", "n_cases", "n_replicates", "mean", "sd", "baseline_mean", "difference", "relative_percent",
-    "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "detectable_difference",
-    "bootstrap_low", "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "verdict", "sentence",
+    "arm", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd", "baseline_mean", "difference",
+    "relative_percent", "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "run_df",
+    "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
+    "wins", "ties", "losses", "verdict", "sentence",
 ]  # fmt: skip
+REPEATED = "real+real"
+"""The control that repeats the real cases: its true difference is 0."""
+QUESTION, CONTROLS = "arms with synthetic CT", "controls"
+"""Families of arms: Holm's correction is made within each."""
 
 
 def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
@@ -100,6 +106,12 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise InputError(path, f"is not a table ({error})", "Delete it and run again.") from None
 
 
+def family_of(arm: str, config: Config) -> str:
+    """`QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
+    mixed = any(arm.startswith(f"{BASELINE}+{generator}@") for generator in config.arms.generators)
+    return QUESTION if mixed or arm.startswith("synthetic:") else CONTROLS
+
+
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
     """One measure of all arms and replicates of the config, `real` first; cases in the order of the table.
 
@@ -118,7 +130,8 @@ def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
             )
         where = arms.index(arm), replicates.index(replicate)
         values[where], evaluated[where] = rows.set_index("case_id").loc[names, measure], True
-    return Scores.over_scored_cases(values, evaluated)
+    folds = tuple(fold for fold in config.segmentation.folds for _ in config.segmentation.seeds)
+    return Scores.over_scored_cases(values, evaluated, folds)
 
 
 def run_means(scores: Scores) -> np.ndarray:
@@ -154,29 +167,42 @@ def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
 
 
 def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """One row an arm and measure, `VERDICT_COLUMNS`; differences are to `real`, in the measure's own unit.
+    """One row per arm and measure, `VERDICT_COLUMNS`; differences are to `real`, in the measure's own unit.
 
     Raises:
         InputError: the arms do not cover the same cases.
     """
-    settings, missing, rows = config.verdict, missing_replicates(cases, config), []
+    settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.names()
     comparisons = {
         measure: compare_arms(
             scores_of(cases, config, measure),
             settings.bootstraps,
             settings.confidence,
             seed_from(config.seed, "verdict", measure),
+            [family_of(arm, config) for arm in arms],
         )
         for measure in MEASURES
     }
-    for number, arm in enumerate(config.arms.names()):
+    for number, arm in enumerate(arms):
         for measure, prose in MEASURES.items():
             comparison = comparisons[measure][number]
             text = sentence(arm, BASELINE, prose, comparison, settings.confidence)
             if arm in missing and comparison.n_replicates:
                 text += f" Not evaluated and left out: {', '.join(missing[arm])}."
+            if arm == REPEATED and comparison.p_wilcoxon < 1 - settings.confidence:
+                text += (
+                    f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
+                    f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
+                )
             rows.append({"arm": arm, "metric": measure, **asdict(comparison), "sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
+
+
+def power_of(verdict: pd.DataFrame) -> RunPower:
+    """Which gain from synthetic CT a run can show, from its `verdict.csv`."""
+    measure, prose = next(iter(MEASURES.items()))
+    rows = verdict[(verdict["metric"] == measure) & (verdict["family"] == QUESTION)]
+    return run_power(rows, prose, published_gain(measure))
 
 
 def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
@@ -207,7 +233,7 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
         for generator in config.arms.generators:
             doses = {arms.index(f"{BASELINE}+{generator}@{dose}"): dose for dose in config.arms.doses}
             doses = {arm: dose for arm, dose in doses.items() if scores.evaluated[arm].any()}
-            if len(doses) < 2 or not scores.paired(0, *doses).size:
+            if len(doses) < 2 or not scores.paired(0, *doses).scores.size:
                 continue
             line = dose_response(scores, doses, config.verdict.confidence)
             ci_low, ci_high = line.slope.interval(config.verdict.confidence)
@@ -400,10 +426,12 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         )
         tables["image_quality"] = quality_table(samples, sets)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
-    runs = run_means(scores_of(cases, config, next(iter(MEASURES))))
-    tables["run_spread"] = run_spread_table(config.arms.names(), runs, seed_from(config.seed, "verdict", "run spread"))
+    runs = scores_of(cases, config, next(iter(MEASURES)))
+    tables["run_spread"] = run_spread_table(
+        config.arms.names(), run_means(runs), runs.replicates, seed_from(config.seed, "verdict", "run spread")
+    )
     significance = 1 - config.verdict.confidence
-    tables["notes"] = notes_table(copies, tables["calibration"], tables["run_spread"], significance)
+    tables["notes"] = notes_table(copies, power_of(verdict), tables["calibration"], tables["run_spread"], significance)
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),

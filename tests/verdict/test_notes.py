@@ -6,19 +6,22 @@ import pandas as pd
 from lungddpm.verdict.calibration import COLUMNS as CALIBRATION_COLUMNS
 from lungddpm.verdict.calibration import FAILED, LUNGS_ALONE, SPREAD
 from lungddpm.verdict.notes import notes_table
+from lungddpm.verdict.power import RunPower
 from lungddpm.verdict.run_spread import run_spread_table
 
 NOTHING = pd.DataFrame(columns=CALIBRATION_COLUMNS)
-ALIKE = run_spread_table(["real", "a", "b"], np.eye(3), seed=1)
+ALIKE = run_spread_table(["real", "a", "b"], np.eye(3), [[0], [1], [2]], seed=1)
 
 
 def test_a_run_without_anything_unusual_has_no_note():
-    assert notes_table([], NOTHING, ALIKE, 0.05).empty
+    assert notes_table([], RunPower("This run shows a true gain of about 0.1 Dice.", False), NOTHING, ALIKE, 0.05).empty
 
 
 def test_copies_come_before_calibration_and_calibration_before_spread():
     failed = pd.DataFrame([("g", LUNGS_ALONE, SPREAD, 4, 1.1001, 0.1, 0.9, 1.1, FAILED)], columns=CALIBRATION_COLUMNS)
-    notes = notes_table([["real, fold0_seed0", "real, fold0_seed1"]], failed, ALIKE.assign(p=[1, 0.01, 1]), 0.05)
-    assert notes["about"].tolist() == ["copied replicates", "HU calibration", "spread of training runs"]
+    spread, power = ALIKE.assign(p=[1, 0.01, 1]), RunPower("Too small.", True)
+    notes = notes_table([["real, fold0_seed0", "real, fold0_seed1"]], power, failed, spread, 0.05)
+    about = ["copied replicates", "size of the run", "HU calibration", "spread of training runs"]
+    assert notes["about"].tolist() == about
     assert "real, fold0_seed0; real, fold0_seed1" in notes["note"][0]
-    assert "spread 1.1001 times as wide" in notes["note"][1]
+    assert "spread 1.1001 times as wide" in notes["note"][2]

@@ -59,7 +59,7 @@ def test_two_arms_have_the_p_of_the_f_test():
 
 def test_table_has_the_moments_of_the_runs():
     means = np.array([[0.4, 0.5, 0.6], [0.3, math.nan, 0.34], [math.nan] * 3, [0.2, math.nan, math.nan]])
-    table = run_spread_table(["real", "two", "none", "one"], means, seed=1).set_index("arm")
+    table = run_spread_table(["real", "two", "none", "one"], means, [[0], [1], [2]], seed=1).set_index("arm")
     assert table["n_replicates"].tolist() == [3, 2, 0, 1]
     assert table.loc["real", ["mean", "sd", "lowest", "highest", "range"]].tolist() == pytest.approx(
         [0.5, 0.1, 0.4, 0.6, 0.2]
@@ -68,6 +68,14 @@ def test_table_has_the_moments_of_the_runs():
     assert table.loc["none", "mean":].isna().all()
     assert math.isnan(table.loc["one", "sd"])
     assert math.isnan(table.loc["one", "p"])
+
+
+def test_seeds_of_a_fold_count_once():
+    rng = np.random.default_rng(5)
+    means = rng.normal(size=(3, 4))
+    folds = run_spread_table(["real", "a", "b"], means, [[0, 1], [2, 3]], seed=1)
+    assert folds["p"].tolist() == spread_test((means[:, ::2] + means[:, 1::2]) / 2, seed=1).tolist()
+    assert folds["sd"].tolist() == pytest.approx(means.std(axis=1, ddof=1))
 
 
 @pytest.mark.parametrize("means", [np.ones((3, 3)), np.ones((3, 1)), np.full((2, 2), math.nan), np.ones((1, 4))])
@@ -79,7 +87,7 @@ def test_no_spread_has_no_p(means):
 def test_the_note_names_the_arm_and_the_numbers():
     rng = np.random.default_rng(4)
     means = 0.5 + rng.normal(size=(5, 5)) * np.array([[0.01], [0.01], [0.2], [0.01], [0.01]])
-    table = run_spread_table(["real", "a", "b", "c", "d"], means, seed=1)
+    table = run_spread_table(["real", "a", "b", "c", "d"], means, [[run] for run in range(5)], seed=1)
     (note,) = spread_notes(table, "Dice", 0.05)
     assert note.startswith(
         f"Training runs of b scatter more than those of the other arms (sd of mean Dice {means[2].std(ddof=1):.3f} "

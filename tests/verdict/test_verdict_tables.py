@@ -93,7 +93,7 @@ def test_an_arm_that_was_not_evaluated_does_not_stop_the_others(make_results, ca
     (results / "segmentation" / "real+lung_ddpm@1.0" / "fold1_seed0" / "metrics.csv").unlink()
     tables, _ = write_tables(config, results)
     rows = tables["verdict"].query("metric == 'dice'").set_index("arm")
-    assert rows["verdict"].tolist() == ["baseline", "better", "not measured"]
+    assert rows["verdict"].tolist() == ["baseline", "cannot tell", "not measured"]
     assert rows["n_replicates"].tolist() == [2, 1, 0]
     assert rows.loc["real+lung_ddpm@1.0", "sentence"].endswith("Not evaluated and left out: fold1_seed0.")
     assert rows.loc["real+lung_ddpm@1.0", "n_compared"] == 1
@@ -106,6 +106,35 @@ def test_without_the_baseline_there_is_no_verdict(make_results):
     (results / "segmentation" / "real" / "fold0_seed0" / "metrics.csv").unlink()
     with pytest.raises(InputError, match=r"segmentation/real.*metrics.csv"):
         write_tables(config, results)
+
+
+def test_generators_and_controls_are_corrected_apart_and_seeds_averaged_in_folds():
+    arms = {
+        "generators": ["lung_ddpm"],
+        "doses": [0.5, 2.0],
+        "controls": ["real", "reference"],
+        "synthetic_only": ["lung_ddpm"],
+    }
+    config = parse_config({"arms": arms, "segmentation": {"folds": [0, 1, 2], "seeds": [0, 1]}})
+    rows = verdict_table(simulated_cases(config), config).query("metric == 'dice' and arm != 'real'").set_index("arm")
+    assert rows["family"].to_dict() == {
+        "real+lung_ddpm@0.5": "arms with synthetic CT", "real+lung_ddpm@2.0": "arms with synthetic CT",
+        "synthetic:lung_ddpm": "arms with synthetic CT", "real+real": "controls", "real+reference@1.0": "controls",
+    }  # fmt: skip
+    assert rows["n_compared"].tolist() == [3, 3, 3, 2, 2]
+    assert rows["n_replicates"].tolist() == [6] * 5
+    assert rows["n_independent"].tolist() == [3] * 5
+    assert rows["run_df"].tolist() == [5 * 2] * 5
+
+
+def test_wilcoxon_against_a_repeated_baseline_is_named_as_luck():
+    config = parse_config({"arms": {"controls": ["real"]}, "segmentation": {"folds": [0, 1, 2]}})
+    cases = simulated_cases(config)
+    cases.loc[(cases["arm"] == "real+real") & (cases["replicate"] == "fold0_seed0"), "dice"] += 0.05
+    row = verdict_table(cases, config).query("metric == 'dice'").set_index("arm").loc["real+real"]
+    assert row["p_wilcoxon"] < 0.01
+    assert row["verdict"] == "no difference shown"
+    assert "its true difference is 0: the Wilcoxon p of " in row["sentence"]
 
 
 def test_arms_must_cover_the_same_cases():
