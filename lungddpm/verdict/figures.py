@@ -43,7 +43,7 @@ from lungddpm.verdict.image_quality import (
     SYNTHETIC,
     WHOLE,
 )  # fmt: skip
-from lungddpm.verdict.statistics import signed
+from lungddpm.verdict.statistics import bound, signed
 from lungddpm.volume import Volume
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
@@ -92,7 +92,7 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
                 colour, marker, filled = _outcome_style(row["verdict"])
                 axis.plot([row["ci_low"], row["ci_high"]], [line, line], color=colour, linewidth=2, zorder=2)
                 axis.plot(row["difference"], line, marker, color=colour, markerfacecolor=filled, markersize=7, zorder=3)
-                interval = "" if np.isnan(row["ci_low"]) else f"  ({signed(row['ci_low'])} to {signed(row['ci_high'])})"
+                interval = "" if np.isnan(row["ci_low"]) else f"  ({bound(row['ci_low'])} to {bound(row['ci_high'])})"
                 numbers = signed(row["difference"]) + interval
                 if narrow:
                     axis.annotate(

@@ -92,17 +92,19 @@ def spread_notes(table: pd.DataFrame, measure: str, significance: float) -> list
     """A sentence for each arm whose runs scatter more than those of the others beyond chance.
 
     Args:
-        table: of `run_spread_table`.
+        table: of `run_spread_table`, the arm that the others are compared with first.
         measure: what the means are of, in prose.
         significance: p below it is beyond chance.
     """
     notes = []
     for row in table[table["p"] < significance].to_dict("records"):
         others = table.loc[table["arm"] != row["arm"], "sd"].dropna()
+        range_of_others = " to ".join(dict.fromkeys(f"{sd:.3f}" for sd in (others.min(), others.max())))
+        concerned = "every arm" if row["arm"] == table["arm"].iloc[0] else "this arm"
         notes.append(
-            f"Training runs of {row['arm']} scatter more than those of the other arms (sd of mean {measure} "
-            f"{row['sd']:.3f} over {row['n_replicates']} replicates; others {others.min():.3f} to {others.max():.3f}), "
-            "beyond chance. The comparison takes all arms' runs to scatter alike: what it claims of this arm is less "
-            "certain than its p says."
+            f"Training runs of {row['arm']} scatter more than those of the other arms, beyond chance (sd of mean "
+            f"{measure} {row['sd']:.3f} over {row['n_replicates']} replicates; others {range_of_others}). "
+            "The comparison assumes that the runs of all arms scatter alike: what it claims about "
+            f"{concerned} is less certain than its p says."
         )
     return notes

@@ -89,7 +89,9 @@ def test_the_note_names_the_arm_and_the_numbers():
     means = 0.5 + rng.normal(size=(5, 5)) * np.array([[0.01], [0.01], [0.2], [0.01], [0.01]])
     table = run_spread_table(["real", "a", "b", "c", "d"], means, [[run] for run in range(5)], seed=1)
     (note,) = spread_notes(table, "Dice", 0.05)
-    assert note.startswith(
-        f"Training runs of b scatter more than those of the other arms (sd of mean Dice {means[2].std(ddof=1):.3f} "
-    )
+    assert note.startswith("Training runs of b scatter more than those of the other arms, beyond chance")
+    assert f"(sd of mean Dice {means[2].std(ddof=1):.3f} over 5 replicates; others 0.0" in note
+    assert "claims about this arm" in note
     assert spread_notes(table, "Dice", 1e-9) == []
+    (note,) = spread_notes(table.assign(p=[0.01, 1, 1, 1, 1]), "Dice", 0.05)
+    assert "claims about every arm" in note

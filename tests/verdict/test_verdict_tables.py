@@ -20,6 +20,7 @@ from lungddpm.verdict.tables import (
     identical_replicates,
     measures_table,
     quality_table,
+    run_means,
     scores_of,
     seconds_per_volume,
     timing_table,
@@ -161,6 +162,20 @@ def test_dose_response_of_every_generator_with_two_doses():
     assert band["fitted"].iloc[-1] - band["fitted"].iloc[0] == pytest.approx(2 * lines.loc["reference", "slope"])
     assert (band["ci_low"] < band["fitted"]).all()
     assert (band["fitted"] < band["ci_high"]).all()
+
+
+def test_means_of_runs_are_over_the_cases_that_every_run_scored():
+    config = parse_config({"segmentation": {"folds": [0, 1], "seeds": [0, 1]}})
+    cases = simulated_cases(config, n_cases=4)
+    cases.loc[5, "dice"] = np.nan  # case-1 of one run: it counts in none
+    cases = cases[(cases["arm"] != "real+real") | (cases["replicate"] != "fold1_seed0")]
+    means = run_means(scores_of(cases, config, "dice"))
+    expected = cases[cases["case_id"] != "case-1"].groupby(["arm", "replicate"])["dice"].mean()
+    for (arm, replicate), mean in expected.items():
+        place = config.arms.names().index(arm), config.segmentation.replicates().index(replicate)
+        assert means[place] == pytest.approx(mean)
+    assert np.isnan(means).sum() == 1
+    assert np.isnan(run_means(scores_of(cases.assign(dice=np.nan), config, "dice"))).all()
 
 
 def test_one_dose_has_no_dose_response():
