@@ -24,6 +24,7 @@ import lungddpm
 from lungddpm import cases, drawing, generators
 from lungddpm.config import Config
 from lungddpm.doctor import versions
+from lungddpm.errors import InputError
 from lungddpm.files import sha256_of, write_json, write_text
 from lungddpm.pages import Shown, render, show_excluded
 from lungddpm.progress import LOG
@@ -103,8 +104,7 @@ def verdict_table_text(results: Path) -> str:
         InputError: the run has no verdict yet.
     """
     verdict, notes = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "notes"))
-    manifest = json.loads((results / "manifest.json").read_text(encoding="utf-8"))
-    significance = 1 - manifest["config"]["verdict"]["confidence"]
+    significance = 1 - _confidence_of(results / "manifest.json")
     rows = verdict[verdict["metric"] == next(iter(MEASURES))]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for head in ("arm", "Dice", "difference", "CI", "p", "verdict"):
@@ -125,6 +125,14 @@ def verdict_table_text(results: Path) -> str:
         console.print(textwrap.fill(text, 98, initial_indent="- ", subsequent_indent="  "), markup=False)
     console.print(f"\nReport: {results / 'report.html'}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _confidence_of(manifest: Path) -> float:
+    """The confidence that a finished run's claims were made with."""
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["config"]["verdict"]["confidence"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise InputError(manifest, "is missing or is not the manifest of a run", "Run lungddpm report again.") from None
 
 
 def draw_figures(
