@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = (".nii.gz", ".nii")
 _CHANNEL = "_0000"
+_NORMALISED_RANGE = 60.0
+"""A CT of fewer HU from its lowest to its highest value is none."""
 
 
 def find_series(path: Path, cache: Cache) -> list[Series]:
@@ -75,10 +77,10 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         case: row of the index; `path` is the image, `annotations` names the labels.
 
     Returns:
-        The CT in HU, at least -1024, with its labels.
+        The CT in HU, at least -1024, with its labels; whether it is in HU, only `build_case` can judge.
 
     Raises:
-        ExcludedCaseError: an unreadable file, different grids, a CT that is not in HU, or unknown labels.
+        ExcludedCaseError: an unreadable file, different grids, a CT that holds NaN or is constant, or unknown labels.
     """
     image, label = path / case["path"], path / json.loads(case["annotations"])[0]
     try:
@@ -86,13 +88,10 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     except InputError as fault:
         raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None
     check_case(ct, labels, image)
-    if ct.array.min() >= 0 and ct.array.max() <= 255 and (ct.array == np.rint(ct.array)).all():
-        raise ExcludedCaseError(
-            image,
-            "holds 8-bit grey values (0 to 255), not Hounsfield units",
-            "Convert the CT back to HU, air at -1000.",
-        )
-    hu = np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
+    hu = ct.array
+    # Rounding would hide what normalised values are; `build_case` refuses them.
+    if np.ptp(hu) > _NORMALISED_RANGE:
+        hu = np.clip(np.rint(hu), AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
     return Scan(ct=ct.like(hu), labels=labels.array.astype(np.uint8), files=(image, label))
 
 
