@@ -29,17 +29,19 @@ _CONTRAST_HU = (350.0, 1350.0)
 _DARKEST_HU = (-1600.0, -800.0)
 """The darkest hundredth of whatever lungs."""
 _SMALLEST_RANGE = 60.0
+_ROUNDING = 1e-3
 _DARK_OF_UNSIGNED = 5000.0
 _TISSUE_SPREAD_HU = 150.0
-_OFFSETS = (1024, 8192, 32768)
+_OFFSETS = (1024, 2048, 8192, 32768)
 """Intercepts of scanners, and the middle of uint16."""
 _OFFSET_TOLERANCE = 300.0
 _SMALLEST_OFFSET = 200.0
+_INVERTED_TOLERANCE = 120.0
 _CUT_SHARE, _CUT_HU = 0.25, -900.0
 """So much lung at one lowest value, and above this: a window has cut it."""
 _FILLED_SHARE = 0.5
 _DARK_HU = -700.0
-_AERATED_HU = -550.0
+_AERATED_HU = -520.0
 """Some lung is darker, even in expiration; none is where the values are scaled down."""
 
 
@@ -52,7 +54,8 @@ class Landmarks:
         tissue: level of the soft tissue around them; None where nothing surrounds them.
         darkest: 1st percentile of the lungs.
         cut: the lungs' lowest value, if many lung voxels have it; else None.
-        filling: the value of most voxels on the sides of the scan, if they have one; else None.
+        sides: median of the voxels on the lateral faces of the scan.
+        filling: the same, if most of these voxels have that one value; else None.
         low: lowest value of the lungs and what surrounds them.
         high: highest value of the same.
     """
@@ -61,6 +64,7 @@ class Landmarks:
     tissue: float | None
     darkest: float
     cut: float | None
+    sides: float
     filling: float | None
     low: float
     high: float
@@ -105,6 +109,7 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
         tissue=tissue,
         darkest=float(np.percentile(lung, 1)),
         cut=float(lowest) if np.mean(lung == lowest) >= _CUT_SHARE else None,
+        sides=float(usual),
         filling=float(usual) if np.mean(sides == usual) >= _FILLED_SHARE else None,
         low=float(middle.min()),
         high=float(middle.max()),
@@ -133,8 +138,8 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
             )
         return None
     levels = _tell(found)
-    if found.cut is not None and found.cut > _CUT_HU and _between(found.lung, (_AIR_HU, 0)):
-        return f"is cut to a window: it has nothing below {found.cut:g} HU, where most of the lungs lie"
+    if cut := _cut_to_a_window(found):
+        return cut
     without_labels = find_landmarks(ct)
     if without_labels is not None and _in_hounsfield(without_labels, limits):
         return (
@@ -143,16 +148,18 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
         )
     if _between(found.lung, limits.lung_hu) and found.tissue is not None and found.tissue <= _DARK_HU:
         return f"has no soft tissue around the lungs: all but the lungs was masked ({levels})"
-    looks = _look(found, limits) or (
-        f"its values look scaled, from {found.low:.4g} to {found.high:.4g}, such as grey values of a window"
-    )
+    looks = _look(found, limits) or _scaled(found)
     return f"is not in Hounsfield units: {looks} ({levels})"
 
 
 def recognised_fault(ct: np.ndarray, limits: LayoutLimits) -> str | None:
-    """The same without lungs, where none can be found: None also where nothing tells that the values are no HU."""
+    """The same without lungs, where none can be found: None also where nothing shows that the values are not HU."""
     found = find_landmarks(ct)
-    looks = None if found is None or _in_hounsfield(found, limits) else _look(found, limits)
+    if found is None or _in_hounsfield(found, limits):
+        return None
+    if cut := _cut_to_a_window(found):
+        return cut
+    looks = _look(found, limits) or (_scaled(found) if found.low >= 0 else None)
     return looks and f"is not in Hounsfield units: {looks} ({_tell(found)})"
 
 
@@ -165,6 +172,12 @@ def _in_hounsfield(found: Landmarks, limits: LayoutLimits) -> bool:
     )
 
 
+def _cut_to_a_window(found: Landmarks) -> str | None:
+    if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= _SMALLEST_RANGE:
+        return None
+    return f"is cut to a window: it has nothing below {found.cut:g} HU, where most of the lungs lie"
+
+
 def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     """What the values look like; None where that is not clear."""
     low, high, lung = found.low, found.high, found.lung
@@ -173,9 +186,9 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
         return None
     if high - low <= _SMALLEST_RANGE:
         thousandths = _between(1000 * lung, limits.lung_hu) and abs(1000 * tissue - _TISSUE_HU) <= _TISSUE_SPREAD_HU
-        if low >= 0 and high <= 1:
+        if low >= -_ROUNDING and high <= 1 + _ROUNDING:
             return "its values are normalised to [0, 1]"
-        if low >= -1 and high <= 1:
+        if low >= -1 - _ROUNDING and high <= 1 + _ROUNDING:
             return f"its values are normalised to [-1, 1]{', or HU divided by 1000' if thousandths else ''}"
         if thousandths:
             return "its values are HU divided by 1000"
@@ -186,9 +199,11 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     air = tissue if _between(lung, limits.tissue_hu) else lung
     if low < _DARK_OF_UNSIGNED and (_between(air - 2**16, limits.lung_hu) or air >= np.iinfo(np.int16).max):
         return "its negative values were read as unsigned 16-bit numbers, so that air is bright"
-    if lung - tissue > 200:
-        return "its values are inverted: lung is brighter than soft tissue"
     offset = tissue - _TISSUE_HU
+    # Without labels, again: the air around the patient is bright then.
+    swapped = found.sides > (lung + tissue) / 2 and _between(lung, limits.tissue_hu)
+    if lung - tissue > _SMALLEST_OFFSET or (swapped and abs(offset - _OFFSETS[0]) > _INVERTED_TOLERANCE):
+        return "its values are inverted: lung is brighter than soft tissue"
     shifted = abs(offset) > _SMALLEST_OFFSET
     if shifted and _between(tissue - lung, _CONTRAST_HU) and _between(found.darkest - offset, _DARKEST_HU):
         if offset > 0:
@@ -203,6 +218,10 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     return None
 
 
+def _scaled(found: Landmarks) -> str:
+    return f"its values look scaled, from {found.low:.4g} to {found.high:.4g}, such as grey values of a window"
+
+
 def _rescaled_twice(offset: float) -> str:
     return (
         f"its values are {_named(offset)} too low, an offset as of values that were rescaled twice (the rescale "
@@ -213,7 +232,7 @@ def _rescaled_twice(offset: float) -> str:
 def _named(offset: float) -> str:
     """A size of an offset, the usual one where one is near."""
     near = [usual for usual in _OFFSETS if abs(offset - usual) <= _OFFSET_TOLERANCE]
-    return f"{near[0]}" if near else f"about {round(offset, -1):g}"
+    return f"about {near[0] if near else round(offset, -1):g}"
 
 
 def _tell(found: Landmarks) -> str:

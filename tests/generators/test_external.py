@@ -171,14 +171,14 @@ FAULTS = {
     ),
     "stored values": (
         break_volume("s1/ct.nii.gz", lambda v: v.like(v.array + 1024)),
-        "s1/ct.nii.gz: is not in Hounsfield units: its values are 1024 too high",
+        "s1/ct.nii.gz: is not in Hounsfield units: its values are about 1024 too high",
     ),
     "stored values, layout missing": (
         lambda f: (
             break_volume("s1/ct.nii.gz", lambda v: v.like(v.array + 1024))(f),
             (f / "s1/layout.nii.gz").unlink(),
         ),
-        "s1/ct.nii.gz: is not in Hounsfield units: its values are 1024 too high",
+        "s1/ct.nii.gz: is not in Hounsfield units: its values are about 1024 too high",
     ),
     "other grid": (break_volume("s0/ct.nii.gz", shifted), "s0/ct.nii.gz: is not on the grid of case03"),
     "layout beside": (break_volume("s0/layout.nii.gz", shifted), "s0/layout.nii.gz: is not on the grid of its CT"),
