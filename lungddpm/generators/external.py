@@ -24,7 +24,7 @@ from lungddpm.generators import is_complete
 from lungddpm.layouts import Label
 from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
 from lungddpm.progress import LOG, Progress
-from lungddpm.volume import AIR_HU, Volume, read_grid, read_volume, write_volume
+from lungddpm.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,7 +37,8 @@ SPACING_FACTOR = 1.5
 """How far beyond the smallest and the largest voxel edges of the real cases those of a sample may be, as a factor."""
 _REMEDY = "See docs/how-to/bring-your-own-synthetic-ct.md."
 _SHOWN = 40
-_FILES = ("ct.nii.gz", "layout.nii.gz")
+_READERS = {"ct.nii.gz": read_volume, "layout.nii.gz": read_labels}
+_FILES = tuple(_READERS)
 
 _Text = Annotated[str, Field(min_length=1)]
 _Patients = Literal["none"] | Annotated[list[_Text], Field(min_length=1)]
@@ -178,7 +179,7 @@ def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mappi
             faults.append((name, f"leads out of the folder, to {path.resolve()}"))
             continue
         try:
-            volumes[name] = read_volume(path)
+            volumes[name] = _READERS[name](path)
         except InputError as error:
             faults.append((name, error.problem))
     ct, layout = (volumes.get(name) for name in _FILES)
@@ -201,6 +202,8 @@ def _grid_faults(ct: Volume, reference: str, size: tuple[int, int, int], grids: 
     if reference != NOBODY:
         return [] if ct.same_grid(grids[reference]) else [f"is not on the grid of {reference}: resample it"]
     faults = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
+    if is_sheared(ct.affine):
+        faults.append("has sheared axes: resample it to an upright grid")
     real_mm = np.array([grid.spacing_mm for grid in grids.values()])
     low, high = real_mm.min(axis=0) / SPACING_FACTOR, real_mm.max(axis=0) * SPACING_FACTOR
     if ((ct.spacing_mm < low) | (ct.spacing_mm > high)).any():
@@ -253,7 +256,7 @@ def _copy(
     }
     provenance["fingerprint"] = fingerprint(provenance)
     if not is_complete(folder, provenance["fingerprint"]):
-        ct, layout = (read_volume(root / entry.sample / name) for name in _FILES)
+        ct, layout = (read(root / entry.sample / name) for name, read in _READERS.items())
         write_volume(folder / "ct.nii.gz", ct.like(np.rint(np.maximum(ct.array, AIR_HU)).astype(np.int16)))
         write_volume(folder / "layout.nii.gz", layout.like(layout.array.astype(np.uint8)))
         write_json(folder / "sample.json", {**provenance, "sha256": cases.hash_case(folder)})
