@@ -150,10 +150,14 @@ class LayoutLimits(_Section):
     """Least and greatest share of the lung volume that vessels take."""
     nodule_share: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Least share of all nodule voxels that lie in the lungs or touch them."""
+    lung_hu: Range = (-1010.0, -250.0)
+    """Lowest and highest median of the lungs in HU; beyond them the CT is not in Hounsfield units."""
+    tissue_hu: Range = (-250.0, 350.0)
+    """Lowest and highest level of the soft tissue around the lungs in HU, contrast included; the same holds."""
 
     @model_validator(mode="after")
     def _ranges(self) -> LayoutLimits:
-        for name in ("lung_litres", "vessel_share"):
+        for name in ("lung_litres", "vessel_share", "lung_hu", "tissue_hu"):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"layouts.limits.{name}: the lower bound comes first, got {low:g}, {high:g}")

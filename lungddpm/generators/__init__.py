@@ -209,7 +209,7 @@ def run_synthesize(
         folder = external or config.arms.external[generator]
         wanted = samples_wanted(config, generator, real_cases, dose)
         take_in = module_of(generator, config).take_in
-        rows = take_in(folder, generator, wanted, config.grid.size, cases_table, real_cases, output)
+        rows = take_in(config, folder, generator, wanted, cases_table, real_cases, output)
         cases.write_cases(table, rows[shard::shards])
         return
     mine = plan_samples(config, generator, real_cases, dose)[shard::shards]

@@ -17,12 +17,14 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lungddpm import cases
+from lungddpm.config import Config, LayoutLimits
 from lungddpm.errors import InputError
 from lungddpm.files import code_fingerprint, fingerprint, sha256_of, write_json
 from lungddpm.generators import is_complete
 from lungddpm.layouts import Label
+from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
 from lungddpm.progress import LOG, Progress
-from lungddpm.volume import AIR_HU, Volume, read_grid, read_volume, write_volume
+from lungddpm.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,13 +33,12 @@ CITATION = "The system that made the folder."
 DENOISER = None
 NOBODY = "none"
 """What a declaration says where no patient of this run went in; an empty list is refused."""
-LUNG_BELOW_HU = -300.0
-"""Some lung voxels lie below it, however poor a CT is, or it is not in HU."""
 SPACING_FACTOR = 1.5
 """How far beyond the smallest and the largest voxel edges of the real cases those of a sample may be, as a factor."""
 _REMEDY = "See docs/how-to/bring-your-own-synthetic-ct.md."
 _SHOWN = 40
-_FILES = ("ct.nii.gz", "layout.nii.gz")
+_READERS = {"ct.nii.gz": read_volume, "layout.nii.gz": read_labels}
+_FILES = tuple(_READERS)
 
 _Text = Annotated[str, Field(min_length=1)]
 _Patients = Literal["none"] | Annotated[list[_Text], Field(min_length=1)]
@@ -68,10 +69,10 @@ class Declaration(_Entry):
 
 
 def take_in(
+    config: Config,
     root: Path,
     generator: str,
     wanted: int,
-    size: tuple[int, int, int],
     cases_table: Path,
     real_cases: pd.DataFrame,
     output: Path,
@@ -81,10 +82,10 @@ def take_in(
     Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}`; samples that are there already are kept.
 
     Args:
+        config: `grid.size` and `layouts.limits` are used.
         root: the folder.
         generator: its name in `arms.external`.
         wanted: how many samples to copy.
-        size: of the model grid.
         cases_table: table of the real cases.
         real_cases: its content.
         output: folder of this generator's samples.
@@ -103,7 +104,7 @@ def take_in(
     grids = {name: read_grid(cases.folder_of(cases_table, row) / "ct.nii.gz") for name, row in usable.iterrows()}
     with Progress(f"checking {generator}", len(declaration.samples)) as progress:
         for entry in declaration.samples:
-            violations += check_sample(root, entry, size, grids)
+            violations += check_sample(root, entry, config, grids)
             progress.advance()
     if violations:
         more = f"; and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
@@ -162,15 +163,13 @@ def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]
     return [f"samples.json: {fault}" for fault in faults]
 
 
-def check_sample(
-    root: Path, entry: DeclaredSample, size: tuple[int, int, int], grids: Mapping[str, Volume]
-) -> list[str]:
+def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mapping[str, Volume]) -> list[str]:
     """What is wrong with the files of one sample, each as "<file>: <fault>".
 
     Args:
         root: folder of the other system.
         entry: the sample's declaration.
-        size: of the model grid.
+        config: `grid.size` and `layouts.limits` are used.
         grids: of the usable real cases, by case id.
     """
     faults, volumes = [], {}
@@ -180,25 +179,22 @@ def check_sample(
             faults.append((name, f"leads out of the folder, to {path.resolve()}"))
             continue
         try:
-            volumes[name] = read_volume(path)
+            volumes[name] = _READERS[name](path)
         except InputError as error:
             faults.append((name, error.problem))
     ct, layout = (volumes.get(name) for name in _FILES)
     if entry.reference != NOBODY and entry.reference not in grids:
         faults.append(("ct.nii.gz", f"is made from {entry.reference}, which is no usable case of this run"))
     elif ct is not None:
-        faults += [("ct.nii.gz", fault) for fault in _grid_faults(ct, entry.reference, size, grids)]
+        faults += [("ct.nii.gz", fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:
         faults += [("layout.nii.gz", fault) for fault in _label_faults(layout.array)]
+    beside = ct is not None and layout is not None and not ct.same_grid(layout)
+    if beside:
+        faults.append(("layout.nii.gz", "is not on the grid of its CT"))
     if ct is not None:
-        faults += [("ct.nii.gz", fault) for fault in _intensity_faults(ct.array)]
-    if ct is not None and layout is not None:
-        if not ct.same_grid(layout):
-            faults.append(("layout.nii.gz", "is not on the grid of its CT"))
-        elif (lung := ct.array[layout.array == Label.LUNG]).size and lung.min() > LUNG_BELOW_HU:
-            faults.append(
-                ("ct.nii.gz", f"has nothing below {lung.min():g} where the layout says lung, so it is not in HU")
-            )
+        lungs = None if beside or layout is None else layout.array == Label.LUNG
+        faults += [("ct.nii.gz", fault) for fault in _intensity_faults(ct.array, lungs, config.layouts.limits)]
     return [f"{entry.sample}/{name}: {fault}" for name, fault in faults]
 
 
@@ -206,6 +202,8 @@ def _grid_faults(ct: Volume, reference: str, size: tuple[int, int, int], grids: 
     if reference != NOBODY:
         return [] if ct.same_grid(grids[reference]) else [f"is not on the grid of {reference}: resample it"]
     faults = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
+    if is_sheared(ct.affine):
+        faults.append("has sheared axes: resample it to an upright grid")
     real_mm = np.array([grid.spacing_mm for grid in grids.values()])
     low, high = real_mm.min(axis=0) / SPACING_FACTOR, real_mm.max(axis=0) * SPACING_FACTOR
     if ((ct.spacing_mm < low) | (ct.spacing_mm > high)).any():
@@ -214,11 +212,13 @@ def _grid_faults(ct: Volume, reference: str, size: tuple[int, int, int], grids: 
     return faults
 
 
-def _intensity_faults(hu: np.ndarray) -> list[str]:
+def _intensity_faults(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLimits) -> list[str]:
     if not np.isfinite(hu).all():
         return [f"holds NaN or infinity in {np.count_nonzero(~np.isfinite(hu))} voxels"]
     if hu.min() == hu.max():
         return [f"is constant ({hu.flat[0]:g} HU)"]
+    if fault := recognised_fault(hu, limits) if lungs is None else hounsfield_fault(hu, lungs, limits):
+        return [fault]
     limits = np.iinfo(np.int16)
     if hu.min() < limits.min or hu.max() > limits.max:
         return [f"ranges from {hu.min():g} to {hu.max():g}, which are no HU"]
@@ -256,7 +256,7 @@ def _copy(
     }
     provenance["fingerprint"] = fingerprint(provenance)
     if not is_complete(folder, provenance["fingerprint"]):
-        ct, layout = (read_volume(root / entry.sample / name) for name in _FILES)
+        ct, layout = (read(root / entry.sample / name) for name, read in _READERS.items())
         write_volume(folder / "ct.nii.gz", ct.like(np.rint(np.maximum(ct.array, AIR_HU)).astype(np.int16)))
         write_volume(folder / "layout.nii.gz", layout.like(layout.array.astype(np.uint8)))
         write_json(folder / "sample.json", {**provenance, "sha256": cases.hash_case(folder)})

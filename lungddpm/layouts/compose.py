@@ -19,6 +19,7 @@ from lungddpm.drawing import save
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.files import code_fingerprint, fingerprint, sha256_of, write_json
 from lungddpm.layouts import Label
+from lungddpm.layouts.hounsfield import REMEDY, hounsfield_fault, recognised_fault
 from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
 from lungddpm.layouts.pictures import draw_case
@@ -48,7 +49,7 @@ class Case:
     Attributes:
         ct: int16 HU.
         layout: uint8 `Label`, same grid.
-        qc: figures on the layout (see `measure_layout`).
+        qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read.
         found: what the layout was made from, in the scan's own resolution.
     """
 
@@ -64,8 +65,8 @@ def build_case(scan: Scan, config: Config) -> Case:
     Ready labels are used where the scan brings them; what they lack of lungs and vessels is segmented.
 
     Raises:
-        ExcludedCaseError: the scan does not show both lungs in full (see `segment_lungs`), or the layout is outside
-            the limits of the config (see `check_layout`).
+        ExcludedCaseError: the CT is not in HU (see `hounsfield_fault`), the scan does not show both lungs in full (see
+            `segment_lungs`), or the layout is outside the limits of the config (see `check_layout`).
     """
     ct = scan.ct.canonical()
     ct = ct.like(np.maximum(ct.array, AIR_HU))
@@ -89,7 +90,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     cells = place_nodules([nodule.volume_in(ct) for nodule in nodules], affine, config.grid.size)
     layout[cells > 0] = Label.NODULE
 
-    qc = measure_layout(found, nodules, grid_ct.like(cells))
+    qc = {"notes": list(scan.notes), **measure_layout(found, nodules, grid_ct.like(cells))}
     check_layout(qc, config.layouts.limits)
     return Case(grid_ct.like(np.rint(grid_ct.array).astype(np.int16)), grid_ct.like(layout), qc, found)
 
@@ -241,8 +242,17 @@ def _excluded(row: pd.Series, folder: Path, reason: str) -> dict:
 
 
 def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config: Config) -> np.ndarray:
+    limits = config.layouts.limits
     if labels is None or not (labels == Label.LUNG).any():
-        return segment_lungs(ct, config.layouts)
+        try:
+            sides = segment_lungs(ct, config.layouts)
+        except ExcludedCaseError:
+            # Lungs are looked for by their HU: where those are wrong, that is the reason to give.
+            _check_hounsfield(recognised_fault(ct.array, limits))
+            raise
+        _check_hounsfield(hounsfield_fault(ct.array, sides > 0, limits))
+        return sides
+    _check_hounsfield(hounsfield_fault(ct.array, labels == Label.LUNG, limits))
     lungs = (labels == Label.LUNG) | (labels == Label.VESSEL)
     for nodule in nodules:
         around, mask = surroundings(nodule, ct, CONTACT_MM)
@@ -251,6 +261,11 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
     sides = split_lungs(ct.like(lungs))
     check_lungs(ct.like(sides), config.layouts)
     return sides
+
+
+def _check_hounsfield(fault: str | None) -> None:
+    if fault is not None:
+        raise ExcludedCaseError("CT", fault, REMEDY)
 
 
 def _vessels(ct: Volume, labels: np.ndarray | None, lungs: np.ndarray) -> np.ndarray:

@@ -250,12 +250,16 @@ def _present(faces: tuple[np.ndarray, ...], largest: int) -> np.ndarray:
 def _body(hu: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """The patient with all that is enclosed, without the table: its shell is too thin to survive an erosion."""
     reach = np.maximum(1, np.rint(_SHELL_MM / spacing)).astype(int)
-    solid = ndimage.minimum_filter((hu > _TISSUE_HU).view(np.uint8), 2 * reach + 1)
+    # A chest wall that the field of view cuts goes on beyond it: what is left of it must not count as a shell.
+    beyond = [(2 * n + 2, 2 * n + 2) for n in reach[:2]]
+    tissue = np.pad(hu > _TISSUE_HU, [*beyond, (0, 0)], mode="edge")
+    solid = ndimage.minimum_filter(tissue.view(np.uint8), 2 * reach + 1)
     core = cc3d.largest_k(solid, k=1, connectivity=6).astype(np.uint8)
     body = ndimage.maximum_filter(core, 2 * (reach + 1) + 1).astype(bool)
     for k in range(body.shape[2]):
         body[:, :, k] = ndimage.binary_fill_holes(body[:, :, k])
-    return body
+    (x, _), (y, _) = beyond
+    return body[x:-x, y:-y]
 
 
 def _lung_like(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
@@ -366,8 +370,10 @@ def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.nd
     A wider closing, for large nodules on the chest wall, counts only where the same lung lies further medially: at the
     mediastinum it would swallow the aorta.
     """
-    closed_sides = sides.copy()
     margin = np.ceil(_COSTAL_CLOSING_MM / spacing).astype(int) + 2
+    # Room on every side: at the edge of the array, nothing would erode again what the dilation had added.
+    sides, airways = (np.pad(array, [(n, n) for n in margin]) for array in (sides, airways))
+    closed_sides = sides.copy()
     for side in (RIGHT, LEFT):
         box = _widened(bounding_box(sides == side), margin)
         lung = sides[box] == side
@@ -381,7 +387,7 @@ def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.nd
             closed |= where & (ndimage.distance_transform_edt(distance_mm <= radius_mm, spacing) > radius_mm)
         closed = ndimage.binary_fill_holes(closed) & ~airways[box] & (closed_sides[box] == 0)
         closed_sides[box][closed] = side
-    return closed_sides
+    return closed_sides[tuple(slice(n, -n) for n in margin)]
 
 
 def _widened(box: tuple[slice, ...], margin: np.ndarray) -> tuple[slice, ...]:

@@ -7,6 +7,7 @@ the case and the patient: one scan a patient.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +18,27 @@ from lungddpm.cases import check_case
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.progress import Progress
 from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
-from lungddpm.volume import AIR_HU, Volume, read_grid, read_volume
+from lungddpm.volume import (
+    AIR_HU,
+    LARGEST_VOXELS,
+    Volume,
+    is_sheared,
+    read_grid,
+    read_header,
+    read_labels,
+    read_volume,
+    resample_upright,
+    tilt_degrees,
+    upright_grid,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SUFFIXES = (".nii.gz", ".nii")
 _CHANNEL = "_0000"
+_NORMALISED_RANGE = 60.0
+"""A CT of fewer HU from its lowest to its highest value is none."""
 
 
 def find_series(path: Path, cache: Cache) -> list[Series]:
@@ -75,25 +90,34 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         case: row of the index; `path` is the image, `annotations` names the labels.
 
     Returns:
-        The CT in HU, at least -1024, with its labels.
+        The CT in HU, at least -1024, with its labels; whether it is in HU, only `build_case` can judge.
 
     Raises:
-        ExcludedCaseError: an unreadable file, different grids, a CT that is not in HU, or unknown labels.
+        ExcludedCaseError: an unreadable file, different grids, a CT that holds NaN or is constant, or unknown labels.
     """
     image, label = path / case["path"], path / json.loads(case["annotations"])[0]
     try:
-        ct, labels = read_volume(image), read_volume(label)
+        notes = (*read_header(image).notes, *(f"labels: {note}" for note in read_header(label).notes))
+        carry = _carry(image, label)
+        ct, labels = read_volume(image), read_labels(label)
     except InputError as fault:
         raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None
+    # On the CT's own grid from here: the labels' header may be rounded, or hold less.
+    labels = ct.like(Volume(labels.array, carry @ labels.affine).canonical().array)
     check_case(ct, labels, image)
-    if ct.array.min() >= 0 and ct.array.max() <= 255 and (ct.array == np.rint(ct.array)).all():
-        raise ExcludedCaseError(
-            image,
-            "holds 8-bit grey values (0 to 255), not Hounsfield units",
-            "Convert the CT back to HU, air at -1000.",
+    hu = ct.array
+    # Rounding would hide what normalised values are; `build_case` refuses them.
+    if np.ptp(hu) > _NORMALISED_RANGE:
+        hu = np.clip(np.rint(hu), AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
+    ct = ct.like(hu)
+    if is_sheared(ct.affine):
+        notes = (
+            *notes,
+            f"its axes were sheared by {tilt_degrees(ct.affine):.1f} degrees (tilted gantry): CT and labels were "
+            "resampled to an upright grid",
         )
-    hu = np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
-    return Scan(ct=ct.like(hu), labels=labels.array.astype(np.uint8), files=(image, label))
+        ct, labels = resample_upright(ct), resample_upright(labels, labels=True)
+    return Scan(ct=ct, labels=labels.array.astype(np.uint8), files=(image, label), notes=notes)
 
 
 def _describe(top: Path, image: Path, label: Path | None) -> dict:
@@ -102,10 +126,13 @@ def _describe(top: Path, image: Path, label: Path | None) -> dict:
     try:
         grid = read_grid(image)
         size, spacing_mm = list(grid.shape), grid.spacing_mm.tolist()
+        if is_sheared(grid.affine) and math.prod(upright_grid(grid.affine, grid.shape)[1]) > LARGEST_VOXELS:
+            problem = f"has axes that are sheared by {tilt_degrees(grid.affine):.0f} degrees, too much to be resampled"
+            raise InputError(image, problem, "Write the file with its true geometry.")
         if label is None:
             name = _stem(image).removesuffix(_CHANNEL)
             raise InputError(image, f"has no label labels/{name}.nii.gz", "Add it, with 1 lung, 2 nodule, 3 vessel.")
-        _check_same_grid(image, grid, label)
+        _carry(image, label)
     except InputError as fault:
         excluded = reason_of(fault, top)
     return {"size": size, "spacing_mm": spacing_mm, "excluded": excluded}
@@ -123,11 +150,24 @@ def _label_of(top: Path, image: Path) -> Path | None:
     return next((label for label in candidates if label.is_file()), None)
 
 
-def _check_same_grid(image: Path, grid: Volume, label: Path) -> None:
-    other = read_grid(label)
-    if grid.shape != other.shape:
+def _carry(image: Path, label: Path) -> np.ndarray:
+    """What takes a label's place in mm, as `read_labels` has it, to its place by the image's header, (4, 4).
+
+    The voxels are the same where any affine of one header agrees with any of the other, to within half a voxel: labels
+    are written with rounded headers, with a qform only (which cannot hold a tilt), or with the qform of their CT.
+
+    Raises:
+        InputError: a header that cannot be used, or shapes or affines that do not agree.
+    """
+    ours, theirs = read_header(image), read_header(label)
+    for mine, my_grid in zip(ours.affines, ours.grids, strict=True):
+        for other, other_grid in zip(theirs.affines, theirs.grids, strict=True):
+            if my_grid.same_grid(other_grid, tolerance_mm=my_grid.spacing_mm.min() / 2):
+                return ours.affines[0] @ np.linalg.inv(mine) @ other @ np.linalg.inv(theirs.affines[0])
+    if ours.grid.shape != theirs.grid.shape:
         raise InputError(
-            label, f"has shape {other.shape}, but images/{image.name} has {grid.shape}", "Export both on one grid."
+            label,
+            f"has shape {theirs.grid.shape}, but images/{image.name} has {ours.grid.shape}",
+            "Export both on one grid.",
         )
-    if not grid.same_grid(other):
-        raise InputError(label, f"has another affine than images/{image.name}", "Export both with one geometry.")
+    raise InputError(label, f"has another affine than images/{image.name}", "Export both with one geometry.")

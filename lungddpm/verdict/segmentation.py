@@ -18,7 +18,7 @@ from lungddpm.files import sha256_of, write_json, write_table
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG, Progress
 from lungddpm.verdict.lesions import Detection, lesion_measures
-from lungddpm.volume import Volume, read_volume
+from lungddpm.volume import Volume, read_labels, read_volume
 
 RATIOS = ("dice", "sensitivity", "specificity", "precision", "iou")
 CASE_COLUMNS = [
@@ -220,22 +220,21 @@ def _some(names: list[str]) -> str:
 
 
 def _read_mask(path: Path, layout: Volume) -> Volume:
-    mask = _read_on_grid(path, layout)
+    mask = _on_grid(path, read_labels(path), layout)
     if unknown := sorted(set(np.unique(mask.array).tolist()) - {0, 1}):
         raise InputError(path, f"holds the label {unknown[0]:g}", "Use 0 for background and 1 for nodule.")
     return mask.like(mask.array == 1)
 
 
 def _read_probability(path: Path, layout: Volume) -> np.ndarray:
-    array = _read_on_grid(path, layout).array
+    array = _on_grid(path, read_volume(path), layout).array
     if array.dtype.kind != "u":
         problem = f"holds values of type {array.dtype}, not unsigned integers"
         raise InputError(path, problem, "Store 65535 times the probability of nodule as uint16.")
     return array / np.iinfo(array.dtype).max
 
 
-def _read_on_grid(path: Path, layout: Volume) -> Volume:
-    volume = read_volume(path)
+def _on_grid(path: Path, volume: Volume, layout: Volume) -> Volume:
     if not volume.same_grid(layout):
         raise InputError(
             path, f"is not on the grid of its case ({volume.shape} against {layout.shape})", "Predict it again."

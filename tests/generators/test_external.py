@@ -106,6 +106,15 @@ def test_padding_becomes_air(take, folder, tmp_path):
     assert (read_volume(tmp_path / "out/s0/ct.nii.gz").array[0] == -1024).all()
 
 
+def test_labels_beside_whole_numbers_are_those_numbers(take, folder, tmp_path):
+    layout = read_volume(folder / "s0/layout.nii.gz")
+    write_volume(folder / "s0/layout.nii.gz", layout.like(layout.array * np.float32(1.0000001)))
+    take()
+    copied = read_volume(tmp_path / "out/s0/layout.nii.gz")
+    assert copied.array.dtype == np.uint8
+    np.testing.assert_array_equal(copied.array, layout.array)
+
+
 def test_the_leak_guard_reads_the_declaration(take, folder, config, tiny_cohort, tmp_path):
     def compose():
         take()
@@ -154,6 +163,12 @@ def shifted(volume):
     return type(volume)(volume.array, affine)
 
 
+def sheared(volume):
+    affine = volume.affine.copy()
+    affine[1, 2] = 0.1 * affine[2, 2]
+    return type(volume)(volume.array, affine)
+
+
 def without(label):
     return lambda volume: volume.like(np.where(volume.array == label, 3, volume.array))
 
@@ -167,7 +182,18 @@ FAULTS = {
     "constant": (break_volume("s0/ct.nii.gz", lambda v: v.like(0 * v.array - 900)), "s0/ct.nii.gz: is constant"),
     "scaled to [0, 1]": (
         break_volume("s0/ct.nii.gz", lambda v: v.like(((v.array + 1024) / 3000).astype(np.float32))),
-        "s0/ct.nii.gz: has nothing below 0.0.* not in HU",
+        r"s0/ct.nii.gz: is not in Hounsfield units: its values are normalised to \[0, 1\]",
+    ),
+    "stored values": (
+        break_volume("s1/ct.nii.gz", lambda v: v.like(v.array + 1024)),
+        "s1/ct.nii.gz: is not in Hounsfield units: its values are about 1024 too high",
+    ),
+    "stored values, layout missing": (
+        lambda f: (
+            break_volume("s1/ct.nii.gz", lambda v: v.like(v.array + 1024))(f),
+            (f / "s1/layout.nii.gz").unlink(),
+        ),
+        "s1/ct.nii.gz: is not in Hounsfield units: its values are about 1024 too high",
     ),
     "other grid": (break_volume("s0/ct.nii.gz", shifted), "s0/ct.nii.gz: is not on the grid of case03"),
     "layout beside": (break_volume("s0/layout.nii.gz", shifted), "s0/layout.nii.gz: is not on the grid of its CT"),
@@ -178,6 +204,14 @@ FAULTS = {
     "no true affine": (
         break_volume("s2/ct.nii.gz", lambda v: type(v)(v.array, np.eye(4))),
         "s2/ct.nii.gz: has voxels of 1.00 x 1.00 x 1.00 mm",
+    ),
+    "sheared axes": (
+        lambda f: [break_volume(f"s2/{name}", sheared)(f) for name in ("ct.nii.gz", "layout.nii.gz")],
+        "s2/ct.nii.gz: has sheared axes",
+    ),
+    "a label between": (
+        break_volume("s1/layout.nii.gz", lambda v: marked(v, 1.5)),
+        "s1/layout.nii.gz: holds the label 1.5",
     ),
     "unknown label": (break_volume("s1/layout.nii.gz", lambda v: marked(v, 7)), "s1/layout.nii.gz: holds the label 7"),
     "no nodule": (break_volume("s1/layout.nii.gz", without(Label.NODULE)), "s1/layout.nii.gz: has no nodule"),

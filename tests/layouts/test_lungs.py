@@ -7,7 +7,7 @@ from scipy import ndimage
 
 from lungddpm.config import Layouts
 from lungddpm.errors import ExcludedCaseError
-from lungddpm.layouts.lungs import LEFT, RIGHT, check_lungs, segment_lungs, split_lungs
+from lungddpm.layouts.lungs import LEFT, RIGHT, _close, check_lungs, segment_lungs, split_lungs
 from lungddpm.sources.lidc import load_scan
 from lungddpm.volume import AIR_HU, Volume, bounding_box, read_volume
 
@@ -105,6 +105,50 @@ def test_contrast_does_no_harm(patient):
 
 def cut(patient, x=slice(None), y=slice(None), z=slice(None)):
     return patient.ct.like(patient.ct.array[x, y, z])
+
+
+FACES = {"left": (0, 0), "right": (0, 1), "back": (1, 0), "front": (1, 1), "bottom": (2, 0), "top": (2, 1)}
+
+
+def ending_near(patient, face, gap_mm):
+    """The part of the scan that ends so far beyond the lungs at a face."""
+    axis, end = FACES[face]
+    side, gap = bounding_box(patient.lungs)[axis], round(gap_mm / patient.ct.spacing_mm[axis])
+    kept = [slice(None)] * 3
+    kept[axis] = slice(0, side.stop + gap) if end else slice(max(0, side.start - gap), None)
+    return tuple(kept)
+
+
+@pytest.fixture(scope="module")
+def closed(patient, sides):
+    """Both lungs as they are, closed in the whole scan; without airways, which are another matter."""
+    true_sides = np.where(patient.lungs, sides, 0)
+    return true_sides, _close(true_sides, np.zeros(sides.shape, bool), patient.ct.spacing_mm)
+
+
+@pytest.mark.parametrize("gap_mm", [0, 10])
+@pytest.mark.parametrize("face", FACES)
+def test_closing_is_the_same_at_the_edge_of_the_scan(patient, closed, face, gap_mm):
+    """Beyond the edge there is no lung: what lies between both is not closed over."""
+    kept = ending_near(patient, face, gap_mm)
+    lungs, whole = (array[kept] for array in closed)
+    near = _close(lungs, np.zeros(lungs.shape, bool), patient.ct.spacing_mm)
+    np.testing.assert_array_equal(near, whole)
+
+
+@pytest.mark.parametrize("gap_mm", [0, 2, 6])
+@pytest.mark.parametrize("face", FACES)
+def test_lungs_near_the_edge_of_the_scan_match_the_truth(patient, face, gap_mm):
+    kept = ending_near(patient, face, gap_mm)
+    ct, truth = patient.ct.like(patient.ct.array[kept]), patient.lungs[kept]
+    if gap_mm == 0 and face not in ("bottom", "top"):
+        with pytest.raises(ExcludedCaseError, match="cut off at the side"):
+            segment_lungs(ct)
+        return
+    found = segment_lungs(ct) > 0
+    assert dice(found, truth) > 0.993
+    tissue = np.count_nonzero(found & ~truth & (ct.array > -200))
+    assert tissue * ct.voxel_mm3 < 6000
 
 
 def without_left_lung(patient):

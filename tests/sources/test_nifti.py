@@ -13,7 +13,9 @@ from lungddpm.cases import read_cases
 from lungddpm.config import Config, Roles
 from lungddpm.errors import ExcludedCaseError
 from lungddpm.layouts import compose
+from lungddpm.layouts.nodules import centroid_mm
 from lungddpm.sources import Cache, index_source, nifti, read_index, write_index
+from lungddpm.volume import write_volume
 
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
@@ -91,7 +93,12 @@ def test_values_outside_int16_hu_are_clamped(tmp_path):
         ({"labels": LABELS[1:]}, "labels/a.nii.gz: has shape (7, 7, 6)"),
         ({"affine": np.diag([0.7, 0.8, 2.6, 1])}, "labels/a.nii.gz: has another affine"),
         ({"label": "b.nii.gz"}, "images/a_0000.nii.gz: has no label"),
-        ({"ct": CT[..., None]}, "images/a_0000.nii.gz: has 4 dimensions"),
+        (
+            {"ct": np.stack([CT, CT], -1)},
+            "images/a_0000.nii.gz: has 4 dimensions instead of 3 (its shape is (8, 7, 6, 2)",
+        ),
+        ({"ct": np.stack([CT] * 3, -1)[:, :, :, None]}, "images/a_0000.nii.gz: has 5 dimensions instead of 3"),
+        ({"labels": LABELS[:, :, 0]}, "labels/a.nii.gz: has 2 dimensions instead of 3"),
     ],
 )
 def test_headers_that_do_not_fit_keep_a_row_with_the_reason(tmp_path, options, reason):
@@ -110,7 +117,6 @@ NAN = np.where(LABELS > 0, CT, np.float32(np.nan))
     [
         ({"ct": NAN}, "NaN"),
         ({"ct": np.full(SHAPE, 40, np.int16)}, "constant"),
-        ({"ct": (CT - CT.min()) % 256}, "8-bit grey values"),
         ({"labels": LABELS + 3}, "labels hold 4"),
         ({"labels": LABELS.astype(np.float32) / 2}, "labels hold 0.5"),
     ],
@@ -142,8 +148,14 @@ def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
     for folder, name in (("images", "reference"), ("labels", "layout")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "case0.nii.gz").symlink_to(shared_data / "published-samples" / f"case0_{name}.nii.gz")
-    with pytest.raises(ExcludedCaseError, match="Hounsfield"):
-        load(tmp_path)
+    with pytest.raises(ExcludedCaseError, match="not in Hounsfield units: it holds 8-bit grey values"):
+        compose.build_case(load(tmp_path), Config())
+
+
+def test_normalised_values_are_not_rounded_away(tmp_path):
+    ct = (CT.astype(np.float32) + 1024) / 4096
+    write_case(tmp_path, ct=ct)
+    np.testing.assert_array_equal(load(tmp_path).ct.array, ct)
 
 
 def test_roles_do_not_claim_to_know_the_nodules(tmp_path, caplog):
@@ -168,7 +180,7 @@ def cut_short(file):
 
 
 COLOURS = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
-SIZES, SROW_X, SROW_Y = 40, 280, 296
+SIZES, SLOPE, SROW_X, SROW_Y = 40, 112, 280, 296
 LARGE = {"ct": np.tile(CT, (4, 4, 4)), "labels": np.tile(LABELS, (4, 4, 4))}
 HUGE = struct.pack("<3h", 32767, 32767, 32767)
 # What is written instead of a good pair, what is done to image and label, and the reason: in the index or, after
@@ -223,3 +235,218 @@ def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypat
 def load_only(source, row):
     nifti.load_scan(source, row)
     return {"qc": {"n_nodules": 1}, "sha256": ""}
+
+
+def expect(scan, ct=CT, labels=LABELS, affine=AFFINE):
+    np.testing.assert_array_equal(scan.ct.array, ct)
+    np.testing.assert_array_equal(scan.labels, labels)
+    np.testing.assert_allclose(scan.ct.affine, affine, atol=1e-4)
+    assert scan.ct.array.dtype == np.int16
+    assert scan.ct.array.dtype.isnative
+    assert scan.labels.dtype == np.uint8
+
+
+@pytest.mark.parametrize("odd", [(1,), (1, 1)])
+@pytest.mark.parametrize("which", ["ct", "labels", "both"])
+def test_dimensions_of_length_one_are_dropped_and_noted(tmp_path, odd, which):
+    ct = CT.reshape(SHAPE + odd) if which != "labels" else CT
+    labels = LABELS.reshape(SHAPE + odd) if which != "ct" else LABELS
+    write_case(tmp_path, ct=ct, labels=labels)
+    scan = load(tmp_path)
+    expect(scan)
+    assert len(scan.notes) == (2 if which == "both" else 1)
+    assert all("dimensions of length 1 were dropped" in note for note in scan.notes)
+
+
+LOW, HIGH = np.nextafter(np.float32(1), np.float32(0)), 1.0000001
+FLOAT_LABELS = {
+    "a hair below and above": lambda labels: np.choose(labels, [0, LOW, 1.9999998, 3.0000002]).astype(np.float32),
+    "float64": lambda labels: np.choose(labels, [-1e-7, HIGH, 2.0000001, 2.9999999]),
+    "almost a thousandth": lambda labels: np.choose(labels, [0.0009, 1.0009, 1.9991, 3.0009]),
+    "int16": lambda labels: labels.astype(np.int16),
+    "big-endian": lambda labels: labels.astype(">f4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FLOAT_LABELS)
+def test_labels_beside_whole_numbers_are_those_numbers(tmp_path, case):
+    write_case(tmp_path, labels=FLOAT_LABELS[case](LABELS))
+    expect(load(tmp_path))
+
+
+@pytest.mark.parametrize("header_type", [np.int16, np.uint8, np.int8])
+@pytest.mark.parametrize("largest", [1, 2, 3])
+def test_float_labels_that_were_scaled_into_an_integer_header(tmp_path, header_type, largest):
+    write_case(tmp_path)
+    labels, file = np.minimum(LABELS, largest), tmp_path / "labels" / "a.nii.gz"
+    header = nibabel.Nifti1Image(LABELS.astype(header_type), AFFINE).header
+    nibabel.save(nibabel.Nifti1Image(labels.astype(np.float64), AFFINE, header), file)
+    assert nibabel.load(file).dataobj.slope != 1
+    expect(load(tmp_path), labels=labels)
+
+
+@pytest.mark.parametrize("value", [1.002, 0.5, -1, 4, 256, 300.0, np.nan, np.inf])
+def test_labels_that_are_none_are_told(tmp_path, value):
+    labels = LABELS.astype(np.float64)
+    labels[3, 3, 3] = value
+    write_case(tmp_path, labels=labels)
+    with pytest.raises(ExcludedCaseError, match=f"labels hold {value:g}, known are 0 to 3"):
+        load(tmp_path)
+
+
+def write_with(file, array, sform=None, qform=None, codes=(1, 1)):
+    """With exactly these affines in the header."""
+    image = nibabel.Nifti1Image(array, None)
+    image.header.set_zooms(AFFINE.diagonal()[:3])
+    image.set_sform(sform, codes[0] if sform is not None else 0)
+    image.set_qform(qform, codes[1] if qform is not None else 0)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(image, file)
+
+
+def moved(mm):
+    affine = AFFINE.copy()
+    affine[:3, 3] += mm
+    return affine
+
+
+NOTHING = np.zeros((4, 4))
+NOTHING[3, 3] = 1
+CENTRED = np.array([[1, 0, 0, -3.5], [0, 1, 0, -3], [0, 0, 1, -2.5], [0, 0, 0, 1]])
+RULES = {
+    "both agree": ({"sform": AFFINE, "qform": AFFINE}, AFFINE, ""),
+    "only sform": ({"sform": AFFINE}, AFFINE, ""),
+    "only qform": ({"qform": AFFINE}, AFFINE, ""),
+    "rounded": ({"sform": AFFINE, "qform": moved(0.02)}, AFFINE, ""),
+    "they disagree": ({"sform": moved(7), "qform": AFFINE}, moved(7), "disagree by up to 7 mm: the sform is used"),
+    "sform of nothing": ({"sform": NOTHING, "qform": AFFINE}, AFFINE, "only its qform can be inverted"),
+    # The middle of 8 x 7 x 6 voxels is the origin.
+    "neither": ({}, AFFINE @ CENTRED, "neither sform nor qform is set"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_which_affine_holds(tmp_path, rule):
+    header, affine, note = RULES[rule]
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write_with(tmp_path / folder / "a.nii.gz", array, **header)
+    scan = load(tmp_path)
+    if rule == "neither":
+        # x points to the left: the first voxel is the rightmost.
+        expect(scan, CT[::-1], LABELS[::-1], affine)
+    else:
+        expect(scan, affine=affine)
+    assert (note in scan.notes[0]) if note else scan.notes == ()
+
+
+PAIRS = {
+    "label has a qform only": ({"sform": moved(3), "qform": moved(3)}, {"qform": moved(3)}),
+    "label has the CT's qform": ({"sform": moved(9), "qform": AFFINE}, {"qform": AFFINE}),
+    "CT has a qform only": ({"qform": AFFINE}, {"sform": AFFINE}),
+    "label is rounded": ({"sform": AFFINE}, {"sform": AFFINE + np.diag([0.004, -0.004, 0.03, 0])}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_labels_whose_header_says_less_or_was_rounded(tmp_path, pair):
+    ours, theirs = PAIRS[pair]
+    write_with(tmp_path / "images" / "a.nii.gz", CT, **ours)
+    write_with(tmp_path / "labels" / "a.nii.gz", LABELS, **theirs)
+    assert find(tmp_path)[0].excluded == ""
+    expect(load(tmp_path), affine=ours.get("sform", ours.get("qform")))
+
+
+def test_labels_stored_along_other_axes_are_turned(tmp_path):
+    write_with(tmp_path / "images" / "a.nii.gz", CT, sform=moved(9), qform=AFFINE)
+    turn = np.array([[0, -1, 0, 7], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    stored = LABELS.transpose(2, 0, 1)[:, ::-1]
+    write_with(tmp_path / "labels" / "a.nii.gz", stored, qform=AFFINE @ turn)
+    expect(load(tmp_path), affine=moved(9))
+
+
+def test_labels_half_a_millimetre_beside_are_refused(tmp_path):
+    write_with(tmp_path / "images" / "a.nii.gz", CT, sform=AFFINE)
+    write_with(tmp_path / "labels" / "a.nii.gz", LABELS, sform=moved(0.5))
+    assert "has another affine" in find(tmp_path)[0].excluded
+
+
+@pytest.mark.parametrize("slope", [0.0, float("nan")])
+def test_a_slope_that_is_none_scales_nothing(tmp_path, slope):
+    write_case(tmp_path)
+    patch(tmp_path / "images" / "a_0000.nii.gz", SLOPE, struct.pack("<f", slope))
+    expect(load(tmp_path))
+
+
+def test_big_endian_files(tmp_path):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        image = nibabel.Nifti1Image(array, AFFINE, nibabel.Nifti1Header(endianness=">"))
+        image.set_data_dtype(array.dtype.newbyteorder(">"))
+        (tmp_path / folder).mkdir()
+        nibabel.save(image, tmp_path / folder / "a.nii.gz")
+    assert gzip.decompress((tmp_path / "images" / "a.nii.gz").read_bytes())[:4] == b"\0\0\x01\x5c"
+    expect(load(tmp_path))
+
+
+BALL = (60, 52, 30)
+
+
+def sheared_ball(plane_tilts, flips):
+    """A ball of 12 mm of label 2 in soft tissue, on a grid that a gantry tilted by 18 degrees leaves."""
+    angle = np.radians(18)
+    affine = np.diag([1.5, 1.5, 2.5, 1.0])
+    lean = [0, np.cos(angle), np.sin(angle)] if plane_tilts else [0, np.sin(angle), np.cos(angle)]
+    affine[:3, 1 if plane_tilts else 2] = np.array(lean) * affine[1 if plane_tilts else 2, 1 if plane_tilts else 2]
+    affine = affine @ np.diag([*flips, 1.0])
+    centre = (affine @ [28.3, 25.1, 15.4, 1])[:3]
+    places = np.moveaxis(np.indices(BALL), 0, -1) @ affine[:3, :3].T + affine[:3, 3]
+    ball = np.linalg.norm(places - centre, axis=-1) < 12
+    return affine, centre, np.where(ball, 40, -800).astype(np.int16), np.where(ball, 2, 1).astype(np.uint8)
+
+
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, -1, 1)])
+@pytest.mark.parametrize("plane_tilts", [True, False])
+@pytest.mark.parametrize("label_header", ["sform", "qform", "both"])
+def test_sheared_axes_become_upright_with_everything_at_its_place(tmp_path, plane_tilts, flips, label_header):
+    affine, centre, ct, labels = sheared_ball(plane_tilts, flips)
+    write_with(tmp_path / "images" / "a.nii.gz", ct, sform=affine, qform=affine)
+    stored = {"sform": affine, "qform": affine} if label_header == "both" else {label_header: affine}
+    write_with(tmp_path / "labels" / "a.nii.gz", labels, **stored)
+    assert find(tmp_path)[0].excluded == ""
+    scan = load(tmp_path)
+    axes = scan.ct.affine[:3, :3] / scan.ct.spacing_mm
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-9)
+    assert scan.labels.shape == scan.ct.shape
+    # The nearest of voxels of 1.5 mm.
+    np.testing.assert_allclose(centroid_mm(scan.ct.like(scan.labels == 2)), centre, atol=0.2)
+    weight = np.clip(scan.ct.array + 800, 0, None)
+    index = np.array([(axis * weight).sum() for axis in np.indices(weight.shape)]) / weight.sum()
+    np.testing.assert_allclose((scan.ct.affine @ [*index, 1])[:3], centre, atol=0.05)
+    volume_mm3 = np.count_nonzero(scan.labels == 2) * scan.ct.voxel_mm3
+    assert volume_mm3 == pytest.approx(4 / 3 * np.pi * 12**3, rel=0.03)
+    assert set(np.unique(scan.labels)) == {0, 1, 2}
+    assert scan.ct.array.min() == -1024
+    write_volume(tmp_path / "written.nii.gz", scan.ct)
+    written = nibabel.load(tmp_path / "written.nii.gz")
+    np.testing.assert_allclose(written.get_sform(), written.get_qform(), atol=1e-4)
+    assert any("sheared by 18.0 degrees (tilted gantry)" in note for note in scan.notes)
+    assert any("sform and qform disagree" in note for note in scan.notes)
+
+
+def test_axes_that_are_only_rotated_stay_as_they_are(tmp_path):
+    angle = np.radians(12)
+    about_x = np.eye(4)
+    about_x[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    oblique = about_x @ AFFINE
+    write_with(tmp_path / "images" / "a.nii.gz", CT, sform=oblique, qform=oblique)
+    write_with(tmp_path / "labels" / "a.nii.gz", LABELS, sform=np.round(oblique, 3))
+    scan = load(tmp_path)
+    expect(scan, affine=oblique)
+    assert scan.notes == ()
+
+
+def test_a_shear_without_end_is_told(tmp_path):
+    affine = np.diag([1e-6, 1.0, 1e6, 1.0])
+    affine[0, 2] = 1e6
+    write_case(tmp_path)
+    save(tmp_path / "images" / "a_0000.nii.gz", CT, affine)
+    assert "sheared by 45 degrees, too much" in find(tmp_path)[0].excluded

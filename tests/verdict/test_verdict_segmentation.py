@@ -22,7 +22,7 @@ from lungddpm.verdict.segmentation import (
     surface_measures,
     voxel_measures,
 )
-from lungddpm.volume import Volume, write_volume
+from lungddpm.volume import Volume, read_volume, write_volume
 
 
 @pytest.fixture
@@ -223,6 +223,21 @@ def test_masks_without_probabilities_have_all_but_scores(make_results, caplog):
     assert pd.read_csv(folder / "candidates.csv").empty
 
 
+def test_predictions_beside_whole_numbers_are_those_numbers(make_results):
+    config, results = make_results(n_test=2, extras=False)
+    folder = replicate_of(results, config) / "predictions"
+
+    def metrics():
+        run_evaluate(Config(), results / "cases" / "cases.tsv", folder, folder.parent)
+        return (folder.parent / "metrics.csv").read_bytes()
+
+    exact = metrics()
+    for path in folder.glob("*.nii.gz"):
+        mask = read_volume(path)
+        write_volume(path, mask.like(mask.array * np.float32(0.9999999)))
+    assert metrics() == exact
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
@@ -233,6 +248,10 @@ def test_masks_without_probabilities_have_all_but_scores(make_results, caplog):
             "not on the grid",
         ),
         (lambda folder, mask: write_volume(folder / "case-02.nii.gz", mask.like(mask.array + 2)), "label 2"),
+        (
+            lambda folder, mask: write_volume(folder / "case-02.nii.gz", mask.like(mask.array + np.float32(0.5))),
+            "holds the label 0.5",
+        ),
         (
             lambda folder, mask: (folder / "probability" / "case-02.nii.gz").unlink(),
             "probability: lacks predictions for case-02",
