@@ -16,10 +16,11 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from lungddpm.checksums import outputs_to_make_again
-from lungddpm.config import read_values
+from lungddpm.config import parse_yaml, read_values
 from lungddpm.errors import ConfigError, OutputError, UserError, from_os_error
 from lungddpm.progress import LOG
 
@@ -120,14 +121,28 @@ def _check_names(directory: Path) -> None:
 
 
 def _check_configs(arguments: Sequence[str]) -> None:
-    """Refuse config files that Snakemake would evaluate: a file from somebody else may say what, not run it."""
+    """Refuse what Snakemake would drop in silence, and config files that it would evaluate.
+
+    A file from somebody else may say what, not run it.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--configfile", "--configfiles", nargs="+", action="extend", default=[], type=Path)
-    for path in [Path("config.yaml"), *parser.parse_known_args(list(arguments))[0].configfile]:
+    parser.add_argument("--configfile", "--configfiles", nargs="+", action="append", default=[], type=Path)
+    parser.add_argument("--config", "-C", nargs="*", action="append", default=[])
+    given = parser.parse_known_args(list(arguments))[0]
+    for option in ("configfile", "config"):
+        if len(getattr(given, option)) > 1:
+            raise ConfigError(
+                f"--{option}", "is given twice, and Snakemake takes only the last", f"Put all after one --{option}."
+            )
+    for path in [Path("config.yaml"), *chain(*given.configfile)]:
         if path.is_file() and "__use_yte__" in read_values(path):
             raise ConfigError(
                 path, "has the key __use_yte__, with which Snakemake runs code in the file", "Write plain values."
             )
+    for entry in chain(*given.config):
+        key, _, value = entry.partition("=")
+        if value.lstrip().startswith("{"):
+            parse_yaml(value, f"--config {key}")
 
 
 def _check_space(results: Path) -> None:

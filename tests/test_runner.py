@@ -180,6 +180,24 @@ def test_a_config_that_would_run_code_is_refused(folder, key):
     assert not list(folder.rglob("pwned"))
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--configfile", "mine.yaml"], "mine.yaml: has the key seed twice, in line 1 and in line 3"),
+        (["--configfile", "a.yaml", "--configfiles", "b.yaml"], "--configfile: is given twice"),
+        (["--config", "seed=1", "-C", "grid={}"], "--config: is given twice"),
+        (["--config", "grid={'margin_mm': 1, 'margin_mm': 2}"], "--config grid: has the key margin_mm twice"),
+    ],
+)
+def test_what_snakemake_would_drop_in_silence_is_refused(folder, arguments, message):
+    (folder / "mine.yaml").write_text("seed: 1\ngrid: {}\nseed: 2\n")
+    run = start(folder, *arguments)
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert message in output
+    assert not (folder / "results").exists()
+
+
 def test_braces_in_the_folder_are_refused(folder):
     elsewhere = folder / "{sample}"
     elsewhere.mkdir()

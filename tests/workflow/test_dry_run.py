@@ -81,3 +81,12 @@ def test_a_typo_is_refused_by_name(repository, tmp_path):
     assert run.returncode != 0
     assert "grdi: there is no such key" in run.stdout + run.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_a_key_that_stands_twice_is_refused_by_plain_snakemake(repository, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("seed: 1\ngrid:\n  margin_mm: 1\n  margin_mm: 2\n")
+    run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", mine)
+    assert run.returncode != 0
+    assert "mine.yaml: has the key grid.margin_mm twice, in line 3 and in line 4" in run.stdout + run.stderr
+    assert not (tmp_path / "results").exists()

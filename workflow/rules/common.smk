@@ -6,13 +6,16 @@ import shlex
 from pathlib import Path
 
 from lungddpm.arms.compose import parse_arm
-from lungddpm.config import parse_config
+from lungddpm.config import parse_config, read_values
 from lungddpm.errors import UserError, from_os_error
 from lungddpm.files import code_fingerprint, write_json
 from lungddpm.generators import module_of
 from lungddpm.runner import offer_own_programs, report_fault
 
 try:
+    # Snakemake has read them already, but of a key that a file has twice it drops the first.
+    for path in workflow.configfiles:
+        read_values(path)
     SETTINGS = parse_config(config, "config.yaml and its overlays")
     GENERATORS = list(SETTINGS.arms.largest_doses())
     # The config of the denoiser that a generator needs, if it needs one.
