@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lungddpm import __version__
-from lungddpm.cases import check_case, hash_case, write_cases
+from lungddpm.cases import check_case, hash_case, hash_voxels, write_cases
 from lungddpm.config import Config
 from lungddpm.drawing import save
 from lungddpm.errors import ExcludedCaseError, InputError
@@ -183,6 +183,9 @@ def _write(config: Config, source: Path, row: pd.Series, folder: Path) -> dict:
     names = sorted(file.relative_to(source).as_posix() for file in scan.files)
     record = {
         "case_id": row["case_id"],
+        "patient_id": row["patient_id"],
+        "series_uid": row["series_uid"],
+        "scan_sha256": hash_voxels(case.found.ct),
         "sha256": hash_case(folder),
         "nodules_sha256": _hash_nodules(folder),
         "fingerprint": _fingerprint(config, source, row, names),
