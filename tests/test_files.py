@@ -1,5 +1,6 @@
 """Atomic writes, hashes, seeds."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from lungddpm.files import (
     code_fingerprint,
     exclusive_lock,
     fingerprint,
+    link_or_copy,
     lock_if_free,
     seed_from,
     sha256_of,
@@ -99,6 +102,43 @@ def test_files_are_readable_by_others(tmp_path):
     umask = os.umask(0)
     os.umask(umask)
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
+def test_disks_without_modes_and_flushing_are_written_all_the_same(tmp_path, monkeypatch, number):
+    def refuse(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "chmod", refuse)
+    write_json(tmp_path / "a.json", {"n": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_disk_that_fails_to_flush_is_an_error(tmp_path, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_json(tmp_path / "a.json", {"n": 1})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_is_copied_where_there_are_no_links(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.txt").write_text("a")
+    link_or_copy(tmp_path / "labels", tmp_path / "link")
+    assert (tmp_path / "link").readlink() == Path("labels")
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
+    link_or_copy(tmp_path / "labels", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink()
+    assert (tmp_path / "copy/a.txt").read_text() == "a"
 
 
 def test_json_is_strict(tmp_path):

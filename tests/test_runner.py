@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+
+from lungddpm import runner
 
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 
@@ -32,6 +35,27 @@ rule second:
 def folder(tmp_path):
     (tmp_path / "Snakefile").write_text(SNAKEFILE)
     return tmp_path
+
+
+@pytest.fixture(params=["flock", "no flock"])
+def any_disk(request, folder, monkeypatch):
+    """The folder, as it is and as if its disk had no locks."""
+    if request.param == "no flock":
+        without_flock(folder, monkeypatch)
+    return folder
+
+
+def without_flock(folder, monkeypatch):
+    """Let every Python process find a disk as Lustre is without `-o flock`."""
+    (folder / "python").mkdir()
+    (folder / "python/sitecustomize.py").write_text(
+        "import errno, fcntl\n"
+        "def flock(file, operation):\n"
+        "    raise OSError(errno.ENOSYS, 'Function not implemented')\n"
+        "fcntl.flock = flock\n"
+    )
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "python"), *before]))
 
 
 def start(folder, *arguments):
@@ -62,7 +86,8 @@ def test_runs_to_the_end_and_passes_arguments_on(folder):
     assert [(folder / f"results/{name}.txt").exists() for name in ("first", "second")] == [True, False]
 
 
-def test_a_second_run_is_refused_and_the_first_goes_on(folder):
+def test_a_second_run_is_refused_and_the_first_goes_on(any_disk):
+    folder = any_disk
     first = start(folder)
     job_of(folder)
     second = start(folder)
@@ -78,7 +103,8 @@ def snakemake_under(run):
 
 
 @pytest.mark.parametrize("victim", ["snakemake", "job"])
-def test_continues_after_kill_9(folder, victim):
+def test_continues_after_kill_9(any_disk, victim):
+    folder = any_disk
     run = start(folder)
     job = job_of(folder)
     os.kill(job if victim == "job" else snakemake_under(run).pid, signal.SIGKILL)
@@ -107,7 +133,8 @@ def test_ctrl_c_ends_in_order_and_the_same_command_continues(folder):
     assert start(folder).wait(60) == 0
 
 
-def test_a_run_whose_snakemake_survives_still_holds_the_folder(folder):
+def test_a_run_whose_snakemake_survives_still_holds_the_folder(any_disk):
+    folder = any_disk
     run = start(folder)
     job_of(folder)
     snakemake = snakemake_under(run)
@@ -212,6 +239,43 @@ def test_no_snakefile_is_told(tmp_path):
     output, _ = run.communicate(timeout=60)
     assert run.returncode == 2
     assert "Run from the repository's root" in output
+
+
+def test_missing_locks_are_told_once_and_leave_nothing(folder, monkeypatch):
+    without_flock(folder, monkeypatch)
+    (folder / "go").touch()
+    stage = f"{LUNGDDPM} phantom --config {folder}/phantom.yaml --output {folder}/phantom"
+    (folder / "phantom.yaml").write_text("source: {phantom: {patients: 1, matrix: 64, pixel_mm: 5, slice_mm: 20}}\n")
+    (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{stage}; touch results/a"\n')
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert output.count("has no file locks (Function not implemented)") == 1
+    assert not list(folder.rglob("*.held*"))
+
+
+def test_a_home_that_cannot_be_written_is_told_and_does_not_matter(folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/1/nobody")
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    (folder / "go").touch()
+    code = "import matplotlib; print(matplotlib.get_cachedir())"
+    (folder / "Snakefile").write_text(
+        f'rule all:\n    output: "results/a"\n    shell: """{sys.executable} -c "{code}" > {{output}}"""\n'
+    )
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert output.count("/proc/1/nobody/.cache cannot be written") == 1
+    assert (folder / "results/a").read_text().strip() == str(folder / ".snakemake/cache/matplotlib")
+
+
+def test_without_a_folder_for_temporary_files_the_runs_own_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/1/tmp"])
+    monkeypatch.setenv("TMPDIR", "/proc/1/tmp")
+    chosen = runner._temporary_folder(tmp_path)
+    assert chosen == os.environ["TMPDIR"] == tempfile.gettempdir() == str(tmp_path / ".snakemake/tmp")
 
 
 def test_the_lock_is_free_after_a_run(folder):

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from lungddpm.arms import splits
 from lungddpm.cases import folder_of, hash_case, hash_voxels, read_case, read_cases, usable
 from lungddpm.config import Config
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import exclusive_lock, fingerprint, write_json
+from lungddpm.files import exclusive_lock, fingerprint, link_or_copy, write_json
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG
 from lungddpm.volume import read_volume, write_volume
@@ -232,8 +231,7 @@ def _write_dataset(
         nodule = (layout.array == Label.NODULE).astype(np.uint8)
         nodule_voxels[case.name] = int(nodule.sum())
         image, label = f"imagesTr/{case.name}_0000{FILE_ENDING}", f"labelsTr/{case.name}{FILE_ENDING}"
-        ct = (case.folder / "ct.nii.gz").resolve()
-        (folder / image).symlink_to(os.path.relpath(ct, (final_folder / "imagesTr").resolve()))
+        link_or_copy(case.folder / "ct.nii.gz", folder / image, final_folder / "imagesTr")
         write_volume(folder / label, layout.like(nodule))
         entries[case.name] = {"images": [image], "label": label}
     dataset = {

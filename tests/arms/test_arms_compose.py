@@ -1,6 +1,8 @@
 """Composed arms: what nnU-Net will read, held against the cases that went in."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import nibabel
@@ -79,6 +81,22 @@ def test_real_links_the_images_and_maps_nodules_to_one(cohort):
     assert json.loads((raw / "dataset.json").read_text())["numTraining"] == 4
     assert arm["leak_guard"]["disjoint"]
     assert arm["leak_guard"]["test_patients"] == ["P6", "P7"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP], ids=["exFAT", "SMB"])
+def test_without_symbolic_links_the_images_are_copies(cohort, monkeypatch, caplog, number):
+    def symlink(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "symlink", symlink)
+    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
+    monkeypatch.delenv("LUNGDDPM_TOLD_LINKS")
+    arm, raw = compose(cohort, "real")
+    for case in arm["cases"]:
+        image = raw / f"imagesTr/{case['name']}_0000.nii.gz"
+        assert not image.is_symlink()
+        assert image.read_bytes() == (cohort / "cases" / case["case_id"] / "ct.nii.gz").read_bytes()
+    assert caplog.text.count("has no symbolic links") == 1
 
 
 def test_repeated_cases_are_never_copies_of_validation_cases(cohort):
