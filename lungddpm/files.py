@@ -108,9 +108,9 @@ def link_or_copy(target: Path, link: Path, seen_from: Path | None = None) -> Non
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; names of files that are not UTF-8 are escaped, as JSON reads them again."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:

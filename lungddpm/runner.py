@@ -80,6 +80,8 @@ def report_fault(error: UserError) -> None:
 def offer_own_programs() -> None:
     """Let jobs find `lungddpm` beside this Python where no environment is activated; an activated one comes first."""
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    # See `_environment`.
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _snakemake(arguments: Sequence[str]) -> list[str]:
@@ -94,7 +96,8 @@ def _environment(faults: str, directory: Path) -> dict[str, str]:
     # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     caches = _caches_in(directory / ".snakemake" / "cache") if not _can_keep_caches() else {}
-    return {**os.environ, "PATH": path, FAULTS_VARIABLE: faults, **caches}
+    # On a cluster, jobs are `python -m snakemake`, which would import what lies in the working folder first.
+    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", FAULTS_VARIABLE: faults, **caches}
 
 
 def _can_keep_caches() -> bool:

@@ -149,6 +149,12 @@ def test_json_is_strict(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == {"n": 3, "a": [0, 1]}
 
 
+def test_names_that_are_not_utf_8_come_back_from_json(tmp_path):
+    name = os.fsdecode(b"M\xfcller/1.dcm")
+    write_json(tmp_path / "a.json", {"inputs": [name, "−"]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"inputs": [name, "−"]}
+
+
 def test_tables_choose_their_separator(tmp_path):
     table = pd.DataFrame({"a": [1], "b": ["x,y"]})
     write_table(tmp_path / "t.tsv", table)

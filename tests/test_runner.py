@@ -270,6 +270,18 @@ def test_a_home_that_cannot_be_written_is_told_and_does_not_matter(folder, monke
     assert (folder / "results/a").read_text().strip() == str(folder / ".snakemake/cache/matplotlib")
 
 
+def test_jobs_do_not_import_from_the_working_folder(folder):
+    (folder / "lungddpm").mkdir()
+    code = "import sys, lungddpm.config; print(sys.flags.safe_path)"
+    (folder / "Snakefile").write_text(
+        f'rule all:\n    output: "results/a"\n    shell: """{sys.executable} -c "{code}" > {{output}}"""\n'
+    )
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert (folder / "results/a").read_text().strip() == "True"
+
+
 def test_without_a_folder_for_temporary_files_the_runs_own_is_used(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/1/tmp"])

@@ -3,7 +3,18 @@
 import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
+
+if (package := find_spec("lungddpm")) is None:
+    raise WorkflowError(
+        "lungddpm: is not installed beside this Python. Run 'make demo', or pip install it."
+    )
+if package.origin is None:
+    raise WorkflowError(
+        f"{next(iter(package.submodule_search_locations))}: a folder of this name hides the installed package. "
+        "Start 'lungddpm run' or 'snakemake', not 'python -m snakemake', and take its parent out of PYTHONPATH."
+    )
 
 from lungddpm.arms.compose import parse_arm
 from lungddpm.config import parse_config, read_values
