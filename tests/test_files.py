@@ -70,7 +70,7 @@ def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
 
     def hold_and_die():
         with exclusive_lock(tmp_path / ".lock", "training"):
-            child = context.Process(target=time.sleep, args=(60,))
+            child = context.Process(target=signal.pause)
             child.start()
             children.put(child.pid)
             children.close()
@@ -79,7 +79,7 @@ def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
 
     parent = context.Process(target=hold_and_die)
     parent.start()
-    child = psutil.Process(children.get(timeout=30))
+    child = psutil.Process(children.get())
     parent.join()
     try:
         with lock_if_free(tmp_path / ".lock") as free:
