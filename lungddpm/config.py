@@ -527,14 +527,22 @@ class Workflow(_Section):
     """How the work is cut into jobs and processes. Results depend only on the processes that train a denoiser."""
 
     case_shards: PositiveInt = 4
-    """Jobs that share the preparation of cases."""
+    """Jobs that share the preparation of cases; never more than there are scans."""
     synthesis_shards: PositiveInt = 2
-    """Jobs a generator that share its synthesis; each loads the model once."""
+    """Jobs per generator that share its synthesis; each loads the model once. Never more than there are samples."""
     denoiser_gpus: PositiveInt = 1
     """GPUs of a node that share the training of a denoiser, in one job and a process each. n processes take n times
     `training.accumulation` forward passes a step: divide that by n to keep the recipe."""
     denoiser_nodes: PositiveInt = 1
     """Nodes that share it, with `denoiser_gpus` each; more than one needs Slurm."""
+
+    def prepare_jobs(self, scans: int) -> int:
+        """Jobs that share the preparation of so many scans; at least one, which says why there is none."""
+        return max(1, min(self.case_shards, scans))
+
+    def synthesize_jobs(self, samples: int) -> int:
+        """Jobs that share the synthesis of so many samples; at least one."""
+        return max(1, min(self.synthesis_shards, samples))
 
     @property
     def denoiser_processes(self) -> int:

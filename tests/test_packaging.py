@@ -68,7 +68,7 @@ def test_every_rule_has_an_environment_that_exists(repository):
     for rules in (repository / "workflow/rules").glob("*.smk"):
         text = rules.read_text()
         environments = re.findall(r"^    conda:\n +\"(.*)\"$", text, re.MULTILINE)
-        assert len(environments) == len(re.findall(r"^rule \w+:$", text, re.MULTILINE)), rules.name
+        assert len(environments) == len(re.findall(r"^(?:rule|checkpoint) \w+:$", text, re.MULTILINE)), rules.name
         assert all((rules.parent / path).is_file() for path in environments)
 
 
