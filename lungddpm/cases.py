@@ -10,6 +10,7 @@ nodules.tsv              one row a nodule of a usable case, columns as in `NODUL
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.files import fingerprint, sha256_of, write_table
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG
-from lungddpm.volume import Volume, read_volume
+from lungddpm.volume import AIR_HU, Volume, read_volume
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,6 +38,8 @@ COLUMNS = [
 """`role` joins several by "+" under `roles.allow_shared_patients`; `status` is ok | excluded; `path` is relative to
 the table's folder; `sha256` covers CT and layout (empty before they exist)."""
 _EXAMPLES = 3
+LARGEST_HU = 3071
+"""What 12 bits hold where air is -1024."""
 
 CHARACTERISTICS = (
     "subtlety", "internal_structure", "calcification", "sphericity", "margin",
@@ -109,6 +112,20 @@ def hash_case(folder: Path) -> str:
         return fingerprint([sha256_of(folder / name) for name in ("ct.nii.gz", "layout.nii.gz")])
     except FileNotFoundError as error:
         raise InputError(error.filename, "does not exist", "Delete the table of its case and run again.") from None
+
+
+def hash_voxels(ct: Volume) -> str:
+    """SHA-256 of the HU of a CT, by which a scan is known again whatever its file, header and compression.
+
+    HU are rounded and clipped to what 12 bits hold: padding has many values below air, and metal many above.
+
+    Args:
+        ct: HU, in canonical orientation.
+    """
+    digest = hashlib.sha256(repr(ct.shape).encode())
+    for number in range(ct.shape[2]):
+        digest.update(np.rint(np.clip(ct.array[..., number], AIR_HU, LARGEST_HU)).astype("<i2").tobytes())
+    return digest.hexdigest()
 
 
 def read_case(folder: Path) -> tuple[Volume, Volume]:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from lungddpm.errors import UserError, from_os_error
-from lungddpm.progress import LOG, start_logging
+from lungddpm.progress import LOG, adapt_terminal, start_logging
 
 app = typer.Typer(
     name="lungddpm",
@@ -458,6 +458,7 @@ def doctor() -> None:
 
 def main() -> None:
     """Entry point: user's faults end with exit code 2 and one message, ours with 1 and a traceback."""
+    adapt_terminal()
     try:
         app()
     except UserError as error:

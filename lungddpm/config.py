@@ -7,8 +7,10 @@ every leaf as a string. `config/README.md` and `workflow/schemas/config.schema.j
 
 from __future__ import annotations
 
+import json
 import pkgutil
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -553,14 +555,22 @@ class Workflow(_Section):
     """How the work is cut into jobs and processes. Results depend only on the processes that train a denoiser."""
 
     case_shards: PositiveInt = 4
-    """Jobs that share the preparation of cases."""
+    """Jobs that share the preparation of cases; never more than there are scans."""
     synthesis_shards: PositiveInt = 2
-    """Jobs a generator that share its synthesis; each loads the model once."""
+    """Jobs per generator that share its synthesis; each loads the model once. Never more than there are samples."""
     denoiser_gpus: PositiveInt = 1
     """GPUs of a node that share the training of a denoiser, in one job and a process each. n processes take n times
     `training.accumulation` forward passes a step: divide that by n to keep the recipe."""
     denoiser_nodes: PositiveInt = 1
     """Nodes that share it, with `denoiser_gpus` each; more than one needs Slurm."""
+
+    def prepare_jobs(self, scans: int) -> int:
+        """Jobs that share the preparation of so many scans; at least one, which says why there is none."""
+        return max(1, min(self.case_shards, scans))
+
+    def synthesize_jobs(self, samples: int) -> int:
+        """Jobs that share the synthesis of so many samples; at least one."""
+        return max(1, min(self.synthesis_shards, samples))
 
     @property
     def denoiser_processes(self) -> int:
@@ -687,15 +697,73 @@ def read_values(*paths: Path) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for path in paths:
         try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            values = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
         except FileNotFoundError:
             raise ConfigError(path, "does not exist", "Give the path of a YAML file.") from None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise ConfigError(path, f"cannot be read as YAML ({error})", "Mend the file.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(path, f"cannot be read as YAML ({error})", "Fix the file.") from None
         if not isinstance(values or {}, dict):
             raise ConfigError(path, "is not a mapping of keys to values", "Start from config.yaml.")
         merged = _merge(merged, values or {})
     return merged
+
+
+def parse_yaml(text: str, origin: str | Path) -> Any:
+    """The value of a YAML or JSON document, in which no mapping may have a key twice: YAML would drop the first.
+
+    Keys count as equal if they are so once they are read, like `yes` and `true`, or if only their type differs, like
+    `1` and `"1"`. What a merge key (`<<`) brings may be overridden: that is what it is for.
+
+    Args:
+        text: the document.
+        origin: the file it came from, for messages.
+
+    Raises:
+        ConfigError: it is not YAML, or has a key twice; the message has both lines.
+    """
+    try:
+        value = json.loads(text)
+        text = text.replace("\t", " ")  # YAML takes no tabs, and in JSON they never stand within a string
+    except (ValueError, RecursionError):
+        value = None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        for key, first, second in _repeated_keys(root, loader):
+            raise ConfigError(
+                origin, f"has the key {key} twice, in line {first} and in line {second}", "Keep one of them."
+            )
+        return value if value is not None or root is None else loader.construct_document(root)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(origin, f"cannot be read as YAML ({error})", "Fix the file.") from None
+
+
+def _repeated_keys(root: yaml.Node | None, loader: yaml.SafeLoader) -> Iterator[tuple[str, int, int]]:
+    """Keys that a mapping has twice, by their dotted path, each with the lines (from 1) of its first two places."""
+    waiting, seen = [(root, "")], set()
+    while waiting:
+        node, path = waiting.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(item, path) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            name = f"{path}.{key.value}" if path else str(key.value)
+            waiting.append((value, name))
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            # A merge key has no value of its own.
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            meaning = key.value if is_merge else loader.construct_object(key)
+            for spelling in {meaning, str(meaning)}:
+                if spelling in lines:
+                    yield name, lines[spelling], line
+            lines |= dict.fromkeys((meaning, str(meaning)), line)
 
 
 def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:

@@ -57,11 +57,6 @@ def faults() -> list[str]:
     return problems
 
 
-def gpu_slots() -> int:
-    """How many GPU jobs may run at once on this machine: one a GPU; without a GPU, no limit of its own."""
-    return len(list(Path("/dev").glob("nvidia[0-9]*"))) or 1000
-
-
 def _devices() -> list[str]:
     if "torch" not in versions():
         return ["devices: unknown without torch"]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import functools
 import glob
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
@@ -15,12 +17,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lungddpm.locks import FileLock, tell_once
 from lungddpm.progress import LOG
 
 if TYPE_CHECKING:
     import pandas as pd
 
 
+_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
+"""What disks answer that lack an operation, such as exFAT, SMB and FUSE."""
 _CODE = {".py", ".jinja", ".csv"}
 
 
@@ -44,9 +49,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        # mkstemp makes files private; results are read by colleagues.
-        temporary.chmod(0o666 & ~_umask())
+            _sync(written.fileno())
+        # mkstemp makes files private; results are read by colleagues. Some disks keep no modes.
+        with suppress(OSError):
+            temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -61,35 +67,50 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
         path: the lock file; it is made and stays.
         work: what the other process is doing, for the message ("training into results/diffusion/main").
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.
-        os.register_at_fork(after_in_child=lock.close)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    lock = FileLock(path)
+    # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.
+    os.register_at_fork(after_in_child=lock.close)
+    try:
+        if not lock.take():
             LOG.warning("Another process is %s: waiting for it to end", work)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock.wait()
         yield
+    finally:
+        lock.release()
 
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
     """Hold a lock file while the block runs, unless another process does; tells whether this one holds it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
+    lock = FileLock(path)
+    try:
+        yield lock.take()
+    finally:
+        lock.release()
+
+
+def link_or_copy(target: Path, link: Path, seen_from: Path | None = None) -> None:
+    """Make a relative symbolic link to a file or folder; where the disk has no links, a copy.
+
+    Args:
+        target: what the link leads to.
+        link: the link to make.
+        seen_from: folder that the link will lie in, where that is not the one it is made in.
+    """
+    try:
+        link.symlink_to(os.path.relpath(target.resolve(), (seen_from or link.parent).resolve()))
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        tell_once("LINKS", "%s: this disk has no symbolic links (%s); files are copied", link.parent, error.strerror)
+        copy = shutil.copytree if target.is_dir() else shutil.copyfile
+        copy(target, link)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; names of files that are not UTF-8 are escaped, as JSON reads them again."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -158,6 +179,15 @@ def _remove_left_behind(folder: Path, prefix: str, suffix: str) -> None:
         with suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
+
+
+def _sync(descriptor: int) -> None:
+    """Have a file's bytes on the disk, where it can say so."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
 
 
 def _umask() -> int:

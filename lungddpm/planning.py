@@ -282,9 +282,12 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     section_of = {name: module_of(name, config).DENOISER for name in samples}
     # Doses share samples, but each is a job of its own.
     jobs_of = {
-        name: len(doses) * (1 if name in config.arms.external else config.workflow.synthesis_shards)
+        name: len(doses)
+        if name in config.arms.external
+        else sum(config.workflow.synthesize_jobs(round(dose * cohort.discovery)) for dose in doses)
         for name, doses in config.arms.doses_of().items()
     }
+    prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
     arms = config.arms.names()
     training_cases = sum(_training_cases(arm, cohort.discovery) for arm in arms)
     runs = len(arms) * len(config.segmentation.replicates())
@@ -292,7 +295,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
 
     stages = [
         _light("index", 1, cohort.scans),
-        _light("prepare", config.workflow.case_shards, cohort.scans, cohort.voxels, grid * _CASE_BYTES_PER_VOXEL),
+        _light("prepare", prepare_jobs, cohort.scans, cohort.voxels, grid * _CASE_BYTES_PER_VOXEL),
         _light("collect", 1, cohort.scans),
         _light("qc", 1, cohort.scans),
     ]

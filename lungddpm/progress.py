@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import os
 import sys
@@ -12,6 +14,30 @@ from pathlib import Path
 LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
 _COMPUTING_ON = "Computing on "
+
+
+_IN_ASCII = {
+    "\N{NON-BREAKING HYPHEN}": "-", "\N{NO-BREAK SPACE}": " ",
+    "–": "-", "—": "-", "−": "-", "∞": "inf", "×": "x", "·": "*", "±": "+/-", "≥": ">=", "≤": "<=", "≈": "~",
+    "→": "->", "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"', "•": "*", "²": "^2", "³": "^3", "µ": "u", "Δ": "d",
+}  # fmt: skip
+_IN_OTHER_ENCODINGS = "lungddpm.spell"
+
+
+def adapt_terminal() -> None:
+    """Let standard output and error spell what their encoding lacks: on a Latin-1 terminal, "≥" becomes ">="."""
+    codecs.register_error(_IN_OTHER_ENCODINGS, _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_IN_OTHER_ENCODINGS)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    spelt = (_IN_ASCII.get(c, c.encode("ascii", "backslashreplace").decode("ascii")) for c in characters)
+    return "".join(spelt), error.end
 
 
 def start_logging(log_file: str | None = None) -> None:
@@ -28,7 +54,7 @@ def start_logging(log_file: str | None = None) -> None:
     console.setFormatter(logging.Formatter("%(message)s"))
     LOG.addHandler(console)
     if log_file is not None and is_first:
-        handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
+        handler = logging.FileHandler(log_file, mode="w", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
 
@@ -54,11 +80,12 @@ def shorten_paths(text: str) -> str:
     Those are the working directory, the software, the home folder, and what absolute paths the command was given.
     """
     given = [word.rpartition("=")[2] for word in sys.argv[1:]]
-    folders = [os.getcwd(), str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix, str(Path.home())]
+    folders = [os.getcwd(), str(Path(__file__).parents[1]), sys.prefix, sys.base_prefix, os.path.expanduser("~")]
     folders += [
         path for word in given if os.path.isabs(word) for path in (os.path.normpath(word), os.path.realpath(word))
     ]
-    for folder in sorted(set(folders) - {os.sep}, key=len, reverse=True):
+    # Where there is no home folder, its path is no path.
+    for folder in sorted(filter(os.path.isabs, set(folders) - {os.sep}), key=len, reverse=True):
         text = text.replace(folder + os.sep, "").replace(folder, os.path.basename(folder))
     return text
 

@@ -7,7 +7,6 @@ a Snakemake lock without such a holder is stale and is cleared (see docs/explana
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shutil
 import signal
@@ -16,11 +15,13 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
 from lungddpm.checksums import outputs_to_make_again
-from lungddpm.config import read_values
+from lungddpm.config import parse_yaml, read_values
 from lungddpm.errors import ConfigError, OutputError, UserError, from_os_error
+from lungddpm.locks import FileLock
 from lungddpm.progress import LOG
 
 FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
@@ -48,8 +49,11 @@ def run_snakemake(arguments: Sequence[str]) -> int:
         raise UserError("Snakefile", "is not in this folder", "Run from the repository's root, or give --snakefile.")
     _check_names(directory)
     _check_configs(arguments)
-    with _lock(directory / "results") as lock, tempfile.NamedTemporaryFile("r", encoding="utf-8") as faults:
-        environment = _environment(faults.name)
+    with (
+        _lock(directory / "results") as lock,
+        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as faults,
+    ):
+        environment = _environment(faults.name, directory)
         _check_space(directory / "results")
         _date_no_later_than_now(directory / "results")
         # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
@@ -69,13 +73,15 @@ def run_snakemake(arguments: Sequence[str]) -> int:
 def report_fault(error: UserError) -> None:
     """Leave a message for `run_snakemake`, if one is listening."""
     if path := os.environ.get(FAULTS_VARIABLE):
-        with Path(path).open("a", encoding="utf-8") as file:
+        with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
             file.write(" ".join(str(error).split()) + "\n")
 
 
 def offer_own_programs() -> None:
     """Let jobs find `lungddpm` beside this Python where no environment is activated; an activated one comes first."""
     os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    # See `_environment`.
+    os.environ["PYTHONSAFEPATH"] = "1"
 
 
 def _snakemake(arguments: Sequence[str]) -> list[str]:
@@ -86,29 +92,62 @@ def _snakemake(arguments: Sequence[str]) -> list[str]:
     return [program, *arguments]
 
 
-def _environment(faults: str) -> dict[str, str]:
+def _environment(faults: str, directory: Path) -> dict[str, str]:
     # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, "PATH": path, FAULTS_VARIABLE: faults}
+    caches = _caches_in(directory / ".snakemake" / "cache") if not _can_keep_caches() else {}
+    # On a cluster, jobs are `python -m snakemake`, which would import what lies in the working folder first.
+    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", FAULTS_VARIABLE: faults, **caches}
+
+
+def _can_keep_caches() -> bool:
+    """Whether the folder can be written in which Snakemake has to keep its cache, and other libraries would like to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "snakemake")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        LOG.warning("%s cannot be written (%s): caches go below .snakemake of the run", folder.parent, error.strerror)
+        return False
+
+
+def _caches_in(folder: Path) -> dict[str, str]:
+    """Variables by which libraries keep their caches in a folder; those that are set already stay."""
+    folder = folder.resolve()
+    own = {"MPLCONFIGDIR": "matplotlib", "NUMBA_CACHE_DIR": "numba", "TRITON_CACHE_DIR": "triton"}
+    for name in own.values():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    unset = {variable: str(folder / name) for variable, name in own.items() if variable not in os.environ}
+    return {"XDG_CACHE_HOME": str(folder), **unset}
+
+
+def _temporary_folder(directory: Path) -> str:
+    """The folder for temporary files, here and in processes that this one starts; the run's own if there is none."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        folder = (directory / ".snakemake" / "tmp").resolve()
+        LOG.warning("No folder for temporary files can be written: they go below .snakemake of the run")
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        return tempfile.tempdir
 
 
 @contextmanager
-def _lock(results: Path) -> Iterator[int]:
+def _lock(results: Path) -> Iterator[FileLock]:
     try:
-        results.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(results / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = FileLock(results / ".lock")
     except OSError as error:
         raise from_os_error(error) or error from error
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock.take():
             raise OutputError(
                 results, "another run is working in this folder", "Wait for it, or use another --directory."
-            ) from None
-        yield descriptor
+            )
+        yield lock
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def _check_names(directory: Path) -> None:
@@ -120,14 +159,28 @@ def _check_names(directory: Path) -> None:
 
 
 def _check_configs(arguments: Sequence[str]) -> None:
-    """Refuse config files that Snakemake would evaluate: a file from somebody else may say what, not run it."""
+    """Refuse what Snakemake would drop in silence, and config files that it would evaluate.
+
+    A file from somebody else may say what, not run it.
+    """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--configfile", "--configfiles", nargs="+", action="extend", default=[], type=Path)
-    for path in [Path("config.yaml"), *parser.parse_known_args(list(arguments))[0].configfile]:
+    parser.add_argument("--configfile", "--configfiles", nargs="+", action="append", default=[], type=Path)
+    parser.add_argument("--config", "-C", nargs="*", action="append", default=[])
+    given = parser.parse_known_args(list(arguments))[0]
+    for option in ("configfile", "config"):
+        if len(getattr(given, option)) > 1:
+            raise ConfigError(
+                f"--{option}", "is given twice, and Snakemake takes only the last", f"Put all after one --{option}."
+            )
+    for path in [Path("config.yaml"), *chain(*given.configfile)]:
         if path.is_file() and "__use_yte__" in read_values(path):
             raise ConfigError(
                 path, "has the key __use_yte__, with which Snakemake runs code in the file", "Write plain values."
             )
+    for entry in chain(*given.config):
+        key, _, value = entry.partition("=")
+        if value.lstrip().startswith("{"):
+            parse_yaml(value, f"--config {key}")
 
 
 def _check_space(results: Path) -> None:
@@ -165,9 +218,10 @@ def _has_stale_lock(directory: Path) -> bool:
     return locks.is_dir() and any(locks.iterdir())
 
 
-def _supervise(command: Sequence[str], environment: dict[str, str], lock: int) -> int:
+def _supervise(command: Sequence[str], environment: dict[str, str], lock: FileLock) -> int:
     """Run the command in a process group of its own; forward signals; leave no orphan if it is killed."""
-    process = subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock,))
+    process = subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock.descriptor,))
+    lock.share_with(process.pid)
 
     def forward(number: int, _frame: object) -> None:
         # To the whole group, as a terminal does on Ctrl-C: alone, Snakemake would wait hours for a training job.

@@ -6,6 +6,7 @@ from pathlib import Path
 # Before numpy: the threads of its BLAS would spin on small matrices, in each of pytest's processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -16,6 +17,12 @@ from lungddpm.progress import LOG
 from lungddpm.volume import Volume, bounding_box, read_volume, write_volume
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# No result depends on how busy the machine is.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_modifyitems(items):

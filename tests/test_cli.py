@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,48 @@ def test_every_verb_explains_itself(verb, tmp_path):
 def test_help_lists_every_verb(tmp_path):
     shown = lungddpm("--help", cwd=tmp_path).stdout
     assert all(verb.split()[0] in shown for verb in VERBS)
+
+
+VERDICT = """arm,metric,mean,difference,ci_low,ci_high,p_holm,verdict,sentence
+real,dice,0.5,,,,,baseline,real: the Dice is 0.500
+real+lung_ddpm@1.0,dice,0.45,-0.05,-0.1,0.01,0.2,no difference shown,"−0.05 (95 % CI −0.10 to +0.01, n ≥ 3)"
+"""
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"PYTHONIOENCODING": "latin-1"},
+        {"PYTHONIOENCODING": "cp1252:strict"},
+        {"PYTHONIOENCODING": "ascii"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+    ids=str,
+)
+def test_any_terminal_is_written_to(environment, tmp_path):
+    (tmp_path / "results/tables").mkdir(parents=True)
+    (tmp_path / "results/tables/verdict.csv").write_text(VERDICT, encoding="utf-8")
+    (tmp_path / "config.yaml").write_text("source: {phantom: {patients: 6}}\n")
+    latin = "ascii" not in str(environment) and "C" not in environment.values()
+    for verb in (["verdict"], ["config", "schema", "--markdown"], ["--help"]):
+        run = subprocess.run(
+            [LUNGDDPM, *verb], cwd=tmp_path, capture_output=True, env={**os.environ, **environment}, check=False
+        )
+        assert run.returncode == 0, run.stderr
+        if verb == ["verdict"] and latin:
+            text = run.stdout.decode("cp1252")
+            assert "-0.05 (95 % CI -0.10 to +0.01, n >= 3)" in text
+            assert re.search(r"0\.450 +-0\.050 +-0\.100 to \+0\.010 +0\.200 +no difference shown", text)
+
+
+def test_what_a_terminal_lacks_goes_to_the_log_as_it_is(tmp_path):
+    name = b"n\xfcchtern-\xe2\x88\x92.yaml"  # a Latin-1 letter, which is not UTF-8, and a minus, which is
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1", "PYTHONUTF8": "1"}
+    command = [LUNGDDPM, "--log", "mine.log", "config", "validate", "-c", name]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, env=environment, check=False)
+    assert run.returncode == 2
+    assert run.stderr.decode("latin-1").startswith("error: n\\udcfcchtern--.yaml: does not exist.")
+    assert "n\\udcfcchtern-−.yaml: does not exist." in (tmp_path / "mine.log").read_text(encoding="utf-8")
 
 
 def test_faults_go_to_the_log_file_as_well(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import yaml
 
-from lungddpm.config import load_config, parse_config
+from lungddpm.config import load_config, parse_config, read_values
 from lungddpm.config_reference import json_schema, markdown_reference
 from lungddpm.errors import ConfigError
 
@@ -139,6 +139,48 @@ def test_shared_patients_need_the_switch():
     with pytest.raises(ConfigError, match="patient a"):
         parse_config({"roles": shared})
     assert parse_config({"roles": {**shared, "allow_shared_patients": True}}).roles.test == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("seed: 1\ngrid: {size: [32, 32, 32]}\nseed: 2\n", "has the key seed twice, in line 1 and in line 3"),
+        ("grid:\n  margin_mm: 1\n  margin_mm: 1\n", "has the key grid.margin_mm twice, in line 2 and in line 3"),
+        ("seed: 1\n'seed': 1\n", "has the key seed twice, in line 1 and in line 2"),
+        ("arms: {external: {1: a, '1': b}}\n", "has the key arms.external.1 twice, in line 1 and in line 1"),
+        (
+            "arms:\n  external:\n    yes: a\n    true: b\n",
+            "has the key arms.external.true twice, in line 3 and in line 4",
+        ),
+        ("a: &a {seed: 1}\nb: {<<: *a, <<: *a}\n", "has the key b.<< twice, in line 2 and in line 2"),
+        ("roles: {test: [{a: 1, a: 2}]}\n", "has the key roles.test.a twice"),
+        ('{\n\t"seed": 1,\n\t"seed": 2\n}\n', "has the key seed twice, in line 2 and in line 3"),
+    ],
+)
+def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path, text, says):
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert f"{path}: {says}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        # An override of what a merge key brings, and the same key in different places, are not repeated keys.
+        ("a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: {<<: *a, y: 4}\n", {"b": {"x": 1, "y": 3}, "c": {"x": 1, "y": 4}}),
+        ("b: {<<: [&x {x: 1}, {x: 2, y: 3}], z: 4}\n", {"b": {"x": 1, "y": 3, "z": 4}}),
+        ("b: &b [{x: 1}, {x: 2}]\nc: *b\n", {"b": [{"x": 1}, {"x": 2}], "c": [{"x": 1}, {"x": 2}]}),
+        ('{\t"b": 1e-3,\n\t"c": "a\\tb"}', {"b": 0.001, "c": "a\tb"}),
+        ("", {}),
+    ],
+)
+def test_yaml_and_json_are_read_as_they_are_meant(tmp_path, text, values):
+    path = tmp_path / "some.yaml"
+    path.write_text(text)
+    read = read_values(path)
+    assert {key: read[key] for key in values} == values
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])

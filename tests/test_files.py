@@ -1,5 +1,6 @@
 """Atomic writes, hashes, seeds."""
 
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ from lungddpm.files import (
     code_fingerprint,
     exclusive_lock,
     fingerprint,
+    link_or_copy,
     lock_if_free,
     seed_from,
     sha256_of,
@@ -67,7 +70,7 @@ def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
 
     def hold_and_die():
         with exclusive_lock(tmp_path / ".lock", "training"):
-            child = context.Process(target=time.sleep, args=(60,))
+            child = context.Process(target=signal.pause)
             child.start()
             children.put(child.pid)
             children.close()
@@ -76,7 +79,7 @@ def test_a_child_that_lives_on_does_not_hold_the_lock(tmp_path):
 
     parent = context.Process(target=hold_and_die)
     parent.start()
-    child = psutil.Process(children.get(timeout=30))
+    child = psutil.Process(children.get())
     parent.join()
     try:
         with lock_if_free(tmp_path / ".lock") as free:
@@ -101,12 +104,55 @@ def test_files_are_readable_by_others(tmp_path):
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.EPERM])
+def test_disks_without_modes_and_flushing_are_written_all_the_same(tmp_path, monkeypatch, number):
+    def refuse(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    monkeypatch.setattr(os, "chmod", refuse)
+    write_json(tmp_path / "a.json", {"n": 1})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"n": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_a_disk_that_fails_to_flush_is_an_error(tmp_path, monkeypatch):
+    def fail(_descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_json(tmp_path / "a.json", {"n": 1})
+    assert not os.listdir(tmp_path)
+
+
+def test_a_folder_is_copied_where_there_are_no_links(tmp_path, monkeypatch):
+    def refuse(*_arguments, **_options):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "labels/a.txt").write_text("a")
+    link_or_copy(tmp_path / "labels", tmp_path / "link")
+    assert (tmp_path / "link").readlink() == Path("labels")
+    monkeypatch.setattr(os, "symlink", refuse)
+    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
+    link_or_copy(tmp_path / "labels", tmp_path / "copy")
+    assert not (tmp_path / "copy").is_symlink()
+    assert (tmp_path / "copy/a.txt").read_text() == "a"
+
+
 def test_json_is_strict(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"dice": float("nan")})
     assert not list(tmp_path.iterdir())
     write_json(tmp_path / "b.json", {"n": np.int64(3), "a": np.arange(2)})
     assert json.loads((tmp_path / "b.json").read_text()) == {"n": 3, "a": [0, 1]}
+
+
+def test_names_that_are_not_utf_8_come_back_from_json(tmp_path):
+    name = os.fsdecode(b"M\xfcller/1.dcm")
+    write_json(tmp_path / "a.json", {"inputs": [name, "−"]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"inputs": [name, "−"]}
 
 
 def test_tables_choose_their_separator(tmp_path):

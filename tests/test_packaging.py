@@ -1,9 +1,16 @@
 """What is written in several places agrees: versions in constraints, conda environment and package."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from importlib import metadata
+from pathlib import Path
 
+import pytest
 import yaml
 
 
@@ -34,11 +41,34 @@ def test_the_conda_environment_has_the_pinned_versions(repository):
     assert set(listed) == set(direct_dependencies(repository))
 
 
+def test_a_folder_of_the_packages_name_does_not_hide_an_editable_install(repository, tmp_path):
+    pytest.importorskip("setuptools")
+    source, installed, working = (tmp_path / name for name in ("source", "installed", "working"))
+    shutil.copytree(repository / "lungddpm", source / "lungddpm", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copyfile(repository / name, source / name)
+    build = f"import setuptools.build_meta as backend; backend.build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(installed)
+    # A clone is a folder called lungddpm, with the package in another one of that name.
+    shutil.copytree(source, working / "lungddpm")
+    find = f"import site; site.addsitedir({str(installed)!r}); import lungddpm.config as c; print(c.__file__)"
+    # As `python -m snakemake` does, and a PYTHONPATH that leads to where clones lie.
+    for python in ([sys.executable, "-S", "-c"], [sys.executable, "-S", "-P", "-c"]):
+        libraries = [path for path in sys.path if path.endswith("site-packages")]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(working), *libraries])}
+        found = subprocess.run(
+            [*python, find], cwd=working, env=environment, check=True, capture_output=True, text=True
+        )
+        assert Path(found.stdout.strip()) == source / "lungddpm/config.py"
+
+
 def test_every_rule_has_an_environment_that_exists(repository):
     for rules in (repository / "workflow/rules").glob("*.smk"):
         text = rules.read_text()
         environments = re.findall(r"^    conda:\n +\"(.*)\"$", text, re.MULTILINE)
-        assert len(environments) == len(re.findall(r"^rule \w+:$", text, re.MULTILINE)), rules.name
+        assert len(environments) == len(re.findall(r"^(?:rule|checkpoint) \w+:$", text, re.MULTILINE)), rules.name
         assert all((rules.parent / path).is_file() for path in environments)
 
 

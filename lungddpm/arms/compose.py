@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,13 +16,13 @@ import numpy as np
 import pandas as pd
 
 from lungddpm.arms import splits
-from lungddpm.cases import folder_of, hash_case, read_case, read_cases, usable
+from lungddpm.cases import folder_of, hash_case, hash_voxels, read_case, read_cases, usable
 from lungddpm.config import Config
 from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import exclusive_lock, fingerprint, sha256_of, write_json
+from lungddpm.files import exclusive_lock, fingerprint, link_or_copy, write_json
 from lungddpm.layouts import Label
 from lungddpm.progress import LOG
-from lungddpm.volume import write_volume
+from lungddpm.volume import read_volume, write_volume
 
 DATASET = "Dataset501_LungNodule"
 FILE_ENDING = ".nii.gz"
@@ -38,6 +37,7 @@ class TrainingCase:
     case_id: str
     patient_id: str
     source: str
+    series_uid: str
     folder: Path
     sha256: str
 
@@ -131,11 +131,13 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
     training = [*real, *added]
     _check_names(training)
 
-    patient_of = splits.known_patients(cases)
+    register = splits.read_register(cases)
+    known = {case: _origin(case, register) for case in _training_cases(cases_table, cases[cases["status"] == "ok"])}
     proof = splits.check_leaks(
-        [_origin(case, patient_of) for case in training],
-        [_origin(case, patient_of) for case in _training_cases(cases_table, test)],
+        [known.get(replace(case, name=case.case_id)) or _origin(case, register) for case in training],
+        [known[case] for case in _training_cases(cases_table, test)],
         shared,
+        known.values(),
     )
     with _replaced_folder(output / "nnUNet_raw") as raw:
         nodule_voxels = _write_dataset(raw / DATASET, output / "nnUNet_raw" / DATASET, training, folds)
@@ -187,7 +189,9 @@ def _training_case(table: Path, row: pd.Series) -> TrainingCase:
     folder = folder_of(table, row)
     if (found := hash_case(folder)) != row["sha256"]:
         raise InputError(folder, f"differs from what {table} says was written there", "Delete the table and run again.")
-    return TrainingCase(row["case_id"], row["case_id"], row["patient_id"], row["source"], folder, found)
+    return TrainingCase(
+        row["case_id"], row["case_id"], row["patient_id"], row["source"], row["series_uid"], folder, found
+    )
 
 
 def _training_cases(table: Path, rows: pd.DataFrame) -> list[TrainingCase]:
@@ -204,14 +208,16 @@ def _check_names(training: list[TrainingCase]) -> None:
         raise InputError(f"case {twice[0]}", "is listed twice", "Give every case and sample its own case_id.")
 
 
-def _origin(case: TrainingCase, patient_of: dict[str, str]) -> splits.Origin:
-    """Who is in a case, by its table and by its provenance file."""
+def _origin(case: TrainingCase, register: splits.Register) -> splits.Origin:
+    """Who is in a case, by its table, by its provenance file and by its CT."""
     sample = case.folder / "sample.json"
     provenance = sample if sample.exists() else case.folder / "case.json"
-    patients = splits.patients_named_in(provenance, patient_of)
-    if provenance == sample and not patients and not splits.declares_nobody(sample):
+    record = splits.read_record(provenance)
+    patients = splits.patients_named_in(record, register)
+    if provenance == sample and not patients and not splits.declares_nobody(record):
         raise InputError(sample, "names no known patient as its reference", "Synthesise it from the cases of this run.")
-    return splits.Origin(case.case_id, patients | {case.patient_id}, sha256_of(case.folder / "ct.nii.gz"))
+    marks = {case.series_uid, record.get("scan_sha256", ""), hash_voxels(read_volume(case.folder / "ct.nii.gz"))}
+    return splits.Origin(case.case_id, patients | {case.patient_id}, frozenset(marks - {""}))
 
 
 def _write_dataset(
@@ -225,8 +231,7 @@ def _write_dataset(
         nodule = (layout.array == Label.NODULE).astype(np.uint8)
         nodule_voxels[case.name] = int(nodule.sum())
         image, label = f"imagesTr/{case.name}_0000{FILE_ENDING}", f"labelsTr/{case.name}{FILE_ENDING}"
-        ct = (case.folder / "ct.nii.gz").resolve()
-        (folder / image).symlink_to(os.path.relpath(ct, (final_folder / "imagesTr").resolve()))
+        link_or_copy(case.folder / "ct.nii.gz", folder / image, final_folder / "imagesTr")
         write_volume(folder / label, layout.like(nodule))
         entries[case.name] = {"images": [image], "label": label}
     dataset = {

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -143,12 +143,21 @@ class Origin:
     case_id: str
     patients: frozenset[str]
     """Whom the table and the files of the case name: its own patient, its reference's, its nodules'."""
-    ct_sha256: str
-    """Of the CT file itself, so that a patient under a second name is found."""
+    marks: frozenset[str]
+    """What no two persons share, so that a patient under a second name is found: series UIDs and hashes of HU."""
 
 
-def check_leaks(training: Iterable[Origin], test: Iterable[Origin], allow_shared_patients: bool) -> dict:
+def check_leaks(
+    training: Iterable[Origin], test: Iterable[Origin], allow_shared_patients: bool, known: Iterable[Origin] = ()
+) -> dict:
     """The leak guard: no test patient may be in a training case, not even as its reference.
+
+    Args:
+        training: cases of the training set.
+        test: the test cases.
+        allow_shared_patients: warn only.
+        known: all real cases. Whoever shares a mark with a test case is that patient under another name; training cases
+            that name this other name are found as well.
 
     Returns:
         The proof for `arm.json`: the patients on both sides, and whom they share (nobody, unless it is allowed).
@@ -158,13 +167,15 @@ def check_leaks(training: Iterable[Origin], test: Iterable[Origin], allow_shared
     """
     training, test = list(training), list(test)
     test_patients = {patient for case in test for patient in case.patients}
-    test_patient_of_ct = {case.ct_sha256: min(case.patients) for case in test}
+    owner = {mark: min(case.patients) for case in test for mark in case.marks}
+    also_known_as = defaultdict(set, {patient: {patient} for patient in test_patients})
+    for case in known:
+        for patient in case.patients:
+            also_known_as[patient] |= {owner[mark] for mark in case.marks if mark in owner}
     leaks: dict[str, set[str]] = {}
     for case in training:
-        leaked = case.patients & test_patients
-        if case.ct_sha256 in test_patient_of_ct:
-            leaked |= {test_patient_of_ct[case.ct_sha256]}
-        for patient in leaked:
+        leaked = {owner[mark] for mark in case.marks if mark in owner}
+        for patient in leaked.union(*(also_known_as[name] for name in case.patients)):
             leaks.setdefault(patient, set()).add(case.case_id)
     if leaks and not allow_shared_patients:
         shown = "; ".join(f"{patient} in {', '.join(sorted(leaks[patient])[:3])}" for patient in sorted(leaks))
@@ -181,7 +192,7 @@ def check_leaks(training: Iterable[Origin], test: Iterable[Origin], allow_shared
         )
     return {
         "disjoint": not leaks,
-        "checked": "patients named by the tables, by case.json and by sample.json; SHA-256 of every CT file",
+        "checked": "ids and hashes in the tables, in case.json and in sample.json; the HU of every CT",
         "n_training_cases": len(training),
         "n_test_cases": len(test),
         "training_patients": sorted({patient for case in training for patient in case.patients}),
@@ -190,50 +201,81 @@ def check_leaks(training: Iterable[Origin], test: Iterable[Origin], allow_shared
     }
 
 
-def known_patients(cases: pd.DataFrame) -> dict[str, str]:
-    """Patient of every case id, series and patient id in a case table."""
+@dataclass(frozen=True)
+class Register:
+    """Whom an identifier of a case table stands for, by the kind of the identifier: one text may be of several kinds.
+
+    With patients called 1, 2 and 3, hardly any text is not one of theirs.
+    """
+
+    by_case: Mapping[str, set[str]]
+    by_patient: Mapping[str, set[str]]
+    by_series: Mapping[str, set[str]]
+    by_sha256: Mapping[str, set[str]]
+    """Of CT and layout, as in the table's column."""
+
+    def patients(self, key: str, text: str) -> set[str]:
+        """The patients whom a text names, as the value of a key of a provenance file; nobody if the key holds no id."""
+        if key in _ANY_ID:
+            kinds = [self.by_case, self.by_patient, self.by_series]
+        else:
+            by_ending = {"case_id": self.by_case, "patient_id": self.by_patient, "series_uid": self.by_series}
+            by_ending["_sha256"] = self.by_sha256  # of others: "sha256" is that of the files beside the record
+            kinds = [of_kind for ending, of_kind in by_ending.items() if key.endswith(ending)]
+        return set().union(*(of_kind.get(text, ()) for of_kind in kinds))
+
+
+_ANY_ID = {"reference", "donors", "trained_on", "nodules"}
+"""Keys that hold case or patient ids, such as those of a declaration."""
+
+
+def read_register(cases: pd.DataFrame) -> Register:
+    """The identifiers of a case table."""
     cases = cases[cases["patient_id"] != ""]
-    patient_of = dict(zip(cases["series_uid"], cases["patient_id"], strict=True))
-    patient_of |= dict(zip(cases["case_id"], cases["patient_id"], strict=True))
-    patient_of |= {patient: patient for patient in cases["patient_id"]}
-    patient_of.pop("", None)
-    return patient_of
+    of_column = {}
+    for column in ("case_id", "patient_id", "series_uid", "sha256"):
+        of_column[column] = cases[cases[column] != ""].groupby(column)["patient_id"].agg(set).to_dict()
+    return Register(*of_column.values())
 
 
-def patients_named_in(path: Path, patient_of: Mapping[str, str]) -> frozenset[str]:
-    """The known patients that a provenance file names anywhere, as an id of its own or as a part of a path.
+def patients_named_in(record: object, register: Register) -> frozenset[str]:
+    """The known patients whom a provenance record names, however deep: in its ids and hashes, never in paths."""
+    return frozenset(patient for key, text in _texts(record) for patient in register.patients(key, text))
 
-    No key is trusted: a reference, the origin of a layout or of a nodule counts under whatever key it is written.
+
+def read_record(path: Path) -> dict:
+    """The provenance record of a case, real (`case.json`) or synthetic (`sample.json`).
 
     Raises:
-        InputError: the file is missing or is not JSON.
+        InputError: the file is missing or is not a JSON object.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise InputError(path, "does not exist, so nobody knows who is in this case", "Make the case anew.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "Make the case anew.") from None
-    words = {word for text in _strings(content) for word in (text, *re.split(r"[/\\]", text))}
-    return frozenset(patient_of[word] for word in words if word in patient_of)
+        raise InputError(path, "does not exist, so nobody knows who is in this case", "Make the case again.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", "Make the case again.") from None
+    if not isinstance(record, dict):
+        raise InputError(path, "is not a JSON object", "Make the case again.")
+    return record
 
 
-def declares_nobody(path: Path) -> bool:
-    """Whether a provenance file says that another system made the sample, from no patient of this run."""
-    declared = json.loads(path.read_text(encoding="utf-8")).get("declared")
+def declares_nobody(record: dict) -> bool:
+    """Whether a provenance record says that another system made the sample, from no patient of this run."""
+    declared = record.get("declared")
     return bool(declared) and all(value == "none" for value in declared.values())
 
 
-def _strings(value: object) -> Iterable[str]:
+def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a JSON value with the key that it stands under, be it in lists."""
     if isinstance(value, str):
-        yield value
+        yield key, value
     elif isinstance(value, dict):
-        yield from value
-        for item in value.values():
-            yield from _strings(item)
+        for name, item in value.items():
+            yield from _texts(item, name)
     elif isinstance(value, list):
         for item in value:
-            yield from _strings(item)
+            yield from _texts(item, key)
 
 
 def _shuffled(patients: Iterable[str], seed: int, draw: str) -> list[str]:

@@ -129,7 +129,8 @@ def read_declaration(root: Path) -> Declaration:
     """
     path = root / "samples.json"
     try:
-        return Declaration.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        text = path.read_text(encoding="utf-8")
+        return Declaration.model_validate(json.loads(text, object_pairs_hook=_once_each))
     except FileNotFoundError:
         raise InputError(path, "does not exist", _REMEDY) from None
     except ValidationError as error:
@@ -140,6 +141,13 @@ def read_declaration(root: Path) -> Declaration:
         raise InputError(path, f"has {len(faults)} faults: {'; '.join(sorted(faults)[:_SHOWN])}", _REMEDY) from None
     except (OSError, ValueError) as error:
         raise InputError(path, f"cannot be read as JSON ({error})", _REMEDY) from None
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a key that it has twice, Python would drop the first."""
+    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
+        raise ValueError(f"an object has the key '{twice[0]}' twice")
+    return dict(pairs)
 
 
 def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]:

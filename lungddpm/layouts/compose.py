@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from lungddpm import __version__
-from lungddpm.cases import check_case, hash_case, write_cases
+from lungddpm.cases import check_case, hash_case, hash_voxels, write_cases
 from lungddpm.config import Config
 from lungddpm.drawing import save
 from lungddpm.errors import ExcludedCaseError, InputError
@@ -129,6 +129,8 @@ def place_nodules(masks: list[Volume], affine: np.ndarray, shape: tuple[int, int
 def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: int, shards: int, table: Path) -> None:
     """Prepare the cases of one shard: every row of the index whose number leaves `shard` on division by `shards`.
 
+    Usable scans are counted first, so that each shard has some where there are no more shards than scans.
+
     Writes `<output>/<case_id>/{ct.nii.gz, layout.nii.gz, nodules.nii.gz, qc.png, case.json}`, then the shard's case
     table. `nodules.nii.gz` holds the numbers of the nodules in the scan's own resolution, cropped to them; a case
     without nodules has none. A case that is complete and whose inputs, settings and code have not changed is left as
@@ -146,7 +148,7 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
     Raises:
         InputError: the index or the source is missing. A case that cannot be used is no error: its row says why.
     """
-    rows = read_index(index).iloc[shard::shards]
+    rows = read_index(index).sort_values("status", key=lambda status: status != "ok", kind="stable").iloc[shard::shards]
     if not source.is_dir():
         raise InputError(source, "is not a folder", "Set source.path to the folder of the data set.")
     prepared = []
@@ -184,6 +186,9 @@ def _write(config: Config, source: Path, row: pd.Series, folder: Path) -> dict:
     names = sorted(file.relative_to(source).as_posix() for file in scan.files)
     record = {
         "case_id": row["case_id"],
+        "patient_id": row["patient_id"],
+        "series_uid": row["series_uid"],
+        "scan_sha256": hash_voxels(case.found.ct),
         "sha256": hash_case(folder),
         "nodules_sha256": _hash_nodules(folder),
         "fingerprint": _fingerprint(config, source, row, names),

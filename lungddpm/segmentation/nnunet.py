@@ -33,6 +33,7 @@ from lungddpm.files import (
     code_fingerprint,
     exclusive_lock,
     fingerprint,
+    link_or_copy,
     seed_from,
     sha256_of,
     write_json,
@@ -89,9 +90,7 @@ def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, proc
         for name in ("dataset.json", "splits_final.json"):
             shutil.copyfile(raw / name, preprocessed / name)
         # nnU-Net's own validation looks for the true labels here.
-        (preprocessed / "gt_segmentations").symlink_to(
-            os.path.relpath(raw.resolve() / "labelsTr", preprocessed.resolve())
-        )
+        link_or_copy(raw / "labelsTr", preprocessed / "gt_segmentations")
 
         with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
             if plans_from is None:

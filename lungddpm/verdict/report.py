@@ -637,7 +637,8 @@ def _git_commit() -> str | None:
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         folder = str(Path(lungddpm.__file__).parent)
-        return subprocess.run(["git", "-C", folder, *arguments], capture_output=True, text=True, check=False)
+        command = ["git", "-C", folder, *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
     try:
         # An environment inside somebody's repository is not a checkout of ours.

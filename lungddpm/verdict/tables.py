@@ -347,7 +347,10 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
     """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
     means = {}
     for name in generators:
-        records = (json.loads(path.read_text()) for path in (results / "synthetic" / name).glob("*/sample.json"))
+        records = (
+            json.loads(path.read_text(encoding="utf-8"))
+            for path in (results / "synthetic" / name).glob("*/sample.json")
+        )
         seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
         if seconds:
             means[name] = float(np.mean(seconds))

@@ -1,8 +1,11 @@
 """Composed arms: what nnU-Net will read, held against the cases that went in."""
 
+import errno
 import json
+import os
 from pathlib import Path
 
+import nibabel
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,7 +16,7 @@ from lungddpm.config import parse_config
 from lungddpm.errors import ConfigError, InputError, LeakError
 from lungddpm.files import write_json
 from lungddpm.layouts import Label
-from lungddpm.volume import read_volume, write_volume
+from lungddpm.volume import Volume, read_volume, write_volume
 
 CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}})
 ROLES = ["discovery"] * 4 + ["reference"] * 2 + ["test"] * 2
@@ -78,6 +81,22 @@ def test_real_links_the_images_and_maps_nodules_to_one(cohort):
     assert json.loads((raw / "dataset.json").read_text())["numTraining"] == 4
     assert arm["leak_guard"]["disjoint"]
     assert arm["leak_guard"]["test_patients"] == ["P6", "P7"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EOPNOTSUPP], ids=["exFAT", "SMB"])
+def test_without_symbolic_links_the_images_are_copies(cohort, monkeypatch, caplog, number):
+    def symlink(*_arguments, **_options):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "symlink", symlink)
+    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
+    monkeypatch.delenv("LUNGDDPM_TOLD_LINKS")
+    arm, raw = compose(cohort, "real")
+    for case in arm["cases"]:
+        image = raw / f"imagesTr/{case['name']}_0000.nii.gz"
+        assert not image.is_symlink()
+        assert image.read_bytes() == (cohort / "cases" / case["case_id"] / "ct.nii.gz").read_bytes()
+    assert caplog.text.count("has no symbolic links") == 1
 
 
 def test_repeated_cases_are_never_copies_of_validation_cases(cohort):
@@ -196,6 +215,46 @@ class TestLeaks:
         row["sha256"] = read_cases(table).set_index("case_id").loc["P7_0", "sha256"]
         write_cases(table, pd.concat([read_cases(table), pd.DataFrame([row])]))
         with pytest.raises(LeakError, match="P7 in Q_0"):
+            compose(cohort, "real")
+
+    def test_numbers_for_names_and_folders_are_no_leak(self, cohort):
+        # Patients called P0, P1, ..., in folders that bear other patients' names.
+        for i in range(len(ROLES)):
+            record = {"case_id": f"P{i}_0", "inputs": ["P6/P7_0/a.dcm", "P6"], "versions": {"P7": "P7"}}
+            write_json(cohort / "cases" / f"P{i}_0" / "case.json", record)
+        arm, _ = compose(cohort, "real+lung_ddpm@1.0")
+        assert arm["leak_guard"]["training_patients"] == ["P0", "P1", "P2", "P3", "P4"]
+
+    def test_a_sample_that_was_made_from_a_test_patients_files(self, cohort):
+        sha256 = read_cases(cohort / "cases" / "cases.tsv").set_index("case_id").loc["P6_0", "sha256"]
+        record = {"reference_case_id": "P4_0", "reference_sha256": sha256}
+        write_json(cohort / "synthetic" / "s0" / "sample.json", record)
+        with pytest.raises(LeakError, match="P6 in s0"):
+            compose(cohort, "real+lung_ddpm@1.0")
+
+    def test_a_reference_that_is_a_test_patient_under_another_name(self, cohort):
+        for name in ("P4_0", "P7_0"):
+            write_json(cohort / "cases" / name / "case.json", {"case_id": name, "scan_sha256": "the same"})
+        compose(cohort, "real")
+        with pytest.raises(LeakError, match="P7 in s0, s1, s2"):
+            compose(cohort, "real+lung_ddpm@1.0")
+
+    def test_the_series_of_a_test_patient_under_another_name(self, cohort):
+        table = cohort / "cases" / "cases.tsv"
+        edit(table, "P0_0", series_uid="1.2.3")
+        edit(table, "P7_0", series_uid="1.2.3")
+        with pytest.raises(LeakError, match="P7 in P0_0"):
+            compose(cohort, "real")
+
+    def test_a_copy_that_is_compressed_otherwise(self, cohort):
+        table, copy = cohort / "cases" / "cases.tsv", cohort / "cases" / "P0_0"
+        original = nibabel.load(cohort / "cases" / "P7_0" / "ct.nii.gz")
+        affine = original.affine + 1e-4
+        nibabel.save(nibabel.Nifti1Image(np.asarray(original.dataobj), affine), copy / "ct.nii.gz")
+        layout = read_volume(copy / "layout.nii.gz")
+        write_volume(copy / "layout.nii.gz", Volume(layout.array, affine))
+        edit(table, "P0_0", sha256=hash_case(copy))
+        with pytest.raises(LeakError, match="P7 in P0_0"):
             compose(cohort, "real")
 
     def test_a_sample_without_provenance(self, cohort):

@@ -1,6 +1,5 @@
 """Roles, folds and the leak guard against small cohorts whose right answer can be counted by hand."""
 
-import json
 import logging
 
 import pandas as pd
@@ -114,8 +113,8 @@ def test_folds_with_too_few_patients():
     assert shared == [{"train": ["P000_0"], "val": ["P000_0"]}] * 2
 
 
-def origin(case_id: str, patients: str, ct_sha256: str = "") -> splits.Origin:
-    return splits.Origin(case_id, frozenset(patients.split()), ct_sha256 or case_id)
+def origin(case_id: str, patients: str, mark: str = "") -> splits.Origin:
+    return splits.Origin(case_id, frozenset(patients.split()), frozenset([mark or case_id]))
 
 
 def test_the_leak_guard_passes_disjoint_sets_with_a_proof():
@@ -136,15 +135,48 @@ def test_the_leak_guard_finds_patients_references_and_renamed_copies(leak, caplo
     assert "WARNING" in caplog.text
 
 
-def test_provenance_is_searched_under_every_key_and_in_paths(tmp_path):
-    patient_of = {"P1": "P1", "case-of-P2": "P2", "P3": "P3", "P4": "P4"}
-    path = tmp_path / "sample.json"
-    path.write_text(
-        json.dumps({"reference": "P1", "nodules": [{"from": "results/cases/case-of-P2/ct.nii.gz"}], "P3": 1, "seed": 4})
+def test_a_test_patient_is_found_under_a_second_name(caplog):
+    # Q is a reference whose scan is T's; a sample that was made from Q holds T.
+    known = [origin("a", "A"), origin("q", "Q", "t"), origin("t", "T")]
+    with pytest.raises(LeakError, match="T in s"):
+        splits.check_leaks([origin("a", "A"), origin("s", "Q")], [origin("t", "T")], False, known)
+    assert splits.check_leaks([origin("a", "A")], [origin("t", "T")], False, known)["disjoint"]
+
+
+def register(**ids_of: list[str]) -> splits.Register:
+    """Patients by name, each with its case, its series and the hash of its files."""
+    rows = [dict(zip(("case_id", "series_uid", "sha256"), ids, strict=True), patient_id=p) for p, ids in ids_of.items()]
+    return splits.read_register(pd.DataFrame(rows))
+
+
+def test_ids_and_hashes_are_found_at_any_depth_and_words_of_paths_are_not():
+    ids = {"1": ["1", "1.2.1", "aa"], "2": ["2", "1.2.2", "bb"], "3": ["3", "1.2.3", "cc"], "4": ["4", "1.2.4", "dd"]}
+    known = register(**ids)
+    paths = {"inputs": ["1/3/1/1.dcm", "2", "4"], "files": {"3": "3"}, "device": "4", "versions": {"lungddpm": "3"}}
+    assert splits.patients_named_in({"case_id": "1", **paths}, known) == {"1"}
+    record = {"reference_case_id": "1", "nodules": [{"from": {"patient_id": "2"}}], "reference_sha256": "cc"}
+    assert splits.patients_named_in({**record, **paths}, known) == {"1", "2", "3"}
+    declared = {"trained_on": ["1", "1.2.2"], "donors": ["3"], "reference": "none"}
+    assert splits.patients_named_in({"declared": declared}, known) == {"1", "2", "3"}
+
+
+def test_a_case_and_a_patient_of_one_name_are_told_apart():
+    # The second scan of patient a, and the only one of a patient called a_2.
+    known = splits.read_register(
+        pd.DataFrame(
+            {"case_id": ["a", "a_2", "a_2_2"], "patient_id": ["a", "a", "a_2"], "series_uid": "", "sha256": ""}
+        )
     )
-    assert splits.patients_named_in(path, patient_of) == {"P1", "P2", "P3"}
-    path.write_text("{")
-    with pytest.raises(InputError, match="JSON"):
-        splits.patients_named_in(path, patient_of)
+    assert splits.patients_named_in({"case_id": "a_2"}, known) == {"a"}
+    assert splits.patients_named_in({"patient_id": "a_2"}, known) == {"a_2"}
+    assert splits.patients_named_in({"donors": ["a_2"]}, known) == {"a", "a_2"}
+
+
+def test_a_record_that_is_none_is_refused(tmp_path):
+    path = tmp_path / "sample.json"
+    for text, says in (("{", "JSON"), ("[]", "not a JSON object")):
+        path.write_text(text)
+        with pytest.raises(InputError, match=says):
+            splits.read_record(path)
     with pytest.raises(InputError, match="does not exist"):
-        splits.patients_named_in(tmp_path / "none.json", patient_of)
+        splits.read_record(tmp_path / "none.json")

@@ -245,6 +245,7 @@ def test_all_violations_are_told_at_once(take, folder, tmp_path):
 DECLARATIONS = {
     "no file": (None, "does not exist"),
     "no JSON": ("{", "cannot be read as JSON"),
+    "a key twice": ('{"trained_on": ["patient05"], "trained_on": "none"}', "has the key 'trained_on' twice"),
     "a list": ("[]", "Declaration"),
     "nothing said": ('{"samples": [{"sample": "s0"}]}', r"samples.0.donors: .*samples.0.reference: .*trained_on: "),
     "nobody by silence": ('{"trained_on": [], "samples": []}', "has . faults: .*trained_on"),

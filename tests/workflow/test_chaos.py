@@ -14,10 +14,11 @@ import pytest
 
 pytestmark = [pytest.mark.workflow, pytest.mark.chaos]
 
-# All targets within three minutes, and a Snakemake that has lost its `run`: then nobody ends its jobs.
 SEED = 906
-SECONDS_BETWEEN_KILLS = (20, 60)
-MOST_SECONDS = 15 * 60
+JOBS_BETWEEN_KILLS = (3, 9)
+SECONDS_INTO_A_JOB = (0, 10)
+HANGS_AFTER_SECONDS = 3 * 3600
+"""Against waiting for ever; no result depends on it."""
 TARGETS = ["everything", "run", "snakemake", "job"]
 TABLES = ["cases.csv", "verdict.csv", "lesions.csv", "image_quality.csv"]
 COHORT = {
@@ -53,19 +54,25 @@ class DisturbedRun:
 
     def finish(self):
         """Kill and begin again until the run ends well."""
-        next_kill = self.seconds() + self.random.uniform(*SECONDS_BETWEEN_KILLS)
+        next_kill = self.random.randint(*JOBS_BETWEEN_KILLS)
         while (code := self.process.poll()) != 0:
-            assert self.seconds() < MOST_SECONDS, f"is not at its end yet: {self.story()}"
+            assert self.seconds() < HANGS_AFTER_SECONDS, f"is not at its end yet: {self.story()}"
             if code is not None:
                 if "another run is working in this folder" in self.output.read_text():
                     time.sleep(2)
                 else:
                     assert self.was_hit, f"ended with {code} though nothing was killed: {self.story()}"
                 self.begin()
-            if self.seconds() >= next_kill:
+            if self.jobs_begun() >= next_kill:
+                time.sleep(self.random.uniform(*SECONDS_INTO_A_JOB))
                 self.kill(self.random.choice(TARGETS))
-                next_kill = self.seconds() + self.random.uniform(*SECONDS_BETWEEN_KILLS)
+                next_kill = self.jobs_begun() + self.random.randint(*JOBS_BETWEEN_KILLS)
             time.sleep(0.2)
+
+    def jobs_begun(self):
+        """By all runs so far, those that were begun again included."""
+        outputs = [path.read_text() for path in self.benchmark.folder.glob("run-*.log")]
+        return sum(len(re.findall(r"^(?:local)?(?:rule|checkpoint) \w+:$", text, re.MULTILINE)) for text in outputs)
 
     def kill(self, target):
         """Kill -9 the target or, if it does not live now, everything."""

@@ -1,6 +1,8 @@
 """Every shipped config and profile gives a workflow that Snakemake accepts."""
 
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +83,42 @@ def test_a_typo_is_refused_by_name(repository, tmp_path):
     assert run.returncode != 0
     assert "grdi: there is no such key" in run.stdout + run.stderr
     assert not (tmp_path / "results").exists()
+
+
+def test_a_key_that_stands_twice_is_refused_by_plain_snakemake(repository, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("seed: 1\ngrid:\n  margin_mm: 1\n  margin_mm: 2\n")
+    run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", mine)
+    assert run.returncode != 0
+    assert "mine.yaml: has the key grid.margin_mm twice, in line 3 and in line 4" in run.stdout + run.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_clone_in_the_working_folder_does_not_hide_the_package(repository, tmp_path):
+    (tmp_path / "lungddpm/lungddpm").mkdir(parents=True)
+    (tmp_path / "lungddpm/lungddpm/__init__.py").touch()
+    command = [sys.executable, "-m", "snakemake", "--dry-run", "--cores", "1", "--snakefile", repository / "Snakefile"]
+    run = subprocess.run(command, cwd=tmp_path, text=True, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert jobs(run.stdout + run.stderr)["index"] == 1
+
+
+def test_a_folder_that_hides_the_package_is_named(repository, tmp_path):
+    # An import hook in the place of a path is asked last. Beside the Snakefile there is no package, as in a wheel.
+    (tmp_path / "lungddpm").mkdir()
+    (tmp_path / "run").mkdir()
+    for name in ("workflow", "profiles"):
+        shutil.copytree(repository / name, tmp_path / "run" / name)
+    for name in ("Snakefile", "config.yaml"):
+        shutil.copyfile(repository / name, tmp_path / "run" / name)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "sys.path[:] = [p for p in sys.path if not Path(p, 'lungddpm/__init__.py').exists()]\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]\n"
+    )
+    command = [SNAKEMAKE, "--dry-run", "--cores", "1"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(command, cwd=tmp_path / "run", env=environment, text=True, capture_output=True, check=False)
+    assert run.returncode != 0
+    assert f"{tmp_path / 'lungddpm'}: a folder of this name hides the installed package" in run.stdout + run.stderr

@@ -130,14 +130,12 @@ def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchma
     assert {record["steps"] for record in records} == {4}
 
 
-def kill_during(process, log, seconds=240):
+def kill_during(process, log):
     """Kill -9 Snakemake and all its jobs as soon as `log` has been written to."""
-    end = time.monotonic() + seconds
     while not (log.exists() and log.stat().st_size):
-        assert time.monotonic() < end, f"{log} was not reached"
         assert process.poll() is None, "the run ended before it could be interrupted"
         time.sleep(0.1)
-    time.sleep(1.0)
+    time.sleep(1.0)  # wherever the job is then
     for victim in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
         try:
             victim.send_signal(signal.SIGKILL)

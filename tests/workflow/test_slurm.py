@@ -16,6 +16,8 @@ pytestmark = pytest.mark.workflow
 
 CONFIG = Path("/etc/slurm/slurm.conf")
 OURS = "# Written by a test of lungddpm"
+HANGS_AFTER_SECONDS = 1800
+"""Against waiting for ever for a node that stays down; no result depends on it."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 
 
@@ -54,6 +56,12 @@ class Slurm:
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
             "SlurmdPidFile": self.folder / "slurmd.pid",
             "ReturnToService": 2,
+            # However busy the machine is: no daemon counts as lost, and no job as one that does not start or end.
+            "MessageTimeout": 100,
+            "SlurmdTimeout": 0,
+            "BatchStartTimeout": 600,
+            "KillWait": 600,
+            "UnkillableStepTimeout": 1800,
             "MinJobAge": 7200,
             "GresTypes": "gpu",
         }
@@ -75,7 +83,7 @@ class Slurm:
         subprocess.run(["scancel", "--user", "root"], check=False, capture_output=True)
         for daemon in reversed(self.daemons.values()):
             daemon.terminate()
-            daemon.wait(30)
+            daemon.wait()
         CONFIG.unlink()
         CONFIG.with_name("gres.conf").unlink()
 
@@ -83,6 +91,10 @@ class Slurm:
         """Whether the node takes jobs."""
         state = subprocess.run(["sinfo", "--noheader", "--format=%t"], capture_output=True, text=True, check=False)
         return state.stdout.strip() in ("idle", "mix", "alloc")
+
+    def died(self) -> str | None:
+        """The daemon that has ended, if one has."""
+        return next((name for name, daemon in self.daemons.items() if daemon.poll() is not None), None)
 
     def kill_node_daemon(self) -> None:
         """kill -9 of slurmd, as a node's out-of-memory killer would; then it is started again."""
@@ -94,9 +106,8 @@ class Slurm:
     def requeue(self, job: str) -> None:
         """End a job with SIGTERM and start it once more, without the two minutes that Slurm waits."""
         subprocess.run(["scontrol", "requeue", job], check=True)
-        end = time.monotonic() + 60
         while subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False).returncode:
-            assert time.monotonic() < end, "the job does not end"
+            assert self.died() is None, "the cluster is gone"
             time.sleep(1)
 
     def jobs(self) -> list[dict[str, str]]:
@@ -126,9 +137,9 @@ def slurm(tmp_path_factory):
     cluster = Slurm(tmp_path_factory.mktemp("slurm"))
     cluster.start()
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + HANGS_AFTER_SECONDS
         while not cluster.is_up():
-            if time.monotonic() > end:
+            if cluster.died() or time.monotonic() > end:
                 logs = "\n".join(path.read_text()[-1000:] for path in cluster.folder.glob("*.log"))
                 pytest.skip(f"Slurm does not run on this machine:\n{logs}")
             time.sleep(0.5)
@@ -148,11 +159,9 @@ ON_TWO_CORES = [
 ]  # fmt: skip
 
 
-def wait_for(condition, process, seconds=300):
+def wait_for(condition, process):
     """Wait until `condition` holds, while the run goes on."""
-    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "it did not come to that"
         assert process.poll() is None, "the run ended before it could be disturbed"
         time.sleep(0.2)
 
@@ -173,7 +182,7 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
     slurm.requeue(slurm.running("train_denoiser")["JobId"])
     wait_for(lambda: slurm.running("train_segmenter"), run)
     subprocess.run(["scancel", "--signal=KILL", "--full", slurm.running("train_segmenter")["JobId"]], check=True)
-    assert run.wait(900) == 0, said.read_text()[-5000:]
+    assert run.wait() == 0, said.read_text()[-5000:]
 
     assert_same_measures(benchmark, tiny_benchmark)
     assert set(benchmark.table("verdict.csv")["arm"]) == {"real", "real+lung_ddpm@1.0"}

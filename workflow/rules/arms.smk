@@ -19,8 +19,9 @@ rule compose:
         runtime=60,
     params:
         folder=subpath(output[0], parent=True),
+        samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
         code=code_fingerprint("arms"),
     shell:
-        "lungddpm --log {log:q} compose {input.samples} --config results/config.json"
+        "lungddpm --log {log:q} compose {params.samples} --config results/config.json"
         " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"

@@ -62,7 +62,7 @@ rule prepare:
         runtime=600,
     params:
         source=source_option,
-        shards=SETTINGS.workflow.case_shards,
+        shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
         code=code_fingerprint("sources", "layouts"),
     shell:
@@ -70,12 +70,42 @@ rule prepare:
         " --output results/cases --shard {wildcards.shard} --shards {params.shards} --table {output}"
 
 
+# How many scans there are tells how many jobs share them, and how many cases, how many samples a dose takes.
+# Snakemake forgets rules given to --until that depend on a checkpoint: no other rule than the lists of tables does.
+checkpoint count_cases:
+    input:
+        "results/cases/{table}.tsv",
+    output:
+        touch("results/cases/.counted-{table}"),
+    log:
+        "results/logs/count_cases-{table}.log",
+    localrule: True
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    shell:
+        "true > {log}"
+
+
+# With checksums, so that it changes with the tables.
+rule list_case_tables:
+    input:
+        tables_of_cases,
+    output:
+        "results/cases/.tables",
+    log:
+        "results/logs/list_case_tables.log",
+    localrule: True
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    shell:
+        "cksum {input} > {output} 2> {log}"
+
+
 rule collect:
     input:
-        tables=collect(
-            "results/cases/cases-{shard}.tsv",
-            shard=range(SETTINGS.workflow.case_shards),
-        ),
+        tables=tables_of_cases if IS_PHANTOM else ["results/cases/.tables"],
     output:
         cases=ensure("results/cases/cases.tsv", non_empty=True),
         nodules=ensure("results/cases/nodules.tsv", non_empty=True),
@@ -90,10 +120,11 @@ rule collect:
         mem_mb=2000,
         runtime=10,
     params:
+        tables=lambda wildcards, input: named_tables(input.tables),
         settings=settings_of("roles"),
         code=code_fingerprint(),
     shell:
-        "lungddpm --log {log} collect {input.tables} --config results/config.json --output {output.cases}"
+        "lungddpm --log {log} collect {params.tables} --config results/config.json --output {output.cases}"
 
 
 rule qc:

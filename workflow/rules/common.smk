@@ -1,18 +1,34 @@
 # Shared by all rooms: the validated config, the names of arms and replicates, and what makes jobs run again.
 
+import csv
 import json
 import re
 import shlex
+from importlib.util import find_spec
 from pathlib import Path
 
+if (package := find_spec("lungddpm")) is None:
+    raise WorkflowError(
+        "lungddpm: is not installed beside this Python. Run 'make demo', or pip install it."
+    )
+if package.origin is None:
+    raise WorkflowError(
+        f"{next(iter(package.submodule_search_locations))}: a folder of this name hides the installed package. "
+        "Start 'lungddpm run' or 'snakemake', not 'python -m snakemake', and take its parent out of PYTHONPATH."
+    )
+
 from lungddpm.arms.compose import parse_arm
-from lungddpm.config import parse_config
+from lungddpm.arms.splits import role_counts
+from lungddpm.config import parse_config, read_values
 from lungddpm.errors import UserError, from_os_error
 from lungddpm.files import code_fingerprint, write_json
 from lungddpm.generators import module_of
 from lungddpm.runner import offer_own_programs, report_fault
 
 try:
+    # Snakemake has read them already, but of a key that a file has twice it drops the first.
+    for path in workflow.configfiles:
+        read_values(path)
     SETTINGS = parse_config(config, "config.yaml and its overlays")
     GENERATORS = list(SETTINGS.arms.largest_doses())
     # The config of the denoiser that a generator needs, if it needs one.
@@ -27,6 +43,7 @@ except UserError as error:
 
 offer_own_programs()
 
+IS_PHANTOM = SETTINGS.source.kind == "phantom"
 ARMS = SETTINGS.arms.names()
 SECTION_OF_RUN = {
     denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
@@ -53,6 +70,7 @@ wildcard_constraints:
     generator=r"[A-Za-z0-9_]+",
     dose=r"[0-9.e+-]+",
     shard=r"\d+",
+    table="index|cases",
     fold=r"\d+",
     seed=r"\d+",
 
@@ -80,42 +98,94 @@ def settings_of(*sections, **values):
 
 def source_option(_wildcards):
     """Where the scans lie: the phantom cohort that the workflow makes, or the user's folder."""
-    return (
-        "results/source"
-        if SETTINGS.source.kind == "phantom"
-        else str(SETTINGS.source.path)
-    )
+    return "results/source" if IS_PHANTOM else str(SETTINGS.source.path)
 
 
 def phantom_cohort(_wildcards):
     """The phantom's marker file, where the source is the phantom."""
-    return ["results/source/.complete"] if SETTINGS.source.kind == "phantom" else []
+    return ["results/source/.complete"] if IS_PHANTOM else []
 
 
 def samples_of_arm(wildcards):
-    """Tables of the synthetic cases that an arm takes, in order of shards."""
+    """Tables of the synthetic cases that an arm takes, or their list."""
     recipe = parse_arm(wildcards.arm)
-    return (
-        [] if recipe.added in (None, "real") else samples_of(recipe.added, recipe.dose)
+    if recipe.added in (None, "real"):
+        return []
+    return sample_tables(recipe.added, recipe.dose)
+
+
+def sample_tables(generator, dose=None):
+    """Tables of a dose, by default the generator's largest; where their number is still to be counted, their list."""
+    dose = dose or SETTINGS.arms.largest_doses()[generator]
+    if IS_PHANTOM:
+        return samples_of(generator, dose)
+    return [f"results/synthetic/{generator}/.samples-{dose}"]
+
+
+def named_tables(tables):
+    """Tables of shards as words of a shell command; where the input is a list of them, they are read from it."""
+    return " ".join(
+        table if IS_PHANTOM else f"$(cut -d ' ' -f 3 {table})" for table in tables
     )
 
 
-def samples_of(generator, dose=None):
-    """Tables of all shards of a dose, by default the generator's largest, in order.
+def samples_of(generator, dose):
+    """Tables of all shards of a dose, in order.
 
     Doses share their samples, but each has tables of its own, so that one more leaves the others' arms alone.
     """
-    dose = dose or SETTINGS.arms.largest_doses()[generator]
+    known = IS_PHANTOM or generator in SETTINGS.arms.external
+    cases = None if known else counted("cases")
     return [
         f"results/synthetic/{generator}/samples-{dose}-{shard}.tsv"
-        for shard in range(shards_of(generator))
+        for shard in range(synthesize_jobs(generator, dose, cases))
     ]
 
 
-def shards_of(generator):
-    """Jobs that share the work of a generator; a folder is checked as a whole, so that all its faults are told."""
-    is_external = generator in SETTINGS.arms.external
-    return 1 if is_external else SETTINGS.workflow.synthesis_shards
+def synthesize_jobs(generator, dose, cases):
+    """Jobs that share a dose; a folder is checked as a whole, so that all its errors are reported."""
+    if generator in SETTINGS.arms.external:
+        return 1
+    return SETTINGS.workflow.synthesize_jobs(
+        round(float(dose) * discovery_cases(cases))
+    )
+
+
+def discovery_cases(cases):
+    """How many cases the table has to train on; of the phantom cohort, as many as the config says."""
+    if not IS_PHANTOM:
+        rows = usable_rows(cases)
+        return sum("discovery" in row["role"].split("+") for row in rows)
+    wanted = SETTINGS.roles.discovery
+    if isinstance(wanted, list):
+        return len(wanted)
+    return role_counts(SETTINGS.roles, SETTINGS.source.phantom.patients)["discovery"]
+
+
+def tables_of_cases(_wildcards):
+    """Tables of all shards of the cases."""
+    index = None if IS_PHANTOM else counted("index")
+    return [f"results/cases/cases-{shard}.tsv" for shard in range(prepare_jobs(index))]
+
+
+def prepare_jobs(index):
+    """Jobs that share the scans of the index; those of the phantom cohort are known without."""
+    if IS_PHANTOM:
+        return SETTINGS.workflow.prepare_jobs(SETTINGS.source.phantom.patients)
+    return SETTINGS.workflow.prepare_jobs(len(usable_rows(index)))
+
+
+def counted(table):
+    """A table of cases, as soon as it is there."""
+    checkpoints.count_cases.get(table=table)
+    return f"results/cases/{table}.tsv"
+
+
+def usable_rows(table):
+    """The rows of a case table that are not excluded. Where it is still to be made, Snakemake asks again."""
+    with open(table, encoding="utf-8", newline="") as file:
+        rows = csv.DictReader(file, delimiter="\t")
+        return [row for row in rows if row["status"] == "ok"]
 
 
 def denoiser_of(generator):

@@ -26,7 +26,9 @@ rule synthesize:
         weights=lambda wildcards, input: (
             f"--weights {input.weights}" if input.weights else ""
         ),
-        shards=lambda wildcards: shards_of(wildcards.generator),
+        shards=lambda wildcards, input: synthesize_jobs(
+            wildcards.generator, wildcards.dose, input.cases
+        ),
         external=external_option,
         settings=lambda wildcards: settings_of(
             "synthesis",
@@ -39,3 +41,21 @@ rule synthesize:
         "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
         " --dose {wildcards.dose} --cases {input.cases} {params.weights} {params.external}"
         " --output {params.folder} --shard {wildcards.shard} --shards {params.shards} --table {output} --threads {threads}"
+
+
+# See `list_case_tables`.
+rule list_sample_tables:
+    input:
+        tables=lambda wildcards: samples_of(wildcards.generator, wildcards.dose),
+        # The training is part of the run before samples can be counted.
+        weights=lambda wildcards: denoiser_of(wildcards.generator),
+    output:
+        "results/synthetic/{generator}/.samples-{dose}",
+    log:
+        "results/logs/list_sample_tables-{generator}-{dose}.log",
+    localrule: True
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    shell:
+        "cksum {input.tables} > {output} 2> {log}"

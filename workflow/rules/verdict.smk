@@ -43,7 +43,7 @@ rule evaluate:
 rule quality:
     input:
         cases="results/cases/cases.tsv",
-        samples=lambda wildcards: samples_of(wildcards.generator),
+        samples=lambda wildcards: sample_tables(wildcards.generator),
     output:
         samples=ensure("results/quality/{generator}.csv", non_empty=True),
         sets=ensure("results/quality/{generator}-sets.csv", non_empty=True),
@@ -58,10 +58,11 @@ rule quality:
         mem_mb=8000,
         runtime=480,
     params:
+        samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
         code=code_fingerprint("verdict"),
     shell:
-        "lungddpm --log {log} quality {input.samples} --config results/config.json --generator {wildcards.generator}"
+        "lungddpm --log {log} quality {params.samples} --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} --output {output.samples} --threads {threads}"
 
 
