@@ -48,12 +48,15 @@ def network_arguments(config: Config) -> dict[str, Any]:
     """The arguments of `UNet` that a config describes."""
     settings = config.diffusion.denoiser
     seen_edge = config.diffusion.training.crop if config.diffusion.nodule_centred else config.grid.size[0]
+    factor = seen_edge / ATTENTION_EDGE
+    # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
+    is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
         "in_channels": 1 + len(config.diffusion.classes),
         "base_channels": settings.base_channels,
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
-        "attention_factor": seen_edge / ATTENTION_EDGE if settings.attention else None,
+        "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
     }
 
 
@@ -90,8 +93,8 @@ class UNet(nn.Module):
         base_channels: channels of the first level.
         multipliers: channels of each level as multiples of `base_channels`.
         norm_groups: groups of every GroupNorm.
-        attention_factor: downsampling factor at which self-attention sits besides the middle. None leaves out all
-            attention; the middle is then `middle_block.0` and `.1`, two residual blocks.
+        attention_factor: downsampling factor at which self-attention sits besides the middle; 0 leaves it to the middle
+            alone. None leaves out all attention; the middle is then `middle_block.0` and `.1`, two residual blocks.
     """
 
     def __init__(
