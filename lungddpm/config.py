@@ -23,6 +23,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Orientation = Literal["published", "ras"]
 
 
 def _modules(package: str) -> set[str]:
@@ -297,6 +298,10 @@ class Diffusion(_Section):
     """Layout classes that condition the denoiser, in channel order. Without `vessel`, vessels count as lung."""
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""
+    orientation: Orientation = "published"
+    """How the denoiser sees the chest, in training and in sampling. `published`: turned in plane, as published weights
+    do (an inference, see docs/explanation/diffusion.md); `ras`: as the grid lies, as weights of earlier versions do. It
+    must be that of the weights; only weights of `published` can be exported."""
     denoiser: Denoiser = Denoiser()
     training: Training = Training()
     sampling: Sampling = Sampling()

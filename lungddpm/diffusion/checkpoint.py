@@ -2,7 +2,8 @@
 
 Ours is `model.safetensors`: EMA weights, with the config that made them in the metadata. The published one is a `.pt`
 file of torch: {step, model, ema}, the last two holding the network under the prefix `denoise_fn.` beside the
-coefficients of the diffusion process.
+coefficients of the diffusion process. It does not say how its network sees the chest; the config does
+(`diffusion.orientation`).
 """
 
 from __future__ import annotations
@@ -90,11 +91,12 @@ def read_metadata(path: Path) -> Metadata:
     """
     held = _read_description(path)
     try:
+        held["config"]["diffusion"].setdefault("orientation", "ras")  # earlier versions had nothing else
         config = parse_config(held["config"], path)
         return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"])
     except ConfigError as error:
         raise InputError(path, f"was trained by another version ({error.problem})", _RETRAIN) from None
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(path, f"has damaged metadata ({error})", _RETRAIN) from None
 
 
@@ -143,12 +145,19 @@ def load_denoiser(path: Path, config: Config, device: str | torch.device = "cpu"
 def export_published(weights: Path, output: Path) -> None:
     """Write a denoiser of ours in the published format, its EMA weights in both places.
 
+    The published code shows it volumes in the published orientation, so it must have been trained in that one. Kernels
+    cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
+
     Raises:
-        InputError: the weights are missing, cut short, or not a denoiser of ours; or the output is not named `.pt`.
+        InputError: the weights are missing, cut short, not a denoiser of ours, or of the orientation `ras`; or the
+            output is not named `.pt`.
     """
     if output.suffix != ".pt":
         raise InputError(output, "is no name for a published checkpoint", "End it in .pt.")
     metadata = read_metadata(weights)
+    if (orientation := metadata.config.diffusion.orientation) != "published":
+        problem = f"was trained with orientation {orientation}: the published code would show it every chest turned"
+        raise InputError(weights, problem, "Train it with orientation: published, then export it.")
     process = published_buffers(cosine_betas(metadata.config.diffusion.timesteps))
     network = {_PREFIX + name: tensor for name, tensor in read_weights(weights).items()}
     with atomic_path(output) as temporary:
@@ -161,6 +170,7 @@ def _check_fits(path: Path, metadata: Metadata, config: Config) -> None:
         return {
             "classes": diffusion.classes,
             "timesteps": diffusion.timesteps,
+            "orientation": diffusion.orientation,
             **{f"denoiser.{name}": getattr(diffusion.denoiser, name) for name in Denoiser.model_fields},
             **({"training.crop": diffusion.training.crop} if diffusion.nodule_centred else {}),
             "grid.size": list(grid.size),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lungddpm.config import Config
+from lungddpm.config import Config, Orientation
 from lungddpm.layouts import Label
 
 ATTENTION_EDGE = 16
@@ -57,13 +57,14 @@ def network_arguments(config: Config) -> dict[str, Any]:
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
         "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
+        "orientation": config.diffusion.orientation,
     }
 
 
 def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
     """The arguments of the `UNet` that weights belong to; None where they are not intelligible as such.
 
-    `norm_groups` is missing: it leaves no trace in the weights.
+    `norm_groups` and `orientation` are missing: they leave no trace in the weights.
     """
     first = weights.get("input_blocks.0.0.weight")
     if first is None or first.dim() != 5:
@@ -95,6 +96,7 @@ class UNet(nn.Module):
         norm_groups: groups of every GroupNorm.
         attention_factor: downsampling factor at which self-attention sits besides the middle; 0 leaves it to the middle
             alone. None leaves out all attention; the middle is then `middle_block.0` and `.1`, two residual blocks.
+        orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
     """
 
     def __init__(
@@ -104,9 +106,11 @@ class UNet(nn.Module):
         multipliers: Sequence[int],
         norm_groups: int,
         attention_factor: float | None,
+        orientation: Orientation = "ras",
     ):
         super().__init__()
         self.base_channels = base_channels
+        self.orientation = orientation
         embedding = 4 * base_channels
         deepest = len(multipliers) - 1
 
@@ -161,12 +165,19 @@ class UNet(nn.Module):
         """Predict the noise.
 
         Args:
-            noisy: (N, 1 + classes, D, H, W) noisy CT and condition; D, H, W divisible by the network's reduction.
+            noisy: (N, 1 + classes, D, H, W) noisy CT and condition; D, H, W divisible by the network's reduction. They
+                are z, y, x of RAS+ whatever the network's orientation.
             timesteps: (N,) integer indices of the noise level.
 
         Returns:
             (N, 1, D, H, W).
         """
+        if self.orientation == "published":
+            return turned(self._predict(turned(noisy), timesteps))
+        return self._predict(noisy, timesteps)
+
+    def _predict(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """The same in the network's own orientation."""
         embedding = self.time_embed(time_features(timesteps, self.base_channels))
         h, skips = noisy, []
         for block in self.input_blocks:
@@ -176,6 +187,18 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return self.out(h)
+
+
+def turned(volumes: torch.Tensor) -> torch.Tensor:
+    """From RAS+ to the orientation of the published weights, and back: exact, and its own inverse.
+
+    Args:
+        volumes: (N, C, z from feet to head, y from back to front, x from left to right).
+
+    Returns:
+        (N, C, z from feet to head, x from right to left, y from front to back).
+    """
+    return volumes.transpose(-2, -1).flip(-2, -1).contiguous()
 
 
 def time_features(timesteps: torch.Tensor, channels: int) -> torch.Tensor:

@@ -3,14 +3,16 @@ import pickle
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lungddpm.config import parse_config
+from lungddpm.diffusion.bench import with_numbers
 from lungddpm.diffusion.checkpoint import Metadata, export_published, load_denoiser, read_metadata, save_denoiser
-from lungddpm.diffusion.denoiser import build_denoiser
+from lungddpm.diffusion.denoiser import UNet, build_denoiser
 from lungddpm.diffusion.schedule import cosine_betas
 from lungddpm.errors import InputError
 
@@ -29,6 +31,9 @@ BUFFERS = [
 
 def changed(section, **values):
     return parse_config({**VALUES, section: {**VALUES[section], **values}})
+
+
+RAS = changed("diffusion", orientation="ras")
 
 
 def resized(**values):
@@ -273,6 +278,58 @@ def test_published_weights_of_another_network_are_refused(published, config, mes
 def test_weights_of_ours_for_another_task_are_refused(saved, config, message):
     with pytest.raises(InputError, match=message):
         load_denoiser(saved[0], config)
+
+
+def test_exported_network_is_right_in_the_published_orientation(tmp_path):
+    """Fed by the published code (z up, x right to left, y front to back), it predicts what ours does, so turned."""
+    torch.manual_seed(0)
+    config = resized(attention=False)
+    trained = with_numbers(build_denoiser(config))
+    save_denoiser(tmp_path / "ours.safetensors", trained, Metadata(config, 1, "", ""))
+    export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
+    exported = torch.load(tmp_path / "theirs.pt", weights_only=True)["ema"]
+    theirs = UNet(3, 4, [1, 2], 2, None)  # as it comes, without any turning
+    theirs.load_state_dict(
+        {k.removeprefix("denoise_fn."): v for k, v in exported.items() if k.startswith("denoise_fn")}
+    )
+    inputs, timesteps = torch.randn(1, 3, 8, 8, 8), torch.tensor([5])
+    x = y = np.arange(7, -1, -1)
+    with torch.inference_mode():
+        expected = load_denoiser(tmp_path / "ours.safetensors", config)(inputs, timesteps)
+        found = theirs(inputs[..., y, :][..., x].transpose(-2, -1), timesteps)
+        imported = load_denoiser(tmp_path / "theirs.pt", config)(inputs, timesteps)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected[..., y, :][..., x].transpose(-2, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(imported, expected, rtol=0, atol=1e-5)
+
+
+def test_orientation_of_published_weights_can_be_set(published):
+    inputs, timesteps = torch.randn(1, 3, 32, 32, 32), torch.tensor([5])
+    usual, other = (load_denoiser(published, config) for config in (parse_config(VALUES), RAS))
+    with torch.inference_mode():
+        turned = usual(inputs.transpose(-2, -1).flip(-2, -1), timesteps).transpose(-2, -1).flip(-2, -1)
+        torch.testing.assert_close(other(inputs, timesteps), turned, rtol=0, atol=1e-5)
+
+
+def test_weights_of_earlier_versions_see_the_grid_as_it_lies(saved, tmp_path):
+    path, denoiser = saved
+    save_denoiser(path, denoiser, Metadata(RAS, 7, "", ""))
+    with safe_open(path, framework="pt") as file:
+        ((name, text),) = file.metadata().items()
+    description = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+    del description["config"]["diffusion"]["orientation"]
+    save_file(
+        {key: tensor.contiguous() for key, tensor in denoiser.state_dict().items()},
+        path,
+        {name: json.dumps(description)},
+    )
+    assert read_metadata(path).config.diffusion.orientation == "ras"
+    assert load_denoiser(path, RAS).orientation == "ras"
+    with pytest.raises(InputError, match="was trained with orientation ras, the config says published"):
+        load_denoiser(path, parse_config(VALUES))
+    with pytest.raises(InputError, match="was trained with orientation ras"):
+        export_published(path, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_export_refuses_what_it_cannot_do(saved, tmp_path):

@@ -176,3 +176,29 @@ def test_vessels_count_as_lung_without_a_class_of_their_own():
     lung, nodule = condition_channels(layout, ["lung", "nodule"])
     assert lung.ravel().tolist() == [-1, 1, -1, 1]
     assert nodule.ravel().tolist() == [-1, -1, 1, -1]
+
+
+def in_published_orientation(volumes):
+    """By index, for (..., z up, y back to front, x left to right): (..., z up, x right to left, y front to back)."""
+    found = torch.empty(*volumes.shape[:-2], volumes.shape[-1], volumes.shape[-2])
+    for from_right in range(volumes.shape[-1]):
+        for from_front in range(volumes.shape[-2]):
+            found[..., from_right, from_front] = volumes[..., -1 - from_front, -1 - from_right]
+    return found
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (8, 12, 16)])
+def test_the_denoiser_sees_the_chest_as_its_orientation_says(shape):
+    torch.manual_seed(0)
+    plain, turning = (UNet(3, 4, [1, 2], 2, None, orientation=name) for name in ("ras", "published"))
+    plain.load_state_dict(with_numbers(turning).state_dict())
+    inputs, timesteps = torch.randn(2, 3, *shape), torch.tensor([3, 9])
+    seen = []
+    turning.input_blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    with torch.inference_mode():
+        predicted, expected = turning(inputs, timesteps), plain(in_published_orientation(inputs), timesteps)
+        differing = plain(inputs, timesteps)
+    assert torch.equal(seen[0], in_published_orientation(inputs))
+    assert predicted.shape == (2, 1, *shape)
+    torch.testing.assert_close(in_published_orientation(predicted), expected, rtol=0, atol=1e-6)
+    assert (predicted - differing).abs().max() > 0.1

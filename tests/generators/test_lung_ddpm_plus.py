@@ -220,7 +220,10 @@ def test_trained_denoiser_makes_samples(trained, tiny_cohort, tiny_config, tmp_p
     assert table["case_id"].tolist() == ["case03_s000", "case04_s000", "case03_s001"]
     records = [json.loads((tmp_path / name / "sample.json").read_text()) for name in table["case_id"]]
     assert [record["layout_origin"] for record in records] == ["reference", "reference", "added"]
-    settings = {"generator": "lung_ddpm_plus", "sampler": "dpmsolver++", "order": 3, "steps": 3, "times": "published"}
+    settings = {
+        "generator": "lung_ddpm_plus", "sampler": "dpmsolver++", "order": 3, "steps": 3, "times": "published",
+        "orientation": "published",
+    }  # fmt: skip
     for name, record in zip(table["case_id"], records, strict=True):
         assert settings.items() <= record.items()
         assert record["weights_sha256"] == sha256_of(weights)
