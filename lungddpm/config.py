@@ -279,6 +279,9 @@ class Sampling(_Section):
     axial slice by its own minimum and maximum, for published weights only."""
     times: Literal["corrected", "published"] = "corrected"
     """`published`: the denoiser is told its times on a scale of 1000 whatever `diffusion.timesteps` (Lung-DDPM+)."""
+    levels: Literal["corrected", "published"] = "corrected"
+    """`corrected`: timesteps even in the log signal-to-noise ratio, to the clean CT; `published`: even in time, with
+    fractions, where sampling ends at timestep 0; dynamic thresholding (Lung-DDPM+, sampler `dpmsolver++`)."""
     batch_size: PositiveInt = 1
     """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
 
@@ -286,6 +289,12 @@ class Sampling(_Section):
     def _resampling(self) -> Sampling:
         if self.resampling > 1 and self.aas == "published":
             raise ValueError("resampling above 1 needs aas: corrected")
+        return self
+
+    @model_validator(mode="after")
+    def _levels(self) -> Sampling:
+        if self.levels == "published" and self.sampler != "dpmsolver++":
+            raise ValueError("levels: published needs sampler: dpmsolver++")
         return self
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -52,6 +53,23 @@ def spaced_timesteps(signal: torch.Tensor, steps: int) -> list[int]:
         latest = timesteps[-1] - 1 if timesteps else first
         timesteps.append(max(min(nearest, latest), len(wanted) - 1 - place))
     return timesteps
+
+
+def between_timesteps(signal: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
+    """The share of the signal's variance at timesteps that may lie between two, its logarithm linear in between.
+
+    Args:
+        signal: (T,) float64 `alphas_cumprod`.
+        timesteps: n of them, from 0 to T - 1.
+
+    Returns:
+        (n,) float64; at whole timesteps those of `signal`, exactly.
+    """
+    places = torch.tensor(timesteps, dtype=signal.dtype)
+    below = places.floor().long()
+    share = places - below
+    above = (below + 1).clamp(max=len(signal) - 1)
+    return signal[below] * (signal[above] / signal[below]) ** share
 
 
 def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -81,6 +81,7 @@ def test_the_network_is_shown_the_published_orientation(weights, task, monkeypat
         {"resampling": 2},
         {"times": "published"},
         {"intensities": "published"},
+        {"levels": "published"},
     ],
 )
 def test_every_mode_but_published_aas_keeps_the_reference(make, task, sampling):
