@@ -25,6 +25,7 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Orientation = Literal["published", "ras"]
 
 
 def _modules(package: str) -> set[str]:
@@ -284,6 +285,9 @@ class Sampling(_Section):
     axial slice by its own minimum and maximum, for published weights only."""
     times: Literal["corrected", "published"] = "corrected"
     """`published`: the denoiser is told its times on a scale of 1000 whatever `diffusion.timesteps` (Lung-DDPM+)."""
+    levels: Literal["corrected", "published"] = "corrected"
+    """`corrected`: timesteps even in the log signal-to-noise ratio, to the clean CT; `published`: even in time, with
+    fractions, where sampling ends at timestep 0; dynamic thresholding (Lung-DDPM+, sampler `dpmsolver++`)."""
     batch_size: PositiveInt = 1
     """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
 
@@ -291,6 +295,12 @@ class Sampling(_Section):
     def _resampling(self) -> Sampling:
         if self.resampling > 1 and self.aas == "published":
             raise ValueError("resampling above 1 needs aas: corrected")
+        return self
+
+    @model_validator(mode="after")
+    def _levels(self) -> Sampling:
+        if self.levels == "published" and self.sampler != "dpmsolver++":
+            raise ValueError("levels: published needs sampler: dpmsolver++")
         return self
 
 
@@ -303,6 +313,10 @@ class Diffusion(_Section):
     """Layout classes that condition the denoiser, in channel order. Without `vessel`, vessels count as lung."""
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""
+    orientation: Orientation = "published"
+    """How the denoiser sees the chest, in training and in sampling. `published`: turned in plane, as published weights
+    do (an inference, see docs/explanation/diffusion.md); `ras`: as the grid lies, as weights of earlier versions do. It
+    must be that of the weights; only weights of `published` can be exported."""
     denoiser: Denoiser = Denoiser()
     training: Training = Training()
     sampling: Sampling = Sampling()

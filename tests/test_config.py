@@ -98,6 +98,10 @@ FAULTS = {
     "plus with lungs": ({"lung_ddpm_plus": {"classes": ["lung", "nodule"]}}, "lung_ddpm_plus.classes"),
     "plus without classes": ({"lung_ddpm_plus": {"classes": []}}, "lung_ddpm_plus: classes is"),
     "two runs of one name": ({"lung_ddpm_plus": {"run": "main"}}, "are both 'main'"),
+    "published levels of another sampler": (
+        {"diffusion": {"sampling": {"levels": "published"}}},
+        "levels: published needs",
+    ),
     "nodules alone without crop": ({"diffusion": {"classes": ["nodule"]}}, "diffusion: classes [nodule] needs"),
     "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),
 }

@@ -2,11 +2,13 @@
 
 Ours is `model.safetensors`: EMA weights, with the config that made them in the metadata. The published one is a `.pt`
 file of torch: {step, model, ema}, the last two holding the network under the prefix `denoise_fn.` beside the
-coefficients of the diffusion process.
+coefficients of the diffusion process. It does not say how its network sees the chest; the config does
+(`diffusion.orientation`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +31,13 @@ from lungddpm.diffusion.device import place
 from lungddpm.diffusion.schedule import cosine_betas, published_buffers
 from lungddpm.errors import ConfigError, InputError
 from lungddpm.files import atomic_path
+from lungddpm.progress import LOG
+from lungddpm.weights import fault_of, load_checked, unwrapped
 
 _FORMAT = "lungddpm-denoiser-2"
 _PREFIX = "denoise_fn."
-_RETRAIN = "Train the denoiser anew (lungddpm train), or give the path of its model.safetensors."
-_COPY_ANEW = "Copy or download the published checkpoint anew."
+_RETRAIN = "Train the denoiser again (lungddpm train), or give the path of its model.safetensors."
+_COPY_AGAIN = "Copy or download the published checkpoint again."
 _ADAPT = "Set the config to what the weights were trained with, or give other weights."
 # Keys of the denoiser's section, be it `diffusion` or `lung_ddpm_plus`, and of `grid`.
 _CONFIG_KEYS = {
@@ -72,9 +76,9 @@ def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
         "data_fingerprint": metadata.data_fingerprint,
         "config": metadata.config.without_folders().model_dump(mode="json"),
     }
-    # One key: safetensors writes several in an order that changes, and equal weights would not be equal files.
-    texts = {_FORMAT: json.dumps(description)}
     weights = {name: tensor.cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
+    # One key: safetensors writes several in an order that changes, and equal weights would not be equal files.
+    texts = {_FORMAT: json.dumps({**description, "sha256": _checksum(description, weights)})}
     with atomic_path(path) as temporary:
         save_file(weights, temporary, texts)
 
@@ -85,23 +89,33 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         InputError: missing, cut short, or not a denoiser of ours.
     """
+    held = _read_description(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            texts = file.metadata() or {}
-    except FileNotFoundError:
-        raise InputError(path, "does not exist", _RETRAIN) from None
-    except (OSError, SafetensorError) as error:
-        raise InputError(path, f"is cut short or no safetensors file ({error})", _RETRAIN) from None
-    if _FORMAT not in texts:
-        raise InputError(path, "holds no denoiser trained by lungddpm", _RETRAIN)
-    try:
-        held = json.loads(texts[_FORMAT])
+        held["config"]["diffusion"].setdefault("orientation", "ras")  # earlier versions had nothing else
         config = parse_config(held["config"], path)
         return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"])
     except ConfigError as error:
         raise InputError(path, f"was trained by another version ({error.problem})", _RETRAIN) from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(path, f"has damaged metadata ({error})", _RETRAIN) from None
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Read the weights of our format, float32, by their keys, and compare the checksum that was written with them.
+
+    Raises:
+        InputError: missing, cut short, damaged, or not a denoiser of ours.
+    """
+    held = _read_description(path)
+    try:
+        weights = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(path, f"is cut short or damaged ({error})", _RETRAIN) from None
+    _refuse_unfit(path, weights, _RETRAIN)
+    checksum = held.pop("sha256", None)  # earlier versions wrote none
+    if checksum is not None and checksum != _checksum(held, weights):
+        raise InputError(path, "is damaged: it differs from the checksum that was written with it", _RETRAIN)
+    return weights
 
 
 def load_denoiser(path: Path, config: Config, device: str | torch.device = "cpu") -> UNet:
@@ -118,7 +132,7 @@ def load_denoiser(path: Path, config: Config, device: str | torch.device = "cpu"
     """
     if path.suffix == ".safetensors":
         _check_fits(path, read_metadata(path), config)
-        weights, prefix = load_file(path), ""
+        weights, prefix = read_weights(path), ""
     else:
         weights, prefix = _read_published(path, config), _PREFIX
     with torch.device("meta"):
@@ -131,14 +145,21 @@ def load_denoiser(path: Path, config: Config, device: str | torch.device = "cpu"
 def export_published(weights: Path, output: Path) -> None:
     """Write a denoiser of ours in the published format, its EMA weights in both places.
 
+    The published code shows it volumes in the published orientation, so it must have been trained in that one. Kernels
+    cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
+
     Raises:
-        InputError: the weights are missing, cut short, or not a denoiser of ours; or the output is not named `.pt`.
+        InputError: the weights are missing, cut short, not a denoiser of ours, or of the orientation `ras`; or the
+            output is not named `.pt`.
     """
     if output.suffix != ".pt":
         raise InputError(output, "is no name for a published checkpoint", "End it in .pt.")
     metadata = read_metadata(weights)
+    if (orientation := metadata.config.diffusion.orientation) != "published":
+        problem = f"was trained with orientation {orientation}: the published code would show it every chest turned"
+        raise InputError(weights, problem, "Train it with orientation: published, then export it.")
     process = published_buffers(cosine_betas(metadata.config.diffusion.timesteps))
-    network = {_PREFIX + name: tensor for name, tensor in load_file(weights).items()}
+    network = {_PREFIX + name: tensor for name, tensor in read_weights(weights).items()}
     with atomic_path(output) as temporary:
         torch.save({"step": metadata.steps, "model": process | network, "ema": process | network}, temporary)
 
@@ -149,6 +170,7 @@ def _check_fits(path: Path, metadata: Metadata, config: Config) -> None:
         return {
             "classes": diffusion.classes,
             "timesteps": diffusion.timesteps,
+            "orientation": diffusion.orientation,
             **{f"denoiser.{name}": getattr(diffusion.denoiser, name) for name in Denoiser.model_fields},
             **({"training.crop": diffusion.training.crop} if diffusion.nodule_centred else {}),
             "grid.size": list(grid.size),
@@ -162,39 +184,73 @@ def _check_fits(path: Path, metadata: Metadata, config: Config) -> None:
             raise InputError(path, f"was trained with {key} {trained}, the config says {asked[key]}", _ADAPT)
 
 
-def _read_published(path: Path, config: Config) -> dict[str, torch.Tensor]:
-    """The EMA weights of a published checkpoint, by their keys without the prefix."""
+def _read_description(path: Path) -> dict[str, Any]:
+    """What `save_denoiser` wrote beside the weights."""
+    if path.is_dir():
+        raise InputError(path, "is a folder, not a file", _RETRAIN)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with safe_open(path, framework="pt") as file:
+            texts = file.metadata() or {}
     except FileNotFoundError:
-        raise InputError(path, "does not exist", _COPY_ANEW) from None
-    except Exception as error:  # damaged bytes make torch fail in any of its functions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"is cut short, no checkpoint of torch, or holds code, which is never run ({reason})"
-        raise InputError(path, problem, _COPY_ANEW) from None
-    average = content.get("ema") if isinstance(content, dict) else None
-    if not isinstance(average, dict):
-        problem = "is no published checkpoint: it has no entry 'ema' with the weights"
-        raise InputError(path, problem, "Give a file with step, model and ema, or a model.safetensors.")
-    if foreign := [key for key, value in average.items() if not isinstance(value, torch.Tensor)]:
-        raise InputError(path, f"key {foreign[0]} holds no tensor", _COPY_ANEW)
-    _check_schedule(path, average.get("betas"), config)
-    network = {key.removeprefix(_PREFIX): value for key, value in average.items() if key.startswith(_PREFIX)}
+        raise InputError(path, "does not exist", _RETRAIN) from None
+    except (OSError, SafetensorError) as error:
+        raise InputError(path, f"is cut short or not a safetensors file ({error})", _RETRAIN) from None
+    if _FORMAT not in texts:
+        raise InputError(path, "holds no denoiser trained by lungddpm", _RETRAIN)
+    try:
+        return dict(json.loads(texts[_FORMAT]))
+    except (ValueError, TypeError) as error:
+        raise InputError(path, f"has damaged metadata ({error})", _RETRAIN) from None
+
+
+def _checksum(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 of weights and of what is written beside them."""
+    digest = hashlib.sha256(json.dumps(description).encode())
+    for name in sorted(weights):
+        digest.update(name.encode())
+        digest.update(weights[name].numpy())
+    return digest.hexdigest()
+
+
+def _read_published(path: Path, config: Config) -> dict[str, torch.Tensor]:
+    """The EMA weights of a published checkpoint, float32, by their keys without the prefix."""
+    try:
+        content = load_checked(path)
+        average = content.get("ema") if isinstance(content, Mapping) else None
+        if not isinstance(average, Mapping):
+            problem = "is not a published checkpoint: it has no entry 'ema' with the weights"
+            raise InputError(path, problem, "Give a file with step, model and ema, or a model.safetensors.")
+        average = unwrapped(average)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", _COPY_AGAIN) from None
+    except ValueError as error:
+        raise InputError(path, str(error), _COPY_AGAIN) from None
+    network = {key: value for key, value in average.items() if key.startswith(_PREFIX)}
     if not network:
-        raise InputError(path, f"has no key that starts with {_PREFIX}", _COPY_ANEW)
-    if broken := [key for key, value in network.items() if not value.isfinite().all()]:
-        raise InputError(path, f"key {_PREFIX}{broken[0]} holds numbers that are not finite", _COPY_ANEW)
-    return {key: value.float() for key, value in network.items()}
+        raise InputError(path, f"has no key that starts with {_PREFIX}", _COPY_AGAIN)
+    if "betas" not in average:
+        raise InputError(path, "has no key betas, the noise schedule", _COPY_AGAIN)
+    _refuse_unfit(path, {"betas": average["betas"], **network}, _COPY_AGAIN)
+    _check_schedule(path, average["betas"], config)
+    if others := {value.dtype for value in network.values()} - {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        LOG.info("%s holds weights in %s: they are taken as float32", path, names)
+    return {key.removeprefix(_PREFIX): value.float() for key, value in network.items()}
 
 
-def _check_schedule(path: Path, betas: torch.Tensor | None, config: Config) -> None:
-    if betas is None:
-        raise InputError(path, "has no key betas, the noise schedule", _COPY_ANEW)
+def _refuse_unfit(path: Path, weights: Mapping[str, Any], remedy: str) -> None:
+    for key, value in weights.items():
+        if (fault := fault_of(value)) is not None:
+            raise InputError(path, f"key {key} {fault}", remedy)
+
+
+def _check_schedule(path: Path, betas: torch.Tensor, config: Config) -> None:
     timesteps = config.diffusion.timesteps
     if betas.shape != (timesteps,):
         trained = betas.numel()
         raise InputError(path, f"was trained with timesteps {trained}, the config says {timesteps}", _ADAPT)
-    if not torch.allclose(betas.double(), cosine_betas(timesteps), rtol=0, atol=1e-5):
+    rounding = torch.finfo(betas.dtype).eps
+    if not torch.allclose(betas.double(), cosine_betas(timesteps), rtol=rounding, atol=1e-5):
         raise InputError(path, "was trained with another noise schedule than the cosine one", "Give other weights.")
 
 

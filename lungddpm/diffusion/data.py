@@ -177,8 +177,8 @@ def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np
         return None
     try:
         arrays = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()}
-    except (ValueError, OSError) as error:
-        LOG.warning("The cache %s is damaged and is made anew: %s", paths["ct"].parent, error)
+    except Exception:  # damaged bytes make numpy fail in many ways, and advise to unpickle them
+        LOG.warning("The cache %s is damaged and is made again", paths["ct"].parent)
         return None
     return arrays if all(array.shape == shape for array in arrays.values()) else None
 

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
-from lungddpm.diffusion.schedule import alphas_cumprod, spaced_timesteps
+from lungddpm.diffusion.schedule import alphas_cumprod, between_timesteps, spaced_timesteps
 
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT and condition (N, 1 + C, D, H, W), timesteps (N,)) -> predicted noise (N, 1, D, H, W)."""
@@ -24,6 +24,13 @@ _PUBLISHED_TIMES = 1000
 Times = Literal["corrected", "published"]
 """`corrected` tells the denoiser the timestep, as in training; `published` scales it to T = 1000, as Lung-DDPM+ does
 (arXiv 2508.09327)."""
+
+Levels = Literal["corrected", "published"]
+"""Which noise levels `dpmsolver++` visits. `corrected`: timesteps at even distances of the log signal-to-noise ratio,
+and the clean CT at their end; the clean CT that the denoiser implies is clamped to [-1, 1]. `published`: as Lung-DDPM+
+(arXiv 2508.09327) does, even distances of time from T - 1 to 0, with fractions, where a CT counts as clean at timestep
+0; what the denoiser implies is thresholded dynamically (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
+_THRESHOLD_QUANTILE = 0.995
 
 
 class Solver:
@@ -37,11 +44,13 @@ class Solver:
         corrector: whether UniPC may correct a state after the fact. It does so from the state before, which undoes
             what was pasted meanwhile.
         inverting: whether it goes the other way, from the least noisy level to the noisiest; not with `ddpm`.
+        levels: see `Levels`; `published` with `dpmsolver++` alone.
 
     Attributes:
-        timesteps: n indices at which the denoiser is called, falling; rising and one more than called when inverting.
-        signal: scales of the clean CT in the state at each of them, and 1 after the last step (not when inverting).
-        noise: standard deviations of the noise in the state at each of them, and 0 after the last step.
+        steps: how many it takes from the first level to the last; the denoiser is called before each of them.
+        timesteps: of the levels, falling, rising when inverting; the clean CT after the last step has none.
+        signal: scales of the clean CT in the state at each level.
+        noise: standard deviations of the noise in the state at each level.
     """
 
     def __init__(
@@ -52,16 +61,24 @@ class Solver:
         steps: int,
         corrector: bool = True,
         inverting: bool = False,
+        levels: Levels = "corrected",
     ):
         if not 1 <= steps <= len(betas):
             raise ValueError(f"{steps} steps do not fit {len(betas)} timesteps")
+        self.levels = levels
         signal = alphas_cumprod(betas)
-        # Only the ancestral sampler can start at pure noise, where nothing of the clean CT is left to tell.
-        takes_all = sampler == "ddpm" and steps == len(betas)
-        self.timesteps = list(reversed(range(steps))) if takes_all else spaced_timesteps(signal, steps)
+        if levels == "published":
+            self.timesteps = torch.linspace(len(betas) - 1, 0, steps + 1, dtype=betas.dtype).tolist()
+        else:
+            # Only the ancestral sampler can start at pure noise, where nothing of the clean CT is left to tell.
+            takes_all = sampler == "ddpm" and steps == len(betas)
+            self.timesteps = list(reversed(range(steps))) if takes_all else spaced_timesteps(signal, steps)
         if inverting:
             self.timesteps.reverse()
-        visited = torch.cat([signal[self.timesteps], signal.new_ones(0 if inverting else 1)])
+        visited = between_timesteps(signal, self.timesteps)
+        if levels == "corrected" and not inverting:
+            visited = torch.cat([visited, signal.new_ones(1)])
+        self.steps = len(visited) - 1
         self.signal, self.noise = visited.sqrt().tolist(), (1 - visited).sqrt().tolist()
         shared = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "sample"}
         if sampler == "ddpm":
@@ -73,7 +90,10 @@ class Solver:
             self.scheduler = UniPCMultistepScheduler(**shared, solver_order=order, disable_corrector=off)
         else:
             # First-order DPM-Solver++ is DDIM; diffusers' DDIMScheduler takes steps of T // n whatever the timesteps.
-            self.scheduler = DPMSolverMultistepScheduler(**shared, solver_order=1 if sampler == "ddim" else order)
+            # To the clean CT the last step has to be of first order.
+            end = "sigma_min" if levels == "published" else "zero"
+            order = 1 if sampler == "ddim" else order
+            self.scheduler = DPMSolverMultistepScheduler(**shared, solver_order=order, final_sigmas_type=end)
         self.start(0)
 
     def start(self, index: int) -> None:
@@ -89,7 +109,12 @@ class Solver:
 
     def clean(self, index: int, state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """The clean CT in [-1, 1] that a state at level `index` and its predicted noise imply."""
-        return ((state - self.noise[index] * noise) / self.signal[index]).clamp(-1, 1)
+        implied = (state - self.noise[index] * noise) / self.signal[index]
+        if self.levels == "corrected":
+            return implied.clamp(-1, 1)
+        largest = implied.abs().flatten(1).quantile(_THRESHOLD_QUANTILE, dim=1).clamp(min=1)
+        largest = largest[:, None, None, None, None]
+        return implied.clamp(-largest, largest) / largest
 
     def step(
         self, index: int, state: torch.Tensor, clean: torch.Tensor, generators: Sequence[torch.Generator]
@@ -124,6 +149,7 @@ def sample(
     aas: Literal["corrected", "published"] = "corrected",
     blend_from: int | None = None,
     times: Times = "corrected",
+    levels: Levels = "corrected",
     start: torch.Tensor | None = None,
     path: torch.Tensor | None = None,
     held: torch.Tensor | None = None,
@@ -148,8 +174,9 @@ def sample(
             the background.
         blend_from: in mode `published`, paste only at timesteps up to this one (default: at all).
         times: see `Times`.
+        levels: see `Levels`.
         start: (N, 1, D, H, W) state at the noisiest level; None draws one.
-        path: states of another CT at all levels, from `invert` with the same sampler, order and steps.
+        path: states of another CT at all levels, from `invert` with the same sampler, order, steps and levels.
         held: (N, 1, D, H, W) bool: voxels that follow `path`, without a reference; None holds none.
 
     Returns:
@@ -158,7 +185,7 @@ def sample(
     Raises:
         ValueError: fewer than one step, or more than T.
     """
-    solver = Solver(sampler, order, betas, steps, corrector=reference is None and held is None)
+    solver = Solver(sampler, order, betas, steps, corrector=reference is None and held is None, levels=levels)
     shape = (len(condition), 1, *condition.shape[2:])
     is_open = open_voxels(condition)
     predict = _with_times(predict_noise, condition, solver, betas, times)
@@ -179,14 +206,14 @@ def sample(
         return torch.where(is_open, pasted, state)
 
     state = _draw(shape, generators) if start is None else start
-    for first in range(0, len(solver.timesteps), _LEVELS_A_JUMP):
-        levels = range(first, min(first + _LEVELS_A_JUMP, len(solver.timesteps)))
+    for first in range(0, solver.steps, _LEVELS_A_JUMP):
+        jump = range(first, min(first + _LEVELS_A_JUMP, solver.steps))
         for visit in range(resampling):
             if visit > 0:
-                state = solver.back(levels.stop, first, state, _draw(shape, generators))
+                state = solver.back(jump.stop, first, state, _draw(shape, generators))
                 # What a multistep solver remembers belongs to another noise.
                 solver.start(first)
-            for index in levels:
+            for index in jump:
                 state = one_step(index, state)
     return state
 
@@ -202,15 +229,16 @@ def invert(
     *,
     order: int = 2,
     times: Times = "corrected",
+    levels: Levels = "corrected",
 ) -> torch.Tensor:
     """Find the noise from which `sample`, without a reference, generates given CT volumes again, and the way there.
 
     It follows the same flow the other way (Song et al. 2021, section 4.3), visits the same levels, and calls the
     denoiser as often. The way from clean CT to the least noisy level takes the denoiser's noise there for the whole
-    step; how exactly the CT comes back depends on the steps.
+    step (where the levels are `published`, there is no such way); how exactly the CT comes back depends on the steps.
 
     Args:
-        predict_noise, condition, betas, sampler, steps, order, times: see `sample`.
+        predict_noise, condition, betas, sampler, steps, order, times, levels: see `sample`.
         clean: (N, 1, D, H, W) CT in [-1, 1].
 
     Returns:
@@ -219,10 +247,12 @@ def invert(
     Raises:
         ValueError: fewer than one step, or more than T.
     """
-    solver = Solver(sampler, order, betas, steps, inverting=True)
+    solver = Solver(sampler, order, betas, steps, inverting=True, levels=levels)
     predict = _with_times(predict_noise, condition, solver, betas, times)
-    states = [clean, solver.signal[0] * clean + solver.noise[0] * predict(0, clean)]
-    for index in range(len(solver.timesteps) - 1):
+    states = [clean]
+    if levels == "corrected":
+        states.append(solver.signal[0] * clean + solver.noise[0] * predict(0, clean))
+    for index in range(solver.steps):
         implied = solver.clean(index, states[-1], predict(index, states[-1]))
         states.append(solver.step(index, states[-1], implied, []))
     return torch.stack(states[::-1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -54,10 +55,28 @@ def spaced_timesteps(signal: torch.Tensor, steps: int) -> list[int]:
     return timesteps
 
 
+def between_timesteps(signal: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
+    """The share of the signal's variance at timesteps that may lie between two, its logarithm linear in between.
+
+    Args:
+        signal: (T,) float64 `alphas_cumprod`.
+        timesteps: n of them, from 0 to T - 1.
+
+    Returns:
+        (n,) float64; at whole timesteps those of `signal`, exactly.
+    """
+    places = torch.tensor(timesteps, dtype=signal.dtype)
+    below = places.floor().long()
+    share = places - below
+    above = (below + 1).clamp(max=len(signal) - 1)
+    return signal[below] * (signal[above] / signal[below]) ** share
+
+
 def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a published checkpoint holds beside the network: coefficients of the diffusion process (Ho et al. 2020).
 
-    The names are those of the public `denoising-diffusion-pytorch`.
+    The names are those of the public `denoising-diffusion-pytorch`, and `posterior_mean_coef3`, which the published
+    code adds; its strict loading wants them all.
 
     Args:
         betas: (T,) float64.
@@ -68,6 +87,7 @@ def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
     signal = alphas_cumprod(betas)
     before = torch.cat([signal.new_ones(1), signal[:-1]])
     variance = betas * (1 - before) / (1 - signal)
+    of_noisy = (1 - before) * (1 - betas).sqrt() / (1 - signal)
     buffers = {
         "betas": betas,
         "alphas_cumprod": signal,
@@ -80,7 +100,8 @@ def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
         "posterior_variance": variance,
         "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
         "posterior_mean_coef1": betas * before.sqrt() / (1 - signal),
-        "posterior_mean_coef2": (1 - before) * (1 - betas).sqrt() / (1 - signal),
+        "posterior_mean_coef2": of_noisy,
+        "posterior_mean_coef3": 1 - of_noisy,
     }
     return {name: values.float() for name, values in buffers.items()}
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lungddpm.files import atomic_path, check_archive
+from lungddpm.files import atomic_path
 from lungddpm.progress import LOG
+from lungddpm.weights import load_checked
 
 
 def save_state(folder: Path, step: int, state: Mapping[str, Any], previous: Path | None) -> Path:
@@ -50,10 +49,9 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
     """
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            check_archive(path)
-        except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-            LOG.warning("%s is damaged and is passed over: %s", path, str(error).splitlines()[0])
+            state = load_checked(path)
+        except ValueError as error:
+            LOG.warning("%s is damaged and is passed over: it %s", path, error)
             continue
         held = state if isinstance(state, dict) else {}
         different = [name for name, value in wanted.items() if held.get(name) != value]

@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 
 from lungddpm import cases
 from lungddpm.config import Config
-from lungddpm.diffusion.checkpoint import Metadata, load_denoiser, read_metadata, save_denoiser
+from lungddpm.diffusion.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
 from lungddpm.diffusion.data import TrainingData, open_cache
 from lungddpm.diffusion.denoiser import UNet, build_denoiser
 from lungddpm.diffusion.device import explain_out_of_memory, make_accelerator
@@ -243,8 +243,9 @@ def _is_complete(model_path: Path, wanted: Metadata) -> bool:
         return False
     try:
         found = read_metadata(model_path)
+        read_weights(model_path)
     except InputError as error:
-        LOG.warning("%s: training anew", error)
+        LOG.warning("%s Training again.", error)
         return False
     found_by, wanted_by = ((m.config_fingerprint, m.data_fingerprint) for m in (found, wanted))
     if found_by == wanted_by:

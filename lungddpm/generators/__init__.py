@@ -268,6 +268,7 @@ def _settings(config: Config, generator: str, weights: Path | None) -> dict[str,
     """What decides a sample besides its reference, its layout and its seed."""
     settings = {"generator": generator, "code": code_fingerprint("diffusion", "generators")}
     sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"batch_size"})
+    sampling["orientation"] = config.diffusion.orientation
     if weights is None:
         return {**settings, **dict.fromkeys(sampling), "weights_sha256": None}
     if not weights.exists():

@@ -66,6 +66,7 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
                 resampling=sampling.resampling if aas else 1,
                 aas=sampling.aas,
                 times=sampling.times,
+                levels=sampling.levels,
             )
         volumes = [
             to_hu(volume[0].transpose(2, 1, 0), window)

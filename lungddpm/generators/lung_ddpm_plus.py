@@ -63,7 +63,7 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     denoiser = load_denoiser(weights, config, accelerator.device)
     sampling, classes = config.diffusion.sampling, config.diffusion.classes
     process = cosine_betas(config.diffusion.timesteps), sampling.sampler, sampling.steps
-    options = {"order": sampling.order, "times": sampling.times}
+    options = {"order": sampling.order, "times": sampling.times, "levels": sampling.levels}
 
     def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(accelerator.device)

@@ -11,12 +11,10 @@ import contextlib
 import io
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
 import threading
-import zipfile
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -387,8 +385,9 @@ def _read_checkpoint(path: Path) -> dict:
         check_archive(path)
         # Our own file: nnU-Net's checkpoints hold more than tensors.
         return torch.load(path, map_location="cpu", weights_only=False)
-    except (OSError, EOFError, RuntimeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise InputError(path, f"is damaged ({str(error).splitlines()[0]})", "Delete it and run again.") from error
+    except Exception as error:  # damaged bytes make torch and zipfile fail in any of their functions
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(path, f"is damaged ({reason})", "Delete it and run again.") from error
 
 
 def _predictor(arm_dir: Path, folder: Path, device: torch.device):

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from lungddpm.errors import InputError
 from lungddpm.files import sha256_of
 from lungddpm.verdict.feature_distances import MEDICALNET
+from lungddpm.weights import fault_of, load_checked, unwrapped
 
 MEDICALNET_CHANNELS = 64
 """Of the first layer; 32 times as many features come out: 2048."""
@@ -31,9 +32,8 @@ _BLOCKS = (3, 4, 6, 3)
 _STRIDES, _DILATIONS = (1, 2, 1, 1), (1, 1, 2, 4)
 _EXPANSION = 4
 _HUB_REPOSITORY, _HUB_FILE = "TencentMedicalNet/MedicalNet-Resnet50", "resnet_50.pth"
-_PREFIX = "module."
 _SEGMENTATION_HEAD = "conv_seg."
-_COPY_ANEW = f"Give the public file {_HUB_FILE} of MedicalNet as image_quality.weights, downloaded anew."
+_COPY_AGAIN = f"Give the public file {_HUB_FILE} of MedicalNet as image_quality.weights, downloaded again."
 _FAULTS_SHOWN = 3
 
 
@@ -143,35 +143,34 @@ def read_weights(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
         InputError: missing, damaged, or not exactly the keys and shapes of the network; names the wrong keys.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = load_checked(path)
+        state = content.get("state_dict") if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping):
+            raise ValueError("holds no weights of MedicalNet: it has no entry 'state_dict'")
+        state = unwrapped(state)
     except FileNotFoundError:
-        raise InputError(path, "does not exist", _COPY_ANEW) from None
-    except Exception as error:  # damaged bytes make torch fail in any of its functions
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"is cut short, no file of torch, or holds code, which is never run ({reason})"
-        raise InputError(path, problem, _COPY_ANEW) from None
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise InputError(path, "holds no weights of MedicalNet: it has no entry 'state_dict'", _COPY_ANEW)
-    state = {str(key).removeprefix(_PREFIX): value for key, value in state.items()}
+        raise InputError(path, "does not exist", _COPY_AGAIN) from None
+    except ValueError as error:
+        raise InputError(path, str(error), _COPY_AGAIN) from None
     state = {key: value for key, value in state.items() if not key.startswith(_SEGMENTATION_HEAD)}
     if faults := _faults(state, network.state_dict()):
         more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise InputError(path, f"is no ResNet-50 of MedicalNet: {', '.join(faults[:_FAULTS_SHOWN])}{more}", _COPY_ANEW)
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+        problem = f"is not a ResNet-50 of MedicalNet: {', '.join(faults[:_FAULTS_SHOWN])}{more}"
+        raise InputError(path, problem, _COPY_AGAIN)
+    return {key: value.float() for key, value in state.items() if not _is_counter(key)}
 
 
-def _faults(found: Mapping[str, object], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+def _faults(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> list[str]:
     faults = [f"key {key} is missing" for key in wanted if key not in found and not _is_counter(key)]
     for key, value in found.items():
         if key not in wanted:
             faults.append(f"key {key} has no place in it")
-        elif not isinstance(value, torch.Tensor):
-            faults.append(f"key {key} holds no tensor")
+        elif _is_counter(key):
+            continue
+        elif (fault := fault_of(value)) is not None:
+            faults.append(f"key {key} {fault}")
         elif value.shape != wanted[key].shape:
             faults.append(f"key {key} has the shape {tuple(value.shape)} instead of {tuple(wanted[key].shape)}")
-        elif not value.isfinite().all():
-            faults.append(f"key {key} holds numbers that are not finite")
     return faults
 
 

@@ -1,14 +1,18 @@
 import json
 import pickle
+import random
+import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lungddpm.config import parse_config
+from lungddpm.diffusion.bench import with_numbers
 from lungddpm.diffusion.checkpoint import Metadata, export_published, load_denoiser, read_metadata, save_denoiser
-from lungddpm.diffusion.denoiser import build_denoiser
+from lungddpm.diffusion.denoiser import UNet, build_denoiser
 from lungddpm.diffusion.schedule import cosine_betas
 from lungddpm.errors import InputError
 
@@ -17,10 +21,19 @@ VALUES = {
     "diffusion": {"denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2}},
 }
 CONVOLUTION = "denoise_fn.input_blocks.0.0.weight"
+# What the published code registers beside the network; its strict loading wants these and no others.
+BUFFERS = [
+    "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
+    "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",
+    "posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2", "posterior_mean_coef3",
+]  # fmt: skip
 
 
 def changed(section, **values):
     return parse_config({**VALUES, section: {**VALUES[section], **values}})
+
+
+RAS = changed("diffusion", orientation="ras")
 
 
 def resized(**values):
@@ -100,7 +113,14 @@ def test_published_format(saved, published):
     beta = betas[100].item()
     assert mean.item() == pytest.approx((noisy - beta / (1 - signal) ** 0.5 * noise) / (1 - beta) ** 0.5, rel=1e-5)
     assert ema["posterior_log_variance_clipped"][0].item() == pytest.approx(-46.05, abs=0.01)
-    assert {tensor.shape for key, tensor in ema.items() if not key.startswith("denoise_fn.")} == {(250,)}
+    assert {key: tensor.shape for key, tensor in ema.items() if not key.startswith("denoise_fn.")} == dict.fromkeys(
+        BUFFERS, (250,)
+    )
+    # Of the mean without noise: what is not the noisy CT's share.
+    share = (1 - signal / (1 - beta)) * (1 - beta) ** 0.5 / (1 - signal)
+    assert ema["posterior_mean_coef3"][100].item() == pytest.approx(1 - share, rel=1e-5)
+    assert ema["posterior_mean_coef3"][0].item() == 1
+    assert {tensor.dtype for tensor in ema.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "published.pt"])
@@ -130,7 +150,7 @@ def test_file_of_others(tmp_path):
         load_denoiser(path, parse_config(VALUES))
     for content in (b"no checkpoint at all", b"\x80\x02garbage", b"\x00" * 64):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="no checkpoint of torch"):
+        with pytest.raises(InputError, match="not a checkpoint of torch"):
             load_denoiser(path, parse_config(VALUES))
 
 
@@ -152,9 +172,11 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, archive):
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
-    with pytest.raises(InputError, match="holds code, which is never run"):
+    with pytest.raises(InputError, match=r"holds code \(io.open\), which is never run") as refused:
         load_denoiser(path, parse_config(VALUES))
     assert not trace.exists()
+    # Torch advises to run it.
+    assert not re.search(r"weights.only|safe_globals|trust|\x1b", str(refused.value))
 
 
 @pytest.mark.parametrize(
@@ -172,6 +194,34 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, archive):
             "key denoise_fn.out.2.bias holds numbers that are not finite",
         ),
         (lambda ema: ema.update({"denoise_fn.out.2.bias": 3}), "key denoise_fn.out.2.bias holds no tensor"),
+        (lambda ema: ema.update({"denoise_fn.out.2.bias": torch.ones(1).to_sparse()}), "bias holds a sparse tensor"),
+        (
+            lambda ema: ema.update({"denoise_fn.out.2.bias": torch.ones(1, device="meta")}),
+            "bias holds a tensor without numbers",
+        ),
+        (
+            lambda ema: ema.update({"denoise_fn.out.2.bias": torch.ones(1, dtype=torch.complex64)}),
+            "bias holds numbers of type complex64",
+        ),
+        (
+            lambda ema: ema.update({"denoise_fn.out.2.bias": torch.ones(1, dtype=torch.int64)}),
+            "bias holds numbers of type int64",
+        ),
+        (
+            lambda ema: ema.update({"denoise_fn.out.2.bias": torch.tensor([1e300], dtype=torch.float64)}),
+            "bias holds numbers that are not finite",
+        ),
+        (
+            lambda ema: ema.update(
+                {"denoise_fn.out.2.bias": torch.quantize_per_tensor(torch.ones(1), 0.1, 0, torch.qint8)}
+            ),
+            "bias holds quantised numbers",
+        ),
+        (lambda ema: ema.update({3: torch.ones(1)}), "has a key that is not text: 3"),
+        (lambda ema: ema.update({"\x1b[1mbold": torch.ones(1)}), r"has a key that is not text: '\\x1b\[1mbold'"),
+        (lambda ema: ema.update({"module.denoise_fn.out.2.bias": torch.ones(1)}), "key denoise_fn.out.2.bias twice"),
+        (lambda ema: ema.update(betas=torch.tensor(0.1).to_sparse()), "key betas holds a sparse tensor"),
+        (lambda ema: ema.update(betas="linear"), "key betas holds no tensor"),
         (lambda ema: ema.pop("betas"), "has no key betas"),
         (lambda ema: ema.update(betas=cosine_betas(1000)), "timesteps 1000, the config says 250"),
         (lambda ema: ema.update(betas=torch.linspace(1e-4, 0.02, 250)), "another noise schedule"),
@@ -230,9 +280,170 @@ def test_weights_of_ours_for_another_task_are_refused(saved, config, message):
         load_denoiser(saved[0], config)
 
 
+def test_exported_network_is_right_in_the_published_orientation(tmp_path):
+    """Fed by the published code (z up, x right to left, y front to back), it predicts what ours does, so turned."""
+    torch.manual_seed(0)
+    config = resized(attention=False)
+    trained = with_numbers(build_denoiser(config))
+    save_denoiser(tmp_path / "ours.safetensors", trained, Metadata(config, 1, "", ""))
+    export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
+    exported = torch.load(tmp_path / "theirs.pt", weights_only=True)["ema"]
+    theirs = UNet(3, 4, [1, 2], 2, None)  # as it comes, without any turning
+    theirs.load_state_dict(
+        {k.removeprefix("denoise_fn."): v for k, v in exported.items() if k.startswith("denoise_fn")}
+    )
+    inputs, timesteps = torch.randn(1, 3, 8, 8, 8), torch.tensor([5])
+    x = y = np.arange(7, -1, -1)
+    with torch.inference_mode():
+        expected = load_denoiser(tmp_path / "ours.safetensors", config)(inputs, timesteps)
+        found = theirs(inputs[..., y, :][..., x].transpose(-2, -1), timesteps)
+        imported = load_denoiser(tmp_path / "theirs.pt", config)(inputs, timesteps)
+    assert expected.std() > 0.1
+    torch.testing.assert_close(found, expected[..., y, :][..., x].transpose(-2, -1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(imported, expected, rtol=0, atol=1e-5)
+
+
+def test_orientation_of_published_weights_can_be_set(published):
+    inputs, timesteps = torch.randn(1, 3, 32, 32, 32), torch.tensor([5])
+    usual, other = (load_denoiser(published, config) for config in (parse_config(VALUES), RAS))
+    with torch.inference_mode():
+        turned = usual(inputs.transpose(-2, -1).flip(-2, -1), timesteps).transpose(-2, -1).flip(-2, -1)
+        torch.testing.assert_close(other(inputs, timesteps), turned, rtol=0, atol=1e-5)
+
+
+def test_weights_of_earlier_versions_see_the_grid_as_it_lies(saved, tmp_path):
+    path, denoiser = saved
+    save_denoiser(path, denoiser, Metadata(RAS, 7, "", ""))
+    with safe_open(path, framework="pt") as file:
+        ((name, text),) = file.metadata().items()
+    description = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+    del description["config"]["diffusion"]["orientation"]
+    save_file(
+        {key: tensor.contiguous() for key, tensor in denoiser.state_dict().items()},
+        path,
+        {name: json.dumps(description)},
+    )
+    assert read_metadata(path).config.diffusion.orientation == "ras"
+    assert load_denoiser(path, RAS).orientation == "ras"
+    with pytest.raises(InputError, match="was trained with orientation ras, the config says published"):
+        load_denoiser(path, parse_config(VALUES))
+    with pytest.raises(InputError, match="was trained with orientation ras"):
+        export_published(path, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
 def test_export_refuses_what_it_cannot_do(saved, tmp_path):
     with pytest.raises(InputError, match="End it in .pt"):
         export_published(saved[0], tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="does not exist"):
         export_published(tmp_path / "nothing.safetensors", tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(("edge", "attention"), [(48, True), (32, True), (16, True), (48, False)])
+def test_only_what_differs_is_named(tmp_path, edge, attention):
+    """Where no map is 16 voxels wide, attention sits in the middle alone, whatever the classes."""
+
+    def config(classes):
+        denoiser = {**VALUES["diffusion"]["denoiser"], "attention": attention}
+        return parse_config({"grid": {"size": [edge] * 3}, "diffusion": {"classes": classes, "denoiser": denoiser}})
+
+    trained, asked = config(["lung", "nodule"]), config(["lung", "nodule", "vessel"])
+    save_denoiser(tmp_path / "ours.safetensors", build_denoiser(trained), Metadata(trained, 1, "", ""))
+    export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
+    load_denoiser(tmp_path / "theirs.pt", trained)
+    with pytest.raises(InputError) as refused:
+        load_denoiser(tmp_path / "theirs.pt", asked)
+    assert refused.value.problem == "holds another network, classes: 2 classes (the config says 3 classes)"
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: f"module.{key}",
+        lambda key: key.replace("denoise_fn.", "denoise_fn.module."),
+        lambda key: f"module.{key.replace('denoise_fn.', 'denoise_fn.module._orig_mod.')}",
+    ],
+)
+def test_names_of_wrapped_networks_are_understood(saved, published, rename):
+    change(published, lambda content: content.update(ema={rename(key): v for key, v in content["ema"].items()}))
+    loaded = load_denoiser(published, parse_config(VALUES)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved[1].state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_are_understood(saved, published, dtype, caplog):
+    caplog.set_level("INFO", logger="lungddpm")
+    change(published, lambda content: content.update(ema={k: v.to(dtype) for k, v in content["ema"].items()}))
+    loaded = load_denoiser(published, parse_config(VALUES)).state_dict()
+    for name, tensor in saved[1].state_dict().items():
+        assert torch.equal(loaded[name], tensor.to(dtype).float())
+    assert f"holds weights in {str(dtype).removeprefix('torch.')}" in caplog.text
+
+
+def test_a_half_precise_schedule_must_be_the_cosine_one_still(published):
+    linear = torch.linspace(1e-4, 0.02, 250).half()
+    change(published, lambda content: content["ema"].update(betas=linear))
+    with pytest.raises(InputError, match="another noise schedule"):
+        load_denoiser(published, parse_config(VALUES))
+
+
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_a_flipped_bit_is_noticed(saved, published, kind):
+    """Wherever it is: the file is refused in words, or holds exactly the weights that were written."""
+    path, denoiser = saved[0] if kind == "ours" else published, saved[1]
+    whole, chooser, refused = path.read_bytes(), random.Random(1), []
+    for _ in range(80):
+        damaged = bytearray(whole)
+        damaged[chooser.randrange(len(whole))] ^= 1 << chooser.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            loaded = load_denoiser(path, parse_config(VALUES)).state_dict()
+        except InputError as error:
+            refused.append(str(error))
+        else:
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in denoiser.state_dict().items())
+    assert len(refused) > 40
+    assert all(message.isprintable() and "weights_only" not in message for message in refused)
+
+
+@pytest.mark.parametrize("kind", ["ours", "published"])
+def test_damage_among_the_weights_is_named(saved, published, kind):
+    path = saved[0] if kind == "ours" else published
+    content, chooser = bytearray(path.read_bytes()), random.Random(2)
+    start = content.find(saved[1].state_dict()["input_blocks.1.0.in_layers.2.weight"].numpy().tobytes())
+    assert start > 0
+    for place in chooser.sample(range(start, start + 1700), 1000):
+        content[place] ^= 0x10
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="differs from (its|the) checksum|damaged"):
+        load_denoiser(path, parse_config(VALUES))
+    with pytest.raises(InputError):
+        export_published(path, path.with_name("exported.pt"))
+
+
+def test_weights_without_a_checksum_are_still_read(saved):
+    """Those that earlier versions wrote."""
+    path, denoiser = saved
+    with safe_open(path, framework="pt") as file:
+        ((name, text),) = file.metadata().items()
+        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    description = {key: value for key, value in json.loads(text).items() if key != "sha256"}
+    save_file(weights, path, {name: json.dumps(description)})
+    loaded = load_denoiser(path, parse_config(VALUES)).state_dict()
+    assert all(torch.equal(loaded[key], tensor) for key, tensor in denoiser.state_dict().items())
+
+
+def test_a_folder_is_not_a_checkpoint(tmp_path):
+    for name in ("model.safetensors", "published.pt"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(InputError, match="is a folder"):
+            load_denoiser(tmp_path / name, parse_config(VALUES))
+
+
+def test_the_format_of_old_torch_has_no_checksums_and_says_so(saved, published, caplog):
+    content = torch.load(published, weights_only=True)
+    torch.save(content, published, _use_new_zipfile_serialization=False)
+    loaded = load_denoiser(published, parse_config(VALUES)).state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in saved[1].state_dict().items())
+    assert "without checksums" in caplog.text

@@ -223,6 +223,19 @@ def test_lost_model_is_written_from_the_last_state(uninterrupted, tiny_cohort, t
     assert_same_end(tmp_path, uninterrupted)
 
 
+def test_damaged_model_is_written_from_the_last_state(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    at_step(monkeypatch, 0, stop)
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert "differs from the checksum" in log.text
+    assert_same_end(tmp_path, uninterrupted)
+
+
 def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, training_config, tmp_path, log):
     shutil.copytree(uninterrupted, tmp_path / "run")
     other = training_config(seed=2, steps=2)

@@ -379,3 +379,92 @@ def test_a_volume_depends_on_its_own_generator_only(half_open, sampler, steps):
     torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-6)
     assert not torch.equal(together[:1], together[1:])
     assert torch.equal(torch.get_rng_state(), global_state)
+
+
+def log_share(t):
+    """Logarithm of alpha at a fractional timestep: linear between whole ones."""
+    return np.interp(t, np.arange(250), torch.log(SIGNAL).numpy() / 2)
+
+
+def any_time_denoiser(data):
+    """The best denoiser of `GaussianColumns` at fractional timesteps."""
+    variances, axes = np.linalg.eigh(data.covariance)
+
+    def predict_noise(inputs, timesteps):
+        alpha = np.exp(log_share(float(timesteps[0])))
+        sigma = np.sqrt(1 - alpha**2)
+        columns = inputs[0, 0, :, :, 0].double().numpy()
+        noise = axes @ ((sigma / (alpha**2 * variances + sigma**2))[:, None] * (axes.T @ columns))
+        return torch.from_numpy(noise).float().reshape(inputs[:, :1].shape)
+
+    return predict_noise
+
+
+def dpm_solver_plus_plus(predict_noise, state, times):
+    """Lu et al. 2022 (arXiv 2211.01095): multistep of order 3 after one step each of order 1 and 2, in float64."""
+    alpha = np.exp([log_share(t) for t in times])
+    sigma = np.sqrt(1 - alpha**2)
+    place = np.log(alpha / sigma)
+    implied = []
+    for i, time in enumerate(times[:-1]):
+        noise = predict_noise(state.float(), torch.tensor([time])).double()
+        clean = (state - sigma[i] * noise) / alpha[i]
+        limit = max(np.quantile(clean.abs().numpy(), 0.995), 1)
+        implied.append(clean.clamp(-limit, limit) / limit)
+        h = place[i + 1] - place[i]
+        e1 = -np.expm1(-h)
+        state = sigma[i + 1] / sigma[i] * state + alpha[i + 1] * e1 * implied[i]
+        if i == 1:
+            slope = (implied[1] - implied[0]) / (place[1] - place[0])
+            state = state + alpha[2] * e1 * h / 2 * slope
+        if i > 1:
+            # Newton's divided differences of what is implied, at the last three places.
+            first, second = ((implied[k] - implied[k - 1]) / (place[k] - place[k - 1]) for k in (i, i - 1))
+            step, before = place[i] - place[i - 1], place[i - 1] - place[i - 2]
+            bend = (first - second) / (step + before)
+            slope = first + step * bend
+            e2 = h - e1
+            state = state + alpha[i + 1] * (e2 * slope + (h**2 / 2 - e2) * bend)
+    return state
+
+
+@pytest.fixture(scope="module")
+def chest_like(accuracy):
+    """Spread and correlation of this order gave the figures that are known of the released sampler."""
+    return accuracy.correlated("rough", 8, 64, 0.14)
+
+
+def test_published_levels_are_those_of_the_released_sampler(chest_like):
+    """50 steps evenly from 249 to 0: its inverted noise has a spread of 0.876, and 0.03 of the CT's is lost."""
+    clean, predict = chest_like.draw(256, seeded(0)), any_time_denoiser(chest_like)
+    called = []
+
+    def watched(inputs, timesteps):
+        called.append(timesteps.item())
+        return predict(inputs, timesteps)
+
+    options = {"order": 3, "levels": "published"}
+    condition = torch.ones_like(clean)
+    path = invert(watched, condition, BETAS, "dpmsolver++", 50, clean, **options)
+    found = sample(watched, condition, BETAS, "dpmsolver++", 50, [seeded(1)], start=path[0], **options)
+    assert len(path) == 51
+    assert path[0].std().item() == pytest.approx(0.876, abs=0.01)
+    lost = (found - clean).square().mean().sqrt() / clean.std()
+    assert lost.item() == pytest.approx(0.03, abs=0.005)
+    times = np.linspace(249, 0, 51)
+    assert times[1] == pytest.approx(244.02)
+    # The released one calls the denoiser at the last level of each way, too, and does not use it.
+    np.testing.assert_allclose(called, [*times[::-1][:-1], *times[:-1]], atol=1e-4)
+    expected = dpm_solver_plus_plus(predict, clean.double(), times[::-1])
+    torch.testing.assert_close(path[0].double(), expected, rtol=0, atol=1e-4)
+    back = dpm_solver_plus_plus(predict, path[0].double(), times)
+    torch.testing.assert_close(found.double(), back, rtol=0, atol=1e-4)
+
+
+def test_published_thresholding_divides_by_the_quantile_of_each_volume():
+    solver = Solver("dpmsolver++", 3, BETAS, 50, levels="published")
+    ramp = torch.linspace(-1, 1, 20001)[:, None, None, None].expand(2, 1, 20001, 1, 1, 1)[..., 0]
+    implied = ramp * torch.tensor([0.5, 4.0]).view(2, 1, 1, 1, 1)
+    found = solver.clean(50, implied * solver.signal[50], torch.zeros_like(implied))
+    torch.testing.assert_close(found[0], implied[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(found[1], (implied[1] / (0.995 * 4)).clamp(-1, 1), rtol=0, atol=1e-4)

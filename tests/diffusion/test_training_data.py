@@ -64,9 +64,12 @@ def test_a_stale_or_damaged_cache_is_ignored_and_removed(discovery, training_con
     caplog.set_level(logging.WARNING, logger="lungddpm")
     expected = data.ct.copy()
     path = next(tmp_path.glob("*-ct.npy"))
-    path.write_bytes(path.read_bytes()[:-100])
-    assert np.array_equal(open_cache(tmp_path, names, folders, hashes, training_config()).ct, expected)
-    assert "is damaged and is made anew" in caplog.text
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:5], whole[:80], whole[:-100], b"garbage" * 100):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert np.array_equal(open_cache(tmp_path, names, folders, hashes, training_config()).ct, expected)
+        assert "is damaged and is made again" in caplog.text
 
 
 def test_processes_that_build_the_cache_at_once_decode_once(discovery, training_config, tmp_path, read_count):

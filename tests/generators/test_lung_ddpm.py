@@ -6,7 +6,8 @@ import torch
 
 from lungddpm.cli import export
 from lungddpm.config import parse_config
-from lungddpm.diffusion.checkpoint import Metadata, save_denoiser
+from lungddpm.diffusion import checkpoint
+from lungddpm.diffusion.checkpoint import Metadata, load_denoiser, save_denoiser
 from lungddpm.diffusion.denoiser import build_denoiser
 from lungddpm.generators import Task, lung_ddpm
 from lungddpm.layouts import Label
@@ -52,6 +53,24 @@ def test_published_checkpoint_makes_the_same_samples(make, weights, tmp_path):
     assert np.array_equal(make(tmp_path / "published.pt"), make())
 
 
+def test_the_network_is_shown_the_published_orientation(weights, task, monkeypatch):
+    """(z up, x right to left, y front to back) of a layout whose nodule lies right, in front and below."""
+    seen = []
+
+    def load_and_watch(*arguments):
+        denoiser = load_denoiser(*arguments)
+        denoiser.input_blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+        return denoiser
+
+    monkeypatch.setattr(checkpoint, "load_denoiser", load_and_watch)
+    layout = np.full((16, 16, 16), Label.BACKGROUND, np.uint8)
+    layout[13, 11, 2] = Label.NODULE  # third from the right, fifth from the front, third from below
+    asked = Task(task.reference, Volume(layout, np.eye(4)), seed=3)
+    (made,) = lung_ddpm.load(make_config(), weights, "cpu").make([asked])
+    assert np.argwhere(seen[0][0, 2].numpy() > 0).tolist() == [[2, 2, 4]]
+    assert np.argwhere(made != task.reference.array).tolist() == [[13, 11, 2]]
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -62,6 +81,7 @@ def test_published_checkpoint_makes_the_same_samples(make, weights, tmp_path):
         {"resampling": 2},
         {"times": "published"},
         {"intensities": "published"},
+        {"levels": "published"},
     ],
 )
 def test_every_mode_but_published_aas_keeps_the_reference(make, task, sampling):

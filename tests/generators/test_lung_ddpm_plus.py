@@ -165,6 +165,7 @@ def test_the_rest_of_the_crop_is_found_again(make, task):
         {"aas": "published"},
         {"times": "published"},
         {"intensities": "published"},
+        {"levels": "published"},
     ],
 )
 def test_every_mode_keeps_the_background_and_differs(make, task, sampling):
@@ -180,6 +181,12 @@ def test_a_task_does_not_depend_on_the_others(make, task):
     for alone, made in zip((task, more), together, strict=True):
         assert np.abs(make([alone], steps=6)[0] - made).max() <= 1
     assert not np.array_equal(make([Task(task.reference, task.layout, seed=5)], steps=6)[0], together[0])
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "unipc"])
+def test_published_levels_are_those_of_one_solver(sampler):
+    with pytest.raises(ConfigError, match=r"levels: published needs sampler: dpmsolver\+\+"):
+        make_config(sampler=sampler, levels="published")
 
 
 def test_its_section_must_be_set():
@@ -220,7 +227,10 @@ def test_trained_denoiser_makes_samples(trained, tiny_cohort, tiny_config, tmp_p
     assert table["case_id"].tolist() == ["case03_s000", "case04_s000", "case03_s001"]
     records = [json.loads((tmp_path / name / "sample.json").read_text()) for name in table["case_id"]]
     assert [record["layout_origin"] for record in records] == ["reference", "reference", "added"]
-    settings = {"generator": "lung_ddpm_plus", "sampler": "dpmsolver++", "order": 3, "steps": 3, "times": "published"}
+    settings = {
+        "generator": "lung_ddpm_plus", "sampler": "dpmsolver++", "order": 3, "steps": 3, "times": "published",
+        "orientation": "published", "levels": "corrected",
+    }  # fmt: skip
     for name, record in zip(table["case_id"], records, strict=True):
         assert settings.items() <= record.items()
         assert record["weights_sha256"] == sha256_of(weights)

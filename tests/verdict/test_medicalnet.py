@@ -100,6 +100,11 @@ def test_batch_counters_may_be_missing(weights):
         ),
         (lambda state: state["module.bn1.weight"].fill_(torch.nan), "bn1.weight holds numbers that are not finite"),
         (lambda state: state.update({"module.bn1.weight": "text"}), "bn1.weight holds no tensor"),
+        (lambda state: state.update({"module.bn1.weight": torch.ones(64).to_sparse()}), "bn1.weight holds a sparse"),
+        (lambda state: state.update({"module.bn1.weight": torch.ones(64, device="meta")}), "without numbers"),
+        (lambda state: state.update({"module.bn1.weight": torch.ones(64) * 1j}), "numbers of type complex64"),
+        (lambda state: state.update({"module.bn1.weight": torch.ones(64).long()}), "numbers of type int64"),
+        (lambda state: state.update({3: torch.ones(64)}), "a key that is not text: 3"),
         (lambda state: state.clear(), "and 2.. more"),
     ],
 )
@@ -119,6 +124,15 @@ def test_other_files_are_refused(tmp_path, content, message):
     else:
         torch.save(content, path)
     with pytest.raises(InputError, match=message):
+        load_extractor(path)
+
+
+def test_a_flipped_bit_is_noticed(weights, theirs):
+    path = weights()
+    content = bytearray(path.read_bytes())
+    content[content.find(theirs.state_dict()["conv1.weight"].numpy().tobytes()) + 9] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="differs from its checksum"):
         load_extractor(path)
 
 
