@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import nibabel
 
 AIR_HU = -1024
+SHEAR_TOLERANCE = 1e-3
+"""Cosine of the angle between two axes: rounded headers stay below it, the smallest tilt of a gantry is well above."""
 LARGEST_VOXELS = 2**29
 """Of a file that is read, four times those of the largest chest CT: a small file can claim, or unpack to, any size."""
 
@@ -272,6 +274,80 @@ def _weighted_means(array: np.ndarray, weights: list[np.ndarray], outside: float
     for place, k in enumerate(used):
         in_plane[:, :, place] = x @ (array[:, :, k].astype(np.float32) - np.float32(outside)) @ y.T
     return in_plane @ z[:, used].T + np.float32(outside)
+
+
+def is_sheared(affine: np.ndarray) -> bool:
+    """Whether the axes of an affine, (4, 4), are not perpendicular, as where the scanner's gantry was tilted."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    return bool(np.abs(axes.T @ axes - np.eye(3)).max() > SHEAR_TOLERANCE)
+
+
+def upright_grid(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """The orthogonal grid that covers a sheared one, edge to edge.
+
+    The slices (z) stay where they are, in their own planes: only their offsets within the plane differ. So nothing is
+    interpolated between slices, no air is added above or below them, and a lung that is cut by the scan's last slice
+    still ends on a last slice.
+
+    Args:
+        affine: (4, 4), voxel index -> mm, in the closest RAS+ orientation.
+        shape: voxels of the sheared grid along x, y, z.
+
+    Returns:
+        (affine, shape) of the orthogonal grid, RAS+.
+    """
+    directions, sheared = np.linalg.qr(affine[:3, :3])
+    # A QR decomposition is unique up to signs: the new axes point where the old ones do.
+    signs = np.sign(np.diag(sheared))
+    directions, sheared = directions * signs, sheared * signs[:, None]
+    spacing = np.diag(sheared)
+    corners = np.stack(np.meshgrid(*([-0.5, n - 0.5] for n in shape), indexing="ij"), -1).reshape(-1, 3)
+    reached = corners @ sheared.T / spacing
+    low, high = reached.min(axis=0), reached.max(axis=0)
+    upright = np.eye(4)
+    upright[:3, :3] = directions * spacing
+    upright[:3, 3] = affine[:3, 3] + upright[:3, :3] @ (low + 0.5)
+    return upright, tuple(int(n) for n in np.ceil(high - low - 1e-6))
+
+
+def resample_upright(volume: Volume, labels: bool = False) -> Volume:
+    """Resample a volume with a sheared affine (see `is_sheared`) onto the orthogonal grid that covers it.
+
+    The grid depends on affine and shape alone (see `upright_grid`): a CT and its labels come out on one grid.
+
+    Args:
+        volume: HU, or labels; in any orientation.
+        labels: take the nearest voxel, and 0 outside; else interpolate linearly, with air outside.
+
+    Returns:
+        The volume in the closest RAS+ orientation, of the dtype that came in (bool as bool).
+    """
+    import SimpleITK
+
+    source = volume.canonical()
+    affine, shape = upright_grid(source.affine, source.shape)
+    # SimpleITK's images cannot have sheared axes. So both grids are index spaces (spacing 1, no directions), and the
+    # transform from the target's indices to the source's holds the whole geometry.
+    to_source = np.linalg.solve(source.affine, affine)
+    transform = SimpleITK.AffineTransform(3)
+    transform.SetMatrix(to_source[:3, :3].ravel().tolist())
+    transform.SetTranslation(to_source[:3, 3].tolist())
+    stored = source.array.view(np.uint8) if source.array.dtype == bool else source.array
+    moved = SimpleITK.Resample(
+        SimpleITK.GetImageFromArray(stored.T),
+        shape,
+        transform,
+        SimpleITK.sitkNearestNeighbor if labels else SimpleITK.sitkLinear,
+        (0.0, 0.0, 0.0),
+        (1.0, 1.0, 1.0),
+        np.eye(3).ravel().tolist(),
+        0.0 if labels else float(AIR_HU),
+        SimpleITK.sitkUnknown if labels else SimpleITK.sitkFloat32,
+    )
+    array = SimpleITK.GetArrayFromImage(moved).T
+    if source.array.dtype.kind in "iu" and not labels:
+        array = np.rint(array)
+    return Volume(array.astype(source.array.dtype), affine)
 
 
 def slice_windows(hu: np.ndarray, axis: int) -> Window:

@@ -5,7 +5,16 @@ import pytest
 import SimpleITK
 from scipy import ndimage
 
-from lungddpm.volume import AIR_HU, Volume, bounding_box, model_grid, occupancy, resample_image
+from lungddpm.volume import (
+    AIR_HU,
+    Volume,
+    bounding_box,
+    is_sheared,
+    model_grid,
+    occupancy,
+    resample_image,
+    resample_upright,
+)
 
 
 def affine(spacing=(0.7, 0.9, 2.5), origin=(-30.0, 12.0, -200.0), angle=0.0):
@@ -178,3 +187,83 @@ def test_skewed_grids_are_refused():
         resample_image(volume, affine(angle=0.1), (16, 16, 16))
     with pytest.raises(ValueError, match="not parallel"):
         occupancy(Volume(blob() > 0.5, affine()), affine(angle=0.1), (16, 16, 16))
+
+
+def tilted(degrees, plane_tilts, spacing=(1.4, 1.6, 3.0), origin=(-60.0, 35.0, -200.0)):
+    """A gantry's tilt: the slices' planes lean while the table moves along z, or, turned, the slices slide back."""
+    angle = np.radians(degrees)
+    matrix = np.diag([*spacing, 1.0])
+    lean = [0, np.cos(angle), np.sin(angle)] if plane_tilts else [0, np.sin(angle), np.cos(angle)]
+    matrix[:3, 1 if plane_tilts else 2] = np.array(lean) * spacing[1 if plane_tilts else 2]
+    matrix[:3, 3] = origin
+    return matrix
+
+
+def places(grid, shape):
+    """Where each voxel lies in mm, (*shape, 3)."""
+    return np.moveaxis(np.indices(shape), 0, -1) @ grid[:3, :3].T + grid[:3, 3]
+
+
+SHEARED_SHAPE = (60, 50, 40)
+
+
+@pytest.mark.parametrize("flips", [(1, 1, 1), (-1, -1, 1), (1, 1, -1)])
+@pytest.mark.parametrize("plane_tilts", [True, False])
+@pytest.mark.parametrize("degrees", [-12.0, 0.5, 25.0])
+def test_a_sheared_volume_is_resampled_to_its_place_in_the_patient(degrees, plane_tilts, flips):
+    sheared = tilted(degrees, plane_tilts) @ np.diag([*flips, 1.0])
+    assert is_sheared(sheared)
+    # Linear interpolation keeps a linear function exactly, so inside the truth is known at every voxel.
+    slope = np.array([0.9, -0.7, 0.4])
+    ramp = Volume((places(sheared, SHEARED_SHAPE) @ slope).astype(np.float32), sheared)
+    moved = resample_upright(ramp)
+    axes = moved.affine[:3, :3] / moved.spacing_mm
+    np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-12)
+    assert (np.diag(moved.affine)[:3] > 0).all()
+    index = places(np.linalg.inv(sheared) @ moved.affine, moved.shape)
+    inside = ((index >= 0) & (index <= np.array(SHEARED_SHAPE) - 1)).all(axis=-1)
+    beyond = ((index < -0.51) | (index > np.array(SHEARED_SHAPE) - 0.49)).any(axis=-1)
+    np.testing.assert_allclose(moved.array[inside], (places(moved.affine, moved.shape) @ slope)[inside], atol=2e-3)
+    assert inside.sum() > 0.9 * np.prod(SHEARED_SHAPE)
+    assert (moved.array[beyond] == AIR_HU).all()
+    # The slices keep their planes, so their number stays; no corner of the sheared volume is left out.
+    assert moved.shape[2] == SHEARED_SHAPE[2]
+    ends = [[x, y, z] for x in (0, 59) for y in (0, 49) for z in (0, 39)]
+    within = [np.linalg.solve(moved.affine, [*world(sheared, end), 1])[:3] for end in ends]
+    assert np.min(within) > -0.51
+    assert (np.max(within, axis=0) < np.array(moved.shape) - 0.49).all()
+
+
+@pytest.mark.parametrize("plane_tilts", [True, False])
+@pytest.mark.parametrize("dtype", [np.uint8, bool])
+def test_labels_of_a_sheared_volume_stay_labels_on_the_grid_of_their_ct(plane_tilts, dtype):
+    sheared = tilted(20.0, plane_tilts)
+    centre = world(sheared, (28.0, 25.0, 20.0))
+    away_mm = np.linalg.norm(places(sheared, SHEARED_SHAPE) - centre, axis=-1)
+    labels = Volume(((away_mm < 20).astype(np.uint8) * 2).astype(dtype), sheared)
+    moved = resample_upright(labels, labels=True)
+    assert moved.array.dtype == dtype
+    assert set(np.unique(moved.array).tolist()) == ({False, True} if dtype is bool else {0, 2})
+    assert moved.same_grid(resample_upright(Volume(np.zeros(SHEARED_SHAPE, np.int16), sheared)))
+    truth = np.linalg.norm(places(moved.affine, moved.shape) - centre, axis=-1) < 20
+    found = moved.array > 0
+    assert 2 * (truth & found).sum() / (truth.sum() + found.sum()) > 0.97
+    np.testing.assert_allclose(places(moved.affine, moved.shape)[found].mean(axis=0), centre, atol=0.1)
+
+
+def test_whole_numbers_are_rounded_not_cut():
+    sheared, slope = tilted(15.0, False), [3.7, 2.3, 1.9]
+    ramp = Volume(np.rint(places(sheared, SHEARED_SHAPE) @ slope).astype(np.int16), sheared)
+    moved = resample_upright(ramp)
+    index = places(np.linalg.inv(sheared) @ moved.affine, moved.shape)
+    inside = ((index >= 0) & (index <= np.array(SHEARED_SHAPE) - 1)).all(axis=-1)
+    error = (moved.array - places(moved.affine, moved.shape) @ slope)[inside]
+    assert moved.array.dtype == np.int16
+    assert abs(error.mean()) < 0.02
+    assert np.abs(error).max() <= 1.001
+
+
+@pytest.mark.parametrize("angle", [0.0, 0.3])
+def test_rotated_and_rounded_affines_are_not_sheared(angle):
+    assert not is_sheared(affine(angle=angle))
+    assert not is_sheared(np.round(affine(angle=angle), 4).astype(np.float32))

@@ -48,7 +48,7 @@ class Case:
     Attributes:
         ct: int16 HU.
         layout: uint8 `Label`, same grid.
-        qc: figures on the layout (see `measure_layout`).
+        qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read.
         found: what the layout was made from, in the scan's own resolution.
     """
 
@@ -89,7 +89,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     cells = place_nodules([nodule.volume_in(ct) for nodule in nodules], affine, config.grid.size)
     layout[cells > 0] = Label.NODULE
 
-    qc = measure_layout(found, nodules, grid_ct.like(cells))
+    qc = {"notes": list(scan.notes), **measure_layout(found, nodules, grid_ct.like(cells))}
     check_layout(qc, config.layouts.limits)
     return Case(grid_ct.like(np.rint(grid_ct.array).astype(np.int16)), grid_ct.like(layout), qc, found)
 

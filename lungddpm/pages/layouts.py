@@ -104,6 +104,7 @@ def run_qc(config: Config, cases_table: Path, output: Path) -> None:
                 place=f"{number + 1} of {len(names)}",
                 picture=f"../../{quote(cases_table.parent.name)}/{quote(row['path'])}/qc.png",
                 checks=_show_checks(figures, odd, row["case_id"], config.layouts.limits),
+                notes=records[number]["qc"]["notes"],
                 nodules=_show_nodules(records[number]["qc"]["nodules"]),
             ),
         )

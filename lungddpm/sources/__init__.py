@@ -85,6 +85,8 @@ class Scan:
     """Thickness of a slice where the headers tell it; it can differ from the distance between slices."""
     files: tuple[Path, ...] = ()
     """Every file that was read, for provenance."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about how it was read, a clause each; `case.json` keeps them in `qc.notes`."""
 
 
 def module_of(kind: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """From scan to case: the phantom's truth, the rules for nodules on coarse grids, and what a shard writes."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -92,6 +93,11 @@ def test_qc_tells_the_truth(patient, case):
     assert case.qc["end_slice_share_bottom"] == case.qc["end_slice_share_top"] == 0
     assert case.qc["nodule_share_in_or_touching_lungs"] > 0.95
     json.dumps(case.qc, allow_nan=False)
+
+
+def test_notes_on_how_the_scan_was_read_are_kept(patient):
+    scan = replace(labelled(patient), notes=("read with tongs",))
+    assert build_case(scan, Config()).qc["notes"] == ["read with tongs"]
 
 
 def test_every_nodule_is_described(patient, case):

@@ -43,7 +43,7 @@ def nodule(**changes):
 def record(**changes):
     qc = {"lung_litres_right": 2.5, "lung_litres_left": 2.0, "smaller_lung_share": 0.444,
           "end_slice_share_bottom": 0.021, "end_slice_share_top": 0.0, "vessel_share_of_lungs": 0.0375,
-          "nodule_share_in_or_touching_lungs": 0.97, "n_nodules": 1, "nodules": [nodule()]}  # fmt: skip
+          "nodule_share_in_or_touching_lungs": 0.97, "notes": [], "n_nodules": 1, "nodules": [nodule()]}  # fmt: skip
     return {"qc": qc | changes}
 
 
@@ -147,3 +147,9 @@ def test_many_exclusions_are_joined_by_the_kind_of_reason():
         ["40", "folder 0: 0 slices are missing. Copy it anew.", "c0, c1, c2"],
         ["1", "CT: no lungs were found. Use chest CT.", "x"],
     ]
+
+
+def test_notes_on_how_a_scan_was_read_are_shown(make_pages):
+    folder = make_pages([row("a"), row("b")], {"a": {"notes": ["sheared axes (tilted gantry) were resampled"]}})
+    assert "Note: sheared axes (tilted gantry) were resampled." in Page(folder / "cases" / "a.html").text
+    assert "Note:" not in Page(folder / "cases" / "b.html").text
