@@ -65,6 +65,11 @@ def spoil_padding(folder):
     dataset.save_as(folder / THIRD)
 
 
+def add_slice_of_its_position(folder):
+    shutil.copy(folder / THIRD, folder / "copy.dcm")
+    rewrite(folder / "copy.dcm", PixelData=bytes(2 * ROWS * COLUMNS))
+
+
 def mix_in_a_broken_series(folder):
     write_series(folder / "new", slices=[0, 1, 3], series="8.8", patient="P-mixed")
     for file in (folder / "new").iterdir():
@@ -96,16 +101,16 @@ FAULTS = {
         lambda f: truncate(f / THIRD, 0.9), {"syntax": RLELossless}, f"prepare:{THIRD}: pixels cannot be decoded",
     ),
     "missing slice": (lambda f: (f / THIRD).unlink(), {}, "1 slice(s) missing between"),
-    "doubled slice": (lambda f: shutil.copy(f / THIRD, f / "copy.dcm"), {}, "are slices of one position"),
+    "doubled slice": (add_slice_of_its_position, {}, "are slices of one position that differ"),
     "wrong modality": (lambda f: None, {"Modality": "MR"}, "is no CT (modality MR)"),
     "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is no CT (modality CT, PT)"),
     "no pixel data": (lambda f: rewrite(f / THIRD, PixelData=None), {}, f"{THIRD}: has no pixel data"),
     "no pixel data, implicit": (
         lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
     ),
-    "no decoder": (compress_unreadably, {}, "no decoder is installed for its compression, JPEG 2000 Part 2"),
-    "deflated": (
-        lambda f: None, {"syntax": DeflatedExplicitVRLittleEndian}, ".dcm: is deflated, and could unpack to any size",
+    "no decoder": (compress_unreadably, {}, "a transfer syntax that cannot be decoded, JPEG 2000 Part 2"),
+    "cut short, deflated": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": DeflatedExplicitVRLittleEndian}, f"{THIRD}: is cut short",
     ),
     "a file of any size": (lambda f: os.truncate(f / THIRD, 2**40), {}, f"{THIRD}: is larger than the 64 MiB"),
     "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is cut short, or lacks its Series"),

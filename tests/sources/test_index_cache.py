@@ -53,6 +53,10 @@ def replace_slice(folder):
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
 
 
+def add_slice_of_its_position(folder):
+    write_slice(folder / "copy.dcm", 2, series="1.2.2", patient="P-02", RescaleSlope=2)
+
+
 def add_reads(folder):
     (folder / "more.xml").write_text(xml("", nodule(roi(3)) + nodule(roi(0)), series="1.2.2"))
 
@@ -64,7 +68,7 @@ def spoil_reads(folder):
 CHANGES = {
     "replaced slice": (replace_slice, "do not name one patient"),
     "deleted slice": (lambda folder: (folder / "000088.dcm").unlink(), "1 slice(s) missing"),
-    "new slice": (lambda folder: shutil.copy(folder / "000088.dcm", folder / "copy.dcm"), "slices of one position"),
+    "new slice": (lambda f: add_slice_of_its_position(f), "slices of one position"),
     "deleted reads": (lambda folder: (folder / "reads.xml").unlink(), "no reader XML"),
     "changed reads": (spoil_reads, "cannot be read as LIDC XML"),
     "new reads": (add_reads, ""),

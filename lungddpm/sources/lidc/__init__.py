@@ -20,8 +20,9 @@ from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.files import fingerprint
 from lungddpm.progress import Progress
 from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
+from lungddpm.sources.lidc.pixels import can_be_decoded, hounsfield, name_of_syntax
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
-from lungddpm.sources.lidc.slices import Header, can_be_decoded, hounsfield, name_of_syntax, read_headers, stack_of
+from lungddpm.sources.lidc.slices import Header, read_headers, stack_of
 from lungddpm.volume import Volume
 
 if TYPE_CHECKING:
@@ -109,13 +110,14 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     if case["series_uid"] not in slices:
         raise ExcludedCaseError(folder, f"no longer holds series {case['series_uid']}", "Index the data set again.")
     stack = stack_of(slices[case["series_uid"]])
-    first = hounsfield(stack.headers[0].path, stack.size[1::-1])
+    slices_hu = hounsfield(stack.headers, stack.size[1::-1])
+    first = next(slices_hu)
     # Only now: a damaged header could ask for more memory than there is. Fortran order keeps a slice in one piece, here
     # and in the NIfTI file.
     array = np.empty(stack.size, np.int16, order="F")
     array[:, :, 0] = first.T
-    for k, header in enumerate(stack.headers[1:], start=1):
-        array[:, :, k] = hounsfield(header.path, stack.size[1::-1]).T
+    for k, slice_hu in enumerate(slices_hu, start=1):
+        array[:, :, k] = slice_hu.T
     xml_files = [path / name for name in json.loads(case["annotations"])]
     marks = merged([_read_or_exclude(file) for file in xml_files])
     return Scan(
@@ -247,8 +249,8 @@ def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
         return f"{folders[0]}: the slices do not name one patient (PatientID). Mend the headers."
     if undecodable := next((syntax for syntax in parts[0].syntaxes if not can_be_decoded(syntax)), ""):
         return (
-            f"{folders[0]}: no decoder is installed for its compression, {name_of_syntax(undecodable)}. "
-            "Install python-gdcm, or pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg."
+            f"{folders[0]}: is in a transfer syntax that cannot be decoded, {name_of_syntax(undecodable)}. "
+            "Convert it, e.g. to JPEG 2000."
         )
     return parts[0].fault
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.sources import Annotation, Contour
-from lungddpm.sources.lidc.slices import COPY_AGAIN, LARGEST_NUMBER, Stack
+from lungddpm.sources.lidc.dicom import COPY_AGAIN
+from lungddpm.sources.lidc.slices import LARGEST_NUMBER, Stack
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
