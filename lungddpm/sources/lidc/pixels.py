@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 _RLE = "1.2.840.10008.1.2.5"
 _NATIVE = ("", IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)
-_JPEG, _JPEG_LS, _JPEG_2000, _HTJ2K = "jpeg8_decode", "jpegls_decode", "jpeg2k_decode", "htj2k_decode"
+_JPEG, _JPEG_LS, _JPEG_2000 = "jpeg8_decode", "jpegls_decode", "jpeg2k_decode"
 _CODECS = {
     "1.2.840.10008.1.2.4.50": _JPEG,
     "1.2.840.10008.1.2.4.51": _JPEG,
@@ -40,15 +40,16 @@ _CODECS = {
     "1.2.840.10008.1.2.4.81": _JPEG_LS,
     "1.2.840.10008.1.2.4.90": _JPEG_2000,
     "1.2.840.10008.1.2.4.91": _JPEG_2000,
-    "1.2.840.10008.1.2.4.201": _HTJ2K,
-    "1.2.840.10008.1.2.4.202": _HTJ2K,
-    "1.2.840.10008.1.2.4.203": _HTJ2K,
+    "1.2.840.10008.1.2.4.201": _JPEG_2000,
+    "1.2.840.10008.1.2.4.202": _JPEG_2000,
+    "1.2.840.10008.1.2.4.203": _JPEG_2000,
 }
-"""imagecodecs' decoder of each JPEG syntax. Those that pydicom finds here read no JPEG Lossless and no JPEG-LS."""
+"""imagecodecs' decoder of each JPEG syntax. Those that pydicom finds here read no JPEG Lossless and no JPEG-LS.
+High-throughput JPEG 2000 goes to OpenJPEG as well: imagecodecs' own decoder of it ignores errors."""
 _JPEG_2000_START = b"\xff\x4f\xff\x51"
 _LONGEST_JP2_BOXES = 512
 """The standard wants bare codestreams; some files have those of a JP2 file, its boxes before them."""
-_JPEG_START = b"\xff\xd8"
+_JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """Start of frame in JPEG, JPEG Lossless and JPEG-LS (SOF55)."""
 
@@ -146,6 +147,9 @@ def _inspect(coded: bytes) -> tuple[bytes, tuple[int, int], int]:
         return coded, (bottom - top, right - left), (coded[42] & 0x7F) + 1
     if coded[:2] != _JPEG_START:
         raise ValueError("the compressed image has no beginning")
+    # libjpeg would make up the rest.
+    if not coded.rstrip(b"\0").endswith(_JPEG_END):
+        raise ValueError("the compressed image has no end")
     at = 2
     while True:
         mark, marker, length = struct.unpack_from(">BBH", coded, at)
