@@ -133,6 +133,33 @@ def test_erratum_replaces_what_it_corrects(tmp_path):
     assert (annotation.reader, annotation.contours[0].slice_index) == (1, 3)
 
 
+def reads(*sessions, message="77"):
+    return xml(*sessions).replace("<SeriesInst", f"<MessageId>{message}</MessageId><SeriesInst", 1)
+
+
+FIRST_READ = reads(nodule(roi(1)), nodule(roi(1)) + nodule(roi(3)), nodule(roi(2)), "")
+OTHER_READS = {
+    "withdraws a nodule": (reads(nodule(roi(1)), nodule(roi(1)), nodule(roi(2)), ""), ["a.xml"]),
+    "withdraws two nodules": (reads("", nodule(roi(1)), nodule(roi(2)), ""), ["a.xml"]),
+    "is the same": (FIRST_READ, ["a.xml", "z.xml"]),
+    "changes a nodule": (
+        reads(nodule(roi(1)), nodule(roi(1)) + nodule(roi(2)), nodule(roi(2)), ""), ["a.xml", "z.xml"],
+    ),
+    "is another message": (reads(nodule(roi(1)), nodule(roi(1)), "", "", message="78"), ["a.xml", "z.xml"]),
+    "has other sessions": (reads(nodule(roi(1)), nodule(roi(1))), ["a.xml", "z.xml"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHER_READS)
+def test_a_message_sent_again_without_a_nodule_replaces_the_first(tmp_path, other):
+    text, in_force = OTHER_READS[other]
+    folder = write_case(tmp_path)
+    (folder / "reads.xml").unlink()
+    (folder / "z.xml").write_text(FIRST_READ)
+    (folder / "a.xml").write_text(text)
+    assert [name.rpartition("/")[2] for name in only(tmp_path).annotations] == in_force
+
+
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><LidcReadMessage>&b;</LidcReadMessage>'
 
 
@@ -372,13 +399,16 @@ def test_sessions_of_the_release_number_the_readers(shared_data, file, sessions)
     assert max(mark.reader for mark in lidc.read_xml(shared_data / "lidc-xml" / file).marks) < 4
 
 
-def index_beside(top, shared_data, patient, *names):
-    """The row of a series that these files of the release name, its slices small ones made here."""
+def index_beside(top, shared_data, patient, *names, as_=None):
+    """The row of a series that these files of the release name, its slices small ones made here.
+
+    `as_`: other names for the files.
+    """
     uid = lidc.read_xml(shared_data / "lidc-xml" / names[0]).series_uid
     folder = write_series(top / patient / uid, series=uid, patient=patient)
     (top / "tcia-lidc-xml").mkdir()
-    for name in names:
-        shutil.copy(shared_data / "lidc-xml" / name, top / "tcia-lidc-xml")
+    for name, other in zip(names, as_ or names, strict=True):
+        shutil.copy(shared_data / "lidc-xml" / name, top / "tcia-lidc-xml" / other)
     (row,) = index_source("lidc", top)
     assert row["path"] == folder.relative_to(top).as_posix()
     return row
@@ -390,6 +420,14 @@ def test_the_published_erratum_replaces_the_bogus_contour(shared_data, tmp_path)
     both = index_beside(tmp_path / "b", shared_data, "LIDC-IDRI-0101", "157-161.xml", "erratum-157-161.xml")
     assert json.loads(original["annotations"]) == ["tcia-lidc-xml/157-161.xml"]
     assert json.loads(both["annotations"]) == ["tcia-lidc-xml/erratum-157-161.xml"]
+    # Whatever the files are called, in either order.
+    for first, second in [("157.xml", "161-resubmitted-correction-3-9-12.xml"), ("b.xml", "a.xml")]:
+        top = tmp_path / second
+        row = index_beside(
+            top, shared_data, "LIDC-IDRI-0101", "157-161.xml", "erratum-157-161.xml", as_=(first, second)
+        )
+        assert json.loads(row["annotations"]) == [f"tcia-lidc-xml/{second}"]
+        assert row["n_nodules"] == 1
     bogus, *_ = lidc.read_xml(shared_data / "lidc-xml" / "157-161.xml").marks
     assert (bogus.reader, len(bogus.outlines)) == (0, 23)
 

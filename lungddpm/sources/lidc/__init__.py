@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,6 +28,9 @@ from lungddpm.volume import Volume
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,14 @@ class _Marked:
     is_ct: bool
     marks: list[list]
     """Reader and a hash of the outlines of every mark."""
+    message: str
+    sessions: int
+    """See `Reads`."""
+
+    def withdraws_from(self, other: _Marked) -> bool:
+        """Whether this is the same message as the other, sent again without some of its nodules."""
+        same_message = self.message and (self.message, self.sessions) == (other.message, other.sessions)
+        return bool(same_message) and {*map(tuple, self.marks)} < {*map(tuple, other.marks)}
 
 
 @dataclass(frozen=True)
@@ -315,13 +327,18 @@ def _marked(file: Path) -> dict:
         [mark.reader, fingerprint([[o.sop_uid, o.z_mm, o.inclusion, o.points] for o in mark.outlines])[:16]]
         for mark in read.marks
     ]
-    return asdict(_Marked(read.series_uid, read.is_ct, marks))
+    return asdict(_Marked(read.series_uid, read.is_ct, marks, read.message, read.sessions))
 
 
 def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
-    """The files that count: a published erratum replaces what it corrects (LIDC-IDRI-0101 has one)."""
-    errata = {file: read for file, read in reads.items() if "erratum" in Path(file).name.lower()}
-    return errata or reads
+    """The files that count: a correction replaces what it corrects.
+
+    LIDC-IDRI-0101 has one, `161-resubmitted-correction-3-9-12.xml`. Its header is that of the file that it corrects;
+    what differs is that a nodule is gone.
+    """
+    named = {file: read for file, read in reads.items() if _CORRECTION.search(Path(file).name)}
+    left = named or reads
+    return {file: read for file, read in left.items() if not any(other.withdraws_from(read) for other in left.values())}
 
 
 def _read_or_exclude(path: Path) -> Reads:

@@ -53,6 +53,10 @@ class Reads:
     is_ct: bool
     """False for the reads of a chest radiograph."""
     marks: tuple[Mark, ...]
+    message: str = ""
+    """What identifies the message that the file holds; empty if nothing does. A correction keeps it."""
+    sessions: int = 0
+    """Reading sessions, with and without nodules of at least 3 mm."""
 
 
 def read_xml(path: Path) -> Reads:
@@ -153,7 +157,8 @@ def _parse_xml(data: bytes, path: Path) -> Reads:
         raise InputError(path, problem, COPY_AGAIN) from None
     if root.tag in (_CT, _RADIOGRAPH) and not uid.strip():
         raise InputError(path, "cannot be read as LIDC XML (it names no series)", COPY_AGAIN)
-    return Reads(uid.strip(), root.tag == _CT, tuple(marks))
+    message = "" if header is None else (header.findtext("MessageId") or "").strip()
+    return Reads(uid.strip(), root.tag == _CT, tuple(marks), message, len(root.findall("readingSession")))
 
 
 def _tree(data: bytes) -> Element:
