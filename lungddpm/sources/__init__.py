@@ -27,9 +27,10 @@ from lungddpm.volume import Volume
 if TYPE_CHECKING:
     import pandas as pd
 
-INDEX_COLUMNS = [*cases.COLUMNS, "annotations"]
+INDEX_COLUMNS = [*cases.COLUMNS, "annotations", "notes"]
 """The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
-source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known."""
+source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known.
+`notes` (a JSON list) holds what a user should know about a series that can be used."""
 LONGEST_NAME = 64
 """Characters of a case id before what tells it from an equal one; no DICOM identifier may have more."""
 
@@ -49,6 +50,8 @@ class Series:
     annotations: tuple[str, ...] = ()
     excluded: str = ""
     """Why the series cannot be used; empty if it can."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about how it is read, a clause each."""
 
 
 @dataclass(frozen=True)
@@ -239,4 +242,5 @@ def _row(kind: str, series: Series) -> dict:
         "path": series.path,
         "sha256": "",
         "annotations": json.dumps(series.annotations),
+        "notes": json.dumps(series.notes),
     }

@@ -90,6 +90,21 @@ def test_every_change_is_seen(tree, change, monkeypatch):
     assert rows[1] != before[1]
 
 
+def test_copies_are_compared_once_and_again_when_one_changes(tree, monkeypatch):
+    (folder,) = (tree / "data" / "P-02").glob("*/*")
+    copy = shutil.copytree(folder, tree / "data" / "P-02" / "copy" / "1.2.2")
+    first = index(tree)
+    assert first[1]["status"] == "ok"
+    assert "copy/1.2.2" in first[1]["notes"]
+    read = count_reads(monkeypatch, (lidc.slices, "_read_header"), (lidc.readings, "_bytes_of"))
+    assert index(tree) == first
+    assert read == []
+    write_slice(copy / "000088.dcm", 2, series="1.2.2", patient="P-02", RescaleSlope=2)
+    rows = index(tree)
+    assert rows == index_source("lidc", tree / "data")
+    assert "spread over 2 folders" in rows[1]["reason"]
+
+
 def test_images_that_arrive_later_find_their_reads(tree):
     assert index(tree)[3]["status"] == "excluded"
     folder = write_case(tree / "data", "P-04", "7")

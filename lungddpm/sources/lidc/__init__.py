@@ -46,6 +46,8 @@ class _Part:
     spacing_mm: Sequence[float]
     fault: str
     """Why these slices are no scan; empty if they are."""
+    notes: Sequence[str]
+    """What was left out of them, and why."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def find_series(path: Path, cache: Cache) -> list[Series]:
     parts, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
     nameless |= damaged
     reads = _read_annotations(path, xml_files, parts, cache)
+    parts = {uid: _keep_one_copy(path, of_series, cache) for uid, of_series in parts.items()}
     found = [
         _describe(uid, of_series, nameless, _in_force(reads.of_series.get(uid, {})), reads.faults.get(uid, ""))
         for uid, of_series in parts.items()
@@ -116,7 +119,7 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         ExcludedCaseError: slices are missing, doubled or damaged, or the XML does not fit them.
     """
     folder = path / case["path"]
-    slices, fault = read_headers(file for file in sorted(folder.glob("*")) if file.is_file())
+    slices, fault = read_headers(_files_in(folder))
     if fault is not None:
         raise fault
     if case["series_uid"] not in slices:
@@ -136,8 +139,13 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         ct=Volume(array, stack.affine),
         annotations=tuple(in_scan(mark, stack, xml_files[0]) for mark in marks),
         slice_thickness_mm=stack.thickness_mm,
-        files=(*(header.path for header in stack.headers), *xml_files),
+        files=(*dict.fromkeys(header.path for header in stack.headers), *xml_files),
+        notes=tuple(json.loads(case.get("notes") or "[]")),
     )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*")) if file.is_file()]
 
 
 def _files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
@@ -201,10 +209,10 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
 
 
 def _part(top: Path, headers: list[Header]) -> _Part:
-    size, spacing_mm, fault = (0, 0, 0), (0.0, 0.0, 0.0), ""
+    size, spacing_mm, fault, notes = (0, 0, 0), (0.0, 0.0, 0.0), "", ()
     try:
         stack = stack_of(headers)
-        size, spacing_mm = stack.size, stack.spacing_mm
+        size, spacing_mm, notes = stack.size, stack.spacing_mm, stack.notes
     except ExcludedCaseError as error:
         fault = reason_of(error, top)
     return _Part(
@@ -216,7 +224,37 @@ def _part(top: Path, headers: list[Header]) -> _Part:
         size=size,
         spacing_mm=spacing_mm,
         fault=fault,
+        notes=notes,
     )
+
+
+def _keep_one_copy(top: Path, parts: list[_Part], cache: Cache) -> list[_Part]:
+    """The parts of one series; of a series whose folders are copies of each other, the first complete one."""
+    if len(parts) == 1 or len({patient for part in parts for patient in part.patients}) > 1:
+        return parts
+    folders = [part.folder for part in parts]
+    files = [file for folder in folders for file in _files_in(top / folder)]
+    number = cache.recall(f"copies in {json.dumps(folders)}", files, lambda: _complete_copy(top, parts))
+    if number is None:
+        return parts
+    note = f"copies of these slices elsewhere were left out ({', '.join(f for f in folders if f != folders[number])})"
+    return [replace(parts[number], notes=[*parts[number].notes, note])]
+
+
+def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
+    """The number of the first part that holds all slices of the others, with equal content."""
+    of_part = [read_headers(_files_in(top / part.folder))[0].get(part.series_uid, []) for part in parts]
+    for number, part in enumerate(parts):
+        if part.fault:
+            continue
+        try:
+            size = stack_of(of_part[number]).size
+            others = [headers for other, headers in enumerate(of_part) if other != number]
+            if all(stack_of(of_part[number] + headers).size == size for headers in others):
+                return number
+        except ExcludedCaseError:
+            continue
+    return None
 
 
 def _describe(
@@ -244,6 +282,7 @@ def _describe(
         path=first.folder,
         annotations=tuple(ct_reads),
         excluded=_fault_of_slices(parts, nameless) or unreadable or _fault_of_reads(first.folder, reads, ct_reads),
+        notes=tuple(first.notes),
     )
 
 

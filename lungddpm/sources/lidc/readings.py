@@ -101,7 +101,9 @@ def in_scan(mark: Mark, stack: Stack, origin: Path) -> Annotation:
     Raises:
         ExcludedCaseError: a contour lies on no slice, or outside the matrix.
     """
-    slice_of = {header["SOPInstanceUID"]: k for k, header in enumerate(stack.headers)}
+    uids = [header["SOPInstanceUID"] for header in stack.headers]
+    # Frames of one file share its UID, which then tells none of them.
+    slice_of = {uid: k for k, uid in enumerate(uids)} if len(set(uids)) == len(uids) else {}
     z_mm = stack.positions_mm[:, 2]
     contours = []
     for outline in mark.outlines:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -164,8 +166,10 @@ def _read_header(path: Path) -> list[Header]:
                 if path.suffix.lower() == ".dcm":
                     raise ExcludedCaseError(path, "is empty or no DICOM file", COPY_AGAIN)
                 return []
-            quick = _explicit_elements(start)
-            images, end, unpacked = ([quick[0]], quick[1], size) if quick else _elements_by_pydicom(path, file)
+            if quick := _explicit_elements(start):
+                images, fault, end, unpacked = [quick[0]], "", quick[1], size
+            else:
+                images, fault, end, unpacked = _elements_by_pydicom(path, file)
     except OSError as error:
         raise ExcludedCaseError(path, f"cannot be read ({error.strerror})", "Check the file and its rights.") from None
     largest = LARGEST_SLICE_BYTES if len(images) == 1 else LARGEST_MULTIFRAME_BYTES
@@ -175,13 +179,12 @@ def _read_header(path: Path) -> list[Header]:
         )
     if not images[0].get("SeriesInstanceUID"):
         raise ExcludedCaseError(path, "is cut short, or lacks its SeriesInstanceUID", COPY_AGAIN)
-    fault = ""
-    if unpacked is None and len(images) == 1:
+    if len(images) == 1 and unpacked is None:
         fault = f"unpacks to more than the {largest >> 20} MiB that a slice can take"
     elif end is None:
-        fault = "has no pixel data, or is cut short before them"
+        fault = fault or "has no pixel data, or is cut short before them"
     elif unpacked is not None and end > unpacked:
-        fault = "is cut short"
+        fault = fault or "is cut short"
     return [Header(path, elements, fault, frame, len(images)) for frame, elements in enumerate(images)]
 
 
@@ -225,10 +228,11 @@ def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None
     return (elements, None) if len(start) < _HEADER_BYTES else None
 
 
-def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str]], int | None, int | None]:
-    """The same of each image of every other file, and how many bytes its data set has (see `read_dataset`).
+def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str]], str, int | None, int | None]:
+    """The same for every other file: the elements of each image, and where the pixel data end.
 
-    Where compressed pixel data end, only decoding them would tell: then it is 0.
+    Where compressed pixel data end, only decoding them would tell: then it is 0. Between the two stands what is wrong
+    with the images, as a clause; after them, how many bytes the data set has (see `read_dataset`).
     """
     from pydicom import config
 
@@ -236,27 +240,26 @@ def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str
         wanted = [*_TAGS.values(), *_FUNCTIONAL_GROUPS]
         dataset, stream, size = read_dataset(path, file, stop_before_pixels=True, specific_tags=wanted)
         try:
-            images = _images_of(dataset)
-        except ExcludedCaseError:
-            raise
+            images, fault = _images_of(dataset)
         except Exception as error:  # damaged bytes make pydicom fail in any of its functions
             raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-        return images, _end_of_pixels(dataset, stream), size
+        return images, fault, _end_of_pixels(dataset, stream), size
 
 
-def _images_of(dataset: pydicom.Dataset) -> list[dict[str, str]]:
-    """The elements of each image of a data set."""
+def _images_of(dataset: pydicom.Dataset) -> tuple[list[dict[str, str]], str]:
+    """The elements of each image of a data set, and what is wrong with the images as a clause."""
     patient = dataset.get_item("PatientID")
     values = {name: value for name in _TAGS.values() if (value := dataset.get(name)) is not None}
     values["TransferSyntaxUID"] = dataset.file_meta.get("TransferSyntaxUID", "")
     elements = {name: _text(value) for name, value in values.items()}
     if patient is not None and isinstance(patient.value, bytes):
         elements["PatientID"] = text_of(patient.value, elements.get("SpecificCharacterSet", ""))
+    frames = int(elements.get("NumberOfFrames") or 1)
     if not any(groups in dataset for groups in _FUNCTIONAL_GROUPS):
-        return [elements]
+        return [elements], f"has {frames} frames, and no positions of them" if frames != 1 else ""
     described = len(dataset.get("PerFrameFunctionalGroupsSequence") or [None])
-    if described != int(elements.get("NumberOfFrames") or 1):
-        raise ValueError(f"NumberOfFrames is {elements.get('NumberOfFrames')}, but {described} frames are described")
+    if described != frames:
+        return [elements], f"has {frames} frames, but {described} are described"
     images = []
     for frame in range(described):
         of_frame = {
@@ -265,7 +268,7 @@ def _images_of(dataset: pydicom.Dataset) -> list[dict[str, str]]:
             if (value := frame_value(dataset, frame, *place)) is not None
         }
         images.append(elements | of_frame)
-    return images
+    return images, ""
 
 
 def _text(value: object) -> str:
@@ -414,8 +417,9 @@ def _without_copies(headers: list[Header], along: np.ndarray, shape: tuple[int, 
 
 def _same_content(one: Header, other: Header, shape: tuple[int, int]) -> bool:
     """Whether two slices are alike in HU, however each is stored."""
-    if one.path == other.path and one.frame == other.frame:
-        return True
+    with suppress(OSError):
+        if one.frame == other.frame and filecmp.cmp(one.path, other.path, shallow=False):
+            return True
     first, second = (next(hounsfield([header], shape)) for header in (one, other))
     return np.array_equal(first, second)
 
