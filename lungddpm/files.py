@@ -87,9 +87,9 @@ def lock_if_free(path: Path) -> Iterator[bool]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
+    """Write UTF-8 text atomically; what UTF-8 cannot hold is written as `printable` shows it."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -100,7 +100,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a data frame atomically, tab-separated for `.tsv`, else comma-separated; no index column."""
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, sep="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+        separator = "\t" if path.suffix == ".tsv" else ","
+        table.to_csv(temporary, index=False, sep=separator, lineterminator="\n", errors="backslashreplace")
 
 
 def sha256_of(path: Path) -> str:

@@ -28,7 +28,7 @@ def start_logging(log_file: str | None = None) -> None:
     console.setFormatter(logging.Formatter("%(message)s"))
     LOG.addHandler(console)
     if log_file is not None and is_first:
-        handler = logging.FileHandler(log_file, mode="w", encoding="utf-8")
+        handler = logging.FileHandler(log_file, mode="w", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
 

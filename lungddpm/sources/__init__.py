@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungddpm import cases
-from lungddpm.errors import InputError
+from lungddpm.errors import InputError, printable
 from lungddpm.files import atomic_path, code_fingerprint, fingerprint, write_text
 from lungddpm.progress import LOG
 from lungddpm.volume import Volume
@@ -170,7 +170,7 @@ def reason_of(fault: InputError, top: Path) -> str:
     """A fault as tables tell it: in one line, files relative to the data set."""
     told = str(fault)
     for root in (top, top.resolve()):
-        told = told.replace(f"{root}/", "")
+        told = told.replace(printable(f"{root}/"), "")
     return " ".join(told.split())
 
 
@@ -200,15 +200,23 @@ def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]
 
 def read_index(path: Path) -> pd.DataFrame:
     """Read an index written by `write_index`."""
-    return cases.read_cases(path)
+    index = cases.read_cases(path)
+    index["path"] = index["path"].map(_with_its_bytes)
+    return index
 
 
 def write_index(path: Path, index: list[dict]) -> None:
     """Write the index as a tab-separated table, atomically. Without pandas, which takes longer than ten headers."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, temporary.open("w", **text) as file:
         writer = csv.DictWriter(file, INDEX_COLUMNS, delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(index)
+
+
+def _with_its_bytes(path: str) -> str:
+    """A path of a table as the file system knows it: `printable` undone."""
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda escape: chr(int(escape[1], 16)), path)
 
 
 def _state(files: Iterable[Path]) -> str:
@@ -230,7 +238,7 @@ def _row(kind: str, series: Series) -> dict:
     spacings = dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), series.spacing_mm, strict=True))
     return {
         "case_id": series.case_id,
-        "patient_id": series.patient_id,
+        "patient_id": printable(series.patient_id),
         "source": kind,
         "role": "",
         "series_uid": series.series_uid,
