@@ -26,7 +26,7 @@ from lungddpm.layouts.prior import measure_places
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
 from lungddpm.layouts.vessels import segment_vessels
 from lungddpm.progress import LOG, Progress
-from lungddpm.sources import Scan, module_of, read_index, reason_of
+from lungddpm.sources import Scan, check_folder, module_of, read_index, reason_of
 from lungddpm.volume import AIR_HU, Volume, bounding_box, model_grid, occupancy, resample_image, write_volume
 
 LUNG_OCCUPANCY = 0.5
@@ -146,8 +146,7 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
         InputError: the index or the source is missing. A case that cannot be used is no error: its row says why.
     """
     rows = read_index(index).iloc[shard::shards]
-    if not source.is_dir():
-        raise InputError(source, "is not a folder", "Set source.path to the folder of the data set.")
+    check_folder(source)
     prepared = []
     with Progress("cases", total=len(rows)) as progress:
         for _, row in rows.iterrows():

@@ -174,6 +174,17 @@ def reason_of(fault: InputError, top: Path) -> str:
     return " ".join(told.split())
 
 
+def check_folder(path: Path) -> None:
+    """Make sure that the data set's folder is there.
+
+    Raises:
+        InputError: it is not; the message has the whole path, as a relative one starts in the working directory.
+    """
+    if not path.is_dir():
+        remedy = "Set source.path to the folder of the data set; a relative path starts in the working directory."
+        raise InputError(path.absolute(), "is not a folder", remedy)
+
+
 def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]:
     """One row a series, in order of case id, those without a patient last; `role` is still empty.
 
@@ -185,13 +196,13 @@ def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]
     Raises:
         InputError: the folder is missing, or holds no series at all.
     """
-    if not path.is_dir():
-        raise InputError(path, "is not a folder", "Set source.path to the folder of the data set.")
+    check_folder(path)
     remembered = Cache(cache, kind)
     found = module_of(kind).find_series(path, remembered)
     remembered.save()
     if not found:
-        raise InputError(path, f"holds no CT series that the source '{kind}' can read", "Check source.path and kind.")
+        problem = f"holds no CT series that the source '{kind}' can read"
+        raise InputError(path.absolute(), problem, "Check source.path and source.kind.")
     rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
     LOG.info("%d of %d series can be used", sum(row["status"] == "ok" for row in rows), len(rows))
     cases.log_excluded(rows)
