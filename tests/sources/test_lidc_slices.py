@@ -111,6 +111,18 @@ def test_a_slice_out_of_place_is_found_among_rounded_positions(spacing, decimals
         stack_at(positions.round(decimals))
 
 
+def test_slices_that_lean_too_far_are_refused():
+    lean = np.array([0, np.sin(1.0), np.cos(1.0)])
+    with pytest.raises(ExcludedCaseError, match="shifted sideways by 57 degrees"):
+        stack_at(line(2.5, 40, -100.0, lean))
+
+
+def test_slices_that_lean_over_many_tiny_pixels_are_refused():
+    positions = line(400.0, 900, -100.0, [0, 0.7, 0.7])
+    with pytest.raises(ExcludedCaseError, match="shifted sideways by 45 degrees"):
+        stack_at(positions)
+
+
 def test_a_slice_shifted_sideways_is_named():
     positions = line(1.25, 40, -100.0)
     positions[17, 0] += 0.5

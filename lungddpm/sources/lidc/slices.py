@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import math
 import os
 import struct
 from collections import defaultdict
@@ -27,6 +28,7 @@ from lungddpm.sources.lidc.dicom import (
     text_of,
 )
 from lungddpm.sources.lidc.pixels import hounsfield
+from lungddpm.volume import LARGEST_VOXELS, Volume, is_sheared, upright_grid
 
 if TYPE_CHECKING:
     import pydicom
@@ -70,6 +72,8 @@ _PIXEL_DATA = 0x7FE00010
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _HEADER_BYTES = 8192
 _SHOWN_FILES = 3
+_GREATEST_TILT = 45
+"""Degrees; scanners tilt by 30 at most."""
 _MOST_DECIMALS = 6
 _EQUAL_MM = 1e-7
 _ROUNDS = 40
@@ -321,10 +325,13 @@ def stack_of(headers: list[Header]) -> Stack:
     affine = np.eye(4)
     affine[:3] = np.column_stack([along_row * column_mm, along_column * row_mm, step, first_mm])
     affine[:2] *= -1  # LPS to RAS
+    size = (int(columns), int(rows), len(headers))
+    if is_sheared(affine):
+        notes += (_note_on_tilt(folder, size, affine, normal @ step / np.linalg.norm(step)),)
     thickness_mm = headers[0].numbers("SliceThickness", 1)[0] if headers[0]["SliceThickness"] else 0.0
     return Stack(
         tuple(headers),
-        (int(columns), int(rows), len(headers)),
+        size,
         affine,
         positions,
         thickness_mm if thickness_mm > 0 else None,
@@ -461,6 +468,23 @@ def _even_grid(headers: list[Header], positions: np.ndarray, normal: np.ndarray)
     if (np.abs(sideways) <= 2 * rounding / (len(along) - 1)).all():
         step = step - sideways
     return centre + numbers[0] * step, step
+
+
+def _note_on_tilt(folder: Path, size: tuple[int, int, int], affine: np.ndarray, cosine: float) -> str:
+    """What a user should know about slices that are shifted sideways.
+
+    Raises:
+        ExcludedCaseError: no gantry tilts so far, or the upright grid would be too large.
+    """
+    degrees = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    upright = Volume(np.broadcast_to(np.uint8(0), size), affine).canonical()
+    if (
+        degrees > _GREATEST_TILT
+        or np.prod(upright_grid(upright.affine, upright.shape)[1], dtype=float) > LARGEST_VOXELS
+    ):
+        problem = f"slices are shifted sideways by {degrees:.0f} degrees, too much for a tilted gantry"
+        raise ExcludedCaseError(folder, problem, "Write the series with its true positions.")
+    return f"the gantry was tilted by {degrees:.1f} degrees: CT and nodules are resampled to an upright grid"
 
 
 def _usual(gaps: np.ndarray) -> float:
