@@ -478,10 +478,8 @@ def _note_on_tilt(folder: Path, size: tuple[int, int, int], affine: np.ndarray, 
     """
     degrees = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
     upright = Volume(np.broadcast_to(np.uint8(0), size), affine).canonical()
-    if (
-        degrees > _GREATEST_TILT
-        or np.prod(upright_grid(upright.affine, upright.shape)[1], dtype=float) > LARGEST_VOXELS
-    ):
+    _, shape = upright_grid(upright.affine, upright.shape)
+    if degrees > _GREATEST_TILT or math.prod(shape) > LARGEST_VOXELS:
         problem = f"slices are shifted sideways by {degrees:.0f} degrees, too much for a tilted gantry"
         raise ExcludedCaseError(folder, problem, "Write the series with its true positions.")
     return f"the gantry was tilted by {degrees:.1f} degrees: CT and nodules are resampled to an upright grid"
