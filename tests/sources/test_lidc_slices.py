@@ -15,6 +15,8 @@ from lidc_files import (
     SPACING,
     STORED,
     UPRIGHT,
+    enhance,
+    item,
     load,
     nodule,
     only,
@@ -24,7 +26,6 @@ from lidc_files import (
     write_slice,
     xml,
 )  # fmt: skip
-from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
@@ -251,44 +252,6 @@ def test_copies_that_differ_stay_an_error(tmp_path):
 
 
 # ---------------------------------------------------------------- multi-frame files
-
-
-def item(**elements):
-    dataset = Dataset()
-    for keyword, value in elements.items():
-        setattr(dataset, keyword, value)
-    return dataset
-
-
-def enhance(folder, order=range(SLICES), *, shared_rescale=True, syntax=None, change=lambda dataset: None):
-    """Join the slices of a folder, in this order, into one Enhanced CT file."""
-    files = sorted(folder.glob("*.dcm"), reverse=True)
-    slices = [pydicom.dcmread(files[k]) for k in order]
-    joined = pydicom.dcmread(files[0])
-    joined.SOPClassUID = joined.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
-    joined.NumberOfFrames = len(slices)
-    joined.PixelData = b"".join(one.PixelData for one in slices)
-    shared, frames = Dataset(), []
-    shared.PlaneOrientationSequence = [item(ImageOrientationPatient=joined.ImageOrientationPatient)]
-    shared.PixelMeasuresSequence = [item(PixelSpacing=joined.PixelSpacing, SliceThickness="3.0")]
-    for k, one in zip(order, slices, strict=True):
-        groups = item(PlanePositionSequence=[item(ImagePositionPatient=one.ImagePositionPatient)])
-        intercept, slope = (-1024, 1) if shared_rescale else (-1024 - 10 * k, 1 + k)
-        transform = [item(RescaleIntercept=intercept, RescaleSlope=slope, RescaleType="HU")]
-        (shared if shared_rescale else groups).PixelValueTransformationSequence = transform
-        frames.append(groups)
-    joined.SharedFunctionalGroupsSequence, joined.PerFrameFunctionalGroupsSequence = [shared], frames
-    for keyword in (
-        "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope",
-        "RescaleIntercept",
-    ):  # fmt: skip
-        delattr(joined, keyword)
-    if syntax:
-        joined.compress(syntax)
-    change(joined)
-    for file in files:
-        file.unlink()
-    joined.save_as(folder / "enhanced.dcm")
 
 
 @pytest.mark.parametrize("order", [range(SLICES), [4, 3, 2, 1, 0], [2, 0, 4, 1, 3]])
