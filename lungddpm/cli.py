@@ -88,9 +88,13 @@ def index(
     from lungddpm.config import load_config
     from lungddpm.sources import index_source, write_index
 
-    settings = load_config(*config)
+    settings = load_config(*config, needs_source=source is None)
     found = index_source(settings.source.kind, _source_folder(settings, source), output.with_suffix(".cache.json"))
-    write_index(output, assign_roles(found, settings.roles, settings.seed))
+    try:
+        found = assign_roles(found, settings.roles, settings.seed)
+    finally:
+        # Where too few series can be used, their rows say why.
+        write_index(output, found)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -107,7 +111,7 @@ def prepare(
     from lungddpm.config import load_config
     from lungddpm.layouts.compose import run_prepare
 
-    settings = load_config(*config)
+    settings = load_config(*config, needs_source=source is None)
     run_prepare(settings, index, _source_folder(settings, source), output, shard, shards, table)
 
 
@@ -480,7 +484,8 @@ def _refuse(error: UserError) -> None:
 
 def _source_folder(settings, source: Path | None) -> Path:
     if source is not None:
-        return source
+        # A shell leaves --source=~/scans as it is.
+        return Path(os.path.expanduser(source))
     return RESULTS / "source" if settings.source.kind == "phantom" else settings.source.path
 
 

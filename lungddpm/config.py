@@ -8,6 +8,7 @@ every leaf as a string. `config/README.md` and `workflow/schemas/config.schema.j
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from lungddpm.errors import ConfigError
 
@@ -26,6 +27,8 @@ Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
+UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
+"""A path of the user's, in which `~` is the home folder, as in a shell."""
 
 
 def _modules(package: str) -> set[str]:
@@ -77,8 +80,9 @@ class Source(_Section):
 
     kind: Name = "phantom"
     """`phantom` (built in), `lidc` (DICOM + LIDC XML) or `nifti` (folders `images/` and `labels/`)."""
-    path: Path | None = None
-    """Folder of the data set; the phantom cohort makes its own and ignores this."""
+    path: UserPath | None = None
+    """Folder of the data set; the phantom cohort makes its own and ignores this. A relative path starts in the working
+    directory of the run, `~` is your home folder."""
     phantom: Phantom = Phantom()
 
     @model_validator(mode="after")
@@ -100,6 +104,17 @@ class Roles(_Section):
     """Patients on whom the segmenters are compared."""
     allow_shared_patients: bool = False
     """Let one patient have several roles. The verdict then means nothing but that the pipeline runs."""
+
+    @field_validator("discovery", "reference", "test", mode="before")
+    @classmethod
+    def _quoted(cls, value: Any) -> Any:
+        for patient in value if isinstance(value, list) else ():
+            if not isinstance(patient, str):
+                raise ValueError(
+                    f"a patient is read as {patient!r}, not as text: YAML takes some ids for numbers, dates, or yes "
+                    'and no. Quote patient ids, as in ["0010"]'
+                )
+        return value
 
     @model_validator(mode="after")
     def _disjoint(self) -> Roles:
@@ -414,7 +429,7 @@ class Arms(_Section):
     synthetic_only: list[Name] = []
     """Generators that are also trained on alone, with as many synthetic cases as there are real ones: arm
     `synthetic:<generator>`."""
-    external: dict[Name, Path] = {}
+    external: dict[Name, UserPath] = {}
     """Folders of synthetic CT that other systems made, by name, e.g. `{maisi: /data/maisi}`; the names may stand where
     generators do (docs/how-to/bring-your-own-synthetic-ct.md)."""
 
@@ -527,7 +542,7 @@ class Segmentation(_Section):
 class ImageQuality(_Section):
     """How synthetic CT is compared with real CT; FID and MMD need a feature network."""
 
-    weights: Literal["hub"] | Path | None = None
+    weights: Literal["hub"] | UserPath | None = None
     """The public file `resnet_50.pth` of MedicalNet; `hub` takes it from Hugging Face; null takes a network with random
     weights, whose distances tell sets apart but compare with no publication."""
 
@@ -693,13 +708,20 @@ def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Confi
         ) from None
 
 
-def load_config(*paths: Path) -> Config:
+def load_config(*paths: Path, needs_source: bool = True) -> Config:
     """Read, merge and validate configuration files (see `read_values`).
+
+    Args:
+        paths: files of the config, later ones over earlier ones.
+        needs_source: whether `source.path` must be there; where it need not be, it may be wrong as well.
 
     Raises:
         ConfigError: a file is missing, is not YAML, or the merged values are wrong.
     """
-    return parse_config(read_values(*paths), " + ".join(map(str, paths)))
+    values = read_values(*paths)
+    if not needs_source and isinstance(source := values.get("source", {}), dict):
+        values["source"] = {**source, "path": source.get("path") or "."}
+    return parse_config(values, " + ".join(map(str, paths)))
 
 
 def read_values(*paths: Path) -> dict[str, Any]:

@@ -6,6 +6,14 @@ import errno
 from pathlib import Path
 
 
+def printable(text: str) -> str:
+    """Text that can be written as UTF-8: bytes of file names that are not become escapes, as JSON has them.
+
+    Python holds such a byte, e.g. 0xFC, as a lone surrogate, U+DCFC, which becomes `\\udcfc`.
+    """
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class UserError(Exception):
     """Something the user can mend: the command ends with exit code 2 and this message, without a traceback.
 
@@ -17,7 +25,7 @@ class UserError(Exception):
 
     def __init__(self, what: str | Path, problem: str, remedy: str):
         self.what, self.problem, self.remedy = str(what), problem, remedy
-        super().__init__(f"{what}: {problem}. {remedy}")
+        super().__init__(printable(f"{what}: {problem}. {remedy}"))
 
 
 class ConfigError(UserError):

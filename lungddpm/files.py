@@ -108,7 +108,7 @@ def link_or_copy(target: Path, link: Path, seen_from: Path | None = None) -> Non
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically; names of files that are not UTF-8 are escaped, as JSON reads them again."""
+    """Write UTF-8 text atomically; what UTF-8 cannot hold is written as `printable` shows it."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -121,7 +121,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a data frame atomically, tab-separated for `.tsv`, else comma-separated; no index column."""
     with atomic_path(path) as temporary:
-        table.to_csv(temporary, index=False, sep="\t" if path.suffix == ".tsv" else ",", lineterminator="\n")
+        separator = "\t" if path.suffix == ".tsv" else ","
+        table.to_csv(temporary, index=False, sep=separator, lineterminator="\n", errors="backslashreplace")
 
 
 def sha256_of(path: Path) -> str:

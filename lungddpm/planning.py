@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from lungddpm.arms.compose import parse_arm
 from lungddpm.arms.splits import ROLES, role_counts
-from lungddpm.config import Config, Segmentation, parse_config, read_values
+from lungddpm.config import Config, Segmentation, load_config
 from lungddpm.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
@@ -180,10 +180,7 @@ def run_plan(
 
 def load_plan_config(*paths: Path) -> Config:
     """A config to plan with: `source.path` may be missing, as no scan is read."""
-    values = read_values(*paths)
-    if isinstance(source := values.get("source", {}), dict):
-        values["source"] = {**source, "path": source.get("path") or "."}
-    return parse_config(values, " + ".join(map(str, paths)))
+    return load_config(*paths, needs_source=False)
 
 
 def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohort:

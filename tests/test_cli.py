@@ -12,6 +12,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lungddpm.cases import read_cases
+
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 
 
@@ -129,6 +131,50 @@ def test_index_refuses_a_source_without_scans(tmp_path, make, message):
     assert message in run.stderr
     assert "Traceback" not in run.stderr
     assert not (tmp_path / "index.tsv").exists()
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """A data set in a home folder: an image without labels."""
+    image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    (tmp_path / "home" / "scans" / "images").mkdir(parents=True)
+    nibabel.save(image, tmp_path / "home" / "scans" / "images" / "a.nii.gz")
+    return tmp_path / "home" / "scans"
+
+
+def test_index_without_a_usable_series_leaves_the_reasons_and_fails(tmp_path, scans):
+    config = config_for(tmp_path, source={"kind": "nifti", "path": str(scans)})
+    run = lungddpm("index", "-c", config, "--output", "index.tsv", cwd=tmp_path)
+    assert run.returncode == 2
+    assert "0 usable patients" in run.stderr
+    (row,) = read_cases(tmp_path / "index.tsv").to_dict("records")
+    assert (row["status"], row["role"]) == ("excluded", "")
+    assert "has no label" in row["reason"]
+
+
+@pytest.mark.parametrize("verb", ["index", "prepare"])
+def test_a_source_on_the_command_line_stands_for_the_one_of_the_config(tmp_path, scans, verb):
+    config = config_for(tmp_path, source={"kind": "nifti"})
+    without = lungddpm(verb, "-c", config, cwd=tmp_path)
+    assert "source.path is needed" in without.stderr
+    run = lungddpm(verb, "-c", config, "--source", scans, cwd=tmp_path)
+    # What is wrong now comes later.
+    assert ("0 usable patients" if verb == "index" else "index.tsv: does not exist") in run.stderr
+
+
+def test_the_home_folder_on_the_command_line_and_in_the_config(tmp_path, scans, monkeypatch):
+    monkeypatch.setenv("HOME", str(scans.parent))
+    for path, option in (("~/scans", ()), ("none", ("--source=~/scans",))):
+        config = config_for(tmp_path, source={"kind": "nifti", "path": path})
+        assert "0 usable patients" in lungddpm("index", "-c", config, *option, cwd=tmp_path).stderr
+
+
+def test_messages_say_where_a_relative_source_is_looked_up(tmp_path):
+    config = config_for(tmp_path, source={"kind": "lidc", "path": "scans"})
+    (tmp_path / "elsewhere").mkdir()
+    run = lungddpm("index", "-c", config, cwd=tmp_path / "elsewhere")
+    assert f"{tmp_path}/elsewhere/scans: is not a folder" in run.stderr
+    assert "a relative path starts in the working directory" in run.stderr
 
 
 def write_pair(folder, name, ct, labels, label_affine=None):

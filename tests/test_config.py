@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -77,6 +78,15 @@ FAULTS = {
     "no test patients": ({"roles": {"test": 0}}, "roles.test"),
     "empty list of patients": ({"roles": {"test": []}}, "roles.test names no patient"),
     "patient in two roles": ({"roles": {"test": ["a"], "discovery": ["a", "b"]}}, "patient a is in roles.discovery"),
+    "patient that YAML takes for a number": (yaml.safe_load("roles: {test: [0010, b]}"), "read as 8, not as text"),
+    "patient that YAML takes for a date": (
+        yaml.safe_load("roles: {test: [2020-01-02]}"),
+        'Quote patient ids, as in ["0',
+    ),
+    "patient that YAML takes for yes": (
+        yaml.safe_load("roles: {reference: [no]}"),
+        "roles.reference: a patient is read",
+    ),
     "shares above all": ({"roles": {"discovery": 0.8, "test": 0.5, "reference": 0.2}}, "more than all patients"),
     "groups do not divide": ({"diffusion": {"denoiser": {"base_channels": 20}}}, "does not divide"),
     "crop with attention": ({"diffusion": {"training": {"crop": 32}}}, "attention: false"),
@@ -105,6 +115,21 @@ FAULTS = {
     "nodules alone without crop": ({"diffusion": {"classes": ["nodule"]}}, "diffusion: classes [nodule] needs"),
     "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),
 }
+
+
+def test_paths_of_the_home_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse_config(
+        {
+            "source": {"kind": "lidc", "path": "~/scans"},
+            "arms": {"external": {"maisi": "~/maisi"}},
+            "image_quality": {"weights": "~/resnet_50.pth"},
+        }
+    )
+    assert config.source.path == tmp_path / "scans"
+    assert config.arms.external == {"maisi": tmp_path / "maisi"}
+    assert config.image_quality.weights == tmp_path / "resnet_50.pth"
+    assert parse_config({"source": {"path": "~nobody-of-this-name/x"}}).source.path == Path("~nobody-of-this-name/x")
 
 
 @pytest.mark.parametrize(("values", "message"), FAULTS.values(), ids=FAULTS)

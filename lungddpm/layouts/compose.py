@@ -27,8 +27,18 @@ from lungddpm.layouts.prior import measure_places
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
 from lungddpm.layouts.vessels import segment_vessels
 from lungddpm.progress import LOG, Progress
-from lungddpm.sources import Scan, module_of, read_index, reason_of
-from lungddpm.volume import AIR_HU, Volume, bounding_box, model_grid, occupancy, resample_image, write_volume
+from lungddpm.sources import Scan, check_folder, module_of, read_index, reason_of
+from lungddpm.volume import (
+    AIR_HU,
+    Volume,
+    bounding_box,
+    is_sheared,
+    model_grid,
+    occupancy,
+    resample_image,
+    resample_upright,
+    write_volume,
+)
 
 LUNG_OCCUPANCY = 0.5
 VESSEL_OCCUPANCY = 0.25
@@ -71,6 +81,10 @@ def build_case(scan: Scan, config: Config) -> Case:
     ct = scan.ct.canonical()
     ct = ct.like(np.maximum(ct.array, AIR_HU))
     nodules = [nodule.canonical(scan.ct) for nodule in find_nodules(scan, config.layouts)]
+    if is_sheared(ct.affine):
+        # Contours are drawn in tilted slices: only their masks can be resampled.
+        nodules = [nodule.upright(ct) for nodule in nodules]
+        ct = resample_upright(ct)
     numbers = number_voxels(nodules, ct.shape)
     labels = None if scan.labels is None else scan.ct.like(scan.labels).canonical().array
     sides = _lungs(ct, labels, nodules, config)
@@ -149,8 +163,7 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
         InputError: the index or the source is missing. A case that cannot be used is no error: its row says why.
     """
     rows = read_index(index).sort_values("status", key=lambda status: status != "ok", kind="stable").iloc[shard::shards]
-    if not source.is_dir():
-        raise InputError(source, "is not a folder", "Set source.path to the folder of the data set.")
+    check_folder(source)
     prepared = []
     with Progress("cases", total=len(rows)) as progress:
         for _, row in rows.iterrows():

@@ -21,7 +21,7 @@ from lungddpm.config import Layouts
 from lungddpm.errors import ExcludedCaseError
 from lungddpm.layouts import Label
 from lungddpm.sources import Annotation, Scan
-from lungddpm.volume import Volume, bounding_box
+from lungddpm.volume import Volume, bounding_box, resample_upright
 
 READERS = 4
 """Readers of LIDC-IDRI: a cluster of more annotations joins several nodules."""
@@ -71,6 +71,14 @@ class Nodule:
         turned = self.volume_in(scan).canonical()
         corner = np.linalg.solve(scan.canonical().affine, turned.affine)[:3, 3]
         return replace(self, corner=tuple(int(first) for first in np.rint(corner)), mask=turned.array)
+
+    def upright(self, scan: Volume) -> Nodule:
+        """The same nodule in the index space of `resample_upright(scan)`, for a scan in its canonical orientation."""
+        mask = np.zeros(scan.shape, bool)
+        self.paste(mask)
+        moved = resample_upright(scan.like(mask), labels=True).array
+        box = bounding_box(moved)
+        return replace(self, corner=tuple(side.start for side in box), mask=moved[box])
 
 
 def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungddpm import cases
-from lungddpm.errors import InputError
+from lungddpm.errors import InputError, printable
 from lungddpm.files import atomic_path, code_fingerprint, fingerprint, write_text
 from lungddpm.progress import LOG
 from lungddpm.volume import Volume
@@ -27,9 +27,10 @@ from lungddpm.volume import Volume
 if TYPE_CHECKING:
     import pandas as pd
 
-INDEX_COLUMNS = [*cases.COLUMNS, "annotations"]
+INDEX_COLUMNS = [*cases.COLUMNS, "annotations", "notes"]
 """The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
-source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known."""
+source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known.
+`notes` (a JSON list) holds what a user should know about a series that can be used."""
 LONGEST_NAME = 64
 """Characters of a case id before what tells it from an equal one; no DICOM identifier may have more."""
 
@@ -49,6 +50,8 @@ class Series:
     annotations: tuple[str, ...] = ()
     excluded: str = ""
     """Why the series cannot be used; empty if it can."""
+    notes: tuple[str, ...] = ()
+    """What a user should know about how it is read, a clause each."""
 
 
 @dataclass(frozen=True)
@@ -167,8 +170,19 @@ def reason_of(fault: InputError, top: Path) -> str:
     """A fault as tables tell it: in one line, files relative to the data set."""
     told = str(fault)
     for root in (top, top.resolve()):
-        told = told.replace(f"{root}/", "")
+        told = told.replace(printable(f"{root}/"), "")
     return " ".join(told.split())
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that the data set's folder is there.
+
+    Raises:
+        InputError: it is not; the message has the whole path, as a relative one starts in the working directory.
+    """
+    if not path.is_dir():
+        remedy = "Set source.path to the folder of the data set; a relative path starts in the working directory."
+        raise InputError(path.absolute(), "is not a folder", remedy)
 
 
 def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]:
@@ -182,13 +196,13 @@ def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]
     Raises:
         InputError: the folder is missing, or holds no series at all.
     """
-    if not path.is_dir():
-        raise InputError(path, "is not a folder", "Set source.path to the folder of the data set.")
+    check_folder(path)
     remembered = Cache(cache, kind)
     found = module_of(kind).find_series(path, remembered)
     remembered.save()
     if not found:
-        raise InputError(path, f"holds no CT series that the source '{kind}' can read", "Check source.path and kind.")
+        problem = f"holds no CT series that the source '{kind}' can read"
+        raise InputError(path.absolute(), problem, "Check source.path and source.kind.")
     rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
     LOG.info("%d of %d series can be used", sum(row["status"] == "ok" for row in rows), len(rows))
     cases.log_excluded(rows)
@@ -197,15 +211,23 @@ def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]
 
 def read_index(path: Path) -> pd.DataFrame:
     """Read an index written by `write_index`."""
-    return cases.read_cases(path)
+    index = cases.read_cases(path)
+    index["path"] = index["path"].map(_with_its_bytes)
+    return index
 
 
 def write_index(path: Path, index: list[dict]) -> None:
     """Write the index as a tab-separated table, atomically. Without pandas, which takes longer than ten headers."""
-    with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, temporary.open("w", **text) as file:
         writer = csv.DictWriter(file, INDEX_COLUMNS, delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(index)
+
+
+def _with_its_bytes(path: str) -> str:
+    """A path of a table as the file system knows it: `printable` undone."""
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda escape: chr(int(escape[1], 16)), path)
 
 
 def _state(files: Iterable[Path]) -> str:
@@ -227,7 +249,7 @@ def _row(kind: str, series: Series) -> dict:
     spacings = dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), series.spacing_mm, strict=True))
     return {
         "case_id": series.case_id,
-        "patient_id": series.patient_id,
+        "patient_id": printable(series.patient_id),
         "source": kind,
         "role": "",
         "series_uid": series.series_uid,
@@ -239,4 +261,5 @@ def _row(kind: str, series: Series) -> dict:
         "path": series.path,
         "sha256": "",
         "annotations": json.dumps(series.annotations),
+        "notes": json.dumps(series.notes),
     }

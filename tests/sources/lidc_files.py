@@ -1,6 +1,7 @@
 """Small DICOM series and reader XML, written as LIDC-IDRI has them, for the tests of what reads them."""
 
 import numpy as np
+from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
 
@@ -44,6 +45,44 @@ def write_series(folder, slices=range(SLICES), **options):
         # File names run against the order of the slices.
         write_slice(folder / f"{90 - k:06d}.dcm", k, **options)
     return folder
+
+
+def item(**elements):
+    dataset = Dataset()
+    for keyword, value in elements.items():
+        setattr(dataset, keyword, value)
+    return dataset
+
+
+def enhance(folder, order=range(SLICES), *, shared_rescale=True, syntax=None, change=lambda dataset: None):
+    """Join the slices of a folder, in this order, into one Enhanced CT file."""
+    files = sorted(folder.glob("*.dcm"), reverse=True)
+    slices = [dcmread(files[k]) for k in order]
+    joined = dcmread(files[0])
+    joined.SOPClassUID = joined.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.5.1.4.1.1.2.1"
+    joined.NumberOfFrames = len(slices)
+    joined.PixelData = b"".join(one.PixelData for one in slices)
+    shared, frames = Dataset(), []
+    shared.PlaneOrientationSequence = [item(ImageOrientationPatient=joined.ImageOrientationPatient)]
+    shared.PixelMeasuresSequence = [item(PixelSpacing=joined.PixelSpacing, SliceThickness="3.0")]
+    for k, one in zip(order, slices, strict=True):
+        groups = item(PlanePositionSequence=[item(ImagePositionPatient=one.ImagePositionPatient)])
+        intercept, slope = (-1024, 1) if shared_rescale else (-1024 - 10 * k, 1 + k)
+        transform = [item(RescaleIntercept=intercept, RescaleSlope=slope, RescaleType="HU")]
+        (shared if shared_rescale else groups).PixelValueTransformationSequence = transform
+        frames.append(groups)
+    joined.SharedFunctionalGroupsSequence, joined.PerFrameFunctionalGroupsSequence = [shared], frames
+    for keyword in (
+        "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "RescaleSlope",
+        "RescaleIntercept",
+    ):  # fmt: skip
+        delattr(joined, keyword)
+    if syntax:
+        joined.compress(syntax)
+    change(joined)
+    for file in files:
+        file.unlink()
+    joined.save_as(folder / "enhanced.dcm")
 
 
 def roi(k, points=SQUARE, series="1.2.3", z=None, inclusion="TRUE"):

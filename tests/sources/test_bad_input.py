@@ -1,5 +1,6 @@
 """Bad scans beside a good one: `index` and `prepare` exclude them with the reason, write nowhere else, and go on."""
 
+import io
 import os
 import shutil
 
@@ -20,9 +21,16 @@ from lidc_files import (
     write_slice,
     xml,
 )  # fmt: skip
-from pydicom import dcmread
+from pydicom import dcmread, dcmwrite
 from pydicom.encaps import encapsulate
-from pydicom.uid import JPEG2000MC, DeflatedExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from pydicom.uid import (
+    JPEG2000MC,
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRBigEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    RLELossless,
+)
 
 from lungddpm.arms.splits import known_patients
 from lungddpm.cases import excluded_alike, read_cases, run_collect
@@ -65,6 +73,11 @@ def spoil_padding(folder):
     dataset.save_as(folder / THIRD)
 
 
+def add_slice_of_its_position(folder):
+    shutil.copy(folder / THIRD, folder / "copy.dcm")
+    rewrite(folder / "copy.dcm", PixelData=bytes(2 * ROWS * COLUMNS))
+
+
 def mix_in_a_broken_series(folder):
     write_series(folder / "new", slices=[0, 1, 3], series="8.8", patient="P-mixed")
     for file in (folder / "new").iterdir():
@@ -96,16 +109,16 @@ FAULTS = {
         lambda f: truncate(f / THIRD, 0.9), {"syntax": RLELossless}, f"prepare:{THIRD}: pixels cannot be decoded",
     ),
     "missing slice": (lambda f: (f / THIRD).unlink(), {}, "1 slice(s) missing between"),
-    "doubled slice": (lambda f: shutil.copy(f / THIRD, f / "copy.dcm"), {}, "are slices of one position"),
+    "doubled slice": (add_slice_of_its_position, {}, "are slices of one position that differ"),
     "wrong modality": (lambda f: None, {"Modality": "MR"}, "is no CT (modality MR)"),
     "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is no CT (modality CT, PT)"),
     "no pixel data": (lambda f: rewrite(f / THIRD, PixelData=None), {}, f"{THIRD}: has no pixel data"),
     "no pixel data, implicit": (
         lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
     ),
-    "no decoder": (compress_unreadably, {}, "no decoder is installed for its compression, JPEG 2000 Part 2"),
-    "deflated": (
-        lambda f: None, {"syntax": DeflatedExplicitVRLittleEndian}, ".dcm: is deflated, and could unpack to any size",
+    "no decoder": (compress_unreadably, {}, "a transfer syntax that cannot be decoded, JPEG 2000 Part 2"),
+    "cut short, deflated": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": DeflatedExplicitVRLittleEndian}, f"{THIRD}: is cut short",
     ),
     "a file of any size": (lambda f: os.truncate(f / THIRD, 2**40), {}, f"{THIRD}: is larger than the 64 MiB"),
     "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is cut short, or lacks its Series"),
@@ -212,6 +225,79 @@ def test_what_is_no_slice_does_no_harm(tmp_path):
     assert not series.excluded
     assert "pipe.xml: is no file" in pipe.excluded
     np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
+
+
+def strip(file, to, syntax=ImplicitVRLittleEndian, prefix=b"", meta=False):
+    """Write a slice again without preamble and meta information, as old exports are."""
+    dataset = dcmread(file)
+    rows = np.frombuffer(dataset.PixelData, "<i2")
+    dataset.PixelData = rows.astype(">i2" if syntax == ExplicitVRBigEndian else "<i2").tobytes()
+    dataset.file_meta.TransferSyntaxUID = syntax
+    bare = io.BytesIO()
+    dcmwrite(bare, dataset, implicit_vr=syntax == ImplicitVRLittleEndian, little_endian=syntax != ExplicitVRBigEndian)
+    content = bare.getvalue()
+    if not meta:
+        at = content.index(b"\x08\x00\x05\x00" if syntax != ExplicitVRBigEndian else b"\x00\x08\x00\x05")
+        content = content[at:]
+    else:
+        content = content[132:]
+    file.unlink()
+    to.write_bytes(prefix + content)
+    assert to.read_bytes()[128:132] != b"DICM"
+
+
+BARE = [ImplicitVRLittleEndian, ExplicitVRLittleEndian, ExplicitVRBigEndian]
+
+
+@pytest.mark.parametrize("name", ["{k}.dcm", "IM{k:04d}", "{k}.IMA", "slice.{k}"])
+@pytest.mark.parametrize("syntax", BARE)
+def test_slices_without_preamble_are_read(tmp_path, syntax, name):
+    folder = write_case(tmp_path, SpecificCharacterSet="ISO_IR 100")
+    for k, file in enumerate(sorted(folder.glob("*.dcm"))):
+        strip(file, folder / name.format(k=k), syntax)
+    assert (only(tmp_path).excluded, only(tmp_path).patient_id) == ("", "P-01")
+    np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
+
+
+@pytest.mark.parametrize("prefix", [b"", b"DICM", bytes(128), b"meta"])
+def test_a_single_slice_without_preamble_or_prefix_is_read(tmp_path, prefix):
+    folder = write_case(tmp_path, SpecificCharacterSet="ISO_IR 100")
+    if prefix == b"meta":
+        strip(folder / THIRD, folder / "IM3", ExplicitVRLittleEndian, meta=True)
+    else:
+        strip(folder / THIRD, folder / "IM3", ExplicitVRLittleEndian, prefix)
+    assert not only(tmp_path).excluded
+    np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
+
+
+def test_a_file_without_preamble_that_begins_with_another_element(tmp_path):
+    folder = write_case(tmp_path)
+    for file in folder.glob("*.dcm"):
+        dataset = dcmread(file)
+        # The first element is ImageType here, not the character set.
+        dataset.ImageType = ["ORIGINAL", "PRIMARY", "AXIAL"]
+        dataset.save_as(file)
+        content = file.read_bytes()
+        file.with_suffix("").write_bytes(content[content.index(b"\x08\x00\x08\x00CS") :])
+        file.unlink()
+    np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
+
+
+def test_a_slice_without_preamble_that_is_cut_short_is_named(tmp_path):
+    folder = write_case(tmp_path, SpecificCharacterSet="ISO_IR 100")
+    strip(folder / THIRD, folder / "IM3")
+    truncate(folder / "IM3", 0.9)
+    assert "IM3: is cut short" in only(tmp_path).excluded
+
+
+def test_other_files_without_extension_are_not_slices(tmp_path):
+    folder = write_case(tmp_path)
+    (folder / "README").write_text("slices")
+    (folder / "zeros").write_bytes(bytes(4096))
+    (folder / "short").write_bytes(b"\x08\x00")
+    (folder / "numbers").write_bytes(bytes(range(256)) * 8)
+    (folder / "VERSION").write_bytes(b"\x08\x00\x08\x00" + b"\xff" * 40)
+    assert not only(tmp_path).excluded
 
 
 def test_a_link_to_nowhere_is_a_slice_that_cannot_be_read(tmp_path):

@@ -53,6 +53,10 @@ def replace_slice(folder):
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
 
 
+def add_slice_of_its_position(folder):
+    write_slice(folder / "copy.dcm", 2, series="1.2.2", patient="P-02", RescaleSlope=2)
+
+
 def add_reads(folder):
     (folder / "more.xml").write_text(xml("", nodule(roi(3)) + nodule(roi(0)), series="1.2.2"))
 
@@ -64,7 +68,7 @@ def spoil_reads(folder):
 CHANGES = {
     "replaced slice": (replace_slice, "do not name one patient"),
     "deleted slice": (lambda folder: (folder / "000088.dcm").unlink(), "1 slice(s) missing"),
-    "new slice": (lambda folder: shutil.copy(folder / "000088.dcm", folder / "copy.dcm"), "slices of one position"),
+    "new slice": (lambda f: add_slice_of_its_position(f), "slices of one position"),
     "deleted reads": (lambda folder: (folder / "reads.xml").unlink(), "no reader XML"),
     "changed reads": (spoil_reads, "cannot be read as LIDC XML"),
     "new reads": (add_reads, ""),
@@ -84,6 +88,21 @@ def test_every_change_is_seen(tree, change, monkeypatch):
     assert (rows[0], rows[2], rows[3]) == (before[0], before[2], before[3])
     assert reason in rows[1]["reason"]
     assert rows[1] != before[1]
+
+
+def test_copies_are_compared_once_and_again_when_one_changes(tree, monkeypatch):
+    (folder,) = (tree / "data" / "P-02").glob("*/*")
+    copy = shutil.copytree(folder, tree / "data" / "P-02" / "copy" / "1.2.2")
+    first = index(tree)
+    assert first[1]["status"] == "ok"
+    assert "copy/1.2.2" in first[1]["notes"]
+    read = count_reads(monkeypatch, (lidc.slices, "_read_header"), (lidc.readings, "_bytes_of"))
+    assert index(tree) == first
+    assert read == []
+    write_slice(copy / "000088.dcm", 2, series="1.2.2", patient="P-02", RescaleSlope=2)
+    rows = index(tree)
+    assert rows == index_source("lidc", tree / "data")
+    assert "spread over 2 folders" in rows[1]["reason"]
 
 
 def test_images_that_arrive_later_find_their_reads(tree):

@@ -133,6 +133,33 @@ def test_erratum_replaces_what_it_corrects(tmp_path):
     assert (annotation.reader, annotation.contours[0].slice_index) == (1, 3)
 
 
+def reads(*sessions, message="77"):
+    return xml(*sessions).replace("<SeriesInst", f"<MessageId>{message}</MessageId><SeriesInst", 1)
+
+
+FIRST_READ = reads(nodule(roi(1)), nodule(roi(1)) + nodule(roi(3)), nodule(roi(2)), "")
+OTHER_READS = {
+    "withdraws a nodule": (reads(nodule(roi(1)), nodule(roi(1)), nodule(roi(2)), ""), ["a.xml"]),
+    "withdraws two nodules": (reads("", nodule(roi(1)), nodule(roi(2)), ""), ["a.xml"]),
+    "is the same": (FIRST_READ, ["a.xml", "z.xml"]),
+    "changes a nodule": (
+        reads(nodule(roi(1)), nodule(roi(1)) + nodule(roi(2)), nodule(roi(2)), ""), ["a.xml", "z.xml"],
+    ),
+    "is another message": (reads(nodule(roi(1)), nodule(roi(1)), "", "", message="78"), ["a.xml", "z.xml"]),
+    "has other sessions": (reads(nodule(roi(1)), nodule(roi(1))), ["a.xml", "z.xml"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("other", OTHER_READS)
+def test_a_message_sent_again_without_a_nodule_replaces_the_first(tmp_path, other):
+    text, in_force = OTHER_READS[other]
+    folder = write_case(tmp_path)
+    (folder / "reads.xml").unlink()
+    (folder / "z.xml").write_text(FIRST_READ)
+    (folder / "a.xml").write_text(text)
+    assert [name.rpartition("/")[2] for name in only(tmp_path).annotations] == in_force
+
+
 BOMB = '<!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;&a;">]><LidcReadMessage>&b;</LidcReadMessage>'
 
 
@@ -175,6 +202,12 @@ def drop_reads(folder):
     (folder / "reads.xml").unlink()
 
 
+def split(folder, rest):
+    rest.mkdir()
+    for name in ("000086.dcm", "000087.dcm"):
+        (folder / name).rename(rest / name)
+
+
 def as_radiograph(folder):
     for k in range(SLICES):
         write_slice(folder / f"{90 - k:06d}.dcm", k, Modality="DX")
@@ -182,15 +215,12 @@ def as_radiograph(folder):
 
 FAULTS = {
     "missing slice": (lambda f: (f / "000088.dcm").unlink(), "1 slice(s) missing between 000089.dcm and 000087.dcm"),
-    "doubled slice": (lambda f: shutil.copy(f / "000088.dcm", f / "copy.dcm"), "are slices of one position"),
+    "doubled slice": (
+        lambda f: write_slice(f / "copy.dcm", 2, RescaleIntercept=-1000),
+        "are slices of one position that differ",
+    ),
     "irregular": (lambda f: write_slice(f / "000090.dcm", 0, ImagePositionPatient=[-20, -30, -40.7]), "3.2 mm apart"),
     "two orientations": (lambda f: write_slice(f / "x.dcm", 1, axes=UPRIGHT[:, [0, 2, 1]]), "differs in orientation"),
-    "tilted gantry": (
-        lambda f: [
-            write_slice(f / f"{90 - k:06d}.dcm", k, ImagePositionPatient=[0, k * 1.0, k * 2.5]) for k in range(SLICES)
-        ],
-        "shifted sideways",
-    ),
     "two patients": (lambda f: write_slice(f / "000090.dcm", 0, patient="P-02"), "do not name one patient"),
     "cut short": (lambda f: cut(f, -1), "000088.dcm: is cut short"),
     "cut in the header": (lambda f: cut(f, 600), "000088.dcm: has no pixel data, or is cut short"),
@@ -201,7 +231,7 @@ FAULTS = {
         lambda f: (f / "reads.xml").write_text(xml(root="IdriReadMessage")),
         "reads of a chest radiograph",
     ),
-    "two folders": (lambda f: shutil.copytree(f, f.parent / "again"), "spread over 2 folders"),
+    "two folders": (lambda f: split(f, f.parent / "rest"), "spread over 2 folders"),
     "single slice": (lambda f: [(f / f"{90 - k:06d}.dcm").unlink() for k in range(1, SLICES)], "single slice"),
 }
 
@@ -375,13 +405,16 @@ def test_sessions_of_the_release_number_the_readers(shared_data, file, sessions)
     assert max(mark.reader for mark in lidc.read_xml(shared_data / "lidc-xml" / file).marks) < 4
 
 
-def index_beside(top, shared_data, patient, *names):
-    """The row of a series that these files of the release name, its slices small ones made here."""
+def index_beside(top, shared_data, patient, *names, as_=None):
+    """The row of a series that these files of the release name, its slices small ones made here.
+
+    `as_`: other names for the files.
+    """
     uid = lidc.read_xml(shared_data / "lidc-xml" / names[0]).series_uid
     folder = write_series(top / patient / uid, series=uid, patient=patient)
     (top / "tcia-lidc-xml").mkdir()
-    for name in names:
-        shutil.copy(shared_data / "lidc-xml" / name, top / "tcia-lidc-xml")
+    for name, other in zip(names, as_ or names, strict=True):
+        shutil.copy(shared_data / "lidc-xml" / name, top / "tcia-lidc-xml" / other)
     (row,) = index_source("lidc", top)
     assert row["path"] == folder.relative_to(top).as_posix()
     return row
@@ -393,6 +426,14 @@ def test_the_published_erratum_replaces_the_bogus_contour(shared_data, tmp_path)
     both = index_beside(tmp_path / "b", shared_data, "LIDC-IDRI-0101", "157-161.xml", "erratum-157-161.xml")
     assert json.loads(original["annotations"]) == ["tcia-lidc-xml/157-161.xml"]
     assert json.loads(both["annotations"]) == ["tcia-lidc-xml/erratum-157-161.xml"]
+    # Whatever the files are called, in either order.
+    for first, second in [("157.xml", "161-resubmitted-correction-3-9-12.xml"), ("b.xml", "a.xml")]:
+        top = tmp_path / second
+        row = index_beside(
+            top, shared_data, "LIDC-IDRI-0101", "157-161.xml", "erratum-157-161.xml", as_=(first, second)
+        )
+        assert json.loads(row["annotations"]) == [f"tcia-lidc-xml/{second}"]
+        assert row["n_nodules"] == 1
     bogus, *_ = lidc.read_xml(shared_data / "lidc-xml" / "157-161.xml").marks
     assert (bogus.reader, len(bogus.outlines)) == (0, 23)
 

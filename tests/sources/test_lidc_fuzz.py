@@ -1,15 +1,27 @@
 """The readers on mutated files: they raise nothing but errors for users, in bounded time and memory."""
 
+import contextlib
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import imagecodecs
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lidc_files import STORED, nodule, roi, write_case, write_series, xml
-from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless
+from lidc_files import STORED, enhance, nodule, roi, write_case, write_series, xml
+from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import (
+    DeflatedExplicitVRLittleEndian,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEG2000Lossless,
+    JPEGLosslessSV1,
+    RLELossless,
+)
 
 from lungddpm.config import Layouts
 from lungddpm.errors import ExcludedCaseError, InputError
@@ -211,6 +223,47 @@ def test_mutated_slices(syntax, tmp_path_factory):
     check()
     # Not more: which examples hypothesis draws depends on the modules that other tests have loaded.
     assert any(told)
+
+
+@pytest.mark.parametrize("kind", ["multi-frame", "JPEG 2000", "JPEG Lossless", "deflated", "bare"])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_mutated_slices_of_other_kinds(kind, tmp_path_factory):
+    top = tmp_path_factory.mktemp("slices")
+    folder = write_case(top, syntax=DeflatedExplicitVRLittleEndian if kind == "deflated" else ExplicitVRLittleEndian)
+    if kind == "multi-frame":
+        enhance(folder)
+    slices = sorted(top.rglob("*.dcm"))
+    if kind.startswith("JPEG"):
+        for file in slices:
+            code(file, *CODECS[kind])
+    mutant = slices[len(slices) // 2]
+    original = mutant.read_bytes()[132:] if kind == "bare" else mutant.read_bytes()
+
+    @settings(QUICK, max_examples=40)
+    @given(st.data())
+    def check(data):
+        mutate = data.draw(st.sampled_from([flip, delete, double, truncate]))
+        mutant.write_bytes(mutate(data.draw, original))
+        row, *_ = index_source("lidc", top)
+        with contextlib.suppress(ExcludedCaseError):
+            lidc.load_scan(top, row)
+
+    check()
+
+
+CODECS = {
+    "JPEG 2000": (JPEG2000Lossless, imagecodecs.jpeg2k_encode, {"codecformat": "j2k", "reversible": True}),
+    "JPEG Lossless": (JPEGLosslessSV1, imagecodecs.jpeg8_encode, {"lossless": True, "bitspersample": 16}),
+}
+
+
+def code(file, syntax, encode, options):
+    """Compress one slice."""
+    dataset = dcmread(file)
+    dataset.PixelData = encapsulate([encode(dataset.pixel_array.astype(np.uint16), **options)])
+    dataset["PixelData"].VR = "OB"
+    dataset.file_meta.TransferSyntaxUID = syntax
+    dataset.save_as(file)
 
 
 SIZE_BYTES = 2 << 20

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,12 +21,16 @@ from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.files import fingerprint
 from lungddpm.progress import Progress
 from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
+from lungddpm.sources.lidc.pixels import can_be_decoded, hounsfield, name_of_syntax
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
-from lungddpm.sources.lidc.slices import Header, can_be_decoded, hounsfield, name_of_syntax, read_headers, stack_of
+from lungddpm.sources.lidc.slices import Header, read_headers, stack_of
 from lungddpm.volume import Volume
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+_CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,8 @@ class _Part:
     spacing_mm: Sequence[float]
     fault: str
     """Why these slices are no scan; empty if they are."""
+    notes: Sequence[str]
+    """What was left out of them, and why."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,14 @@ class _Marked:
     is_ct: bool
     marks: list[list]
     """Reader and a hash of the outlines of every mark."""
+    message: str
+    sessions: int
+    """See `Reads`."""
+
+    def withdraws_from(self, other: _Marked) -> bool:
+        """Whether this is the same message as the other, sent again without some of its nodules."""
+        same_message = self.message and (self.message, self.sessions) == (other.message, other.sessions)
+        return bool(same_message) and {*map(tuple, self.marks)} < {*map(tuple, other.marks)}
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ def find_series(path: Path, cache: Cache) -> list[Series]:
     parts, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
     nameless |= damaged
     reads = _read_annotations(path, xml_files, parts, cache)
+    parts = {uid: _keep_one_copy(path, of_series, cache) for uid, of_series in parts.items()}
     found = [
         _describe(uid, of_series, nameless, _in_force(reads.of_series.get(uid, {})), reads.faults.get(uid, ""))
         for uid, of_series in parts.items()
@@ -103,27 +119,33 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         ExcludedCaseError: slices are missing, doubled or damaged, or the XML does not fit them.
     """
     folder = path / case["path"]
-    slices, fault = read_headers(file for file in sorted(folder.glob("*")) if file.is_file())
+    slices, fault = read_headers(_files_in(folder))
     if fault is not None:
         raise fault
     if case["series_uid"] not in slices:
         raise ExcludedCaseError(folder, f"no longer holds series {case['series_uid']}", "Index the data set again.")
     stack = stack_of(slices[case["series_uid"]])
-    first = hounsfield(stack.headers[0].path, stack.size[1::-1])
+    slices_hu = hounsfield(stack.headers, stack.size[1::-1])
+    first = next(slices_hu)
     # Only now: a damaged header could ask for more memory than there is. Fortran order keeps a slice in one piece, here
     # and in the NIfTI file.
     array = np.empty(stack.size, np.int16, order="F")
     array[:, :, 0] = first.T
-    for k, header in enumerate(stack.headers[1:], start=1):
-        array[:, :, k] = hounsfield(header.path, stack.size[1::-1]).T
+    for k, slice_hu in enumerate(slices_hu, start=1):
+        array[:, :, k] = slice_hu.T
     xml_files = [path / name for name in json.loads(case["annotations"])]
     marks = merged([_read_or_exclude(file) for file in xml_files])
     return Scan(
         ct=Volume(array, stack.affine),
         annotations=tuple(in_scan(mark, stack, xml_files[0]) for mark in marks),
         slice_thickness_mm=stack.thickness_mm,
-        files=(*(header.path for header in stack.headers), *xml_files),
+        files=(*dict.fromkeys(header.path for header in stack.headers), *xml_files),
+        notes=tuple(json.loads(case.get("notes") or "[]")),
     )
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*")) if file.is_file()]
 
 
 def _files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
@@ -187,10 +209,10 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
 
 
 def _part(top: Path, headers: list[Header]) -> _Part:
-    size, spacing_mm, fault = (0, 0, 0), (0.0, 0.0, 0.0), ""
+    size, spacing_mm, fault, notes = (0, 0, 0), (0.0, 0.0, 0.0), "", ()
     try:
         stack = stack_of(headers)
-        size, spacing_mm = stack.size, stack.spacing_mm
+        size, spacing_mm, notes = stack.size, stack.spacing_mm, stack.notes
     except ExcludedCaseError as error:
         fault = reason_of(error, top)
     return _Part(
@@ -202,7 +224,37 @@ def _part(top: Path, headers: list[Header]) -> _Part:
         size=size,
         spacing_mm=spacing_mm,
         fault=fault,
+        notes=notes,
     )
+
+
+def _keep_one_copy(top: Path, parts: list[_Part], cache: Cache) -> list[_Part]:
+    """The parts of one series; of a series whose folders are copies of each other, the first complete one."""
+    if len(parts) == 1 or len({patient for part in parts for patient in part.patients}) > 1:
+        return parts
+    folders = [part.folder for part in parts]
+    files = [file for folder in folders for file in _files_in(top / folder)]
+    number = cache.recall(f"copies in {json.dumps(folders)}", files, lambda: _complete_copy(top, parts))
+    if number is None:
+        return parts
+    note = f"copies of these slices elsewhere were left out ({', '.join(f for f in folders if f != folders[number])})"
+    return [replace(parts[number], notes=[*parts[number].notes, note])]
+
+
+def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
+    """The number of the first part that holds all slices of the others, with equal content."""
+    of_part = [read_headers(_files_in(top / part.folder))[0].get(part.series_uid, []) for part in parts]
+    for number, part in enumerate(parts):
+        if part.fault:
+            continue
+        try:
+            size = stack_of(of_part[number]).size
+            others = [headers for other, headers in enumerate(of_part) if other != number]
+            if all(stack_of(of_part[number] + headers).size == size for headers in others):
+                return number
+        except ExcludedCaseError:
+            continue
+    return None
 
 
 def _describe(
@@ -230,6 +282,7 @@ def _describe(
         path=first.folder,
         annotations=tuple(ct_reads),
         excluded=_fault_of_slices(parts, nameless) or unreadable or _fault_of_reads(first.folder, reads, ct_reads),
+        notes=tuple(first.notes),
     )
 
 
@@ -247,8 +300,8 @@ def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
         return f"{folders[0]}: the slices do not name one patient (PatientID). Mend the headers."
     if undecodable := next((syntax for syntax in parts[0].syntaxes if not can_be_decoded(syntax)), ""):
         return (
-            f"{folders[0]}: no decoder is installed for its compression, {name_of_syntax(undecodable)}. "
-            "Install python-gdcm, or pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg."
+            f"{folders[0]}: is in a transfer syntax that cannot be decoded, {name_of_syntax(undecodable)}. "
+            "Convert it, e.g. to JPEG 2000."
         )
     return parts[0].fault
 
@@ -313,13 +366,18 @@ def _marked(file: Path) -> dict:
         [mark.reader, fingerprint([[o.sop_uid, o.z_mm, o.inclusion, o.points] for o in mark.outlines])[:16]]
         for mark in read.marks
     ]
-    return asdict(_Marked(read.series_uid, read.is_ct, marks))
+    return asdict(_Marked(read.series_uid, read.is_ct, marks, read.message, read.sessions))
 
 
 def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
-    """The files that count: a published erratum replaces what it corrects (LIDC-IDRI-0101 has one)."""
-    errata = {file: read for file, read in reads.items() if "erratum" in Path(file).name.lower()}
-    return errata or reads
+    """The files that count: a correction replaces what it corrects.
+
+    LIDC-IDRI-0101 has one, `161-resubmitted-correction-3-9-12.xml`. Its header is that of the file that it corrects;
+    what differs is that a nodule is gone.
+    """
+    named = {file: read for file, read in reads.items() if _CORRECTION.search(Path(file).name)}
+    left = named or reads
+    return {file: read for file, read in left.items() if not any(other.withdraws_from(read) for other in left.values())}
 
 
 def _read_or_exclude(path: Path) -> Reads:

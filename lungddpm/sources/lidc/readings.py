@@ -13,7 +13,8 @@ import numpy as np
 
 from lungddpm.errors import ExcludedCaseError, InputError
 from lungddpm.sources import Annotation, Contour
-from lungddpm.sources.lidc.slices import COPY_AGAIN, LARGEST_NUMBER, Stack
+from lungddpm.sources.lidc.dicom import COPY_AGAIN
+from lungddpm.sources.lidc.slices import LARGEST_NUMBER, Stack
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
@@ -52,6 +53,10 @@ class Reads:
     is_ct: bool
     """False for the reads of a chest radiograph."""
     marks: tuple[Mark, ...]
+    message: str = ""
+    """What identifies the message that the file holds; empty if nothing does. A correction keeps it."""
+    sessions: int = 0
+    """Reading sessions, with and without nodules of at least 3 mm."""
 
 
 def read_xml(path: Path) -> Reads:
@@ -96,7 +101,9 @@ def in_scan(mark: Mark, stack: Stack, origin: Path) -> Annotation:
     Raises:
         ExcludedCaseError: a contour lies on no slice, or outside the matrix.
     """
-    slice_of = {header["SOPInstanceUID"]: k for k, header in enumerate(stack.headers)}
+    uids = [header["SOPInstanceUID"] for header in stack.headers]
+    # Frames of one file share its UID, which then tells none of them.
+    slice_of = {uid: k for k, uid in enumerate(uids)} if len(set(uids)) == len(uids) else {}
     z_mm = stack.positions_mm[:, 2]
     contours = []
     for outline in mark.outlines:
@@ -152,7 +159,8 @@ def _parse_xml(data: bytes, path: Path) -> Reads:
         raise InputError(path, problem, COPY_AGAIN) from None
     if root.tag in (_CT, _RADIOGRAPH) and not uid.strip():
         raise InputError(path, "cannot be read as LIDC XML (it names no series)", COPY_AGAIN)
-    return Reads(uid.strip(), root.tag == _CT, tuple(marks))
+    message = "" if header is None else (header.findtext("MessageId") or "").strip()
+    return Reads(uid.strip(), root.tag == _CT, tuple(marks), message, len(root.findall("readingSession")))
 
 
 def _tree(data: bytes) -> Element:

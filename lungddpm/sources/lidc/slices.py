@@ -1,11 +1,14 @@
-"""Slices: DICOM headers, the stack that a series' slices make, and their pixels in HU."""
+"""Slices: DICOM headers, and the stack that a series' slices make."""
 
 from __future__ import annotations
 
+import filecmp
+import math
 import os
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -13,19 +16,35 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from lungddpm.errors import ExcludedCaseError
-from lungddpm.volume import AIR_HU
+from lungddpm.sources.lidc.dicom import (
+    COPY_AGAIN,
+    EXPLICIT_LITTLE_ENDIAN,
+    LARGEST_MULTIFRAME_BYTES,
+    LARGEST_SLICE_BYTES,
+    LONG_REPRESENTATIONS,
+    begin,
+    frame_value,
+    read_dataset,
+    text_of,
+)
+from lungddpm.sources.lidc.pixels import hounsfield
+from lungddpm.volume import LARGEST_VOXELS, Volume, is_sheared, upright_grid
 
 if TYPE_CHECKING:
     import pydicom
 
-COPY_AGAIN = "Download or copy the file anew."
 LARGEST_NUMBER = 1e6
 """Beyond every true position (mm), size and direction, and far from where arithmetic overflows."""
 POSITION_TOLERANCE = 0.01
-"""How far a slice may lie from its place, as a share of the slice spacing."""
+"""How far a slice may lie from its place, as a share of the slice spacing, beyond what rounding explains."""
+IN_PLANE_TOLERANCE = 1e-4
+"""How far orientation, pixel spacing and matrix of two slices may differ."""
 
 _TAGS = {
     0x00020010: "TransferSyntaxUID",
+    0x00080005: "SpecificCharacterSet",
+    0x00080008: "ImageType",
+    0x00080016: "SOPClassUID",
     0x00080018: "SOPInstanceUID",
     0x00080060: "Modality",
     0x00100020: "PatientID",
@@ -33,17 +52,31 @@ _TAGS = {
     0x0020000E: "SeriesInstanceUID",
     0x00200032: "ImagePositionPatient",
     0x00200037: "ImageOrientationPatient",
+    0x00280008: "NumberOfFrames",
     0x00280010: "Rows",
     0x00280011: "Columns",
     0x00280030: "PixelSpacing",
 }
+_IN_FUNCTIONAL_GROUPS = {
+    "ImagePositionPatient": ("PlanePositionSequence", "ImagePositionPatient"),
+    "ImageOrientationPatient": ("PlaneOrientationSequence", "ImageOrientationPatient"),
+    "PixelSpacing": ("PixelMeasuresSequence", "PixelSpacing"),
+    "SliceThickness": ("PixelMeasuresSequence", "SliceThickness"),
+    "ImageType": ("CTImageFrameTypeSequence", "FrameType"),
+    # The slice that a frame was before slices were joined: readers' XML names it.
+    "SOPInstanceUID": ("ConversionSourceAttributesSequence", "ReferencedSOPInstanceUID"),
+}
+"""Where a multi-frame file keeps what a slice has in its header."""
+_FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _PIXEL_DATA = 0x7FE00010
-_IMPLICIT_LITTLE_ENDIAN, _EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
-_DEFLATED = "1.2.840.10008.1.2.1.99"
-_LONG_REPRESENTATIONS = {b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV"}
+_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _HEADER_BYTES = 8192
-_LARGEST_SLICE_BYTES = 64 * 2**20
-"""Twice those of 4096 x 4096 pixels; bounds what a compressed file can unpack to."""
+_SHOWN_FILES = 3
+_GREATEST_TILT = 45
+"""Degrees; scanners tilt by 30 at most."""
+_MOST_DECIMALS = 6
+_EQUAL_MM = 1e-7
+_ROUNDS = 40
 
 
 @dataclass(frozen=True)
@@ -54,9 +87,18 @@ class Header:
     elements: dict[str, str]
     fault: str = ""
     """What is wrong with the file beyond its header, as a clause."""
+    frame: int = 0
+    """Which image of the file it is."""
+    frames: int = 1
+    """How many images the file has."""
 
     def __getitem__(self, keyword: str) -> str:
         return self.elements.get(keyword, "")
+
+    @property
+    def name(self) -> str:
+        """The slice in messages."""
+        return self.path.name if self.frames == 1 else f"frame {self.frame + 1} of {self.path.name}"
 
     def numbers(self, keyword: str, count: int) -> list[float]:
         """The element as so many numbers.
@@ -81,9 +123,12 @@ class Stack:
     """Ascending along the slice normal."""
     size: tuple[int, int, int]
     affine: np.ndarray
+    """Sheared where the gantry was tilted: slices are then shifted sideways."""
     positions_mm: np.ndarray
     """(slices, 3) LPS: where the first pixel of each slice lies."""
     thickness_mm: float | None
+    notes: tuple[str, ...] = ()
+    """What was left out, a clause each."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -97,60 +142,71 @@ def read_headers(files: Iterable[Path]) -> tuple[dict[str, list[Header]], Exclud
     first = None
     for path in files:
         try:
-            header = _read_header(path)
+            headers = _read_header(path)
         except ExcludedCaseError as fault:
             first = first or fault
         else:
-            if header is not None:
+            for header in headers:
                 slices[header["SeriesInstanceUID"]].append(header)
     return slices, first
 
 
-def _read_header(path: Path) -> Header | None:
-    """The header of one slice; None for a file that is no DICOM image.
+def _read_header(path: Path) -> list[Header]:
+    """The header of every image in a file; none for a file that is not a DICOM image.
 
     Raises:
         ExcludedCaseError: a DICOM file that does not tell its series.
     """
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
-        return None
+        return []
     try:
         # Opening a named pipe would wait for ever.
         if not path.is_file() and path.exists():
-            return None
+            return []
         with path.open("rb") as file:
             start = file.read(_HEADER_BYTES)
             size = os.fstat(file.fileno()).st_size
-            if start[128:132] != b"DICM":
+            if begin(start) is None:
                 if path.suffix.lower() == ".dcm":
                     raise ExcludedCaseError(path, "is empty or no DICOM file", COPY_AGAIN)
-                return None
-            elements, end = _explicit_elements(start) or _elements_by_pydicom(path, file)
+                return []
+            if quick := _explicit_elements(start):
+                images, fault, end, unpacked = [quick[0]], "", quick[1], size
+            else:
+                images, fault, end, unpacked = _elements_by_pydicom(path, file)
     except OSError as error:
         raise ExcludedCaseError(path, f"cannot be read ({error.strerror})", "Check the file and its rights.") from None
-    if size > _LARGEST_SLICE_BYTES:
+    largest = LARGEST_SLICE_BYTES if len(images) == 1 else LARGEST_MULTIFRAME_BYTES
+    if size > largest:
         raise ExcludedCaseError(
-            path, f"is larger than the {_LARGEST_SLICE_BYTES >> 20} MiB that a slice can take", "Check what it is."
+            path, f"is larger than the {largest >> 20} MiB that a slice can take", "Check what it is."
         )
-    if not elements.get("SeriesInstanceUID"):
+    if not images[0].get("SeriesInstanceUID"):
         raise ExcludedCaseError(path, "is cut short, or lacks its SeriesInstanceUID", COPY_AGAIN)
-    fault = "has no pixel data, or is cut short before them" if end is None else "is cut short" if end > size else ""
-    return Header(path, elements, fault)
+    if len(images) == 1 and unpacked is None:
+        fault = f"unpacks to more than the {largest >> 20} MiB that a slice can take"
+    elif end is None:
+        fault = fault or "has no pixel data, or is cut short before them"
+    elif unpacked is not None and end > unpacked:
+        fault = fault or "is cut short"
+    return [Header(path, elements, fault, frame, len(images)) for frame, elements in enumerate(images)]
 
 
 def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None:
     """The elements of `_TAGS` and where the pixel data end, from the first bytes of a file (DICOM PS3.5, 7.1.2).
 
-    The end is None in a file without pixel data. Only for plain explicit-VR little-endian files, as nearly all of
-    LIDC-IDRI are; None for others. The data set has 244,527 slices: importing pydicom and reading as many headers with
-    it takes ten times as long.
+    The end is None in a file without pixel data. Only for plain explicit-VR little-endian files of one image, as
+    nearly all of LIDC-IDRI are; None for others. The data set has 244,527 slices: importing pydicom and reading as
+    many headers with it takes ten times as long.
     """
+    if start[128:132] != b"DICM":
+        return None
     elements: dict[str, str] = {}
     at = 132
     while at + 12 <= len(start):
         group, element, representation, length = struct.unpack_from("<HH2sH", start, at)
         at += 8
-        if representation in _LONG_REPRESENTATIONS:
+        if representation in LONG_REPRESENTATIONS:
             (length,) = struct.unpack_from("<I", start, at)
             at += 4
         tag = group << 16 | element
@@ -158,56 +214,75 @@ def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None
             return None
         if tag == _PIXEL_DATA:
             return elements, at + length
-        if tag in _TAGS:
+        if (name := _TAGS.get(tag)) is not None:
             value = start[at : at + length]
-            numeric = representation == b"US"
-            elements[_TAGS[tag]] = (
-                str(int.from_bytes(value, "little")) if numeric else value.decode("latin-1").strip(" \0")
-            )
-            if tag == 0x00020010 and elements["TransferSyntaxUID"] != _EXPLICIT_LITTLE_ENDIAN:
+            if representation == b"US":
+                elements[name] = str(int.from_bytes(value, "little"))
+            elif name == "PatientID":
+                elements[name] = text_of(value, elements.get("SpecificCharacterSet", ""))
+            else:
+                elements[name] = value.decode("latin-1").strip(" \0")
+            if tag == 0x00020010 and elements[name] != EXPLICIT_LITTLE_ENDIAN:
                 return None
+            if tag == 0x00280008 and elements[name] not in ("", "1"):
+                return None
+        elif tag == 0x52009229:  # shared functional groups: geometry is in there
+            return None
         at += length
     return (elements, None) if len(start) < _HEADER_BYTES else None
 
 
-def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[dict[str, str], int | None]:
-    """The same for every other file. Where compressed pixel data end, only decoding them would tell: then it is 0."""
+def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str]], str, int | None, int | None]:
+    """The same for every other file: the elements of each image, and where the pixel data end.
+
+    Where compressed pixel data end, only decoding them would tell: then it is 0. Between the two stands what is wrong
+    with the images, as a clause; after them, how many bytes the data set has (see `read_dataset`).
+    """
     from pydicom import config
 
-    _refuse_deflated(path)
-    file.seek(0)
     with config.disable_value_validation():
-        dataset = _dataset(path, file, stop_before_pixels=True, specific_tags=list(_TAGS.values()))
+        wanted = [*_TAGS.values(), *_FUNCTIONAL_GROUPS]
+        dataset, stream, size = read_dataset(path, file, stop_before_pixels=True, specific_tags=wanted)
         try:
-            values = {name: value for name in _TAGS.values() if (value := dataset.get(name)) is not None}
-            values["TransferSyntaxUID"] = dataset.file_meta.get("TransferSyntaxUID", "")
-            elements = {
-                name: "\\".join(map(str, value)) if _is_list(value) else str(value) for name, value in values.items()
-            }
-        except Exception as error:
+            images, fault = _images_of(dataset)
+        except Exception as error:  # damaged bytes make pydicom fail in any of its functions
             raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-        return elements, _end_of_pixels(dataset, file)
+        return images, fault, _end_of_pixels(dataset, stream), size
 
 
-def _refuse_deflated(path: Path) -> None:
-    """Pydicom unpacks a deflated file in one go, a thousand times its size if it is made for that."""
-    from pydicom.filereader import read_file_meta_info
+def _images_of(dataset: pydicom.Dataset) -> tuple[list[dict[str, str]], str]:
+    """The elements of each image of a data set, and what is wrong with the images as a clause."""
+    patient = dataset.get_item("PatientID")
+    values = {name: value for name in _TAGS.values() if (value := dataset.get(name)) is not None}
+    values["TransferSyntaxUID"] = dataset.file_meta.get("TransferSyntaxUID", "")
+    elements = {name: _text(value) for name, value in values.items()}
+    if patient is not None and isinstance(patient.value, bytes):
+        elements["PatientID"] = text_of(patient.value, elements.get("SpecificCharacterSet", ""))
+    frames = int(elements.get("NumberOfFrames") or 1)
+    if not any(groups in dataset for groups in _FUNCTIONAL_GROUPS):
+        return [elements], f"has {frames} frames, and no positions of them" if frames != 1 else ""
+    described = len(dataset.get("PerFrameFunctionalGroupsSequence") or [None])
+    if described != frames:
+        return [elements], f"has {frames} frames, but {described} are described"
+    images = []
+    for frame in range(described):
+        of_frame = {
+            name: _text(value)
+            for name, place in _IN_FUNCTIONAL_GROUPS.items()
+            if (value := frame_value(dataset, frame, *place)) is not None
+        }
+        images.append(elements | of_frame)
+    return images, ""
 
-    try:
-        syntax = read_file_meta_info(path).get("TransferSyntaxUID", "")
-    except Exception as error:  # damaged bytes make pydicom fail in any of its functions
-        raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-    if syntax == _DEFLATED:
-        raise ExcludedCaseError(path, "is deflated, and could unpack to any size", "Convert it, e.g. by dcmconv +te.")
+
+def _text(value: object) -> str:
+    is_list = isinstance(value, Sequence) and not isinstance(value, str)
+    return "\\".join(map(str, value)) if is_list else str(value)
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str)
-
-
-def _end_of_pixels(dataset: pydicom.Dataset, file: BinaryIO) -> int | None:
-    """Where the pixel data end that begin at the file's position; None if there are none, 0 if they do not tell."""
-    at, element = file.tell(), file.read(12)
+def _end_of_pixels(dataset: pydicom.Dataset, stream: BinaryIO) -> int | None:
+    """Where the pixel data end that begin at the stream's position; None if there are none, 0 if they do not tell."""
+    at, element = stream.tell(), stream.read(12)
     if len(element) < 12:
         return None
     implicit, little_endian = dataset.original_encoding
@@ -216,45 +291,22 @@ def _end_of_pixels(dataset: pydicom.Dataset, file: BinaryIO) -> int | None:
     return 0 if length == 0xFFFFFFFF else at + length_at + 4 + length
 
 
-def _dataset(path: Path, file: BinaryIO | Path, **options: object) -> pydicom.Dataset:
-    import pydicom
-
-    try:
-        return pydicom.dcmread(file, **options)
-    except Exception as error:  # damaged bytes make pydicom fail in any of its functions
-        raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-
-
 def stack_of(headers: list[Header]) -> Stack:
     """Order slices along their normal and check that they fill a regular grid.
+
+    What is in a series beside its slices (localizers, screenshots) is left out, and so is a slice that is there
+    twice. Positions may be rounded: the grid is fitted to all of them, and their distance from it judged.
 
     Raises:
         ExcludedCaseError: naming the first slice that does not fit.
     """
+    headers, notes = _without_other_images(headers)
     first = headers[0]
     folder = first.path.parent
     for header in headers:
         if header.fault:
             raise ExcludedCaseError(header.path, header.fault, COPY_AGAIN)
-    if len(headers) < 2:
-        raise ExcludedCaseError(folder, "has a single slice", "Download the whole series.")
-    in_plane = np.array(
-        [
-            header.numbers("ImageOrientationPatient", 6)
-            + header.numbers("PixelSpacing", 2)
-            + header.numbers("Rows", 1)
-            + header.numbers("Columns", 1)
-            for header in headers
-        ]
-    )
-    if (odd := np.flatnonzero(np.abs(in_plane - in_plane[0]).max(axis=1) > 1e-4)).size:
-        raise ExcludedCaseError(
-            headers[odd[0]].path,
-            f"differs in orientation, pixel spacing or matrix from {first.path.name}",
-            "Keep one stack of slices a series.",
-        )
-    along_row, along_column = in_plane[0, :3], in_plane[0, 3:6]
-    row_mm, column_mm, rows, columns = in_plane[0, 6:]
+    along_row, along_column, row_mm, column_mm, rows, columns = _common_plane(headers)
     if min(row_mm, column_mm, rows, columns) <= 0:
         raise ExcludedCaseError(first.path, "has no rows, no columns, or pixels without a size", COPY_AGAIN)
     if np.abs([along_row @ along_row - 1, along_column @ along_column - 1, along_row @ along_column]).max() > 1e-3:
@@ -263,79 +315,204 @@ def stack_of(headers: list[Header]) -> Stack:
     positions = np.array([header.numbers("ImagePositionPatient", 3) for header in headers])
     order = np.argsort(positions @ normal, kind="stable")
     headers, positions = [headers[i] for i in order], positions[order]
-    _check_spacing(headers, positions, normal)
-    step = (positions[-1] - positions[0]) / (len(headers) - 1)
+    kept = _without_copies(headers, positions @ normal, (int(rows), int(columns)))
+    if len(kept) < len(headers):
+        notes += (f"{len(headers) - len(kept)} slice(s) are stored more than once, with equal content: one was kept",)
+        headers, positions = [headers[i] for i in kept], positions[kept]
+    if len(headers) < 2:
+        raise ExcludedCaseError(folder, "has a single slice", "Download the whole series.")
+    first_mm, step = _even_grid(headers, positions, normal)
     affine = np.eye(4)
-    affine[:3] = np.column_stack([along_row * column_mm, along_column * row_mm, step, positions[0]])
+    affine[:3] = np.column_stack([along_row * column_mm, along_column * row_mm, step, first_mm])
     affine[:2] *= -1  # LPS to RAS
+    size = (int(columns), int(rows), len(headers))
+    if is_sheared(affine):
+        notes += (_note_on_tilt(folder, size, affine, normal @ step / np.linalg.norm(step)),)
     thickness_mm = headers[0].numbers("SliceThickness", 1)[0] if headers[0]["SliceThickness"] else 0.0
     return Stack(
         tuple(headers),
-        (int(columns), int(rows), len(headers)),
+        size,
         affine,
         positions,
         thickness_mm if thickness_mm > 0 else None,
+        notes,
     )
 
 
-def _check_spacing(headers: list[Header], positions: np.ndarray, normal: np.ndarray) -> None:
-    folder = headers[0].path.parent
-    steps = np.diff(positions, axis=0)
-    gaps = steps @ normal
-    true_gaps = np.sort(gaps[gaps > POSITION_TOLERANCE * gaps.max()])
-    spacing = float(true_gaps[(len(true_gaps) - 1) // 2]) if gaps.max() > 0 else 0.0
-    tolerance = POSITION_TOLERANCE * spacing
-    for k, gap in enumerate(gaps):
-        pair = f"{headers[k].path.name} and {headers[k + 1].path.name}"
-        if gap <= tolerance:
-            raise ExcludedCaseError(folder, f"{pair} are slices of one position", "Keep one of them.")
-        if abs(gap - spacing) > tolerance:
-            missing = round(gap / spacing) - 1
-            problem = (
-                f"{missing} slice(s) missing between {pair}"
-                if missing and abs(gap - (missing + 1) * spacing) <= tolerance
-                else f"{pair} are {gap:.3g} mm apart, the others {spacing:.3g} mm"
+def _without_other_images(headers: list[Header]) -> tuple[list[Header], tuple[str, ...]]:
+    """The slices among the images of a series, and notes on what else there is."""
+    slices = [header for header in headers if "LOCALIZER" not in _image_type(header)]
+    if not slices:
+        folder = headers[0].path.parent
+        raise ExcludedCaseError(folder, "holds localizers (scout images) only, no slices", "Leave it out.")
+    # Dose reports and the like. A series of nothing else may be slices that a converter has written.
+    pure = [header for header in slices if not _is_capture(header)] or slices
+    notes = []
+    for kind, before, after in (("localizer", headers, slices), ("screenshot", slices, pure)):
+        if len(after) < len(before):
+            stay = {id(header) for header in after}
+            out = [header.name for header in before if id(header) not in stay]
+            shown = ", ".join(out[:_SHOWN_FILES]) + (", ..." if len(out) > _SHOWN_FILES else "")
+            notes.append(f"{len(out)} {kind}(s) among the slices were left out ({shown})")
+    return pure, tuple(notes)
+
+
+def _image_type(header: Header) -> list[str]:
+    return header["ImageType"].upper().split("\\")
+
+
+def _is_capture(header: Header) -> bool:
+    derived = "SECONDARY" in _image_type(header) and not header["ImagePositionPatient"]
+    return derived or header["SOPClassUID"].startswith(_SECONDARY_CAPTURE)
+
+
+def _common_plane(headers: list[Header]) -> tuple[np.ndarray, np.ndarray, float, float, float, float]:
+    """Direction cosines of rows and columns, row and column spacing in mm, rows and columns of all slices.
+
+    Raises:
+        ExcludedCaseError: naming the first slice that differs from most.
+    """
+    planes = np.array(
+        [
+            header.numbers("ImageOrientationPatient", 6)
+            + header.numbers("PixelSpacing", 2)
+            + header.numbers("Rows", 1)
+            + header.numbers("Columns", 1)
+            for header in headers
+        ]
+    )
+    common = planes[0]
+    if (np.abs(planes - common).max(axis=1) > IN_PLANE_TOLERANCE).any():
+        kinds, counts = np.unique(planes.round(3), axis=0, return_counts=True)
+        most = int(np.argmax((planes.round(3) == kinds[np.argmax(counts)]).all(axis=1)))
+        common = planes[most]
+        odd = np.flatnonzero(np.abs(planes - common).max(axis=1) > IN_PLANE_TOLERANCE)[0]
+        raise ExcludedCaseError(
+            headers[odd].path,
+            f"differs in orientation, pixel spacing or matrix from {headers[most].name}",
+            "Keep one stack of slices per series.",
+        )
+    return common[:3], common[3:6], *common[6:]
+
+
+def _without_copies(headers: list[Header], along: np.ndarray, shape: tuple[int, int]) -> list[int]:
+    """Which slices to keep so that each position has one.
+
+    Args:
+        headers: in order of position.
+        along: (slices,) positions along the normal, mm.
+        shape: rows and columns.
+
+    Raises:
+        ExcludedCaseError: two slices of one position differ.
+    """
+    gaps = np.diff(along)
+    apart = gaps[gaps > POSITION_TOLERANCE * gaps.max(initial=0)]
+    spacing = _usual(apart) if apart.size else 0.0
+    kept = [0]
+    for k, gap in enumerate(gaps, start=1):
+        if gap > POSITION_TOLERANCE * spacing:
+            kept.append(k)
+        elif not _same_content(headers[kept[-1]], headers[k], shape):
+            raise ExcludedCaseError(
+                headers[0].path.parent,
+                f"{headers[kept[-1]].name} and {headers[k].name} are slices of one position that differ",
+                "Keep one of them.",
             )
-            raise ExcludedCaseError(folder, problem, "Download the whole series.")
-    if np.abs(steps - np.outer(gaps, normal)).max() > tolerance:
-        raise ExcludedCaseError(folder, "slices are shifted sideways (tilted gantry)", "Resample it to upright slices.")
+    return kept
 
 
-def hounsfield(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """One slice in HU, (rows, columns) int16, padding and all below -1024 set to -1024."""
-    from pydicom.pixels import apply_rescale
-
-    dataset = _dataset(path, path)
-    try:
-        stored = dataset.pixel_array
-    except Exception as error:  # damaged bytes make pydicom and its decoders fail in any of their functions
-        raise ExcludedCaseError(path, f"pixels cannot be decoded ({error})", COPY_AGAIN) from None
-    if stored.shape != shape:
-        raise ExcludedCaseError(path, f"holds an image of {stored.shape} instead of {shape} pixels", COPY_AGAIN)
-    try:
-        hu = np.rint(apply_rescale(stored, dataset))
-        if (padding := dataset.get("PixelPaddingValue")) is not None:
-            # Headers often give a negative value in its unsigned reading (63536 for -2000): wrap it like the pixels.
-            hu[stored == np.asarray(padding).astype(stored.dtype)] = AIR_HU
-    except (TypeError, ValueError, OverflowError) as error:
-        raise ExcludedCaseError(path, f"rescale or padding value is no number ({error})", COPY_AGAIN) from None
-    if "RescaleSlope" not in dataset or "RescaleIntercept" not in dataset or not np.isfinite(hu).all():
-        raise ExcludedCaseError(path, "has no rescale slope and intercept, so no Hounsfield units", COPY_AGAIN)
-    return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
+def _same_content(one: Header, other: Header, shape: tuple[int, int]) -> bool:
+    """Whether two slices are alike in HU, however each is stored."""
+    with suppress(OSError):
+        if one.frame == other.frame and filecmp.cmp(one.path, other.path, shallow=False):
+            return True
+    first, second = (next(hounsfield([header], shape)) for header in (one, other))
+    return np.array_equal(first, second)
 
 
-def can_be_decoded(syntax: str) -> bool:
-    if syntax in ("", _IMPLICIT_LITTLE_ENDIAN, _EXPLICIT_LITTLE_ENDIAN):
-        return True
-    from pydicom.pixels import get_decoder
+def _even_grid(headers: list[Header], positions: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The first position and the step (mm, LPS) of the even grid that fits positions in order best.
 
-    try:
-        return get_decoder(syntax).is_available
-    except (NotImplementedError, ValueError):
-        return False
+    Raises:
+        ExcludedCaseError: slices are missing, or lie farther from the grid than rounding explains.
+    """
+    folder = headers[0].path.parent
+    along = positions @ normal
+    rounding = _rounding_mm(positions)
+    slack = float(np.abs(normal) @ rounding)
+    gaps = np.diff(along)
+    usual = _usual(gaps)
+    spacing = gaps[np.abs(gaps - usual) <= min(0.1 * usual + 2 * slack, usual / 2)].mean()
+    tolerance = POSITION_TOLERANCE * spacing + slack
+    steps = np.maximum(np.rint(gaps / spacing), 1)
+    uneven = _distance_from_line(np.concatenate([[0], np.cumsum(steps)]), along) > tolerance
+    odd = np.abs(gaps - steps * spacing) if uneven else steps
+    worst = int(np.argmax(odd))
+    pair = f"{headers[worst].name} and {headers[worst + 1].name}"
+    if uneven:
+        problem = f"{pair} are {gaps[worst]:.3g} mm apart, the others {spacing:.3g} mm"
+        raise ExcludedCaseError(folder, problem, "Download the whole series.")
+    if (missing := int(steps[worst]) - 1) > 0:
+        problem = f"{missing} slice(s) missing between {pair}"
+        raise ExcludedCaseError(folder, problem, "Download the whole series.")
+    numbers = np.arange(len(along)) - (len(along) - 1) / 2
+    step = numbers @ positions / (numbers @ numbers)
+    centre = positions.mean(axis=0)
+    strayed = np.abs(positions - centre - np.outer(numbers, step)) - 2 * rounding
+    if (strayed > POSITION_TOLERANCE * spacing).any():
+        worst = int(np.argmax(strayed.max(axis=1)))
+        problem = f"{headers[worst].name} is shifted sideways against the others"
+        raise ExcludedCaseError(folder, problem, "Download the whole series.")
+    sideways = step - (step @ normal) * normal
+    if (np.abs(sideways) <= 2 * rounding / (len(along) - 1)).all():
+        step = step - sideways
+    return centre + numbers[0] * step, step
 
 
-def name_of_syntax(syntax: str) -> str:
-    from pydicom.uid import UID
+def _note_on_tilt(folder: Path, size: tuple[int, int, int], affine: np.ndarray, cosine: float) -> str:
+    """What a user should know about slices that are shifted sideways.
 
-    return UID(syntax).name
+    Raises:
+        ExcludedCaseError: no gantry tilts so far, or the upright grid would be too large.
+    """
+    degrees = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
+    upright = Volume(np.broadcast_to(np.uint8(0), size), affine).canonical()
+    _, shape = upright_grid(upright.affine, upright.shape)
+    if degrees > _GREATEST_TILT or math.prod(shape) > LARGEST_VOXELS:
+        problem = f"slices are shifted sideways by {degrees:.0f} degrees, too much for a tilted gantry"
+        raise ExcludedCaseError(folder, problem, "Write the series with its true positions.")
+    return f"the gantry was tilted by {degrees:.1f} degrees: CT and nodules are resampled to an upright grid"
+
+
+def _usual(gaps: np.ndarray) -> float:
+    """The lower median."""
+    return float(np.sort(gaps)[(len(gaps) - 1) // 2])
+
+
+def _rounding_mm(positions: np.ndarray) -> np.ndarray:
+    """Half a unit of the last decimal that any of the positions uses, for x, y and z, (3,)."""
+    units = np.full(3, 10.0**-_MOST_DECIMALS)
+    for decimals in range(_MOST_DECIMALS - 1, -1, -1):
+        fits = (np.abs(positions - positions.round(decimals)) < _EQUAL_MM).all(axis=0)
+        units[fits] = 10.0**-decimals
+    return units / 2
+
+
+def _distance_from_line(numbers: np.ndarray, values: np.ndarray) -> float:
+    """The largest distance of values from the straight line that makes it smallest (Chebyshev's)."""
+
+    def farthest(slope: float) -> float:
+        return float(np.ptp(values - slope * numbers)) / 2
+
+    # Convex in the slope: a third of the bracket that cannot hold the minimum goes in each round.
+    mean = (values[-1] - values[0]) / numbers[-1]
+    reach = 2 * farthest(mean) / numbers[-1]
+    low, high = mean - reach, mean + reach
+    for _ in range(_ROUNDS):
+        third = (high - low) / 3
+        if farthest(low + third) < farthest(high - third):
+            high -= third
+        else:
+            low += third
+    return farthest((low + high) / 2)
