@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -132,7 +133,7 @@ def test_a_holder_touches_it(without_locks, monkeypatch):
     assert lock.take()
     os.utime(lock.held, (0, 0))
     while lock.held.stat().st_mtime == 0:
-        pass
+        time.sleep(0.01)
     lock.release()
 
 

@@ -361,12 +361,12 @@ def test_generators_and_shards_agree_on_layouts(partly_bare_cohort, tmp_path, mo
 
 def test_the_leak_guard_finds_who_lent_a_nodule(partly_bare_cohort, tmp_path):
     run(partly_bare_cohort, tmp_path / "out")
-    known = splits.known_patients(cases.read_cases(partly_bare_cohort))
-    sample = tmp_path / "out/case03_s000/sample.json"
-    lenders = {nodule["patient_id"] for nodule in json.loads(sample.read_text())["nodules"]}
-    assert splits.patients_named_in(sample, known) == {"patient03"} | lenders
-    origin = splits.Origin("case03_s000", splits.patients_named_in(sample, known), "hash")
-    tested = splits.Origin("a test case", frozenset(sorted(lenders)[:1]), "other hash")
+    register = splits.read_register(cases.read_cases(partly_bare_cohort))
+    record = splits.read_record(tmp_path / "out/case03_s000/sample.json")
+    lenders = {nodule["patient_id"] for nodule in record["nodules"]}
+    assert splits.patients_named_in(record, register) == {"patient03"} | lenders
+    origin = splits.Origin("case03_s000", splits.patients_named_in(record, register), frozenset(["hash"]))
+    tested = splits.Origin("a test case", frozenset(sorted(lenders)[:1]), frozenset(["other hash"]))
     with pytest.raises(LeakError, match=f"{min(lenders)} in case03_s000"):
         splits.check_leaks([origin], [tested], allow_shared_patients=False)
 

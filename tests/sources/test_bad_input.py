@@ -32,7 +32,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from lungddpm.arms.splits import known_patients
+from lungddpm.arms.splits import read_register
 from lungddpm.cases import excluded_alike, read_cases, run_collect
 from lungddpm.config import Config
 from lungddpm.errors import InputError
@@ -362,7 +362,7 @@ def test_series_that_only_xml_names_have_rows_and_one_line(whole_xml_tree, caplo
 
     table = prepare(whole_xml_tree / "data", "lidc", index, whole_xml_tree / "results")
     assert table["reason"].iloc[1:].tolist() == [row["reason"] for row in index[1:]]
-    assert "" not in known_patients(table.reset_index()).values()
+    assert "" not in read_register(table.reset_index()).by_patient
     caplog.clear()
     with pytest.raises(InputError, match="no usable case is left"):
         run_collect(Config(), [whole_xml_tree / "results/cases-0.tsv"], whole_xml_tree / "results/cases.tsv")
