@@ -14,7 +14,7 @@ from skimage.filters import threshold_otsu
 from lungddpm.config import LayoutLimits
 from lungddpm.volume import bounding_box
 
-REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), and check that its labels belong to it."
+REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), its labels as 1 lung, 2 nodule, 3 vessel."
 
 _SAMPLE = 1_000_000
 """Voxels that are looked at: enough for percentiles."""
@@ -143,8 +143,8 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     without_labels = find_landmarks(ct)
     if without_labels is not None and _in_hounsfield(without_labels, limits):
         return (
-            f"looks like Hounsfield units, but not where the labels have lung ({levels}): the labels are of another "
-            "scan, or their lung is something else"
+            f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks something "
+            "else, or the labels are of another scan"
         )
     if _between(found.lung, limits.lung_hu) and found.tissue is not None and found.tissue <= _DARK_HU:
         return f"has no soft tissue around the lungs: all but the lungs was masked ({levels})"

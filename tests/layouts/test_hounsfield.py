@@ -182,7 +182,7 @@ def test_labels_that_are_not_lung_are_told_from_wrong_values(patient, wrong):
         "all of the body": patient.ct.array > -500,
     }
     fault = hounsfield_fault(patient.ct.array, labels[wrong], LIMITS)
-    assert "looks like Hounsfield units, but not where the labels have lung" in fault
+    assert "looks like Hounsfield units, but what is labelled lung (1) is not lung" in fault
 
 
 def scan_of(patient, hu, *names):
