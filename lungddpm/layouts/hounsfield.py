@@ -22,7 +22,7 @@ _FEWEST = 8
 """Voxels that a tissue needs to be judged."""
 _LUNG_HU, _TISSUE_HU, _AIR_HU = -850, 40, -1000
 """What is usual, for messages."""
-_TISSUE_PERCENTILE = 70.0
+_TISSUE_PERCENTILE = 60.0
 """Of what surrounds the lungs: above all air and fat, below bone, contrast and metal."""
 _CONTRAST_HU = (350.0, 1350.0)
 """Soft tissue less lung, of whatever lungs: values of a larger or smaller difference are scaled."""
@@ -141,7 +141,7 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     if cut := _cut_to_a_window(found):
         return cut
     without_labels = find_landmarks(ct)
-    if without_labels is not None and _in_hounsfield(without_labels, limits):
+    if not _in_place(found, limits) and without_labels is not None and _in_hounsfield(without_labels, limits):
         return (
             f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks something "
             "else, or the labels are of another scan"
@@ -164,12 +164,13 @@ def recognised_fault(ct: np.ndarray, limits: LayoutLimits) -> str | None:
 
 
 def _in_hounsfield(found: Landmarks, limits: LayoutLimits) -> bool:
-    return (
-        _between(found.lung, limits.lung_hu)
-        and (found.tissue is None or _between(found.tissue, limits.tissue_hu))
-        and found.darkest <= _AERATED_HU
-        and (found.cut is None or found.cut <= _CUT_HU)
-    )
+    dark_enough = found.darkest <= _AERATED_HU and (found.cut is None or found.cut <= _CUT_HU)
+    return _in_place(found, limits) and dark_enough
+
+
+def _in_place(found: Landmarks, limits: LayoutLimits) -> bool:
+    tissue = found.tissue is None or _between(found.tissue, limits.tissue_hu)
+    return tissue and _between(found.lung, limits.lung_hu)
 
 
 def _cut_to_a_window(found: Landmarks) -> str | None:

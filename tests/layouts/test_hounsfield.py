@@ -204,10 +204,10 @@ def test_no_case_is_made_of_it_whatever_the_labels(patient, labels, case):
         build_case(scan_of(patient, hu, *labels), Config())
 
 
-def test_the_limits_can_be_widened(patient):
-    hu = patient.ct.array + 330
-    assert hounsfield_fault(hu, patient.lungs, LIMITS)
-    assert hounsfield_fault(hu, patient.lungs, LayoutLimits(tissue_hu=(-250, 600))) is None
+def test_the_limits_are_those_of_the_config(patient):
+    hu = patient.ct.array + 300
+    assert hounsfield_fault(hu, patient.lungs, LIMITS) is None
+    assert hounsfield_fault(hu, patient.lungs, LayoutLimits(tissue_hu=(-250, 200)))
     assert hounsfield_fault(patient.ct.array, patient.lungs, LayoutLimits(lung_hu=(-800, -250)))
 
 
