@@ -53,7 +53,8 @@ class Landmarks:
         lung: median of the lungs.
         tissue: level of the soft tissue around them; None where nothing surrounds them.
         darkest: 1st percentile of the lungs.
-        cut: the lungs' lowest value, if many lung voxels have it; else None.
+        guessed: lung and tissue are the darker and the brighter part of the scan; where lungs are given, False.
+        cut: the lungs' lowest value, if many lung voxels have it and nothing in the scan is lower; else None.
         sides: median of the voxels on the lateral faces of the scan.
         filling: the same, if most of these voxels have that one value; else None.
         low: lowest value of the lungs and what surrounds them.
@@ -63,6 +64,7 @@ class Landmarks:
     lung: float
     tissue: float | None
     darkest: float
+    guessed: bool
     cut: float | None
     sides: float
     filling: float | None
@@ -108,7 +110,8 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
         lung=float(np.median(lung)),
         tissue=tissue,
         darkest=float(np.percentile(lung, 1)),
-        cut=float(lowest) if np.mean(lung == lowest) >= _CUT_SHARE else None,
+        guessed=lungs is None,
+        cut=float(lowest) if lowest <= values.min() and np.mean(lung == lowest) >= _CUT_SHARE else None,
         sides=float(usual),
         filling=float(usual) if np.mean(sides == usual) >= _FILLED_SHARE else None,
         low=float(middle.min()),
@@ -131,7 +134,9 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     if found is None:
         return None
     if _in_hounsfield(found, limits):
-        if found.filling is not None and found.filling > _DARK_HU:
+        # A field of view inside the body of a patient without noise, as of a phantom, has tissue on its sides.
+        is_tissue = found.tissue is not None and found.filling is not None and abs(found.filling - found.tissue) <= 1
+        if found.filling is not None and found.filling > _DARK_HU and not is_tissue:
             return (
                 f"is filled with {found.filling:g} around the patient, where air has {_AIR_HU} HU: it was masked, or "
                 "padded with another value"
@@ -197,12 +202,13 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     if low >= -0.5 and high <= 255.5 and high > 127:
         return "it holds 8-bit grey values (0 to 255) of a display window"
     # Without labels, the brighter part of the scan counts as tissue.
-    air = tissue if _between(lung, limits.tissue_hu) else lung
+    dark_is_tissue = found.guessed and _between(lung, limits.tissue_hu)
+    air = tissue if dark_is_tissue else lung
     if low < _DARK_OF_UNSIGNED and (_between(air - 2**16, limits.lung_hu) or air >= np.iinfo(np.int16).max):
         return "its negative values were read as unsigned 16-bit numbers, so that air is bright"
     offset = tissue - _TISSUE_HU
     # Without labels, again: the air around the patient is bright then.
-    swapped = found.sides > (lung + tissue) / 2 and _between(lung, limits.tissue_hu)
+    swapped = dark_is_tissue and found.sides > (lung + tissue) / 2
     if lung - tissue > _SMALLEST_OFFSET or (swapped and abs(offset - _OFFSETS[0]) > _INVERTED_TOLERANCE):
         return "its values are inverted: lung is brighter than soft tissue"
     shifted = abs(offset) > _SMALLEST_OFFSET
