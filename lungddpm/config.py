@@ -170,7 +170,7 @@ class LayoutLimits(_Section):
     """Least share of all nodule voxels that lie in the lungs or touch them."""
     lung_hu: Range = (-1010.0, -250.0)
     """Lowest and highest median of the lungs in HU; beyond them the CT is not in Hounsfield units."""
-    tissue_hu: Range = (-250.0, 350.0)
+    tissue_hu: Range = (-250.0, 400.0)
     """Lowest and highest level of the soft tissue around the lungs in HU, contrast included; the same holds."""
 
     @model_validator(mode="after")

@@ -14,7 +14,7 @@ from skimage.filters import threshold_otsu
 from lungddpm.config import LayoutLimits
 from lungddpm.volume import bounding_box
 
-REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), and check that its labels belong to it."
+REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), its labels as 1 lung, 2 nodule, 3 vessel."
 
 _SAMPLE = 1_000_000
 """Voxels that are looked at: enough for percentiles."""
@@ -22,7 +22,7 @@ _FEWEST = 8
 """Voxels that a tissue needs to be judged."""
 _LUNG_HU, _TISSUE_HU, _AIR_HU = -850, 40, -1000
 """What is usual, for messages."""
-_TISSUE_PERCENTILE = 70.0
+_TISSUE_PERCENTILE = 60.0
 """Of what surrounds the lungs: above all air and fat, below bone, contrast and metal."""
 _CONTRAST_HU = (350.0, 1350.0)
 """Soft tissue less lung, of whatever lungs: values of a larger or smaller difference are scaled."""
@@ -53,7 +53,8 @@ class Landmarks:
         lung: median of the lungs.
         tissue: level of the soft tissue around them; None where nothing surrounds them.
         darkest: 1st percentile of the lungs.
-        cut: the lungs' lowest value, if many lung voxels have it; else None.
+        guessed: lung and tissue are the darker and the brighter part of the scan; where lungs are given, False.
+        cut: the lungs' lowest value, if many lung voxels have it and nothing in the scan is lower; else None.
         sides: median of the voxels on the lateral faces of the scan.
         filling: the same, if most of these voxels have that one value; else None.
         low: lowest value of the lungs and what surrounds them.
@@ -63,6 +64,7 @@ class Landmarks:
     lung: float
     tissue: float | None
     darkest: float
+    guessed: bool
     cut: float | None
     sides: float
     filling: float | None
@@ -108,7 +110,8 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
         lung=float(np.median(lung)),
         tissue=tissue,
         darkest=float(np.percentile(lung, 1)),
-        cut=float(lowest) if np.mean(lung == lowest) >= _CUT_SHARE else None,
+        guessed=lungs is None,
+        cut=float(lowest) if lowest <= values.min() and np.mean(lung == lowest) >= _CUT_SHARE else None,
         sides=float(usual),
         filling=float(usual) if np.mean(sides == usual) >= _FILLED_SHARE else None,
         low=float(middle.min()),
@@ -131,7 +134,9 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     if found is None:
         return None
     if _in_hounsfield(found, limits):
-        if found.filling is not None and found.filling > _DARK_HU:
+        # A field of view inside the body of a patient without noise, as of a phantom, has tissue on its sides.
+        is_tissue = found.tissue is not None and found.filling is not None and abs(found.filling - found.tissue) <= 1
+        if found.filling is not None and found.filling > _DARK_HU and not is_tissue:
             return (
                 f"is filled with {found.filling:g} around the patient, where air has {_AIR_HU} HU: it was masked, or "
                 "padded with another value"
@@ -141,10 +146,10 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     if cut := _cut_to_a_window(found):
         return cut
     without_labels = find_landmarks(ct)
-    if without_labels is not None and _in_hounsfield(without_labels, limits):
+    if not _in_place(found, limits) and without_labels is not None and _in_hounsfield(without_labels, limits):
         return (
-            f"looks like Hounsfield units, but not where the labels have lung ({levels}): the labels are of another "
-            "scan, or their lung is something else"
+            f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks something "
+            "else, or the labels are of another scan"
         )
     if _between(found.lung, limits.lung_hu) and found.tissue is not None and found.tissue <= _DARK_HU:
         return f"has no soft tissue around the lungs: all but the lungs was masked ({levels})"
@@ -164,12 +169,13 @@ def recognised_fault(ct: np.ndarray, limits: LayoutLimits) -> str | None:
 
 
 def _in_hounsfield(found: Landmarks, limits: LayoutLimits) -> bool:
-    return (
-        _between(found.lung, limits.lung_hu)
-        and (found.tissue is None or _between(found.tissue, limits.tissue_hu))
-        and found.darkest <= _AERATED_HU
-        and (found.cut is None or found.cut <= _CUT_HU)
-    )
+    dark_enough = found.darkest <= _AERATED_HU and (found.cut is None or found.cut <= _CUT_HU)
+    return _in_place(found, limits) and dark_enough
+
+
+def _in_place(found: Landmarks, limits: LayoutLimits) -> bool:
+    tissue = found.tissue is None or _between(found.tissue, limits.tissue_hu)
+    return tissue and _between(found.lung, limits.lung_hu)
 
 
 def _cut_to_a_window(found: Landmarks) -> str | None:
@@ -196,12 +202,13 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     if low >= -0.5 and high <= 255.5 and high > 127:
         return "it holds 8-bit grey values (0 to 255) of a display window"
     # Without labels, the brighter part of the scan counts as tissue.
-    air = tissue if _between(lung, limits.tissue_hu) else lung
+    dark_is_tissue = found.guessed and _between(lung, limits.tissue_hu)
+    air = tissue if dark_is_tissue else lung
     if low < _DARK_OF_UNSIGNED and (_between(air - 2**16, limits.lung_hu) or air >= np.iinfo(np.int16).max):
         return "its negative values were read as unsigned 16-bit numbers, so that air is bright"
     offset = tissue - _TISSUE_HU
     # Without labels, again: the air around the patient is bright then.
-    swapped = found.sides > (lung + tissue) / 2 and _between(lung, limits.tissue_hu)
+    swapped = dark_is_tissue and found.sides > (lung + tissue) / 2
     if lung - tissue > _SMALLEST_OFFSET or (swapped and abs(offset - _OFFSETS[0]) > _INVERTED_TOLERANCE):
         return "its values are inverted: lung is brighter than soft tissue"
     shifted = abs(offset) > _SMALLEST_OFFSET

@@ -105,11 +105,11 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     # On the CT's own grid from here: the labels' header may be rounded, or hold less.
     labels = ct.like(Volume(labels.array, carry @ labels.affine).canonical().array)
     check_case(ct, labels, image)
-    hu = ct.array
-    # Rounding would hide what normalised values are; `build_case` refuses them.
-    if np.ptp(hu) > _NORMALISED_RANGE:
-        hu = np.clip(np.rint(hu), AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
-    ct = ct.like(hu)
+    labels = labels.like(labels.array.astype(np.uint8))
+    if float(ct.array.max()) - float(ct.array.min()) <= _NORMALISED_RANGE:
+        # `build_case` refuses it, and says what the values look like: rounded or padded, they would not show that.
+        return Scan(ct=ct, labels=labels.array, files=(image, label), notes=notes)
+    ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
     if is_sheared(ct.affine):
         notes = (
             *notes,
@@ -117,7 +117,7 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
             "resampled to an upright grid",
         )
         ct, labels = resample_upright(ct), resample_upright(labels, labels=True)
-    return Scan(ct=ct, labels=labels.array.astype(np.uint8), files=(image, label), notes=notes)
+    return Scan(ct=ct, labels=labels.array, files=(image, label), notes=notes)
 
 
 def _describe(top: Path, image: Path, label: Path | None) -> dict:

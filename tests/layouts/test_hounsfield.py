@@ -13,7 +13,7 @@ from lungddpm.layouts.compose import build_case
 from lungddpm.layouts.hounsfield import find_landmarks, hounsfield_fault, recognised_fault
 from lungddpm.sources import Scan
 from lungddpm.sources.lidc import load_scan
-from lungddpm.volume import AIR_HU
+from lungddpm.volume import AIR_HU, bounding_box
 
 LIMITS = LayoutLimits()
 
@@ -87,6 +87,20 @@ def test_what_scans_differ_in_passes(patient, case):
 def test_a_field_of_view_inside_the_body_passes(patient):
     inner = (slice(None), *(slice(40, -40) for _ in range(1)), slice(None))
     assert hounsfield_fault(patient.ct.array[inner], patient.lungs[inner], LIMITS) is None
+
+
+@pytest.mark.parametrize("around", [40, -1000])
+def test_a_phantom_without_noise_passes(patient, around):
+    hu = np.where(patient.lungs, -850, 40)
+    hu[:2] = hu[-2:] = hu[:, :2] = hu[:, -2:] = around
+    hu[40:44, 80:84, 90:] = -1000
+    assert hounsfield_fault(hu, patient.lungs, LIMITS) is None
+
+
+def test_scaled_values_inside_the_body_are_not_called_inverted(patient):
+    box = bounding_box(patient.lungs)
+    hu = np.rint(window(patient.ct.array[box], -1000, 400, 1000))
+    assert "look scaled, from 0 to 1000" in hounsfield_fault(hu, patient.lungs[box], LIMITS)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
@@ -182,7 +196,7 @@ def test_labels_that_are_not_lung_are_told_from_wrong_values(patient, wrong):
         "all of the body": patient.ct.array > -500,
     }
     fault = hounsfield_fault(patient.ct.array, labels[wrong], LIMITS)
-    assert "looks like Hounsfield units, but not where the labels have lung" in fault
+    assert "looks like Hounsfield units, but what is labelled lung (1) is not lung" in fault
 
 
 def scan_of(patient, hu, *names):
@@ -204,10 +218,10 @@ def test_no_case_is_made_of_it_whatever_the_labels(patient, labels, case):
         build_case(scan_of(patient, hu, *labels), Config())
 
 
-def test_the_limits_can_be_widened(patient):
-    hu = patient.ct.array + 330
-    assert hounsfield_fault(hu, patient.lungs, LIMITS)
-    assert hounsfield_fault(hu, patient.lungs, LayoutLimits(tissue_hu=(-250, 600))) is None
+def test_the_limits_are_those_of_the_config(patient):
+    hu = patient.ct.array + 300
+    assert hounsfield_fault(hu, patient.lungs, LIMITS) is None
+    assert hounsfield_fault(hu, patient.lungs, LayoutLimits(tissue_hu=(-250, 200)))
     assert hounsfield_fault(patient.ct.array, patient.lungs, LayoutLimits(lung_hu=(-800, -250)))
 
 

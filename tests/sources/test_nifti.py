@@ -152,6 +152,13 @@ def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
         compose.build_case(load(tmp_path), Config())
 
 
+def test_metal_and_padding_together_do_not_overflow(tmp_path):
+    ct = CT.copy()
+    ct[0, 0, :2] = [-3024, 31000]
+    write_case(tmp_path, ct=ct)
+    assert load(tmp_path).ct.array[0, 0, :2].tolist() == [-1024, 31000]
+
+
 def test_normalised_values_are_not_rounded_away(tmp_path):
     ct = (CT.astype(np.float32) + 1024) / 4096
     write_case(tmp_path, ct=ct)
