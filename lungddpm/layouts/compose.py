@@ -49,7 +49,16 @@ cell that the nodule fills is taken."""
 _NODULES = "nodules.nii.gz"
 _PICTURE = "qc.png"
 _FILES = ("ct.nii.gz", "layout.nii.gz", _NODULES, _PICTURE, "case.json")
-_LIBRARIES = ("numpy", "scipy", "scikit-image", "connected-components-3d", "nibabel", "pydicom")
+_LIBRARIES = (
+    "numpy",
+    "scipy",
+    "scikit-image",
+    "connected-components-3d",
+    "nibabel",
+    "pydicom",
+    "imagecodecs",
+    "SimpleITK",
+)
 
 
 @dataclass(frozen=True)

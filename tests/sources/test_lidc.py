@@ -32,7 +32,8 @@ from lidc_files import (
 from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
 from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.sources import index_source, lidc, read_index, write_index
+from lungddpm.layouts.nodules import annotation_mask
+from lungddpm.sources import Annotation, Contour, index_source, lidc, read_index, write_index
 
 
 def test_scan_is_sorted_by_position_and_true_to_the_patient(tmp_path):
@@ -420,6 +421,13 @@ def index_beside(top, shared_data, patient, *names, as_=None):
     return row
 
 
+def voxels_of(mark):
+    """Voxels in one reader's outlines, each slice by itself."""
+    slices = sorted({outline.z_mm for outline in mark.outlines})
+    contours = tuple(Contour(slices.index(o.z_mm), np.array(o.points), o.inclusion) for o in mark.outlines)
+    return int(annotation_mask(Annotation(mark.reader, contours))[1].sum())
+
+
 @pytest.mark.filterwarnings("ignore:The value length")
 def test_the_published_erratum_replaces_the_bogus_contour(shared_data, tmp_path):
     original = index_beside(tmp_path / "a", shared_data, "LIDC-IDRI-0101", "157-161.xml")
@@ -434,8 +442,10 @@ def test_the_published_erratum_replaces_the_bogus_contour(shared_data, tmp_path)
         )
         assert json.loads(row["annotations"]) == [f"tcia-lidc-xml/{second}"]
         assert row["n_nodules"] == 1
+    marks = lidc.read_xml(shared_data / "lidc-xml" / "erratum-157-161.xml").marks
+    assert [voxels_of(mark) for mark in marks] == [65, 115]
     bogus, *_ = lidc.read_xml(shared_data / "lidc-xml" / "157-161.xml").marks
-    assert (bogus.reader, len(bogus.outlines)) == (0, 23)
+    assert (bogus.reader, len(bogus.outlines), voxels_of(bogus)) == (0, 23, 142_290)
 
 
 @pytest.mark.filterwarnings("ignore:The value length")

@@ -112,6 +112,12 @@ def test_a_slice_out_of_place_is_found_among_rounded_positions(spacing, decimals
         stack_at(positions.round(decimals))
 
 
+def test_a_slice_far_from_the_others_is_not_taken_for_a_copy():
+    positions = np.concatenate([line(1.25, 40, -100.0), [[-170.0, -171.37, 1000.0]]])
+    with pytest.raises(ExcludedCaseError, match=r"840 slice\(s\) missing between 0039.dcm and 0040.dcm"):
+        stack_at(positions)
+
+
 def test_slices_that_lean_too_far_are_refused():
     lean = np.array([0, np.sin(1.0), np.cos(1.0)])
     with pytest.raises(ExcludedCaseError, match="shifted sideways by 57 degrees"):
@@ -283,6 +289,18 @@ def test_enhanced_ct_with_a_rescale_of_each_frame(tmp_path):
     k = np.arange(SLICES)
     truth = np.clip(STORED * (1 + k) - 1024 - 10 * k, -1024, 32767)
     np.testing.assert_array_equal(load(tmp_path).ct.array, truth)
+
+
+def test_enhanced_ct_of_one_frame_per_file(tmp_path):
+    folder = write_case(tmp_path)
+    for file in sorted(folder.glob("*.dcm")):
+        one = tmp_path / "one"
+        one.mkdir()
+        file.rename(one / file.name)
+        enhance(one, [0])
+        (one / "enhanced.dcm").rename(file)
+        one.rmdir()
+    assert_true_scan(tmp_path)
 
 
 def test_frames_that_were_slices_are_found_by_their_uids(tmp_path):

@@ -68,6 +68,7 @@ _IN_FUNCTIONAL_GROUPS = {
 }
 """Where a multi-frame file keeps what a slice has in its header."""
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
+_GROUP_TAGS = (0x52009229, 0x52009230)
 _PIXEL_DATA = 0x7FE00010
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _HEADER_BYTES = 8192
@@ -76,6 +77,8 @@ _GREATEST_TILT = 45
 """Degrees; scanners tilt by 30 at most."""
 _MOST_DECIMALS = 6
 _EQUAL_MM = 1e-7
+_SAME_POSITION_MM = 0.02
+"""Far below the spacing of any CT of a chest, and well above the noise of positions."""
 _ROUNDS = 40
 
 
@@ -226,7 +229,7 @@ def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None
                 return None
             if tag == 0x00280008 and elements[name] not in ("", "1"):
                 return None
-        elif tag == 0x52009229:  # shared functional groups: geometry is in there
+        elif tag in _GROUP_TAGS:  # geometry is in there
             return None
         at += length
     return (elements, None) if len(start) < _HEADER_BYTES else None
@@ -407,7 +410,7 @@ def _without_copies(headers: list[Header], along: np.ndarray, shape: tuple[int, 
         ExcludedCaseError: two slices of one position differ.
     """
     gaps = np.diff(along)
-    apart = gaps[gaps > POSITION_TOLERANCE * gaps.max(initial=0)]
+    apart = gaps[gaps > _SAME_POSITION_MM]
     spacing = _usual(apart) if apart.size else 0.0
     kept = [0]
     for k, gap in enumerate(gaps, start=1):
