@@ -182,7 +182,7 @@ def check_leaks(
         raise LeakError(
             "leak guard",
             f"{len(leaks)} test patients are in the training set ({shown})",
-            "Rebuild the cases and samples with disjoint roles; edit no tables by hand, and take out what is in the data "
+            "Rebuild cases and samples with disjoint roles; edit no tables by hand, and take out what is in the data "
             "under two names.",
         )
     if leaks:
