@@ -182,8 +182,8 @@ def check_leaks(
         raise LeakError(
             "leak guard",
             f"{len(leaks)} test patients are in the training set ({shown})",
-            "Rebuild the cases and samples with disjoint roles, do not edit tables by hand, and take out what is in the "
-            "data under two names.",
+            "Rebuild cases and samples with disjoint roles; edit no tables by hand, and take out what is in the data "
+            "under two names.",
         )
     if leaks:
         LOG.warning(

@@ -152,8 +152,6 @@ def place_nodules(masks: list[Volume], affine: np.ndarray, shape: tuple[int, int
 def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: int, shards: int, table: Path) -> None:
     """Prepare the cases of one shard: every row of the index whose number leaves `shard` on division by `shards`.
 
-    Usable scans are counted first, so that each shard has some where there are no more shards than scans.
-
     Writes `<output>/<case_id>/{ct.nii.gz, layout.nii.gz, nodules.nii.gz, qc.png, case.json}`, then the shard's case
     table. `nodules.nii.gz` holds the numbers of the nodules in the scan's own resolution, cropped to them; a case
     without nodules has none. A case that is complete and whose inputs, settings and code have not changed is left as
@@ -171,7 +169,7 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
     Raises:
         InputError: the index or the source is missing. A case that cannot be used is no error: its row says why.
     """
-    rows = read_index(index).sort_values("status", key=lambda status: status != "ok", kind="stable").iloc[shard::shards]
+    rows = read_index(index).iloc[shard::shards]
     check_folder(source)
     prepared = []
     with Progress("cases", total=len(rows)) as progress:

@@ -154,8 +154,8 @@ def synthesize_jobs(generator, dose, cases):
 def discovery_cases(cases):
     """How many cases the table has to train on; of the phantom cohort, as many as the config says."""
     if not IS_PHANTOM:
-        rows = usable_rows(cases)
-        return sum("discovery" in row["role"].split("+") for row in rows)
+        usable = [row for row in rows_of(cases) if row["status"] == "ok"]
+        return sum("discovery" in row["role"].split("+") for row in usable)
     wanted = SETTINGS.roles.discovery
     if isinstance(wanted, list):
         return len(wanted)
@@ -169,10 +169,17 @@ def tables_of_cases(_wildcards):
 
 
 def prepare_jobs(index):
-    """Jobs that share the scans of the index; those of the phantom cohort are known without."""
+    """Jobs that share the scans of the index, in turns; those of the phantom cohort are known without."""
     if IS_PHANTOM:
         return SETTINGS.workflow.prepare_jobs(SETTINGS.source.phantom.patients)
-    return SETTINGS.workflow.prepare_jobs(len(usable_rows(index)))
+    usable = [
+        place for place, row in enumerate(rows_of(index)) if row["status"] == "ok"
+    ]
+    jobs = SETTINGS.workflow.prepare_jobs(len(usable))
+    # With excluded scans among them, a job might get no other.
+    while jobs > 1 and len({place % jobs for place in usable}) < jobs:
+        jobs -= 1
+    return jobs
 
 
 def counted(table):
@@ -181,11 +188,10 @@ def counted(table):
     return f"results/cases/{table}.tsv"
 
 
-def usable_rows(table):
-    """The rows of a case table that are not excluded. Where it is still to be made, Snakemake asks again."""
+def rows_of(table):
+    """The rows of a case table. Where it is still to be made, Snakemake asks again."""
     with open(table, encoding="utf-8", newline="") as file:
-        rows = csv.DictReader(file, delimiter="\t")
-        return [row for row in rows if row["status"] == "ok"]
+        return list(csv.DictReader(file, delimiter="\t"))
 
 
 def denoiser_of(generator):
