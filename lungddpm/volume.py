@@ -443,14 +443,15 @@ def upright_grid(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.nd
     return upright, tuple(int(n) for n in np.ceil(high - low - 1e-6))
 
 
-def resample_upright(volume: Volume, labels: bool = False) -> Volume:
+def resample_upright(volume: Volume, labels: bool = False, outside: float = AIR_HU) -> Volume:
     """Resample a volume with a sheared affine (see `is_sheared`) onto the orthogonal grid that covers it.
 
     The grid depends on affine and shape alone (see `upright_grid`): a CT and its labels come out on one grid.
 
     Args:
         volume: HU, or labels; in any orientation.
-        labels: take the nearest voxel, and 0 outside; else interpolate linearly, with air outside.
+        labels: take the nearest voxel, and 0 outside; else interpolate linearly.
+        outside: value beyond the volume, but for labels.
 
     Returns:
         The volume in the closest RAS+ orientation, of the dtype that came in (bool as bool).
@@ -474,7 +475,7 @@ def resample_upright(volume: Volume, labels: bool = False) -> Volume:
         (0.0, 0.0, 0.0),
         (1.0, 1.0, 1.0),
         np.eye(3).ravel().tolist(),
-        0.0 if labels else float(AIR_HU),
+        0.0 if labels else float(outside),
         SimpleITK.sitkUnknown if labels else SimpleITK.sitkFloat32,
     )
     array = SimpleITK.GetArrayFromImage(moved).T

@@ -197,6 +197,8 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: Path) -> dict
 
 def _write(config: Config, source: Path, row: pd.Series, folder: Path) -> dict:
     scan = module_of(row["source"]).load_scan(source, row)
+    for note in scan.notes:
+        LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)
     check_case(case.ct, case.layout, row["case_id"])
     write_volume(folder / "ct.nii.gz", case.ct)

@@ -106,17 +106,19 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     labels = ct.like(Volume(labels.array, carry @ labels.affine).canonical().array)
     check_case(ct, labels, image)
     labels = labels.like(labels.array.astype(np.uint8))
-    if float(ct.array.max()) - float(ct.array.min()) <= _NORMALISED_RANGE:
-        # `build_case` refuses it, and says what the values look like: rounded or padded, they would not show that.
-        return Scan(ct=ct, labels=labels.array, files=(image, label), notes=notes)
-    ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
+    low, high = float(ct.array.min()), float(ct.array.max())
+    # Values of a smaller range are not HU. `build_case` says what they look like, which rounding or
+    # padding with air would hide.
+    if high - low > _NORMALISED_RANGE:
+        ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
+        low = AIR_HU
     if is_sheared(ct.affine):
         notes = (
             *notes,
             f"its axes were sheared by {tilt_degrees(ct.affine):.1f} degrees (tilted gantry): CT and labels were "
             "resampled to an upright grid",
         )
-        ct, labels = resample_upright(ct), resample_upright(labels, labels=True)
+        ct, labels = resample_upright(ct, outside=low), resample_upright(labels, labels=True)
     return Scan(ct=ct, labels=labels.array, files=(image, label), notes=notes)
 
 

@@ -15,7 +15,7 @@ from lungddpm.errors import ExcludedCaseError
 from lungddpm.layouts import compose
 from lungddpm.layouts.nodules import centroid_mm
 from lungddpm.sources import Cache, index_source, nifti, read_index, write_index
-from lungddpm.volume import write_volume
+from lungddpm.volume import is_sheared, write_volume
 
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
@@ -437,6 +437,17 @@ def test_sheared_axes_become_upright_with_everything_at_its_place(tmp_path, plan
     np.testing.assert_allclose(written.get_sform(), written.get_qform(), atol=1e-4)
     assert any("sheared by 18.0 degrees (tilted gantry)" in note for note in scan.notes)
     assert any("sform and qform disagree" in note for note in scan.notes)
+
+
+def test_sheared_values_that_are_not_hounsfield_keep_their_range(tmp_path):
+    affine, _, ct, labels = sheared_ball(True, (1, 1, 1))
+    write_with(tmp_path / "images" / "a.nii.gz", ((ct + 1024) / 4095).astype(np.float32), sform=affine)
+    write_with(tmp_path / "labels" / "a.nii.gz", labels, sform=affine)
+    scan = load(tmp_path)
+    assert not is_sheared(scan.ct.affine)
+    assert scan.ct.array.shape == scan.labels.shape
+    assert scan.ct.array.min() == pytest.approx(224 / 4095)
+    assert scan.ct.array.max() <= 1064 / 4095 + 1e-6
 
 
 def test_axes_that_are_only_rotated_stay_as_they_are(tmp_path):
