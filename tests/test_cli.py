@@ -75,7 +75,7 @@ def test_any_terminal_is_written_to(environment, tmp_path):
         if verb == ["verdict"] and latin:
             text = run.stdout.decode("cp1252")
             assert "-0.05 (95 % CI -0.10 to +0.01, n >= 3)" in text
-            assert re.search(r"0\.450 +-0\.050 +-0\.100 to \+0\.010 +0\.200 +no difference shown", text)
+            assert re.search(r"0\.450 +-0\.050 +-0\.100 to \+0\.010 +0\.20 +no difference shown", text)
 
 
 def test_what_a_terminal_lacks_goes_to_the_log_as_it_is(tmp_path):

@@ -24,7 +24,6 @@ import lungddpm
 from lungddpm import cases, drawing, generators
 from lungddpm.config import Config
 from lungddpm.doctor import versions
-from lungddpm.errors import InputError
 from lungddpm.files import sha256_of, write_json, write_text
 from lungddpm.pages import Shown, render, show_excluded
 from lungddpm.progress import LOG
@@ -103,8 +102,8 @@ def verdict_table_text(results: Path) -> str:
     Raises:
         InputError: the run has no verdict yet.
     """
-    verdict, notes = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "notes"))
-    significance = 1 - _confidence_of(results / "manifest.json")
+    verdict, notes = read_csv(results / "tables" / "verdict.csv"), results / "tables" / "notes.csv"
+    notes = read_csv(notes)["note"].tolist() if notes.exists() else []
     rows = verdict[verdict["metric"] == next(iter(MEASURES))]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for head in ("arm", "Dice", "difference", "CI", "p", "verdict"):
@@ -112,10 +111,10 @@ def verdict_table_text(results: Path) -> str:
     for row in rows.to_dict("records"):
         table.add_row(
             row["arm"], _number(row["mean"], ".3f"), _number(row["difference"], "+.3f"), _interval(row),
-            _p(row["p_holm"], significance), row["verdict"],
+            _p(row["p_holm"], 1 - row.get("confidence", 0.95)), row["verdict"],
         )  # fmt: skip
     console = Console(file=StringIO(), width=100, no_color=True, highlight=False)
-    for note in notes["note"]:
+    for note in notes:
         console.print(textwrap.fill(note, 98, initial_indent="! ", subsequent_indent="  "), markup=False)
     if len(notes):
         console.print()
@@ -125,14 +124,6 @@ def verdict_table_text(results: Path) -> str:
         console.print(textwrap.fill(text, 98, initial_indent="- ", subsequent_indent="  "), markup=False)
     console.print(f"\nReport: {results / 'report.html'}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-
-
-def _confidence_of(manifest: Path) -> float:
-    """The confidence that a finished run's claims were made with."""
-    try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["config"]["verdict"]["confidence"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise InputError(manifest, "is missing or is not the manifest of a run", "Run lungddpm report again.") from None
 
 
 def draw_figures(

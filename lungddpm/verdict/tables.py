@@ -38,7 +38,7 @@ VERDICT_COLUMNS = [
     "arm", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd", "baseline_mean", "difference",
     "relative_percent", "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "run_df",
     "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
-    "wins", "ties", "losses", "verdict", "sentence",
+    "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
 REPEATED = "real+real"
 """The control that repeats the real cases: its true difference is 0."""
@@ -194,7 +194,8 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
                     f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
                     f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
                 )
-            rows.append({"arm": arm, "metric": measure, **asdict(comparison), "sentence": text})
+            keys = {"arm": arm, "metric": measure, "confidence": settings.confidence}
+            rows.append(keys | asdict(comparison) | {"sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
 
 
