@@ -1,6 +1,7 @@
 """What a reader has to know before the answers: above them on the page, and in the terminal.
 
-A note is here only if it may change what the reader makes of the answers; the rest is under the page's limits.
+What the run is able to show is always there. A warning is there only if it may change what the reader makes of the
+answers; the rest is under the page's limits.
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ from lungddpm.verdict.calibration import calibration_notes
 from lungddpm.verdict.power import RunPower
 from lungddpm.verdict.run_spread import spread_notes
 
-COLUMNS = ["about", "note"]
+COLUMNS = ["about", "warning", "note"]
 
 
 def notes_table(
     copies: list[list[str]], power: RunPower, calibration: pd.DataFrame, run_spread: pd.DataFrame, significance: float
 ) -> pd.DataFrame:
-    """The notes of a run, the gravest first; most runs should have none.
+    """The notes of a run, warnings first, the gravest before the others; most runs should have none of these.
 
     Args:
         copies: groups of replicates that are the same, each as "arm, replicate".
@@ -27,15 +28,18 @@ def notes_table(
         significance: p below it is beyond chance.
 
     Returns:
-        `COLUMNS`: what the note is about, and one or a few sentences.
+        `COLUMNS`: what the note is about, whether it is a warning, and one or a few sentences.
     """
-    notes = {
+    warnings = {
         "copied replicates": copy_notes(copies),
         "size of the run": [power.sentence] if power.too_small else [],
         "HU calibration": calibration_notes(calibration),
         "spread of training runs": spread_notes(run_spread, "Dice", significance),
     }
-    return pd.DataFrame([(about, note) for about, of_kind in notes.items() for note in of_kind], columns=COLUMNS)
+    rows = [(about, True, note) for about, of_kind in warnings.items() for note in of_kind]
+    if power.sentence and not power.too_small:
+        rows.append(("size of the run", False, power.sentence))
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def copy_notes(copies: list[list[str]]) -> list[str]:

@@ -42,8 +42,12 @@ def run_power(rows: pd.DataFrame, prose: str, published: float) -> RunPower:
             f"{room:.2f} only."
         )
         return RunPower(text, True)
-    text = f"This run shows a true gain of {size} with a probability of {100 * POWER:.0f} %; the published gain is "
-    return RunPower(text + (f"{published:.3f}, too small for it." if gain > published else f"{published:.3f}."), False)
+    text = f"A run of this size shows a true gain of {size} or more with a probability of {100 * POWER:.0f} %; "
+    if gain > published:
+        return RunPower(
+            text + f"a gain as small as the published one, {published:.3f}, would mostly stay hidden.", False
+        )
+    return RunPower(text + f"the published gain is {published:.3f}.", False)
 
 
 def _why_not(rows: pd.DataFrame) -> str:

@@ -61,7 +61,6 @@ from lungddpm.verdict.tables import (
     SIZE_COLUMNS,
     family_of,
     missing_replicates,
-    power_of,
     quality_files,
     read_csv,
     write_tables,
@@ -103,7 +102,7 @@ def verdict_table_text(results: Path) -> str:
         InputError: the run has no verdict yet.
     """
     verdict, notes = read_csv(results / "tables" / "verdict.csv"), results / "tables" / "notes.csv"
-    notes = read_csv(notes)["note"].tolist() if notes.exists() else []
+    notes = read_csv(notes).to_dict("records") if notes.exists() else []
     rows = verdict[verdict["metric"] == next(iter(MEASURES))]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for head in ("arm", "Dice", "difference", "CI", "p", "verdict"):
@@ -115,7 +114,9 @@ def verdict_table_text(results: Path) -> str:
         )  # fmt: skip
     console = Console(file=StringIO(), width=100, no_color=True, highlight=False)
     for note in notes:
-        console.print(textwrap.fill(note, 98, initial_indent="! ", subsequent_indent="  "), markup=False)
+        mark = "! " if note["warning"] else ""
+        lines = textwrap.fill(note["note"], 98, initial_indent=mark, subsequent_indent=" " * len(mark))
+        console.print(lines, markup=False)
     if len(notes):
         console.print()
     console.print(table)
@@ -285,7 +286,8 @@ def render_report(
         generators=config.arms.generators,
         shared_patients=config.roles.allow_shared_patients,
         phantom=config.source.kind == "phantom",
-        notes=tables["notes"]["note"].tolist(),
+        warnings=tables["notes"].query("warning")["note"].tolist(),
+        notes=tables["notes"].query("not warning")["note"].tolist(),
         run_spread=show_run_spread(tables["run_spread"], significance),
         calibration=show_calibration(tables["calibration"]),
         calibration_summary=calibration_summary(tables["calibration"]),
@@ -327,7 +329,6 @@ def render_report(
         significance=f"{significance:g}",
         families=verdict[verdict["n_compared"] > 1].groupby("family", sort=False)["n_compared"].max().to_dict(),
         question=QUESTION,
-        power_summary="" if power_of(verdict).too_small else power_of(verdict).sentence,
         minimum_cases=MINIMUM_CASES,
         minimum_run_df=MINIMUM_RUN_DF,
         power=f"{100 * POWER:g} %",

@@ -583,9 +583,8 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
         )
     elif run_df < MINIMUM_RUN_DF:
         warnings.append(
-            f"How much training runs scatter is known with {count(run_df, 'degree')} of freedom only; fewer than "
-            f"{MINIMUM_RUN_DF} come out too small too often, so the test uses these alone and asks for more. "
-            "More replicates or arms change that."
+            f"The scatter of training runs is estimated with {count(run_df, 'degree')} of freedom. With fewer than "
+            f"{MINIMUM_RUN_DF} it comes out too small too often, so the test is stricter. More replicates would help."
         )
     elif n_independent == 1:
         warnings.append("One replicate in common: how much training runs scatter is taken from the other arms.")

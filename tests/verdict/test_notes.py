@@ -13,8 +13,9 @@ NOTHING = pd.DataFrame(columns=CALIBRATION_COLUMNS)
 ALIKE = run_spread_table(["real", "a", "b"], np.eye(3), [[0], [1], [2]], seed=1)
 
 
-def test_a_run_without_anything_unusual_has_no_note():
-    assert notes_table([], RunPower("This run shows a true gain of about 0.1 Dice.", False), NOTHING, ALIKE, 0.05).empty
+def test_a_run_without_anything_unusual_has_no_warning_and_says_what_it_can_show():
+    notes = notes_table([], RunPower("A run of this size shows 0.1 Dice.", False), NOTHING, ALIKE, 0.05)
+    assert notes.to_numpy().tolist() == [["size of the run", False, "A run of this size shows 0.1 Dice."]]
 
 
 def test_copies_come_before_calibration_and_calibration_before_spread():
@@ -23,5 +24,6 @@ def test_copies_come_before_calibration_and_calibration_before_spread():
     notes = notes_table([["real, fold0_seed0", "real, fold0_seed1"]], power, failed, spread, 0.05)
     about = ["copied replicates", "size of the run", "HU calibration", "spread of training runs"]
     assert notes["about"].tolist() == about
+    assert notes["warning"].all()
     assert "real, fold0_seed0; real, fold0_seed1" in notes["note"][0]
     assert "spread 1.1001 times as wide" in notes["note"][2]

@@ -474,7 +474,7 @@ def test_a_lost_replicate_never_makes_a_claim_easier():
     assert scores.interaction.df == 2
     assert lost.df == 2
     result = compare_arms(scores, 100, 0.95, 0)[1]
-    assert "fewer than 4 come out too small too often" in sentence("a", "real", "Dice", result, 0.95)
+    assert "With fewer than 4 it comes out too small too often" in sentence("a", "real", "Dice", result, 0.95)
 
 
 def test_seeds_of_a_fold_are_averaged_and_folds_counted():
