@@ -43,21 +43,49 @@ def benchmark(cohort, make_benchmark, tmp_path_factory):
     return make_benchmark(tmp_path_factory.mktemp("run") / COMMANDS, {"source": source, "roles": roles})
 
 
-def test_commands_quote_what_is_not_ours(benchmark, cohort):
-    run = benchmark.run("--dry-run", "--printshellcmds")
-    assert run.returncode == 0, run.stdout[-3000:]
-    commands = re.findall(r"^Shell command: (.*?)\n\n", run.stdout, re.MULTILINE | re.DOTALL)
-    words = [shlex.split(command) for command in commands]
-    assert len(words) > 10
-    assert sum(str(cohort) in each for each in words) == 2  # index and prepare
+def words_of_commands(printed):
+    """The words of all commands that Snakemake printed, a list per command, without redirections and our own lists."""
+    ours = r" 2?> [\w./+-]+|\$\(cut -d ' ' -f 3 [\w./@+-]+\)"
+    words = []
+    for following in printed.split("Shell command: ")[1:]:
+        lines = following.splitlines()
+        command = lines.pop(0)
+        # What a job prints may follow at once, and a quoted name may hold a line break: quotes show where it ends.
+        while (parsed := parsed_words(re.sub(ours, "", command))) is None:
+            command += "\n" + lines.pop(0)
+        words.append(parsed)
+    return words
+
+
+def parsed_words(command):
+    try:
+        return shlex.split(command)
+    except ValueError:  # an open quote
+        return None
+
+
+def check_quoted(words, cohort):
     for each in words:
         assert all(re.fullmatch(r"[\w./+@:=-]*", word) for word in each if word != str(cohort)), each
 
 
+def test_commands_quote_what_is_not_ours(benchmark, cohort):
+    run = benchmark.run("--dry-run", "--printshellcmds")
+    assert run.returncode == 0, run.stdout[-3000:]
+    words = words_of_commands(run.stdout)
+    assert len(words) > 5
+    assert sum(str(cohort) in each for each in words) == 1  # index; how often scans are prepared is counted after it
+    check_quoted(words, cohort)
+
+
 def test_scans_are_prepared_and_nothing_else_happens(benchmark, cohort):
     top = benchmark.folder.parent
-    run = benchmark.run("--cores", "2", "results/qc/index.html", "results/arms/real/arm.json")
+    run = benchmark.run("--cores", "2", "--printshellcmds", "results/qc/index.html", "results/arms/real/arm.json")
     assert run.returncode == 0, run.stdout[-3000:]
+    words = words_of_commands(run.stdout)
+    assert sum(str(cohort) in each and "prepare" in each for each in words) >= 1
+    assert any("compose" in each for each in words)
+    check_quoted(words, cohort)
 
     table = read_cases(benchmark.results / "cases/cases.tsv")
     assert sorted(table["patient_id"]) == sorted(PATIENTS)
