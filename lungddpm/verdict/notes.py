@@ -39,7 +39,7 @@ def notes_table(
     rows = [(about, True, note) for about, of_kind in warnings.items() for note in of_kind]
     if power.sentence and not power.too_small:
         rows.append(("size of the run", False, power.sentence))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS).astype({"warning": bool})
 
 
 def copy_notes(copies: list[list[str]]) -> list[str]:

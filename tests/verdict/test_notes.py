@@ -18,6 +18,11 @@ def test_a_run_without_anything_unusual_has_no_warning_and_says_what_it_can_show
     assert notes.to_numpy().tolist() == [["size of the run", False, "A run of this size shows 0.1 Dice."]]
 
 
+def test_a_run_without_synthetic_arms_has_no_notes_at_all():
+    notes = notes_table([], RunPower("", False), NOTHING, ALIKE, 0.05)
+    assert notes.query("warning")["note"].tolist() == notes.query("not warning")["note"].tolist() == []
+
+
 def test_copies_come_before_calibration_and_calibration_before_spread():
     failed = pd.DataFrame([("g", LUNGS_ALONE, SPREAD, 4, 1.1001, 0.1, 0.9, 1.1, FAILED)], columns=CALIBRATION_COLUMNS)
     spread, power = ALIKE.assign(p=[1, 0.01, 1]), RunPower("Too small.", True)
