@@ -6,7 +6,7 @@ Every run is a benchmark made of normal numbers: case, arm x case, arm x run and
 verdict's own code.
 
     wrong       share of runs with a "better" or "worse" in the family although no arm differs
-    refused     share of comparisons that are told "cannot tell"
+    refused     share of comparisons that end in "cannot tell"
     Wilcoxon    share of runs with a claim by the signed-rank test over cases, corrected in the same way
     bootstrap   share of comparisons whose nominal 95 % bootstrap interval covers the true difference (0)
     detectable  median of the differences that the runs call detectable

@@ -44,7 +44,7 @@ class FileLock:
         self._released: threading.Event | None = None
 
     def take(self) -> bool:
-        """Take the lock if it is free; tells whether it was."""
+        """Take the lock if it is free; returns whether it was."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -94,7 +94,7 @@ class FileLock:
         return True
 
     def _remove_stale(self) -> bool:
-        """Remove the stand-in if nobody holds it; tells whether it is gone."""
+        """Remove the stand-in if nobody holds it; returns whether it is gone."""
         try:
             holders = self.held.read_text(encoding="utf-8")
             if _is_held(holders, self.held):

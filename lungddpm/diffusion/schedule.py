@@ -76,7 +76,7 @@ def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a published checkpoint holds beside the network: coefficients of the diffusion process (Ho et al. 2020).
 
     The names are those of the public `denoising-diffusion-pytorch`, and `posterior_mean_coef3`, which the published
-    code adds; its strict loading wants them all.
+    code adds; its strict loading needs them all.
 
     Args:
         betas: (T,) float64.

@@ -49,7 +49,7 @@ High-throughput JPEG 2000 goes to OpenJPEG as well: imagecodecs' own decoder of 
 _LARGEST_INTERCEPT = 2**16
 _JPEG_2000_START = b"\xff\x4f\xff\x51"
 _LONGEST_JP2_BOXES = 512
-"""The standard wants bare codestreams; some files have those of a JP2 file, its boxes before them."""
+"""The standard requires bare codestreams; some files have those of a JP2 file, its boxes before them."""
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """Start of frame in JPEG, JPEG Lossless and JPEG-LS (SOF55)."""
