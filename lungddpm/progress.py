@@ -84,7 +84,7 @@ def shorten_paths(text: str) -> str:
     folders += [
         path for word in given if os.path.isabs(word) for path in (os.path.normpath(word), os.path.realpath(word))
     ]
-    # Where there is no home folder, its path is no path.
+    # Where there is no home folder, its path is not one.
     for folder in sorted(filter(os.path.isabs, set(folders) - {os.sep}), key=len, reverse=True):
         text = text.replace(folder + os.sep, "").replace(folder, os.path.basename(folder))
     return text

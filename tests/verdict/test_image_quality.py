@@ -187,7 +187,7 @@ def test_no_other_constant_is_a_better_floor(reference):
 def test_the_shifted_floor_has_the_brightness_of_the_image_and_nothing_else_of_it(reference):
     layout = np.where(reference > 0.3, Label.LUNG, Label.BACKGROUND)
     same = np.ones(layout.shape, bool)
-    same[:2] = False  # where nodules were moved, the image is no measure of brightness
+    same[:2] = False  # where nodules were moved, the image does not measure brightness
     lungs = layout == Label.LUNG
     image = np.where(lungs, 1000 * reference[::-1] - 58, 0)
     image[:2] = 9999

@@ -201,7 +201,7 @@ def _in_hu(stored: np.ndarray, values: np.ndarray, dataset: pydicom.Dataset, fra
     except KeyError:
         raise no_rescale from None
     except (TypeError, ValueError, OverflowError) as error:
-        problem = f"rescale or padding value is no number ({error})"
+        problem = f"rescale or padding value is not a number ({error})"
         raise ExcludedCaseError(path, problem, COPY_AGAIN) from None
     return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
 
