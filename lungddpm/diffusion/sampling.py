@@ -235,7 +235,7 @@ def invert(
 
     It follows the same flow the other way (Song et al. 2021, section 4.3), visits the same levels, and calls the
     denoiser as often. The way from clean CT to the least noisy level takes the denoiser's noise there for the whole
-    step (where the levels are `published`, there is no such way); how exactly the CT comes back depends on the steps.
+    step (not where the levels are `published`); how exactly the CT comes back depends on the steps.
 
     Args:
         predict_noise, condition, betas, sampler, steps, order, times, levels: see `sample`.

@@ -197,11 +197,11 @@ def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mappi
         faults += [("ct.nii.gz", fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:
         faults += [("layout.nii.gz", fault) for fault in _label_faults(layout.array)]
-    beside = ct is not None and layout is not None and not ct.same_grid(layout)
-    if beside:
+    off_grid = ct is not None and layout is not None and not ct.same_grid(layout)
+    if off_grid:
         faults.append(("layout.nii.gz", "is not on the grid of its CT"))
     if ct is not None:
-        lungs = None if beside or layout is None else layout.array == Label.LUNG
+        lungs = None if off_grid or layout is None else layout.array == Label.LUNG
         faults += [("ct.nii.gz", fault) for fault in _intensity_faults(ct.array, lungs, config.layouts.limits)]
     return [f"{entry.sample}/{name}: {fault}" for name, fault in faults]
 

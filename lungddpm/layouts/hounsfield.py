@@ -81,7 +81,7 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
             threshold) for lung and soft tissue, which holds for every chest whatever its unit.
 
     Returns:
-        None where there is no lung to judge, or nothing but one value.
+        None without lungs to judge, or where all values are equal.
     """
     step = max(1, round((ct.size / _SAMPLE) ** (1 / 3)))
     values = ct[::step, ::step, ::step]

@@ -1,4 +1,4 @@
-"""No job starts without work: there are no more shards than scans and samples, however many the config allows."""
+"""No job starts without work: never more shards than scans and samples, however many the config allows."""
 
 import re
 import shutil
