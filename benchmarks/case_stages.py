@@ -20,7 +20,7 @@ from unittest import mock
 import pandas as pd
 import psutil
 
-from lungddpm.config import load_config
+from lungddpm.config.loading import load_config
 from lungddpm.layouts import compose
 from lungddpm.sources import index_source, lidc, nifti
 

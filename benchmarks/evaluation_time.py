@@ -17,12 +17,12 @@ import numpy as np
 import pandas as pd
 from scipy import ndimage
 
-from lungddpm.cases import write_cases
-from lungddpm.config import Config
-from lungddpm.layouts import Label
-from lungddpm.verdict.froc import froc_tables
-from lungddpm.verdict.segmentation import run_evaluate
-from lungddpm.volume import Volume, write_volume
+from lungddpm.config.models import Config
+from lungddpm.core.cases import write_cases
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, write_volume
+from lungddpm.evaluation.froc import froc_tables
+from lungddpm.evaluation.segmentation import run_evaluate
 
 SIZE, SPACING_MM = 128, 2.5
 AFFINE = np.diag([SPACING_MM] * 3 + [1.0])

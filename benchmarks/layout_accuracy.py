@@ -27,16 +27,16 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from lungddpm.config import Config, Phantom
-from lungddpm.errors import ExcludedCaseError
-from lungddpm.files import seed_from
-from lungddpm.layouts import Label
+from lungddpm.config.models import Config, Phantom
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.files import seed_from
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, occupancy
 from lungddpm.layouts.compose import build_case
 from lungddpm.layouts.lungs import segment_lungs
 from lungddpm.layouts.vessels import segment_vessels
 from lungddpm.sources import Scan
 from lungddpm.sources.phantom.patient import Thorax, thorax
-from lungddpm.volume import Volume, occupancy
 
 SLICES_MM = (1.0, 1.5, 2.0, 3.0, 5.0)
 KERNELS = ("standard", "sharp", "soft", "sharp")

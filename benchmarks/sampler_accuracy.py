@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from lungddpm.diffusion.sampling import Predictor, sample
-from lungddpm.diffusion.schedule import alphas_cumprod, cosine_betas, spaced_timesteps
+from lungddpm.models.sampling import Predictor, sample
+from lungddpm.models.schedule import alphas_cumprod, cosine_betas, spaced_timesteps
 
 SAMPLERS = {
     "ddpm": ("ddpm", 2),

@@ -11,8 +11,8 @@ from typing import Annotated
 
 import typer
 
-from lungddpm.errors import UserError, from_os_error
-from lungddpm.progress import LOG, adapt_terminal, start_logging
+from lungddpm.core.errors import UserError, from_os_error
+from lungddpm.core.progress import LOG, adapt_terminal, start_logging
 
 app = typer.Typer(
     name="lungddpm",
@@ -60,7 +60,7 @@ def run(context: typer.Context) -> None:
     Inputs: config.yaml and --configfile overlays. Outputs: results/ in the working directory (or --directory).
     Example: lungddpm run --cores all --configfile config/lidc.yaml my_paths.yaml
     """
-    from lungddpm.runner import run_snakemake
+    from lungddpm.operations.run import run_snakemake
 
     raise typer.Exit(run_snakemake(context.args))
 
@@ -71,7 +71,7 @@ def phantom(
     output: Annotated[Path, typer.Option(help="Folder for DICOM series and reader XML.")] = RESULTS / "source",
 ) -> None:
     """Write the built-in phantom cohort as DICOM series (HU) with LIDC-style reader XML (pixels)."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
     from lungddpm.sources.phantom.cohort import run_phantom
 
     run_phantom(load_config(*config), output)
@@ -85,7 +85,7 @@ def index(
 ) -> None:
     """List every CT series of the source by its headers (sizes in voxels, spacings in mm) and assign roles."""
     from lungddpm.arms.splits import assign_roles
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
     from lungddpm.sources import index_source, write_index
 
     settings = load_config(*config, needs_source=source is None)
@@ -108,7 +108,7 @@ def prepare(
     table: Annotated[Path, typer.Option(help="Table of this shard's cases to write.")] = RESULTS / "cases/cases-0.tsv",
 ) -> None:
     """Turn scans into cases: ct.nii.gz (int16 HU) and layout.nii.gz on the model grid, nodules.nii.gz, case.json."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
     from lungddpm.layouts.compose import run_prepare
 
     settings = load_config(*config, needs_source=source is None)
@@ -122,8 +122,8 @@ def collect(
     output: Annotated[Path, typer.Option(help="Merged table to write; nodules.tsv goes beside it.")] = CASES,
 ) -> None:
     """Merge the shards' tables into cases.tsv, list their nodules in nodules.tsv, check that every role has cases."""
-    from lungddpm.cases import run_collect
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
+    from lungddpm.layouts.collect import run_collect
 
     run_collect(load_config(*config), tables, output)
 
@@ -135,8 +135,8 @@ def qc(
     output: Annotated[Path, typer.Option(help="Folder of the pages, beside the folder of the cases.")] = RESULTS / "qc",
 ) -> None:
     """Write pages to check layouts by eye: contours over each scan in three planes, figures (litres, mm, %)."""
-    from lungddpm.config import load_config
-    from lungddpm.pages.layouts import run_qc
+    from lungddpm.config.loading import load_config
+    from lungddpm.report.layout_pages import run_qc
 
     run_qc(load_config(*config), cases, output)
 
@@ -162,16 +162,16 @@ def train(
 
     On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
     """
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings = load_config(*config).for_denoiser(section)
     _set_threads(threads)
     if estimate:
-        from lungddpm.diffusion.estimate import run_estimate
+        from lungddpm.operations.estimate import run_estimate
 
         run_estimate(settings, device)
         return
-    from lungddpm.diffusion.training import run_train
+    from lungddpm.models.training import run_train
 
     run_train(settings, cases, output or RESULTS / "diffusion" / settings.diffusion.run, device, initial)
 
@@ -200,7 +200,7 @@ def synthesize(
     threads: Threads = 0,
 ) -> None:
     """Make synthetic cases from references and layouts: CT (int16 HU) and layout on the reference's own grid."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
     _set_threads(threads)
@@ -221,7 +221,7 @@ def compose(
 ) -> None:
     """Compose a training set (nnU-Net raw dataset, HU) from real and synthetic cases, behind the leak guard."""
     from lungddpm.arms.compose import run_compose
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     run_compose(load_config(*config), arm, cases, samples or [], output or RESULTS / "arms" / arm)
 
@@ -234,7 +234,7 @@ def segment_plan(
     threads: Threads = 1,
 ) -> None:
     """Preprocess one arm with the plans made on 'real'; on 'real' itself, make them first."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
     from lungddpm.segmentation.nnunet import run_plan
@@ -252,7 +252,7 @@ def segment_train(
     threads: Threads = 0,
 ) -> None:
     """Train nnU-Net on one arm for the steps in config; resumes where an interrupted training stopped."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
     from lungddpm.segmentation.nnunet import run_train
@@ -272,7 +272,7 @@ def segment_predict(
     threads: Threads = 0,
 ) -> None:
     """Segment the nodules of every test case with a trained replicate."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
     from lungddpm.segmentation.nnunet import run_predict
@@ -291,8 +291,8 @@ def evaluate(
 
     Lesions get scores, for FROC, where PREDICTIONS/probability/<case>.nii.gz lie beside the masks.
     """
-    from lungddpm.config import load_config
-    from lungddpm.verdict.segmentation import run_evaluate
+    from lungddpm.config.loading import load_config
+    from lungddpm.evaluation.segmentation import run_evaluate
 
     run_evaluate(load_config(*config), cases, predictions, output)
 
@@ -308,11 +308,11 @@ def quality(
 ) -> None:
     """Judge synthetic CT: error against its references by region (on [0, 1] over grid.window_hu), FID, MMD, diversity,
     nearness to the training cases; floors beside each."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
     _set_threads(threads)
-    from lungddpm.verdict.image_quality import run_quality
+    from lungddpm.quality.image_quality import run_quality
 
     run_quality(settings, cases, samples, generator, output)
 
@@ -323,8 +323,8 @@ def report(
     results: Annotated[Path, typer.Option(help="Folder of a run; tables/, figures/, report.html go there.")] = RESULTS,
 ) -> None:
     """Reach the verdict from the metrics of all arms: tables, figures, report.html, manifest.json."""
-    from lungddpm.config import load_config
-    from lungddpm.verdict.report import run_report
+    from lungddpm.config.loading import load_config
+    from lungddpm.report.page import run_report
 
     run_report(load_config(*config), results)
 
@@ -334,7 +334,7 @@ def checksums(
     results: Annotated[Path, typer.Option(help="Folder of a run; SHA256SUMS goes there.")] = RESULTS,
 ) -> None:
     """Write SHA256SUMS: the hashes of all that the run computed, for 'verify' and for sha256sum --check."""
-    from lungddpm.checksums import run_checksums
+    from lungddpm.operations.verify import run_checksums
 
     run_checksums(results)
 
@@ -345,7 +345,7 @@ def verify(
     repair: Annotated[bool, typer.Option(help="Delete what is damaged, so that 'run' makes it again.")] = False,
 ) -> None:
     """Find files of a finished run that were cut short, changed or deleted since (by their SHA-256)."""
-    from lungddpm.checksums import run_verify
+    from lungddpm.operations.verify import run_verify
 
     found = run_verify(results, repair)
     if not found:
@@ -362,7 +362,7 @@ def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
 ) -> None:
     """Print the verdict of a finished run and where its report lies."""
-    from lungddpm.verdict.report import verdict_table_text
+    from lungddpm.report.page import verdict_table_text
 
     typer.echo(verdict_table_text(results))
 
@@ -373,7 +373,7 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
-    from lungddpm.diffusion.checkpoint import export_published
+    from lungddpm.models.checkpoint import export_published
 
     export_published(weights, output)
 
@@ -390,7 +390,7 @@ def plan(
     bench: Annotated[Path | None, typer.Option(help="What 'lungddpm bench' wrote there, instead of a name.")] = None,
 ) -> None:
     """Tell jobs, GPU and core hours, memory (GiB) and disk (GiB) of every stage before a run; writes nothing."""
-    from lungddpm.planning import run_plan
+    from lungddpm.operations.plan import run_plan
 
     tables = [index] if index else [CASES, CASES.with_name("index.tsv")]
     typer.echo(run_plan(config, tables, cases, device, step_seconds, bench))
@@ -410,7 +410,7 @@ def bench(
 ) -> None:
     """Measure how fast the denoiser trains and samples here, with each lever: ratios to the plain module, seconds."""
     _set_threads(threads)
-    from lungddpm.diffusion.bench import run_bench
+    from lungddpm.operations.bench import run_bench
 
     run_bench(device, size, base, lever or [], rounds, longest, training, output)
 
@@ -420,7 +420,7 @@ def config_show(config: ConfigFiles = DEFAULT_CONFIG) -> None:
     """Print the complete configuration, defaults included, as YAML."""
     import yaml
 
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     typer.echo(yaml.safe_dump(load_config(*config).model_dump(mode="json"), sort_keys=False), nl=False)
 
@@ -428,7 +428,7 @@ def config_show(config: ConfigFiles = DEFAULT_CONFIG) -> None:
 @config_app.command("validate")
 def config_validate(config: ConfigFiles = DEFAULT_CONFIG) -> None:
     """Check names, types, limits and combinations; say which arms and replicates will be run."""
-    from lungddpm.config import load_config
+    from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
     typer.echo(
@@ -442,7 +442,7 @@ def config_schema(
     markdown: Annotated[bool, typer.Option("--markdown", help="Every key as Markdown (config/README.md).")] = False,
 ) -> None:
     """Print the JSON schema of the configuration (workflow/schemas/config.schema.json)."""
-    from lungddpm.config_reference import json_schema, markdown_reference
+    from lungddpm.config.reference import json_schema, markdown_reference
 
     typer.echo(markdown_reference() if markdown else json.dumps(json_schema(), indent=2))
 
@@ -450,7 +450,7 @@ def config_schema(
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
     """Versions, devices, free disk and memory, and what is missing."""
-    from lungddpm.doctor import describe, faults
+    from lungddpm.operations.doctor import describe, faults
 
     for line in describe():
         typer.echo(line)
@@ -475,7 +475,7 @@ def main() -> None:
 
 
 def _refuse(error: UserError) -> None:
-    from lungddpm.runner import report_fault
+    from lungddpm.operations.run import report_fault
 
     LOG.error("error: %s", error)
     report_fault(error)

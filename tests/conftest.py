@@ -10,11 +10,13 @@ import hypothesis
 import numpy as np
 import pytest
 
-from lungddpm.cases import COLUMNS, hash_case, write_cases
-from lungddpm.files import seed_from, write_json
-from lungddpm.layouts import Label
-from lungddpm.progress import LOG
-from lungddpm.volume import Volume, bounding_box, read_volume, write_volume
+from lungddpm.core.cases import COLUMNS, hash_case, write_cases
+from lungddpm.core.files import seed_from, write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG
+from lungddpm.core.volume import Volume, bounding_box, read_volume, write_volume
+
+pytest_plugins = ["made_up_results", "made_up_trainings"]
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.cases import read_cases
+from lungddpm.core.cases import read_cases
 
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 

@@ -61,7 +61,7 @@ def test_a_folder_of_the_packages_name_does_not_hide_an_editable_install(reposit
         found = subprocess.run(
             [*python, find], cwd=working, env=environment, check=True, capture_output=True, text=True
         )
-        assert Path(found.stdout.strip()) == source / "lungddpm/config.py"
+        assert Path(found.stdout.strip()) == source / "lungddpm/config/__init__.py"
 
 
 def test_every_rule_has_an_environment_that_exists(repository):

@@ -16,13 +16,13 @@ import numpy as np
 import pandas as pd
 
 from lungddpm.arms import splits
-from lungddpm.cases import folder_of, hash_case, hash_voxels, read_case, read_cases, usable
-from lungddpm.config import Config
-from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import exclusive_lock, fingerprint, link_or_copy, write_json
-from lungddpm.layouts import Label
-from lungddpm.progress import LOG
-from lungddpm.volume import read_volume, write_volume
+from lungddpm.config.models import Config
+from lungddpm.core.cases import folder_of, hash_case, hash_voxels, read_case, read_cases, usable
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG
+from lungddpm.core.volume import read_volume, write_volume
 
 DATASET = "Dataset501_LungNodule"
 FILE_ENDING = ".nii.gz"

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lungddpm.config import Roles
-from lungddpm.errors import ConfigError, InputError, LeakError
-from lungddpm.files import seed_from
-from lungddpm.progress import LOG
+from lungddpm.config.models import Roles
+from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.files import seed_from
+from lungddpm.core.progress import LOG
 
 if TYPE_CHECKING:
     import pandas as pd

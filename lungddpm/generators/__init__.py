@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from lungddpm import cases
-from lungddpm.config import Config
-from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import code_fingerprint, fingerprint, lock_if_free, seed_from, sha256_of, write_json
-from lungddpm.progress import LOG, Progress
-from lungddpm.volume import Volume, write_volume
+from lungddpm.config.models import Config
+from lungddpm.core import cases
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import code_fingerprint, fingerprint, lock_if_free, seed_from, sha256_of, write_json
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.volume import Volume, write_volume
 
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import Bank, MadeLayout
@@ -195,7 +195,7 @@ def run_synthesize(
         shard: 0-based number of this share of the work.
         shards: how many shares there are.
         table: the table to write.
-        device: see `lungddpm.diffusion.device.make_accelerator`.
+        device: see `lungddpm.core.device.make_accelerator`.
         dose: by default the largest that an arm takes.
         external: folder of a generator in `arms.external`; by default the one named there.
 
@@ -266,7 +266,7 @@ def _claim(
 
 def _settings(config: Config, generator: str, weights: Path | None) -> dict[str, Any]:
     """What decides a sample besides its reference, its layout and its seed."""
-    settings = {"generator": generator, "code": code_fingerprint("diffusion", "generators")}
+    settings = {"generator": generator, "code": code_fingerprint("models", "generators")}
     sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"batch_size"})
     sampling["orientation"] = config.diffusion.orientation
     if weights is None:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm import cases
-from lungddpm.config import Config
+from lungddpm.config.models import Config
+from lungddpm.core import cases
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import AIR_HU, Volume, bounding_box
 from lungddpm.generators import ADDED, Generator, Task
-from lungddpm.layouts import Label
-from lungddpm.volume import AIR_HU, Volume, bounding_box
 
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import PlacedNodule

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from lungddpm import cases
-from lungddpm.config import Config, LayoutLimits
-from lungddpm.errors import InputError
-from lungddpm.files import code_fingerprint, fingerprint, sha256_of, write_json
+from lungddpm.config.models import Config, LayoutLimits
+from lungddpm.core import cases
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import code_fingerprint, fingerprint, sha256_of, write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
 from lungddpm.generators import is_complete
-from lungddpm.layouts import Label
 from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
-from lungddpm.progress import LOG, Progress
-from lungddpm.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
 
 if TYPE_CHECKING:
     import pandas as pd

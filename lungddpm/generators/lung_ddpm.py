@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lungddpm.config import Config
+from lungddpm.config.models import Config
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
 from lungddpm.generators import JITTERED, OWN, Generator, Task
-from lungddpm.layouts import Label
-from lungddpm.volume import Window, slice_windows, to_hu, to_model_range
 
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
 DENOISER = "diffusion"
@@ -35,11 +35,11 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
     """
     import torch
 
-    from lungddpm.diffusion.checkpoint import load_denoiser
-    from lungddpm.diffusion.denoiser import condition_channels
-    from lungddpm.diffusion.device import make_accelerator
-    from lungddpm.diffusion.sampling import sample
-    from lungddpm.diffusion.schedule import cosine_betas
+    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.checkpoint import load_denoiser
+    from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.sampling import sample
+    from lungddpm.models.schedule import cosine_betas
 
     accelerator = make_accelerator(device, config.diffusion.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)

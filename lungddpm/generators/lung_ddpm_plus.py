@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lungddpm.config import Config
-from lungddpm.errors import InputError
+from lungddpm.config.models import Config
+from lungddpm.core.errors import InputError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import to_hu, to_model_range
 from lungddpm.generators import ADDED, OWN, Generator, Task
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
-from lungddpm.layouts import Label
-from lungddpm.volume import to_hu, to_model_range
 
 CITATION = (
     "Lung-DDPM+: Efficient Thoracic CT Image Synthesis using Diffusion Probabilistic Model, arXiv 2508.09327, 2025."
@@ -52,11 +52,11 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     """
     import torch
 
-    from lungddpm.diffusion.checkpoint import load_denoiser
-    from lungddpm.diffusion.denoiser import condition_channels
-    from lungddpm.diffusion.device import make_accelerator
-    from lungddpm.diffusion.sampling import invert, sample
-    from lungddpm.diffusion.schedule import cosine_betas
+    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.checkpoint import load_denoiser
+    from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.sampling import invert, sample
+    from lungddpm.models.schedule import cosine_betas
 
     config = config.for_denoiser(DENOISER)
     accelerator = make_accelerator(device, config.diffusion.training.precision)

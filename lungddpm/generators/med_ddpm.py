@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lungddpm.config import Config
+from lungddpm.config.models import Config
 from lungddpm.generators import JITTERED, OWN, Generator
 from lungddpm.generators.lung_ddpm import load_sampler
 

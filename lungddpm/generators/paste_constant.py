@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lungddpm.config import Config
-from lungddpm.errors import InputError
+from lungddpm.config.models import Config
+from lungddpm.core.errors import InputError
+from lungddpm.core.labels import Label
 from lungddpm.generators import JITTERED, OWN, Generator, Task
-from lungddpm.layouts import Label
 
 CITATION = "None: the reference's background around lungs of constant HU."
 DENOISER = None

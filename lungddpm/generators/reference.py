@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lungddpm.config import Config
+from lungddpm.config.models import Config
 from lungddpm.generators import OWN, Generator, Task
 
 CITATION = "None: the reference CT itself, unchanged."

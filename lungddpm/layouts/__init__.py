@@ -1,12 +1,1 @@
-"""Layouts: label volumes of lung, nodule and vessel. The label numbers live here and nowhere else."""
-
-from enum import IntEnum
-
-
-class Label(IntEnum):
-    """Values of a layout volume (uint8). Lung excludes nodules and vessels; nodule wins over both."""
-
-    BACKGROUND = 0
-    LUNG = 1
-    NODULE = 2
-    VESSEL = 3
+"""From scans to cases: lungs, vessels and nodules segmented, checked, and put on the model grid."""

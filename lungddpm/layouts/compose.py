@@ -13,22 +13,14 @@ import numpy as np
 import pandas as pd
 
 from lungddpm import __version__
-from lungddpm.cases import check_case, hash_case, hash_voxels, write_cases
-from lungddpm.config import Config
-from lungddpm.drawing import save
-from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.files import code_fingerprint, fingerprint, sha256_of, write_json
-from lungddpm.layouts import Label
-from lungddpm.layouts.hounsfield import REMEDY, hounsfield_fault, recognised_fault
-from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
-from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
-from lungddpm.layouts.pictures import draw_case
-from lungddpm.layouts.prior import measure_places
-from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
-from lungddpm.layouts.vessels import segment_vessels
-from lungddpm.progress import LOG, Progress
-from lungddpm.sources import Scan, check_folder, module_of, read_index, reason_of
-from lungddpm.volume import (
+from lungddpm.config.models import Config
+from lungddpm.core.cases import check_case, hash_case, hash_voxels, write_cases
+from lungddpm.core.drawing import save
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.files import code_fingerprint, fingerprint, sha256_of, write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.volume import (
     AIR_HU,
     Volume,
     bounding_box,
@@ -39,6 +31,14 @@ from lungddpm.volume import (
     resample_upright,
     write_volume,
 )
+from lungddpm.layouts.hounsfield import REMEDY, hounsfield_fault, recognised_fault
+from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
+from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
+from lungddpm.layouts.pictures import draw_case
+from lungddpm.layouts.prior import measure_places
+from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
+from lungddpm.layouts.vessels import segment_vessels
+from lungddpm.sources import Scan, check_folder, module_of, read_index, reason_of
 
 LUNG_OCCUPANCY = 0.5
 VESSEL_OCCUPANCY = 0.25

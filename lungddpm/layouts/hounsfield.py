@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from skimage.filters import threshold_otsu
 
-from lungddpm.config import LayoutLimits
-from lungddpm.volume import bounding_box
+from lungddpm.config.models import LayoutLimits
+from lungddpm.core.volume import bounding_box
 
 REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), its labels as 1 lung, 2 nodule, 3 vessel."
 

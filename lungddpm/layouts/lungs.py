@@ -11,9 +11,9 @@ import numpy as np
 from scipy import ndimage
 from skimage.segmentation import watershed
 
-from lungddpm.config import Layouts
-from lungddpm.errors import ExcludedCaseError
-from lungddpm.volume import AIR_HU, Volume, bounding_box, model_grid, resample_image
+from lungddpm.config.models import Layouts
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import AIR_HU, Volume, bounding_box, model_grid, resample_image
 
 RIGHT, LEFT = 1, 2
 """Values of a lung mask: the patient's right lung (larger x in RAS+) and left lung."""

@@ -14,9 +14,9 @@ import zipfile
 
 import numpy as np
 
-from lungddpm.errors import UserError
+from lungddpm.core.errors import UserError
+from lungddpm.core.volume import Volume
 from lungddpm.layouts.lungs import LEFT, RIGHT
-from lungddpm.volume import Volume
 
 _LOBES = {
     "lung_upper_lobe_right": RIGHT,

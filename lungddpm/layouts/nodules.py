@@ -17,11 +17,11 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from skimage.measure import grid_points_in_poly
 
-from lungddpm.config import Layouts
-from lungddpm.errors import ExcludedCaseError
-from lungddpm.layouts import Label
+from lungddpm.config.models import Layouts
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, bounding_box, resample_upright
 from lungddpm.sources import Annotation, Scan
-from lungddpm.volume import Volume, bounding_box, resample_upright
 
 READERS = 4
 """Readers of LIDC-IDRI: a cluster of more annotations joins several nodules."""

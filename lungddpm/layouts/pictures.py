@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from lungddpm.drawing import (
+from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
     PLANES,
@@ -17,10 +17,10 @@ from lungddpm.drawing import (
     mark_sides,
     oriented_slice,
     size_mm,
-)  # fmt: skip
-from lungddpm.layouts import Label
+)
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, bounding_box
 from lungddpm.layouts.quality import Segmented
-from lungddpm.volume import Volume, bounding_box
 
 _MARGIN_MM = 20.0
 _CLOSE_UP_MM = 50.0

@@ -25,15 +25,15 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial.transform import Rotation
 
-from lungddpm import cases
-from lungddpm.config import Synthesis
-from lungddpm.errors import InputError
-from lungddpm.files import fingerprint
-from lungddpm.layouts import Label
+from lungddpm.config.models import Synthesis
+from lungddpm.core import cases
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import fingerprint
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG
+from lungddpm.core.volume import Volume, bounding_box, read_volume
 from lungddpm.layouts.compose import place_nodules
 from lungddpm.layouts.prior import Prior, lies_in_lungs
-from lungddpm.progress import LOG
-from lungddpm.volume import Volume, bounding_box, read_volume
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from lungddpm.layouts import Label
-from lungddpm.volume import Volume, bounding_box
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, bounding_box
 
 SURFACE_MM = (3.0, 6.0, 10.0, 15.0, 25.0)
 VESSEL_MM = (2.0, 5.0, 8.0, 12.0)

@@ -10,13 +10,13 @@ import cc3d
 import numpy as np
 from scipy import ndimage
 
-from lungddpm.cases import CHARACTERISTICS
-from lungddpm.config import LayoutLimits
-from lungddpm.errors import ExcludedCaseError
-from lungddpm.layouts import Label
+from lungddpm.config.models import LayoutLimits
+from lungddpm.core.cases import CHARACTERISTICS
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
 from lungddpm.layouts.lungs import measure_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm
-from lungddpm.volume import Volume
 
 CONTACT_MM = 2.0
 """What comes as near as this to a nodule's voxels touches it: readers' contours differ by a pixel or two."""

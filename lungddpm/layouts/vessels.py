@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
 
-from lungddpm.volume import Volume, bounding_box, model_grid, occupancy, resample_image
+from lungddpm.core.volume import Volume, bounding_box, model_grid, occupancy, resample_image
 
 _FINEST_MM = 1.0
 _REFINEMENT = 0.7

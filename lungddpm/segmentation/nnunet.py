@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING, TextIO
 import numpy as np
 
 from lungddpm.arms.compose import DATASET
-from lungddpm.cases import folder_of, read_cases, usable
-from lungddpm.config import Config, Network
-from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import (
+from lungddpm.config.models import Config, Network
+from lungddpm.core.cases import folder_of, read_cases, usable
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import (
     check_archive,
     code_fingerprint,
     exclusive_lock,
@@ -36,8 +36,8 @@ from lungddpm.files import (
     sha256_of,
     write_json,
 )
-from lungddpm.progress import LOG, Progress, log_device, shorten_paths
-from lungddpm.volume import read_volume, write_volume
+from lungddpm.core.progress import LOG, Progress, log_device, shorten_paths
+from lungddpm.core.volume import read_volume, write_volume
 
 if TYPE_CHECKING:
     import torch

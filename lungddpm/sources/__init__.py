@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lungddpm import cases
-from lungddpm.errors import InputError, printable
-from lungddpm.files import atomic_path, code_fingerprint, fingerprint, write_text
-from lungddpm.progress import LOG
-from lungddpm.volume import Volume
+from lungddpm.core import cases
+from lungddpm.core.errors import InputError, printable
+from lungddpm.core.files import atomic_path, code_fingerprint, fingerprint, write_text
+from lungddpm.core.progress import LOG
+from lungddpm.core.volume import Volume
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm.cases import check_case
-from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.progress import Progress
-from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
-from lungddpm.volume import (
+from lungddpm.core.cases import check_case
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.progress import Progress
+from lungddpm.core.volume import (
     AIR_HU,
     LARGEST_VOXELS,
     Volume,
@@ -31,6 +30,7 @@ from lungddpm.volume import (
     tilt_degrees,
     upright_grid,
 )
+from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,1 +1,1 @@
-"""The verdict: measures of every arm, the statistics of their comparison, tables, figures, and the report."""
+"""From scores to a verdict: statistics, tables, published figures."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from lungddpm.verdict.calibration import calibration_notes
+from lungddpm.quality.calibration import calibration_notes
 from lungddpm.verdict.power import RunPower
 from lungddpm.verdict.run_spread import spread_notes
 

@@ -10,8 +10,8 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
-from lungddpm.verdict.feature_distances import MEDICALNET
-from lungddpm.verdict.image_quality import SYNTHETIC, WHOLE
+from lungddpm.quality.feature_distances import MEDICALNET
+from lungddpm.quality.image_quality import SYNTHETIC, WHOLE
 
 REAL_CASES = 800
 """Real training cases in the published segmentation experiment."""

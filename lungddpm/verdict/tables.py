@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from lungddpm.config import Config
-from lungddpm.errors import InputError
-from lungddpm.files import seed_from, write_table, write_text
-from lungddpm.progress import LOG, device_in
-from lungddpm.verdict import image_quality
-from lungddpm.verdict.calibration import calibration_table
-from lungddpm.verdict.froc import froc_tables
-from lungddpm.verdict.lesions import SIZE_BINS
+from lungddpm.config.models import Config
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import seed_from, write_table, write_text
+from lungddpm.core.progress import LOG, device_in
+from lungddpm.evaluation.froc import froc_tables
+from lungddpm.evaluation.lesions import SIZE_BINS
+from lungddpm.evaluation.segmentation import RATIOS, check_unchanged
+from lungddpm.quality import image_quality
+from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.notes import notes_table
 from lungddpm.verdict.power import RunPower, run_power
 from lungddpm.verdict.published import published_comparison, published_gain
 from lungddpm.verdict.run_spread import run_spread_table
-from lungddpm.verdict.segmentation import RATIOS, check_unchanged
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
 BASELINE = "real"

@@ -11,12 +11,12 @@ import pandas as pd
 import pytest
 
 from lungddpm.arms.compose import DATASET, Recipe, first_samples, parse_arm, run_compose
-from lungddpm.cases import hash_case, read_cases, write_cases
-from lungddpm.config import parse_config
-from lungddpm.errors import ConfigError, InputError, LeakError
-from lungddpm.files import write_json
-from lungddpm.layouts import Label
-from lungddpm.volume import Volume, read_volume, write_volume
+from lungddpm.config.loading import parse_config
+from lungddpm.core.cases import hash_case, read_cases, write_cases
+from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.files import write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, read_volume, write_volume
 
 CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}})
 ROLES = ["discovery"] * 4 + ["reference"] * 2 + ["test"] * 2

@@ -9,9 +9,10 @@ from pydicom.uid import ImplicitVRLittleEndian, generate_uid
 
 from lungddpm.arms.compose import run_compose
 from lungddpm.arms.splits import assign_roles
-from lungddpm.cases import read_cases, run_collect
-from lungddpm.config import parse_config
-from lungddpm.errors import LeakError
+from lungddpm.config.loading import parse_config
+from lungddpm.core.cases import read_cases
+from lungddpm.core.errors import LeakError
+from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.sources import index_source, write_index
 from lungddpm.sources.phantom.cohort import run_phantom

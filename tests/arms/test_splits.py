@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungddpm.arms import splits
-from lungddpm.cases import COLUMNS
-from lungddpm.config import Roles
-from lungddpm.errors import ConfigError, InputError, LeakError
+from lungddpm.config.models import Roles
+from lungddpm.core.cases import COLUMNS
+from lungddpm.core.errors import ConfigError, InputError, LeakError
 
 
 def cohort(n_patients: int, series_each: int = 1) -> pd.DataFrame:

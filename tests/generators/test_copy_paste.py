@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lungddpm import cases, generators
-from lungddpm.config import Synthesis, parse_config
+from lungddpm import generators
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Synthesis
+from lungddpm.core import cases
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Task, copy_paste
-from lungddpm.layouts import Label
 from lungddpm.layouts.placement import open_bank, place
-from lungddpm.volume import Volume, read_volume, write_volume
 
 SIZE = (40, 36, 32)
 AFFINE = np.diag([3.0, 3.0, 4.0, 1.0])

@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 
-from lungddpm import cases, generators
+from lungddpm import generators
 from lungddpm.arms.compose import run_compose
-from lungddpm.config import parse_config
-from lungddpm.errors import ConfigError, InputError, LeakError
-from lungddpm.files import write_json
-from lungddpm.layouts import Label
-from lungddpm.volume import read_volume, write_volume
+from lungddpm.config.loading import parse_config
+from lungddpm.core import cases
+from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.files import write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import read_volume, write_volume
 
 
 @pytest.fixture

@@ -8,19 +8,21 @@ import numpy as np
 import pytest
 import torch
 
-from lungddpm import cases, generators
+from lungddpm import generators
 from lungddpm.arms import splits
-from lungddpm.config import Synthesis, parse_config
-from lungddpm.diffusion.checkpoint import Metadata, save_denoiser
-from lungddpm.diffusion.denoiser import build_denoiser
-from lungddpm.errors import ConfigError, InputError, LeakError
-from lungddpm.files import lock_if_free, write_json
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Synthesis
+from lungddpm.core import cases
+from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.files import lock_if_free, write_json
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Task, lung_ddpm, paste_constant, reference
-from lungddpm.layouts import Label
 from lungddpm.layouts.compose import run_prepare
+from lungddpm.models.checkpoint import Metadata, save_denoiser
+from lungddpm.models.denoiser import build_denoiser
 from lungddpm.sources import index_source, write_index
 from lungddpm.sources.phantom.cohort import run_phantom
-from lungddpm.volume import Volume, read_volume, write_volume
 
 NAMES = ["lung_ddpm", "reference", "paste_constant"]
 EXPECTED = {

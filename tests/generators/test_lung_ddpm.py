@@ -5,13 +5,13 @@ import pytest
 import torch
 
 from lungddpm.cli import export
-from lungddpm.config import parse_config
-from lungddpm.diffusion import checkpoint
-from lungddpm.diffusion.checkpoint import Metadata, load_denoiser, save_denoiser
-from lungddpm.diffusion.denoiser import build_denoiser
+from lungddpm.config.loading import parse_config
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, slice_windows, to_hu, to_model_range
 from lungddpm.generators import Task, lung_ddpm
-from lungddpm.layouts import Label
-from lungddpm.volume import Volume, slice_windows, to_hu, to_model_range
+from lungddpm.models import checkpoint
+from lungddpm.models.checkpoint import Metadata, load_denoiser, save_denoiser
+from lungddpm.models.denoiser import build_denoiser
 
 
 def make_config(**sampling):

@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-from lungddpm import cases, generators
-from lungddpm.config import parse_config
-from lungddpm.diffusion import checkpoint
-from lungddpm.diffusion.schedule import cosine_betas
-from lungddpm.diffusion.training import run_train
-from lungddpm.errors import ConfigError, InputError
-from lungddpm.files import sha256_of
+from lungddpm import generators
+from lungddpm.config.loading import parse_config
+from lungddpm.core import cases
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import sha256_of
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
 from lungddpm.generators import Task, lung_ddpm, lung_ddpm_plus
-from lungddpm.layouts import Label
-from lungddpm.volume import Volume
+from lungddpm.models import checkpoint
+from lungddpm.models.schedule import cosine_betas
+from lungddpm.models.training import run_train
 
 EDGE = 16
 # [-1, 1] is 1624 HU.

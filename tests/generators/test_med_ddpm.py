@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from lungddpm.config import parse_config
-from lungddpm.diffusion.checkpoint import Metadata, save_denoiser
-from lungddpm.diffusion.denoiser import build_denoiser
+from lungddpm.config.loading import parse_config
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
 from lungddpm.generators import Task, lung_ddpm, med_ddpm
-from lungddpm.layouts import Label
-from lungddpm.volume import Volume
+from lungddpm.models.checkpoint import Metadata, save_denoiser
+from lungddpm.models.denoiser import build_denoiser
 
 
 def make_config(**sampling):

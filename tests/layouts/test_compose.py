@@ -9,15 +9,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from lungddpm.cases import NODULE_COLUMNS, read_case, read_cases
-from lungddpm.config import Config, Grid
-from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.files import fingerprint, sha256_of
-from lungddpm.layouts import Label, compose
+from lungddpm.config.models import Config, Grid
+from lungddpm.core.cases import NODULE_COLUMNS, read_case, read_cases
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.files import fingerprint, sha256_of
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import AIR_HU, Volume, model_grid, occupancy, read_volume
+from lungddpm.layouts import compose
 from lungddpm.layouts.compose import build_case, place_nodules, run_prepare
 from lungddpm.layouts.nodules import centroid_mm
 from lungddpm.sources import INDEX_COLUMNS, Scan, write_index
-from lungddpm.volume import AIR_HU, Volume, model_grid, occupancy, read_volume
 
 SIZE = (64, 64, 64)
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lungddpm.config import Config, LayoutLimits
-from lungddpm.errors import ExcludedCaseError
-from lungddpm.layouts import Label
+from lungddpm.config.models import Config, LayoutLimits
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import AIR_HU, bounding_box
 from lungddpm.layouts.compose import build_case
 from lungddpm.layouts.hounsfield import find_landmarks, hounsfield_fault, recognised_fault
 from lungddpm.sources import Scan
 from lungddpm.sources.lidc import load_scan
-from lungddpm.volume import AIR_HU, bounding_box
 
 LIMITS = LayoutLimits()
 

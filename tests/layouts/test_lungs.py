@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lungddpm.config import Layouts
-from lungddpm.errors import ExcludedCaseError
+from lungddpm.config.models import Layouts
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import AIR_HU, Volume, bounding_box, read_volume
 from lungddpm.layouts.lungs import LEFT, RIGHT, _close, check_lungs, segment_lungs, split_lungs
 from lungddpm.sources.lidc import load_scan
-from lungddpm.volume import AIR_HU, Volume, bounding_box, read_volume
 
 
 def dice(a, b):

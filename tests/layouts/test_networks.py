@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import requests
 
-from lungddpm.config import Layouts
-from lungddpm.errors import ExcludedCaseError, UserError
+from lungddpm.config.models import Layouts
+from lungddpm.core.errors import ExcludedCaseError, UserError
 from lungddpm.layouts import networks
 from lungddpm.layouts.lungs import LEFT, RIGHT, segment_lungs
 

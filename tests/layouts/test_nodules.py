@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lungddpm.config import Layouts
-from lungddpm.errors import ExcludedCaseError
+from lungddpm.config.models import Layouts
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import Volume
 from lungddpm.layouts import nodules
 from lungddpm.sources import Annotation, Contour, Scan, index_source, lidc
-from lungddpm.volume import Volume
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 

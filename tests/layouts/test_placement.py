@@ -9,10 +9,12 @@ import pytest
 from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
 
-from lungddpm.cases import read_cases
-from lungddpm.config import Synthesis
-from lungddpm.errors import InputError
-from lungddpm.layouts import Label, prior
+from lungddpm.config.models import Synthesis
+from lungddpm.core.cases import read_cases
+from lungddpm.core.errors import InputError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, write_volume
+from lungddpm.layouts import prior
 from lungddpm.layouts.placement import (
     CUT_SHARE,
     VESSEL_SHARE,
@@ -25,7 +27,6 @@ from lungddpm.layouts.placement import (
     transformed,
 )
 from lungddpm.layouts.prior import Prior, measure_places
-from lungddpm.volume import Volume, write_volume
 
 FLAT = Prior(np.ones(prior.BINS))
 EVERYWHERE = np.ones((3, 3, 3), bool)
@@ -378,7 +379,7 @@ def test_a_nodule_that_fits_nowhere_stays_as_it_was():
 
 def cohort(folder, write_nodules, **roles):
     """A case of one nodule for each role, its number in the nodule's size; the table of all."""
-    from lungddpm.cases import COLUMNS, write_cases
+    from lungddpm.core.cases import COLUMNS, write_cases
 
     rows = []
     for number, (name, role) in enumerate(roles.items()):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from lungddpm.core.volume import Volume
 from lungddpm.layouts.vessels import segment_vessels
-from lungddpm.volume import Volume
 
 
 @pytest.fixture(scope="module")

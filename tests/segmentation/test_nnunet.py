@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from lungddpm.arms.compose import DATASET, run_compose
-from lungddpm.cases import read_case, read_cases, usable, write_cases
-from lungddpm.config import Network, parse_config
-from lungddpm.errors import ConfigError, InputError
-from lungddpm.layouts import Label
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Network
+from lungddpm.core.cases import read_case, read_cases, usable, write_cases
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import read_volume
 from lungddpm.segmentation import nnunet
 from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
-from lungddpm.volume import read_volume
 
 MIXED = "real+lung_ddpm@0.5"
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from lungddpm.config import Config, Phantom
-from lungddpm.files import seed_from
+from lungddpm.config.models import Config, Phantom
+from lungddpm.core.files import seed_from
 from lungddpm.sources.phantom.cohort import run_phantom
 from lungddpm.sources.phantom.patient import Thorax, thorax
 

@@ -33,9 +33,10 @@ from pydicom.uid import (
 )
 
 from lungddpm.arms.splits import read_register
-from lungddpm.cases import excluded_alike, read_cases, run_collect
-from lungddpm.config import Config
-from lungddpm.errors import InputError
+from lungddpm.config.models import Config
+from lungddpm.core.cases import excluded_alike, read_cases
+from lungddpm.core.errors import InputError
+from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.sources import case_ids, index_source, write_index
 

@@ -31,7 +31,7 @@ from lidc_files import (
 )  # fmt: skip
 from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
-from lungddpm.errors import ExcludedCaseError, InputError
+from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.layouts.nodules import annotation_mask
 from lungddpm.sources import Annotation, Contour, index_source, lidc, read_index, write_index
 

@@ -29,7 +29,7 @@ from lidc_files import (
 from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
-from lungddpm.errors import ExcludedCaseError
+from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.sources import index_source, lidc
 
 

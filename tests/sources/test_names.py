@@ -8,11 +8,11 @@ import pytest
 from lidc_files import find, only, write_case, write_slice
 from pydicom.uid import ImplicitVRLittleEndian
 
-from lungddpm.cases import read_cases
-from lungddpm.config import Config
-from lungddpm.errors import InputError
+from lungddpm.config.models import Config
+from lungddpm.core.cases import read_cases
+from lungddpm.core.errors import InputError
+from lungddpm.core.progress import LOG, start_logging
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.progress import LOG, start_logging
 from lungddpm.sources import index_source, read_index, write_index
 
 

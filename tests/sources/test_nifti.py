@@ -9,13 +9,13 @@ import pandas as pd
 import pytest
 
 from lungddpm.arms.splits import assign_roles
-from lungddpm.cases import read_cases
-from lungddpm.config import Config, Roles
-from lungddpm.errors import ExcludedCaseError
+from lungddpm.config.models import Config, Roles
+from lungddpm.core.cases import read_cases
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import is_sheared, write_volume
 from lungddpm.layouts import compose
 from lungddpm.layouts.nodules import centroid_mm
 from lungddpm.sources import Cache, index_source, nifti, read_index, write_index
-from lungddpm.volume import is_sheared, write_volume
 
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.draw import polygon
 
-from lungddpm.config import Phantom
-from lungddpm.files import seed_from
+from lungddpm.config.models import Phantom
+from lungddpm.core.files import seed_from
 from lungddpm.sources import index_source
 from lungddpm.sources.phantom import load_scan
 from lungddpm.sources.phantom.cohort import run_phantom

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
-from lungddpm.config import Phantom
+from lungddpm.config.models import Phantom
 from lungddpm.sources.phantom.nodules import draw_shape, shape_share
 from lungddpm.sources.phantom.patient import Thorax, thorax
 from lungddpm.sources.phantom.scanner import PADDING_HU, Grid, acquire, painting_grid, slice_means

@@ -7,7 +7,7 @@ import pytest
 from lidc_files import nodule, roi, write_slice, xml
 from scipy.ndimage import distance_transform_edt, map_coordinates
 
-from lungddpm.config import Config, Phantom
+from lungddpm.config.models import Config, Phantom
 from lungddpm.layouts.compose import build_case
 from lungddpm.sources import index_source, lidc
 from lungddpm.sources.phantom.cohort import run_phantom

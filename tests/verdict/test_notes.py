@@ -3,8 +3,8 @@
 import numpy as np
 import pandas as pd
 
-from lungddpm.verdict.calibration import COLUMNS as CALIBRATION_COLUMNS
-from lungddpm.verdict.calibration import FAILED, LUNGS_ALONE, SPREAD
+from lungddpm.quality.calibration import COLUMNS as CALIBRATION_COLUMNS
+from lungddpm.quality.calibration import FAILED, LUNGS_ALONE, SPREAD
 from lungddpm.verdict.notes import notes_table
 from lungddpm.verdict.power import RunPower
 from lungddpm.verdict.run_spread import run_spread_table

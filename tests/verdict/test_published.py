@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.verdict.feature_distances import MEDICALNET
+from lungddpm.quality.feature_distances import MEDICALNET
+from lungddpm.report.page import show_published
 from lungddpm.verdict.published import published_comparison, published_figures
-from lungddpm.verdict.report import show_published
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from lungddpm.config import parse_config
-from lungddpm.errors import InputError
-from lungddpm.progress import LOG, log_device
-from lungddpm.verdict.image_quality import SET_COLUMNS
-from lungddpm.verdict.segmentation import RATIOS
+from lungddpm.config.loading import parse_config
+from lungddpm.core.errors import InputError
+from lungddpm.core.progress import LOG, log_device
+from lungddpm.evaluation.segmentation import RATIOS
+from lungddpm.quality.image_quality import SET_COLUMNS
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,

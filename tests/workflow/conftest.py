@@ -5,7 +5,7 @@ import os
 import pytest
 from tiny import TINY, Benchmark, merged
 
-from lungddpm.files import exclusive_lock
+from lungddpm.core.files import exclusive_lock
 
 
 @pytest.fixture(scope="session")

@@ -188,11 +188,11 @@ LAST = {"write_report": 1, "checksums": 1}
 @pytest.mark.parametrize(
     ("module", "rerun"),
     [
-        ("verdict/froc.py", {"evaluate": 4, "quality": 1}),
+        ("evaluation/froc.py", {"evaluate": 4}),
         ("segmentation/nnunet.py", {"plan": 4, **ONE_OF_ALL_ARMS}),
         ("arms/compose.py", {"compose": 4, "plan": 4, **ONE_OF_ALL_ARMS}),
-        ("pages/index.html.jinja", {"qc": 1}),
-        ("doctor.py", None),
+        ("report/templates/index.html.jinja", {"qc": 1, "write_report": 1, "checksums": 1}),
+        ("operations/doctor.py", None),
     ],
 )
 def test_a_changed_source_file_reruns_the_rules_of_its_room(tiny_benchmark, tmp_path, module, rerun):

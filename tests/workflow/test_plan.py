@@ -9,10 +9,10 @@ import yaml
 from test_dry_run import dry_run, jobs
 from typer.testing import CliRunner
 
-from lungddpm import planning
-from lungddpm.cases import write_cases
 from lungddpm.cli import app
-from lungddpm.errors import ConfigError, InputError
+from lungddpm.core.cases import write_cases
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.operations import plan as planning
 
 PAPER = ["config.yaml", "config/paper.yaml"]
 EVERYTHING = {

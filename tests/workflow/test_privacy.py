@@ -10,8 +10,9 @@ from typer.testing import CliRunner
 from written_files import files_that_tell
 
 from lungddpm.cli import app
-from lungddpm.config import Config, load_config
-from lungddpm.progress import shorten_paths
+from lungddpm.config.loading import load_config
+from lungddpm.config.models import Config
+from lungddpm.core.progress import shorten_paths
 from lungddpm.sources.phantom.cohort import run_phantom
 
 PERSONAL = {

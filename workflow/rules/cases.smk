@@ -145,6 +145,6 @@ rule qc:
     params:
         folder=subpath(output[0], parent=True),
         settings=settings_of("layouts"),
-        code=code_fingerprint("pages"),
+        code=code_fingerprint("report"),
     shell:
         "lungddpm --log {log} qc --config results/config.json --cases {input.cases} --output {params.folder}"

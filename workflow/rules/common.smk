@@ -19,11 +19,11 @@ if package.origin is None:
 
 from lungddpm.arms.compose import parse_arm
 from lungddpm.arms.splits import role_counts
-from lungddpm.config import parse_config, read_values
-from lungddpm.errors import UserError, from_os_error
-from lungddpm.files import code_fingerprint, write_json
+from lungddpm.config.loading import parse_config, read_values
+from lungddpm.core.errors import UserError, from_os_error
+from lungddpm.core.files import code_fingerprint, write_json
 from lungddpm.generators import module_of
-from lungddpm.runner import offer_own_programs, report_fault
+from lungddpm.operations.run import offer_own_programs, report_fault
 
 try:
     # Snakemake has read them already, but of a key that a file has twice it drops the first.

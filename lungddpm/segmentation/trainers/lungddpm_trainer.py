@@ -14,8 +14,8 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from lungddpm.files import atomic_path, seed_from
-from lungddpm.progress import Progress, shorten_paths
+from lungddpm.core.files import atomic_path, seed_from
+from lungddpm.core.progress import Progress, shorten_paths
 
 SETTINGS_FILE = "training.json"
 

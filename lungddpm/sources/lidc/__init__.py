@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm.errors import ExcludedCaseError, InputError
-from lungddpm.files import fingerprint
-from lungddpm.progress import Progress
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.files import fingerprint
+from lungddpm.core.progress import Progress
+from lungddpm.core.volume import Volume
 from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
 from lungddpm.sources.lidc.pixels import can_be_decoded, hounsfield, name_of_syntax
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
 from lungddpm.sources.lidc.slices import Header, read_headers, stack_of
-from lungddpm.volume import Volume
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -12,8 +12,8 @@ import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from lungddpm.errors import ExcludedCaseError
-from lungddpm.volume import LARGEST_VOXELS
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import LARGEST_VOXELS
 
 if TYPE_CHECKING:
     import pydicom

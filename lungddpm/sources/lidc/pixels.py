@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm.errors import ExcludedCaseError
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import AIR_HU
 from lungddpm.sources.lidc.dicom import (
     COPY_AGAIN,
     EXPLICIT_BIG_ENDIAN,
@@ -21,7 +22,6 @@ from lungddpm.sources.lidc.dicom import (
     frame_value,
     read_dataset,
 )
-from lungddpm.volume import AIR_HU
 
 if TYPE_CHECKING:
     import pydicom

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm.errors import ExcludedCaseError, InputError
+from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.sources import Annotation, Contour
 from lungddpm.sources.lidc.dicom import COPY_AGAIN
 from lungddpm.sources.lidc.slices import LARGEST_NUMBER, Stack

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from lungddpm.errors import ExcludedCaseError
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import LARGEST_VOXELS, Volume, is_sheared, upright_grid
 from lungddpm.sources.lidc.dicom import (
     COPY_AGAIN,
     EXPLICIT_LITTLE_ENDIAN,
@@ -28,7 +29,6 @@ from lungddpm.sources.lidc.dicom import (
     text_of,
 )
 from lungddpm.sources.lidc.pixels import hounsfield
-from lungddpm.volume import LARGEST_VOXELS, Volume, is_sheared, upright_grid
 
 if TYPE_CHECKING:
     import pydicom

@@ -13,14 +13,14 @@ from xml.etree import ElementTree
 import numpy as np
 
 from lungddpm import __version__
-from lungddpm.config import Config, Phantom
-from lungddpm.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, write_json
-from lungddpm.progress import LOG, Progress
+from lungddpm.config.models import Config, Phantom
+from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, write_json
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.volume import Volume
 from lungddpm.sources.phantom.nodules import Nodule
 from lungddpm.sources.phantom.patient import Thorax, thorax
 from lungddpm.sources.phantom.readers import Reading, outlines, read
 from lungddpm.sources.phantom.scanner import LOWEST_HU, LPS_TO_RAS, PADDING_HU
-from lungddpm.volume import Volume
 
 _SAME_IN_ALL_SLICES = {
     "SpecificCharacterSet": "ISO_IR 100",

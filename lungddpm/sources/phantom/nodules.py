@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lungddpm.config import Phantom
+from lungddpm.config.models import Phantom
 from lungddpm.sources.phantom.anatomy import Surfaces
 from lungddpm.sources.phantom.scanner import HU, Box, Grid, paint, slice_means
 from lungddpm.sources.phantom.shapes import golden_spiral

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from lungddpm.config import Phantom
+from lungddpm.config.models import Phantom
+from lungddpm.core.volume import Volume
 from lungddpm.sources.phantom.anatomy import Physique, paint_soft_tissue, parenchyma, surfaces_of
 from lungddpm.sources.phantom.nodules import Nodule, paint_nodule, paint_small_nodule, place_marks, place_nodules
 from lungddpm.sources.phantom.scanner import (
@@ -21,7 +22,6 @@ from lungddpm.sources.phantom.scanner import (
 )
 from lungddpm.sources.phantom.skeleton import paint_skeleton
 from lungddpm.sources.phantom.vessels import paint_vessels
-from lungddpm.volume import Volume
 
 
 @dataclass(frozen=True)

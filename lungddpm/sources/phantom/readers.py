@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lungddpm.core.volume import Volume
 from lungddpm.sources.phantom.nodules import Nodule, shape_share
 from lungddpm.sources.phantom.patient import Thorax
 from lungddpm.sources.phantom.scanner import LPS_TO_RAS, Grid
-from lungddpm.volume import Volume
 
 _READERS = 4
 _CROSS = np.array([[0, 1, 0], [1, 1, 1], [0, 1, 0]], bool)

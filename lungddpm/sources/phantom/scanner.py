@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lungddpm.config import Phantom
+from lungddpm.config.models import Phantom
 
 HU = {
     "air": -1000.0, "foam": -930.0, "couch": -150.0, "fat": -100.0, "skin": 10.0, "muscle": 50.0, "gland": 20.0,

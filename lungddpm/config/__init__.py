@@ -1,0 +1,1 @@
+"""The configuration: its models, how it is read, and its reference page."""

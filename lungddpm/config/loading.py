@@ -1,0 +1,149 @@
+"""From files to a validated config: YAML and JSON read, merged as Snakemake does, and every error named."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from lungddpm.config.models import Config
+from lungddpm.core.errors import ConfigError
+
+
+def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
+    """Validate a merged config.
+
+    Args:
+        values: the nested mapping, as YAML or Snakemake gives it.
+        origin: the file it came from, for messages.
+
+    Raises:
+        ConfigError: naming every wrong key and what it should be.
+    """
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(
+            origin,
+            "; ".join(_explain(problem) for problem in error.errors()),
+            "See config/README.md for every key, or run 'lungddpm config schema'.",
+        ) from None
+
+
+def load_config(*paths: Path, needs_source: bool = True) -> Config:
+    """Read, merge and validate configuration files (see `read_values`).
+
+    Args:
+        paths: files of the config, later ones over earlier ones.
+        needs_source: whether `source.path` must be there; where it need not be, it may be wrong as well.
+
+    Raises:
+        ConfigError: a file is missing, is not YAML, or the merged values are wrong.
+    """
+    values = read_values(*paths)
+    if not needs_source and isinstance(source := values.get("source", {}), dict):
+        values["source"] = {**source, "path": source.get("path") or "."}
+    return parse_config(values, " + ".join(map(str, paths)))
+
+
+def read_values(*paths: Path) -> dict[str, Any]:
+    """Read and deep-merge YAML (or JSON) files from left to right; lists are replaced, as Snakemake does.
+
+    Raises:
+        ConfigError: a file is missing, or is not YAML.
+    """
+    merged: dict[str, Any] = {}
+    for path in paths:
+        try:
+            values = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+        except FileNotFoundError:
+            raise ConfigError(path, "does not exist", "Give the path of a YAML file.") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(path, f"cannot be read as YAML ({error})", "Fix the file.") from None
+        if not isinstance(values or {}, dict):
+            raise ConfigError(path, "is not a mapping of keys to values", "Start from config.yaml.")
+        merged = _merge(merged, values or {})
+    return merged
+
+
+def parse_yaml(text: str, origin: str | Path) -> Any:
+    """The value of a YAML or JSON document, in which no mapping may have a key twice: YAML would drop the first.
+
+    Keys count as equal if they are so once they are read, like `yes` and `true`, or if only their type differs, like
+    `1` and `"1"`. What a merge key (`<<`) brings may be overridden: that is what it is for.
+
+    Args:
+        text: the document.
+        origin: the file it came from, for messages.
+
+    Raises:
+        ConfigError: it is not YAML, or has a key twice; the message has both lines.
+    """
+    try:
+        value = json.loads(text)
+        text = text.replace("\t", " ")  # YAML takes no tabs, and in JSON they never stand within a string
+    except (ValueError, RecursionError):
+        value = None
+    try:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        for key, first, second in _repeated_keys(root, loader):
+            raise ConfigError(
+                origin, f"has the key {key} twice, in line {first} and in line {second}", "Keep one of them."
+            )
+        return value if value is not None or root is None else loader.construct_document(root)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(origin, f"cannot be read as YAML ({error})", "Fix the file.") from None
+
+
+def _repeated_keys(root: yaml.Node | None, loader: yaml.SafeLoader) -> Iterator[tuple[str, int, int]]:
+    """Keys that a mapping has twice, by their dotted path, each with the lines (from 1) of its first two places."""
+    waiting, seen = [(root, "")], set()
+    while waiting:
+        node, path = waiting.pop()
+        if id(node) in seen:  # an alias
+            continue
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            waiting += [(item, path) for item in node.value]
+        if not isinstance(node, yaml.MappingNode):
+            continue
+        lines: dict[Any, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            name = f"{path}.{key.value}" if path else str(key.value)
+            waiting.append((value, name))
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            # A merge key has no value of its own.
+            is_merge = key.tag == "tag:yaml.org,2002:merge"
+            meaning = key.value if is_merge else loader.construct_object(key)
+            for spelling in {meaning, str(meaning)}:
+                if spelling in lines:
+                    yield name, lines[spelling], line
+            lines |= dict.fromkeys((meaning, str(meaning)), line)
+
+
+def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in overlay.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
+    path = ".".join(str(part) for part in problem["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
+    if problem["type"] == "extra_forbidden":
+        return f"{path}: there is no such key"
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = problem.get("input")
+    return (
+        f"{path}: {message}" + (f", got {shown!r}" if isinstance(shown, str | int | float) else "") if path else message
+    )

@@ -1,0 +1,192 @@
+"""Cases on disk: the table and the folder that every room agrees on, real and synthetic alike.
+
+<table>.tsv              one row a case, columns as in `COLUMNS`
+nodules.tsv              one row a nodule of a usable case, columns as in `NODULE_COLUMNS`
+<folder>/ct.nii.gz       int16 HU, RAS+, on the model grid
+<folder>/layout.nii.gz   uint8 labels (see `lungddpm.layouts.Label`), same grid
+<folder>/nodules.nii.gz  uint8 numbers of the nodules in the scan's own resolution, cropped; no synthetic case has it
+<folder>/case.json       provenance and quality figures (`sample.json` for synthetic cases)
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.files import fingerprint, sha256_of, write_table
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG
+from lungddpm.core.volume import AIR_HU, Volume, read_volume
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+COLUMNS = [
+    "case_id", "patient_id", "source", "role", "series_uid",
+    "size_x", "size_y", "size_z", "spacing_x_mm", "spacing_y_mm", "spacing_z_mm",
+    "n_nodules", "status", "reason", "path", "sha256",
+]  # fmt: skip
+"""`role` joins several by "+" under `roles.allow_shared_patients`; `status` is ok | excluded; `path` is relative to
+the table's folder; `sha256` covers CT and layout (empty before they exist)."""
+_EXAMPLES = 3
+LARGEST_HU = 3071
+"""What 12 bits hold where air is -1024."""
+
+CHARACTERISTICS = (
+    "subtlety", "internal_structure", "calcification", "sphericity", "margin",
+    "lobulation", "spiculation", "texture", "malignancy",
+)  # fmt: skip
+"""What readers of LIDC-IDRI rate, from 1 to 5 (6 for calcification); `internal_structure` goes up to 4."""
+
+NODULE_COLUMNS = [
+    "case_id", "patient_id", "nodule", "readers", "flagged", "volume_mm3", "equivalent_diameter_mm",
+    "centroid_x_mm", "centroid_y_mm", "centroid_z_mm", *CHARACTERISTICS, "touches_pleura", "touches_vessel",
+    "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
+]  # fmt: skip
+"""`nodule` is its value in `nodules.nii.gz`; the position is in patient coordinates, RAS+; characteristics are medians
+over the readers, empty where nobody rated; `notes` tells what was untidy about their contours."""
+
+
+def read_cases(path: Path) -> pd.DataFrame:
+    """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 where nobody has counted).
+
+    Raises:
+        InputError: missing file or columns, or a file that was cut short.
+    """
+    import pandas as pd
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        table = pd.read_csv(StringIO(text), sep="\t", dtype=str, keep_default_na=False)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", "Run the stage that writes it first (see lungddpm --help).") from None
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise InputError(path, f"is not a table of cases ({error})", "Delete it and run again.") from None
+    if not text.endswith("\n"):
+        raise InputError(path, "is cut short", "Delete it and run again.")
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise InputError(path, f"lacks the columns {', '.join(missing)}", "Delete it and run again.")
+    table["n_nodules"] = table["n_nodules"].replace("", "0")
+    numbers = {column: float for column in COLUMNS if column.startswith("spacing")}
+    numbers |= {column: int for column in COLUMNS if column.startswith("size") or column == "n_nodules"}
+    try:
+        return table.astype(numbers)
+    except ValueError as error:
+        raise InputError(path, f"has a number that is none ({error})", "Delete it and run again.") from None
+
+
+def write_cases(path: Path, rows: pd.DataFrame | Iterable[dict]) -> None:
+    """Write a case table atomically, columns in the order of `COLUMNS`."""
+    import pandas as pd
+
+    write_table(path, pd.DataFrame(rows, columns=COLUMNS))
+
+
+def usable(cases: pd.DataFrame, role: str) -> pd.DataFrame:
+    """The cases of a role that were not excluded, in table order."""
+    chosen = of_role(cases, role)
+    return chosen[chosen["status"] == "ok"]
+
+
+def folder_of(table: Path, case: pd.Series) -> Path:
+    """The folder that holds a row's CT and layout."""
+    return Path(table).parent / case["path"]
+
+
+def hash_case(folder: Path) -> str:
+    """What the column `sha256` holds: one SHA-256 over CT and layout.
+
+    Raises:
+        InputError: a file is missing.
+    """
+    try:
+        return fingerprint([sha256_of(folder / name) for name in ("ct.nii.gz", "layout.nii.gz")])
+    except FileNotFoundError as error:
+        raise InputError(error.filename, "does not exist", "Delete the table of its case and run again.") from None
+
+
+def hash_voxels(ct: Volume) -> str:
+    """SHA-256 of the HU of a CT, by which a scan is known again whatever its file, header and compression.
+
+    HU are rounded and clipped to what 12 bits hold: padding has many values below air, and metal many above.
+
+    Args:
+        ct: HU, in canonical orientation.
+    """
+    digest = hashlib.sha256(repr(ct.shape).encode())
+    for number in range(ct.shape[2]):
+        digest.update(np.rint(np.clip(ct.array[..., number], AIR_HU, LARGEST_HU)).astype("<i2").tobytes())
+    return digest.hexdigest()
+
+
+def read_case(folder: Path) -> tuple[Volume, Volume]:
+    """CT and layout of a case folder, checked against the contract.
+
+    Returns:
+        (ct, layout): int16 HU and uint8 labels on one grid.
+
+    Raises:
+        InputError: a file is missing or unreadable, or `check_case` finds a fault.
+    """
+    ct, layout = read_volume(folder / "ct.nii.gz"), read_volume(folder / "layout.nii.gz")
+    check_case(ct, layout, folder)
+    return ct, layout
+
+
+def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
+    """Check the contract: CT and layout share a grid, the CT is finite and varies, the labels are known.
+
+    Raises:
+        ExcludedCaseError: naming `origin` and the first fault.
+    """
+    if ct.shape != layout.shape:
+        raise ExcludedCaseError(
+            origin, f"CT {ct.shape} and labels {layout.shape} differ in shape", "Export both on one grid."
+        )
+    if not ct.same_grid(layout):
+        raise ExcludedCaseError(origin, "CT and labels have different affines", "Export both with one geometry.")
+    if not np.isfinite(ct.array).all():
+        raise ExcludedCaseError(origin, "the CT holds NaN or infinite values", "Export it in Hounsfield units.")
+    if ct.array.min() == ct.array.max():
+        raise ExcludedCaseError(origin, f"the CT is constant ({ct.array.flat[0]} HU)", "Export it anew.")
+    unknown = np.setdiff1d(np.unique(layout.array), [int(label) for label in Label])
+    if unknown.size:
+        raise ExcludedCaseError(
+            origin,
+            f"the labels hold {', '.join(f'{value:g}' for value in unknown[:5])}, known are 0 to {max(Label)}",
+            "Use 0 background, 1 lung, 2 nodule, 3 vessel.",
+        )
+
+
+def excluded_alike(rows: Iterable[Mapping]) -> list[list[Mapping]]:
+    """The excluded rows of a case table, grouped by the kind of their reason, the most frequent kind first.
+
+    Reasons are of a kind if they differ only in the file they name and in numbers.
+    """
+    kinds: dict[str, list[Mapping]] = defaultdict(list)
+    for row in rows:
+        if row["status"] != "ok":
+            words = (row["reason"].partition(": ")[2] or row["reason"]).split()
+            kinds[" ".join(word for word in words if not any(map(str.isdigit, word)))].append(row)
+    return sorted(kinds.values(), key=len, reverse=True)
+
+
+def log_excluded(rows: Iterable[Mapping]) -> None:
+    """Say who is excluded and why, one line for each kind of reason."""
+    for alike in excluded_alike(rows):
+        named = ", ".join(row["case_id"] for row in alike[:_EXAMPLES])
+        more = f" and {len(alike) - _EXAMPLES} more" if len(alike) > _EXAMPLES else ""
+        told = "excluded" if len(alike) == 1 else "excluded for reasons like"
+        LOG.warning("%s%s: %s: %s", named, more, told, alike[0]["reason"])
+
+
+def of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:
+    """The cases of a role, excluded ones too, in table order."""
+    return cases[cases["role"].map(lambda roles: role in roles.split("+")).astype(bool)]

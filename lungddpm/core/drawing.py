@@ -1,0 +1,118 @@
+"""What every picture of a scan shares: planes in radiological convention, windows, colours, and how a figure is saved.
+
+Colours are those of Okabe & Ito (2008), told apart with any colour vision.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import cc3d
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+
+from lungddpm.core.files import atomic_path
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
+
+LUNG_WINDOW_HU = (-1350.0, 150.0)
+"""Level -600, width 1500: the radiologist's lung window."""
+MEDIASTINAL_WINDOW_HU = (-160.0, 240.0)
+"""Level 40, width 400."""
+LABELS = {
+    Label.BACKGROUND: ("background", "#000000"),
+    Label.LUNG: ("lung", "#56B4E9"),
+    Label.NODULE: ("nodule", "#F0E442"),
+    Label.VESSEL: ("vessel", "#D55E00"),
+}
+STYLE = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "svg.hashsalt": "lungddpm",
+    "svg.fonttype": "none",
+    "font.sans-serif": ["DejaVu Sans"],
+}
+
+
+@dataclass(frozen=True)
+class Plane:
+    """An orthogonal plane of a RAS+ volume and how radiology shows it."""
+
+    name: str
+    axis: int
+    """Voxel axis at right angles to the plane."""
+    sides: tuple[str, str, str, str]
+    """What lies at the left, right, top and bottom of the picture."""
+
+
+PLANES = (
+    Plane("axial", axis=2, sides=("R", "L", "A", "P")),
+    Plane("coronal", axis=1, sides=("R", "L", "H", "F")),
+    Plane("sagittal", axis=0, sides=("A", "P", "H", "F")),
+)
+"""The patient's right on the left, anterior up (axial) or left (sagittal), feet down."""
+
+
+def save(figure: Figure, *paths: Path, dpi: int = 160) -> None:
+    """Write a figure to each path, in the format of its suffix, atomically and without dates; closes the figure."""
+    for path in paths:
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        with plt.rc_context(STYLE), atomic_path(path) as temporary:
+            figure.savefig(
+                temporary, format=path.suffix[1:], dpi=dpi, metadata=metadata, facecolor="white", bbox_inches="tight"
+            )
+    plt.close(figure)
+
+
+def oriented_slice(array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
+    """One slice of a RAS+ array as a picture (rows from top to bottom), in radiological convention."""
+    # RAS+ axes run left to right, back to front, feet to head; every picture here runs against both of its axes.
+    return np.take(array, index, axis=plane.axis).T[::-1, ::-1]
+
+
+def largest_nodule(layout: Volume) -> tuple[int, int, int]:
+    """A voxel inside the layout's largest nodule, nearest its centre of mass; the grid's centre if there is none."""
+    largest = cc3d.largest_k(layout.array == Label.NODULE, k=1, connectivity=26)
+    return inner_voxel(largest, layout.spacing_mm) if largest.any() else tuple(edge // 2 for edge in layout.shape)
+
+
+def inner_voxel(mask: np.ndarray, spacing_mm: np.ndarray) -> tuple[int, int, int]:
+    """The voxel of a mask that is nearest its centre of mass."""
+    voxels = np.argwhere(mask)
+    nearest = np.square((voxels - voxels.mean(axis=0)) * spacing_mm).sum(axis=1).argmin()
+    return tuple(voxels[nearest].tolist())
+
+
+def difference_limit(difference_hu: np.ndarray, layout: np.ndarray) -> int:
+    """Where the colours of a difference end: its 98th percentile in what the layout fills, in whole hundreds of HU."""
+    made = np.abs(difference_hu[layout != Label.BACKGROUND])
+    return max(100, 100 * math.ceil(np.quantile(made, 0.98) / 100)) if made.size else 100
+
+
+def size_mm(volume: Volume, plane: Plane) -> tuple[float, float]:
+    """Width and height of a volume's picture in that plane."""
+    horizontal, vertical = (axis for axis in range(3) if axis != plane.axis)
+    return tuple(float(volume.shape[axis] * volume.spacing_mm[axis]) for axis in (horizontal, vertical))
+
+
+def mark_sides(axis: plt.Axes, plane: Plane) -> None:
+    """Letter the four edges of a picture with what lies there."""
+    places = ((0.03, 0.5, "left", "center"), (0.97, 0.5, "right", "center"))
+    places += ((0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom"))
+    for side, (x, y, horizontal, vertical) in zip(plane.sides, places, strict=True):
+        axis.text(
+            x, y, side, transform=axis.transAxes, ha=horizontal, va=vertical, color="white", fontsize=7.5,
+            fontweight="bold", path_effects=[withStroke(linewidth=2, foreground="black")],
+        )  # fmt: skip

@@ -1,0 +1,197 @@
+"""Atomic writes and hashes: a reader sees the old file or the new one, never half of one."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import glob
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lungddpm.core.locks import FileLock, tell_once
+from lungddpm.core.progress import LOG
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+_NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
+"""What disks answer that lack an operation, such as exFAT, SMB and FUSE."""
+_CODE = {".py", ".jinja", ".csv"}
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path in the folder of `path`; it is synced and renamed to `path` if the block ends well.
+
+    The temporary name keeps all suffixes of `path` (".nii.gz"), because writers choose the format by them. What killed
+    processes left of `path` is removed.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    suffix = "".join(path.suffixes[-2:])
+    prefix = f".{path.name.removesuffix(suffix)}-"
+    _remove_left_behind(path.parent, prefix, suffix)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
+    temporary = Path(name)
+    try:
+        # Until this process ends, however it ends; some network disks have no locks.
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield temporary
+        with temporary.open("rb") as written:
+            _sync(written.fileno())
+        # mkstemp makes files private; results are read by colleagues. Some disks keep no modes.
+        with suppress(OSError):
+            temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextmanager
+def exclusive_lock(path: Path, work: str) -> Iterator[None]:
+    """Hold a lock file while the block runs; wait for another process that holds it, such as a killed run's orphan.
+
+    Args:
+        path: the lock file; it is made and stays.
+        work: what the other process is doing, for the message ("training into results/diffusion/main").
+    """
+    lock = FileLock(path)
+    # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.
+    os.register_at_fork(after_in_child=lock.close)
+    try:
+        if not lock.take():
+            LOG.warning("Another process is %s: waiting for it to end", work)
+            lock.wait()
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def lock_if_free(path: Path) -> Iterator[bool]:
+    """Hold a lock file while the block runs, unless another process does; tells whether this one holds it."""
+    lock = FileLock(path)
+    try:
+        yield lock.take()
+    finally:
+        lock.release()
+
+
+def link_or_copy(target: Path, link: Path, seen_from: Path | None = None) -> None:
+    """Make a relative symbolic link to a file or folder; where the disk has no links, a copy.
+
+    Args:
+        target: what the link leads to.
+        link: the link to make.
+        seen_from: folder that the link will lie in, where that is not the one it is made in.
+    """
+    try:
+        link.symlink_to(os.path.relpath(target.resolve(), (seen_from or link.parent).resolve()))
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+        tell_once("LINKS", "%s: this disk has no symbolic links (%s); files are copied", link.parent, error.strerror)
+        copy = shutil.copytree if target.is_dir() else shutil.copyfile
+        copy(target, link)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically; what UTF-8 cannot hold is written as `printable` shows it."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write strict JSON (no NaN), indented, keys in the given order, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a data frame atomically, tab-separated for `.tsv`, else comma-separated; no index column."""
+    with atomic_path(path) as temporary:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        table.to_csv(temporary, index=False, sep=separator, lineterminator="\n", errors="backslashreplace")
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_archive(path: Path) -> None:
+    """Compare the checksums of a zip archive, such as torch.save writes; torch.load does not.
+
+    Raises:
+        BadZipFile: it is cut short, or a part differs from its checksum.
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged} differs from its checksum")
+
+
+def fingerprint(value: Any) -> str:
+    """SHA-256 of a JSON-like value: equal values, equal fingerprints, whatever the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
+
+
+@functools.cache
+def code_fingerprint(*rooms: str) -> str:
+    """SHA-256 over the source and template files of these rooms ("layouts") and the modules that all rooms share.
+
+    What was made by other code is made anew, in Snakemake's eyes and in those of the stage itself.
+    """
+    package = Path(__file__).parents[1]
+    shared = [package / "core" / f"{name}.py" for name in ("cases", "files", "volume")]
+    files = shared + sorted(path for room in rooms for path in (package / room).rglob("*") if path.suffix in _CODE)
+    return fingerprint([sha256_of(path) for path in files])
+
+
+def seed_from(*parts: int | str) -> int:
+    """A seed in [0, 2**63) for a random generator, derived from what names the draw, e.g. (run seed, case, index)."""
+    return int(fingerprint(list(parts))[:16], 16) >> 1
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return value.as_posix()
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return value.tolist()
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _remove_left_behind(folder: Path, prefix: str, suffix: str) -> None:
+    """Remove the temporary files of these names whose process is no more: nobody holds a lock on them."""
+    for path in folder.glob(f"{glob.escape(prefix)}{'[a-z0-9_]' * 8}{glob.escape(suffix)}"):
+        with suppress(OSError), path.open("r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _sync(descriptor: int) -> None:
+    """Have a file's bytes on the disk, where it can say so."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NOT_SUPPORTED:
+            raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

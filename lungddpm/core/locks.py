@@ -1,0 +1,163 @@
+"""Locks between processes: flock where the disk has it, else a file beside it that says who holds it.
+
+Some disks have no locks: Lustre without `-o flock` (ENOSYS), NFS without lockd (ENOLCK), some of SMB and FUSE. There
+`<name>.held` stands in for the lock of `<name>`. It names machine, process and when that began, and its holder touches
+it now and then: where a process was killed, its lock is free at once on the same machine, and after a while on others.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from lungddpm.core.progress import LOG
+
+SECONDS_BETWEEN_TOUCHES = 30
+STALE_AFTER_SECONDS = 300
+"""Without a touch, the lock of another machine's process is free."""
+_POLL_SECONDS = 1.0
+_TOLERANCE_SECONDS = 5.0
+"""When a process began is computed from the clock, which may be corrected meanwhile."""
+
+
+class FileLock:
+    """An exclusive lock, not yet taken.
+
+    Args:
+        path: its file; it is made and stays.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path, self.held = path, path.with_name(f"{path.name}.held")
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self._released: threading.Event | None = None
+
+    def take(self) -> bool:
+        """Take the lock if it is free; returns whether it was."""
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError as error:
+            _check_missing(error, self.path)
+            return self._take_file()
+        return True
+
+    def wait(self) -> None:
+        """Take the lock as soon as it is free."""
+        try:
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            _check_missing(error, self.path)
+            while not self._take_file():
+                time.sleep(_POLL_SECONDS)
+
+    def share_with(self, process: int) -> None:
+        """Let the lock be held for as long as this process lives as well; flock does so if it inherits `descriptor`."""
+        if self._released is not None:
+            with self.held.open("a", encoding="utf-8") as file:
+                file.write(_describe(process))
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self.close()
+        if self._released is not None:
+            self._released.set()
+            self._released = None
+            self.held.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the lock's file, as a forked child has to: it would hold the lock as well."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _take_file(self) -> bool:
+        try:
+            with self.held.open("x", encoding="utf-8") as file:
+                file.write(_describe(os.getpid()))
+        except FileExistsError:
+            return self._remove_stale() and self._take_file()
+        self._released = threading.Event()
+        threading.Thread(target=self._touch, args=(self._released,), daemon=True).start()
+        return True
+
+    def _remove_stale(self) -> bool:
+        """Remove the stand-in if nobody holds it; returns whether it is gone."""
+        try:
+            holders = self.held.read_text(encoding="utf-8")
+            if _is_held(holders, self.held):
+                return False
+            # Of several processes that find it stale, one gets it; if it is another's by now, it goes back.
+            aside = self.held.with_name(f"{self.held.name}-{socket.gethostname()}-{os.getpid()}")
+            self.held.rename(aside)
+            if aside.read_text(encoding="utf-8") != holders:
+                aside.rename(self.held)
+                return False
+            aside.unlink()
+        except FileNotFoundError:
+            pass
+        return True
+
+    def _touch(self, released: threading.Event) -> None:
+        while not released.wait(SECONDS_BETWEEN_TOUCHES):
+            with suppress(OSError):
+                os.utime(self.held)
+
+
+def tell_once(key: str, message: str, *values: object) -> None:
+    """Warn of what a disk lacks: once, and not again in the processes that this one starts."""
+    variable = f"LUNGDDPM_TOLD_{key}"
+    if variable not in os.environ:
+        os.environ[variable] = "1"
+        LOG.warning(message, *values)
+
+
+def _check_missing(error: OSError, path: Path) -> None:
+    """Say that the disk has no locks, unless the error is another one."""
+    if error.errno == errno.EBADF:
+        raise error
+    tell_once(
+        "LOCKS",
+        "%s: this disk has no file locks (%s); files called *.held stand in for them",
+        path.parent,
+        error.strerror,
+    )
+
+
+def _describe(process: int) -> str:
+    import psutil
+
+    return f"{socket.gethostname()} {process} {psutil.Process(process).create_time():.2f}\n"
+
+
+def _is_held(holders: str, path: Path) -> bool:
+    """Whether one of the processes that a stand-in names lives, as far as that can be known from here."""
+    entries = [line.split(" ") for line in holders.splitlines()]
+    if entries and all(len(entry) == 3 and entry[0] == socket.gethostname() for entry in entries):
+        return any(_is_alive(int(process), float(began)) for _, process, began in entries)
+    # Another machine's, or not written in full.
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as probe:
+        now = os.fstat(probe.fileno()).st_mtime  # by the disk's clock, as the touches
+    return now - path.stat().st_mtime < STALE_AFTER_SECONDS
+
+
+def _is_alive(process: int, began: float) -> bool:
+    import psutil
+
+    try:
+        found = psutil.Process(process)
+        return abs(found.create_time() - began) < _TOLERANCE_SECONDS and found.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

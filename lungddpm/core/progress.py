@@ -1,0 +1,165 @@
+"""What a person sees while a stage works: a bar on a terminal, plain lines in a log file."""
+
+from __future__ import annotations
+
+import codecs
+import io
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+LOG = logging.getLogger("lungddpm")
+_SECONDS_BETWEEN_LINES = 15.0
+_COMPUTING_ON = "Computing on "
+
+
+_IN_ASCII = {
+    "\N{NON-BREAKING HYPHEN}": "-", "\N{NO-BREAK SPACE}": " ",
+    "–": "-", "—": "-", "−": "-", "∞": "inf", "×": "x", "·": "*", "±": "+/-", "≥": ">=", "≤": "<=", "≈": "~",
+    "→": "->", "…": "...", "‘": "'", "’": "'", "“": '"', "”": '"', "•": "*", "²": "^2", "³": "^3", "µ": "u", "Δ": "d",
+}  # fmt: skip
+_IN_OTHER_ENCODINGS = "lungddpm.spell"
+
+
+def adapt_terminal() -> None:
+    """Let standard output and error spell what their encoding lacks: on a Latin-1 terminal, "≥" becomes ">="."""
+    codecs.register_error(_IN_OTHER_ENCODINGS, _spell)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=_IN_OTHER_ENCODINGS)
+
+
+def _spell(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    characters = error.object[error.start : error.end]
+    spelt = (_IN_ASCII.get(c, c.encode("ascii", "backslashreplace").decode("ascii")) for c in characters)
+    return "".join(spelt), error.end
+
+
+def start_logging(log_file: str | None = None) -> None:
+    """Send messages of the package to standard error and, if given, to a file as well.
+
+    Of several processes that torchrun started, only the first one speaks; the others tell of errors.
+    """
+    # Where the disk is full, so is the log: the message counts, not why it could not be written.
+    logging.raiseExceptions = False
+    is_first = os.environ.get("RANK", "0") == "0"
+    LOG.setLevel(logging.INFO if is_first else logging.ERROR)
+    LOG.handlers.clear()
+    console = logging.StreamHandler(sys.stderr)
+    console.setFormatter(logging.Formatter("%(message)s"))
+    LOG.addHandler(console)
+    if log_file is not None and is_first:
+        handler = logging.FileHandler(log_file, mode="w", encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
+        LOG.addHandler(handler)
+
+
+def log_device(device: str, details: str) -> None:
+    """Say what this stage computes on; `device_in` finds it again."""
+    LOG.info("%s%s (%s)", _COMPUTING_ON, device, details)
+
+
+def device_in(log_file: Path) -> str:
+    """The device that a stage's log tells of last; `cpu` where it tells of none, as only networks use another."""
+    try:
+        lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return "cpu"
+    told = [line.partition(_COMPUTING_ON)[2] for line in lines if _COMPUTING_ON in line]
+    return told[-1] if told else "cpu"
+
+
+def shorten_paths(text: str) -> str:
+    """Text for a file of the run: paths without the folders of the machine, which may tell who ran it and where.
+
+    Those are the working directory, the software, the home folder, and what absolute paths the command was given.
+    """
+    given = [word.rpartition("=")[2] for word in sys.argv[1:]]
+    folders = [os.getcwd(), str(Path(__file__).parents[2]), sys.prefix, sys.base_prefix, os.path.expanduser("~")]
+    folders += [
+        path for word in given if os.path.isabs(word) for path in (os.path.normpath(word), os.path.realpath(word))
+    ]
+    # Where there is no home folder, its path is not one.
+    for folder in sorted(filter(os.path.isabs, set(folders) - {os.sep}), key=len, reverse=True):
+        text = text.replace(folder + os.sep, "").replace(folder, os.path.basename(folder))
+    return text
+
+
+class _FileFormatter(logging.Formatter):
+    """For logs, which are results: see `shorten_paths`. The terminal tells whole paths."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shorten_paths(super().format(record))
+
+
+class Progress:
+    """Counts steps towards a total.
+
+    On a terminal: a tqdm bar with time left. Everywhere: a log line every 15 s and at the end, so that a log file
+    reads the same whoever watches.
+
+    Example:
+        with Progress("denoiser", total=1000) as progress:
+            for step in progress.steps():
+                progress.note(loss=0.1)
+    """
+
+    def __init__(self, what: str, total: int, start: int = 0):
+        self.what, self.total, self.done = what, total, start
+        self._first, self._began = start, time.monotonic()
+        self._last_line = self._began
+        self._notes: dict[str, str] = {}
+        self._bar = None
+
+    def __enter__(self) -> Progress:
+        if sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO):
+            from tqdm import tqdm
+
+            self._bar = tqdm(desc=self.what, total=self.total, initial=self.done, leave=False, mininterval=0.5)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if exc_info[0] is None:
+            self._line()
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, 0-based, advancing by one after each."""
+        for step in range(self.done, self.total):
+            yield step
+            self.advance()
+
+    def note(self, **notes: float | str) -> None:
+        """Values to show beside the count, e.g. the loss."""
+        self._notes = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in notes.items()}
+
+    def advance(self, steps: int = 1) -> None:
+        """One more step, or so many, are done."""
+        self.done += steps
+        if self._bar is not None:
+            self._bar.set_postfix(self._notes, refresh=False)
+            self._bar.update(steps)
+        if time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES and self.done < self.total:
+            self._line()
+
+    def _line(self) -> None:
+        self._last_line = time.monotonic()
+        if not LOG.isEnabledFor(logging.INFO):
+            return
+        elapsed = self._last_line - self._began
+        rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
+        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
+        notes = "".join(f", {name} {value}" for name, value in self._notes.items())
+        handlers = [h for h in LOG.handlers if self._bar is None or isinstance(h, logging.FileHandler)]
+        record = LOG.makeRecord(
+            LOG.name, logging.INFO, __file__, 0,
+            f"{self.what}: {self.done} of {self.total}{notes}, {elapsed:.0f} s{left}", (), None,
+        )  # fmt: skip
+        for handler in handlers:
+            handler.handle(record)

@@ -1,0 +1,83 @@
+"""One table of all cases and one of all their nodules, from the tables of the shards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lungddpm.config.models import Config
+from lungddpm.core.cases import (
+    NODULE_COLUMNS,
+    excluded_alike,
+    folder_of,
+    log_excluded,
+    of_role,
+    read_cases,
+    usable,
+    write_cases,
+)
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import write_table
+from lungddpm.core.progress import LOG
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def run_collect(config: Config, tables: list[Path], output: Path) -> None:
+    """Merge the shards' tables, and make sure that every role can do its part.
+
+    Rows are in order of case id, those without a patient last. Beside the merged table it writes `nodules.tsv`, with a
+    row for each nodule of the usable cases.
+
+    Args:
+        config: `synthesis.place_nodules` is used; `roles` stands in messages.
+        tables: case tables of all shards.
+        output: merged table to write, in the folder of the cases.
+
+    Raises:
+        InputError: a role has no usable case, or none with a nodule where it needs one (references do not, if they get
+            placed ones); the message says why the others were excluded. Or the `case.json` of a usable case is
+            missing or damaged.
+    """
+    import pandas as pd
+
+    merged = pd.concat([read_cases(table) for table in tables]).sort_values("case_id")
+    merged = merged.sort_values("patient_id", key=lambda patients: patients == "", kind="stable")
+    excluded = merged[merged["status"] != "ok"]
+    log_excluded(merged.to_dict("records"))
+    LOG.info("%d cases are usable, %d are excluded", len(merged) - len(excluded), len(excluded))
+    for role in ("discovery", "reference", "test"):
+        having = usable(merged, role)
+        gets_nodules = role == "reference" and config.synthesis.place_nodules
+        if (having["n_nodules"] > 0).any() or (gets_nodules and not having.empty):
+            continue
+        alike = excluded_alike(of_role(excluded, role).to_dict("records"))
+        why = "; ".join(f"{rows[0]['reason']} ({len(rows)} x)" for rows in alike)
+        raise InputError(
+            f"roles.{role} = {getattr(config.roles, role)}",
+            f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
+            "Give the role more patients, or mend what the reasons name.",
+        )
+    write_table(output.with_name("nodules.tsv"), _nodules_of(merged[merged["status"] == "ok"], output))
+    write_cases(output, merged)
+
+
+def _nodules_of(cases: pd.DataFrame, table: Path) -> pd.DataFrame:
+    """A row a nodule (see `NODULE_COLUMNS`), from the figures that the cases' folders keep."""
+    import pandas as pd
+
+    rows = []
+    for _, case in cases.iterrows():
+        path = folder_of(table, case) / "case.json"
+        try:
+            nodules = json.loads(path.read_text(encoding="utf-8"))["qc"]["nodules"]
+            rows += [
+                {"case_id": case["case_id"], "patient_id": case["patient_id"], "nodule": number, **figures}
+                for number, figures in enumerate(nodules, start=1)
+            ]
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            problem = f"is missing or damaged ({type(error).__name__})"
+            raise InputError(path, problem, "Delete the table of its case and run again.") from None
+    return pd.DataFrame(rows, columns=NODULE_COLUMNS)

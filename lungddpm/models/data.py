@@ -1,0 +1,207 @@
+"""What the denoiser is trained on: cases decoded once into a cache on disk, and which of them a step sees.
+
+Sample i of a training (its case, crop, timestep, augmentation and noise) is a function of the seed and of i alone.
+So the order of samples does not depend on how many processes share the work, and a resumed training needs no state
+of random generators.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lungddpm.config.models import Config
+from lungddpm.core import cases
+from lungddpm.core.device import send
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import atomic_path, exclusive_lock, fingerprint, seed_from
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.volume import to_model_range
+from lungddpm.models.augmentation import augment, draw_augmentation
+from lungddpm.models.denoiser import condition_channels
+
+_CACHE_FORMAT = "z y x, int16 HU, uint8 labels"
+_NOT_OPEN = [label for label in Label if label != Label.BACKGROUND]
+_ALL_HU = np.arange(-(2**15), 2**15, dtype=np.int16)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All cases as arrays that may lie on disk.
+
+    Attributes:
+        case_ids: n names.
+        ct: (n, D, H, W) int16 HU.
+        layout: (n, D, H, W) uint8 labels.
+    """
+
+    case_ids: Sequence[str]
+    ct: np.ndarray
+    layout: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on the device that trains.
+
+    Attributes:
+        clean: (N, 1, D, H, W) float32 CT in [-1, 1].
+        condition: (N, C, D, H, W) float32, see `condition_channels`.
+        noise: standard normal, shaped like `clean`.
+        timesteps: (N,) int64 indices of the noise levels.
+    """
+
+    clean: torch.Tensor
+    condition: torch.Tensor
+    noise: torch.Tensor
+    timesteps: torch.Tensor
+
+
+def open_cache(
+    folder: Path, case_ids: Sequence[str], case_folders: Sequence[Path], hashes: Sequence[str], config: Config
+) -> TrainingData:
+    """All cases as memory-mapped arrays, decoded on the first call; later calls read nothing but what they use.
+
+    The two files hold 3 bytes a voxel (5 GB for 800 cases of 128^3) and are named after their content; those of other
+    cohorts are removed. Several processes may call this at once: one decodes, the others wait for it.
+
+    Args:
+        folder: where the cache lies, for nothing else.
+        case_ids: name of each case.
+        case_folders: folder of each case.
+        hashes: `cases.hash_case` of each of them.
+        config: `grid.size` is the shape that all cases must have.
+
+    Raises:
+        InputError: a case is unreadable, breaks its contract, or lies on another grid.
+    """
+    name = fingerprint([_CACHE_FORMAT, *hashes])[:32]
+    shape = (len(hashes), *reversed(config.grid.size))
+    paths = {kind: folder / f"{name}-{kind}.npy" for kind in ("ct", "layout")}
+    with exclusive_lock(folder / ".lock", f"decoding cases into {folder}"):
+        for other in folder.iterdir():
+            if other not in paths.values() and other.name != ".lock":
+                other.unlink()
+        arrays = _open_arrays(paths, shape)
+        if arrays is None:
+            _decode(paths, shape, case_folders)
+            arrays = _open_arrays(paths, shape)
+    return TrainingData(case_ids, arrays["ct"], arrays["layout"])
+
+
+class SampleStream:
+    """The samples of a training, by number.
+
+    Args:
+        data: the cases.
+        config: `diffusion`, `grid.window_hu` and `seed` count.
+        device: where the tensors go. Voxels are computed there; the few numbers that steer it are drawn on the CPU.
+    """
+
+    def __init__(self, data: TrainingData, config: Config, device: torch.device):
+        self.data, self.device = data, device
+        self.training, self.timesteps = config.diffusion.training, config.diffusion.timesteps
+        self.seed, self.run = config.seed, config.diffusion.run
+        self.centres = [Label.NODULE] if config.diffusion.nodule_centred else _NOT_OPEN
+        # What `to_model_range` makes of every HU, and `condition_channels` of every label, looked up on the device.
+        labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
+        channels = condition_channels(labels, config.diffusion.classes).reshape(-1, len(Label))
+        self.range_of_hu = torch.from_numpy(to_model_range(_ALL_HU, config.grid.window_hu)).to(device)
+        self.channels_of_label = torch.from_numpy(channels).to(device)
+
+    def batch(self, number: int) -> Batch:
+        """The samples of one forward pass, counted over the steps, accumulation and processes of the training."""
+        size = self.training.batch_size
+        samples = [self._sample(number * size + place) for place in range(size)]
+        return Batch(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
+
+    def _sample(self, index: int) -> tuple[torch.Tensor, ...]:
+        """What `Batch` holds, without N."""
+        case = self._case(index)
+        ct, layout = self.data.ct[case], self.data.layout[case]
+        generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "sample", index))
+        crop = tuple(slice(0, size) for size in layout.shape)
+        if self.training.crop is not None:
+            crop = draw_crop(layout, self.training.crop, self.centres, generator)
+        timestep = torch.randint(self.timesteps, (), generator=generator)
+        change = draw_augmentation(self.training.augmentation, generator)
+        # An affine map reaches beyond the crop.
+        read = crop if change is None or change.affine is None else ...
+        hu, labels = (send(torch.from_numpy(array[read].copy()), self.device) for array in (ct, layout))
+        clean = self.range_of_hu[hu.int() - int(_ALL_HU[0])][None]
+        if change is not None:
+            clean, labels = augment(clean, labels, change, crop)
+        generator = torch.Generator(self.device).manual_seed(seed_from(self.seed, self.run, "noise", index))
+        noise = torch.randn(clean.shape, generator=generator, device=self.device)
+        return clean, self.channels_of_label[:, labels.long()], noise, send(timestep, self.device)
+
+    def _case(self, index: int) -> int:
+        """Every case once, in random order, before any comes again."""
+        epoch, place = divmod(index, len(self.data.ct))
+        generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "order", epoch))
+        return int(torch.randperm(len(self.data.ct), generator=generator)[place])
+
+
+def draw_crop(
+    layout: np.ndarray, edge: int, centres: Sequence[Label], generator: torch.Generator
+) -> tuple[slice, slice, slice]:
+    """A random cube around something to generate; open voxels are pasted later, so they matter less.
+
+    A label is drawn from those in the layout (so that the few nodule voxels are seen as often as lung), then one of
+    its voxels as the centre; the cube is moved to lie inside the volume.
+
+    Args:
+        layout: labels, axes in any order.
+        edge: voxels along each side, at most those of the layout.
+        centres: labels that the centre may have; where the layout has none of them, it is any voxel.
+        generator: source of the draws.
+    """
+    labels = [label for label in centres if (layout == label).any()]
+    if labels:
+        chosen = np.flatnonzero(layout == labels[_integer(len(labels), generator)])
+        centre = np.unravel_index(chosen[_integer(len(chosen), generator)], layout.shape)
+    else:
+        centre = [_integer(size, generator) for size in layout.shape]
+    starts = [min(max(int(c) - edge // 2, 0), size - edge) for c, size in zip(centre, layout.shape, strict=True)]
+    return tuple(slice(start, start + edge) for start in starts)
+
+
+def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
+    """The arrays as they lie on disk; None where one is missing or not whole."""
+    if not all(path.exists() for path in paths.values()):
+        return None
+    try:
+        arrays = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()}
+    except Exception:  # damaged bytes make numpy fail in many ways, and advise to unpickle them
+        LOG.warning("The cache %s is damaged and is made again", paths["ct"].parent)
+        return None
+    return arrays if all(array.shape == shape for array in arrays.values()) else None
+
+
+def _decode(paths: dict[str, Path], shape: tuple[int, ...], case_folders: Sequence[Path]) -> None:
+    with (
+        atomic_path(paths["ct"]) as ct_path,
+        atomic_path(paths["layout"]) as layout_path,
+        # Plain writes: on a full disk, writing to mapped memory would kill the process instead of raising.
+        ct_path.open("wb") as ct_file,
+        layout_path.open("wb") as layout_file,
+        Progress("decoding cases", len(case_folders)) as progress,
+    ):
+        for file, descr in ((ct_file, "<i2"), (layout_file, "|u1")):
+            np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
+        for number in progress.steps():
+            ct, layout = cases.read_case(case_folders[number])
+            if ct.shape != shape[:0:-1]:
+                problem = f"has {ct.shape} voxels, grid.size is {shape[:0:-1]}"
+                raise InputError(case_folders[number], problem, "Prepare the cases anew (lungddpm prepare).")
+            ct_file.write(ct.array.astype("<i2").transpose(2, 1, 0).tobytes())
+            layout_file.write(layout.array.astype(np.uint8).transpose(2, 1, 0).tobytes())
+
+
+def _integer(below: int, generator: torch.Generator) -> int:
+    return int(torch.randint(below, (), generator=generator))

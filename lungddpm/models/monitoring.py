@@ -1,0 +1,184 @@
+"""How a training is watched: loss curve, TensorBoard, and grids of samples drawn from the same noise each time."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+
+from lungddpm.config.models import Config
+from lungddpm.core import drawing
+from lungddpm.core.files import seed_from, write_table
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG
+from lungddpm.core.volume import to_model_range
+from lungddpm.models.data import TrainingData, draw_crop
+from lungddpm.models.denoiser import UNet, condition_channels
+from lungddpm.models.sampling import sample
+from lungddpm.models.schedule import cosine_betas
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+HISTORY = ["loss", "learning_rate", "seconds", "memory_mib"]
+"""Figures of each optimizer step; `seconds` since the training began, the time between interruptions left out."""
+_GRID_CASES = 2
+_GRID_STEPS = 20
+_SAMPLES = ["step", "case_id", "mse"]
+
+
+class Monitor:
+    """Writes what a person looks at while a training runs.
+
+    <output>/history.csv          a row an optimizer step
+    <output>/tensorboard/         the same for TensorBoard, where that package is installed
+    <output>/samples/step-*.png   reference, layout and sample of a few discovery cases
+    <output>/samples.csv          mean squared error of each of those samples where it was drawn, on [0, 1]
+
+    Args:
+        output: folder of the run.
+        step: optimizer steps taken so far; what was written beyond them is forgotten.
+    """
+
+    def __init__(self, output: Path, step: int):
+        self.output = output
+        for picture in (output / "samples").glob("step-*.png"):
+            if int(picture.stem.removeprefix("step-")) > step:
+                picture.unlink()
+        self.samples = _samples_until(output / "samples.csv", step)
+        self.board = _open_board(output / "tensorboard", step)
+
+    def add_step(self, step: int, figures: Sequence[float], seconds: float) -> None:
+        """Pass on the figures of a step (see `HISTORY`) that took so many seconds."""
+        if self.board is not None:
+            for name, value in zip(HISTORY, figures, strict=True):
+                self.board.add_scalar(name, value, step)
+            self.board.add_scalar("steps_per_second", 1 / max(seconds, 1e-9), step)
+
+    def write_history(self, history: Sequence[Sequence[float]]) -> None:
+        """Write the figures of all steps."""
+        table = pd.DataFrame(history, columns=HISTORY)
+        table.insert(0, "step", range(1, len(table) + 1))
+        write_table(self.output / "history.csv", table)
+        if self.board is not None:
+            self.board.flush()
+
+    def add_samples(self, step: int, case_ids: Sequence[str], mse: Sequence[float], figure: Figure) -> None:
+        """Write a grid of samples and how far they are from their references."""
+        rows = [dict(zip(_SAMPLES, (step, *row), strict=True)) for row in zip(case_ids, mse, strict=True)]
+        self.samples += rows
+        write_table(self.output / "samples.csv", pd.DataFrame(self.samples, columns=_SAMPLES))
+        path = self.output / f"samples/step-{step:08d}.png"
+        drawing.save(figure, path, dpi=100)
+        LOG.info("%s: mean squared error %.4f", path, np.mean(mse))
+        if self.board is not None:
+            self.board.add_scalar("mse", float(np.mean(mse)), step)
+
+    def close(self) -> None:
+        """Write what TensorBoard still holds back."""
+        if self.board is not None:
+            self.board.close()
+
+
+def memory_mib(device: torch.device) -> float:
+    """Most memory in MiB so far: of tensors on a GPU, else of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def grid_cases(data: TrainingData) -> list[int]:
+    """The first few cases with a nodule, or simply the first ones."""
+    having = (case for case, layout in enumerate(data.layout) if (layout == Label.NODULE).any())
+    return [case for case, _ in zip(having, range(_GRID_CASES), strict=False)] or [0]
+
+
+def draw_grid(
+    denoiser: UNet, data: TrainingData, chosen: Sequence[int], config: Config, accelerator: Accelerator
+) -> tuple[list[float], Figure]:
+    """Sample cases (DPM-Solver++, 20 steps, noise of its own for each case, the same at each call) and show them.
+
+    Of Lung-DDPM+ it is a crop around a nodule, in which the nodule is drawn and the rest pasted.
+
+    Returns:
+        Mean squared error of each sample where it was drawn, in the lungs or the nodule, on [0, 1] over
+        `grid.window_hu`; and a figure with reference, layout and sample side by side, axial, at the middle of the
+        largest nodule.
+    """
+    clean, layouts, drawn, errors = [], [], [], []
+    for case in chosen:
+        seed = seed_from(config.seed, config.diffusion.run, "grid", data.case_ids[case])
+        where: tuple[slice, ...] = ()
+        if config.diffusion.nodule_centred:
+            chooser = torch.Generator().manual_seed(seed)
+            where = draw_crop(data.layout[case], config.diffusion.training.crop, [Label.NODULE], chooser)
+        layout = data.layout[case][where]
+        reference = to_model_range(data.ct[case][where], config.grid.window_hu)
+        channels = condition_channels(layout.transpose(2, 1, 0), config.diffusion.classes)
+        with accelerator.autocast():
+            volume = sample(
+                denoiser,
+                torch.from_numpy(channels)[None].to(accelerator.device),
+                cosine_betas(config.diffusion.timesteps),
+                "dpmsolver++",
+                min(_GRID_STEPS, config.diffusion.timesteps),
+                [torch.Generator(accelerator.device).manual_seed(seed)],
+                torch.from_numpy(reference)[None, None].to(accelerator.device),
+            )
+        drawn.append(volume[0, 0].float().cpu().numpy())
+        clean.append(reference)
+        layouts.append(layout)
+        difference = (drawn[-1] - reference)[(channels > 0).any(axis=0)] / 2
+        errors.append(float(np.square(difference, dtype=np.float64).mean()))
+    names = [data.case_ids[case] for case in chosen]
+    return errors, _figure(names, clean, layouts, drawn, errors)
+
+
+def _figure(
+    names: Sequence[str],
+    clean: Sequence[np.ndarray],
+    layouts: Sequence[np.ndarray],
+    drawn: Sequence[np.ndarray],
+    errors: Sequence[float],
+) -> Figure:
+    """A row a case; all arrays (D, H, W)."""
+    colours = ListedColormap([colour for _, colour in drawing.LABELS.values()])
+    grey, coloured = {"cmap": "gray", "vmin": -1, "vmax": 1}, {"cmap": colours, "vmin": -0.5, "vmax": len(Label) - 0.5}
+    figure = Figure(figsize=(7.5, 2.6 * len(names)), layout="constrained")
+    for row, axes in enumerate(figure.subplots(len(names), 3, squeeze=False)):
+        level = int((layouts[row] == Label.NODULE).sum(axis=(1, 2)).argmax()) or len(layouts[row]) // 2
+        panels = (("reference", clean[row], grey), ("layout", layouts[row], coloured), ("sample", drawn[row], grey))
+        for axis, (title, volume, style) in zip(axes, panels, strict=True):
+            picture = drawing.oriented_slice(volume.transpose(2, 1, 0), drawing.PLANES[0], level)
+            axis.imshow(picture, interpolation="nearest", **style)
+            axis.set(xticks=[], yticks=[], title=title if row == 0 else None)
+        axes[0].set_ylabel(names[row])
+        axes[2].set_xlabel(f"MSE {errors[row]:.4f}")
+    return figure
+
+
+def _samples_until(path: Path, step: int) -> list[dict]:
+    """The rows of an earlier part of this training."""
+    if step == 0 or not path.exists():
+        return []
+    table = pd.read_csv(path, dtype={"case_id": str})
+    return table[table["step"] <= step].to_dict("records")
+
+
+def _open_board(folder: Path, step: int) -> SummaryWriter | None:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        LOG.info("TensorBoard is not installed (pip install tensorboard): no event files, history.csv has the figures")
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

@@ -1,0 +1,134 @@
+"""The optimization: denoiser, average (EMA) and Adam, and what one step does to them."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.checkpoint import checkpoint
+
+from lungddpm.config.models import Config, Training
+from lungddpm.models.data import SampleStream, TrainingData
+from lungddpm.models.denoiser import Stage, UNet
+from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
+
+
+class Optimization:
+    """All that changes from step to step, on one of the processes that share a training.
+
+    The loss is the mean absolute error of the noise (arXiv 2502.15204, section III). Each process takes
+    `accumulation` of a step's forward passes; gradients and losses are means over all of them, so that n processes
+    compute what one does with n times the accumulation, up to rounding.
+
+    Args:
+        config: `diffusion`, `grid.window_hu` and `seed` count.
+        model: the denoiser with its initial weights; it is trained in place.
+        data: the cases.
+        accelerator: device, precision and processes; made with the config's `accumulation`.
+    """
+
+    def __init__(self, config: Config, model: UNet, data: TrainingData, accelerator: Accelerator):
+        self.training, self.accelerator = config.diffusion.training, accelerator
+        # Gradients by planes take half as much memory again, and no less time.
+        self.model = model.to(accelerator.device).arrange(channels_last=False, by_planes=False)
+        self.average: UNet = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.samples = SampleStream(data, config, accelerator.device)
+        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has nothing finer
+        self.signal = alphas_cumprod(cosine_betas(config.diffusion.timesteps)).to(accelerator.device, exact)
+        if self.training.gradient_checkpointing:
+            checkpoint_stages(self.model)
+        if self.training.compile:
+            self.model.compile(dynamic=False)  # in place: the names of the weights stay
+        optimizer = torch.optim.Adam(
+            self.model.parameters(), self.training.learning_rate, fused=accelerator.device.type == "cuda"
+        )
+        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+
+    def take_step(self, step: int, asked_to_stop: Callable[[], bool] = lambda: False) -> torch.Tensor:
+        """Take one optimizer step, counted from 0.
+
+        Args:
+            step: which one.
+            asked_to_stop: called at its end, in every process.
+
+        Returns:
+            (2,) on the device: mean loss, and the share of processes that were asked to stop. Nothing here waits for
+            the device to have computed them.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.training, step)
+        processes, accumulation = self.accelerator.num_processes, self.training.accumulation
+        losses = []
+        for number in range(accumulation):
+            number_of_all = (step * accumulation + number) * processes + self.accelerator.process_index
+            losses.append(self._pass(number_of_all))
+        self._update_average(step)
+        loss = torch.stack(losses).mean()
+        return self.accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(asked_to_stop()))]), "mean")
+
+    def is_finite(self) -> bool:
+        """Whether no weight, average or moment of Adam has become infinite or no number."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        tensors = [*self.model.parameters(), *self.average.parameters(), *moments]
+        device = self.accelerator.device
+        return bool(torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all())
+
+    def state_dict(self) -> dict[str, Any]:
+        """What `load_state_dict` needs to go on; the weights have the published names."""
+        scaler = self.accelerator.scaler
+        return {
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _pass(self, number: int) -> torch.Tensor:
+        """Forward and backward; in the last pass of a step, the weights change. Returns the loss, on the device."""
+        batch = self.samples.batch(number)
+        noisy = add_noise(batch.clean, batch.noise, batch.timesteps, self.signal)
+        with self.accelerator.accumulate(self.prepared):
+            predicted = self.prepared(torch.cat([noisy, batch.condition], dim=1), batch.timesteps)
+            loss = (predicted.float() - batch.noise).abs().mean()
+            self.accelerator.backward(loss)
+            if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
+                self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.gradient_clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return loss.detach()
+
+    def _update_average(self, step: int) -> None:
+        taken = step + 1
+        if taken % self.training.ema_every and taken != self.training.steps:
+            return
+        weight = 1.0 if taken < self.training.ema_start else 1 - self.training.ema_decay
+        for average, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(current.detach(), weight)
+
+
+def learning_rate(training: Training, step: int) -> float:
+    """The learning rate of a 0-based step: constant, or a half cosine from the peak to zero."""
+    if training.learning_rate_schedule == "constant":
+        return training.learning_rate
+    return training.learning_rate * (1 + math.cos(math.pi * step / training.steps)) / 2
+
+
+def checkpoint_stages(model: UNet) -> None:
+    """Let each stage of the network keep only its input, and compute the rest again when gradients need it."""
+    for stage in model.modules():
+        if isinstance(stage, Stage):
+            # Nothing in the network draws random numbers, so no state of a generator needs keeping.
+            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, preserve_rng_state=False)

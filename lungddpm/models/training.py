@@ -1,0 +1,276 @@
+"""Training of the denoiser (arXiv 2502.15204), in one process or several, resumable at any moment.
+
+<output>/state/step-*.pt     everything needed to go on: the newest state and the one before it
+<output>/history.csv         step, loss, learning_rate, seconds, memory_mib; one row an optimizer step
+<output>/samples/, samples.csv, tensorboard/   see `monitoring.Monitor`
+<output>/cache/              the decoded cases, while the training runs
+<output>/model.safetensors   EMA weights, written last: where it stands, the training is complete
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from lungddpm.config.models import Config
+from lungddpm.core import cases
+from lungddpm.core.device import explain_out_of_memory, make_accelerator
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.models.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
+from lungddpm.models.data import TrainingData, open_cache
+from lungddpm.models.denoiser import UNet, build_denoiser
+from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, memory_mib
+from lungddpm.models.optimization import Optimization, learning_rate
+from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
+
+MEMORY_LEVERS = (
+    "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
+    "or lower denoiser.base_channels; 'lungddpm train --estimate' tells what is needed. A saved state is intact."
+)
+
+
+def run_train(
+    config: Config, cases_table: Path, output: Path, device: str = "auto", initial: Path | None = None
+) -> None:
+    """Train a denoiser on the usable discovery cases (Lung-DDPM+: those with a nodule); write `model.safetensors`.
+
+    A training of the same config on the same cases is continued from its last saved state; on a CPU it ends
+    bit-identical to one that was never interrupted. One that is complete is left as it is. Started by torchrun or
+    `accelerate launch`, all processes share the training and the first one writes.
+
+    Args:
+        config: the denoiser's (see `Config.for_denoiser`); `diffusion`, `grid` and `seed` decide what is trained.
+        cases_table: table of cases.
+        output: folder of the run.
+        device: see `make_accelerator`.
+        initial: weights to start from, ours or published (see `load_denoiser`); None starts from random ones.
+
+    Raises:
+        InputError: no usable case, a case that breaks its contract, initial weights that are missing or do not fit, or
+            a loss that is no longer a number.
+        ConfigError: the device is not there, or its memory does not suffice.
+        SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
+    """
+    rows = cases.usable(cases.read_cases(cases_table), "discovery")
+    if config.diffusion.nodule_centred:
+        rows = rows[rows["n_nodules"] > 0]
+    if rows.empty:
+        what = "discovery case with a nodule" if config.diffusion.nodule_centred else "discovery case"
+        raise InputError(cases_table, f"has no usable {what}", "See its columns role, status and reason.")
+    if initial is not None and not initial.exists():
+        raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
+    folders = [cases.folder_of(cases_table, row) for _, row in rows.iterrows()]
+    hashes = [cases.hash_case(folder) for folder in folders]
+    training = config.diffusion.training
+    accelerator = make_accelerator(device, training.precision, training.accumulation)
+    metadata = Metadata(
+        config=config,
+        steps=training.steps,
+        config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
+        data_fingerprint=fingerprint(hashes),
+    )
+    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_LEVERS):
+        if not _is_complete(output / "model.safetensors", metadata):
+            data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config)
+            run = _Run(config, metadata, data, output, accelerator, initial_denoiser(config, initial))
+            run.resume()
+            run.train()
+            run.finish()
+    accelerator.end_training()
+
+
+def fresh_denoiser(config: Config) -> UNet:
+    """The denoiser with the initial weights that belong to the config's seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from(config.seed, config.diffusion.run, "weights"))
+        return build_denoiser(config)
+
+
+def initial_denoiser(config: Config, weights: Path | None) -> UNet:
+    """The denoiser that training starts from: with these weights, or a fresh one."""
+    if weights is None:
+        return fresh_denoiser(config)
+    return load_denoiser(weights, config).train().requires_grad_(True)
+
+
+class _Run:
+    """A training under way: its steps, and what of them is written."""
+
+    def __init__(
+        self,
+        config: Config,
+        metadata: Metadata,
+        data: TrainingData,
+        output: Path,
+        accelerator: Accelerator,
+        model: UNet,
+    ):
+        self.config, self.training = config, config.diffusion.training
+        self.data, self.output, self.accelerator = data, output, accelerator
+        self.metadata = metadata
+        self.fingerprints = {
+            "config_fingerprint": metadata.config_fingerprint,
+            "data_fingerprint": metadata.data_fingerprint,
+        }
+        self.optimization = Optimization(config, model, data, accelerator)
+        self.history: list[list[float]] = []
+        self.under_way: list[torch.Tensor] = []
+        self.stopping = False
+        self.saved: Path | None = None
+        self.monitor: Monitor | None = None
+
+    def resume(self) -> None:
+        """Go on from the newest state of this very training, if there is one; all processes from the same."""
+        found = newest_state(self.output / "state", self.fingerprints) if self.accelerator.is_main_process else None
+        (self.saved,) = broadcast_object_list([found])
+        if self.saved is None:
+            LOG.info("Starting anew: no saved state of this training in %s", self.output)
+        else:
+            state = load_state(self.saved)
+            self.optimization.load_state_dict(state)
+            self.history = state["history"].tolist()
+            LOG.info("Going on from step %d of %d", len(self.history), self.training.steps)
+        if self.accelerator.is_main_process:
+            self.monitor = Monitor(self.output, len(self.history))
+            self.monitor.write_history(self.history)
+
+    def train(self) -> None:
+        """Take the steps that are left."""
+        self.began = time.monotonic() - (self.history[-1][2] if self.history else 0.0)
+        with (
+            closing(self.monitor) if self.monitor else nullcontext(),
+            _sigterm_noted() as asked_to_stop,
+            Progress("denoiser", self.training.steps, start=len(self.history)) as progress,
+        ):
+            for step in progress.steps():
+                self.under_way.append(self.optimization.take_step(step, asked_to_stop))
+                # A GPU's loss is fetched when its next step is under way, so that it never waits for us.
+                self._settle(still_under_way=int(self.accelerator.device.type == "cuda"))
+                if self._is_due(step, self.training.sample_every):
+                    self._draw_grid()
+                if self._is_due(step, self.training.save_every) or self.stopping:
+                    self._save()
+                if self.stopping:
+                    self._stop()
+                if self.history:
+                    progress.note(loss=self.history[-1][0], memory_mib=f"{self.history[-1][3]:.0f}")
+
+    def finish(self) -> None:
+        """Write the result, and remove what only a training under way needs."""
+        if self.accelerator.is_main_process:
+            keep_states(self.output / "state", self.saved)
+            # On a network disk, a file that is still open leaves a trace until the process ends.
+            shutil.rmtree(self.output / "cache", ignore_errors=True)
+            save_denoiser(self.output / "model.safetensors", self.optimization.average, self.metadata)
+
+    def _is_due(self, step: int, every: int) -> bool:
+        return (step + 1) % every == 0 or step + 1 == self.training.steps
+
+    def _settle(self, still_under_way: int = 0) -> None:
+        """Wait for steps, take down their figures, and make sure that they are numbers."""
+        while len(self.under_way) > still_under_way:
+            loss, stop = self.under_way.pop(0).tolist()
+            step = len(self.history)
+            if not math.isfinite(loss):
+                raise self._diverged(step)
+            self.stopping |= stop > 0
+            before = self.history[-1][2] if self.history else 0.0
+            seconds = time.monotonic() - self.began
+            memory = memory_mib(self.accelerator.device)
+            self.history.append([loss, learning_rate(self.training, step), seconds, memory])
+            if self.monitor is not None:
+                self.monitor.add_step(step + 1, self.history[-1], seconds - before)
+
+    def _draw_grid(self) -> None:
+        self._settle()
+        if self.monitor is not None:
+            shown = grid_cases(self.data)
+            errors, figure = draw_grid(self.optimization.average, self.data, shown, self.config, self.accelerator)
+            names = [self.data.case_ids[case] for case in shown]
+            self.monitor.add_samples(len(self.history), names, errors, figure)
+
+    def _save(self) -> None:
+        """Write the state, then the history that belongs to it."""
+        self._settle()
+        if not self.optimization.is_finite():
+            raise self._diverged(len(self.history) - 1)
+        if self.monitor is not None:
+            history = torch.tensor(self.history, dtype=torch.float64)
+            state = {**self.fingerprints, **self.optimization.state_dict(), "history": history}
+            self.saved = save_state(self.output / "state", len(self.history), state, previous=self.saved)
+            self.monitor.write_history(self.history)
+
+    def _stop(self) -> None:
+        LOG.warning("Asked to stop (SIGTERM): step %d is saved, the same command goes on from it", len(self.history))
+        self.accelerator.end_training()
+        raise SystemExit(128 + signal.SIGTERM)
+
+    def _diverged(self, step: int) -> InputError:
+        kept = f"The last good state is kept in {self.saved}." if self.saved else "No state was saved before."
+        return InputError(
+            self.output,
+            f"the training diverged: the loss is no longer finite at step {step + 1}",
+            f"Lower training.learning_rate or set training.gradient_clip. {kept}",
+        )
+
+
+def _config_fingerprint(config: Config, processes: int, initial: Path | None) -> str:
+    """Of all that decides what training computes."""
+    decisive = {
+        "seed": config.seed,
+        "window_hu": config.grid.window_hu,
+        "diffusion": config.diffusion.decides_weights(processes),
+        "initial_sha256": None if initial is None else sha256_of(initial),
+        "code": code_fingerprint("models"),
+    }
+    return fingerprint(decisive)
+
+
+def _is_complete(model_path: Path, wanted: Metadata) -> bool:
+    if not model_path.exists():
+        return False
+    try:
+        found = read_metadata(model_path)
+        read_weights(model_path)
+    except InputError as error:
+        LOG.warning("%s Training again.", error)
+        return False
+    found_by, wanted_by = ((m.config_fingerprint, m.data_fingerprint) for m in (found, wanted))
+    if found_by == wanted_by:
+        LOG.info("%s is complete: nothing to do", model_path)
+    return found_by == wanted_by
+
+
+@contextmanager
+def _held_by_main_process(output: Path, accelerator: Accelerator) -> Iterator[None]:
+    """Keep other trainings out of the folder; the processes of this one wait until the first one holds it."""
+    lock = exclusive_lock(output / ".lock", f"training into {output}")
+    with lock if accelerator.is_main_process else nullcontext():
+        accelerator.wait_for_everyone()
+        yield
+
+
+@contextmanager
+def _sigterm_noted() -> Iterator[Callable[[], bool]]:
+    """Within the block SIGTERM, which clusters send before the time limit, is only noted; yields whether it came."""
+    noted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
+        yield noted.is_set
+        return
+    former = signal.signal(signal.SIGTERM, lambda *_: noted.set())
+    try:
+        yield noted.is_set
+    finally:
+        signal.signal(signal.SIGTERM, former)

@@ -1,0 +1,563 @@
+"""How fast the denoiser is, lever by lever, each beside the plain module in the same minutes.
+
+Machines are noisy and shared. So every lever gets a process of its own, which takes turns with one of the base
+(contiguous fp32, eager), and what is told is the median of the ratios of neighbouring turns.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from io import StringIO
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from accelerate import Accelerator
+
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Config
+from lungddpm.core.device import explain_out_of_memory, keep_freed_memory, make_accelerator
+from lungddpm.core.errors import ConfigError
+from lungddpm.core.files import write_json
+from lungddpm.core.progress import LOG
+from lungddpm.models.denoiser import UNet
+from lungddpm.models.monitoring import memory_mib
+from lungddpm.models.optimization import Optimization
+from lungddpm.models.sampling import Predictor, sample
+from lungddpm.models.schedule import cosine_betas
+from lungddpm.models.training import fresh_denoiser
+from lungddpm.operations.estimate import count, made_up
+
+SAMPLERS = {"ddpm 250": ("ddpm", 250), "dpmsolver++ 50": ("dpmsolver++", 50), "dpmsolver++ 20": ("dpmsolver++", 20)}
+MEASURED = "measured"
+_PASSES = {"cpu": 1, "cuda": 10}  # a turn; a GPU's are too short to be timed one by one
+_MATRIX_EDGE = {"cpu": 2048, "cuda": 8192}
+_STEPS_EXTRAPOLATED_FROM = 2
+_SMALL_EDGE = 16
+_FAILURES = (RuntimeError, MemoryError)  # of a compiler, of memory, or of a process that the system ended
+_workbench: Workbench | None = None
+
+Call = Callable[..., Any]
+"""(name of a method of `Workbench`, its arguments) -> what it returns, in the process of a lever."""
+
+
+@dataclass(frozen=True)
+class Lever:
+    """One way to compute, or several at once; as it stands, the base.
+
+    Attributes:
+        keep_memory: see `keep_freed_memory`; CPU only.
+        channels_last: see `UNet.arrange`.
+        by_planes: see `UNet.arrange`; CPU only.
+        bf16: autocast to bfloat16.
+        compile: torch.compile.
+        graphs: CUDA graphs, in sampling only.
+        batch: volumes at once.
+    """
+
+    keep_memory: bool = False
+    channels_last: bool = False
+    by_planes: bool = False
+    bf16: bool = False
+    compile: bool = False
+    graphs: bool = False
+    batch: int = 1
+
+    @property
+    def name(self) -> str:
+        """Everything that differs from the base."""
+        words = {
+            "memory kept": self.keep_memory,
+            "channels_last_3d": self.channels_last,
+            "by planes": self.by_planes,
+            "bf16": self.bf16,
+            "compile": self.compile,
+            "CUDA graphs": self.graphs,
+            f"batch {self.batch}": self.batch > 1,
+        }
+        return " + ".join(word for word, is_on in words.items() if is_on) or "base"
+
+    def exists_on(self, device: str) -> bool:
+        """Whether `cpu` or `cuda` has this lever."""
+        return not (self.graphs if device == "cpu" else self.keep_memory or self.by_planes)
+
+
+BASE = Lever()
+USED = {"cpu": Lever(keep_memory=True, channels_last=True, by_planes=True), "cuda": Lever(bf16=True)}
+"""What sampling uses where nothing is set (see `place`, `make_accelerator`); training is never by planes."""
+_ALL_OF_A_GPU = Lever(channels_last=True, bf16=True, compile=True, graphs=True)
+LEVERS = [
+    BASE,
+    Lever(keep_memory=True),
+    Lever(channels_last=True),
+    Lever(channels_last=True, by_planes=True),
+    Lever(bf16=True),
+    Lever(compile=True),
+    Lever(graphs=True),
+    Lever(batch=2),
+    Lever(batch=4),
+    USED["cpu"],
+    Lever(keep_memory=True, channels_last=True, by_planes=True, batch=2),
+    Lever(channels_last=True, bf16=True),
+    Lever(channels_last=True, bf16=True, compile=True),
+    _ALL_OF_A_GPU,
+    Lever(channels_last=True, bf16=True, compile=True, graphs=True, batch=4),
+]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is told of a lever; None where it was not measured.
+
+    Attributes:
+        lever: its name.
+        status: `measured`, or why not.
+        pass_seconds: of a forward pass in inference, a volume: median of the turns.
+        ratio: base's seconds over the lever's, a volume: median over the rounds; and the least and the most.
+        max_difference: of the predicted noise from the base's.
+        flop_per_second: operations of the direct network (see `estimate.count`) a second.
+        matrix_fraction: that, of the rate at which the same process multiplied matrices in the lever's precision.
+        training_steps_per_second: optimizer steps on `batch` volumes, forward and backward.
+        training_ratio: base's seconds over the lever's, a volume.
+        sampling_seconds: of each of `SAMPLERS`, a volume.
+        extrapolated: those of them that were extrapolated from a few steps.
+        sampling_memory_mib, training_memory_mib: the most so far: of tensors on a GPU, else of the process.
+    """
+
+    lever: str
+    status: str
+    pass_seconds: float | None = None
+    ratio: float | None = None
+    ratio_least: float | None = None
+    ratio_most: float | None = None
+    max_difference: float | None = None
+    flop_per_second: float | None = None
+    matrix_fraction: float | None = None
+    training_steps_per_second: float | None = None
+    training_ratio: float | None = None
+    sampling_seconds: dict[str, float] | None = None
+    extrapolated: list[str] | None = None
+    sampling_memory_mib: float | None = None
+    training_memory_mib: float | None = None
+
+
+@dataclass(frozen=True)
+class SamplerRow:
+    """What is told of a sampler, measured in full on a small grid; `ratio` as in `Row`, to the first of `SAMPLERS`."""
+
+    sampler: str
+    seconds: float
+    ratio: float
+    ratio_least: float
+    ratio_most: float
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all levers compute.
+
+    Attributes:
+        device: `cpu`, `cuda` or `cuda:<number>`.
+        size: voxels an edge.
+        base_channels: width of the published network.
+    """
+
+    device: str
+    size: int
+    base_channels: int
+
+    @property
+    def kind(self) -> str:
+        """`cpu` or `cuda`."""
+        return self.device.partition(":")[0]
+
+    def config(self, lever: Lever = BASE) -> Config:
+        """The published network and recipe, an optimizer step a forward pass."""
+        training = {
+            "batch_size": lever.batch,
+            "accumulation": 1,
+            "precision": "bf16" if lever.bf16 else "fp32",
+            "compile": lever.compile,
+        }
+        diffusion = {"denoiser": {"base_channels": self.base_channels}, "training": training}
+        return parse_config({"grid": {"size": [self.size] * 3}, "diffusion": diffusion})
+
+
+def run_bench(
+    device: str,
+    size: int,
+    base_channels: int,
+    names: Sequence[str],
+    rounds: int,
+    longest_s: float,
+    training: bool,
+    output: Path,
+) -> None:
+    """Measure levers and samplers, print two tables and write them to a JSON file.
+
+    Args:
+        device: see `make_accelerator`; CPU or CUDA.
+        size: voxels an edge.
+        base_channels: width of the published network.
+        names: levers to measure beside the base; all where none is named.
+        rounds: turns of each lever.
+        longest_s: samplings that would take longer are extrapolated from two steps, and the comparison of samplers on a
+            small grid is left out; 0 measures none in full.
+        training: whether to measure training, too.
+        output: the JSON file.
+
+    Raises:
+        ConfigError: the device is not there or is neither a CPU nor CUDA, the network does not fit the size, or a lever
+            is not known.
+    """
+    if unknown := set(names) - {lever.name for lever in LEVERS}:
+        known = "; ".join(lever.name for lever in LEVERS)
+        raise ConfigError("--lever", f"there is no lever '{min(unknown)}'", f"Known are: {known}.")
+    found = make_accelerator(device, "fp32").device
+    problem = Problem(str(found), size, base_channels)
+    if problem.kind not in _PASSES:
+        raise ConfigError("--device", f"levers of '{found.type}' are not known", "Use cpu or cuda.")
+    parameters, flop, _ = count(problem.config())
+    asked = [lever for lever in LEVERS if lever == BASE or not names or lever.name in names]
+    with explain_out_of_memory("Lower --size or --base."), _process(problem, BASE) as base:
+        rows = [_row(problem, base, lever, rounds, longest_s, training, flop) for lever in asked]
+    small = replace(problem, size=min(size, _SMALL_EDGE)) if problem.kind == "cpu" else problem
+    samplers = _measure_samplers(small, rounds, longest_s)
+    result = {
+        "device": problem.device,
+        "device_name": torch.cuda.get_device_name(found) if problem.kind == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "size": size,
+        "base_channels": base_channels,
+        "parameters": parameters,
+        "flop_per_pass": flop,
+        "rounds": rounds,
+        "levers": [asdict(row) for row in rows],
+        "samplers_size": small.size,
+        "samplers": [asdict(row) for row in samplers],
+    }
+    write_json(output, result)
+    print(describe(result))
+    LOG.info("Written to %s", output)
+
+
+def _row(problem: Problem, base: Call, lever: Lever, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
+    """A row of the table, also for a lever that the device does not have, or that fails."""
+    if not lever.exists_on(problem.kind):
+        return Row(lever.name, "not on this device")
+    try:
+        with _process(problem, lever) as call:
+            return _measure(call, base, lever, rounds, longest_s, training, flop)
+    except _FAILURES as error:
+        LOG.warning("%s failed: %s", lever.name, _first_line(error))
+        return Row(lever.name, f"failed: {_first_line(error)}")
+
+
+def ratios(base: Sequence[float], lever: Sequence[float]) -> tuple[float, float, float]:
+    """How many times faster a lever is: median, least and most of the ratios of turns that were taken side by side."""
+    of_rounds = [b / s for b, s in zip(base, lever, strict=True)]
+    return statistics.median(of_rounds), min(of_rounds), max(of_rounds)
+
+
+def describe(result: dict[str, Any]) -> str:
+    """The tables for a terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=StringIO(), width=200, no_color=True, highlight=False)
+    heads = [
+        "lever", "s/pass", "ratio", "(least-most)", "difference", "of matrix rate", "training steps/s", "ratio",
+        *(f"{name}, s" for name in SAMPLERS), "MiB sampling", "MiB training",
+    ]  # fmt: skip
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+    for head in heads:
+        table.add_column(head, justify="left" if head == "lever" else "right", no_wrap=head == "lever")
+    for row in result["levers"]:
+        if row["status"] != MEASURED:
+            table.add_row(row["lever"], row["status"])
+            continue
+        spread = f"({_number(row['ratio_least'])}-{_number(row['ratio_most'])})"
+        sampling = [
+            ("~" if name in row["extrapolated"] else "") + _number(row["sampling_seconds"][name]) for name in SAMPLERS
+        ]
+        table.add_row(
+            row["lever"], _number(row["pass_seconds"]), _number(row["ratio"]), spread,
+            f"{row['max_difference']:.0e}", f"{row['matrix_fraction']:.0%}", _number(row["training_steps_per_second"]),
+            _number(row["training_ratio"]), *sampling, _whole(row["sampling_memory_mib"]),
+            _whole(row["training_memory_mib"]),
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"\n{result['size']}^3 voxels, base {result['base_channels']}, {result['flop_per_pass'] / 1e12:.3g} TFLOP a "
+        f"pass; {result['device_name']}, {result['threads']} threads, torch {result['torch']}. Times are a volume's; "
+        f"ratios to the base, medians of {result['rounds']} rounds taken in turns. ~ is extrapolated from "
+        f"{_STEPS_EXTRAPOLATED_FROM} steps.",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    if result["samplers"]:
+        console.print(f"\nSamplers, in full at {result['samplers_size']}^3:\n", markup=False)
+        table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
+        for head in ("sampler", "s/volume", "ratio", "(least-most)"):
+            table.add_column(head, justify="left" if head == "sampler" else "right")
+        for row in result["samplers"]:
+            spread = f"({_number(row['ratio_least'])}-{_number(row['ratio_most'])})"
+            table.add_row(row["sampler"], _number(row["seconds"]), _number(row["ratio"]), spread)
+        console.print(table)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+class GraphedPredictor:
+    """A predictor whose kernels are recorded once as a CUDA graph, and then started all at once.
+
+    Args:
+        predict: the denoiser; always called with tensors of these shapes and types.
+        noisy, timesteps: what it is called with.
+    """
+
+    def __init__(self, predict: Predictor, noisy: torch.Tensor, timesteps: torch.Tensor):
+        self.noisy, self.timesteps = noisy.clone(), timesteps.clone()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # libraries choose their kernels on the first calls
+            for _ in range(3):
+                predict(self.noisy, self.timesteps)
+        torch.cuda.current_stream().wait_stream(aside)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.predicted = predict(self.noisy, self.timesteps)
+
+    def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """See `Predictor`; the next call overwrites what is returned."""
+        self.noisy.copy_(noisy)
+        self.timesteps.copy_(timesteps)
+        self.graph.replay()
+        return self.predicted
+
+
+class Workbench:
+    """A denoiser prepared as a lever says, and the clock; lives in a process of its own.
+
+    Args:
+        problem: what to compute.
+        lever: how.
+    """
+
+    def __init__(self, problem: Problem, lever: Lever):
+        if lever.keep_memory:
+            keep_freed_memory()
+        self.problem, self.lever, self.config = problem, lever, problem.config(lever)
+        self.device = torch.device(problem.device)
+        if problem.kind == "cuda":
+            torch.cuda.set_device(self.device)
+        self.accelerator = Accelerator(cpu=problem.kind == "cpu", mixed_precision="bf16" if lever.bf16 else "no")
+        self.denoiser = self._arranged(with_numbers(fresh_denoiser(self.config))).eval().requires_grad_(False)
+        if lever.compile:
+            self.denoiser.compile(dynamic=False)
+        generator = torch.Generator().manual_seed(0)
+        shape = (1, 1 + len(self.config.diffusion.classes), *[problem.size] * 3)
+        self.noisy = torch.randn(shape, generator=generator).repeat(lever.batch, 1, 1, 1, 1).to(self.device)
+        self.timesteps = torch.full((lever.batch,), 100, device=self.device)
+        self.predict: Predictor = self.denoiser
+        with torch.inference_mode(), self.accelerator.autocast():
+            if lever.graphs:
+                self.predict = GraphedPredictor(self.denoiser, self.noisy, self.timesteps)
+            self.predicted = self.predict(self.noisy, self.timesteps).float().cpu()
+        self.optimization: Optimization | None = None
+
+    def output(self) -> np.ndarray:
+        """(1, 1, D, H, W) float32: the noise predicted in the first volume."""
+        return self.predicted[:1].numpy()
+
+    def pass_seconds(self) -> float:
+        """Of a forward pass, a volume."""
+        passes = _PASSES[self.problem.kind]
+        with torch.inference_mode(), self.accelerator.autocast():
+            seconds = self._timed(lambda: [self.predict(self.noisy, self.timesteps) for _ in range(passes)])
+        return seconds / passes / self.lever.batch
+
+    def matrix_rate(self) -> float:
+        """FLOP/s of a large matrix product in the lever's precision: the best of three."""
+        edge = _MATRIX_EDGE[self.problem.kind]
+        factor = torch.randn(edge, edge, device=self.device, dtype=torch.bfloat16 if self.lever.bf16 else torch.float32)
+        product = torch.empty_like(factor)
+        seconds = [self._timed(lambda: torch.mm(factor, factor, out=product)) for _ in range(4)][1:]
+        return 2 * edge**3 / min(seconds)
+
+    def sampling_seconds(self, sampler: str, steps: int) -> float:
+        """Of sampling under AAS, a volume."""
+        condition = self.noisy[:, 1:].sign()
+        reference = self.noisy[:, :1].clamp(-1, 1)
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(self.lever.batch)]
+        betas = cosine_betas(self.config.diffusion.timesteps)
+
+        def draw() -> torch.Tensor:
+            with self.accelerator.autocast():
+                return sample(self.predict, condition, betas, sampler, steps, generators, reference)
+
+        return self._timed(draw) / self.lever.batch
+
+    def training_seconds(self) -> float:
+        """Of an optimizer step, a volume. The first call sets up the training and takes one step more."""
+        if self.optimization is None:
+            if self.problem.kind == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            model = fresh_denoiser(self.config)
+            self.optimization = Optimization(self.config, model, made_up(self.config), self.accelerator)
+            self._arranged(self.optimization.model)
+            self.optimization.take_step(0)
+        return self._timed(lambda: self.optimization.take_step(1)) / self.lever.batch
+
+    def memory_mib(self) -> float:
+        """See `monitoring.memory_mib`."""
+        return memory_mib(self.device)
+
+    def free_memory_mib(self) -> float:
+        """Of the GPU, or of the machine."""
+        free = torch.cuda.mem_get_info()[0] if self.problem.kind == "cuda" else psutil.virtual_memory().available
+        return free / 2**20
+
+    def _arranged(self, denoiser: UNet) -> UNet:
+        return denoiser.to(self.device).arrange(self.lever.channels_last, self.lever.by_planes)
+
+    def _timed(self, work: Callable[[], Any]) -> float:
+        self._wait()
+        began = time.perf_counter()
+        work()
+        self._wait()
+        return time.perf_counter() - began
+
+    def _wait(self) -> None:
+        if self.problem.kind == "cuda":
+            torch.cuda.synchronize()
+
+
+def with_numbers(denoiser: UNet) -> UNet:
+    """The denoiser with weights that let every layer count: fresh ones predict zero."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in denoiser.parameters():
+        drawn = torch.randn(parameter.shape, generator=generator)
+        parameter.data = drawn / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else parameter.data + drawn / 10
+    return denoiser
+
+
+def _measure(call: Call, base: Call, lever: Lever, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
+    """A row of the table: a lever's process beside the base's."""
+    difference = float(np.abs(base("output") - call("output")).max())
+    turns: list[tuple[float, float, float]] = []
+    for number in range(rounds):
+        turns.append((base("pass_seconds"), call("pass_seconds"), call("matrix_rate")))
+        ratio = turns[-1][0] / turns[-1][1]
+        LOG.info("%s: round %d of %d, %.3g times the base", lever.name, number + 1, rounds, ratio)
+    base_seconds, seconds, rates = zip(*turns, strict=True)
+    pass_seconds = statistics.median(seconds)
+    middle, least, most = ratios(base_seconds, seconds)
+    sampling, extrapolated = _sampling_seconds(call, pass_seconds, longest_s)
+    sampling_memory = call("memory_mib")
+    training_seconds, training_ratio, training_memory = (
+        _training(call, base, lever, rounds) if training and not lever.graphs else (None, None, None)
+    )
+    return Row(
+        lever=lever.name,
+        status=MEASURED,
+        pass_seconds=pass_seconds,
+        ratio=middle,
+        ratio_least=least,
+        ratio_most=most,
+        max_difference=difference,
+        flop_per_second=flop / pass_seconds,
+        matrix_fraction=flop / pass_seconds / statistics.median(rates),
+        training_steps_per_second=None if training_seconds is None else 1 / (training_seconds * lever.batch),
+        training_ratio=training_ratio,
+        sampling_seconds=sampling,
+        extrapolated=extrapolated,
+        sampling_memory_mib=sampling_memory,
+        training_memory_mib=training_memory,
+    )
+
+
+def _training(
+    call: Call, base: Call, lever: Lever, rounds: int
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Seconds of an optimizer step a volume, ratio to the base, MiB; None each where it is not possible."""
+    try:
+        base("training_seconds")
+        if lever.batch * base("memory_mib") > call("free_memory_mib"):
+            LOG.warning("%s: no training, its memory might not suffice", lever.name)
+            return None, None, None
+        turns = [(base("training_seconds"), call("training_seconds")) for _ in range(rounds)]
+    except _FAILURES as error:
+        LOG.warning("%s: no training, it failed: %s", lever.name, _first_line(error))
+        return None, None, None
+    base_seconds, seconds = zip(*turns, strict=True)
+    return statistics.median(seconds), ratios(base_seconds, seconds)[0], call("memory_mib")
+
+
+def _sampling_seconds(call: Call, pass_seconds: float, longest_s: float) -> tuple[dict[str, float], list[str]]:
+    """Seconds a volume of each sampler, and which of them are extrapolated."""
+    seconds, extrapolated = {}, []
+    for name, (sampler, steps) in SAMPLERS.items():
+        if steps * pass_seconds > longest_s:
+            extrapolated.append(name)
+            few = _STEPS_EXTRAPOLATED_FROM
+            seconds[name] = call("sampling_seconds", sampler, few) / few * steps
+        else:
+            seconds[name] = call("sampling_seconds", sampler, steps)
+    return seconds, extrapolated
+
+
+def _measure_samplers(problem: Problem, rounds: int, longest_s: float) -> list[SamplerRow]:
+    """The samplers in turns, in full; none where the longest would take too long."""
+    first = next(iter(SAMPLERS))
+    if longest_s <= 0:
+        return []
+    with _process(problem, USED[problem.kind]) as call:
+        if call("pass_seconds") * SAMPLERS[first][1] > longest_s:
+            LOG.warning("Samplers are not compared: one sampling would take longer than %g s", longest_s)
+            return []
+        turns = []
+        for number in range(rounds):
+            turns.append({name: call("sampling_seconds", *sampler) for name, sampler in SAMPLERS.items()})
+            LOG.info("samplers: round %d of %d", number + 1, rounds)
+    seconds = {name: [turn[name] for turn in turns] for name in SAMPLERS}
+    return [
+        SamplerRow(name, statistics.median(seconds[name]), *ratios(seconds[first], seconds[name])) for name in SAMPLERS
+    ]
+
+
+@contextmanager
+def _process(problem: Problem, lever: Lever) -> Iterator[Call]:
+    """A process with a workbench; yields what calls its methods by name."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        pool.submit(_set_up, problem, lever).result()
+        yield lambda method, *arguments: pool.submit(_call, method, *arguments).result()
+
+
+def _set_up(problem: Problem, lever: Lever) -> None:
+    global _workbench
+    _workbench = Workbench(problem, lever)
+
+
+def _call(method: str, *arguments: Any) -> Any:
+    return getattr(_workbench, method)(*arguments)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3g}"
+
+
+def _whole(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0f}"

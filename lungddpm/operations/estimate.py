@@ -1,0 +1,112 @@
+"""What a training will cost, told before it is spent."""
+
+from __future__ import annotations
+
+import math
+import time
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lungddpm.config.models import Config
+from lungddpm.core.device import explain_out_of_memory, make_accelerator
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import LOG
+from lungddpm.models.data import TrainingData
+from lungddpm.models.denoiser import UNet, build_denoiser
+from lungddpm.models.monitoring import memory_mib
+from lungddpm.models.optimization import Optimization, checkpoint_stages
+from lungddpm.models.training import MEMORY_LEVERS, fresh_denoiser
+
+_BYTES_A_WEIGHT = 4
+_KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
+
+
+def run_estimate(config: Config, device: str = "auto") -> None:
+    """Count parameters and operations, take two steps on made-up volumes, extrapolate, and print. Writes nothing.
+
+    Args:
+        config: the whole config; no case needs to exist.
+        device: see `make_accelerator`.
+
+    Raises:
+        ConfigError: the device is not there, or its memory does not suffice.
+    """
+    training = config.diffusion.training
+    parameters, forward, whole_pass = count(config)
+    accelerator = make_accelerator(device, training.precision, training.accumulation)
+    processes = accelerator.num_processes
+    operations = whole_pass * training.accumulation * processes
+    LOG.info("Taking two steps of %s each", _flop(operations))
+    with explain_out_of_memory(MEMORY_LEVERS):
+        optimization = Optimization(config, fresh_denoiser(config), made_up(config), accelerator)
+        _, seconds = (_timed_step(optimization, step) for step in range(2))
+    state_mib = parameters * _KEPT_A_WEIGHT * _BYTES_A_WEIGHT / 2**20
+    cache_mib = 3 * math.prod(config.grid.size) / 2**20
+    kind = "of GPU memory" if accelerator.device.type == "cuda" else "of the process's memory"
+    rows = {
+        "parameters": f"{parameters:,}",
+        "forward pass": f"{_flop(forward)} (batch of {training.batch_size})",
+        "optimizer step": f"{_flop(operations)} (passes: {training.accumulation}, processes: {processes})",
+        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at the most",
+        "step time": f"{seconds:.3g} s, {_flop(operations / processes / seconds)}/s a process",
+        "whole training": f"{_duration(seconds * training.steps)} for {training.steps:,} steps, grids of samples apart",
+        "disk": f"2 states of {state_mib:.3g} MiB, 3 while one is written; {cache_mib:.3g} MiB a discovery case",
+    }
+    accelerator.print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))
+
+
+def count(config: Config) -> tuple[int, int, int]:
+    """Parameters, floating point operations of a forward pass, and of a pass forward and backward.
+
+    Multiplications and additions count apart, and only those of convolutions and matrix products do. Nothing is
+    computed: the tensors are empty.
+    """
+    with torch.device("meta"):
+        model: UNet = build_denoiser(config)
+        edges = config.grid.size[::-1]
+        if config.diffusion.training.crop is not None:
+            edges = (config.diffusion.training.crop,) * 3
+        size = config.diffusion.training.batch_size
+        noisy, timesteps = torch.zeros(size, 1 + len(config.diffusion.classes), *edges), torch.zeros(size).long()
+    if config.diffusion.training.gradient_checkpointing:
+        checkpoint_stages(model)
+    with FlopCounterMode(display=False) as forward:
+        predicted = model(noisy, timesteps)
+    with FlopCounterMode(display=False) as backward:
+        predicted.mean().backward()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return parameters, forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def made_up(config: Config) -> TrainingData:
+    """One case of noise, with every label."""
+    random = np.random.default_rng(0)
+    shape = (1, *config.grid.size[::-1])
+    return TrainingData(
+        ["made up"],
+        random.integers(-1000, 500, shape, dtype=np.int16),
+        random.integers(0, len(Label), shape, dtype=np.uint8),
+    )
+
+
+def _timed_step(optimization: Optimization, step: int) -> float:
+    """Seconds of a step; the first one includes what the device does once."""
+    began = time.perf_counter()
+    optimization.take_step(step).tolist()
+    return time.perf_counter() - began
+
+
+def _flop(operations: float) -> str:
+    for unit, size in (("T", 1e12), ("G", 1e9)):
+        if operations >= size:
+            return f"{operations / size:.3g} {unit}FLOP"
+    return f"{operations / 1e6:.3g} MFLOP"
+
+
+def _duration(seconds: float) -> str:
+    for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"

@@ -1,0 +1,523 @@
+"""What a run will cost, told before anything is spent: jobs, hours, memory and disk of every stage."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lungddpm.arms.compose import parse_arm
+from lungddpm.arms.splits import ROLES, role_counts
+from lungddpm.config.loading import load_config
+from lungddpm.config.models import Config, Segmentation
+from lungddpm.core.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    import torch
+
+GIB = 2**30
+PEAK_TFLOP_PER_S = {
+    "rtx3090": 71, "rtx4090": 165, "a6000": 155, "l40s": 362, "a100": 312, "h100": 989, "h200": 989, "b200": 2250,
+}  # fmt: skip
+"""Dense bf16 matrix products with sums in fp32, from the makers' data sheets."""
+UTILISATION = 0.15
+"""Share of the peak that 3-D networks reach. nnU-Net's default network for 128^3 voxels takes 1.53e18 operations (1000
+epochs of 250 steps and 50 validations) and 9 hours on an A100 (Isensee et al., arXiv 2404.09556, runtimes in nnU-Net's
+documentation): 47 of 312 TFLOP/s."""
+CPU = "cpu"
+CORE_FLOP_PER_S = 40e9
+"""Of one core of a server: 55e9 in the demo's denoiser, 25e9 in its segmenters, with all that is around them."""
+LIDC_SCANS, LIDC_SLICES = 1018, 244_527
+
+_CACHE_BYTES = 3
+"""A voxel and case of the denoiser's cache."""
+_LARGEST_PATCH = 128
+"""An edge of what nnU-Net plans for 8 GB of GPU memory and isotropic voxels."""
+_TORCH_GIB, _CUDA_HOST_GIB = 1.2, 8.0
+"""Of a process with torch, beside what its network takes; with a GPU, CUDA's libraries and nnU-Net's loading processes
+come on top, which was not measured."""
+_NODULES = 2.5
+"""Of a case, on average (LIDC-IDRI: 2.6 in 1,018 scans)."""
+_START_S, _TORCH_START_S = 1.0, 5.0
+"""Of each job: Python and its libraries."""
+
+
+@dataclass(frozen=True)
+class _Rate:
+    """What a stage without a GPU takes, on one core."""
+
+    seconds: float
+    """A case."""
+    seconds_per_mvoxel: float = 0.0
+    memory_gib: float = 0.2
+    memory_bytes_per_voxel: float = 0.0
+    """Of the one volume that is worked on."""
+    disk_bytes: float = 1e3
+    """A case."""
+    disk_bytes_per_voxel: float = 0.0
+
+
+_RATES = {
+    "phantom": _Rate(0.2, 1.0, memory_bytes_per_voxel=100, disk_bytes=1e5, disk_bytes_per_voxel=2),
+    "index": _Rate(0.1),
+    "prepare": _Rate(1.5, 0.4, memory_bytes_per_voxel=36, disk_bytes=5e5),
+    "collect": _Rate(0.01),
+    "qc": _Rate(0.05, disk_bytes=1e4),
+    "synthesize": _Rate(0.1, 1.0, memory_gib=0.5, disk_bytes=1e4),
+    "quality": _Rate(0.05, 1.0, memory_gib=0.5),
+    "compose": _Rate(0.01, 0.1, disk_bytes_per_voxel=0.03),
+    "plan": _Rate(0.05, 0.5, memory_gib=1.7, disk_bytes_per_voxel=2),
+    "evaluate": _Rate(0.05, 1.0, memory_gib=0.3),
+    "write_report": _Rate(10, memory_gib=0.5, disk_bytes=8e6),
+    "checksums": _Rate(0.01, 0.01),
+}  # fmt: skip
+"""Measured on the demo and, for `prepare`, on two scans of LIDC-IDRI (benchmarks/case_stages.py)."""
+_CASE_BYTES_PER_VOXEL = 1.6
+"""CT and layout on the grid, compressed."""
+_PREDICTION_BYTES_PER_VOXEL = 1.0
+"""Mask and probability, compressed: 0.1 to 1.8, the less a network is sure of."""
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The scans of a run."""
+
+    scans: int
+    voxels: float
+    """Of one scan, on average."""
+    discovery: int
+    reference: int
+    test: int
+    origin: str
+    """How this is known, as a clause."""
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast the networks compute."""
+
+    device: str
+    flop_per_s: float
+    """Of a GPU, or of one core of a CPU."""
+    origin: str
+    """How this is known, as a clause."""
+
+    @property
+    def is_gpu(self) -> bool:
+        """Whether hours are those of GPUs."""
+        return self.device != CPU
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What all jobs of one rule take together; memory is that of the largest job."""
+
+    name: str
+    jobs: int
+    gpu_hours: float
+    core_hours: float
+    """Of jobs that ask for no GPU."""
+    memory_gib: float
+    """On one node."""
+    gpu_memory_gib: float | None
+    """On one GPU, without the savings of `gradient_checkpointing`; None for jobs that ask for no GPU."""
+    disk_gib: float
+    """At the most while the stage runs; training states and caches go away when it ends."""
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What one network takes to train and to apply."""
+
+    parameters: int
+    forward_flop: int
+    """Of one volume (or patch)."""
+    step_flop: int
+    """Of one optimizer step."""
+    memory_bytes: int
+    """In training: weights, their gradients, averages and moments, and what a forward pass keeps for the backward pass,
+    in fp32. The savings of mixed precision go into what libraries need besides: nnU-Net's default network, 7.2 GiB by
+    this count, takes 7.7 GB (see `UTILISATION`)."""
+    drawing_bytes: int
+    """To apply it: weights, and about a quarter of what a forward pass in training keeps."""
+
+
+def run_plan(
+    paths: Sequence[Path],
+    tables: Sequence[Path],
+    scans: int | None,
+    device: str = CPU,
+    step_seconds: float | None = None,
+    bench: Path | None = None,
+) -> str:
+    """The plan of a run as text (see `describe_plan`). Writes nothing.
+
+    Args:
+        paths: files of the config; `source.path` may be missing, as no scan is read.
+        tables: tables that may list the scans; the first that exists is taken.
+        scans: number of scans, whatever tables say; None where a table or the config tells.
+        device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
+        step_seconds: of an optimizer step of the denoiser on that device (of one core, on a CPU).
+        bench: what `lungddpm bench` has written; then the device is the one that it measured.
+
+    Raises:
+        ConfigError: the config is wrong, the device unknown, or nothing tells how many scans there are.
+        InputError: a table, or the file of `bench`, cannot be read.
+    """
+    config = load_plan_config(*paths)
+    cohort = count_cohort(config, next((table for table in tables if table.exists()), None), scans)
+    if bench is not None:
+        speed = benchmarked_speed(bench)
+    elif step_seconds is not None:
+        speed = measured_speed(config, device, step_seconds)
+    else:
+        speed = known_speed(device)
+    return describe_plan(cohort, speed, plan_run(config, cohort, speed))
+
+
+def load_plan_config(*paths: Path) -> Config:
+    """A config to plan with: `source.path` may be missing, as no scan is read."""
+    return load_config(*paths, needs_source=False)
+
+
+def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohort:
+    """How many scans there are, of which size, and in which role.
+
+    Args:
+        config: `source` and `roles` count.
+        index: table of `lungddpm index` or `collect`; one of another kind of source is not used.
+        scans: number of scans where there is no table; None takes what the phantom's config says, or all of LIDC-IDRI.
+
+    Raises:
+        ConfigError: nothing tells how many scans there are.
+    """
+    if scans is None and index is not None and (known := _cohort_of_table(config, index)) is not None:
+        return known
+    source = config.source
+    slices, side, origin = LIDC_SLICES / LIDC_SCANS, 512, "--cases"
+    if source.kind == "phantom":
+        # A chest is about 310 mm high.
+        slices, side, origin = 310 / source.phantom.slice_mm, source.phantom.matrix, "the config"
+        scans = scans or source.phantom.patients
+    elif scans is None and source.kind == "lidc":
+        scans, origin = LIDC_SCANS, "LIDC-IDRI as published; a table of 'lungddpm index' or --cases tells better"
+    elif scans is None:
+        raise ConfigError("--cases", "is missing, and no index tells how many scans there are", "Give the number.")
+    named = {role: len(value) for role in ROLES if isinstance(value := getattr(config.roles, role), list)}
+    counts = role_counts(config.roles, scans) | named
+    return Cohort(scans, side**2 * slices, **counts, origin=origin)
+
+
+def known_speed(device: str) -> Speed:
+    """The speed of a named device, from its data sheet.
+
+    Raises:
+        ConfigError: the device is not known.
+    """
+    if device == CPU:
+        return Speed(CPU, CORE_FLOP_PER_S, f"{CORE_FLOP_PER_S / 1e9:g} GFLOP/s a core, good to a factor of two or so")
+    if device not in PEAK_TFLOP_PER_S:
+        known = ", ".join([CPU, *PEAK_TFLOP_PER_S])
+        raise ConfigError("--device", f"'{device}' is not known", f"Take one of {known}, or give --step-seconds.")
+    peak = PEAK_TFLOP_PER_S[device]
+    return Speed(
+        device, UTILISATION * peak * 1e12, f"{UTILISATION:.0%} of {peak} TFLOP/s, good to a factor of two or so"
+    )
+
+
+def measured_speed(config: Config, device: str, step_seconds: float) -> Speed:
+    """The speed of a device on which one optimizer step of the denoiser was timed (`lungddpm train --estimate`).
+
+    Args:
+        config: the one that was timed.
+        device: what it ran on; for `cpu`, on one core.
+        step_seconds: of one optimizer step.
+    """
+    rate = denoiser_cost(config).step_flop / step_seconds
+    return Speed(device, rate, f"{rate / 1e12:.3g} TFLOP/s, from {step_seconds:g} s a step of the denoiser")
+
+
+def benchmarked_speed(path: Path) -> Speed:
+    """The speed that `lungddpm bench` has measured, in training where it trained, by what training uses as it stands.
+
+    Raises:
+        InputError: the file is missing, or is no result of `lungddpm bench`.
+    """
+    from lungddpm.operations.bench import BASE, MEASURED, USED
+
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        is_cpu = result["device"] == CPU
+        rows = {row["lever"]: row for row in result["levers"] if row["status"] == MEASURED}
+        row = rows.get(USED["cpu" if is_cpu else "cuda"].name) or rows[BASE.name]
+        rate = row["flop_per_second"]
+        if row["training_steps_per_second"]:
+            # A step's passes forward and backward take three times the operations of one forward.
+            rate = 3 * result["flop_per_pass"] * row["training_steps_per_second"]
+        rate /= result["threads"] if is_cpu else 1
+        return Speed(result["device_name"], rate, f"{rate / 1e12:.3g} TFLOP/s, from {path.as_posix()}")
+    except OSError as error:
+        raise InputError(path, f"cannot be read ({error.strerror})", "Write it by 'lungddpm bench'.") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"is no result of 'lungddpm bench' ({type(error).__name__}: {error})"
+        raise InputError(path, problem, "Write it by 'lungddpm bench'.") from None
+
+
+def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
+    """Every stage of a run that starts from nothing, in order of the work.
+
+    Hours of networks are their operations at the given speed; those of the other stages were measured on the demo and
+    on scans of LIDC-IDRI, on one core.
+    """
+    from lungddpm.generators import module_of
+
+    grid = math.prod(config.grid.size)
+    samples = {name: round(dose * cohort.discovery) for name, dose in config.arms.largest_doses().items()}
+    section_of = {name: module_of(name, config).DENOISER for name in samples}
+    # Doses share samples, but each is a job of its own.
+    jobs_of = {
+        name: len(doses)
+        if name in config.arms.external
+        else sum(config.workflow.synthesize_jobs(round(dose * cohort.discovery)) for dose in doses)
+        for name, doses in config.arms.doses_of().items()
+    }
+    prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
+    arms = config.arms.names()
+    training_cases = sum(_training_cases(arm, cohort.discovery) for arm in arms)
+    runs = len(arms) * len(config.segmentation.replicates())
+    predictions = cohort.test * runs
+
+    stages = [
+        _light("index", 1, cohort.scans),
+        _light("prepare", prepare_jobs, cohort.scans, cohort.voxels, grid * _CASE_BYTES_PER_VOXEL),
+        _light("collect", 1, cohort.scans),
+        _light("qc", 1, cohort.scans),
+    ]
+    if config.source.kind == "phantom":
+        stages.insert(0, _light("phantom", 1, cohort.scans, cohort.voxels))
+    for section in dict.fromkeys(filter(None, section_of.values())):
+        own = config.for_denoiser(section)
+        cost = denoiser_cost(own)
+        drawn = [name for name in samples if section_of[name] == section]
+        stages.append(_train_denoiser(own, cost, grid * cohort.discovery, speed))
+        stages.append(_draw(own, cost, sum(map(jobs_of.get, drawn)), sum(samples[name] for name in drawn), speed))
+    if others := [name for name in samples if section_of[name] is None]:
+        made = sum(samples[name] for name in others)
+        stages.append(_light("synthesize", sum(map(jobs_of.get, others)), made, grid, grid * _CASE_BYTES_PER_VOXEL))
+    if samples:
+        stages.append(_light("quality", len(samples), sum(samples.values()), grid))
+    segmenter = segmenter_cost(config)
+    return [
+        *stages,
+        _light("compose", len(arms), training_cases, grid),
+        _light("plan", len(arms), training_cases, grid),
+        _train_segmenter(config.segmentation, segmenter, runs, speed),
+        _predict(config, segmenter, runs, predictions, speed),
+        _light("evaluate", runs, predictions, grid),
+        _light("write_report", 1, 1),
+        _light("checksums", 1, cohort.scans + training_cases, grid),
+    ]
+
+
+def denoiser_cost(config: Config) -> NetworkCost:
+    """Operations and memory of the denoiser in `diffusion`.
+
+    A step's are those of its crops, if any; a forward pass is over what sampling works on: the whole grid, or a crop
+    around a nodule.
+    """
+    from lungddpm.operations.estimate import count
+
+    diffusion = config.diffusion
+    volumes = {"batch_size": 1} if diffusion.nodule_centred else {"batch_size": 1, "crop": None}
+    drawing = diffusion.model_copy(update={"training": diffusion.training.model_copy(update=volumes)})
+    of_drawing = config.model_copy(update={"diffusion": drawing})
+    parameters, _, whole_pass = count(config)
+    _, forward, _ = count(of_drawing)
+    return NetworkCost(
+        parameters,
+        forward,
+        whole_pass * diffusion.training.accumulation,
+        # Weight, gradient, average and two moments of Adam.
+        5 * 4 * parameters + _kept_by_denoiser(config),
+        4 * parameters + diffusion.sampling.batch_size * _kept_by_denoiser(of_drawing) // 4,
+    )
+
+
+def segmenter_cost(config: Config) -> NetworkCost:
+    """Operations and memory of nnU-Net: the network of the config, or the one that nnU-Net plans for such a grid."""
+    import torch
+    from dynamic_network_architectures.architectures.unet import PlainConvUNet
+    from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
+    from torch import nn
+    from torch.utils.flop_counter import FlopCounterMode
+
+    segmentation, patch = config.segmentation, _patch(config)
+    if segmentation.network is None:
+        _, strides, kernels, patch, _ = get_pool_and_conv_props((1, 1, 1), patch, 4, 999)
+        features = [min(320, 32 * 2**stage) for stage in range(len(strides))]
+    else:
+        features = segmentation.network.features
+        strides, kernels = [1] + [2] * (len(features) - 1), [3] * len(features)
+    with torch.device("meta"):
+        network = PlainConvUNet(
+            1, len(features), features, nn.Conv3d, kernels, strides, 2, 2, 2, True, nn.InstanceNorm3d,
+            {"affine": True}, nonlin=nn.LeakyReLU, nonlin_kwargs={"inplace": True}, deep_supervision=True,
+        )  # fmt: skip
+        patches = torch.zeros(segmentation.batch_size, 1, *map(int, patch))
+    with FlopCounterMode(display=False) as forward:
+        outputs = network(patches)
+    with FlopCounterMode(display=False) as backward:
+        sum(output.mean() for output in outputs).backward()
+    parameters = sum(parameter.numel() for parameter in network.parameters())
+    one_pass = forward.get_total_flops()
+    kept = _kept_bytes(network, lambda: network(patches))
+    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
+    step = round(1.1 * one_pass) + backward.get_total_flops()
+    drawing = 4 * parameters + kept // segmentation.batch_size // 4
+    return NetworkCost(parameters, one_pass // segmentation.batch_size, step, kept + 4 * 4 * parameters, drawing)
+
+
+def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
+    """The plan as a table for a terminal, with what it rests on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="", show_footer=True, footer_style="")
+    heads = ["stage", "jobs", "GPU hours", "core hours", "memory, GiB", "GPU memory, GiB", "disk, GiB"]
+    totals = [
+        "together", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
+        _number(sum(stage.core_hours for stage in stages)), "", "", _number(sum(stage.disk_gib for stage in stages)),
+    ]  # fmt: skip
+    for head, total in zip(heads, totals, strict=True):
+        table.add_column(head, total, justify="left" if head == "stage" else "right", no_wrap=True)
+    for stage in stages:
+        figures = stage.gpu_hours, stage.core_hours, stage.memory_gib, stage.gpu_memory_gib, stage.disk_gib
+        table.add_row(stage.name, str(stage.jobs), *map(_number, figures))
+    console = Console(file=StringIO(), width=100, no_color=True, highlight=False)
+    console.print(table)
+    console.print(
+        f"\n{cohort.scans} scans ({cohort.origin}): {cohort.discovery} discovery, {cohort.reference} reference, "
+        f"{cohort.test} test.\n{speed.device}: {speed.origin}.\nMemory is that of one job; disk what a stage takes at "
+        "the most. Jobs that ask for a GPU take core hours only where there is none.",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+
+
+def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
+    """What a table of cases tells; None where it is of another kind of source."""
+    from lungddpm.core.cases import read_cases, usable
+
+    table = read_cases(index)
+    table = table[table["size_z"] > 0]
+    if table.empty or (table["source"] != config.source.kind).any():
+        return None
+    voxels = (table["size_x"] * table["size_y"] * table["size_z"]).mean()
+    counts = {role: len(usable(table, role)) for role in ROLES}
+    return Cohort(len(table), float(voxels), **counts, origin=index.as_posix())
+
+
+def _light(name: str, jobs: int, cases: int, voxels: float = 0.0, further_disk_bytes: float = 0.0) -> Stage:
+    """A stage without a GPU: `cases` volumes of `voxels` each, shared among the jobs."""
+    rate = _RATES[name]
+    seconds = jobs * _START_S + cases * (rate.seconds + rate.seconds_per_mvoxel * voxels / 1e6)
+    memory = rate.memory_gib + rate.memory_bytes_per_voxel * voxels / GIB
+    disk = cases * (rate.disk_bytes + rate.disk_bytes_per_voxel * voxels + further_disk_bytes)
+    return Stage(name, jobs, 0.0, seconds / 3600, memory, None, disk / GIB)
+
+
+def _heavy(
+    name: str, jobs: int, flop: float, memory_bytes: float, disk_bytes: float, speed: Speed, processes: int = 1
+) -> Stage:
+    """A stage that asks for GPUs, one for each of a node's processes; without one it runs on cores."""
+    hours = (jobs * _TORCH_START_S + flop / speed.flop_per_s) / 3600
+    network = memory_bytes / GIB
+    if speed.is_gpu:
+        return Stage(name, jobs, hours, 0.0, processes * _CUDA_HOST_GIB, network, disk_bytes / GIB)
+    return Stage(name, jobs, 0.0, hours, processes * (_TORCH_GIB + network), None, disk_bytes / GIB)
+
+
+def _train_denoiser(config: Config, cost: NetworkCost, voxels: int, speed: Speed) -> Stage:
+    # Three states of weights, average and moments while one is written, and the result.
+    disk = 13 * 4 * cost.parameters + _CACHE_BYTES * voxels
+    # Each of several processes takes the forward passes of one.
+    flop = config.diffusion.training.steps * cost.step_flop * config.workflow.denoiser_processes
+    return _heavy("train_denoiser", 1, flop, cost.memory_bytes, disk, speed, config.workflow.denoiser_gpus)
+
+
+def _draw(config: Config, cost: NetworkCost, jobs: int, samples: int, speed: Speed) -> Stage:
+    sampling = config.diffusion.sampling
+    passes = sampling.steps * sampling.resampling
+    if config.diffusion.nodule_centred:
+        # To the noise and back, for each nodule.
+        passes = 2 * sampling.steps * _NODULES
+    flop = samples * passes * cost.forward_flop
+    disk = samples * (_RATES["synthesize"].disk_bytes + _CASE_BYTES_PER_VOXEL * math.prod(config.grid.size))
+    return _heavy("synthesize", jobs, flop, cost.drawing_bytes, disk, speed)
+
+
+def _train_segmenter(segmentation: Segmentation, cost: NetworkCost, runs: int, speed: Speed) -> Stage:
+    moments = 1 if segmentation.optimizer == "sgd" else 2
+    # Two checkpoints while one is written.
+    disk = runs * 2 * (1 + moments) * 4 * cost.parameters
+    return _heavy("train_segmenter", runs, runs * segmentation.steps * cost.step_flop, cost.memory_bytes, disk, speed)
+
+
+def _predict(config: Config, cost: NetworkCost, runs: int, predictions: int, speed: Speed) -> Stage:
+    # nnU-Net's windows overlap by half; mirrored copies are averaged on a GPU only.
+    windows = math.prod(
+        2 * math.ceil(edge / side) - 1 for edge, side in zip(config.grid.size, _patch(config), strict=True)
+    )
+    flop = predictions * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
+    disk = predictions * _PREDICTION_BYTES_PER_VOXEL * math.prod(config.grid.size)
+    return _heavy("predict", runs, flop, cost.drawing_bytes, disk, speed)
+
+
+def _training_cases(arm: str, discovery: int) -> int:
+    """Real and synthetic cases of an arm."""
+    recipe = parse_arm(arm)
+    return recipe.real * discovery + round(recipe.dose * discovery)
+
+
+def _patch(config: Config) -> tuple[int, int, int]:
+    """Edges of nnU-Net's patches along x, y, z."""
+    network = config.segmentation.network
+    return network.patch if network is not None else tuple(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
+
+
+def _kept_by_denoiser(config: Config) -> int:
+    """Bytes that a training pass keeps, `gradient_checkpointing` apart."""
+    import torch
+
+    from lungddpm.models.denoiser import build_denoiser
+
+    training = config.diffusion.training
+    edges = config.grid.size[::-1] if training.crop is None else (training.crop,) * 3
+    with torch.device("meta"):
+        noisy = torch.zeros(training.batch_size, 1 + len(config.diffusion.classes), *edges)
+        denoiser, timesteps = build_denoiser(config), torch.zeros(training.batch_size).long()
+    return _kept_bytes(denoiser, lambda: denoiser(noisy, timesteps))
+
+
+def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights apart; on the meta device nothing is computed."""
+    from torch.autograd.graph import saved_tensors_hooks
+
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+def _number(value: float | None) -> str:
+    return "–" if not value else f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value >= 0.01 else "<0.01"

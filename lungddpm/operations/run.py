@@ -1,0 +1,244 @@
+"""`lungddpm run`: Snakemake behind a lock of our own, so that the same command always continues.
+
+After a kill -9 Snakemake leaves its own lock and refuses to start. Here, whoever holds `results/.lock` is the run;
+a Snakemake lock without such a holder is stale and is cleared (see docs/explanation/interruption.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain
+from pathlib import Path
+
+from lungddpm.config.loading import parse_yaml, read_values
+from lungddpm.core.errors import ConfigError, OutputError, UserError, from_os_error
+from lungddpm.core.locks import FileLock
+from lungddpm.core.progress import LOG
+from lungddpm.operations.verify import outputs_to_make_again
+
+FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
+"""Names a file to which stages append the user's faults, so that `run` can repeat them where they are seen: last."""
+
+
+_LEAST_FREE_BYTES = 100 * 2**20
+"""Below this Snakemake itself could not keep its records."""
+
+
+def run_snakemake(arguments: Sequence[str]) -> int:
+    """Run snakemake with these arguments in the results folder's lock.
+
+    Returns:
+        Snakemake's exit code; 2 where a stage refused the user's input.
+
+    Raises:
+        OutputError: another run holds the folder, or the folder cannot be written.
+        UserError: a folder's name that Snakemake cannot take, or a config file that would run code.
+    """
+    directory = _option(arguments, "--directory", "-d") or Path(".")
+    if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
+        arguments = [*arguments, "--cores", "all"]
+    if not _option(arguments, "--snakefile", "-s") and not Path("Snakefile").exists():
+        raise UserError("Snakefile", "is not in this folder", "Run from the repository's root, or give --snakefile.")
+    _check_names(directory)
+    _check_configs(arguments)
+    with (
+        _lock(directory / "results") as lock,
+        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as faults,
+    ):
+        environment = _environment(faults.name, directory)
+        _check_space(directory / "results")
+        _date_no_later_than_now(directory / "results")
+        # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
+        # inherit it, so an orphaned job cannot block the next run.
+        if _has_stale_lock(directory):
+            LOG.info("Clearing the lock that an interrupted run left behind.")
+            subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
+        damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
+        forced = ["--forcerun", *damaged] if damaged else []
+        code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced]), environment, lock)
+        messages = list(dict.fromkeys(faults.read().splitlines()))
+    for message in messages:
+        LOG.error("error: %s", message)
+    return 2 if messages else code
+
+
+def report_fault(error: UserError) -> None:
+    """Leave a message for `run_snakemake`, if one is listening."""
+    if path := os.environ.get(FAULTS_VARIABLE):
+        with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
+            file.write(" ".join(str(error).split()) + "\n")
+
+
+def offer_own_programs() -> None:
+    """Let jobs find `lungddpm` beside this Python where no environment is activated; an activated one comes first."""
+    os.environ["PATH"] = os.pathsep.join([os.environ.get("PATH", ""), str(Path(sys.executable).parent)])
+    # See `_environment`.
+    os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def _snakemake(arguments: Sequence[str]) -> list[str]:
+    beside_python = Path(sys.executable).with_name("snakemake")
+    program = str(beside_python) if beside_python.exists() else shutil.which("snakemake")
+    if program is None:
+        raise UserError("snakemake", "is not installed beside this Python", "Run 'make demo', or pip install it.")
+    return [program, *arguments]
+
+
+def _environment(faults: str, directory: Path) -> dict[str, str]:
+    # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    caches = _caches_in(directory / ".snakemake" / "cache") if not _can_keep_caches() else {}
+    # On a cluster, jobs are `python -m snakemake`, which would import what lies in the working folder first.
+    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", FAULTS_VARIABLE: faults, **caches}
+
+
+def _can_keep_caches() -> bool:
+    """Whether the folder can be written in which Snakemake has to keep its cache, and other libraries would like to."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "snakemake")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        LOG.warning("%s cannot be written (%s): caches go below .snakemake of the run", folder.parent, error.strerror)
+        return False
+
+
+def _caches_in(folder: Path) -> dict[str, str]:
+    """Variables by which libraries keep their caches in a folder; those that are set already stay."""
+    folder = folder.resolve()
+    own = {"MPLCONFIGDIR": "matplotlib", "NUMBA_CACHE_DIR": "numba", "TRITON_CACHE_DIR": "triton"}
+    for name in own.values():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    unset = {variable: str(folder / name) for variable, name in own.items() if variable not in os.environ}
+    return {"XDG_CACHE_HOME": str(folder), **unset}
+
+
+def _temporary_folder(directory: Path) -> str:
+    """The folder for temporary files, here and in processes that this one starts; the run's own if there is none."""
+    try:
+        return tempfile.gettempdir()
+    except FileNotFoundError:
+        folder = (directory / ".snakemake" / "tmp").resolve()
+        LOG.warning("No folder for temporary files can be written: they go below .snakemake of the run")
+        folder.mkdir(parents=True, exist_ok=True)
+        os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
+        return tempfile.tempdir
+
+
+@contextmanager
+def _lock(results: Path) -> Iterator[FileLock]:
+    try:
+        lock = FileLock(results / ".lock")
+    except OSError as error:
+        raise from_os_error(error) or error from error
+    try:
+        if not lock.take():
+            raise OutputError(
+                results, "another run is working in this folder", "Wait for it, or use another --directory."
+            )
+        yield lock
+    finally:
+        lock.release()
+
+
+def _check_names(directory: Path) -> None:
+    for folder in (Path.cwd(), directory.resolve()):
+        if braces := {"{", "}"} & set(str(folder)):
+            raise UserError(
+                folder, f"has '{min(braces)}' in its path, which Snakemake takes for a wildcard", "Use another folder."
+            )
+
+
+def _check_configs(arguments: Sequence[str]) -> None:
+    """Refuse what Snakemake would drop in silence, and config files that it would evaluate.
+
+    A file from somebody else may say what, not run it.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--configfile", "--configfiles", nargs="+", action="append", default=[], type=Path)
+    parser.add_argument("--config", "-C", nargs="*", action="append", default=[])
+    given = parser.parse_known_args(list(arguments))[0]
+    for option in ("configfile", "config"):
+        if len(getattr(given, option)) > 1:
+            raise ConfigError(
+                f"--{option}", "is given twice, and Snakemake takes only the last", f"Put all after one --{option}."
+            )
+    for path in [Path("config.yaml"), *chain(*given.configfile)]:
+        if path.is_file() and "__use_yte__" in read_values(path):
+            raise ConfigError(
+                path, "has the key __use_yte__, with which Snakemake runs code in the file", "Write plain values."
+            )
+    for entry in chain(*given.config):
+        key, _, value = entry.partition("=")
+        if value.lstrip().startswith("{"):
+            parse_yaml(value, f"--config {key}")
+
+
+def _check_space(results: Path) -> None:
+    if (free := shutil.disk_usage(results).free) < _LEAST_FREE_BYTES:
+        raise OutputError(
+            results,
+            f"only {free / 2**20:.0f} MiB are free, a run needs {_LEAST_FREE_BYTES / 2**20:.0f} MiB to start",
+            "Free some space, or use another --directory.",
+        )
+
+
+def _date_no_later_than_now(results: Path) -> None:
+    """Date files from the future, as a clock that was set back leaves them, to this moment; their order stays.
+
+    Snakemake fails, and deletes what it has made, where an output is older than what it was made from.
+    """
+    (results / ".lock").touch()
+    now = (results / ".lock").stat().st_mtime_ns  # the disk's clock, which may be another machine's
+    ahead = {}
+    for path in results.rglob("*"):
+        with suppress(FileNotFoundError):  # a job that outlived its Snakemake may still be at work
+            if (date := path.lstat().st_mtime_ns) > now:
+                ahead[path] = date
+    if not ahead:
+        return
+    LOG.warning("%d files are dated in the future, such as %s: they are dated now.", len(ahead), next(iter(ahead)))
+    microseconds_ago = {date: place for place, date in enumerate(sorted(set(ahead.values()), reverse=True))}
+    for path, date in ahead.items():
+        with suppress(FileNotFoundError):
+            os.utime(path, ns=(now - 1000 * microseconds_ago[date],) * 2, follow_symlinks=False)
+
+
+def _has_stale_lock(directory: Path) -> bool:
+    locks = directory / ".snakemake" / "locks"
+    return locks.is_dir() and any(locks.iterdir())
+
+
+def _supervise(command: Sequence[str], environment: dict[str, str], lock: FileLock) -> int:
+    """Run the command in a process group of its own; forward signals; leave no orphan if it is killed."""
+    process = subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock.descriptor,))
+    lock.share_with(process.pid)
+
+    def forward(number: int, _frame: object) -> None:
+        # To the whole group, as a terminal does on Ctrl-C: alone, Snakemake would wait hours for a training job.
+        os.killpg(process.pid, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, forward)
+    code = process.wait()
+    if code < 0:
+        LOG.error("snakemake was killed by signal %d; ending its jobs. The same command continues.", -code)
+    # Its jobs if it was killed; else what a killed job has left, such as nnU-Net's loaders, which would wait for ever.
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return 128 - code if code < 0 else code
+
+
+def _option(arguments: Sequence[str], *names: str) -> Path | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(*names, dest="value", type=Path)
+    return parser.parse_known_args(list(arguments))[0].value

@@ -1,0 +1,170 @@
+"""Which files of a finished run are no longer what they were, and how the run makes them again.
+
+results/SHA256SUMS      what the run computed, as `sha256sum --check` reads it
+results/manifest.json   what `lungddpm report` made of it (see `verdict.report`)
+results/.damaged        outputs of the workflow that `lungddpm run` has to make again, one a line
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from lungddpm.core.cases import read_cases
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import sha256_of, write_text
+from lungddpm.core.progress import LOG, Progress
+
+SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+_TO_MAKE_AGAIN = ".damaged"
+# What the manifest lists, what every run writes anew, and what only a training under way needs.
+_NOT_SUMMED = re.compile(
+    rf"(tables|figures|logs|benchmarks)/|report\.html$|{MANIFEST}$|{SUMS}$|config\.json$|cases/index\.cache\.json$"
+    r"|diffusion/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"
+)
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A file that is missing or has other bytes than when it was written.
+
+    Attributes:
+        file: relative to the results folder.
+        problem: "is missing" or "has changed".
+        outputs: what stands for it in the workflow, relative alike: the file is made again with these.
+    """
+
+    file: PurePosixPath
+    problem: str
+    outputs: tuple[PurePosixPath, ...]
+
+
+def run_checksums(results: Path) -> None:
+    """Write `SHA256SUMS`: the hash of every file that the stages before the report have written below `results`."""
+    names = sorted(path.relative_to(results).as_posix() for path in results.rglob("*") if _is_file(path))
+    summed = [name for name in names if not _NOT_SUMMED.match(name)]
+    with Progress("checksums", len(summed)) as progress:
+        lines = []
+        for name in summed:
+            lines.append(f"{sha256_of(results / name)}  {name}\n")
+            progress.advance()
+    write_text(results / SUMS, "".join(lines))
+
+
+def run_verify(results: Path, repair: bool) -> list[Damage]:
+    """Compare the files of a finished run with the hashes that it left, and say which differ.
+
+    Args:
+        results: a run's folder.
+        repair: delete what is damaged, and have `lungddpm run` make it again; it keeps all the rest.
+
+    Returns:
+        What is damaged, in order of name.
+
+    Raises:
+        InputError: the run has not ended, or the lists of hashes are damaged themselves.
+    """
+    found = list(find_damage(results))
+    for damage in found:
+        LOG.warning("%s %s", results / damage.file, damage.problem)
+    if repair and found:
+        outputs = sorted({output.as_posix() for damage in found for output in damage.outputs})
+        write_text(results / _TO_MAKE_AGAIN, "".join(f"{output}\n" for output in outputs))
+        for name in {*outputs, *(damage.file for damage in found)}:
+            path = results / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return found
+
+
+def outputs_to_make_again(results: Path) -> list[str]:
+    """What `run_verify` has deleted and no run has made since, by its name below the results folder.
+
+    Snakemake alone would not look for it: to it, what a finished run was made from need not be there.
+    """
+    path = results / _TO_MAKE_AGAIN
+    listed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    missing = [name for name in listed if not (results / name).exists()]
+    if listed and not missing:
+        path.unlink()
+    return missing
+
+
+def find_damage(results: Path) -> Iterator[Damage]:
+    """What is damaged in a finished run, in order of name; see `run_verify`."""
+    recorded = _recorded(results)
+    with Progress("verifying", len(recorded)) as progress:
+        for name, wanted in sorted(recorded.items()):
+            path, file = results / name, PurePosixPath(name)
+            if not path.is_file():
+                yield Damage(file, "is missing", tuple(_outputs(results, file)))
+            elif sha256_of(path) != wanted:
+                yield Damage(file, "has changed", tuple(_outputs(results, file)))
+            progress.advance()
+
+
+def _is_file(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
+def _recorded(results: Path) -> dict[str, str]:
+    """The hash of every listed file, by its name below the results folder."""
+    remedy = "'lungddpm run' writes it at the end: run it (again)."
+    recorded = {}
+    for line in _read(results / SUMS, remedy).splitlines():
+        if (parts := _LINE.fullmatch(line)) is None:
+            raise InputError(results / SUMS, f"has a line that is no checksum: {line[:80]}", f"Delete it; {remedy}")
+        recorded[parts[2]] = parts[1]
+    try:
+        recorded |= json.loads(_read(results / MANIFEST, remedy))["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        problem = f"cannot be read ({type(error).__name__})"
+        raise InputError(results / MANIFEST, problem, f"Delete it; {remedy}") from None
+    return recorded
+
+
+def _read(path: Path, remedy: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", remedy) from None
+
+
+def _outputs(results: Path, file: PurePosixPath) -> list[PurePosixPath]:
+    """The workflow's outputs that stand for a file: itself, unless a stage writes it beside its output."""
+    match file.parts:
+        case ("source", *_):
+            return [PurePosixPath("source/.complete")]
+        case ("cases", case, _):
+            return _tables_that_list(case, results, "cases/cases-*.tsv")
+        case ("synthetic", generator, sample, _):
+            return _tables_that_list(sample, results, f"synthetic/{generator}/samples-*.tsv")
+        case ("diffusion", run, *_):
+            return [PurePosixPath("diffusion", run, "model.safetensors")]
+        case ("arms", arm, "nnUNet_raw", *_):
+            return [PurePosixPath("arms", arm, "arm.json")]
+        case ("arms", arm, "nnUNet_preprocessed", *_):
+            return [PurePosixPath("arms", arm, "plan.json")]
+        case ("segmentation", arm, replicate, "predictions", *_):
+            return [PurePosixPath("segmentation", arm, replicate, "predictions")]
+        case ("qc", *_):
+            return [PurePosixPath("qc/index.html")]
+        case ("tables" | "figures", *_):
+            return [PurePosixPath(MANIFEST)]
+        case _:
+            return [file]
+
+
+def _tables_that_list(case: str, results: Path, pattern: str) -> list[PurePosixPath]:
+    return [PurePosixPath(table.relative_to(results)) for table in sorted(results.glob(pattern)) if _lists(table, case)]
+
+
+def _lists(table: Path, case: str) -> bool:
+    try:
+        return case in set(read_cases(table)["path"])
+    except InputError:  # damaged itself: it may have listed the case
+        return True

@@ -1,0 +1,147 @@
+"""The calibration check: do a generator's samples have the HU of their references, region by region?
+
+A segmenter learns brightness before shape: lungs that are darker than real ones can explain a loss, or a gain, that has
+nothing to do with nodules. Layout and anatomy are the reference's own, so the mean difference of a sample to its
+reference is the generator's doing.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import count
+
+import numpy as np
+import pandas as pd
+
+from lungddpm.config.models import Calibration
+from lungddpm.core.labels import Label
+from lungddpm.verdict.statistics import signed
+
+LUNGS_ALONE, VESSELS, NODULES = "lungs without nodules", "vessels", "nodules"
+"""Regions. The first includes vessels: denoisers that are not told where these are draw as many, but elsewhere."""
+DIFFERENCE, SPREAD = "hu_difference", "hu_spread_ratio"
+"""Mean HU of a sample minus that of its reference; standard deviation of its HU over that of the reference's."""
+CHECKS = ((LUNGS_ALONE, DIFFERENCE), (LUNGS_ALONE, SPREAD), (VESSELS, DIFFERENCE), (NODULES, DIFFERENCE))
+"""Region and measure of every line of the check."""
+PASSED, FAILED, NO_LIMIT, NOT_MEASURED = "within limits", "outside limits", "no limit", "not measured"
+COLUMNS = ["generator", "region", "measure", "n_samples", "mean", "sd", "limit_low", "limit_high", "status"]
+
+
+def compare_hu(
+    image: np.ndarray, reference: np.ndarray, layout: np.ndarray, reference_layout: np.ndarray
+) -> list[dict]:
+    """Compare the HU of a sample with those of its reference.
+
+    Where nodules were placed or moved, the reference shows something else: those voxels are left out of the lungs, and
+    nodules are compared only if the sample has the reference's own layout.
+
+    Args:
+        image: (x, y, z), HU.
+        reference: same shape, HU.
+        layout: labels that the sample was made from, same shape.
+        reference_layout: labels of the reference, same shape.
+
+    Returns:
+        One dict {region, metric, value, note} for each of `CHECKS`; NaN where there is nothing to compare.
+    """
+    same = layout == reference_layout
+    masks = {
+        LUNGS_ALONE: ((layout == Label.LUNG) | (layout == Label.VESSEL)) & same,
+        VESSELS: (layout == Label.VESSEL) & same,
+        NODULES: (layout == Label.NODULE) & same.all(),
+    }
+    measures = {DIFFERENCE: _difference, SPREAD: _spread_ratio}
+    rows = []
+    for region, metric in CHECKS:
+        made, real = (hu[masks[region]].astype(np.float64) for hu in (image, reference))
+        rows.append({"region": region, "metric": metric, "value": measures[metric](made, real), "note": ""})
+    return rows
+
+
+def _difference(made: np.ndarray, real: np.ndarray) -> float:
+    return float(made.mean() - real.mean()) if made.size else math.nan
+
+
+def _spread_ratio(made: np.ndarray, real: np.ndarray) -> float:
+    return float(made.std() / real.std()) if real.size and real.std() else math.nan
+
+
+def calibration_table(quality: pd.DataFrame | None, generators: list[str], limits: Calibration) -> pd.DataFrame:
+    """The check of every generator, one row each of `CHECKS`.
+
+    Args:
+        quality: rows of `image_quality.csv`; None where image quality was not measured.
+        generators: all generators of the run.
+        limits: of the config.
+
+    Returns:
+        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. What was not measured
+        says so; it never passes.
+    """
+    measured = {}
+    if quality is not None:
+        found = quality[quality["metric"].isin([DIFFERENCE, SPREAD])]
+        measured = found.set_index(["generator", "region", "metric"])[["n", "mean", "sd"]].to_dict("index")
+    rows = []
+    for generator in generators:
+        for region, measure in CHECKS:
+            found = measured.get((generator, region, measure), {"n": 0, "mean": math.nan, "sd": math.nan})
+            low, high = _limits(limits, region, measure)
+            values = (int(found["n"]), found["mean"], found["sd"], low, high, _status(found["mean"], low, high))
+            rows.append((generator, region, measure, *values))
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _limits(limits: Calibration, region: str, measure: str) -> tuple[float, float]:
+    if measure == SPREAD:
+        return limits.spread_ratio
+    largest = {LUNGS_ALONE: limits.lungs_hu, VESSELS: limits.vessels_hu, NODULES: limits.nodules_hu}[region]
+    return (math.nan, math.nan) if largest is None else (-largest, largest)
+
+
+def _status(mean: float, low: float, high: float) -> str:
+    if math.isnan(mean):
+        return NOT_MEASURED
+    if math.isnan(low):
+        return NO_LIMIT
+    return PASSED if low <= mean <= high else FAILED
+
+
+def calibration_notes(table: pd.DataFrame) -> list[str]:
+    """A sentence for each generator that fails the check, with what fails and the limit."""
+    return [
+        f"HU calibration of {generator} failed: {'; '.join(map(_failure, rows.to_dict('records')))}. "
+        "Brightness alone may explain what this generator's arms gain or lose."
+        for generator, rows in table[table["status"] == FAILED].groupby("generator", sort=False)
+    ]
+
+
+def _failure(row: dict) -> str:
+    region, low, high = row["region"].split()[0], row["limit_low"], row["limit_high"]
+    if row["measure"] == SPREAD:
+        ratio = f"{row['mean']:.{_digits(row, 2)}f}"
+        return f"HU in the {region} spread {ratio} times as wide as in the references (limits {low:g} to {high:g})"
+    how = "too bright" if row["mean"] > 0 else "too dark"
+    return f"{region} {how}, {signed(row['mean'], _digits(row, 0))} HU against the references (limit ±{high:g})"
+
+
+def _digits(row: dict, least: int) -> int:
+    """Digits that show a mean outside its limits: -10.4 is not within -10 to 10."""
+    return next(n for n in count(least) if not row["limit_low"] <= round(row["mean"], n) <= row["limit_high"])
+
+
+def calibration_summary(table: pd.DataFrame) -> str:
+    """The outcome of the check for every generator, in one sentence; empty without generators."""
+    limited = table[table["limit_low"].notna()]
+    parts = [f"{name} {_outcome(rows)}" for name, rows in limited.groupby("generator", sort=False)]
+    return f"HU calibration: {'; '.join(parts)}." if parts else ""
+
+
+def _outcome(rows: pd.DataFrame) -> str:
+    """Of one generator; regions without a measurement are named where others have one."""
+    missing = rows.loc[rows["status"] == NOT_MEASURED, "region"]
+    if len(missing) == len(rows):
+        return NOT_MEASURED
+    regions = " and ".join(dict.fromkeys(region.split()[0] for region in missing))
+    outcome = FAILED if (rows["status"] == FAILED).any() else PASSED
+    return outcome + (f" ({regions} {NOT_MEASURED})" if regions else "")

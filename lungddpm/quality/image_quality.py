@@ -1,0 +1,412 @@
+"""How close synthetic CT comes to real CT, beside floors that need no model.
+
+Each sample is compared with its reference, region by region, and all of them together with all references, in the
+features of a network. Intensities are on [0, 1] over `grid.window_hu`. What the layout leaves open is copied from the
+reference, so that only the figures within the layout, and at its border, say something about the generator.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from scipy.ndimage import binary_dilation, generate_binary_structure
+
+from lungddpm.config.models import Config
+from lungddpm.core import cases
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import sha256_of, write_table
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import Progress
+from lungddpm.core.volume import Volume, to_model_range
+from lungddpm.quality.calibration import compare_hu
+from lungddpm.quality.diversity import memorisation, nearest_case, pairwise_similarity
+from lungddpm.quality.feature_distances import distances_of_sets
+from lungddpm.quality.similarity import n_scales, similarities
+from lungddpm.verdict.statistics import count
+
+if TYPE_CHECKING:
+    from lungddpm.quality.medicalnet import Extractor
+
+COLUMNS = ["generator", "case_id", "reference", "image", "region", "metric", "value", "note"]
+"""A row a sample, image, region and metric. `image` is what is compared: `SYNTHETIC` or a floor."""
+SET_COLUMNS = [
+    "generator", "image", "region", "metric", "value", "n", "n_real", "extractor", "weights_sha256", "note",
+]  # fmt: skip
+"""A row a set of images, region and metric: `n` images (or pairs of them) beside `n_real` real cases."""
+SYNTHETIC, CONSTANT_LUNGS, SHIFTED = "synthetic", "constant lungs", "shifted references"
+"""Of the two floors, one keeps nothing but the references' brightness, the other changes nothing but that."""
+OTHER_PATIENTS, COPIES = "other patients", "copies of the references"
+"""More floors: the discovery cases, taken for a sample or for a set of samples; each sample's own reference."""
+WHOLE, LUNGS, SEAM = "whole volume", "lungs", "seam"
+"""Two of the `regions`, and the border between what the layout names and what it leaves open."""
+METRICS = ("mse", "psnr_db", "ssim", "ms_ssim", "mean_difference_hu")
+SEAM_RATIO, NEAREST = "gradient_ratio", "nearest_training_rms_hu"
+_SHELL_VOXELS = 2
+
+
+def unit_range(hu: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
+    """HU -> [0, 1] float32, linear over the window, clipped outside it."""
+    return (to_model_range(hu, window_hu) + 1) / 2
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A synthetic case beside the reference that it was made from; all on one grid.
+
+    Attributes:
+        reference_id: case id of the reference; "" where another system made it without one. Then the last two are None.
+        ct: synthetic, HU.
+        layout: what it was made from.
+        reference: CT of the reference, HU.
+        reference_layout: the reference's own layout; another one where nodules were placed or moved.
+    """
+
+    reference_id: str
+    ct: Volume
+    layout: Volume
+    reference: Volume | None
+    reference_layout: Volume | None
+
+
+def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.ndarray]:
+    """Masks of the regions in which a synthetic CT can be compared with its reference; lungs include nodules.
+
+    Where nodules were placed or moved, the reference shows something else: those voxels are left out of the lungs, and
+    the nodules are not compared at all. The shell around nodules stays within the layout; what is beyond is copied.
+    """
+    same = layout == reference_layout
+    nodules = (layout == Label.NODULE) & same.all()
+    cube = generate_binary_structure(3, 3)
+    with_shell = binary_dilation(nodules, cube, _SHELL_VOXELS) if nodules.any() else nodules
+    return {
+        WHOLE: np.ones(layout.shape, bool),
+        LUNGS: (layout != Label.BACKGROUND) & same,
+        "nodules": nodules,
+        "nodules and shell": with_shell & (layout != Label.BACKGROUND),
+    }
+
+
+def constant_lungs(reference: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+    """The floor: the reference with one constant in the lungs, the one of least squared error (their mean)."""
+    return np.where(lungs, reference[lungs].mean() if lungs.any() else 0, reference).astype(reference.dtype)
+
+
+def shifted_lungs(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, same: np.ndarray) -> np.ndarray:
+    """The floor: the reference, as bright in the lungs as the image is on average. It differs in nothing else.
+
+    Args:
+        image: (x, y, z), HU.
+        reference: same shape, HU.
+        layout: labels that the image was made from, same shape.
+        same: bool, same shape: voxels of which the mean difference is taken, where the layout names them.
+    """
+    lungs = layout != Label.BACKGROUND
+    compared = lungs & same
+    shift = image[compared].mean() - reference[compared].mean() if compared.any() else 0.0
+    return np.where(lungs, reference + shift, reference)
+
+
+def compare_images(
+    image: np.ndarray, reference: np.ndarray, masks: dict[str, np.ndarray], window_hu: tuple[float, float]
+) -> list[dict]:
+    """MSE, PSNR (dB), SSIM, MS-SSIM, and mean difference (HU, image minus reference) within each region.
+
+    Args:
+        image: (x, y, z) in [0, 1].
+        reference: same shape and range.
+        masks: region name -> bool mask of that shape.
+        window_hu: the HU range that [0, 1] stands for.
+
+    Returns:
+        One dict {region, metric, value, note} a region and metric. Values of an empty region are NaN, as is similarity
+        on grids with fewer than 11 voxels an edge; the PSNR of identical images is infinite.
+    """
+    difference, similar = image - reference, similarities(image, reference, masks)
+    notes, rows = {"ms_ssim": count(n_scales(image.shape), "scale")}, []
+    for region, mask in masks.items():
+        values = dict.fromkeys(METRICS, math.nan)
+        if mask.any():
+            mse = float(np.square(difference[mask], dtype=np.float64).mean())
+            ssim, ms_ssim = similar[region]
+            values = {
+                "mse": mse,
+                "psnr_db": -10 * math.log10(mse) if mse else math.inf,
+                "ssim": ssim,
+                "ms_ssim": ms_ssim,
+                "mean_difference_hu": float(difference[mask].mean(dtype=np.float64)) * (window_hu[1] - window_hu[0]),
+            }
+        rows += [
+            {"region": region, "metric": metric, "value": value, "note": notes.get(metric, "")}
+            for metric, value in values.items()
+        ]
+    return rows
+
+
+def seam_ratio(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, same: np.ndarray) -> float:
+    """The step across the layout's border, as a multiple of the reference's own: above 1, the seam shows.
+
+    The step is the mean absolute difference of face neighbours of which the layout names one and leaves the other open.
+
+    Args:
+        image: (x, y, z) in [0, 1].
+        reference: same shape and range.
+        layout: labels, same shape.
+        same: bool, same shape; pairs with a voxel where it is false do not count.
+
+    Returns:
+        NaN where there is no such pair, or the reference has no step at all.
+    """
+    named = layout != Label.BACKGROUND
+    of_image, of_reference = 0.0, 0.0
+    for axis in range(3):
+        low, high = (
+            tuple(part if a == axis else slice(None) for a in range(3)) for part in (slice(-1), slice(1, None))
+        )
+        border = (named[low] != named[high]) & same[low] & same[high]
+        of_image += np.abs(image[high][border] - image[low][border]).sum(dtype=np.float64)
+        of_reference += np.abs(reference[high][border] - reference[low][border]).sum(dtype=np.float64)
+    return float(of_image / of_reference) if of_reference else math.nan
+
+
+def list_samples(sample_tables: list[Path]) -> pd.DataFrame:
+    """The usable rows of a generator's case tables, in order, with the `folder` of each sample; each once, though
+    doses share samples."""
+    tables = []
+    for path in sample_tables:
+        table = cases.read_cases(path)
+        table["folder"] = [cases.folder_of(path, row) for _, row in table.iterrows()]
+        tables.append(table[table["status"] == "ok"])
+    if not tables:
+        return pd.DataFrame(columns=[*cases.COLUMNS, "folder"])
+    return pd.concat(tables).drop_duplicates("case_id", ignore_index=True)
+
+
+def reference_of(sample_folder: Path) -> str | None:
+    """Case id of a sample's reference; None where another system made it without one.
+
+    Raises:
+        InputError: `sample.json` does not say.
+    """
+    origin = sample_folder / "sample.json"
+    try:
+        return json.loads(origin.read_text(encoding="utf-8"))["reference_case_id"]
+    except (FileNotFoundError, json.JSONDecodeError, KeyError):
+        raise InputError(origin, "does not name its reference", "Delete the sample and synthesize it again.") from None
+
+
+def read_sample(sample_folder: Path, cases_table: Path) -> Sample:
+    """A synthetic case and the case it was made from.
+
+    Raises:
+        InputError: `sample.json` names no known reference, or the two CTs lie on different grids.
+    """
+    name = reference_of(sample_folder)
+    if name is None:
+        return Sample("", *cases.read_case(sample_folder), None, None)
+    table = cases.read_cases(cases_table)
+    found = table[table["case_id"] == name]
+    if found.empty:
+        problem = f"names the reference {name}, which is not in {cases_table}"
+        raise InputError(sample_folder / "sample.json", problem, "Synthesize again.")
+    synthetic, layout = cases.read_case(sample_folder)
+    reference, reference_layout = cases.read_case(cases.folder_of(cases_table, found.iloc[0]))
+    if not synthetic.same_grid(reference):
+        raise InputError(sample_folder, f"is not on the grid of its reference {name}", "Synthesize it again.")
+    return Sample(name, synthetic, layout, reference, reference_layout)
+
+
+@dataclass(frozen=True)
+class RealCase:
+    """A real CT.
+
+    Attributes:
+        case_id: its name.
+        patient_id: its patient.
+        hu: (x, y, z) int16, clipped to the window.
+        lungs: bool, same shape: what its layout names, nodules and vessels too.
+    """
+
+    case_id: str
+    patient_id: str
+    hu: np.ndarray
+    lungs: np.ndarray
+
+
+def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], generator: str, output: Path) -> None:
+    """Judge the samples of a generator, one by one and together, and the floors with them.
+
+    Writes `output`, a CSV with `COLUMNS`, and beside it what `sets_beside` names, with `SET_COLUMNS`.
+
+    Args:
+        config: the run's config; `grid.window_hu` and `image_quality` are used.
+        cases_table: `cases.tsv`, where the real cases are.
+        sample_tables: the generator's case tables, one a shard.
+        generator: its name.
+        output: the CSV file to write.
+
+    Raises:
+        InputError: a file is missing or breaks the contract of a case, or the weights of the feature network do not
+            fit.
+    """
+    # It imports torch, which those who only read what is written here can do without.
+    from lungddpm.quality.medicalnet import load_extractor
+
+    extractor, window = load_extractor(config.image_quality.weights), config.grid.window_hu
+    table, samples = cases.read_cases(cases_table), list_samples(sample_tables)
+    training, references = (_read_real(cases_table, table, role, window) for role in ("discovery", "reference"))
+    rows = _judge_samples(cases_table, samples, training, window, f"image quality of {generator}")
+    rows += _nearest_of_real(training, references)
+    sets = _distance_rows(cases_table, samples, training, references, window, extractor)
+    sets += _memorisation_rows(rows, len(training)) + _diversity_rows(samples, window)
+    for path, found, columns in ((output, rows, COLUMNS), (sets_beside(output), sets, SET_COLUMNS)):
+        write_table(path, pd.DataFrame([{"generator": generator, **row} for row in found], columns=columns))
+
+
+def sets_beside(path: Path) -> Path:
+    """The table of sets that belongs to a table of samples: `<name>-sets.csv` beside `<name>.csv`."""
+    return path.with_name(f"{path.stem}-sets.csv")
+
+
+def _read_real(cases_table: Path, table: pd.DataFrame, role: str, window: tuple[float, float]) -> list[RealCase]:
+    found = []
+    for _, row in cases.usable(table, role).iterrows():
+        ct, layout = cases.read_case(cases.folder_of(cases_table, row))
+        lungs = layout.array != Label.BACKGROUND
+        found.append(RealCase(row["case_id"], row["patient_id"], _clip(ct, window), lungs))
+    return found
+
+
+def _images_of(sample: Sample, window: tuple[float, float]) -> dict[str, np.ndarray]:
+    """The sample, and the floors made from its reference, in HU."""
+    images = {SYNTHETIC: _clip(sample.ct, window)}
+    if sample.reference is not None:
+        layout, reference = sample.layout.array, _clip(sample.reference, window)
+        same = layout == sample.reference_layout.array
+        images[CONSTANT_LUNGS] = constant_lungs(reference, layout != Label.BACKGROUND)
+        images[SHIFTED] = shifted_lungs(images[SYNTHETIC], reference, layout, same)
+    return images
+
+
+def _judge_samples(
+    cases_table: Path, samples: pd.DataFrame, training: list[RealCase], window: tuple[float, float], what: str
+) -> list[dict]:
+    """Every sample and the floors beside its reference, and how near both come to a training case."""
+    rows, every_case = [], {case.case_id: case.hu for case in training}
+    with Progress(what, len(samples)) as progress:
+        for number, row in enumerate(samples.to_dict("records")):
+            sample = read_sample(row["folder"], cases_table)
+            images, lungs = _images_of(sample, window), sample.layout.array != Label.BACKGROUND
+            remembering = {image: hu for image, hu in images.items() if image != SHIFTED}
+            found = [{"image": image, **_nearest_row(hu, lungs, every_case)} for image, hu in remembering.items()]
+            if others := [case.hu for case in training if case.patient_id != row["patient_id"]]:
+                images[OTHER_PATIENTS] = others[number % len(others)]
+            if sample.reference is not None:
+                images[COPIES] = sample.reference.array
+                found += _beside_reference(sample, images, window)
+            rows += [{"case_id": row["case_id"], "reference": sample.reference_id, **one} for one in found]
+            progress.advance()
+    return rows
+
+
+def _beside_reference(sample: Sample, images: dict[str, np.ndarray], window: tuple[float, float]) -> list[dict]:
+    layout, own_layout = sample.layout.array, sample.reference_layout.array
+    masks, reference, rows = regions(layout, own_layout), unit_range(sample.reference.array, window), []
+    for image, hu in images.items():
+        values = unit_range(hu, window)
+        ratio = seam_ratio(values, reference, layout, layout == own_layout)
+        seam = {"region": SEAM, "metric": SEAM_RATIO, "value": ratio, "note": ""}
+        rows += [{"image": image, **row} for row in [*compare_images(values, reference, masks, window), seam]]
+    hu = compare_hu(images[SYNTHETIC], _clip(sample.reference, window), layout, own_layout)
+    return rows + [{"image": SYNTHETIC, **row} for row in hu]
+
+
+def _nearest_row(hu: np.ndarray, lungs: np.ndarray, training: dict[str, np.ndarray]) -> dict:
+    nearest, distance = nearest_case(hu, lungs, training) if training and lungs.any() else ("", math.nan)
+    return {"region": LUNGS, "metric": NEAREST, "value": distance, "note": nearest}
+
+
+def _nearest_of_real(training: list[RealCase], references: list[RealCase]) -> list[dict]:
+    """How near real cases come to the training case of another patient that is nearest."""
+    rows = []
+    for case in [*training, *references]:
+        others = {other.case_id: other.hu for other in training if other.patient_id != case.patient_id}
+        who = {"case_id": case.case_id, "reference": "", "image": OTHER_PATIENTS}
+        rows.append(who | _nearest_row(case.hu, case.lungs, others))
+    return rows
+
+
+def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
+    """What those distances say together: of the samples, and of constant lungs, which have nothing to remember."""
+    found = pd.DataFrame(rows, columns=COLUMNS).query("metric == @NEAREST").dropna(subset="value")
+    distances = {image: found.loc[found["image"] == image, "value"].to_numpy() for image in found["image"].unique()}
+    real, summary = distances.pop(OTHER_PATIENTS, np.array([])), []
+    for image, of_image in distances.items():
+        keys = {"image": image, "region": LUNGS, "n": len(of_image), "n_real": n_training}
+        ratio, nearer, notes = math.nan, math.nan, ["no two real cases of different patients"] * 2
+        if len(real):
+            ratio, nearer = memorisation(of_image, real)
+            # Were samples and real cases alike, each would be as likely the nearest of all.
+            by_chance = len(of_image) / (len(real) + 1)
+            notes = f"real: {np.median(real):.0f} HU", f"real: {real.min():.0f} HU; by chance {by_chance:.2g}"
+        summary.append(keys | {"metric": "nearest_training_ratio", "value": ratio, "note": notes[0]})
+        summary.append(keys | {"metric": "n_nearer_than_any_real", "value": nearer, "note": notes[1]})
+    return summary
+
+
+def _distance_rows(
+    cases_table: Path, samples: pd.DataFrame, training: list[RealCase], references: list[RealCase],
+    window: tuple[float, float], extractor: Extractor,
+) -> list[dict]:  # fmt: skip
+    """FID and MMD of the samples and of all floors, in the features of a network."""
+    with Progress(f"features by {extractor.name}", len(training) + len(references) + 2 * len(samples)) as progress:
+
+        def features(hu: np.ndarray, lungs: np.ndarray) -> np.ndarray:
+            values = unit_range(hu, window)
+            found = extractor.features([values, np.where(lungs, values, 0)])
+            progress.advance()
+            return found
+
+        of_reference = {case.case_id: features(case.hu, case.lungs) for case in references}
+        sets = {SYNTHETIC: [], SHIFTED: [], CONSTANT_LUNGS: [], COPIES: []}
+        sets[OTHER_PATIENTS] = [features(case.hu, case.lungs) for case in training]
+        for folder in samples["folder"]:
+            sample = read_sample(folder, cases_table)
+            for image, hu in _images_of(sample, window).items():
+                sets[image].append(features(hu, sample.layout.array != Label.BACKGROUND))
+            if (copied := of_reference.get(sample.reference_id)) is not None:
+                sets[COPIES].append(copied)
+    rows = distances_of_sets(sets, list(of_reference.values()), sets[OTHER_PATIENTS], (WHOLE, LUNGS))
+    network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
+    return [row | network for row in rows]
+
+
+def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[dict]:
+    """How alike the samples of one layout are: mean MS-SSIM of all pairs."""
+    by_layout = defaultdict(list)
+    for row in samples.to_dict("records"):
+        by_layout[row["patient_id"], sha256_of(row["folder"] / "layout.nii.gz")].append(row["folder"])
+    alike = [folders for folders in by_layout.values() if len(folders) > 1]
+    note, pairs = "no two samples have one layout", {WHOLE: [], LUNGS: []}
+    for folders in alike:
+        volumes = [cases.read_case(folder) for folder in folders]
+        lungs = volumes[0][1].array != Label.BACKGROUND
+        images = [unit_range(ct.array, window) for ct, _ in volumes]
+        for region, values in pairwise_similarity(images, {WHOLE: np.ones_like(lungs), LUNGS: lungs}).items():
+            pairs[region] += values
+        note = f"{count(n_scales(lungs.shape), 'scale')}, {count(len(alike), 'layout')}"
+    return [
+        {"image": SYNTHETIC, "region": region, "metric": "pairwise_ms_ssim"}
+        | {"value": float(np.mean(values)) if values else math.nan, "n": len(values), "n_real": 0, "note": note}
+        for region, values in pairs.items()
+    ]
+
+
+def _clip(volume: Volume, window: tuple[float, float]) -> np.ndarray:
+    return np.rint(np.clip(volume.array, *window)).astype(np.int16)

@@ -1,0 +1,204 @@
+"""The feature network of FID and MMD: MedicalNet's 3-D ResNet-50 as HA-GAN's evaluation uses it.
+
+Graph and weights: Chen et al. 2019, "Med3D", arXiv 1904.00625. Layers 3 and 4 keep the resolution of layer 2 and dilate
+their convolutions by 2 and 4, so that the last map has an eighth of the grid's edge; its mean over all places is the
+feature vector. Use in evaluation: Sun et al. 2022, "HA-GAN", IEEE JBHI 26:3966: volumes in [-1, 1], in their own size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import sha256_of
+from lungddpm.core.torch_files import fault_of, load_checked, unwrapped
+from lungddpm.quality.feature_distances import MEDICALNET
+
+MEDICALNET_CHANNELS = 64
+"""Of the first layer; 32 times as many features come out: 2048."""
+RANDOM_CHANNELS = 16
+"""Of the network with random weights: 512 features, for a sixteenth of the time."""
+RANDOM_SEED = 0
+"""Of those weights. Not of the config: distances of two runs compare only within one and the same network."""
+_BLOCKS = (3, 4, 6, 3)
+_STRIDES, _DILATIONS = (1, 2, 1, 1), (1, 1, 2, 4)
+_EXPANSION = 4
+_HUB_REPOSITORY, _HUB_FILE = "TencentMedicalNet/MedicalNet-Resnet50", "resnet_50.pth"
+_SEGMENTATION_HEAD = "conv_seg."
+_COPY_AGAIN = f"Give the public file {_HUB_FILE} of MedicalNet as image_quality.weights, downloaded again."
+_FAULTS_SHOWN = 3
+
+
+class Bottleneck(nn.Module):
+    """1 x 1 x 1, 3 x 3 x 3, 1 x 1 x 1 convolutions beside a shortcut; names as in the public weights."""
+
+    def __init__(self, inputs: int, channels: int, stride: int, dilation: int):
+        super().__init__()
+        outputs = _EXPANSION * channels
+        self.conv1 = nn.Conv3d(inputs, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm3d(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm3d(channels)
+        self.conv3 = nn.Conv3d(channels, outputs, 1, bias=False)
+        self.bn3 = nn.BatchNorm3d(outputs)
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        shortcut = maps if self.downsample is None else self.downsample(maps)
+        maps = self.bn1(self.conv1(maps)).relu_()
+        maps = self.bn2(self.conv2(maps)).relu_()
+        return self.bn3(self.conv3(maps)).add_(shortcut).relu_()
+
+
+class ResNet50(nn.Module):
+    """Volumes (N, 1, D, H, W) -> features (N, 32 * channels).
+
+    Args:
+        channels: of the first layer.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv3d(1, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm3d(channels)
+        self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
+        inputs = channels
+        for number, (blocks, stride, dilation) in enumerate(zip(_BLOCKS, _STRIDES, _DILATIONS, strict=True)):
+            width = channels * 2**number
+            layer = [Bottleneck(inputs, width, stride, dilation)]
+            inputs = _EXPANSION * width
+            layer += [Bottleneck(inputs, width, 1, dilation) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number + 1}", nn.Sequential(*layer))
+
+    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
+        maps = self.maxpool(self.bn1(self.conv1(volumes)).relu_())
+        for number in range(len(_BLOCKS)):
+            maps = getattr(self, f"layer{number + 1}")(maps)
+        return maps.mean(dim=(2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A feature network ready to use.
+
+    Attributes:
+        network: volumes (N, 1, D, H, W) in [-1, 1] -> (N, features).
+        name: what stands in tables.
+        weights_sha256: of the weights' file; of the parameters themselves where they are random.
+    """
+
+    network: nn.Module
+    name: str
+    weights_sha256: str
+
+    @torch.inference_mode()
+    def features(self, volumes: list[np.ndarray]) -> np.ndarray:
+        """Features of volumes on one grid, taken as one batch.
+
+        Args:
+            volumes: (x, y, z) in [0, 1] each; the network gets them as (z, y, x) in [-1, 1], in their own size.
+
+        Returns:
+            (volumes, features) float64.
+        """
+        batch = torch.from_numpy(np.stack([volume.transpose(2, 1, 0) for volume in volumes])[:, None])
+        return self.network(batch.float() * 2 - 1).double().numpy()
+
+
+def load_extractor(weights: Path | Literal["hub"] | None) -> Extractor:
+    """MedicalNet with its public weights; without them, a narrower network of the same graph with random ones.
+
+    Args:
+        weights: the public file; `hub` takes it from Hugging Face (network needed); None for random weights.
+
+    Raises:
+        InputError: the file is missing, damaged or holds something else, or the hub cannot be reached.
+    """
+    if weights is None:
+        return _random_extractor()
+    path = _from_hub() if weights == "hub" else weights
+    with torch.device("meta"):
+        network = ResNet50(MEDICALNET_CHANNELS)
+    state = read_weights(path, network)
+    network.to_empty(device="cpu").load_state_dict(state, strict=False)
+    return Extractor(network.eval(), MEDICALNET, sha256_of(path))
+
+
+def read_weights(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
+    """Read a file of MedicalNet's, {state_dict: {module.<key>: tensor}}; its segmentation head is left out.
+
+    No code in the file is run. BatchNorm's batch counters play no role and may be missing.
+
+    Raises:
+        InputError: missing, damaged, or not exactly the keys and shapes of the network; names the wrong keys.
+    """
+    try:
+        content = load_checked(path)
+        state = content.get("state_dict") if isinstance(content, Mapping) else None
+        if not isinstance(state, Mapping):
+            raise ValueError("holds no weights of MedicalNet: it has no entry 'state_dict'")
+        state = unwrapped(state)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", _COPY_AGAIN) from None
+    except ValueError as error:
+        raise InputError(path, str(error), _COPY_AGAIN) from None
+    state = {key: value for key, value in state.items() if not key.startswith(_SEGMENTATION_HEAD)}
+    if faults := _faults(state, network.state_dict()):
+        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        problem = f"is not a ResNet-50 of MedicalNet: {', '.join(faults[:_FAULTS_SHOWN])}{more}"
+        raise InputError(path, problem, _COPY_AGAIN)
+    return {key: value.float() for key, value in state.items() if not _is_counter(key)}
+
+
+def _faults(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+    faults = [f"key {key} is missing" for key in wanted if key not in found and not _is_counter(key)]
+    for key, value in found.items():
+        if key not in wanted:
+            faults.append(f"key {key} has no place in it")
+        elif _is_counter(key):
+            continue
+        elif (fault := fault_of(value)) is not None:
+            faults.append(f"key {key} {fault}")
+        elif value.shape != wanted[key].shape:
+            faults.append(f"key {key} has the shape {tuple(value.shape)} instead of {tuple(wanted[key].shape)}")
+    return faults
+
+
+def _is_counter(key: str) -> bool:
+    return key.endswith(".num_batches_tracked")
+
+
+def _random_extractor() -> Extractor:
+    with torch.device("meta"):
+        network = ResNet50(RANDOM_CHANNELS)
+    network.to_empty(device="cpu")
+    generator, digest = torch.Generator().manual_seed(RANDOM_SEED), hashlib.sha256()
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm3d):
+            module.reset_parameters()
+        elif isinstance(module, nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu", generator=generator)
+            digest.update(module.weight.detach().numpy().tobytes())
+    name = f"ResNet-50, random weights (seed {RANDOM_SEED}, {32 * RANDOM_CHANNELS} features)"
+    return Extractor(network.eval(), name, digest.hexdigest())
+
+
+def _from_hub() -> Path:
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(_HUB_REPOSITORY, _HUB_FILE))
+    except Exception as error:  # no network, no such file, a full disk: the hub's client has an error for each
+        problem = f"{_HUB_FILE} of {_HUB_REPOSITORY} cannot be had ({type(error).__name__})"
+        remedy = f"Download {_HUB_FILE} of MedicalNet where there is a network, and give its path."
+        raise InputError("image_quality.weights: hub", problem, remedy) from None

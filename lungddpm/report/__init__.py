@@ -1,0 +1,1 @@
+"""What people look at: the report page, pages of layouts, figures, the viewer."""

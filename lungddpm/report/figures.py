@@ -1,0 +1,440 @@
+"""The figures of the verdict: each a function from data to a matplotlib figure.
+
+Colours are told apart with any colour vision; shape or position always says the same, so
+that a grey print loses nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch, Rectangle
+
+from lungddpm.core.drawing import (
+    LABELS,
+    LUNG_WINDOW_HU,
+    PLANES,
+    STYLE,
+    Plane,
+    difference_limit,
+    largest_nodule,
+    mark_sides,
+    oriented_slice,
+    size_mm,
+)
+from lungddpm.core.volume import Volume
+from lungddpm.evaluation.froc import BAND_COLUMNS, RATES
+from lungddpm.quality.feature_distances import MEDICALNET
+from lungddpm.quality.image_quality import (
+    CONSTANT_LUNGS,
+    COPIES,
+    LUNGS,
+    OTHER_PATIENTS,
+    SEAM,
+    SEAM_RATIO,
+    SHIFTED,
+    SYNTHETIC,
+    WHOLE,
+)
+from lungddpm.verdict.statistics import bound, signed
+
+_OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
+_NO_CLAIM = ("#555555", "o")
+_FLOORS = [COPIES, SHIFTED, CONSTANT_LUNGS, OTHER_PATIENTS]
+_GENERATOR_BAR, _FLOOR_BAR = {"color": "#0072B2"}, {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
+_LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: as the reference"
+_QUALITY_PANELS = {
+    ("mse", LUNGS): ("MSE, lungs", _LOWER),
+    ("ms_ssim", LUNGS): ("MS-SSIM, lungs", _HIGHER),
+    (SEAM_RATIO, SEAM): ("step at the lungs' border", _AT_ONE),
+    ("fid", WHOLE): ("FID, whole volume", _LOWER),
+    ("fid", LUNGS): ("FID, lungs", _LOWER),
+    ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
+}
+"""Metric and region -> title, and which values are good."""
+_BY_NETWORK = ("fid", "mmd_squared")
+_MANY_CASES = 60
+_CLOSE_UP_MM = 80.0
+
+
+def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float, narrow: bool = False) -> Figure:
+    """Differences to `real` with their intervals, one panel a measure, one line an arm; numbers at the right.
+
+    Args:
+        verdict: rows of `verdict.csv` (baseline rows are left out).
+        measures: column -> its name in prose, in the order of the panels.
+        confidence: level of the intervals, for the axis label.
+        narrow: for a telephone's screen: names and numbers above the lines instead of beside them.
+    """
+    compared = verdict[verdict["difference"].notna()]
+    arms = list(dict.fromkeys(compared["arm"]))
+    if not arms:
+        return _empty_figure("no arm could be compared", 3.6 if narrow else 7.2)
+    width, per_arm = (3.6, 0.62) if narrow else (7.2, 0.32)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(measures), 1, figsize=(width, len(measures) * (1.0 + per_arm * len(arms))), squeeze=False, sharex=True,
+            layout="constrained",
+        )  # fmt: skip
+        for axis, (measure, prose) in zip(axes[:, 0], measures.items(), strict=True):
+            rows = compared[compared["metric"] == measure].set_index("arm")
+            axis.axvline(0, color="#777777", linewidth=1, zorder=1)
+            for line, arm in enumerate(arms):
+                row = rows.loc[arm]
+                colour, marker, filled = _outcome_style(row["verdict"])
+                axis.plot([row["ci_low"], row["ci_high"]], [line, line], color=colour, linewidth=2, zorder=2)
+                axis.plot(row["difference"], line, marker, color=colour, markerfacecolor=filled, markersize=7, zorder=3)
+                interval = "" if np.isnan(row["ci_low"]) else f"  ({bound(row['ci_low'])} to {bound(row['ci_high'])})"
+                numbers = signed(row["difference"]) + interval
+                if narrow:
+                    axis.annotate(
+                        f"{arm}\n{numbers}", (0, line - 0.2), xycoords=("axes fraction", "data"), va="bottom",
+                        fontsize=8.5, linespacing=1.25, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+                    )  # fmt: skip
+                else:
+                    axis.annotate(numbers, (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5)
+            axis.set(ylim=(len(arms) - 0.4, -0.9 if narrow else -0.6), yticks=range(len(arms)))
+            axis.set_yticklabels([""] * len(arms) if narrow else arms)
+            axis.set_title(f"{prose[0].upper()}{prose[1:]}", loc="left")
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+            axis.grid(axis="x", color="#eeeeee")
+        ends = ("\n" if narrow else "  ") + "(left: worse, right: better)"
+        axes[-1, 0].set_xlabel(f"difference to real, with {100 * confidence:g} % CI{ends}")
+    return figure
+
+
+def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
+    """Every case's score in every arm (mean over replicates), a line an arm, bars the arms' means.
+
+    Args:
+        cases: rows of `cases.csv`.
+        measure: its column.
+        prose: its name.
+    """
+    scores = cases.pivot_table(index="case_id", columns="arm", values=measure, sort=False, dropna=False).dropna()
+    scores = scores[list(dict.fromkeys(cases["arm"]))]
+    if scores.empty:
+        return _empty_figure(f"no test case has a {prose}")
+    with plt.rc_context(STYLE):
+        figure, axis = _strips({arm: scores[arm].to_numpy() for arm in scores}, "{:.3f}".format)
+        axis.set(xlim=(-0.02, 1.02))
+        axis.set_xlabel(f"{prose} of each test case (n = {len(scores)}), mean over replicates; bar: mean over cases")
+    return figure
+
+
+def run_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
+    """Every training run's mean score over cases, a line an arm, bars the arms' means.
+
+    Args:
+        cases: rows of `cases.csv`.
+        measure: its column.
+        prose: its name.
+    """
+    scores = cases.pivot(index="case_id", columns=["arm", "replicate"], values=measure).dropna()
+    if scores.empty:
+        return _empty_figure(f"no test case has a {prose}")
+    runs = scores.mean()
+    by_arm = {arm: runs[arm].to_numpy() for arm in dict.fromkeys(cases["arm"])}
+    with plt.rc_context(STYLE):
+        figure, axis = _strips(by_arm, "{:.3f}".format)
+        axis.set_xlabel(f"mean {prose} of each training run; bar: mean over runs")
+    return figure
+
+
+def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
+    """Every case's difference to its own score under `real` in the same replicate (means over replicates), a line an
+    arm, bars the means.
+
+    Args:
+        cases: rows of `cases.csv`.
+        measure: its column.
+        prose: its name.
+    """
+    arms = list(dict.fromkeys(cases["arm"]))
+    scores = cases.pivot(index=["case_id", "replicate"], columns="arm", values=measure)[arms]
+    by_case = scores.sub(scores["real"], axis=0).groupby("case_id").mean().drop(columns="real")
+    differences = {arm: by_case[arm].dropna().to_numpy() for arm in by_case}
+    differences = {arm: of_cases for arm, of_cases in differences.items() if of_cases.size}
+    if not differences:
+        return _empty_figure("no test case was scored in real and in another arm")
+    with plt.rc_context(STYLE):
+        figure, axis = _strips(differences, signed)
+        axis.axvline(0, color="#777777", linewidth=1, zorder=1)
+        axis.set_xlabel(f"difference of each test case to itself under real, {prose}  (left: worse, right: better)")
+    return figure
+
+
+def froc_plot(band: pd.DataFrame, baseline: str, confidence: float) -> Figure:
+    """Sensitivity over false positives a scan with bands, one panel an arm, the baseline dashed in each.
+
+    Args:
+        band: rows of `froc_band.csv`.
+        baseline: the arm that the others are compared with.
+        confidence: level of the bands, for the caption.
+    """
+    curves = dict(iter(band.groupby("arm", sort=False)))
+    if not curves:
+        return _empty_figure("no lesion has a score")
+    arms = [arm for arm in curves if arm != baseline] or [baseline]
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(arms))
+        for axis, arm in zip(panels, arms, strict=True):
+            for name, colour, dashes in ((baseline, "#777777", "--"), (arm, "#0072B2", "-")):
+                if name in curves:
+                    _, rates, mean, low, high = (curves[name][column] for column in BAND_COLUMNS)
+                    axis.fill_between(rates, low, high, color=colour, alpha=0.2, linewidth=0)
+                    axis.plot(rates, mean, dashes, color=colour, linewidth=1.8)
+            axis.set_xscale("log", base=2)
+            axis.set(
+                xlim=(RATES[0], RATES[-1]), ylim=(0, 1), xticks=RATES, xticklabels=[*map(str, map(Fraction, RATES))]
+            )
+            axis.tick_params(axis="x", labelbottom=True, labelsize=8)
+            axis.set_title(arm, loc="left", fontsize=9)
+            axis.grid(color="#eeeeee")
+        handles = [
+            Line2D([], [], color="#0072B2", label="arm"),
+            Line2D([], [], color="#777777", linestyle="--", label=baseline),
+        ]
+        panels[0].legend(handles=handles, frameon=False, loc="lower right")
+        figure.supxlabel(f"false positives a scan  (bands: {100 * confidence:g} %)", fontsize="medium")
+        figure.supylabel("sensitivity for nodules", fontsize="medium")
+    return figure
+
+
+def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) -> Figure:
+    """Reference, layout, synthetic CT and their difference: three planes through the largest nodule, and a close-up.
+
+    Args:
+        reference: CT in HU, RAS+.
+        layout: labels, same grid.
+        synthetic: CT in HU, same grid.
+        title: what is shown.
+    """
+    centre = largest_nodule(layout)
+    difference = synthetic.array.astype(np.float32) - reference.array
+    limit = difference_limit(difference, layout.array)
+    lung_window = {"cmap": "gray", "vmin": LUNG_WINDOW_HU[0], "vmax": LUNG_WINDOW_HU[1]}
+    colours = ListedColormap([colour for _, colour in LABELS.values()])
+    columns = (
+        ("reference CT", reference.array, lung_window),
+        ("layout", layout.array, {"cmap": colours, "vmin": -0.5, "vmax": len(LABELS) - 0.5}),
+        ("synthetic CT", synthetic.array, lung_window),
+        ("synthetic − reference", difference, {"cmap": "PuOr_r", "vmin": -limit, "vmax": limit}),
+    )
+    views = [(plane.name, plane, False) for plane in PLANES] + [("axial, nodule", PLANES[0], True)]
+    sizes_mm = [size_mm(layout, plane) for _, plane, _ in views]
+    width_mm = max(width for width, _ in sizes_mm)
+    heights = [1.0 if close else height / width_mm for (_, _, close), (_, height) in zip(views, sizes_mm, strict=True)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(views), len(columns), figsize=(8.6, 1.0 + 1.95 * sum(heights)), layout="constrained",
+            gridspec_kw={"height_ratios": heights},
+        )  # fmt: skip
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+        for row, (view, plane, close) in enumerate(views):
+            width, height = sizes_mm[row]
+            box = _box_around(centre, layout, plane)
+            for column, (_, array, style) in enumerate(columns):
+                axis = axes[row, column]
+                drawn = axis.imshow(
+                    oriented_slice(array, plane, centre[plane.axis]), interpolation="nearest",
+                    extent=(0, width, 0, height), **style,
+                )  # fmt: skip
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+                if close:
+                    axis.set(xlim=(box[0], box[1]), ylim=(box[2], box[3]))
+                elif plane is PLANES[0] and array is not difference:
+                    corner, edges = (box[0], box[2]), (box[1] - box[0], box[3] - box[2])
+                    axis.add_patch(Rectangle(corner, *edges, fill=False, edgecolor="white", linewidth=0.8))
+            axes[row, 0].set_ylabel(view)
+            if not close:
+                mark_sides(axes[row, 0], plane)
+        for axis, (name, _, _) in zip(axes[0], columns, strict=True):
+            axis.set_title(name, fontsize=9.5)
+        figure.colorbar(drawn, ax=axes[:, -1], label="difference (HU)", shrink=0.5, aspect=30, extend="both")
+        handles = [Patch(facecolor=colour, label=name) for label, (name, colour) in LABELS.items() if label]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+        figure.suptitle(title, fontsize=9.5)
+    return figure
+
+
+def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, confidence: float) -> Figure:
+    """Difference to `real` over the dose, a panel a generator: the arms with their intervals, the line with its band.
+
+    Args:
+        verdict: rows of `verdict.csv` of one measure.
+        band: rows of `dose_response_band.csv` of that measure.
+        prose: its name.
+        confidence: level of intervals and band.
+    """
+    generators = list(dict.fromkeys(band["generator"]))
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(generators))
+        for axis, generator in zip(panels, generators, strict=False):
+            line = band[band["generator"] == generator]
+            axis.fill_between(line["dose"], line["ci_low"], line["ci_high"], color="#d9d9d9", linewidth=0)
+            axis.plot(line["dose"], line["fitted"], color="black", linewidth=1.2)
+            axis.axhline(0, color="#777777", linewidth=1, zorder=1)
+            prefix = f"real+{generator}@"
+            for row in verdict[verdict["arm"].str.startswith(prefix) & verdict["difference"].notna()].to_dict(
+                "records"
+            ):
+                dose = float(row["arm"].removeprefix(prefix))
+                colour, marker, filled = _outcome_style(row["verdict"])
+                axis.plot([dose, dose], [row["ci_low"], row["ci_high"]], color=colour, linewidth=2)
+                axis.plot(dose, row["difference"], marker, color=colour, markerfacecolor=filled, markersize=7)
+            axis.set_title(generator, loc="left")
+            axis.grid(axis="y", color="#eeeeee")
+        figure.supxlabel("dose: synthetic cases as a multiple of the real training cases", fontsize=9)
+        figure.supylabel(f"difference to real, {prose}\n({100 * confidence:g} % CI)", fontsize=9)
+    return figure
+
+
+def segmenter_curves(curves: pd.DataFrame) -> Figure:
+    """Training loss of the segmenter over optimizer steps, a panel an arm, a line a replicate, `real` behind them all.
+
+    Args:
+        curves: arm, replicate, step, loss.
+    """
+    arms = list(dict.fromkeys(curves["arm"]))
+    real = curves[curves["arm"] == "real"].groupby("step")["loss"].mean()
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(arms))
+        for axis, arm in zip(panels, arms, strict=False):
+            axis.plot(real.index, real, color="#bbbbbb", linewidth=3)
+            for _, run in curves[curves["arm"] == arm].groupby("replicate"):
+                axis.plot(run["step"], run["loss"], color="#0072B2", linewidth=1)
+            axis.set_title(arm, loc="left", fontsize=9)
+            axis.grid(color="#eeeeee")
+        figure.supxlabel("optimizer step", fontsize=9)
+        figure.supylabel("training loss", fontsize=9)
+    return figure
+
+
+def training_curve(history: pd.DataFrame) -> Figure:
+    """The denoiser's training loss over optimizer steps, raw and as a running mean (log scale).
+
+    Args:
+        history: rows of `history.csv` with `step` and `loss`.
+    """
+    with plt.rc_context(STYLE):
+        figure, axis = plt.subplots(figsize=(7.2, 2.6), layout="constrained")
+        window = max(1, len(history) // 50)
+        smooth = history["loss"].rolling(window, min_periods=1).mean()
+        axis.plot(history["step"], history["loss"], color="#bbbbbb", linewidth=0.8, label="as recorded")
+        axis.plot(history["step"], smooth, color="#0072B2", linewidth=1.8, label=f"mean of the last {window}")
+        axis.set(yscale="log", xlabel="optimizer step", ylabel="training loss")
+        axis.grid(color="#eeeeee")
+        axis.legend(frameon=False)
+    return figure
+
+
+def quality_bars(quality: pd.DataFrame) -> Figure:
+    """Image quality of every generator beside the floors, which need none: six panels, a measure and region each.
+
+    Args:
+        quality: rows of `image_quality.csv`. Floors differ with the generators' layouts; their means are shown.
+    """
+    generators = list(dict.fromkeys(quality.loc[quality["image"] == SYNTHETIC, "generator"]))
+    names = [*generators, *_FLOORS]
+    trained = quality["extractor"].isin(["", MEDICALNET]).all()
+    if not generators:
+        return _empty_figure("no sample was judged")
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(2, 3, figsize=(7.2, 1.9 + 0.44 * len(names)), sharey=True, layout="constrained")
+        for axis, ((metric, region), (title, better)) in zip(axes.flat, _QUALITY_PANELS.items(), strict=True):
+            rows = quality[(quality["metric"] == metric) & (quality["region"] == region)]
+            made = rows[rows["image"] == SYNTHETIC].set_index("generator")[["mean", "sd"]].reindex(generators)
+            floors = rows.groupby("image")["mean"].mean().reindex(_FLOORS)
+            axis.barh(generators, made["mean"], xerr=made["sd"].fillna(0), **_GENERATOR_BAR)
+            axis.barh(_FLOORS, floors, **_FLOOR_BAR)
+            axis.axvline(better == _AT_ONE, color="#777777", linewidth=1)
+            for place, value in enumerate([*made["mean"], *floors]):
+                text = "not measured" if np.isnan(value) else f"{value:.3g}".replace("-", "−")
+                axis.annotate(
+                    text, (1.0, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=7.5
+                )
+            network = "" if metric not in _BY_NETWORK or trained else " (random weights)"
+            axis.set_title(title, loc="left", fontsize=8.5)
+            axis.set_xlabel(better + network, fontsize=8)
+            axis.set_xmargin(0.35)
+            if made["mean"].isna().all() and floors.isna().all():
+                axis.set(xlim=(0, 1), xticks=[])
+            axis.tick_params(axis="x", labelsize=7.5)
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+        axes[0, 0].invert_yaxis()
+        handles = [Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR)]
+        handles.append(Patch(label="floor: needs no generator", **_FLOOR_BAR))
+        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _strips(values: dict[str, np.ndarray], form: Callable[[float], str]) -> tuple[Figure, plt.Axes]:
+    """A line a name, a dot a value and a bar their mean, which stands at the right in its form."""
+    figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.38 * len(values)), layout="constrained")
+    for line, of_cases in enumerate(values.values()):
+        # Steps of the golden ratio keep neighbours in rank apart, the same in every drawing.
+        height = line + 0.5 * ((np.arange(of_cases.size) * 0.618) % 1 - 0.5)
+        axis.plot(
+            np.sort(of_cases), height, "o", markersize=5 if of_cases.size <= _MANY_CASES else 3, zorder=2,
+            color="#0072B2", markeredgecolor="white", markeredgewidth=0.5, alpha=0.85,
+        )  # fmt: skip
+        axis.plot([of_cases.mean()] * 2, [line - 0.36, line + 0.36], color="black", linewidth=2.5, zorder=3)
+        axis.annotate(
+            form(of_cases.mean()), (1.02, line), xycoords=("axes fraction", "data"), va="center", fontsize=8.5
+        )
+    axis.annotate("mean", (1.02, -0.75), xycoords=("axes fraction", "data"), va="center", fontsize=8, color="#555555")
+    axis.set(ylim=(len(values) - 0.5, -0.85), yticks=range(len(values)), yticklabels=list(values))
+    axis.tick_params(axis="y", length=0)
+    axis.spines["left"].set_visible(False)
+    axis.grid(axis="x", color="#eeeeee")
+    return figure, axis
+
+
+def _outcome_style(verdict: str) -> tuple[str, str, str]:
+    """Colour, marker, and what the marker is filled with."""
+    colour, marker = _OUTCOMES.get(verdict, _NO_CLAIM)
+    return colour, marker, colour if verdict in _OUTCOMES else "white"
+
+
+def _panels(count: int) -> tuple[Figure, list[plt.Axes]]:
+    """Panels of one size on one scale, at most three a row, as many as wanted shown."""
+    columns = min(3, count)
+    rows = math.ceil(count / columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(7.2, 0.5 + 2.1 * rows), squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for axis in axes.flat[count:]:
+        axis.set_visible(False)
+    return figure, list(axes.flat[:count])
+
+
+def _box_around(centre: tuple[int, int, int], volume: Volume, plane: Plane) -> tuple[float, float, float, float]:
+    """Left, right, bottom, top (mm on the page) of the close-up, kept within the picture."""
+    edges = []
+    for axis, extent_mm in zip((axis for axis in range(3) if axis != plane.axis), size_mm(volume, plane), strict=True):
+        half = min(_CLOSE_UP_MM, extent_mm) / 2
+        middle = (centre[axis] + 0.5) * volume.spacing_mm[axis]
+        if not edges:  # the horizontal axis runs against the page
+            middle = extent_mm - middle
+        middle = min(max(middle, half), extent_mm - half)
+        edges += [middle - half, middle + half]
+    return tuple(edges)
+
+
+def _empty_figure(why: str, width: float = 7.2) -> Figure:
+    with plt.rc_context(STYLE):
+        figure = plt.figure(figsize=(width, 1.0))
+        figure.text(0.5, 0.5, why, ha="center", va="center", color="#555555")
+    return figure

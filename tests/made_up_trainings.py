@@ -1,0 +1,66 @@
+"""The golden denoiser: its weights are a formula of the key names (see the design page)."""
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Config
+from lungddpm.models.denoiser import UNet
+
+
+@pytest.fixture(scope="session")
+def reference_folder(shared_data: Path) -> Path:
+    """Folder of the golden numbers; skips the test where it is absent."""
+    folder = shared_data.parent / "reference"
+    if not folder.is_dir():
+        pytest.skip(f"golden numbers not found in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(reference_folder: Path) -> dict[str, torch.Tensor]:
+    """All golden arrays."""
+    with np.load(reference_folder / "lung_ddpm_golden.npz") as arrays:
+        return {name: torch.from_numpy(np.asarray(arrays[name])) for name in arrays}
+
+
+@pytest.fixture(scope="session")
+def golden_denoiser() -> UNet:
+    """The published network at 32^3 and base 32, with the golden weights."""
+    denoiser = UNet(3, 32, [1, 1, 2, 3, 4], 32, attention_factor=2)
+    weights = {}
+    for key, fresh in denoiser.state_dict().items():
+        drawn = torch.randn(fresh.shape, generator=torch.Generator().manual_seed(zlib.crc32(key.encode())))
+        if drawn.dim() > 1:
+            weights[key] = drawn / drawn[0].numel() ** 0.5
+        else:
+            weights[key] = 1 + 0.1 * drawn if key.endswith("weight") else 0.1 * drawn
+    denoiser.load_state_dict(weights)
+    return denoiser.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def training_config() -> Callable[..., Config]:
+    """Makes a config that trains on the tiny cohort within a second; keywords change `diffusion.training`."""
+
+    def make(seed: int = 1, **changes) -> Config:
+        settings = {
+            "steps": 6, "batch_size": 2, "accumulation": 2, "learning_rate": 2e-3, "learning_rate_schedule": "cosine",
+            "gradient_clip": 1.0, "crop": 8, "ema_decay": 0.5, "ema_every": 2, "ema_start": 3, "precision": "fp32",
+            "save_every": 2, "sample_every": 4,
+        }  # fmt: skip
+        diffusion = {
+            "classes": ["lung", "nodule", "vessel"],
+            "timesteps": 20,
+            "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
+            "training": {**settings, **changes},
+            "sampling": {"steps": 20},
+        }
+        return parse_config({"seed": seed, "grid": {"size": [16, 16, 16]}, "diffusion": diffusion})
+
+    return make

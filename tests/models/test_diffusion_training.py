@@ -1,0 +1,430 @@
+import fcntl
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from lungddpm.core import cases
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.models import monitoring, training
+from lungddpm.models import training_states as states
+from lungddpm.models.checkpoint import read_metadata
+from lungddpm.models.denoiser import build_denoiser
+from lungddpm.models.optimization import Optimization
+
+KILLED_WHILE_SAVING = """
+import os, signal, sys, torch
+from pathlib import Path
+from lungddpm.config import load_config
+from lungddpm.diffusion import states, training
+
+torch.set_num_threads(1)
+save, saved = torch.save, []
+
+def save_or_die(state, file):
+    saved.append(file)
+    if len(saved) == 2:
+        file.write(b"half of a st")
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(state, file)
+
+states.torch.save = save_or_die
+config, cohort, output = map(Path, sys.argv[1:])
+training.run_train(load_config(config), cohort, output, "cpu")
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """One thread, and a grid of samples that takes no time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitoring, "_GRID_CASES", 1)
+        patch.setattr(monitoring, "_GRID_STEPS", 2)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_cohort, training_config, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    training.run_train(training_config(), tiny_cohort, output, "cpu")
+    return output
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, logger="lungddpm")
+    return caplog
+
+
+def at_step(monkeypatch, step, act):
+    """Call `act` with the optimization when so many steps have been taken, before the next one."""
+    take_step = Optimization.take_step
+
+    def acting(self, number, *rest):
+        if number == step:
+            act(self)
+        return take_step(self, number, *rest)
+
+    monkeypatch.setattr(Optimization, "take_step", acting)
+
+
+def stop(_optimization):
+    raise KeyboardInterrupt
+
+
+def history_of(output):
+    return pd.read_csv(output / "history.csv")[["step", "loss", "learning_rate"]]
+
+
+def states_of(output):
+    return sorted(path.name for path in (output / "state").iterdir())
+
+
+def assert_same_end(first, second):
+    """Same weights, bit by bit, same losses, same samples."""
+    weights = [load_file(output / "model.safetensors") for output in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    pd.testing.assert_frame_equal(history_of(first), history_of(second))
+    assert (first / "samples.csv").read_text() == (second / "samples.csv").read_text()
+
+
+def test_writes_all_outputs(uninterrupted, training_config):
+    history = pd.read_csv(uninterrupted / "history.csv")
+    assert history.columns.tolist() == ["step", "loss", "learning_rate", "seconds", "memory_mib"]
+    assert history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert history["learning_rate"].tolist() == pytest.approx([1e-3 * (1 + np.cos(np.pi * k / 6)) for k in range(6)])
+    assert history["seconds"].is_monotonic_increasing
+    assert history["memory_mib"].between(50, 50_000).all()
+    assert states_of(uninterrupted) == ["step-00000006.pt"]
+    assert not (uninterrupted / "cache").exists()
+    metadata = read_metadata(uninterrupted / "model.safetensors")
+    assert metadata.config == training_config()
+    assert metadata.steps == 6
+
+
+def test_grids_of_samples_are_drawn_on_the_way_and_at_the_end(uninterrupted):
+    pictures = sorted(path.name for path in (uninterrupted / "samples").iterdir())
+    assert pictures == ["step-00000004.png", "step-00000006.png"]
+    assert pd.read_csv(uninterrupted / "samples.csv")["step"].tolist() == [4, 6]
+
+
+def test_tensorboard_holds_the_history(uninterrupted):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    board = accumulator.EventAccumulator(str(uninterrupted / "tensorboard")).Reload()
+    history = pd.read_csv(uninterrupted / "history.csv")
+    for name in ("loss", "learning_rate", "memory_mib"):
+        scalars = board.Scalars(name)
+        assert [scalar.step for scalar in scalars] == history["step"].tolist()
+        assert [scalar.value for scalar in scalars] == pytest.approx(history[name].tolist(), rel=1e-6)
+    assert min(scalar.value for scalar in board.Scalars("steps_per_second")) > 0
+    assert [scalar.step for scalar in board.Scalars("mse")] == [4, 6]
+
+
+def test_no_tensorboard_is_no_fault(tiny_cohort, training_config, tmp_path, monkeypatch, log):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    training.run_train(training_config(steps=1), tiny_cohort, tmp_path, "cpu")
+    assert log.text.count("TensorBoard is not installed") == 1
+    assert not (tmp_path / "tensorboard").exists()
+
+
+@pytest.mark.parametrize("steps", [1, 5])
+def test_interrupted_training_ends_bit_identical(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, steps, log
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, steps, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.manual_seed(steps)  # nothing may depend on the global generator
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    begin = "Starting anew" if steps < 2 else f"Going on from step {steps // 2 * 2} of 6"
+    assert begin in log.text
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, tmp_path, log):
+    (tmp_path / "config.json").write_text(training_config().model_dump_json())
+    output = tmp_path / "run"
+    arguments = [sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path / "config.json", tiny_cohort, output]
+    assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
+    half, whole = states_of(output)
+    assert half.startswith(".step-00000004")
+    assert whole == "step-00000002.pt"
+    training.run_train(training_config(), tiny_cohort, output, "cpu")
+    assert "Going on from step 2" in log.text
+    assert states_of(output) == ["step-00000006.pt"]
+    assert_same_end(output, uninterrupted)
+
+
+def test_two_states_are_kept_and_a_damaged_one_falls_back(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
+    newest = tmp_path / "state/step-00000004.pt"
+    damaged = bytearray(newest.read_bytes())
+    history = states.load_state(newest)["history"].numpy().tobytes()
+    damaged[damaged.index(history) + 3] ^= 1  # one bit of one number, which torch.load would not notice
+    newest.write_bytes(damaged)
+    training.run_train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
+    assert "step-00000004.pt is damaged and is passed over" in log.text
+    assert "Going on from step 2 of 6" in log.text
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_sigterm_ends_the_step_saves_and_goes_on(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    former = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit) as ended:
+            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert ended.value.code == 143
+    assert "step 3 is saved" in log.text
+    assert states_of(tmp_path)[-1] == "step-00000003.pt"
+    assert signal.getsignal(signal.SIGTERM) == former
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert "Going on from step 3" in log.text
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_complete_training_is_left_alone(uninterrupted, tiny_cohort, training_config, monkeypatch, log):
+    at_step(monkeypatch, 0, stop)
+    only_how = training_config(save_every=3, sample_every=1, gradient_checkpointing=True)
+    training.run_train(only_how, tiny_cohort, uninterrupted, "cpu")
+    assert "nothing to do" in log.text
+
+
+def test_lost_model_is_written_from_the_last_state(uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    at_step(monkeypatch, 0, stop)
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_damaged_model_is_written_from_the_last_state(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    content = bytearray((tmp_path / "model.safetensors").read_bytes())
+    content[-9] ^= 1
+    (tmp_path / "model.safetensors").write_bytes(content)
+    at_step(monkeypatch, 0, stop)
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert "differs from the checksum" in log.text
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, training_config, tmp_path, log):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    other = training_config(seed=2, steps=2)
+    training.run_train(other, tiny_cohort, tmp_path / "run", "cpu")
+    assert "another config and is passed over" in log.text
+    assert not history_of(tmp_path / "run").equals(history_of(uninterrupted)[:2])
+    assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["step-00000002.png"]
+
+    shutil.copytree(tiny_cohort.parent, tmp_path / "cohort")
+    table = cases.read_cases(tiny_cohort)
+    cases.write_cases(tmp_path / "cohort/cases.tsv", table[table["case_id"] != "case00"])
+    training.run_train(other, tmp_path / "cohort/cases.tsv", tmp_path / "run", "cpu")
+    assert "another data and is passed over" in log.text
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
+    tiny_cohort, training_config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        Optimization, "take_step", lambda self, step, *_: torch.tensor([float("nan") if step == 2 else 0.5, 0.0])
+    )
+    with pytest.raises(InputError, match=r"no longer finite at step 3.*step-00000002\.pt"):
+        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert states_of(tmp_path) == ["step-00000002.pt"]
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def spoil_weights(optimization):
+    next(optimization.model.parameters()).data[0] = float("inf")
+
+
+def spoil_average(optimization):
+    next(optimization.average.parameters()).data[0] = float("nan")
+
+
+def spoil_moments(optimization):
+    next(iter(optimization.optimizer.state.values()))["exp_avg_sq"].fill_(float("inf"))
+
+
+@pytest.mark.parametrize("spoil", [spoil_weights, spoil_average, spoil_moments])
+def test_a_state_on_disk_is_good_even_where_the_loss_tells_nothing(
+    tiny_cohort, training_config, tmp_path, monkeypatch, spoil
+):
+    take_step = Optimization.take_step
+
+    def quietly_wrong(self, step, *rest):
+        result = take_step(self, step, *rest)
+        if step == 3:
+            spoil(self)
+        return result
+
+    monkeypatch.setattr(Optimization, "take_step", quietly_wrong)
+    with pytest.raises(InputError, match=r"diverged.*step-00000002\.pt"):
+        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    state = torch.load(tmp_path / "state/step-00000002.pt", weights_only=True)
+    moments = [value for moments in state["optimizer"]["state"].values() for value in moments.values()]
+    tensors = [*state["model"].values(), *state["average"].values(), *moments]
+    assert len(tensors) > 20
+    assert all(tensor.isfinite().all() for tensor in tensors)
+    assert states_of(tmp_path) == ["step-00000002.pt"]
+
+
+def test_waits_for_the_process_that_holds_the_folder(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    at_step(monkeypatch, 0, stop)
+    with (tmp_path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = threading.Thread(target=training.run_train, args=(training_config(), tiny_cohort, tmp_path, "cpu"))
+        second.start()
+        for _ in range(100):
+            if "waiting" in log.text:
+                break
+            second.join(0.1)
+        assert "waiting" in log.text
+        shutil.copy(uninterrupted / "model.safetensors", tmp_path)
+    second.join(10)
+    assert not second.is_alive()
+    assert not (tmp_path / "state").exists()
+
+
+def test_learns_whole_volumes(tiny_cohort, training_config, tmp_path):
+    config = training_config(steps=40, crop=None, accumulation=1, learning_rate=5e-3, save_every=40, sample_every=40)
+    training.run_train(config, tiny_cohort, tmp_path, "cpu")
+    loss = history_of(tmp_path)["loss"]
+    assert loss[0] == pytest.approx(np.sqrt(2 / np.pi), abs=0.02)  # mean |noise|: a fresh denoiser predicts zero
+    assert loss[-10:].mean() < 0.75 * loss[0]
+
+
+def losses_of(config, cohort, output):
+    training.run_train(config, cohort, output, "cpu")
+    return history_of(output)["loss"].to_numpy()
+
+
+def test_gradient_checkpointing_changes_nothing(uninterrupted, tiny_cohort, training_config, tmp_path):
+    losses = losses_of(training_config(gradient_checkpointing=True), tiny_cohort, tmp_path)
+    np.testing.assert_allclose(losses, history_of(uninterrupted)["loss"], atol=1e-6, rtol=0)
+
+
+def test_a_batch_is_as_good_as_an_accumulation(uninterrupted, tiny_cohort, training_config, tmp_path):
+    losses = losses_of(training_config(batch_size=1, accumulation=4), tiny_cohort, tmp_path)
+    np.testing.assert_allclose(losses, history_of(uninterrupted)["loss"], atol=1e-4, rtol=0)
+
+
+def test_compiled_training_keeps_losses_and_names_of_weights(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch
+):
+    compile_module, compiled = torch.nn.Module.compile, []
+
+    def trace_only(self, **options):  # all but the C++ compiler's minute
+        compiled.append(self)
+        compile_module(self, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", trace_only)
+    config = training_config(compile=True, gradient_checkpointing=True)
+    np.testing.assert_allclose(
+        losses_of(config, tiny_cohort, tmp_path), history_of(uninterrupted)["loss"], atol=1e-5, rtol=0
+    )
+    assert len(compiled) == 1
+    published = build_denoiser(config).state_dict().keys()
+    state = torch.load(tmp_path / "state/step-00000006.pt", weights_only=True)
+    assert state["model"].keys() == state["average"].keys() == published
+    assert load_file(tmp_path / "model.safetensors").keys() == published
+
+
+def test_bf16_stays_close_and_keeps_weights_in_fp32(uninterrupted, tiny_cohort, training_config, tmp_path):
+    AcceleratorState._reset_state(True)
+    try:
+        losses = losses_of(training_config(precision="bf16"), tiny_cohort, tmp_path)
+    finally:
+        AcceleratorState._reset_state(True)
+    expected = history_of(uninterrupted)["loss"].to_numpy()
+    np.testing.assert_allclose(losses, expected, rtol=0.01)
+    assert not np.array_equal(losses, expected)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model.safetensors").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] can't allocate memory: you tried ...")]
+)
+def test_out_of_memory_names_the_levers(tiny_cohort, training_config, tmp_path, monkeypatch, error):
+    def fail(_optimization):
+        raise error
+
+    at_step(monkeypatch, 3, fail)
+    with pytest.raises(ConfigError, match=r"memory of th.* does not suffice.*gradient_checkpointing.*--estimate"):
+        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert states_of(tmp_path) == ["step-00000002.pt"]
+
+
+def test_no_discovery_case(tiny_cohort, training_config, tmp_path):
+    table = cases.read_cases(tiny_cohort)
+    cases.write_cases(tmp_path / "cases.tsv", table[table["role"] == "test"])
+    with pytest.raises(InputError, match="no usable discovery case"):
+        training.run_train(training_config(), tmp_path / "cases.tsv", tmp_path, "cpu")
+
+
+def test_unknown_device(tiny_cohort, training_config, tmp_path):
+    with pytest.raises(ConfigError, match="'abacus' is not available"):
+        training.run_train(training_config(), tiny_cohort, tmp_path, "abacus")
+
+
+def test_no_fp16_on_a_cpu(tiny_cohort, training_config, tmp_path):
+    with pytest.raises(ConfigError, match="fp16 needs a GPU"):
+        training.run_train(training_config(precision="fp16"), tiny_cohort, tmp_path, "cpu")
+
+
+def test_two_processes_go_on_as_one_with_twice_the_accumulation(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch
+):
+    shared = tmp_path / "shared"
+    with monkeypatch.context() as patch:
+        at_step(patch, 3, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.run_train(training_config(), tiny_cohort, shared, "cpu")
+    half = training_config(accumulation=training_config().diffusion.training.accumulation // 2)
+    (tmp_path / "config.json").write_text(half.model_dump_json())
+    launched = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"),
+        *(Path(sys.executable).with_name("lungddpm"), "--log", tmp_path / "log", "train", "--threads", "2"),
+        *("--config", tmp_path / "config.json", "--cases", tiny_cohort, "--output", shared, "--device", "cpu"),
+    ]
+    subprocess.run(launched, check=True, capture_output=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
+    said = (tmp_path / "log").read_text()
+    assert "2 processes" in said
+    assert said.count("Going on from step 2 of 6") == 1
+    np.testing.assert_allclose(history_of(shared)["loss"], history_of(uninterrupted)["loss"], atol=1e-4, rtol=0)
+    weights = [load_file(output / "model.safetensors") for output in (uninterrupted, shared)]
+    for name in weights[0]:
+        torch.testing.assert_close(*(each[name] for each in weights), atol=1e-4, rtol=0)
+    assert states_of(shared) == ["step-00000006.pt"]

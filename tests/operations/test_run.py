@@ -1,0 +1,308 @@
+"""`lungddpm run`: the same command continues, a second one is refused, faults are repeated last."""
+
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lungddpm.operations import run as runner
+
+LUNGDDPM = Path(sys.executable).with_name("lungddpm")
+
+HANGS_AFTER_SECONDS = 1800
+"""Against waiting for ever; no result depends on it."""
+SNAKEFILE = """
+rule all:
+    input: "results/second.txt"
+
+rule first:
+    output: "results/first.txt"
+    shell: "echo $$ > job.pid; while [ ! -e go ]; do sleep 0.05; done; date +%s%N > {output}"
+
+rule second:
+    input: "results/first.txt"
+    output: "results/second.txt"
+    shell: "cp {input} {output}"
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "Snakefile").write_text(SNAKEFILE)
+    return tmp_path
+
+
+@pytest.fixture(params=["flock", "no flock"])
+def any_disk(request, folder, monkeypatch):
+    """The folder, as it is and as if its disk had no locks."""
+    if request.param == "no flock":
+        without_flock(folder, monkeypatch)
+    return folder
+
+
+def without_flock(folder, monkeypatch):
+    """Let every Python process find a disk as Lustre is without `-o flock`."""
+    (folder / "python").mkdir()
+    (folder / "python/sitecustomize.py").write_text(
+        "import errno, fcntl\n"
+        "def flock(file, operation):\n"
+        "    raise OSError(errno.ENOSYS, 'Function not implemented')\n"
+        "fcntl.flock = flock\n"
+    )
+    before = filter(None, [os.environ.get("PYTHONPATH")])
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder / "python"), *before]))
+
+
+def start(folder, *arguments):
+    # A suite that a shell runs in the background has SIGINT ignored, and so would all that it starts.
+    return subprocess.Popen(
+        [LUNGDDPM, "run", "--cores", "1", *arguments], cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+
+
+def end_of(run):
+    """Exit code and output of a run, once it has ended."""
+    output, _ = run.communicate(timeout=HANGS_AFTER_SECONDS)
+    return run.returncode, output
+
+
+def wait_for(condition, run=None):
+    """Wait until the condition holds, for as long as the run goes on."""
+    while not (value := condition()):
+        assert run is None or run.poll() is None, f"the run ended before: {run.stdout.read()}"
+        time.sleep(0.05)
+    return value
+
+
+def job_of(folder, run):
+    path = folder / "job.pid"
+    return wait_for(lambda: path.exists() and path.read_text().strip() and int(path.read_text()), run)
+
+
+def wait_for_the_end_of(process):
+    wait_for(lambda: not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE)
+
+
+def test_runs_to_the_end_and_passes_arguments_on(folder):
+    (folder / "go").touch()
+    code, output = end_of(start(folder, "results/first.txt"))
+    assert code == 0, output
+    assert [(folder / f"results/{name}.txt").exists() for name in ("first", "second")] == [True, False]
+
+
+def test_a_second_run_is_refused_and_the_first_goes_on(any_disk):
+    folder = any_disk
+    first = start(folder)
+    job_of(folder, first)
+    code, output = end_of(start(folder))
+    assert code == 2
+    assert "another run is working in this folder" in output
+    (folder / "go").touch()
+    assert end_of(first)[0] == 0
+
+
+def snakemake_under(run):
+    return wait_for(
+        lambda: [p for p in psutil.Process(run.pid).children() if "snakemake" in " ".join(p.cmdline())], run
+    )[0]
+
+
+@pytest.mark.parametrize("victim", ["snakemake", "job"])
+def test_continues_after_kill_9(any_disk, victim):
+    folder = any_disk
+    run = start(folder)
+    job = job_of(folder, run)
+    os.kill(job if victim == "job" else snakemake_under(run).pid, signal.SIGKILL)
+    assert end_of(run)[0] != 0
+    wait_for_the_end_of(job)
+    (folder / "go").touch()
+    code, output = end_of(start(folder))
+    assert code == 0, output
+    assert (folder / "results/second.txt").exists()
+
+
+def test_what_a_killed_job_leaves_ends_with_the_run(folder):
+    job = "sleep infinity & echo $! > job.pid; kill -9 $$"
+    (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{job}"\n')
+    assert end_of(start(folder))[0] != 0
+    wait_for_the_end_of(int((folder / "job.pid").read_text()))
+
+
+def test_ctrl_c_ends_in_order_and_the_same_command_continues(folder):
+    run = start(folder)
+    job_of(folder, run)
+    run.send_signal(signal.SIGINT)
+    assert end_of(run)[0] != 0
+    (folder / "go").touch()
+    assert end_of(start(folder))[0] == 0
+
+
+def test_a_run_whose_snakemake_survives_still_holds_the_folder(any_disk):
+    folder = any_disk
+    run = start(folder)
+    job_of(folder, run)
+    snakemake = snakemake_under(run)
+    run.kill()
+    run.wait()
+    assert end_of(start(folder))[0] == 2
+    (folder / "go").touch()
+    snakemake.wait()
+    assert (folder / "results/second.txt").exists()
+
+
+def test_faults_of_stages_are_repeated_last_with_exit_code_2(folder):
+    (folder / "stage.py").write_text(
+        "from lungddpm.cli import _refuse\n"
+        "from lungddpm.core.errors import InputError\n"
+        "_refuse(InputError('x.dcm', 'is cut short', 'Copy it anew.'))\n"
+    )
+    job = f"{sys.executable} stage.py"
+    (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{job}"\n')
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert output.strip().splitlines()[-1] == "error: x.dcm: is cut short. Copy it anew."
+
+
+def test_the_folder_can_be_chosen(folder, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "go").touch()
+    assert end_of(start(folder, "--directory", str(elsewhere)))[0] == 0
+    assert (elsewhere / "results/second.txt").exists()
+    assert (elsewhere / "results/.lock").exists()
+
+
+def test_a_results_path_that_cannot_be_a_folder_is_refused(folder):
+    (folder / "results").write_text("in the way")
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert "results" in output
+
+
+@pytest.mark.parametrize(("option", "message"), [("size=1m", "MiB are free"), ("ro", "read-only")])
+def test_a_full_or_read_only_folder_is_refused_before_anything_runs(folder, option, message):
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", option, "tmpfs", elsewhere], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting a small file system is not allowed here")
+    try:
+        run = start(folder, "--directory", str(elsewhere))
+        output, _ = run.communicate()
+    finally:
+        subprocess.run(["umount", elsewhere], check=True)
+    assert run.returncode == 2
+    assert message in output
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("key", ["__use_yte__", '"__use\\x5fyte__"'])
+def test_a_config_that_would_run_code_is_refused(folder, key):
+    mine = folder / "mine.yaml"
+    mine.write_text(f"{key}: true\nseed: ?__import__('pathlib').Path('pwned').touch()\n")
+    run = start(folder, "--configfile", "config.yaml", str(mine))
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert "mine.yaml: has the key __use_yte__" in output
+    assert not list(folder.rglob("pwned"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--configfile", "mine.yaml"], "mine.yaml: has the key seed twice, in line 1 and in line 3"),
+        (["--configfile", "a.yaml", "--configfiles", "b.yaml"], "--configfile: is given twice"),
+        (["--config", "seed=1", "-C", "grid={}"], "--config: is given twice"),
+        (["--config", "grid={'margin_mm': 1, 'margin_mm': 2}"], "--config grid: has the key margin_mm twice"),
+    ],
+)
+def test_what_snakemake_would_drop_in_silence_is_refused(folder, arguments, message):
+    (folder / "mine.yaml").write_text("seed: 1\ngrid: {}\nseed: 2\n")
+    run = start(folder, *arguments)
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert message in output
+    assert not (folder / "results").exists()
+
+
+def test_braces_in_the_folder_are_refused(folder):
+    elsewhere = folder / "{sample}"
+    elsewhere.mkdir()
+    run = start(folder, "--directory", str(elsewhere))
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert "has '{' in its path" in output
+
+
+def test_no_snakefile_is_told(tmp_path):
+    run = start(tmp_path)
+    output, _ = run.communicate()
+    assert run.returncode == 2
+    assert "Run from the repository's root" in output
+
+
+def test_missing_locks_are_told_once_and_leave_nothing(folder, monkeypatch):
+    without_flock(folder, monkeypatch)
+    (folder / "go").touch()
+    stage = f"{LUNGDDPM} phantom --config {folder}/phantom.yaml --output {folder}/phantom"
+    (folder / "phantom.yaml").write_text("source: {phantom: {patients: 1, matrix: 64, pixel_mm: 5, slice_mm: 20}}\n")
+    (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{stage}; touch results/a"\n')
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert output.count("has no file locks (Function not implemented)") == 1
+    assert not list(folder.rglob("*.held*"))
+
+
+def test_a_home_that_cannot_be_written_is_told_and_does_not_matter(folder, monkeypatch):
+    monkeypatch.setenv("HOME", "/proc/1/nobody")
+    for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
+        monkeypatch.delenv(name, raising=False)
+    (folder / "go").touch()
+    code = "import matplotlib; print(matplotlib.get_cachedir())"
+    (folder / "Snakefile").write_text(
+        f'rule all:\n    output: "results/a"\n    shell: """{sys.executable} -c "{code}" > {{output}}"""\n'
+    )
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert output.count("/proc/1/nobody/.cache cannot be written") == 1
+    assert (folder / "results/a").read_text().strip() == str(folder / ".snakemake/cache/matplotlib")
+
+
+def test_jobs_do_not_import_from_the_working_folder(folder):
+    (folder / "lungddpm").mkdir()
+    code = "import sys, lungddpm.config; print(sys.flags.safe_path)"
+    (folder / "Snakefile").write_text(
+        f'rule all:\n    output: "results/a"\n    shell: """{sys.executable} -c "{code}" > {{output}}"""\n'
+    )
+    run = start(folder)
+    output, _ = run.communicate()
+    assert run.returncode == 0, output
+    assert (folder / "results/a").read_text().strip() == "True"
+
+
+def test_without_a_folder_for_temporary_files_the_runs_own_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc/1/tmp"])
+    monkeypatch.setenv("TMPDIR", "/proc/1/tmp")
+    chosen = runner._temporary_folder(tmp_path)
+    assert chosen == os.environ["TMPDIR"] == tempfile.gettempdir() == str(tmp_path / ".snakemake/tmp")
+
+
+def test_the_lock_is_free_after_a_run(folder):
+    (folder / "go").touch()
+    end_of(start(folder))
+    with (folder / "results/.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,0 +1,164 @@
+"""The calibration check against shifts that are known, and what it says where nothing was measured."""
+
+import math
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Calibration
+from lungddpm.core.errors import ConfigError
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume, read_volume, write_volume
+from lungddpm.quality.calibration import (
+    CHECKS,
+    DIFFERENCE,
+    FAILED,
+    LUNGS_ALONE,
+    NO_LIMIT,
+    NODULES,
+    NOT_MEASURED,
+    PASSED,
+    SPREAD,
+    VESSELS,
+    calibration_notes,
+    calibration_summary,
+    calibration_table,
+    compare_hu,
+)
+from lungddpm.quality.image_quality import run_quality
+from lungddpm.verdict.tables import write_tables
+
+
+@pytest.fixture
+def reference():
+    """CT (HU) and layout of a block of lung with a vessel and a nodule."""
+    layout = np.zeros((12, 12, 12), np.uint8)
+    layout[1:11, 1:11, 1:11] = Label.LUNG
+    layout[2:10, 3, 3] = Label.VESSEL
+    layout[5:8, 5:8, 5:8] = Label.NODULE
+    means = np.array([40.0, -850, 30, -100])[layout]
+    return means + np.random.default_rng(1).normal(0, 20, layout.shape), layout
+
+
+def found_in(ct, reference, layout=None):
+    real, own = reference
+    rows = compare_hu(ct, real, own if layout is None else layout, own)
+    return {(row["region"], row["metric"]): row["value"] for row in rows}
+
+
+def test_a_shift_of_the_lungs_is_found_to_the_last_digit(reference):
+    ct, layout = reference
+    found = found_in(ct - 58.0 * (layout == Label.LUNG) - 58.0 * (layout == Label.VESSEL), reference)
+    assert found[LUNGS_ALONE, DIFFERENCE] == pytest.approx(-58)
+    assert found[VESSELS, DIFFERENCE] == pytest.approx(-58)
+    assert found[LUNGS_ALONE, SPREAD] == pytest.approx(1)
+    assert found[NODULES, DIFFERENCE] == 0
+
+
+def test_a_nodule_is_judged_by_itself(reference):
+    ct, layout = reference
+    found = found_in(ct + 185.0 * (layout == Label.NODULE), reference)
+    assert found == {
+        (LUNGS_ALONE, DIFFERENCE): 0, (LUNGS_ALONE, SPREAD): 1, (VESSELS, DIFFERENCE): 0,
+        (NODULES, DIFFERENCE): pytest.approx(185),
+    }  # fmt: skip
+
+
+def test_spread_is_a_ratio_of_standard_deviations(reference):
+    ct, layout = reference
+    lungs = (layout == Label.LUNG) | (layout == Label.VESSEL)
+    narrow = np.where(lungs, ct[lungs].mean() + 0.6 * (ct - ct[lungs].mean()), ct)
+    found = found_in(narrow, reference)
+    assert found[LUNGS_ALONE, SPREAD] == pytest.approx(0.6)
+    assert found[LUNGS_ALONE, DIFFERENCE] == pytest.approx(0, abs=1e-9)
+    assert math.isnan(found_in(ct, (np.zeros_like(ct), layout))[LUNGS_ALONE, SPREAD])
+
+
+def test_moved_nodules_are_left_out(reference):
+    ct, layout = reference
+    moved = np.where(layout == Label.NODULE, Label.LUNG, layout).astype(np.uint8)
+    moved[2:5, 6:9, 6:9] = Label.NODULE
+    changed = moved != layout
+    found = found_in(np.where(changed, 5000, ct - 3), reference, moved)
+    assert found[LUNGS_ALONE, DIFFERENCE] == pytest.approx(-3)
+    assert math.isnan(found[NODULES, DIFFERENCE])
+
+
+def quality_of(**values):
+    """Rows of `image_quality.csv`; the keywords are lungs, spread, vessels and nodules."""
+    names = dict(zip(CHECKS, ("lungs", "spread", "vessels", "nodules"), strict=True))
+    rows = [
+        {"generator": "g", "image": "synthetic", "region": region, "metric": metric, "n": 4, "sd": 2.0}
+        | {"mean": values[names[region, metric]]}
+        for region, metric in CHECKS
+        if names[region, metric] in values
+    ]
+    other = {"generator": "g", "image": "synthetic", "region": "lungs", "metric": "mse", "n": 4, "sd": 1, "mean": 1}
+    return pd.DataFrame([*rows, other])
+
+
+def status_of(limits=None, **values):
+    return calibration_table(quality_of(**values), ["g"], limits or Calibration())["status"].tolist()
+
+
+def test_limits_hold_to_either_side_and_include_themselves():
+    assert status_of(lungs=10, spread=0.9, vessels=-300, nodules=-40) == [PASSED, PASSED, NO_LIMIT, PASSED]
+    assert status_of(lungs=-10.1, spread=0.89, vessels=0, nodules=40.1) == [FAILED, FAILED, NO_LIMIT, FAILED]
+    assert status_of(lungs=-58, spread=1.11) == [FAILED, FAILED, NOT_MEASURED, NOT_MEASURED]
+    wide = Calibration(lungs_hu=60, spread_ratio=(0.5, 2), vessels_hu=5)
+    assert status_of(wide, lungs=-58, spread=1.11, vessels=6) == [PASSED, PASSED, FAILED, NOT_MEASURED]
+
+
+def test_what_was_not_measured_never_passes():
+    table = calibration_table(None, ["g", "h"], Calibration())
+    assert set(table["status"]) == {NOT_MEASURED}
+    assert (table["n_samples"] == 0).all()
+    assert calibration_notes(table) == []
+    assert calibration_summary(table) == "HU calibration: g not measured; h not measured."
+    nowhere = calibration_table(quality_of(lungs=math.nan, spread=math.nan), ["g"], Calibration())
+    assert set(nowhere["status"]) == {NOT_MEASURED}
+
+
+def test_failures_are_told_with_their_limits():
+    table = calibration_table(quality_of(lungs=-58.2, spread=0.5, nodules=10), ["g"], Calibration())
+    (note,) = calibration_notes(table)
+    assert note.startswith(
+        "HU calibration of g failed: lungs too dark, −58 HU against the references (limit ±10); "
+        "HU in the lungs spread 0.50 times as wide as in the references (limits 0.9 to 1.1)."
+    )
+    assert calibration_summary(table) == "HU calibration: g outside limits."
+    (note,) = calibration_notes(calibration_table(quality_of(lungs=10.4, spread=1), ["g"], Calibration()))
+    assert "lungs too bright, +10.4 HU against the references (limit ±10)" in note
+    passed = calibration_table(quality_of(lungs=1, spread=1), ["g", "h"], Calibration())
+    assert calibration_notes(passed) == []
+    assert calibration_summary(passed) == "HU calibration: g within limits (nodules not measured); h not measured."
+
+
+def test_limits_that_no_sample_can_keep_are_refused():
+    with pytest.raises(ConfigError, match="spread_ratio: 1 must lie between"):
+        parse_config({"verdict": {"calibration": {"spread_ratio": [1.1, 0.9]}}})
+
+
+@pytest.mark.parametrize("shift", [0, -58])
+def test_a_run_whose_lungs_are_too_dark_says_so(make_results, shift):
+    """Samples are the reference itself, darker by a number of HU in all that the layout names."""
+    config, results = make_results(n_test=1, n_replicates=1)
+    folder, reference = results / "synthetic" / "lung_ddpm", results / "cases" / "case-01"
+    ct, layout = (read_volume(reference / name) for name in ("ct.nii.gz", "layout.nii.gz"))
+    for number in range(2):
+        shutil.copy(reference / "layout.nii.gz", folder / f"sample-{number}" / "layout.nii.gz")
+        shifted = ct.array + np.int16(shift) * (layout.array != Label.BACKGROUND)
+        write_volume(folder / f"sample-{number}" / "ct.nii.gz", Volume(shifted.astype(np.int16), ct.affine))
+    tables = [folder / f"samples-{number}.tsv" for number in range(2)]
+    run_quality(config, results / "cases" / "cases.tsv", tables, "lung_ddpm", results / "quality" / "lung_ddpm.csv")
+    write_tables(config, results)
+    table = pd.read_csv(results / "tables" / "calibration.csv").set_index(["region", "measure"])
+    assert table.loc[(LUNGS_ALONE, DIFFERENCE), "mean"] == pytest.approx(shift, abs=1e-6)
+    assert table.loc[(NODULES, DIFFERENCE), "mean"] == pytest.approx(shift, abs=1e-6)
+    assert table.loc[(LUNGS_ALONE, SPREAD), "mean"] == pytest.approx(1, abs=1e-6)
+    assert table.loc[(LUNGS_ALONE, DIFFERENCE), "n_samples"] == 2
+    expected = [FAILED if shift else PASSED, PASSED, NOT_MEASURED, FAILED if shift else PASSED]
+    assert table["status"].tolist() == expected

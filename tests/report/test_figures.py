@@ -1,0 +1,154 @@
+"""What the figures show, read from their axes."""
+
+import numpy as np
+import pandas as pd
+
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
+from lungddpm.report.figures import (
+    case_plot,
+    dose_response_plot,
+    forest_plot,
+    froc_plot,
+    montage,
+    paired_plot,
+    quality_bars,
+    run_plot,
+    segmenter_curves,
+)
+
+
+def volumes():
+    layout = np.zeros((20, 18, 16), np.uint8)
+    layout[2:18, 3:15, 2:14] = Label.LUNG
+    layout[4, 5, 5] = Label.NODULE
+    layout[12:15, 8:11, 9:12] = Label.NODULE
+    ct = np.where(layout == Label.LUNG, -850, 30).astype(np.int16)
+    affine = np.diag([3.0, 4.0, 5.0, 1.0])
+    return Volume(ct, affine), Volume(layout, affine), Volume(ct + 10 * (layout > 0), affine)
+
+
+def test_montage_has_true_proportions_and_the_nodule_in_the_close_up():
+    figure = montage(*volumes(), title="a sample")
+    axes = np.array(figure.axes[:16]).reshape(4, 4)
+    assert axes[0, 0].images[0].get_extent() == [0, 60, 0, 72]
+    assert axes[1, 0].images[0].get_extent() == [0, 60, 0, 80]
+    assert axes[2, 0].images[0].get_extent() == [0, 72, 0, 80]
+    assert all(axis.get_aspect() == 1 for axis in axes.flat)
+    (left, right), (bottom, top) = axes[3, 0].get_xlim(), axes[3, 0].get_ylim()
+    assert left <= 60 - 13.5 * 3 <= right
+    assert bottom <= 9.5 * 4 <= top
+    assert {text.get_text() for text in axes[0, 0].texts} == set("RLAP")
+
+
+def test_montage_without_a_layout_does_not_fail():
+    reference, layout, synthetic = volumes()
+    montage(reference, layout.like(np.zeros_like(layout.array)), synthetic, title="background only")
+
+
+def test_forest_plot_shows_arms_but_not_the_baseline():
+    row = {"metric": "dice", "ci_low": -0.1, "ci_high": 0.2, "verdict": "no difference shown"}
+    verdict = pd.DataFrame([{"arm": "real", "difference": np.nan, **row}, {"arm": "other", "difference": 0.05, **row}])
+    (axis,) = forest_plot(verdict, {"dice": "Dice"}, confidence=0.95).axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["other"]
+    assert axis.texts[0].get_text() == "+0.050  (−0.100 to +0.200)"
+    assert "95 % CI" in axis.get_xlabel()
+
+
+def test_narrow_forest_plot_is_half_as_wide_and_names_arms_above_their_lines():
+    row = {"metric": "dice", "ci_low": -0.1, "ci_high": 0.2, "verdict": "not trusted"}
+    verdict = pd.DataFrame([{"arm": "real+lung_ddpm@1.0", "difference": 0.05, **row}])
+    figure = forest_plot(verdict, {"dice": "Dice"}, confidence=0.95, narrow=True)
+    (axis,) = figure.axes
+    # 420 pixels of a telephone hold 3.6 inches at 108 pixels an inch: 8.5 points are 13 pixels.
+    assert figure.get_figwidth() == 3.6
+    assert axis.texts[0].get_text() == "real+lung_ddpm@1.0\n+0.050  (−0.100 to +0.200)"
+    assert axis.lines[-1].get_marker() == "o"  # no claim
+
+
+def test_plots_of_nothing_say_so():
+    verdict = pd.DataFrame([{"arm": "real", "metric": "dice", "difference": np.nan}])
+    cases = pd.DataFrame([{"arm": "real", "case_id": "a", "dice": np.nan}])
+    assert forest_plot(verdict, {"dice": "Dice"}, 0.95).texts[0].get_text() == "no arm could be compared"
+    assert "no test case" in case_plot(cases, "dice", "Dice").texts[0].get_text()
+
+
+def test_froc_shows_every_arm_beside_the_baseline():
+    rates = 2.0 ** np.arange(-3, 4)
+    band = pd.concat(
+        pd.DataFrame(
+            {"arm": arm, "false_positives_a_scan": rates, "sensitivity": at, "ci_low": at - 0.1, "ci_high": at + 0.1}
+        )
+        for arm, at in (("real", 0.4), ("one", 0.5), ("two", 0.6))
+    )
+    panels = froc_plot(band, "real", confidence=0.95).axes
+    assert [axis.get_title(loc="left") for axis in panels] == ["one", "two"]
+    for axis, at in zip(panels, (0.5, 0.6), strict=True):
+        assert [set(line.get_ydata()) for line in axis.lines] == [{0.4}, {at}]
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
+    assert len(froc_plot(band[band["arm"] == "real"], "real", confidence=0.95).axes) == 1
+    assert froc_plot(band.iloc[:0], "real", confidence=0.95).texts[0].get_text() == "no lesion has a score"
+
+
+def test_quality_bars_show_generators_above_the_floors():
+    rows = [
+        {"generator": generator, "image": image, "region": region, "metric": metric, "mean": mean, "sd": np.nan}
+        | {"extractor": "ResNet-50, random weights" if metric == "mmd_squared" else ""}
+        for generator, at in (("first", 1.0), ("second", 2.0))
+        for image, mean in (("synthetic", at), ("constant lungs", 10 * at))
+        for region, metric in (("lungs", "mse"), ("lungs", "mmd_squared"))
+    ]
+    figure = quality_bars(pd.DataFrame(rows))
+    names = ["first", "second", "copies of the references", "shifted references", "constant lungs", "other patients"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
+    assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # from top to bottom
+    mse, fid = figure.axes[0], figure.axes[3]
+    assert [bar.get_width() for bar in mse.patches][:2] == [1, 2]
+    assert mse.patches[4].get_width() == 15
+    assert [text.get_text() for text in mse.texts] == ["1", "2", "not measured", "not measured", "15", "not measured"]
+    labels = [axis.get_xlabel() for axis in figure.axes]
+    assert [label.endswith("(random weights)") for label in labels] == [False, False, False, True, True, True]
+    assert {text.get_text() for text in fid.texts} == {"not measured"}
+    assert "no sample" in quality_bars(pd.DataFrame(rows).query("image != 'synthetic'")).texts[0].get_text()
+
+
+def test_paired_plot_compares_a_case_with_itself_in_the_same_replicate():
+    rows = [("real", "r0", "a", 0.5), ("real", "r0", "b", 0.4), ("real", "r1", "a", 0.9), ("real", "r1", "b", 0.9)]
+    rows += [("one", "r0", "a", 0.6), ("one", "r0", "b", 0.1)]
+    (axis,) = paired_plot(pd.DataFrame(rows, columns=["arm", "replicate", "case_id", "dice"]), "dice", "Dice").axes
+    np.testing.assert_allclose(axis.lines[0].get_xdata(), [-0.3, 0.1])
+    np.testing.assert_allclose(axis.lines[1].get_xdata(), [-0.1, -0.1])
+    assert [text.get_text() for text in axis.texts] == ["−0.100", "mean"]
+
+
+def test_run_plot_shows_the_mean_of_every_run():
+    rows = [("real", "r0", "a", 0.5), ("real", "r0", "b", 0.3), ("real", "r1", "a", 0.9), ("real", "r1", "b", 0.7)]
+    rows += [("one", "r0", "a", 0.6), ("one", "r0", "b", 0.2)]
+    (axis,) = run_plot(pd.DataFrame(rows, columns=["arm", "replicate", "case_id", "dice"]), "dice", "Dice").axes
+    np.testing.assert_allclose(axis.lines[0].get_xdata(), [0.4, 0.8])
+    np.testing.assert_allclose(axis.lines[2].get_xdata(), [0.4])
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["real", "one"]
+
+
+def test_dose_response_has_a_panel_for_each_generator():
+    band = pd.DataFrame(
+        [(name, dose, dose / 10, dose / 10 - 0.1, dose / 10 + 0.1) for name in ("a", "b") for dose in (0.0, 1.0, 2.0)],
+        columns=["generator", "dose", "fitted", "ci_low", "ci_high"],
+    )
+    rows = [("real", np.nan, "baseline"), ("real+a@1.0", 0.1, "better"), ("real+a@2.0", np.nan, "not measured")]
+    verdict = pd.DataFrame(rows, columns=["arm", "difference", "verdict"]).assign(ci_low=0.0, ci_high=0.2)
+    figure = dose_response_plot(verdict, band, "Dice", 0.9)
+    assert [axis.get_title(loc="left") for axis in figure.axes] == ["a", "b"]
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[0, 0], [1, 0.1], [2, 0.2]])
+    points = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() == "s"]
+    assert points == [[[1.0, 0.1]]]
+    assert "90 % CI" in figure.get_supylabel()
+
+
+def test_segmenter_curves_have_a_panel_for_each_arm():
+    rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "one") for n in (0, 1) for step in (50, 100)]
+    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"]))
+    real, other = figure.axes
+    assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "one")
+    assert len(other.lines) == 3
+    np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 100])

@@ -1,0 +1,196 @@
+"""The page and the manifest: complete in themselves, honest about what is missing, without a trace of the machine."""
+
+import hashlib
+import re
+import shutil
+from html.parser import HTMLParser
+
+import pandas as pd
+import pytest
+
+from lungddpm.core.errors import InputError
+from lungddpm.report.page import _p, extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
+from lungddpm.verdict.tables import write_tables
+
+
+class Page(HTMLParser):
+    """Collects text, images, what the page points to or would load from elsewhere, and open elements."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.words, self.images, self.links, self.open = [], [], [], []
+        self.feed(html)
+        self.text = " ".join(" ".join(self.words).split())
+
+    def handle_starttag(self, tag, attrs):
+        values = dict(attrs)
+        if tag == "img":
+            self.images.append(values)
+        elif address := values.get("href", values.get("src")):
+            self.links.append(address)
+        if tag not in ("img", "meta", "input", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open[-1:] != ["script"]:
+            self.words.append(data)
+
+
+def page_of(results):
+    return Page((results / "report.html").read_text(encoding="utf-8"))
+
+
+def test_full_report(make_results, read_manifest):
+    config, results = make_results()
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert page.links
+    assert all(link.startswith("#") for link in page.links)
+    assert {f'id="{link[1:]}"' in html for link in page.links} == {True}
+    assert len(html) < 25e6
+    assert html.count("plotly.js v") == 1
+    assert len(page.images) == 8
+    assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
+    assert "real+lung_ddpm@1.0: better than real." in page.text
+    assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
+    assert "computed phantoms" in page.text
+    assert "anatomically aware sampling" in page.text
+    assert "several roles" not in page.text
+    assert 'class="notes"' not in html
+    assert "HU calibration: lung_ddpm within limits." in page.text
+
+    manifest = read_manifest(results)
+    assert {"report.html", "tables/verdict.csv", "figures/forest.svg", "arms/real/arm.json"} <= set(manifest["sha256"])
+    for name, recorded in manifest["sha256"].items():
+        assert hashlib.sha256((results / name).read_bytes()).hexdigest() == recorded
+    assert manifest["config"]["segmentation"]["folds"] == [0, 1]
+    assert manifest["versions"]["numpy"]
+
+
+def test_nothing_names_the_machine(make_results, tmp_path):
+    config, results = make_results(n_test=2, n_replicates=1, source={"kind": "nifti", "path": str(tmp_path / "scans")})
+    run_report(config, results)
+    for path in [results / "report.html", results / "manifest.json", *results.glob("tables/*")]:
+        text = re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8"))
+        assert str(tmp_path) not in text
+        assert str(tmp_path.home()) + "/" not in text
+
+
+def test_two_cases_one_replicate_and_nothing_else(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    run_report(config, results)
+    page = page_of(results)
+    assert len(page.images) == 5
+    for expected in (
+        "With 2 test cases nothing can be decided",
+        "how much training runs scatter is not known",
+        "This run cannot tell whether synthetic CT helps: with one replicate",
+        "Image quality was not measured",
+        "HU calibration: lung_ddpm not measured.",
+        "No samples with a nodule",
+    ):
+        assert expected in page.text
+
+
+def test_no_test_case_with_a_nodule(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, nodules=False, extras=False)
+    run_report(config, results)
+    assert "Dice was not measured, no test case has a nodule" in page_of(results).text
+    assert "not measured" in verdict_table_text(results)
+
+
+def test_shared_patients_are_shouted(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False, roles={"allow_shared_patients": True})
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    assert html.index('class="alarm"') < html.index('class="answers"')
+
+
+def test_verdict_as_text(make_results):
+    config, results = make_results(n_test=6, n_replicates=1, extras=False)
+    run_report(config, results)
+    text = verdict_table_text(results)
+    lines = text.splitlines()
+    assert ["arm", "Dice", "difference", "CI", "p", "verdict"] in [line.split() for line in lines]
+    assert all(len(line) <= 100 for line in lines[:-1])
+    assert lines[-1] == f"Report: {results / 'report.html'}"
+    assert "- real+lung_ddpm@1.0: this run cannot tell whether it differs from real." in text
+    assert lines[0].startswith("! This run cannot tell whether synthetic CT helps: with one replicate")
+
+
+def test_notes_stand_before_the_answers_and_a_run_with_copied_replicates_claims_nothing(make_results):
+    config, results = make_results(verdict={"calibration": {"lungs_hu": 0.001, "nodules_hu": 0.001}})
+    folder = results / "segmentation" / "real+real"
+    shutil.rmtree(folder / "fold1_seed0")
+    shutil.copytree(folder / "fold0_seed0", folder / "fold1_seed0")
+    run_report(config, results)
+    verdict = pd.read_csv(results / "tables" / "verdict.csv")
+    assert not verdict["verdict"].isin(["better", "worse"]).any()
+    html, page, text = (
+        (results / "report.html").read_text(encoding="utf-8"),
+        page_of(results).text,
+        verdict_table_text(results),
+    )
+    assert html.index('class="notes"') < html.index('class="answers"')
+    said = (
+        "The same measures in every case: real+real, fold0_seed0; real+real, fold1_seed0.",
+        "HU calibration of lung_ddpm failed: lungs too",
+        "real+lung_ddpm@1.0: not trusted, as replicates of this run are copies. Mean Dice",
+    )
+    for words in (page, " ".join(text.split())):
+        places = [words.index(sentence) for sentence in said]
+        assert places == sorted(places)
+        assert "better than real." not in words
+    assert text.startswith("! The same measures in every case")
+    assert "HU calibration: lung_ddpm outside limits." in page
+
+
+@pytest.mark.parametrize(
+    ("p", "level", "shown"),
+    [
+        (0.04996, 0.05, "0.04996"), (0.0499999, 0.05, "0.0499999"), (0.05, 0.05, "0.050"), (0.05004, 0.05, "0.050"),
+        (0.0499, 0.05, "0.0499"), (0.034, 0.05, "0.034"), (0.0004, 0.05, "< 0.001"), (0.0996, 0.1, "0.0996"),
+        (0.21, 0.05, "0.21"), (0.00996, 0.01, "0.00996"), (float("nan"), 0.05, ""),
+    ],
+)  # fmt: skip
+def test_p_shows_on_which_side_of_the_level_it_lies(p, level, shown):
+    assert _p(p, 1 - (1 - level)) == shown
+
+
+def test_samples_to_show_are_ranked_by_their_error(make_results):
+    _, results = make_results(n_test=1, n_replicates=1)
+    quality = results / "quality" / "lung_ddpm.csv"
+    mse = pd.read_csv(quality).query("image == 'synthetic' and metric == 'mse' and region == 'lungs'")
+    by_error = mse.sort_values("value")["case_id"].tolist()
+    assert [folder.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
+    assert sorted(by_error) == ["sample-0", "sample-1"]
+    quality.unlink()
+    assert ranked_samples(results, "lung_ddpm") == [results / "synthetic" / "lung_ddpm" / "sample-0"]
+    assert ranked_samples(results, "reference") == []
+
+
+def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
+    config, _ = make_results(n_test=1, n_replicates=1, extras=False)
+    with pytest.raises(InputError, match=r"cases\.tsv"):
+        run_report(config, tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"verdict\.csv"):
+        verdict_table_text(tmp_path / "nowhere")
+
+
+def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
+    config, results = make_results(n_test=1, n_replicates=1)
+    tables, _ = write_tables(config, results)
+    shown = show_sets(tables["image_quality"])
+    cells = {row[1]: dict(zip(shown.heads, row, strict=True)) for row in shown.rows}
+    floors = ["constant lungs", "shifted references", "other patients", "copies of the references"]
+    assert list(cells) == ["synthetic", *floors]
+    assert cells["copies of the references"]["step at the lungs' border"] == "1.00"
+    assert cells["synthetic"]["FID, lungs"] == ""  # there is one reference only
+    assert float(cells["synthetic"]["MS-SSIM within a layout, lungs"]) > 0.9
+    (extractor,) = extractors_of(tables["image_quality"])
+    assert extractor.startswith("ResNet-50, random weights")

@@ -1,0 +1,134 @@
+"""The report in a real browser: it loads alone, without a complaint, and its slices can be looked through."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import numpy as np
+import pytest
+
+from lungddpm.core.drawing import PLANES, oriented_slice
+from lungddpm.quality.image_quality import read_sample
+from lungddpm.report.page import run_report
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+
+# Before all other scripts: what goes wrong, and what the page would have fetched.
+WATCH = """<script>
+const faults = [];
+for (const kind of ["error", "warn"]) console[kind] = (...words) => faults.push(kind + ": " + words.join(" "));
+addEventListener("error", event => faults.push("error: " + (event.message || event.target.src)), true);
+addEventListener("unhandledrejection", event => faults.push("rejection: " + event.reason));
+addEventListener("securitypolicyviolation", event => faults.push("outside: " + event.blockedURI));
+</script>"""
+
+# After all other scripts: use the page as a reader would, and write down what it then shows.
+PROBE = """<script>
+addEventListener("load", async () => {
+  const shows = async wanted => {
+    while (document.getElementById("viewer").dataset.shows !== wanted) await new Promise(done => setTimeout(done, 50));
+    return shown();
+  };
+  const panels = name => document.getElementById("viewer-" + name).data.slice(0, 4);
+  const shown = () => Object.fromEntries(["axial", "coronal", "sagittal"].map(name => [name, {
+    z: panels(name).map(panel => panel.z.map(line => [...line])),
+    range: panels(name).map(panel => [panel.zmin, panel.zmax]),
+    told: document.getElementById("viewer-at-" + name).textContent,
+    drawn: document.querySelectorAll(`#viewer-${name} .heatmaplayer image`).length,
+    bottom: document.querySelector(`#viewer-${name} .main-svg`).getBoundingClientRect().bottom,
+    slider: document.querySelector(`#viewer-slice-${name}`).closest(".slider").getBoundingClientRect().top,
+  }]));
+  const seen = {start: await shows("0 9 7 6 -1350 150")};
+  for (const name of Object.keys(seen.start)) {
+    const slider = document.getElementById("viewer-slice-" + name);
+    slider.value = 2;
+    slider.dispatchEvent(new Event("input"));
+  }
+  seen.moved = await shows("0 2 2 2 -1350 150");
+  document.querySelector("[name=viewer-window][value=mediastinum]").click();
+  seen.mediastinum = await shows("0 2 2 2 -160 240");
+  document.querySelector("#viewer-nodules button").click();
+  seen.nodule = await shows("0 9 7 6 -160 240");
+  const picker = document.getElementById("viewer-sample");
+  picker.value = 1;
+  picker.dispatchEvent(new Event("change"));
+  seen.other = await shows("1 9 7 6 -160 240");
+  seen.samples = [...picker.options].map(option => option.textContent);
+  seen.images = [...document.images].map(image => image.complete && image.naturalWidth > 0);
+  seen.fetched = performance.getEntriesByType("resource").map(entry => entry.name);
+  const note = document.createElement("pre");
+  note.id = "seen";
+  note.textContent = JSON.stringify({...seen, faults});
+  document.body.append(note);
+});
+</script>"""
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """A function that opens a page with the watch and the probe in it, and returns what the probe wrote down."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium or chrome is installed")
+
+    def browse(page):
+        html = page.read_text(encoding="utf-8")
+        probed = tmp_path / "probed.html"
+        html = html.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{PROBE}</body>")
+        probed.write_text(html, encoding="utf-8")
+        options = ["--headless=new", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+        # Ten minutes of the page's own clock, which runs ahead whenever the page is idle.
+        options += [
+            "--virtual-time-budget=600000",
+            "--window-size=1400,1000",
+            f"--user-data-dir={tmp_path / 'profile'}",
+        ]
+        if os.geteuid() == 0:
+            options.append("--no-sandbox")  # Chromium refuses to run as root with it
+        run = subprocess.run([CHROMIUM, *options, probed.as_uri()], capture_output=True, text=True, check=False)
+        found = re.search(r'<pre id="seen">(.*?)</pre>', run.stdout, re.DOTALL)
+        assert found, f"the probe did not end: {run.stderr[-2000:]}"
+        return json.loads(unescape(found[1]))
+
+    return browse
+
+
+def test_slices_in_a_browser(make_results, browse):
+    config, results = make_results(n_test=2, n_replicates=1)
+    run_report(config, results)
+    seen = browse(results / "report.html")
+    assert seen["faults"] == []
+    assert seen["images"]
+    assert all(seen["images"])
+    assert [address for address in seen["fetched"] if not address.startswith(("data:", "blob:"))] == []
+
+    titles = [re.match(r"lung_ddpm: (\S+) from (\S+)", title) for title in seen["samples"]]
+    assert len(titles) == 2
+    samples = [
+        read_sample(results / "synthetic" / "lung_ddpm" / title[1], results / "cases" / "cases.tsv") for title in titles
+    ]
+    assert [sample.reference_id for sample in samples] == [title[2] for title in titles]
+
+    def check(state, sample, voxel, window):
+        difference = sample.ct.array.astype(int) - sample.reference.array
+        volumes = (sample.reference.array, sample.layout.array, sample.ct.array, difference)
+        for plane in PLANES:
+            panels = seen[state][plane.name]
+            for shown, volume in zip(panels["z"], volumes, strict=True):
+                # plotly draws lines upwards and, here, columns from right to left.
+                np.testing.assert_array_equal(
+                    np.array(shown)[::-1, ::-1], oriented_slice(volume, plane, voxel[plane.axis])
+                )
+            assert panels["drawn"] == 4
+            assert panels["bottom"] == pytest.approx(panels["slider"], abs=10)
+            assert panels["range"][0] == panels["range"][2] == window
+            assert panels["told"].startswith(f"slice {voxel[plane.axis] + 1} of {volumes[0].shape[plane.axis]}, ")
+
+    lung, mediastinum, nodule = [-1350, 150], [-160, 240], (9, 7, 6)
+    check("start", samples[0], nodule, lung)
+    check("moved", samples[0], (2, 2, 2), lung)
+    check("mediastinum", samples[0], (2, 2, 2), mediastinum)
+    check("nodule", samples[0], nodule, mediastinum)
+    check("other", samples[1], nodule, mediastinum)
