@@ -14,7 +14,7 @@ import torch
 from lungddpm.arms.compose import DATASET, run_compose
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Network
-from lungddpm.core.cases import read_case, read_cases, usable, write_cases
+from lungddpm.core.cases import CaseFolder, read_cases, usable, write_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import read_volume
@@ -117,7 +117,7 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         f"{prefix}{case}.nii.gz" for case in test for prefix in ("", "probability/")
     )
     for case in test:
-        _, layout = read_case(run / "cases" / case)
+        _, layout = CaseFolder(run / "cases" / case).read()
         mask, probability = (read_volume(tmp_path / f"{prefix}{case}.nii.gz") for prefix in ("", "probability/"))
         assert mask.same_grid(layout)
         assert (mask.array.dtype, probability.array.dtype) == (np.uint8, np.uint16)
