@@ -1,4 +1,4 @@
-"""A run under random kill -9 ends as an undisturbed one does. """
+"""A run under random kill -9 ends as an undisturbed one does."""
 
 import os
 import random
