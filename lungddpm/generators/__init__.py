@@ -195,7 +195,7 @@ def run_synthesize(
         shard: 0-based number of this share of the work.
         shards: how many shares there are.
         table: the table to write.
-        device: see `lungddpm.core.device.make_accelerator`.
+        device: see `lungddpm.models.accelerator.make_accelerator`.
         dose: by default the largest that an arm takes.
         external: folder of a generator in `arms.external`; by default the one named there.
 

@@ -35,7 +35,7 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
     """
     import torch
 
-    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.accelerator import make_accelerator
     from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
     from lungddpm.models.published_sampling import choose_solver, sample_published_aas

@@ -52,7 +52,7 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     """
     import torch
 
-    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.accelerator import make_accelerator
     from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
     from lungddpm.models.published_sampling import choose_solver

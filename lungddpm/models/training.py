@@ -24,11 +24,11 @@ from accelerate.utils import broadcast_object_list
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
-from lungddpm.core.device import explain_out_of_memory, make_accelerator
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY
+from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.denoiser import UNet, build_denoiser

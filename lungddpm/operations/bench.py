@@ -25,10 +25,10 @@ from accelerate import Accelerator
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Config
-from lungddpm.core.device import explain_out_of_memory, keep_freed_memory, make_accelerator
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
 from lungddpm.core.progress import LOG
+from lungddpm.models.accelerator import explain_out_of_memory, keep_freed_memory, make_accelerator
 from lungddpm.models.denoiser import UNet
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import Optimization

@@ -24,6 +24,7 @@ import numpy as np
 from lungddpm.arms.compose import DATASET
 from lungddpm.config.models import Config, Network
 from lungddpm.core.cases import folder_of, read_cases, usable
+from lungddpm.core.device import log_device
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import (
     check_archive,
@@ -36,7 +37,7 @@ from lungddpm.core.files import (
     sha256_of,
     write_json,
 )
-from lungddpm.core.progress import LOG, Progress, log_device, shorten_paths
+from lungddpm.core.progress import LOG, Progress, shorten_paths
 from lungddpm.core.roles import TEST
 from lungddpm.core.volume import read_volume, write_volume
 
@@ -149,7 +150,7 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
         arm_dir: folder of a planned arm.
         fold: index into the arm's folds.
         seed: the replicate's seed.
-        device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda or mps.
+        device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda (the first visible one) or mps.
         processes: data loaders beside the training process on a GPU. On a CPU batches are made in the training
             process, which makes runs repeatable bit by bit.
 
@@ -157,7 +158,7 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
         ConfigError: no such device.
         InputError: the arm is not planned as it is now, or has no such fold.
     """
-    chosen = select_device(device)
+    chosen = _select_device(device)
     settings = _training_settings(config, arm_dir, fold, seed)
     folder = fold_folder(arm_dir, fold, seed)
     what = f"{arm_dir.name} fold {fold} seed {seed}"
@@ -204,7 +205,7 @@ def run_predict(
         ConfigError: no such device.
         InputError: the replicate is not trained, or not on this arm and with this config as they are now.
     """
-    chosen = select_device(device)
+    chosen = _select_device(device)
     cases = usable(read_cases(cases_table), TEST)
     folder = fold_folder(arm_dir, fold, seed)
     if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
@@ -256,22 +257,17 @@ def training_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list
     return [((epoch + 1) * save_every, loss) for epoch, loss in sorted(losses.items())]
 
 
-def select_device(device: str) -> torch.device:
-    """The device of that name; `auto` takes a CUDA GPU if there is one, else the CPU.
+def _select_device(device: str) -> torch.device:
+    """See `core.torch_device.select_device`; refuses GPUs that nnU-Net would not take: it trains on the first one."""
+    from lungddpm.core.torch_device import device_name, select_device
 
-    Raises:
-        ConfigError: it is unknown or not there.
-    """
-    import torch
-
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    chosen = device if device != "auto" else "cuda" if present["cuda"] else "cpu"
-    if not present.get(chosen, False):
-        found = ", ".join(name for name in present if present[name])
-        raise ConfigError("device", f"'{device}' is not available here", f"Use auto or one of: {found}.")
-    name = torch.cuda.get_device_name() if chosen == "cuda" else f"{torch.get_num_threads()} threads"
-    log_device(chosen, name)
-    return torch.device(chosen)
+    chosen = select_device(device)
+    if chosen.index:
+        raise ConfigError(
+            "device", "nnU-Net takes the first visible GPU only", f"Use cuda, with CUDA_VISIBLE_DEVICES={chosen.index}."
+        )
+    log_device(str(chosen), device_name(chosen))
+    return chosen
 
 
 def _plan(config: Config, preprocessed: Path, processes: int) -> None:

@@ -130,6 +130,15 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         assert dice > 0.6
 
 
+def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arm = run / "arms" / "real"
+    with pytest.raises(ConfigError, match=r"takes the first visible GPU only.*CUDA_VISIBLE_DEVICES=1"):
+        nnunet.run_train(CONFIG, arm, 0, 0, "cuda:1")
+    with pytest.raises(ConfigError, match=r"takes the first visible GPU only"):
+        nnunet.run_predict(CONFIG, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cuda:1")
+
+
 def test_the_training_curve_is_read_from_the_logs(run):
     real = run / "arms" / "real"
     nnunet.run_train(SHORT, real, 0, 3, "cpu")
