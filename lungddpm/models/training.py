@@ -24,9 +24,10 @@ from accelerate.utils import broadcast_object_list
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.device import explain_out_of_memory, make_accelerator
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of
+from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.models.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
 from lungddpm.models.data import TrainingData, open_cache
@@ -233,7 +234,7 @@ def _config_fingerprint(config: Config, processes: int, initial: Path | None) ->
         "window_hu": config.grid.window_hu,
         "diffusion": config.diffusion.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
-        "code": code_fingerprint("models"),
+        "code": stage_fingerprint("train"),
     }
     return fingerprint(decisive)
 

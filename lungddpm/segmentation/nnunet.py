@@ -25,10 +25,10 @@ import numpy as np
 from lungddpm.arms.compose import DATASET
 from lungddpm.config.models import Config, Network
 from lungddpm.core.cases import folder_of, read_cases, usable
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import (
     check_archive,
-    code_fingerprint,
     exclusive_lock,
     fingerprint,
     link_or_copy,
@@ -72,7 +72,7 @@ def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, proc
             "settings": settings,
             "plans": origin["plans_sha256"] if origin else None,
             "nnunetv2": version("nnunetv2"),
-            "code": code_fingerprint("segmentation"),
+            "code": stage_fingerprint("plan"),
         }
     )
     with exclusive_lock(arm_dir / ".lock", f"planning {arm_dir}"):
