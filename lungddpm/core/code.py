@@ -14,7 +14,9 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
+
+from lungddpm.core.progress import LOG
 
 PACKAGE = Path(__file__).parents[1]
 STAGES: dict[str, tuple[str, ...]] = {
@@ -97,6 +99,37 @@ def _fingerprint(entries: tuple[str, ...]) -> str:
 @functools.cache
 def _own_code() -> Code:
     return Code(PACKAGE, LEFT_OUT)
+
+
+class CodeFromStep(TypedDict):
+    """The code that a training ran with from a step on, counted from 1."""
+
+    from_step: int
+    code: str
+
+
+def code_of_steps(before: Iterable[CodeFromStep], steps_taken: int, code: str, begin_again: str) -> list[CodeFromStep]:
+    """Which code takes which steps of a training that goes on; a warning where it is not the code so far.
+
+    Args:
+        before: what this gave when the training ran last; empty for a new one.
+        steps_taken: from where it goes on. What held later was never saved.
+        code: fingerprint of the present code.
+        begin_again: how a user begins again instead, as a clause for the warning.
+    """
+    held = [entry for entry in before if entry["from_step"] <= steps_taken]
+    if held and held[-1]["code"] == code:
+        return held
+    if held:
+        LOG.warning(
+            "The code has changed since step %d (%.12s, now %.12s): the training goes on, and its record names both. "
+            "To begin again, %s.",
+            steps_taken,
+            held[-1]["code"],
+            code,
+            begin_again,
+        )
+    return [*held, {"from_step": steps_taken + 1, "code": code}]
 
 
 class Code:
@@ -210,7 +243,7 @@ class _Module:
         self.name, self.left_out = name, left_out
         self.package = name if path.name == "__init__.py" else name.rpartition(".")[0]
         self.beside = {file.name: file for file in path.parent.iterdir()}
-        body = ast.parse(path.read_bytes()).body
+        body = ast.parse(path.read_bytes(), path).body
         self.imported = _imports_in(body, self.package)
         self.names = {"", *self.imported}
         self._nodes: dict[str, list[ast.stmt]] = {}

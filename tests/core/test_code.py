@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from lungddpm.core.code import LEFT_OUT, PACKAGE, STAGES, Code, stage_fingerprint
+from lungddpm.core.code import LEFT_OUT, PACKAGE, STAGES, Code, code_of_steps, stage_fingerprint
 
 MADE_UP = {
     "__init__.py": "'''The package.'''\nVERSION = '1'\n",
@@ -250,6 +250,20 @@ def test_data_beside_a_module_counts_where_it_is_named(tmp_path):
 def test_an_entry_that_does_not_exist_is_an_error(tmp_path, entry):
     with pytest.raises(LookupError, match="is not in the package"):
         code_of(tmp_path, init="", a="def f(): return 1\n").fingerprint([entry])
+
+
+def test_the_code_of_a_training_is_recorded_from_the_step_that_it_took(caplog):
+    first = code_of_steps([], 0, "a", "use --restart")
+    assert first == [{"from_step": 1, "code": "a"}]
+    assert code_of_steps(first, 7, "a", "use --restart") == first
+    assert not caplog.records
+    second = code_of_steps(first, 7, "b", "use --restart")
+    assert second == [*first, {"from_step": 8, "code": "b"}]
+    assert "changed since step 7 (a, now b)" in caplog.text
+    assert "To begin again, use --restart." in caplog.text
+    # What was not saved is forgotten: the steps from 8 on are taken by the first code after all.
+    assert code_of_steps(second, 7, "a", "use --restart") == first
+    assert code_of_steps(second, 0, "c", "use --restart") == [{"from_step": 1, "code": "c"}]
 
 
 # The real package.

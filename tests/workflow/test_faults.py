@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny import rules_of
 
 pytestmark = pytest.mark.workflow
 
@@ -49,12 +50,6 @@ def mounted(tmp_path):
 def assert_same_tables(benchmark, other):
     for name in TABLES:
         pd.testing.assert_frame_equal(benchmark.table(name), other.table(name))
-
-
-def rules_of(stdout):
-    """How often each rule ran, or would run."""
-    found = re.findall(r"^(\w+) +(\d+)$", stdout, re.MULTILINE)
-    return {name: int(count) for name, count in found if name not in ("all", "total")}
 
 
 PREPARE = "prepare --index results/cases/index.tsv --source results/source --table results/cases/cases-0.tsv"
