@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from tiny import rules_of
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 TABLES = ["cases.csv", "verdict.csv", "lesions.csv"]
