@@ -24,11 +24,11 @@ import numpy as np
 from lungddpm.arms.compose import DATASET
 from lungddpm.config.models import Config, Network
 from lungddpm.core.cases import folder_of, read_cases, usable
+from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import (
     check_archive,
-    code_fingerprint,
     exclusive_lock,
     fingerprint,
     link_or_copy,
@@ -75,7 +75,7 @@ def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, proc
             "settings": settings,
             "plans": origin["plans_sha256"] if origin else None,
             "nnunetv2": version("nnunetv2"),
-            "code": code_fingerprint("segmentation"),
+            "code": stage_fingerprint("plan"),
         }
     )
     with exclusive_lock(arm_dir / ".lock", f"planning {arm_dir}"):
@@ -143,7 +143,9 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
     """Train one replicate of an arm for `segmentation.steps` optimizer steps, or go on where a killed run stopped.
 
     The random seed depends on the run's seed, the replicate's seed and the fold, not on the arm: replicates of
-    different arms are pairs. A finished training of the same data and settings is kept; one of others is discarded.
+    different arms are pairs. A finished training of the same data and settings is kept. One of others is set aside
+    until this one has saved, and goes on if it is asked for again before. Changed code does not end a training:
+    `training.json` records which code took which steps.
 
     Args:
         config: the run's config.
@@ -166,13 +168,12 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
         if _is_trained(folder, settings):
             LOG.info("%s is trained already", what)
             return
-        if (before := _settings_of(folder)) and before != settings:
-            LOG.info("%s: data, plans or settings have changed: the old training in %s is discarded", what, folder)
-            shutil.rmtree(folder)
-        write_json(folder / "training.json", settings)
+        aside = folder.with_name(f".{folder.name}-of-other-settings")
+        _make_way(folder, aside, settings, what)
         loaders = 0 if chosen.type == "cpu" else processes
         with _environment(arm_dir, processes, seed, loaders), _quiet(folder / "console.log"):
-            _train(arm_dir, folder, fold, chosen, what)
+            _train(arm_dir, folder, fold, settings, chosen, what)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_predict(
@@ -311,7 +312,34 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
             progress.advance()
 
 
-def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: str) -> None:
+def _make_way(folder: Path, aside: Path, settings: dict, what: str) -> None:
+    """Set a training of other data or settings aside until the new one has saved, or take back the one that is wanted.
+
+    Args:
+        folder: of the training.
+        aside: where one of other settings lies meanwhile.
+        settings: of the training that is wanted.
+        what: its name, for messages.
+    """
+    before = _settings_of(folder)
+    if not before or before["fingerprint"] == settings["fingerprint"]:
+        if _has_states(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+    elif _has_states(folder):
+        LOG.info("%s: data, plans or settings have changed: the old training is discarded when this one is saved", what)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    else:
+        shutil.rmtree(folder)
+        if _settings_of(aside).get("fingerprint") == settings["fingerprint"]:
+            aside.rename(folder)
+
+
+def _has_states(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("checkpoint_latest.pth", "checkpoint_final.pth"))
+
+
+def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch.device, what: str) -> None:
     import torch
 
     from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
@@ -319,6 +347,8 @@ def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: s
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     latest = _latest_state(folder)
+    before: list[CodeFromStep] = _settings_of(folder).get("code", []) if latest else []
+    write_json(folder / "training.json", settings | {"code": before})
     preprocessed = arm_dir.resolve() / "nnUNet_preprocessed" / DATASET
     plans, dataset_json = (read_json(preprocessed / name) for name in (f"{PLANS}.json", "dataset.json"))
     trainer = LungDDPMTrainer(
@@ -332,6 +362,9 @@ def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: s
         trainer.load_checkpoint(str(latest))
         LOG.info("%s goes on after epoch %d of %d", what, trainer.current_epoch, trainer.num_epochs)
     steps = trainer.num_iterations_per_epoch
+    code = stage_fingerprint("train_segmenter")
+    held = code_of_steps(before, trainer.current_epoch * steps, code, "delete its folder fold_<number>")
+    write_json(folder / "training.json", settings | {"code": held})
     with (
         Progress(f"training {what}", trainer.num_epochs * steps, trainer.current_epoch * steps) as trainer.progress,
         _sigterm_as_exit(what),
@@ -449,13 +482,14 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
         "optimizer": options.optimizer,
         "learning_rate": options.learning_rate,
         "seed": seed_from(config.seed, seed, fold),
-        "plan": plan["fingerprint"],
+        # Not the code that planned: a training under way survives its change.
+        "plan": {key: plan[key] for key in ("arm_fingerprint", "plans_sha256", "nnunetv2")},
     }
     return settings | {"fingerprint": fingerprint(settings)}
 
 
 def _is_trained(folder: Path, settings: dict) -> bool:
-    return _settings_of(folder) == settings and (folder / _FINAL).exists()
+    return _settings_of(folder).get("fingerprint") == settings["fingerprint"] and (folder / _FINAL).exists()
 
 
 def _settings_of(folder: Path) -> dict:
