@@ -24,6 +24,7 @@ import lungddpm
 from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
+from lungddpm.core.arms import BASELINE
 from lungddpm.core.files import sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.operations.doctor import versions
@@ -56,11 +57,8 @@ from lungddpm.verdict.statistics import (
     signed,
 )
 from lungddpm.verdict.tables import (
-    BASELINE,
-    CONTROLS,
     MEASURES,
     SIZE_COLUMNS,
-    family_of,
     missing_replicates,
     quality_files,
     read_csv,
@@ -293,7 +291,7 @@ def render_report(
         calibration_summary=calibration_summary(tables["calibration"]),
         answers=verdict[(verdict["metric"] == prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
         supports=verdict[(verdict["metric"] != prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
-        controls=[arm for arm in config.arms.names() if arm != BASELINE and family_of(arm, config) == CONTROLS],
+        controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],
         images=images,
         montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_samples(shown)],
         viewer=viewer_values(shown),

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lungddpm.config.models import Config
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG, device_in
@@ -24,7 +25,6 @@ from lungddpm.verdict.published import published_comparison, published_gain
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
-BASELINE = "real"
 MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
 """What the verdict is about: column of `metrics.csv` (between 0 and 1, larger is better) -> its name in prose.
 
@@ -40,8 +40,6 @@ VERDICT_COLUMNS = [
     "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
     "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
-REPEATED = "real+real"
-"""The control that repeats the real cases: its true difference is 0."""
 QUESTION, CONTROLS = "arms with synthetic CT", "controls"
 """Families of arms: Holm's correction is made within each."""
 
@@ -106,10 +104,9 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise InputError(path, f"is not a table ({error})", "Delete it and run again.") from None
 
 
-def family_of(arm: str, config: Config) -> str:
+def family_of(arm: Arm, config: Config) -> str:
     """`QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
-    mixed = any(arm.startswith(f"{BASELINE}+{generator}@") for generator in config.arms.generators)
-    return QUESTION if mixed or arm.startswith("synthetic:") else CONTROLS
+    return CONTROLS if arm.is_control(config.arms.generators) else QUESTION
 
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
@@ -172,7 +169,7 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     Raises:
         InputError: the arms do not cover the same cases.
     """
-    settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.names()
+    settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.all()
     comparisons = {
         measure: compare_arms(
             scores_of(cases, config, measure),
@@ -186,15 +183,15 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     for number, arm in enumerate(arms):
         for measure, prose in MEASURES.items():
             comparison = comparisons[measure][number]
-            text = sentence(arm, BASELINE, prose, comparison, settings.confidence)
-            if arm in missing and comparison.n_replicates:
-                text += f" Not evaluated and left out: {', '.join(missing[arm])}."
-            if arm == REPEATED and comparison.p_wilcoxon < 1 - settings.confidence:
+            text = sentence(arm.name, BASELINE, prose, comparison, settings.confidence)
+            if arm.name in missing and comparison.n_replicates:
+                text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
+            if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
                 text += (
                     f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
                     f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
                 )
-            keys = {"arm": arm, "metric": measure, "confidence": settings.confidence}
+            keys = {"arm": arm.name, "metric": measure, "confidence": settings.confidence}
             rows.append(keys | asdict(comparison) | {"sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
 
@@ -228,12 +225,15 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
         difference to `real`, ci_low, ci_high (pointwise).
     """
     lines, bands = [], []
-    arms = config.arms.names()
+    arms = config.arms.all()
     for measure in MEASURES:
         scores = scores_of(cases, config, measure)
         for generator in config.arms.generators:
-            doses = {arms.index(f"{BASELINE}+{generator}@{dose}"): dose for dose in config.arms.doses}
-            doses = {arm: dose for arm, dose in doses.items() if scores.evaluated[arm].any()}
+            doses = {
+                place: arm.dose
+                for place, arm in enumerate(arms)
+                if arm.real and arm.generator == generator and scores.evaluated[place].any()
+            }
             if len(doses) < 2 or not scores.paired(0, *doses).scores.size:
                 continue
             line = dose_response(scores, doses, config.verdict.confidence)

@@ -34,11 +34,11 @@ def simulated_cases(config, gain=0.0, n_cases=30):
     """Rows of `cases.csv`, scores growing by `gain` a dose."""
     rng = np.random.default_rng(3)
     of_case, rows = rng.uniform(0.2, 0.6, n_cases), []
-    for arm in config.arms.names():
-        dose = float(arm.split("@")[1]) if "@" in arm else 0
+    for arm in config.arms.all():
+        dose = 0 if arm.generator is None else arm.dose
         for replicate in config.segmentation.replicates():
             for number, score in enumerate(of_case + gain * dose + rng.normal(0, 0.02, n_cases)):
-                row = {"arm": arm, "replicate": replicate, "case_id": f"case-{number}"}
+                row = {"arm": arm.name, "replicate": replicate, "case_id": f"case-{number}"}
                 rows.append(row | {"dice": score, "sensitivity": 1 - score})
     return pd.DataFrame(rows)
 

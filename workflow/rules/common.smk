@@ -17,9 +17,9 @@ if package.origin is None:
         "Start 'lungddpm run' or 'snakemake', not 'python -m snakemake', and take its parent out of PYTHONPATH."
     )
 
-from lungddpm.arms.compose import parse_arm
 from lungddpm.arms.splits import role_counts
 from lungddpm.config.loading import parse_config, read_values
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.errors import UserError, from_os_error
 from lungddpm.core.files import code_fingerprint, write_json
 from lungddpm.generators import module_of
@@ -108,10 +108,8 @@ def phantom_cohort(_wildcards):
 
 def samples_of_arm(wildcards):
     """Tables of the synthetic cases that an arm takes, or their list."""
-    recipe = parse_arm(wildcards.arm)
-    if recipe.added in (None, "real"):
-        return []
-    return sample_tables(recipe.added, recipe.dose)
+    arm = Arm.parse(wildcards.arm)
+    return sample_tables(arm.generator, arm.dose) if arm.generator else []
 
 
 def sample_tables(generator, dose=None):
@@ -223,7 +221,7 @@ def sampling_of(generator):
 
 def plans_of(wildcards):
     """Every arm but `real` waits for the plans made on `real`."""
-    return [] if wildcards.arm == "real" else ["results/arms/real/plan.json"]
+    return [] if wildcards.arm == BASELINE else ["results/arms/real/plan.json"]
 
 
 def several_nodes(value):
