@@ -16,7 +16,8 @@ from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG, device_in
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
-from lungddpm.evaluation.segmentation import RATIOS, check_unchanged
+from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
+from lungddpm.evaluation.segmentation import check_unchanged
 from lungddpm.quality import image_quality
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.notes import notes_table
@@ -25,11 +26,6 @@ from lungddpm.verdict.published import published_comparison, published_gain
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
-MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
-"""What the verdict is about: column of `metrics.csv` (between 0 and 1, larger is better) -> its name in prose.
-
-The first decides, the others support."""
-_SUMMARISED = (*RATIOS, "surface_dice", "hausdorff_95_mm", "volume_error_mm3")
 NOT_TRUSTED = "not trusted"
 """Verdict in the place of "better" or "worse" in a run with copied replicates."""
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
@@ -171,19 +167,19 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     """
     settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.all()
     comparisons = {
-        measure: compare_arms(
-            scores_of(cases, config, measure),
+        measure.column: compare_arms(
+            scores_of(cases, config, measure.column),
             settings.bootstraps,
             settings.confidence,
-            seed_from(config.seed, "verdict", measure),
+            seed_from(config.seed, "verdict", measure.column),
             [family_of(arm, config) for arm in arms],
         )
-        for measure in MEASURES
+        for measure in verdict_measures()
     }
     for number, arm in enumerate(arms):
-        for measure, prose in MEASURES.items():
-            comparison = comparisons[measure][number]
-            text = sentence(arm.name, BASELINE, prose, comparison, settings.confidence)
+        for measure in verdict_measures():
+            comparison = comparisons[measure.column][number]
+            text = sentence(arm.name, BASELINE, measure.title, comparison, settings.confidence)
             if arm.name in missing and comparison.n_replicates:
                 text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
             if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
@@ -191,16 +187,16 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
                     f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
                     f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
                 )
-            keys = {"arm": arm.name, "metric": measure, "confidence": settings.confidence}
+            keys = {"arm": arm.name, "metric": measure.column, "confidence": settings.confidence}
             rows.append(keys | asdict(comparison) | {"sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
 
 
 def power_of(verdict: pd.DataFrame) -> RunPower:
     """Which gain from synthetic CT a run can show, from its `verdict.csv`."""
-    measure, prose = next(iter(MEASURES.items()))
-    rows = verdict[(verdict["metric"] == measure) & (verdict["family"] == QUESTION)]
-    return run_power(rows, prose, published_gain(measure))
+    measure = deciding_measure()
+    rows = verdict[(verdict["metric"] == measure.column) & (verdict["family"] == QUESTION)]
+    return run_power(rows, measure.title, published_gain(measure.column))
 
 
 def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
@@ -226,8 +222,8 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
     """
     lines, bands = [], []
     arms = config.arms.all()
-    for measure in MEASURES:
-        scores = scores_of(cases, config, measure)
+    for measure in verdict_measures():
+        scores = scores_of(cases, config, measure.column)
         for generator in config.arms.generators:
             doses = {
                 place: arm.dose
@@ -238,7 +234,7 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
                 continue
             line = dose_response(scores, doses, config.verdict.confidence)
             ci_low, ci_high = line.slope.interval(config.verdict.confidence)
-            keys = {"generator": generator, "metric": measure}
+            keys = {"generator": generator, "metric": measure.column}
             lines.append(
                 keys
                 | {"n_doses": len(doses), "slope": line.slope.value, "ci_low": ci_low, "ci_high": ci_high}
@@ -254,19 +250,29 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
 def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
     """Every measure of every arm over the cases with a lesion, one row each.
 
+    Args:
+        cases: `metrics.csv` of all arms and replicates.
+
     Returns:
         arm, metric, n_cases (scored in a replicate at least), n_undefined (cases x replicates without a value: nothing
-        was predicted), mean and sd over cases, of their means over replicates.
+        was predicted), mean and sd over cases, of their means over replicates; difference to `real` and n_compared, the
+        cases that it is a mean over: paired by case and replicate, for measures that are better in one direction.
     """
     rows = []
-    judged = cases[cases["n_lesions"] > 0]
-    for arm in cases["arm"].unique():
-        scored = judged[judged["arm"] == arm]
-        for metric in _SUMMARISED:
-            by_case = scored.groupby("case_id")[metric].mean().dropna()
+    judged = cases[cases["n_lesions"] > 0].set_index(["arm", "case_id", "replicate"])
+    arms = judged.index.get_level_values("arm")
+    by_arm = {arm: judged[arms == arm].droplevel("arm") for arm in cases["arm"].unique()}
+    for arm, scored in by_arm.items():
+        for metric, measure in MEASURES.items():
+            by_case = scored[metric].groupby("case_id").mean().dropna()
             counts = {"n_cases": len(by_case), "n_undefined": int(scored[metric].isna().sum())}
-            rows.append({"arm": arm, "metric": metric, **counts, "mean": by_case.mean(), "sd": by_case.std()})
-    return pd.DataFrame(rows)
+            row = {"arm": arm, "metric": metric, **counts, "mean": by_case.mean(), "sd": by_case.std()}
+            if arm != BASELINE and measure.better != "near 0":
+                differences = (scored[metric] - by_arm[BASELINE][metric]).groupby("case_id").mean().dropna()
+                row |= {"difference": differences.mean(), "n_compared": len(differences)}
+            rows.append(row)
+    columns = ["arm", "metric", "n_cases", "n_undefined", "mean", "sd", "difference", "n_compared"]
+    return pd.DataFrame(rows, columns=columns).astype({"n_compared": "Int64"})
 
 
 def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFrame) -> pd.DataFrame:
@@ -430,7 +436,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         )
         tables["image_quality"] = quality_table(samples, sets)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
-    runs = scores_of(cases, config, next(iter(MEASURES)))
+    runs = scores_of(cases, config, deciding_measure().column)
     tables["run_spread"] = run_spread_table(
         config.arms.names(), run_means(runs), runs.replicates, seed_from(config.seed, "verdict", "run spread")
     )
