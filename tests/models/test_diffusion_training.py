@@ -26,7 +26,7 @@ from lungddpm.models.optimization import Optimization
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from pathlib import Path
-from lungddpm.config import load_config
+from lungddpm.config.loading import load_config
 from lungddpm.diffusion import states, training
 
 torch.set_num_threads(1)
