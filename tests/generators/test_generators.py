@@ -18,6 +18,7 @@ from lungddpm.core.files import lock_if_free, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Task, lung_ddpm, paste_constant, reference
+from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.models.checkpoint import Metadata, save_denoiser
 from lungddpm.models.denoiser import build_denoiser
@@ -75,7 +76,7 @@ def synthesize(tiny_cohort, weights, tmp_path):
 def test_light_import_of_every_generator():
     code = (
         "import sys, lungddpm.generators as g\n"
-        "from lungddpm.config import Config\n"
+        "from lungddpm.config.models import Config\n"
         f"modules = [g.module_of(name, Config()) for name in {[*EXPECTED]}]\n"
         f"assert [(m.DENOISER, *m.LAYOUTS) for m in modules] == {[*EXPECTED.values()]}\n"
         "assert all(m.CITATION and m.__doc__ and m.load for m in modules)\n"
@@ -425,7 +426,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
     assert table["n_nodules"].tolist() == [1, 0, 1]
     table["role"] = ["discovery", "reference", "test"]
     cases.write_cases(folder / "cases-0.tsv", table)
-    cases.run_collect(config, [folder / "cases-0.tsv"], folder / "cases.tsv")
+    run_collect(config, [folder / "cases-0.tsv"], folder / "cases.tsv")
     out = tmp_path / "out"
     generators.run_synthesize(config, "paste_constant", folder / "cases.tsv", None, out, 0, 1, out / "s.tsv", "cpu")
     samples = cases.read_cases(out / "s.tsv")
@@ -434,7 +435,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
     assert (layout.array == Label.NODULE).sum() >= 2
     assert len(np.unique(ct.array[layout.array != Label.BACKGROUND])) == 1
     with pytest.raises(InputError, match=r"roles.reference.*no usable case with a nodule"):
-        cases.run_collect(
+        run_collect(
             config.model_copy(update={"synthesis": Synthesis(place_nodules=False)}),
             [folder / "cases-0.tsv"],
             folder / "other.tsv",
