@@ -1,10 +1,11 @@
 # Scans -> cases: CT in HU and layout on the model grid.
 
 
-# Not one of its keys makes other jobs run again: each has those it depends on in `params.settings`.
+# All read it as an `ancient` input, so that it makes none run again: each has the keys it depends on in
+# `params.settings`. `update`: were it deleted before it is written, a kill in between would make all run again.
 rule merge_config:
     output:
-        MERGED_CONFIG,
+        update(MERGED_CONFIG),
     log:
         "results/logs/merge_config.log",
     localrule: True

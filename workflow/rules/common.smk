@@ -51,8 +51,7 @@ SECTION_OF_RUN = {
     denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
 }
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
-# What stages read. It is an `ancient` input: each job's `params.settings` holds the keys that decide its result, so that
-# a change of the others leaves it alone.
+# What stages read; see rule `merge_config`.
 MERGED_CONFIG = "results/config.json"
 # nnU-Net's own place and name for the weights of a replicate.
 CHECKPOINT = (
