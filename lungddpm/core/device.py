@@ -88,4 +88,4 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         problem = f"the memory of {'the GPU' if on_gpu else 'this machine'} does not suffice"
-        raise ConfigError("diffusion", problem, remedy) from None
+        raise ConfigError("training", problem, remedy) from None

@@ -22,7 +22,7 @@ from lungddpm.arms.splits import role_counts
 from lungddpm.config.loading import parse_config, read_values
 from lungddpm.core.errors import UserError, from_os_error
 from lungddpm.core.files import code_fingerprint, write_json
-from lungddpm.generators import module_of
+from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
 
 try:
@@ -31,11 +31,12 @@ try:
         read_values(path)
     SETTINGS = parse_config(config, "config.yaml and its overlays")
     GENERATORS = list(SETTINGS.arms.largest_doses())
-    # The config of the denoiser that a generator needs, if it needs one.
-    DENOISERS = {
-        name: SETTINGS.for_denoiser(section)
-        for name in GENERATORS
-        if (section := module_of(name, SETTINGS).DENOISER)
+    PLUGINS = [name for name in GENERATORS if name not in SETTINGS.arms.external]
+    # Generators that are trained, each with its part of the config.
+    TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
+    # Those that draw with weights, each with the generator whose weights these are.
+    WEIGHTS_OF = {
+        name: owner for name in PLUGINS if (owner := plugin(name).weights_of)
     }
 except UserError as error:
     report_fault(error)
@@ -45,9 +46,6 @@ offer_own_programs()
 
 IS_PHANTOM = SETTINGS.source.kind == "phantom"
 ARMS = SETTINGS.arms.names()
-SECTION_OF_RUN = {
-    denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
-}
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # nnU-Net's own place and name for the weights of a replicate.
 CHECKPOINT = (
@@ -66,7 +64,7 @@ onstart:
 
 wildcard_constraints:
     arm="|".join(map(re.escape, ARMS)),
-    run="|".join(SECTION_OF_RUN),
+    run=r"[A-Za-z0-9_]+",
     generator=r"[A-Za-z0-9_]+",
     dose=r"[0-9.e+-]+",
     shard=r"\d+",
@@ -76,7 +74,7 @@ wildcard_constraints:
 
 
 def write_merged_config():
-    """Write the config that stages read; a disk that cannot take it is the user's to mend."""
+    """Write the config that stages read; a disk that cannot take it is the user's to fix."""
     try:
         write_json(Path("results/config.json"), SETTINGS.without_folders())
     except OSError as error:
@@ -194,11 +192,13 @@ def rows_of(table):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def denoiser_of(generator):
-    """The trained denoiser, for generators that use one."""
-    if generator not in DENOISERS:
+def weights_of(generator):
+    """The trained weights, for generators that draw with some."""
+    if generator not in WEIGHTS_OF:
         return []
-    return [f"results/diffusion/{DENOISERS[generator].diffusion.run}/model.safetensors"]
+    return [
+        f"results/{TRAINED[WEIGHTS_OF[generator]].model_folder}/model.safetensors"
+    ]
 
 
 def files_of_external(generator):
@@ -215,10 +215,13 @@ def external_option(wildcards):
     return f"--external {shlex.quote(str(folder))}" if folder else ""
 
 
-def sampling_of(generator):
-    """How a generator samples; None where it has no denoiser."""
-    denoiser = DENOISERS.get(generator)
-    return denoiser and denoiser.diffusion.sampling.model_dump(mode="json")
+def synthesis_settings(generator):
+    """What decides the samples of a generator, besides its inputs."""
+    if generator not in PLUGINS:
+        return {}
+    config = SETTINGS.for_generator(generator)
+    window = SETTINGS.grid.window_hu if generator in WEIGHTS_OF else None
+    return {"run": config.run, "generator": config.decides_samples(), "window": window}
 
 
 def plans_of(wildcards):
@@ -228,12 +231,12 @@ def plans_of(wildcards):
 
 def several_nodes(value):
     """A resource that only a training on several nodes has."""
-    return value if SETTINGS.workflow.denoiser_nodes > 1 else None
+    return value if SETTINGS.workflow.training_nodes > 1 else None
 
 
-def denoiser_launcher(_wildcards, threads):
-    """What starts the processes that share the training of a denoiser; nothing, where it is only one."""
-    nodes, gpus = SETTINGS.workflow.denoiser_nodes, SETTINGS.workflow.denoiser_gpus
+def training_launcher(_wildcards, threads):
+    """What starts the processes that share a training; nothing, where it is only one."""
+    nodes, gpus = SETTINGS.workflow.training_nodes, SETTINGS.workflow.training_gpus
     if nodes == gpus == 1:
         return ""
     if nodes == 1:
