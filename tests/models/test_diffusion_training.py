@@ -26,8 +26,8 @@ from lungddpm.models.optimization import Optimization
 KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from pathlib import Path
-from lungddpm.config import load_config
-from lungddpm.diffusion import states, training
+from lungddpm.config.loading import load_config
+from lungddpm.models import training, training_states
 
 torch.set_num_threads(1)
 save, saved = torch.save, []
@@ -40,7 +40,7 @@ def save_or_die(state, file):
         os.kill(os.getpid(), signal.SIGKILL)
     save(state, file)
 
-states.torch.save = save_or_die
+training_states.torch.save = save_or_die
 config, cohort, output = map(Path, sys.argv[1:])
 training.run_train(load_config(config).for_training("lung_ddpm"), cohort, output, "cpu")
 """
@@ -159,7 +159,7 @@ def test_interrupted_training_ends_bit_identical(
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, tmp_path, log):
+def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, write_config, tmp_path, log):
     write_config(tmp_path / "config.json", training_config())
     output = tmp_path / "run"
     arguments = [sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path / "config.json", tiny_cohort, output]
@@ -342,7 +342,7 @@ def test_a_batch_is_as_good_as_an_accumulation(uninterrupted, tiny_cohort, train
 
 
 def test_compiled_training_keeps_losses_and_names_of_weights(
-    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch
+    uninterrupted, tiny_cohort, training_config, write_config, tmp_path, monkeypatch
 ):
     compile_module, compiled = torch.nn.Module.compile, []
 
@@ -405,7 +405,7 @@ def test_no_fp16_on_a_cpu(tiny_cohort, training_config, tmp_path):
 
 
 def test_two_processes_go_on_as_one_with_twice_the_accumulation(
-    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch
+    uninterrupted, tiny_cohort, training_config, write_config, tmp_path, monkeypatch
 ):
     shared = tmp_path / "shared"
     with monkeypatch.context() as patch:

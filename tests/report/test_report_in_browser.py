@@ -14,6 +14,8 @@ from lungddpm.core.drawing import PLANES, oriented_slice
 from lungddpm.quality.image_quality import read_sample
 from lungddpm.report.page import run_report
 
+pytestmark = pytest.mark.slow
+
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 # Before all other scripts: what goes wrong, and what the page would have fetched.

@@ -292,7 +292,7 @@ BOMBS = {
 READ_IN_BOUNDS = r"""
 import re, resource, sys, time
 from pathlib import Path
-from lungddpm.errors import ExcludedCaseError, InputError
+from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.sources import lidc
 
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))

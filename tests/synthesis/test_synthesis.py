@@ -15,6 +15,7 @@ from lungddpm.core.files import lock_if_free, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Generator, Task, lung_ddpm, paste_constant, reference
+from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.models.checkpoint import Metadata, save_denoiser
 from lungddpm.models.denoiser import build_denoiser
@@ -410,7 +411,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
     assert table["n_nodules"].tolist() == [1, 0, 1]
     table["role"] = ["discovery", "reference", "test"]
     cases.write_cases(folder / "cases-0.tsv", table)
-    cases.run_collect(config, [folder / "cases-0.tsv"], folder / "cases.tsv")
+    run_collect(config, [folder / "cases-0.tsv"], folder / "cases.tsv")
     out = tmp_path / "out"
     run_synthesize(config, SynthesisJob("paste_constant", folder / "cases.tsv", out, out / "s.tsv"))
     samples = cases.read_cases(out / "s.tsv")
@@ -419,7 +420,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
     assert (layout.array == Label.NODULE).sum() >= 2
     assert len(np.unique(ct.array[layout.array != Label.BACKGROUND])) == 1
     with pytest.raises(InputError, match=r"roles.reference.*no usable case with a nodule"):
-        cases.run_collect(
+        run_collect(
             config.model_copy(update={"synthesis": Synthesis(place_nodules=False)}),
             [folder / "cases-0.tsv"],
             folder / "other.tsv",

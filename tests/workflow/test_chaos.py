@@ -1,4 +1,4 @@
-"""A run under random kill -9 ends as an undisturbed one does. Ten minutes or more, so only on demand: `-m chaos -s`."""
+"""A run under random kill -9 ends as an undisturbed one does."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import pandas as pd
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.workflow, pytest.mark.chaos]
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 SEED = 906
 JOBS_BETWEEN_KILLS = (3, 9)

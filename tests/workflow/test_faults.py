@@ -11,7 +11,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 TABLES = ["cases.csv", "verdict.csv", "lesions.csv"]

@@ -52,6 +52,7 @@ def test_the_job_asks_for_its_gpus_and_starts_a_process_on_each(repository, tmp_
     assert f"--threads {2 if '4' in keys else 8}" in after
 
 
+@pytest.mark.slow
 @pytest.mark.workflow
 def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path, monkeypatch):
     (tmp_path / "srun").write_text(SRUN)

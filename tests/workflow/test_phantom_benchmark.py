@@ -108,6 +108,7 @@ def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change,
     assert counts == ({} if rerun is None else {**rerun, "write_report": 1, "checksums": 1}), run.stdout[-3000:]
 
 
+@pytest.mark.slow
 def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchmark, tmp_path):
     plus = {
         "denoiser": {"base_channels": 8, "multipliers": [1, 2], "norm_groups": 4, "attention": False},
@@ -144,6 +145,7 @@ def kill_during(process, log):
     process.wait()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_tables(tiny_benchmark, make_benchmark, tmp_path):
     benchmark = make_benchmark(tmp_path, TWO_ARMS)
     for log in ("train_denoiser-main.log", "train_segmenter-real-fold0_seed0.log"):

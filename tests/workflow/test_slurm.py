@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from tiny import TWO_ARMS, assert_same_measures
 
-pytestmark = pytest.mark.workflow
+pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
 CONFIG = Path("/etc/slurm/slurm.conf")
 OURS = "# Written by a test of lungddpm"
