@@ -12,7 +12,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
 from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
 
-TITLE = "Lung-DDPM: a diffusion model draws the lungs, the reference fills the rest"
+TITLE = "Lung-DDPM: a diffusion model draws the lungs, the reference fills the rest (anatomically aware sampling)"
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
 PUBLISHED_AS = "Lung-DDPM"
 LAYOUTS = OWN, JITTERED

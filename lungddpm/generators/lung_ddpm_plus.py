@@ -90,6 +90,9 @@ class Settings(DiffusionSettings):
         """That of a crop."""
         return (self.training.crop,) * 3
 
+    def decides_samples(self) -> dict[str, Any]:
+        return {**super().decides_samples(), "training.crop": self.training.crop}
+
     def decides_fit(self) -> dict[str, Any]:
         return {**super().decides_fit(), "training.crop": self.training.crop}
 
