@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungddpm.config.sections import GeneratorConfig, GeneratorSettings, TrainedSettings
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.volume import Volume
 
@@ -63,7 +64,7 @@ class Task:
     layout: Volume
     seed: int
     made: MadeLayout | None = None
-    donors: Mapping[str, Path] = field(default_factory=dict)
+    donors: Mapping[str, CaseFolder] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

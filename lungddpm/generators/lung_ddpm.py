@@ -64,15 +64,24 @@ def load_sampler(
     """
     import torch
 
-    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.accelerator import make_accelerator
     from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
-    from lungddpm.models.sampling import sample
+    from lungddpm.models.published_sampling import choose_solver, sample_published_aas
+    from lungddpm.models.sampling import sample_aas, sample_free
     from lungddpm.models.schedule import cosine_betas
 
     accelerator = make_accelerator(device, config.settings.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
     betas = cosine_betas(config.settings.timesteps)
+    solver = choose_solver(solving.sampler, solving.order, betas, solving.steps, solving.times, solving.levels)
+
+    def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        if aas is None:
+            return sample_free(denoiser, solver, condition, generators)
+        if aas == "published":
+            return sample_published_aas(denoiser, solver, condition, reference, generators)
+        return sample_aas(denoiser, solver, condition, reference, generators, resampling)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
         windows = [window_of(task.reference.array, solving, config.grid) for task in tasks]
@@ -83,18 +92,9 @@ def load_sampler(
         conditions = [condition_channels(task.layout.array, config.settings.classes) for task in tasks]
         with accelerator.autocast():
             drawn = sample(
-                denoiser,
                 torch.from_numpy(np.stack(conditions)).to(accelerator.device),
-                betas,
-                solving.sampler,
-                solving.steps,
+                torch.from_numpy(np.stack(references)).to(accelerator.device),
                 [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks],
-                None if aas is None else torch.from_numpy(np.stack(references)).to(accelerator.device),
-                order=solving.order,
-                resampling=resampling,
-                aas=aas or "corrected",
-                times=solving.times,
-                levels=solving.levels,
             )
         volumes = [
             to_hu(volume[0].transpose(2, 1, 0), window)

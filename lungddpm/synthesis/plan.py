@@ -11,6 +11,7 @@ from lungddpm.config.sections import SHARED_RUN
 from lungddpm.core import cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import seed_from
+from lungddpm.core.roles import DISCOVERY, REFERENCE
 from lungddpm.generators import OWN, PLACED, plugin
 
 
@@ -45,7 +46,7 @@ def samples_wanted(config: Config, generator: str, table: pd.DataFrame, dose: fl
     doses = config.arms.largest_doses()
     if generator not in doses:
         raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
-    return round((dose or doses[generator]) * len(cases.usable(table, "discovery")))
+    return round((dose or doses[generator]) * len(cases.usable(table, DISCOVERY)))
 
 
 def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> list[PlannedSample]:
@@ -93,12 +94,12 @@ def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: floa
 
 def _references(config: Config, generator: str, table: pd.DataFrame, needs_nodule: bool) -> list[pd.Series]:
     """The references that take turns."""
-    usable = cases.usable(table, "reference")
+    usable = cases.usable(table, REFERENCE)
     if with_nodule := needs_nodule or not config.synthesis.place_nodules:
         usable = usable[usable["n_nodules"] > 0]
     if usable.empty and samples_wanted(config, generator, table):
         raise InputError(
-            "cases.tsv",
+            cases.CASES,
             f"has no usable reference case{' with a nodule' if with_nodule else ''} for the generator '{generator}'",
             "Give more patients the role reference.",
         )

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
-from lungddpm.core import cases
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
+from lungddpm.core.files import read_json
 
 
-def is_complete(folder: Path, wanted_fingerprint: str) -> bool:
+def is_complete(folder: CaseFolder, wanted_fingerprint: str) -> bool:
     """Whether a sample's files are there, unchanged, and were made from what the fingerprint stands for."""
     try:
-        record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
-        return record["fingerprint"] == wanted_fingerprint and record["sha256"] == cases.hash_case(folder)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, InputError):
+        record = read_json(folder.sample_record)
+        return record["fingerprint"] == wanted_fingerprint and record["sha256"] == folder.hash()
+    except (KeyError, InputError):
         return False

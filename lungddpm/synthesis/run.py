@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -15,9 +14,12 @@ import pandas as pd
 from lungddpm.config.models import Config
 from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
 from lungddpm.core import cases
+from lungddpm.core.cases import CaseFolder
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, lock_if_free, sha256_of, write_json
+from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import write_volume
 from lungddpm.generators import JITTERED, OWN, Generator, Plugin, Task, plugin
 from lungddpm.synthesis.external import import_external
@@ -42,7 +44,7 @@ class SynthesisJob:
         dose: as a multiple of the real training cases; by default the largest that an arm takes.
         weights: of the trained network, for generators that need one.
         external: folder of what another system made; by default the one in `arms.external`.
-        device: see `lungddpm.core.device.make_accelerator`.
+        device: see `lungddpm.models.accelerator.make_accelerator`.
     """
 
     generator: str
@@ -65,7 +67,7 @@ class _Missing:
     provenance: dict[str, Any]
 
     def is_made(self, output: Path) -> bool:
-        return is_complete(output / self.sample.sample_id, self.provenance["fingerprint"])
+        return is_complete(CaseFolder(output / self.sample.sample_id), self.provenance["fingerprint"])
 
 
 def run_synthesize(config: Config, job: SynthesisJob) -> None:
@@ -140,7 +142,7 @@ class _Synthesis:
             "sample_id": sample.sample_id,
             "reference_case_id": sample.reference["case_id"],
             "reference_patient_id": sample.reference["patient_id"],
-            "reference_sha256": cases.hash_case(folder),
+            "reference_sha256": folder.hash(),
             "layout_origin": sample.layout_origin,
             "layout_seed": sample.layout_seed,
             "layout_inputs": self._layout_inputs(sample, folder),
@@ -150,17 +152,17 @@ class _Synthesis:
         }
         return {**provenance, "fingerprint": fingerprint(provenance)}
 
-    def _layout_inputs(self, sample: PlannedSample, reference: Path) -> str | None:
+    def _layout_inputs(self, sample: PlannedSample, reference: CaseFolder) -> str | None:
         """Fingerprint of what decides a made layout besides its seed and the reference's own; None for `OWN`."""
         if sample.layout_origin == OWN or self.bank is None:
             return None
         inputs = {
             "synthesis": self.config.synthesis,
-            "code": code_fingerprint("layouts"),
+            "code": stage_fingerprint("make_layout"),
             "bank": self.bank.fingerprint,
         }
         if sample.layout_origin == JITTERED:
-            inputs["nodules"] = _hash_nodules(reference)
+            inputs["nodules"] = _hash_nodules(reference.nodules)
         return fingerprint(inputs)
 
     def _make(self, batch: list[_Missing], generator: Generator) -> None:
@@ -169,9 +171,9 @@ class _Synthesis:
         made = generator.make(tasks)
         seconds = (time.monotonic() - began) / len(batch)
         for each, task, hu in zip(batch, tasks, made, strict=True):
-            sample, folder = each.sample, self.job.output / each.sample.sample_id
-            write_volume(folder / "ct.nii.gz", task.reference.like(hu))
-            write_volume(folder / "layout.nii.gz", task.layout)
+            sample, folder = each.sample, CaseFolder(self.job.output / each.sample.sample_id)
+            write_volume(folder.ct, task.reference.like(hu))
+            write_volume(folder.layout, task.layout)
             nodules = task.made.nodules if task.made else ()
             kept = 0 if sample.layout_origin == JITTERED else int(sample.reference["n_nodules"])
             record = {
@@ -179,14 +181,14 @@ class _Synthesis:
                 "nodules": [asdict(nodule) for nodule in nodules],
                 "seconds": round(seconds, 3),
                 "device": generator.device,
-                "sha256": cases.hash_case(folder),
+                "sha256": folder.hash(),
             }
-            write_json(folder / "sample.json", {**each.provenance, **record})
+            write_json(folder.sample_record, {**each.provenance, **record})
 
     def _task_of(self, sample: PlannedSample) -> Task:
         """What the plan asks for, its layout made."""
         folder = cases.folder_of(self.job.cases_table, sample.reference)
-        ct, own = cases.read_case(folder)
+        ct, own = folder.read()
         if sample.layout_origin == OWN or self.bank is None:
             return Task(ct, own, sample.seed)
         from lungddpm.layouts.placement import jitter, place, read_shapes
@@ -199,7 +201,7 @@ class _Synthesis:
             made = place(own, self.bank, self.config.synthesis, rng)
         if not made.nodules:
             raise InputError(
-                folder / "layout.nii.gz",
+                folder.layout,
                 "has no room in its lungs for any nodule of the discovery cases",
                 "Lower synthesis.scale, or name other patients in roles.reference.",
             )
@@ -240,14 +242,13 @@ def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) 
     """What decides a sample besides its reference, its layout and its seed."""
     return {
         "generator": config.name,
-        "code": code_fingerprint("models", "generators", "synthesis"),
+        "code": stage_fingerprint("draw", config.name),
         "settings": config.decides_samples(),
         "weights_sha256": None if weights is None else sha256_of(weights),
     }
 
 
-def _hash_nodules(folder: Path) -> str:
-    path = folder / "nodules.nii.gz"
+def _hash_nodules(path: Path) -> str:
     try:
         return sha256_of(path)
     except FileNotFoundError:
@@ -255,13 +256,14 @@ def _hash_nodules(folder: Path) -> str:
 
 
 def _row(sample: PlannedSample, generator: str, output: Path) -> dict[str, Any]:
-    record = json.loads((output / sample.sample_id / "sample.json").read_text(encoding="utf-8"))
+    folder = CaseFolder(output / sample.sample_id)
+    record = read_json(folder.sample_record)
     return {
         **sample.reference,
         "case_id": sample.sample_id,
         "source": generator,
-        "role": "synthetic",
+        "role": SYNTHETIC,
         "n_nodules": record["n_nodules"],
         "path": sample.sample_id,
-        "sha256": cases.hash_case(output / sample.sample_id),
+        "sha256": folder.hash(),
     }

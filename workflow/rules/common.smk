@@ -18,12 +18,14 @@ if package.origin is None:
     )
 
 from lungddpm.arms.compose import parse_arm
-from lungddpm.arms.splits import role_counts
 from lungddpm.config.loading import parse_config, read_values
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import UserError, from_os_error
-from lungddpm.core.files import code_fingerprint, write_json
+from lungddpm.core.files import write_json
+from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
+from lungddpm.segmentation.nnunet import weights_file
 
 try:
     # Snakemake has read them already, but of a key that a file has twice it drops the first.
@@ -35,9 +37,7 @@ try:
     # Generators that are trained, each with its part of the config.
     TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
     # Those that draw with weights, each with the generator whose weights these are.
-    WEIGHTS_OF = {
-        name: owner for name in PLUGINS if (owner := plugin(name).weights_of)
-    }
+    WEIGHTS_OF = {name: owner for name in PLUGINS if (owner := plugin(name).weights_of)}
 except UserError as error:
     report_fault(error)
     raise WorkflowError(str(error)) from None
@@ -47,11 +47,7 @@ offer_own_programs()
 IS_PHANTOM = SETTINGS.source.kind == "phantom"
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
-# nnU-Net's own place and name for the weights of a replicate.
-CHECKPOINT = (
-    "results/arms/{arm}/nnUNet_results/seed{seed}/Dataset501_LungNodule/"
-    "LungDDPMTrainer__nnUNetPlans__lungddpm/fold_{fold}/checkpoint_final.pth"
-)
+CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
 
 
 # Stages read the merged config from this file. It is nobody's input: each job's `params.settings` holds the parts that
@@ -71,6 +67,7 @@ wildcard_constraints:
     table="index|cases",
     fold=r"\d+",
     seed=r"\d+",
+    replicate=SETTINGS.segmentation.replicate_name(r"\d+", r"\d+"),
 
 
 def write_merged_config():
@@ -153,11 +150,8 @@ def discovery_cases(cases):
     """How many cases the table has to train on; of the phantom cohort, as many as the config says."""
     if not IS_PHANTOM:
         usable = [row for row in rows_of(cases) if row["status"] == "ok"]
-        return sum("discovery" in row["role"].split("+") for row in usable)
-    wanted = SETTINGS.roles.discovery
-    if isinstance(wanted, list):
-        return len(wanted)
-    return role_counts(SETTINGS.roles, SETTINGS.source.phantom.patients)["discovery"]
+        return sum(DISCOVERY in roles_of(row["role"]) for row in usable)
+    return SETTINGS.roles.counts(SETTINGS.source.phantom.patients)[DISCOVERY]
 
 
 def tables_of_cases(_wildcards):
@@ -196,9 +190,7 @@ def weights_of(generator):
     """The trained weights, for generators that draw with some."""
     if generator not in WEIGHTS_OF:
         return []
-    return [
-        f"results/{TRAINED[WEIGHTS_OF[generator]].model_folder}/model.safetensors"
-    ]
+    return [f"results/{TRAINED[WEIGHTS_OF[generator]].model_folder}/model.safetensors"]
 
 
 def files_of_external(generator):
@@ -222,6 +214,13 @@ def synthesis_settings(generator):
     config = SETTINGS.for_generator(generator)
     window = SETTINGS.grid.window_hu if generator in WEIGHTS_OF else None
     return {"run": config.run, "generator": config.decides_samples(), "window": window}
+
+
+def code_of_synthesis(generator):
+    """The fingerprint of the code that makes a generator's samples, or takes them from a folder."""
+    if generator in SETTINGS.arms.external:
+        return stage_fingerprint("import_external")
+    return stage_fingerprint("synthesize", generator)
 
 
 def plans_of(wildcards):

@@ -31,7 +31,7 @@ rule train_generator:
                 SETTINGS.workflow.training_processes
             ),
         ),
-        code=code_fingerprint("models"),
+        code=stage_fingerprint("train"),
         # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
         launcher=training_launcher,
         threads_each=lambda wildcards, threads: max(

@@ -33,7 +33,7 @@ rule synthesize:
         settings=lambda wildcards: settings_of(
             "synthesis", **synthesis_settings(wildcards.generator)
         ),
-        code=code_fingerprint("layouts", "models", "generators", "synthesis"),
+        code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
         "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
         " --dose {wildcards.dose} --cases {input.cases} {params.weights} {params.external}"
