@@ -337,6 +337,7 @@ class _Reader:
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[Any]:
         arguments, body = node.args, node.body if isinstance(node.body, list) else [node.body]
+        outside: list[list[Any] | None]
         outside = [self.trees(getattr(node, "decorator_list", [])), self.trees(arguments.defaults)]
         outside += [None if default is None else self.tree(default) for default in arguments.kw_defaults]
         kinds = (arguments.posonlyargs, arguments.args, [arguments.vararg], arguments.kwonlyargs, [arguments.kwarg])
