@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import glob
 import hashlib
 import json
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
 
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 """What disks answer that lack an operation, such as exFAT, SMB and FUSE."""
-_CODE = {".py", ".jinja", ".csv"}
 
 
 @contextmanager
@@ -168,18 +166,6 @@ def check_archive(path: Path) -> None:
 def fingerprint(value: Any) -> str:
     """SHA-256 of a JSON-like value: equal values, equal fingerprints, whatever the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
-
-
-@functools.cache
-def code_fingerprint(*rooms: str) -> str:
-    """SHA-256 over the source and template files of these rooms ("layouts") and the modules that all rooms share.
-
-    What was made by other code is made anew, in Snakemake's eyes and in those of the stage itself.
-    """
-    package = Path(__file__).parents[1]
-    shared = [package / "core" / f"{name}.py" for name in ("cases", "files", "volume")]
-    files = shared + sorted(path for room in rooms for path in (package / room).rglob("*") if path.suffix in _CODE)
-    return fingerprint([sha256_of(path) for path in files])
 
 
 def seed_from(*parts: int | str) -> int:

@@ -27,8 +27,9 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import ConfigError, InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, lock_if_free, read_json, seed_from, sha256_of, write_json
+from lungddpm.core.files import fingerprint, lock_if_free, read_json, seed_from, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY, REFERENCE, SYNTHETIC
 from lungddpm.core.volume import Volume, write_volume
@@ -195,7 +196,7 @@ def run_synthesize(
         shard: 0-based number of this share of the work.
         shards: how many shares there are.
         table: the table to write.
-        device: see `lungddpm.core.device.make_accelerator`.
+        device: see `lungddpm.models.accelerator.make_accelerator`.
         dose: by default the largest that an arm takes.
         external: folder of a generator in `arms.external`; by default the one named there.
 
@@ -266,7 +267,7 @@ def _claim(
 
 def _settings(config: Config, generator: str, weights: Path | None) -> dict[str, Any]:
     """What decides a sample besides its reference, its layout and its seed."""
-    settings = {"generator": generator, "code": code_fingerprint("models", "generators")}
+    settings = {"generator": generator, "code": stage_fingerprint("draw", generator)}
     sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"batch_size"})
     sampling["orientation"] = config.diffusion.orientation
     if weights is None:
@@ -306,7 +307,7 @@ def _layout_inputs(sample: PlannedSample, config: Config, bank: Bank | None, ref
     """Fingerprint of what decides a made layout besides its seed and the reference's own layout; None for `OWN`."""
     if sample.layout_origin == OWN:
         return None
-    inputs = {"synthesis": config.synthesis, "code": code_fingerprint("layouts"), "bank": bank.fingerprint}
+    inputs = {"synthesis": config.synthesis, "code": stage_fingerprint("make_layout"), "bank": bank.fingerprint}
     if sample.layout_origin == JITTERED:
         inputs["nodules"] = _hash_nodules(reference.nodules)
     return fingerprint(inputs)

@@ -17,8 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lungddpm.config.models import Config, LayoutLimits
 from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, read_json, sha256_of, write_json
+from lungddpm.core.files import fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import SYNTHETIC
@@ -249,7 +250,7 @@ def _copy(
         "declared": {"trained_on": declaration.trained_on, **entry.model_dump(include={"reference", "donors"})},
         "generator": generator,
         "files": {name: sha256_of(root / entry.sample / name) for name in _FILES},
-        "code": code_fingerprint("generators"),
+        "code": stage_fingerprint("copy_external"),
     }
     provenance["fingerprint"] = fingerprint(provenance)
     if not is_complete(folder, provenance["fingerprint"]):

@@ -14,9 +14,10 @@ import pandas as pd
 from lungddpm import __version__
 from lungddpm.config.models import Config
 from lungddpm.core.cases import CaseFolder, check_case, hash_voxels, write_cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.drawing import save
 from lungddpm.core.errors import ExcludedCaseError, InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, read_json, sha256_of, write_json
+from lungddpm.core.files import fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import (
@@ -250,7 +251,7 @@ def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[
         {
             "grid": config.grid,
             "layouts": config.layouts,
-            "code": code_fingerprint("sources", "layouts"),
+            "code": stage_fingerprint("prepare", row["source"]),
             "row": {column: row[column] for column in ("source", "series_uid", "path", "annotations")},
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }

@@ -16,12 +16,12 @@ import torch
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
-from lungddpm.core.device import send
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path, exclusive_lock, fingerprint, seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import to_model_range
+from lungddpm.models.accelerator import send
 from lungddpm.models.augmentation import augment, draw_augmentation
 from lungddpm.models.denoiser import condition_channels
 

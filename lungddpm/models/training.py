@@ -24,11 +24,12 @@ from accelerate.utils import broadcast_object_list
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
-from lungddpm.core.device import explain_out_of_memory, make_accelerator
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of
+from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY
+from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.denoiser import UNet, build_denoiser
@@ -234,7 +235,7 @@ def _config_fingerprint(config: Config, processes: int, initial: Path | None) ->
         "window_hu": config.grid.window_hu,
         "diffusion": config.diffusion.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
-        "code": code_fingerprint("models"),
+        "code": stage_fingerprint("train"),
     }
     return fingerprint(decisive)
 

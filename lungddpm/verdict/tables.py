@@ -10,9 +10,10 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core.cases import CaseFolder
+from lungddpm.core.device import device_of
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import read_json, seed_from, write_table, write_text
-from lungddpm.core.progress import LOG, device_in
+from lungddpm.core.progress import LOG
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
 from lungddpm.evaluation.segmentation import RATIOS, check_unchanged
@@ -358,8 +359,8 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
 def timing_table(results: Path) -> pd.DataFrame:
     """One row a job that Snakemake timed: `TIMING_COLUMNS`.
 
-    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the log of the same name; jobs that were too
-    short to be sampled have NaN memory.
+    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the record beside the log of the same name;
+    jobs that were too short to be sampled have NaN memory.
     """
     rows = []
     folder = results / "benchmarks"
@@ -373,7 +374,7 @@ def timing_table(results: Path) -> pd.DataFrame:
                     "seconds": run["s"],
                     "cpu_seconds": run.get("cpu_time"),
                     "max_rss_mb": run.get("max_rss"),
-                    "device": device_in(results / "logs" / f"{job}.log"),
+                    "device": device_of(results / "logs" / f"{job}.log"),
                 }
             )
     return pd.DataFrame(rows, columns=TIMING_COLUMNS)

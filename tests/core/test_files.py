@@ -18,7 +18,6 @@ import pytest
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import (
     atomic_path,
-    code_fingerprint,
     exclusive_lock,
     fingerprint,
     link_or_copy,
@@ -220,32 +219,3 @@ def test_who_comes_second_waits_and_says_so(tmp_path, caplog):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-
-
-def test_code_fingerprint_follows_the_room_and_what_rooms_share(tmp_path, monkeypatch):
-    package = tmp_path / "lungddpm"
-    for room in ("layouts", "verdict"):
-        (package / room).mkdir(parents=True)
-        (package / room / "module.py").write_text(room)
-    (package / "core").mkdir()
-    for shared in ("cases", "files", "volume"):
-        (package / f"core/{shared}.py").write_text(shared)
-    monkeypatch.setattr("lungddpm.core.files.__file__", str(package / "core/files.py"))
-
-    def both():
-        code_fingerprint.cache_clear()
-        return code_fingerprint("layouts"), code_fingerprint("verdict")
-
-    before = both()
-    (package / "layouts/module.py").write_text("changed")
-    layouts_changed = both()
-    (package / "verdict/page.html.jinja").write_text("new")
-    verdict_changed = both()
-    (package / "core/volume.py").write_text("changed")
-    shared_changed = both()
-    code_fingerprint.cache_clear()
-    assert layouts_changed == (layouts_changed[0], before[1])
-    assert layouts_changed[0] != before[0]
-    assert verdict_changed[0] == layouts_changed[0]
-    assert verdict_changed[1] != layouts_changed[1]
-    assert not set(shared_changed) & set(verdict_changed)

@@ -277,7 +277,7 @@ def cohort(patient, tmp_path, monkeypatch):
                 **numbers,
                 "case_id": name,
                 "patient_id": name,
-                "source": "fake",
+                "source": "nifti",
                 "role": "test",
                 "series_uid": name,
                 "n_nodules": 7,

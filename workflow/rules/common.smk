@@ -19,8 +19,9 @@ if package.origin is None:
 
 from lungddpm.arms.compose import parse_arm
 from lungddpm.config.loading import parse_config, read_values
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import UserError, from_os_error
-from lungddpm.core.files import code_fingerprint, write_json
+from lungddpm.core.files import write_json
 from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.generators import module_of
 from lungddpm.operations.run import offer_own_programs, report_fault
@@ -214,6 +215,13 @@ def sampling_of(generator):
     """How a generator samples; None where it has no denoiser."""
     denoiser = DENOISERS.get(generator)
     return denoiser and denoiser.diffusion.sampling.model_dump(mode="json")
+
+
+def code_of_synthesis(generator):
+    """The fingerprint of the code that makes a generator's samples, or takes them from a folder."""
+    if generator in SETTINGS.arms.external:
+        return stage_fingerprint("import_external")
+    return stage_fingerprint("synthesize", generator)
 
 
 def plans_of(wildcards):
