@@ -36,7 +36,7 @@ rule phantom:
     params:
         folder=subpath(output[0], parent=True),
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
-        code=code_fingerprint("sources"),
+        code=stage_fingerprint("phantom"),
     shell:
         "lungddpm --log {log:q} phantom --config {input.config:q} --output {params.folder:q}"
 
@@ -60,7 +60,7 @@ rule index:
     params:
         source=source_option,
         settings=settings_of("roles", source=SETTINGS.source.kind),
-        code=code_fingerprint("sources"),
+        code=stage_fingerprint("index", SETTINGS.source.kind),
     shell:
         "lungddpm --log {log:q} index --config {input.config:q} --source {params.source:q} --output {output:q}"
 
@@ -83,12 +83,13 @@ rule prepare:
         # Some 36 bytes a voxel of the scan: the longest scans need a second attempt.
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=600,
+        gpu=int(SETTINGS.layouts.lungs != "classical"),
     params:
         source=source_option,
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
-        code=code_fingerprint("sources", "layouts"),
+        code=stage_fingerprint("prepare", SETTINGS.source.kind),
     shell:
         "lungddpm --log {log:q} prepare --config {input.config:q} --index {input.index:q} --source {params.source:q}"
         " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
@@ -147,7 +148,7 @@ rule collect:
     params:
         tables=lambda wildcards, input: named_tables(input.tables),
         settings=settings_of("roles"),
-        code=code_fingerprint(),
+        code=stage_fingerprint("collect"),
     shell:
         "lungddpm --log {log:q} collect {params.tables} --config {input.config:q} --output {output.cases:q}"
 
@@ -171,6 +172,6 @@ rule qc:
     params:
         folder=subpath(output[0], parent=True),
         settings=settings_of("layouts"),
-        code=code_fingerprint("report"),
+        code=stage_fingerprint("qc"),
     shell:
         "lungddpm --log {log:q} qc --config {input.config:q} --cases {input.cases:q} --output {params.folder:q}"

@@ -24,7 +24,7 @@ rule plan:
         settings=settings_of(
             network=SEGMENTER["network"], batch_size=SEGMENTER["batch_size"]
         ),
-        code=code_fingerprint("segmentation"),
+        code=stage_fingerprint("plan"),
     shell:
         "lungddpm --log {log:q} segment plan --config {input.config:q} --arm-folder {params.folder:q}"
         " --plans-from {params.plans_from:q} --threads {threads}"
@@ -50,7 +50,7 @@ rule train_segmenter:
     params:
         folder=subpath(input.plan, parent=True),
         settings=settings_of(**SEGMENTER),
-        code=code_fingerprint("segmentation"),
+        code=stage_fingerprint("train_segmenter"),
     shell:
         "lungddpm --log {log:q} segment train --config {input.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
@@ -77,7 +77,7 @@ rule predict:
         gpu=1,
     params:
         folder=subpath(input.plan, parent=True),
-        code=code_fingerprint("segmentation"),
+        code=stage_fingerprint("predict"),
     shell:
         "lungddpm --log {log:q} segment predict --config {input.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {output:q}"

@@ -37,7 +37,7 @@ rule synthesize:
             run=SETTINGS.diffusion.run,
             window=SETTINGS.grid.window_hu,
         ),
-        code=code_fingerprint("layouts", "models", "generators"),
+        code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
         "lungddpm --log {log:q} synthesize --config {input.config:q} --generator {wildcards.generator}"
         " --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"

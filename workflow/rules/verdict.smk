@@ -5,28 +5,28 @@ rule evaluate:
     input:
         config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
-        predictions="results/segmentation/{arm}/fold{fold}_seed{seed}/predictions",
+        predictions="results/segmentation/{arm}/{replicate}/predictions",
     output:
         metrics=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/metrics.csv",
+            "results/segmentation/{arm}/{replicate}/metrics.csv",
             non_empty=True,
         ),
         lesions=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/lesions.csv",
+            "results/segmentation/{arm}/{replicate}/lesions.csv",
             non_empty=True,
         ),
         candidates=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/candidates.csv",
+            "results/segmentation/{arm}/{replicate}/candidates.csv",
             non_empty=True,
         ),
         evaluation=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/evaluation.json",
+            "results/segmentation/{arm}/{replicate}/evaluation.json",
             non_empty=True,
         ),
     log:
-        "results/logs/evaluate-{arm}-fold{fold}_seed{seed}.log",
+        "results/logs/evaluate-{arm}-{replicate}.log",
     benchmark:
-        "results/benchmarks/evaluate-{arm}-fold{fold}_seed{seed}.tsv"
+        "results/benchmarks/evaluate-{arm}-{replicate}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
     threads: 1
@@ -35,7 +35,7 @@ rule evaluate:
         runtime=60,
     params:
         folder=subpath(output.metrics, parent=True),
-        code=code_fingerprint("evaluation"),
+        code=stage_fingerprint("evaluate"),
     shell:
         "lungddpm --log {log:q} evaluate --config {input.config:q} --cases {input.cases:q}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
@@ -62,7 +62,7 @@ rule quality:
     params:
         samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
-        code=code_fingerprint("quality"),
+        code=stage_fingerprint("quality"),
     shell:
         "lungddpm --log {log:q} quality {params.samples} --config {input.config:q} --generator {wildcards.generator}"
         " --cases {input.cases:q} --output {output.samples:q} --threads {threads}"
@@ -123,7 +123,7 @@ rule write_report:
     params:
         folder=subpath(output.page, parent=True),
         settings=settings_of("verdict", arms=ARMS),
-        code=code_fingerprint("verdict", "report"),
+        code=stage_fingerprint("report"),
     shell:
         "lungddpm --log {log:q} report --config {input.config:q} --results {params.folder:q}"
 
@@ -147,6 +147,6 @@ rule checksums:
         runtime=240,
     params:
         folder=subpath(output[0], parent=True),
-        code=code_fingerprint(),
+        code=stage_fingerprint("checksums"),
     shell:
         "lungddpm --log {log:q} checksums --results {params.folder:q}"
