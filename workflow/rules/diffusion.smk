@@ -3,7 +3,6 @@
 
 rule train_denoiser:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
     output:
         ensure("results/diffusion/{run}/model.safetensors", non_empty=True),
@@ -25,6 +24,7 @@ rule train_denoiser:
         gres=several_nodes(f"gpu:{SETTINGS.workflow.denoiser_gpus}"),
         mpi=several_nodes("srun"),
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         section=lambda wildcards: SECTION_OF_RUN[wildcards.run],
         settings=lambda wildcards: settings_of(
@@ -40,6 +40,6 @@ rule train_denoiser:
             1, threads // SETTINGS.workflow.denoiser_gpus
         ),
     shell:
-        "{params.launcher} lungddpm --log {log:q} train --config {input.config:q} --section {params.section}"
+        "{params.launcher} lungddpm --log {log:q} train --config {params.config:q} --section {params.section}"
         " --cases {input.cases:q}"
         " --output {params.folder:q} --threads {params.threads_each}"
