@@ -36,10 +36,11 @@ test-slow: $(READY)
 bench: $(READY)
 	$(BIN)/lungddpm bench $(BENCH)
 
-# What is generated from the config models; a test compares them.
+# What is generated from the config models and the registry of measures; tests compare them.
 docs: $(READY)
 	$(BIN)/lungddpm config schema > workflow/schemas/config.schema.json
 	$(BIN)/lungddpm config schema --markdown > config/README.md
+	$(BIN)/python -m lungddpm.evaluation.reference docs/reference/measures.md
 
 clean:
 	rm -rf results/[!R]* .snakemake

@@ -264,8 +264,9 @@ def compose(
     """Compose a training set (nnU-Net raw dataset, HU) from real and synthetic cases, behind the leak guard."""
     from lungddpm.arms.compose import run_compose
     from lungddpm.config.loading import load_config
+    from lungddpm.core.arms import Arm
 
-    run_compose(load_config(*config), arm, cases, samples or [], output or RESULTS / "arms" / arm)
+    run_compose(load_config(*config), arm, cases, samples or [], output or RESULTS / "arms" / Arm.parse(arm).name)
 
 
 @segment_app.command("plan")

@@ -17,8 +17,8 @@ if package.origin is None:
         "Start 'lungddpm run' or 'snakemake', not 'python -m snakemake', and take its parent out of PYTHONPATH."
     )
 
-from lungddpm.arms.compose import parse_arm
 from lungddpm.config.loading import parse_config, read_values
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
@@ -112,10 +112,8 @@ def phantom_cohort(_wildcards):
 
 def samples_of_arm(wildcards):
     """Tables of the synthetic cases that an arm takes, or their list."""
-    recipe = parse_arm(wildcards.arm)
-    if recipe.added in (None, "real"):
-        return []
-    return sample_tables(recipe.added, recipe.dose)
+    arm = Arm.parse(wildcards.arm)
+    return sample_tables(arm.generator, arm.dose) if arm.generator else []
 
 
 def sample_tables(generator, dose=None):
@@ -234,7 +232,7 @@ def code_of_synthesis(generator):
 
 def plans_of(wildcards):
     """Every arm but `real` waits for the plans made on `real`."""
-    return [] if wildcards.arm == "real" else ["results/arms/real/plan.json"]
+    return [] if wildcards.arm == BASELINE else ["results/arms/real/plan.json"]
 
 
 def folder_of_plans(_wildcards, input, output):
