@@ -108,7 +108,9 @@ class CodeFromStep(TypedDict):
     code: str
 
 
-def code_of_steps(before: Iterable[CodeFromStep], steps_taken: int, code: str, begin_again: str) -> list[CodeFromStep]:
+def code_of_steps(
+    before: Iterable[CodeFromStep], steps_taken: int, code: str, begin_again: str = ""
+) -> list[CodeFromStep]:
     """Which code takes which steps of a training that goes on; a warning where it is not the code so far.
 
     Args:
@@ -337,7 +339,7 @@ class _Reader:
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[Any]:
         arguments, body = node.args, node.body if isinstance(node.body, list) else [node.body]
-        outside = [self.trees(getattr(node, "decorator_list", [])), self.trees(arguments.defaults)]
+        outside: list[Any] = [self.trees(getattr(node, "decorator_list", [])), self.trees(arguments.defaults)]
         outside += [None if default is None else self.tree(default) for default in arguments.kw_defaults]
         kinds = (arguments.posonlyargs, arguments.args, [arguments.vararg], arguments.kwonlyargs, [arguments.kwarg])
         names = [[argument.arg for argument in kind if argument is not None] for kind in kinds]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Config, Denoiser
+from lungddpm.core.code import CodeFromStep
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import atomic_path
 from lungddpm.core.progress import LOG
@@ -52,12 +53,14 @@ class Metadata:
         steps: optimizer steps taken.
         config_fingerprint: of the keys that decide what training computes.
         data_fingerprint: of the cases that it saw.
+        code: which code took which steps.
     """
 
     config: Config
     steps: int
     config_fingerprint: str
     data_fingerprint: str
+    code: list[CodeFromStep]
 
 
 def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
@@ -68,6 +71,7 @@ def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
         "steps": metadata.steps,
         "config_fingerprint": metadata.config_fingerprint,
         "data_fingerprint": metadata.data_fingerprint,
+        "code": metadata.code,
         "config": metadata.config.without_folders().model_dump(mode="json"),
     }
     weights = {name: tensor.cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
@@ -87,7 +91,7 @@ def read_metadata(path: Path) -> Metadata:
     try:
         held["config"]["diffusion"].setdefault("orientation", "ras")  # earlier versions had nothing else
         config = parse_config(held["config"], path)
-        return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"])
+        return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"], held["code"])
     except ConfigError as error:
         raise InputError(path, f"was trained by another version ({error.problem})", _RETRAIN) from None
     except (KeyError, TypeError, AttributeError) as error:
