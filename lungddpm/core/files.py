@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lungddpm.core.errors import InputError
 from lungddpm.core.locks import FileLock, tell_once
 from lungddpm.core.progress import LOG
 
@@ -116,6 +117,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
 
 
+def read_json(path: Path, remedy: str = "Delete it and run again.") -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        remedy: what the user can do where it cannot be read, as a sentence.
+
+    Raises:
+        InputError: it is missing, unreadable, damaged, or not an object; or an object in it has a key twice, of which
+            Python would drop the first.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", remedy) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", remedy) from None
+    if not isinstance(content, dict):
+        raise InputError(path, "is not a JSON object", remedy)
+    return content
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a data frame atomically, tab-separated for `.tsv`, else comma-separated; no index column."""
     with atomic_path(path) as temporary:
@@ -148,6 +171,15 @@ def fingerprint(value: Any) -> str:
 def seed_from(*parts: int | str) -> int:
     """A seed in [0, 2**63) for a random generator, derived from what names the draw, e.g. (run seed, case, index)."""
     return int(fingerprint(list(parts))[:16], 16) >> 1
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key '{twice}' twice")
+    return content
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ import numpy as np
 from lungddpm.core import cases
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError, printable
-from lungddpm.core.files import atomic_path, fingerprint, write_text
+from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import Volume
 
@@ -144,9 +144,9 @@ class Cache:
 
     def _load(self) -> dict[str, list]:
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8")) if self._path is not None else {}
+            content = read_json(self._path) if self._path is not None else {}
             return content["entries"] if content["made_by"] == self._made_by else {}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (InputError, KeyError):
             return {}
 
 

@@ -15,12 +15,14 @@ import pandas as pd
 import psutil
 import pytest
 
+from lungddpm.core.errors import InputError
 from lungddpm.core.files import (
     atomic_path,
     exclusive_lock,
     fingerprint,
     link_or_copy,
     lock_if_free,
+    read_json,
     seed_from,
     sha256_of,
     write_json,
@@ -146,6 +148,32 @@ def test_json_is_strict(tmp_path):
     assert not list(tmp_path.iterdir())
     write_json(tmp_path / "b.json", {"n": np.int64(3), "a": np.arange(2)})
     assert json.loads((tmp_path / "b.json").read_text()) == {"n": 3, "a": [0, 1]}
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "does not exist"),
+        ("{", "cannot be read as JSON"),
+        ("", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"a": {"b": 1, "c": 2, "b": 3}}', "an object has the key 'b' twice"),
+    ],
+)
+def test_json_that_cannot_be_read_is_reported_with_the_way_out(tmp_path, text, problem):
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=f"a.json: .*{problem}.*Make it again[.]$"):
+        read_json(tmp_path / "a.json", "Make it again.")
+
+
+def test_json_that_is_not_utf_8_or_is_a_folder(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"name": "M\xfcller"}')
+    (tmp_path / "folder.json").mkdir()
+    for name in ("a.json", "folder.json"):
+        with pytest.raises(InputError, match="cannot be read as JSON"):
+            read_json(tmp_path / name)
 
 
 def test_names_that_are_not_utf_8_come_back_from_json(tmp_path):

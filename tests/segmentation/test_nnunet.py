@@ -14,7 +14,7 @@ import torch
 from lungddpm.arms.compose import DATASET, run_compose
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Network
-from lungddpm.core.cases import read_case, read_cases, usable, write_cases
+from lungddpm.core.cases import CaseFolder, read_cases, usable, write_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import read_volume
@@ -117,7 +117,7 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         f"{prefix}{case}.nii.gz" for case in test for prefix in ("", "probability/")
     )
     for case in test:
-        _, layout = read_case(run / "cases" / case)
+        _, layout = CaseFolder(run / "cases" / case).read()
         mask, probability = (read_volume(tmp_path / f"{prefix}{case}.nii.gz") for prefix in ("", "probability/"))
         assert mask.same_grid(layout)
         assert (mask.array.dtype, probability.array.dtype) == (np.uint8, np.uint16)
@@ -128,6 +128,15 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         dice = 2 * (mask.array & truth).sum() / (mask.array.sum() + truth.sum())
         # Marking everything gives 2 x 0.013 / 1.013 = 0.03.
         assert dice > 0.6
+
+
+def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arm = run / "arms" / "real"
+    with pytest.raises(ConfigError, match=r"takes the first visible GPU only.*CUDA_VISIBLE_DEVICES=1"):
+        nnunet.run_train(CONFIG, arm, 0, 0, "cuda:1")
+    with pytest.raises(ConfigError, match=r"takes the first visible GPU only"):
+        nnunet.run_predict(CONFIG, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cuda:1")
 
 
 def test_the_training_curve_is_read_from_the_logs(run):

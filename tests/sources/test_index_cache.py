@@ -145,7 +145,7 @@ def test_a_fault_is_looked_at_again(tree, monkeypatch):
     first = index(tree)
     (tree / "index.cache.json").unlink()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as broken:

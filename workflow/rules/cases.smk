@@ -60,6 +60,7 @@ rule prepare:
         # Some 36 bytes a voxel of the scan: the longest scans need a second attempt.
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=600,
+        gpu=int(SETTINGS.layouts.lungs != "classical"),
     params:
         source=source_option,
         shards=lambda wildcards, input: prepare_jobs(input.index),

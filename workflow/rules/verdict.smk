@@ -4,28 +4,28 @@
 rule evaluate:
     input:
         cases="results/cases/cases.tsv",
-        predictions="results/segmentation/{arm}/fold{fold}_seed{seed}/predictions",
+        predictions="results/segmentation/{arm}/{replicate}/predictions",
     output:
         metrics=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/metrics.csv",
+            "results/segmentation/{arm}/{replicate}/metrics.csv",
             non_empty=True,
         ),
         lesions=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/lesions.csv",
+            "results/segmentation/{arm}/{replicate}/lesions.csv",
             non_empty=True,
         ),
         candidates=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/candidates.csv",
+            "results/segmentation/{arm}/{replicate}/candidates.csv",
             non_empty=True,
         ),
         evaluation=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/evaluation.json",
+            "results/segmentation/{arm}/{replicate}/evaluation.json",
             non_empty=True,
         ),
     log:
-        "results/logs/evaluate-{arm}-fold{fold}_seed{seed}.log",
+        "results/logs/evaluate-{arm}-{replicate}.log",
     benchmark:
-        "results/benchmarks/evaluate-{arm}-fold{fold}_seed{seed}.tsv"
+        "results/benchmarks/evaluate-{arm}-{replicate}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
     threads: 1
