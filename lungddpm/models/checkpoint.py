@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +53,14 @@ class Metadata:
         steps: optimizer steps taken.
         config_fingerprint: of the keys that decide what training computes.
         data_fingerprint: of the cases that it saw.
-        code: which code took which steps.
+        code: which code took which steps, where that is known.
     """
 
     config: Config
     steps: int
     config_fingerprint: str
     data_fingerprint: str
-    code: list[CodeFromStep]
+    code: list[CodeFromStep] = field(default_factory=list)
 
 
 def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
@@ -91,7 +91,9 @@ def read_metadata(path: Path) -> Metadata:
     try:
         held["config"]["diffusion"].setdefault("orientation", "ras")  # earlier versions had nothing else
         config = parse_config(held["config"], path)
-        return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"], held["code"])
+        return Metadata(
+            config, held["steps"], held["config_fingerprint"], held["data_fingerprint"], held.get("code", [])
+        )
     except ConfigError as error:
         raise InputError(path, f"was trained by another version ({error.problem})", _RETRAIN) from None
     except (KeyError, TypeError, AttributeError) as error:

@@ -282,7 +282,9 @@ def _is_complete(model_path: Path, wanted: Metadata) -> bool:
     except InputError as error:
         LOG.warning("%s Training again.", error)
         return False
-    found_by, wanted_by = ((m.config_fingerprint, m.data_fingerprint, m.code[-1]["code"]) for m in (found, wanted))
+    found_by, wanted_by = (
+        (m.config_fingerprint, m.data_fingerprint, [last["code"] for last in m.code[-1:]]) for m in (found, wanted)
+    )
     if found_by == wanted_by:
         LOG.info("%s is complete: nothing to do", model_path)
     return found_by == wanted_by
