@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.roles import ROLES
 
@@ -452,9 +453,9 @@ class Arms(_Section):
     @model_validator(mode="after")
     def _known(self) -> Arms:
         modules = _modules("generators") - {"external"}
-        if taken := sorted(set(self.external) & {*modules, "external", "real"}):
+        if taken := sorted(set(self.external) & {*modules, "external", BASELINE}):
             raise ValueError(f"arms.external: the name {taken[0]} is taken, use another one")
-        controls = [name for name in self.controls if name != "real"]
+        controls = [name for name in self.controls if name != BASELINE]
         lists = {"generators": self.generators, "controls": controls, "synthetic_only": self.synthetic_only}
         for key, names in lists.items():
             for name in names:
@@ -474,7 +475,7 @@ class Arms(_Section):
     def doses_of(self) -> dict[str, list[float]]:
         """Generators in use and the doses that the arms take of each, in ascending order."""
         doses = {name: set(self.doses) for name in self.generators}
-        doses |= {name: {self.control_dose} for name in self.controls if name != "real"}
+        doses |= {name: {self.control_dose} for name in self.controls if name != BASELINE}
         for name in self.synthetic_only:
             doses.setdefault(name, set()).add(1.0)
         return {name: sorted(values) for name, values in doses.items()}
@@ -483,12 +484,16 @@ class Arms(_Section):
         """Generators in use and the largest dose that any arm takes of each."""
         return {name: doses[-1] for name, doses in self.doses_of().items()}
 
+    def all(self) -> list[Arm]:
+        """All arms, `real` first, then those with synthetic CT, then the controls."""
+        mixed = [Arm(True, name, dose) for name in self.generators for dose in self.doses]
+        alone = [Arm(False, name, 1.0) for name in self.synthetic_only]
+        controls = [Arm(True, name, 1.0 if name == BASELINE else self.control_dose) for name in self.controls]
+        return [Arm(True, None, 0.0), *mixed, *alone, *controls]
+
     def names(self) -> list[str]:
-        """All arms, `real` first, e.g. `["real", "real+lung_ddpm@1.0", "synthetic:lung_ddpm", "real+real"]`."""
-        mixed = [f"real+{name}@{dose}" for name in self.generators for dose in self.doses]
-        alone = [f"synthetic:{name}" for name in self.synthetic_only]
-        controls = ["real+real" if name == "real" else f"real+{name}@{self.control_dose}" for name in self.controls]
-        return ["real", *mixed, *alone, *controls]
+        """Names of `all`, e.g. `["real", "real+lung_ddpm@1.0", "synthetic:lung_ddpm", "real+real"]`."""
+        return [arm.name for arm in self.all()]
 
 
 class Network(_Section):

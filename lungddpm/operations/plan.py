@@ -9,9 +9,9 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lungddpm.arms.compose import parse_arm
 from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation
+from lungddpm.core.arms import Arm
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
 from lungddpm.core.roles import ROLES
@@ -283,7 +283,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         for name, doses in config.arms.doses_of().items()
     }
     prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
-    arms = config.arms.names()
+    arms = config.arms.all()
     training_cases = sum(_training_cases(arm, cohort.discovery) for arm in arms)
     runs = len(arms) * len(config.segmentation.replicates())
     predictions = cohort.test * runs
@@ -474,10 +474,9 @@ def _predict(config: Config, cost: NetworkCost, runs: int, predictions: int, spe
     return _heavy("predict", runs, flop, cost.drawing_bytes, disk, speed)
 
 
-def _training_cases(arm: str, discovery: int) -> int:
+def _training_cases(arm: Arm, discovery: int) -> int:
     """Real and synthetic cases of an arm."""
-    recipe = parse_arm(arm)
-    return recipe.real * discovery + round(recipe.dose * discovery)
+    return arm.real * discovery + round(arm.dose * discovery)
 
 
 def _patch(config: Config) -> tuple[int, int, int]:

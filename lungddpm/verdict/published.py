@@ -10,6 +10,7 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.quality.image_quality import SYNTHETIC, WHOLE
 
@@ -106,7 +107,7 @@ def published_comparison(
 
 def _segmentation(figure: dict, verdict: pd.DataFrame) -> dict:
     if figure["method"] == "real only":
-        arm = "real"
+        arm = BASELINE
     elif figure["method"] in _GENERATORS:
         dose = int(figure["training_set"].split("+")[1].split()[0]) / REAL_CASES
         arm = _arm_of_dose(verdict["arm"], _GENERATORS[figure["method"]], dose)
@@ -123,15 +124,18 @@ def _segmentation(figure: dict, verdict: pd.DataFrame) -> dict:
         "measured_mean": measured["mean"],
         "measured_sd": measured["sd"],
         "measured_change": measured["difference"],
-        "comparable": "no" if arm == "real" else "change only",
+        "comparable": "no" if arm == BASELINE else "change only",
         "why_not": _SEGMENTATION,
     }
 
 
 def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
     """The generator's arm whose dose is closest to `dose` and within a tenth of it (0.23 passes for 0.25)."""
-    prefix = f"real+{generator}@"
-    distance = {arm: abs(float(arm.removeprefix(prefix)) / dose - 1) for arm in arms if arm.startswith(prefix)}
+    distance = {
+        name: abs(arm.dose / dose - 1)
+        for name, arm in zip(arms, map(Arm.parse, arms), strict=True)
+        if arm.real and arm.generator == generator
+    }
     closest = min(distance, key=distance.get, default="")
     return closest if closest and distance[closest] <= 0.1 else ""
 

@@ -89,7 +89,7 @@ SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
     ("change", "rerun"),
     [
         ("verdict={'bootstraps': 300}", {}),
-        ("workflow={'case_shards': 1}", None),
+        ("workflow={'case_shards': 1}", None),  # as it was
         ("segmentation={'steps': 25}", SEGMENT_ALL_ARMS),
         ("segmentation={'seeds': [0, 1]}", SEGMENT_ALL_ARMS),  # the replicates of seed 0 stay
         ("diffusion={'sampling': {'steps': 5}}", {"synthesize": 1, "quality": 1, **BOTH_ARMS_OF_A_GENERATOR}),
@@ -105,7 +105,14 @@ def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change,
     counts = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", run.stdout, re.MULTILINE)}
     counts.pop("all", None)
     counts.pop("total", None)
-    assert counts == ({} if rerun is None else {**rerun, "write_report": 1, "checksums": 1}), run.stdout[-3000:]
+    always = {"merge_config": 1, "write_report": 1, "checksums": 1}
+    assert counts == ({} if rerun is None else {**rerun, **always}), run.stdout[-3000:]
+
+
+def test_a_key_that_decides_no_result_reruns_no_stage(tiny_benchmark):
+    run = tiny_benchmark.run("--dry-run", "--config", "diffusion={'training': {'save_every': 10}}")
+    counts = {name: int(count) for name, count in re.findall(r"^(\w+) +(\d+)$", run.stdout, re.MULTILINE)}
+    assert counts == {"merge_config": 1, "checksums": 1, "all": 1, "total": 3}, run.stdout[-3000:]
 
 
 @pytest.mark.slow

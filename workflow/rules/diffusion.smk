@@ -3,6 +3,7 @@
 
 rule train_denoiser:
     input:
+        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
     output:
         ensure("results/diffusion/{run}/model.safetensors", non_empty=True),
@@ -39,5 +40,6 @@ rule train_denoiser:
             1, threads // SETTINGS.workflow.denoiser_gpus
         ),
     shell:
-        "{params.launcher} lungddpm --log {log} train --config results/config.json --section {params.section} --cases {input.cases}"
-        " --output {params.folder} --threads {params.threads_each}"
+        "{params.launcher} lungddpm --log {log:q} train --config {input.config:q} --section {params.section}"
+        " --cases {input.cases:q}"
+        " --output {params.folder:q} --threads {params.threads_each}"

@@ -3,6 +3,7 @@
 
 rule synthesize:
     input:
+        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         weights=lambda wildcards: denoiser_of(wildcards.generator),
         external=lambda wildcards: files_of_external(wildcards.generator),
@@ -24,7 +25,7 @@ rule synthesize:
     params:
         folder=subpath(output[0], parent=True),
         weights=lambda wildcards, input: (
-            f"--weights {input.weights}" if input.weights else ""
+            f"--weights {shlex.quote(str(input.weights))}" if input.weights else ""
         ),
         shards=lambda wildcards, input: synthesize_jobs(
             wildcards.generator, wildcards.dose, input.cases
@@ -38,9 +39,9 @@ rule synthesize:
         ),
         code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
-        "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
-        " --dose {wildcards.dose} --cases {input.cases} {params.weights} {params.external}"
-        " --output {params.folder} --shard {wildcards.shard} --shards {params.shards} --table {output} --threads {threads}"
+        "lungddpm --log {log:q} synthesize --config {input.config:q} --generator {wildcards.generator}"
+        " --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"
+        " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q} --threads {threads}"
 
 
 # See `list_case_tables`.
@@ -58,4 +59,4 @@ rule list_sample_tables:
         "../../envs/lungddpm.yaml"
     threads: 1
     shell:
-        "cksum {input.tables} > {output} 2> {log}"
+        "cksum {input.tables:q} > {output:q} 2> {log:q}"
