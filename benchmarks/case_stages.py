@@ -22,7 +22,8 @@ import psutil
 
 from lungddpm.config.loading import load_config
 from lungddpm.layouts import compose
-from lungddpm.sources import index_source, lidc, nifti
+from lungddpm.sources import lidc, nifti
+from lungddpm.sources.index import index_source
 
 INTERVAL_S = 0.01
 STAGES = {

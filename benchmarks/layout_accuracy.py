@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from lungddpm.config.models import Config, Phantom
+from lungddpm.config.models import Config
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
@@ -37,6 +37,7 @@ from lungddpm.layouts.lungs import segment_lungs
 from lungddpm.layouts.vessels import segment_vessels
 from lungddpm.sources import Scan
 from lungddpm.sources.phantom.patient import Thorax, thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 SLICES_MM = (1.0, 1.5, 2.0, 3.0, 5.0)
 KERNELS = ("standard", "sharp", "soft", "sharp")

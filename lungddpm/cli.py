@@ -104,27 +104,33 @@ def init(
 
 
 @app.command(rich_help_panel=STAGES)
-def phantom(
+def simulate(
     config: ConfigFiles = DEFAULT_CONFIG,
-    output: Annotated[Path, typer.Option(help="Folder for DICOM series and reader XML.")] = RESULTS / "source",
+    output: Annotated[Path, typer.Option(help="Folder to write it to.")] = RESULTS / "source",
 ) -> None:
-    """Write the built-in phantom cohort as DICOM series (HU) with LIDC-style reader XML (pixels)."""
+    """Write the cohort of a source that makes its own (phantom: DICOM in HU, LIDC-style reader XML in pixels)."""
     from lungddpm.config.loading import load_config
-    from lungddpm.sources.phantom.cohort import run_phantom
+    from lungddpm.core.errors import ConfigError
 
-    run_phantom(load_config(*config), output)
+    settings = load_config(*config)
+    declared = settings.source.declared
+    if declared.simulate is None:
+        raise ConfigError(
+            "source.kind", f"'{declared.name}' makes no cohort of its own", "Go on with 'lungddpm index'."
+        )
+    declared.simulate(settings.source.settings, settings.seed, output)
 
 
 @app.command(rich_help_panel=STAGES)
 def index(
     config: ConfigFiles = DEFAULT_CONFIG,
     source: Annotated[Path | None, typer.Option(help="Folder of the data set; default: source.path.")] = None,
-    output: Annotated[Path, typer.Option(help="Table to write, one row a CT series.")] = RESULTS / "cases/index.tsv",
+    output: Annotated[Path, typer.Option(help="Table to write, one row per CT series.")] = RESULTS / "cases/index.tsv",
 ) -> None:
     """List every CT series of the source by its headers (sizes in voxels, spacings in mm) and assign roles."""
     from lungddpm.arms.splits import assign_roles
     from lungddpm.config.loading import load_config
-    from lungddpm.sources import index_source, write_index
+    from lungddpm.sources.index import index_source, write_index
 
     settings = load_config(*config, needs_source=source is None)
     found = index_source(settings.source.kind, _source_folder(settings, source), output.with_suffix(".cache.json"))
@@ -535,7 +541,7 @@ def _source_folder(settings, source: Path | None) -> Path:
     if source is not None:
         # A shell leaves --source=~/scans as it is.
         return Path(os.path.expanduser(source))
-    return RESULTS / "source" if settings.source.kind == "phantom" else settings.source.path
+    return RESULTS / "source" if settings.source.is_simulated else settings.source.path
 
 
 def _set_threads(threads: int) -> int:

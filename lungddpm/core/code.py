@@ -21,14 +21,14 @@ from lungddpm.core.progress import LOG
 
 PACKAGE = Path(__file__).parents[1]
 STAGES: dict[str, tuple[str, ...]] = {
-    "phantom": ("lungddpm.sources.phantom.cohort:run_phantom",),
+    "simulate": ("lungddpm.sources.{name}:simulate",),
     # What a source's cache of headers depends on.
     "find_series": ("lungddpm.sources.{name}:find_series",),
     "index": (
-        "lungddpm.sources:index_source",
+        "lungddpm.sources.index:index_source",
         "lungddpm.sources.{name}:find_series",
         "lungddpm.arms.splits:assign_roles",
-        "lungddpm.sources:write_index",
+        "lungddpm.sources.index:write_index",
     ),
     "prepare": ("lungddpm.sources.{name}:load_scan", "lungddpm.layouts.compose:run_prepare"),
     "collect": ("lungddpm.layouts.collect:run_collect",),

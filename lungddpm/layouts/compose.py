@@ -38,7 +38,8 @@ from lungddpm.layouts.pictures import draw_case
 from lungddpm.layouts.prior import measure_places
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
 from lungddpm.layouts.vessels import segment_vessels
-from lungddpm.sources import Scan, check_folder, module_of, read_index, reason_of
+from lungddpm.sources import Scan, source_of
+from lungddpm.sources.index import check_folder, read_index, reason_of
 
 LUNG_OCCUPANCY = 0.5
 VESSEL_OCCUPANCY = 0.25
@@ -193,7 +194,7 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -
 
 
 def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
-    scan = module_of(row["source"]).load_scan(source, row)
+    scan = source_of(row["source"]).load_scan(source, row)
     for note in scan.notes:
         LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)

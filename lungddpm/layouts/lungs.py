@@ -13,10 +13,8 @@ from skimage.segmentation import watershed
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import AIR_HU, Box, Volume, bounding_box, model_grid, per_axis, resample_image
-
-RIGHT, LEFT = 1, 2
-"""Values of a lung mask: the patient's right lung (larger x in RAS+) and left lung."""
 
 _WORKING_MM = 1.4
 _SPLITTING_MM = 2.8

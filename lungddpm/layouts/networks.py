@@ -17,8 +17,8 @@ import numpy as np
 
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import UserError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import Volume
-from lungddpm.layouts.lungs import LEFT, RIGHT
 
 _LOBES = {
     "lung_upper_lobe_right": RIGHT,

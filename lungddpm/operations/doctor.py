@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
-import platform
 import shutil
 from pathlib import Path
 
-from lungddpm import __version__
-
-LIBRARIES = [
-    "torch", "torchvision", "nnunetv2", "diffusers", "accelerate", "snakemake", "monai", "pydicom", "SimpleITK",
-    "nibabel", "numpy", "scipy", "pandas", "scikit-image", "scikit-learn", "connected-components-3d", "matplotlib",
-    "plotly",
-]  # fmt: skip
-"""What a run needs and what its results depend on; the manifest records their versions."""
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what results depend on; missing ones are left out."""
-    found = {"lungddpm": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+from lungddpm.core.versions import LIBRARIES, versions
 
 
 def describe() -> list[str]:
-    """One line a fact: versions, devices, cores, memory, disk."""
+    """One line per fact: versions, devices, cores, memory, disk."""
     import psutil
 
     memory = psutil.virtual_memory()

@@ -31,6 +31,7 @@ from lungddpm.core.drawing import (
     oriented_slice,
     size_mm,
 )
+from lungddpm.core.text import bound, signed
 from lungddpm.core.volume import Volume
 from lungddpm.evaluation.froc import BAND_COLUMNS, RATES
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -45,7 +46,6 @@ from lungddpm.quality.image_quality import (
     SYNTHETIC,
     WHOLE,
 )
-from lungddpm.verdict.statistics import bound, signed
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")

@@ -27,8 +27,9 @@ from lungddpm.core.arms import BASELINE
 from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import ROLES
+from lungddpm.core.text import bound, format_p, plural, signed
+from lungddpm.core.versions import versions
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure, verdict_measures
-from lungddpm.operations.doctor import versions
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD, calibration_summary
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.quality.image_quality import (
@@ -50,12 +51,8 @@ from lungddpm.verdict.statistics import (
     MINIMUM_CASES,
     MINIMUM_RUN_DF,
     POWER,
-    bound,
     caveats,
-    count,
-    format_p,
     minimum_cases,
-    signed,
 )
 from lungddpm.verdict.tables import (
     SIZE_COLUMNS,
@@ -295,7 +292,9 @@ def render_report(
         "report.html.jinja",
         generators=config.arms.generators,
         shared_patients=config.roles.allow_shared_patients,
-        phantom=config.source.kind == "phantom",
+        simulated=config.source.is_simulated,
+        source=config.source.kind,
+        source_note=f"{config.source.declared.title}. {config.source.declared.citation}",
         warnings=tables["notes"].query("warning")["note"].tolist(),
         notes=tables["notes"].query("not warning")["note"].tolist(),
         run_spread=show_run_spread(tables["run_spread"], significance),
@@ -312,7 +311,7 @@ def render_report(
         numbers=[show_verdict(verdict, measure, confidence, significance) for measure in verdict_measures()],
         description=[show_description(verdict, measure, confidence, significance) for measure in verdict_measures()],
         cases_and_replicates=", ".join(
-            (count(verdict["n_cases"].max(), "test case"), count(verdict["n_replicates"].max(), "replicate"))
+            (plural(verdict["n_cases"].max(), "test case"), plural(verdict["n_replicates"].max(), "replicate"))
         ),
         dose_response=(
             show_dose_response(tables["dose_response"], confidence, significance) if "dose_response" in tables else None
@@ -369,8 +368,8 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     limits += caveats(n_cases, n_independent, run_df, needed)
     if n_independent < n_replicates:
         limits.append(
-            f"{n_replicates} replicates in {count(n_independent, 'fold')}: seeds of a fold share its luck, so they are "
-            "averaged, and folds are counted."
+            f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its luck, so they "
+            "are averaged, and folds are counted."
         )
     elif len(config.segmentation.folds) == 1:
         limits.append("All replicates share one fold: the luck of that split of the training cases is not covered.")

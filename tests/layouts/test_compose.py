@@ -18,7 +18,8 @@ from lungddpm.core.volume import AIR_HU, Volume, model_grid, occupancy, read_vol
 from lungddpm.layouts import compose
 from lungddpm.layouts.compose import build_case, place_nodules, run_prepare
 from lungddpm.layouts.nodules import centroid_mm
-from lungddpm.sources import INDEX_COLUMNS, Scan, write_index
+from lungddpm.sources import Scan
+from lungddpm.sources.index import INDEX_COLUMNS, write_index
 
 SIZE = (64, 64, 64)
 
@@ -302,7 +303,7 @@ def cohort(patient, tmp_path, monkeypatch):
             labels = np.where(labels == Label.NODULE, np.uint8(Label.LUNG), labels)
         return Scan(coarse, labels=labels, files=(path / row["path"],))
 
-    monkeypatch.setattr(compose, "module_of", lambda kind: SimpleNamespace(load_scan=load_scan))
+    monkeypatch.setattr(compose, "source_of", lambda kind: SimpleNamespace(load_scan=load_scan))
 
     def prepare(config=None, shard=0, shards=1):
         loads.clear()

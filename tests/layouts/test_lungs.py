@@ -7,8 +7,9 @@ from scipy import ndimage
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import AIR_HU, Volume, bounding_box, read_volume
-from lungddpm.layouts.lungs import LEFT, RIGHT, _close, check_lungs, segment_lungs, split_lungs
+from lungddpm.layouts.lungs import _close, check_lungs, segment_lungs, split_lungs
 from lungddpm.sources.lidc import load_scan
 
 

@@ -12,8 +12,9 @@ import torch
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError, UserError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.layouts import networks
-from lungddpm.layouts.lungs import LEFT, RIGHT, segment_lungs
+from lungddpm.layouts.lungs import segment_lungs
 
 # Numbers of lungs and trachea in TotalSegmentator 2, task "total".
 CLASSES = {

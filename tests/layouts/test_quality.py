@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lungddpm.config.models import Config, Phantom
+from lungddpm.config.models import Config
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.layouts.compose import build_case
@@ -12,6 +12,7 @@ from lungddpm.layouts.nodules import Nodule
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, measure_layout, surroundings, touches
 from lungddpm.sources import Scan
 from lungddpm.sources.phantom.patient import thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 SHAPE = (60, 60, 30)
 AFFINE = np.diag([1.0, 1.0, 2.5, 1.0])

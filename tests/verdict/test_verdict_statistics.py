@@ -14,23 +14,21 @@ from statsmodels.stats.anova import anova_lm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
+from lungddpm.core.text import bound, format_p, signed
 from lungddpm.verdict.statistics import (
     Effect,
     MeanSquare,
     Scores,
     arm_by_replicate,
     bootstrap_interval,
-    bound,
     caveats,
     compare_arms,
     detectable_text,
     dose_response,
     effect,
-    format_p,
     holm,
     minimum_cases,
     sentence,
-    signed,
     wilcoxon_p,
 )
 
