@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 import math
 import platform
 import subprocess
@@ -24,8 +23,9 @@ import lungddpm
 from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
-from lungddpm.core.files import sha256_of, write_json, write_text
+from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import ROLES
 from lungddpm.operations.doctor import versions
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD, calibration_summary
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -78,13 +78,13 @@ def run_report(config: Config, results: Path) -> None:
     Raises:
         InputError: metrics or `cases/cases.tsv` are missing or do not fit together.
     """
-    case_table = cases.read_cases(results / "cases" / "cases.tsv")
+    case_table = cases.read_cases(results / "cases" / cases.CASES)
     tables, written = write_tables(config, results)
     shown = samples_to_show(config, results)
     drawn = draw_figures(config, results, tables, shown)
     written += [path for paths in drawn.values() for path in paths]
     composed = arm_files(config, results)
-    arms = {arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in composed.items()}
+    arms = {arm: read_json(path) for arm, path in composed.items()}
     manifest = describe_run(config, results, [*written, *composed.values()])
     write_text(
         results / "report.html",
@@ -175,7 +175,7 @@ def segmenter_training(config: Config, results: Path) -> pd.DataFrame:
         for fold in config.segmentation.folds:
             for seed in config.segmentation.seeds:
                 curve = training_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
-                rows += [(arm, f"fold{fold}_seed{seed}", step, loss) for step, loss in curve]
+                rows += [(arm, config.segmentation.replicate_name(fold, seed), step, loss) for step, loss in curve]
     return pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"])
 
 
@@ -187,7 +187,7 @@ def samples_to_show(config: Config, results: Path) -> list[ShownSample]:
     chosen += [(name, folders[len(folders) // 2], "median error in the lungs") for name, folders in several.items()]
     chosen += [(name, folders[-1], "largest error in the lungs") for name, folders in several.items()]
     return [
-        ShownSample(generator, folder.name, why, read_sample(folder, results / "cases" / "cases.tsv"))
+        ShownSample(generator, folder.path.name, why, read_sample(folder, results / "cases" / cases.CASES))
         for generator, folder, why in chosen
     ]
 
@@ -201,7 +201,7 @@ def first_samples(shown: list[ShownSample]) -> list[ShownSample]:
     return list(first.values())
 
 
-def ranked_samples(results: Path, generator: str) -> list[Path]:
+def ranked_samples(results: Path, generator: str) -> list[cases.CaseFolder]:
     """Folders of the samples that can be judged by eye beside a reference, by squared error in the lungs: those with
     the reference's own nodules, if any has, else those with a nodule.
 
@@ -554,7 +554,7 @@ def show_published(comparison: pd.DataFrame) -> tuple[Shown, list[str]]:
 def show_roles(case_table: pd.DataFrame) -> Shown:
     """Patients, cases and nodules of every role."""
     rows = []
-    for role in ("discovery", "reference", "test"):
+    for role in ROLES:
         members = cases.usable(case_table, role)
         counts = (members["patient_id"].nunique(), len(members), int(members["n_nodules"].sum()))
         rows.append([role, *map(str, counts)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from lungddpm.config.models import Config
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.device import device_of
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import seed_from, write_table, write_text
+from lungddpm.core.files import read_json, seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
@@ -349,10 +349,7 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
     """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
     means = {}
     for name in generators:
-        records = (
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in (results / "synthetic" / name).glob("*/sample.json")
-        )
+        records = map(read_json, (results / "synthetic" / name).glob(CaseFolder(Path("*")).sample_record.as_posix()))
         seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
         if seconds:
             means[name] = float(np.mean(seconds))
