@@ -17,6 +17,7 @@ import pandas as pd
 
 from lungddpm.arms import splits
 from lungddpm.config.models import Config
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cases import CaseFolder, folder_of, hash_voxels, read_cases, usable
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, write_json
@@ -43,47 +44,6 @@ class TrainingCase:
     sha256: str
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What an arm is trained on.
-
-    Attributes:
-        real: whether on the real cases; they are what every arm is validated on.
-        added: a generator, `real` for the real cases once more, or None.
-        dose: how much is added, as a multiple of the real cases.
-    """
-
-    real: bool
-    added: str | None
-    dose: float
-
-
-def parse_arm(name: str) -> Recipe:
-    """What the name of an arm stands for: `real`, `real+real`, `real+<generator>@<dose>`, `synthetic:<generator>`.
-
-    Raises:
-        ConfigError: none of these.
-    """
-    if name == "real":
-        return Recipe(True, None, 0.0)
-    if name == "real+real":
-        return Recipe(True, "real", 1.0)
-    if (alone := name.removeprefix("synthetic:")) not in (name, ""):
-        return Recipe(False, alone, 1.0)
-    generator, at, dose = name.removeprefix("real+").partition("@")
-    try:
-        value = float(dose)
-    except ValueError:
-        value = 0.0
-    if not name.startswith("real+") or not generator or not at or not 0 < value < float("inf"):
-        raise ConfigError(
-            f"arm '{name}'",
-            "is not the name of an arm",
-            "Names are real, real+real, real+<generator>@<dose> and synthetic:<generator>, e.g. real+lung_ddpm@1.0.",
-        )
-    return Recipe(True, generator, value)
-
-
 def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list[Path], output: Path) -> None:
     """Compose one arm from scratch: nnU-Net's raw dataset and, last, `arm.json`.
 
@@ -93,7 +53,7 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
 
     Args:
         config: decides the folds and whether patients may be shared.
-        arm: its name, see `parse_arm`.
+        arm: its name, see `Arm.parse`.
         cases_table: table of the real cases, with roles.
         sample_tables: tables of all shards of the arm's generator, in the order of shards.
         output: folder of the arm.
@@ -103,7 +63,7 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
         InputError: no training case with a nodule, too few samples, or files that differ from their table.
         LeakError: a test patient is in the training set.
     """
-    recipe = parse_arm(arm)
+    recipe = Arm.parse(arm)
     # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
     (output / "arm.json").unlink(missing_ok=True)
     cases = read_cases(cases_table)
@@ -117,7 +77,7 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
 
     real = _training_cases(cases_table, discovery)
     added: list[TrainingCase] = []
-    if recipe.added == "real":
+    if recipe.added == BASELINE:
         added = [replace(case, name=_repeated_name(case.name)) for case in real]
         folds = [{**fold, "train": fold["train"] + [_repeated_name(name) for name in fold["train"]]} for fold in folds]
     elif recipe.added is not None:
@@ -156,10 +116,10 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
         }
         for case in training
     ]
-    content = {"arm": arm, "dataset": DATASET, "folds": folds, "cases": entries}
+    content = {"arm": recipe.name, "dataset": DATASET, "folds": folds, "cases": entries}
     write_json(output / "arm.json", {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
     n_real = sum(case.name in trained for case in real)
-    LOG.info("arm %s: %d real cases, %d added, %d folds", arm, n_real, len(added), len(folds))
+    LOG.info("arm %s: %d real cases, %d added, %d folds", recipe.name, n_real, len(added), len(folds))
 
 
 def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]]:

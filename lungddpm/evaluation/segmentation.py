@@ -1,14 +1,12 @@
-"""How well a predicted nodule mask agrees with the readers' mask: voxels, surfaces and lesions, a case at a time."""
+"""Judges a replicate's predictions: the measures of each case, its lesions, and the candidates with a score."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy import ndimage, spatial
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
@@ -19,12 +17,8 @@ from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import TEST
 from lungddpm.core.volume import Volume, read_labels, read_volume
 from lungddpm.evaluation.lesions import Detection, lesion_measures
+from lungddpm.evaluation.measures import MEASURES, MaskPair, measure_masks
 
-RATIOS = ("dice", "sensitivity", "specificity", "precision", "iou")
-CASE_COLUMNS = [
-    "case_id", "patient_id", "n_lesions", *RATIOS, "surface_dice", "surface_tolerance_mm", "hausdorff_95_mm",
-    "volume_error_mm3", "false_positive_mm3", "reference_mm3", "n_false_positives", "n_candidates",
-]  # fmt: skip
 LESION_COLUMNS = ["case_id", "patient_id", "lesion", "diameter_mm", "size_bin", "found", "overlap", "score"]
 CANDIDATE_COLUMNS = ["case_id", "patient_id", "candidate", "score", "volume_mm3", "lesions"]
 """`lesions`: numbers as in `lesions.csv`, several joined by "+"; empty for a false positive."""
@@ -32,76 +26,16 @@ PROBABILITY = "probability"
 EVALUATION = "evaluation.json"
 
 
-def voxel_measures(reference: np.ndarray, prediction: np.ndarray, voxel_mm3: float) -> dict[str, float]:
-    """Voxel-wise agreement of two masks.
-
-    Ratios are NaN where they are not defined: all but specificity for an empty reference (the false-positive volume
-    then speaks for the case), precision also for an empty prediction.
-
-    Args:
-        reference: bool, any shape.
-        prediction: bool, same shape.
-        voxel_mm3: volume of a voxel in mm3.
-
-    Returns:
-        The ratios in `RATIOS`, and volumes in mm3; `volume_error_mm3` is predicted minus reference.
-    """
-    hit = int(np.count_nonzero(reference & prediction))
-    n_reference, n_prediction = int(np.count_nonzero(reference)), int(np.count_nonzero(prediction))
-    false_positive = n_prediction - hit
-    n_outside = reference.size - n_reference
-    judged = n_reference > 0
-    return {
-        "dice": _ratio(2 * hit, n_reference + n_prediction, judged),
-        "sensitivity": _ratio(hit, n_reference, judged),
-        "specificity": _ratio(n_outside - false_positive, n_outside),
-        "precision": _ratio(hit, n_prediction, judged),
-        "iou": _ratio(hit, n_reference + false_positive, judged),
-        "volume_error_mm3": (n_prediction - n_reference) * voxel_mm3,
-        "false_positive_mm3": false_positive * voxel_mm3,
-        "reference_mm3": n_reference * voxel_mm3,
-    }
-
-
-def surface_measures(reference: Volume, prediction: Volume) -> dict[str, float]:
-    """Agreement of two masks' surfaces: their voxels with a face neighbour outside the mask, all lesions together.
-
-    The 95 % Hausdorff distance is the larger of the two directed 95th percentiles of distances to the nearest voxel of
-    the other surface. The surface Dice (Nikolov et al. 2021, J Med Internet Res 23:e26151; voxels, not areas) is the
-    share of both surfaces' voxels that lie within the tolerance of the other: one voxel, by the grid's largest spacing,
-    so that neighbours along every axis are within it.
-
-    Args:
-        reference: bool.
-        prediction: bool, same grid.
-
-    Returns:
-        `hausdorff_95_mm`, NaN where a mask is empty; `surface_dice`, 0 for an empty prediction, NaN for an empty
-        reference; `surface_tolerance_mm`.
-    """
-    tolerance = float(reference.spacing_mm.max())
-    measures = {"hausdorff_95_mm": math.nan, "surface_dice": math.nan, "surface_tolerance_mm": tolerance}
-    if not reference.array.any():
-        return measures
-    if not prediction.array.any():
-        return measures | {"surface_dice": 0.0}
-    of_reference, of_prediction = _surface_mm(reference), _surface_mm(prediction)
-    distances = (
-        spatial.KDTree(of_prediction).query(of_reference)[0],
-        spatial.KDTree(of_reference).query(of_prediction)[0],
-    )
-    # Places in mm are products: neighbours may come out farther apart than the spacing by the last digit.
-    within = np.concatenate(distances) <= tolerance * (1 + 1e-6)
-    return measures | {
-        "hausdorff_95_mm": float(max(np.quantile(directed, 0.95) for directed in distances)),
-        "surface_dice": float(within.mean()),
-    }
+def case_columns() -> list[str]:
+    """Columns of `metrics.csv`, where every registered measure has one."""
+    facts = ["surface_tolerance_mm", "reference_mm3", "n_false_positives", "n_candidates"]
+    return ["case_id", "patient_id", "n_lesions", *MEASURES, *facts]
 
 
 def evaluate_case(
     reference: Volume, prediction: Volume, probability: np.ndarray | None = None
-) -> tuple[dict[str, float], Detection]:
-    """All measures of one case.
+) -> tuple[dict[str, float | None], Detection]:
+    """All measures and facts of one case.
 
     Args:
         reference: bool mask.
@@ -109,13 +43,14 @@ def evaluate_case(
         probability: of nodule, 0 to 1, same shape; without it nothing has a score.
 
     Returns:
-        (`CASE_COLUMNS` without identifiers, lesions and candidates).
+        (`case_columns` without identifiers, lesions and candidates).
     """
-    detection = lesion_measures(reference.array, prediction.array, reference.voxel_mm3, probability)
-    measures = voxel_measures(reference.array, prediction.array, reference.voxel_mm3)
-    measures |= surface_measures(reference, prediction)
-    return measures | {
+    masks = MaskPair(reference, prediction)
+    detection = lesion_measures(reference.array, prediction.array, masks.voxel_mm3, probability)
+    return measure_masks(masks) | {
         "n_lesions": len(detection.lesions),
+        "surface_tolerance_mm": masks.tolerance_mm,
+        "reference_mm3": masks.n_reference * masks.voxel_mm3,
         "n_false_positives": detection.n_false_positives,
         "n_candidates": None if detection.candidates is None else len(detection.candidates),
     }, detection
@@ -124,9 +59,9 @@ def evaluate_case(
 def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: Path) -> None:
     """Judge one replicate's predictions for every usable test case.
 
-    Writes to `output`: `metrics.csv` (`CASE_COLUMNS`, a row a case), `lesions.csv` (`LESION_COLUMNS`), `candidates.csv`
-    (`CANDIDATE_COLUMNS`; no row without probabilities), and last `evaluation.json` (hashes of what was read and
-    written).
+    Writes to `output`: `metrics.csv` (`case_columns`, one row per case), `lesions.csv` (`LESION_COLUMNS`),
+    `candidates.csv` (`CANDIDATE_COLUMNS`; no row without probabilities), and last `evaluation.json` (hashes of what was
+    read and written).
 
     Args:
         config: the run's config.
@@ -169,7 +104,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
             inputs[case["case_id"]] = {"case": case["sha256"]} | {what: sha256_of(path) for what, path in paths.items()}
             progress.advance()
     tables = {
-        "metrics.csv": pd.DataFrame(case_rows, columns=CASE_COLUMNS),
+        "metrics.csv": pd.DataFrame(case_rows, columns=case_columns()),
         "lesions.csv": pd.DataFrame(lesion_rows, columns=LESION_COLUMNS),
         "candidates.csv": pd.DataFrame(candidate_rows, columns=CANDIDATE_COLUMNS),
     }
@@ -196,10 +131,6 @@ def check_unchanged(path: Path) -> None:
         raise InputError(path, "was changed after it was evaluated: its hash is not the one recorded", remedy)
 
 
-def _ratio(numerator: int, denominator: int, defined: bool = True) -> float:
-    return numerator / denominator if defined and denominator else math.nan
-
-
 def _check_complete(expected: set[str], predictions: Path) -> None:
     present = {path.name.removesuffix(".nii.gz") for path in predictions.glob("*.nii.gz")}
     if missing := sorted(expected - present):
@@ -209,7 +140,7 @@ def _check_complete(expected: set[str], predictions: Path) -> None:
     if extra := sorted(present - expected):
         raise InputError(
             predictions,
-            f"has predictions for {_some(extra)}, no usable test cases",
+            f"has predictions for {_some(extra)}, which are not usable test cases",
             "Delete the folder, predict again.",
         )
 
@@ -239,11 +170,3 @@ def _on_grid(path: Path, volume: Volume, layout: Volume) -> Volume:
             path, f"is not on the grid of its case ({volume.shape} against {layout.shape})", "Predict it again."
         )
     return volume
-
-
-def _surface_mm(mask: Volume) -> np.ndarray:
-    """Places of the mask's voxels that have a face neighbour outside it, (n, 3) in mm along the grid's axes."""
-    (box,) = ndimage.find_objects(mask.array.astype(np.uint8))
-    inside = mask.array[box]
-    edge = inside & ~ndimage.binary_erosion(inside)
-    return (np.argwhere(edge) + [side.start for side in box]) * mask.spacing_mm

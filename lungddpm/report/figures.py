@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -161,7 +162,7 @@ def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     """
     arms = list(dict.fromkeys(cases["arm"]))
     scores = cases.pivot(index=["case_id", "replicate"], columns="arm", values=measure)[arms]
-    by_case = scores.sub(scores["real"], axis=0).groupby("case_id").mean().drop(columns="real")
+    by_case = scores.sub(scores[BASELINE], axis=0).groupby("case_id").mean().drop(columns=BASELINE)
     differences = {arm: by_case[arm].dropna().to_numpy() for arm in by_case}
     differences = {arm: of_cases for arm, of_cases in differences.items() if of_cases.size}
     if not differences:
@@ -285,14 +286,13 @@ def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, co
             axis.fill_between(line["dose"], line["ci_low"], line["ci_high"], color="#d9d9d9", linewidth=0)
             axis.plot(line["dose"], line["fitted"], color="black", linewidth=1.2)
             axis.axhline(0, color="#777777", linewidth=1, zorder=1)
-            prefix = f"real+{generator}@"
-            for row in verdict[verdict["arm"].str.startswith(prefix) & verdict["difference"].notna()].to_dict(
-                "records"
-            ):
-                dose = float(row["arm"].removeprefix(prefix))
+            for row in verdict[verdict["difference"].notna()].to_dict("records"):
+                arm = Arm.parse(row["arm"])
+                if not arm.real or arm.generator != generator:
+                    continue
                 colour, marker, filled = _outcome_style(row["verdict"])
-                axis.plot([dose, dose], [row["ci_low"], row["ci_high"]], color=colour, linewidth=2)
-                axis.plot(dose, row["difference"], marker, color=colour, markerfacecolor=filled, markersize=7)
+                axis.plot([arm.dose, arm.dose], [row["ci_low"], row["ci_high"]], color=colour, linewidth=2)
+                axis.plot(arm.dose, row["difference"], marker, color=colour, markerfacecolor=filled, markersize=7)
             axis.set_title(generator, loc="left")
             axis.grid(axis="y", color="#eeeeee")
         figure.supxlabel("dose: synthetic cases as a multiple of the real training cases", fontsize=9)
@@ -307,7 +307,7 @@ def segmenter_curves(curves: pd.DataFrame) -> Figure:
         curves: arm, replicate, step, loss.
     """
     arms = list(dict.fromkeys(curves["arm"]))
-    real = curves[curves["arm"] == "real"].groupby("step")["loss"].mean()
+    real = curves[curves["arm"] == BASELINE].groupby("step")["loss"].mean()
     with plt.rc_context(STYLE):
         figure, panels = _panels(len(arms))
         for axis, arm in zip(panels, arms, strict=False):

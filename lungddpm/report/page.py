@@ -23,9 +23,11 @@ import lungddpm
 from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
+from lungddpm.core.arms import BASELINE
 from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import ROLES
+from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure, verdict_measures
 from lungddpm.operations.doctor import versions
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD, calibration_summary
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -56,11 +58,7 @@ from lungddpm.verdict.statistics import (
     signed,
 )
 from lungddpm.verdict.tables import (
-    BASELINE,
-    CONTROLS,
-    MEASURES,
     SIZE_COLUMNS,
-    family_of,
     missing_replicates,
     quality_files,
     read_csv,
@@ -96,16 +94,18 @@ def run_report(config: Config, results: Path) -> None:
 
 
 def verdict_table_text(results: Path) -> str:
-    """The verdict as plain text for a terminal: notes, a table of Dice, a sentence per arm, and where the report lies.
+    """The verdict as plain text for a terminal: notes, the deciding measure of each arm in a table and in
+    sentences, and where the report lies.
 
     Raises:
         InputError: the run has no verdict yet.
     """
     verdict, notes = read_csv(results / "tables" / "verdict.csv"), results / "tables" / "notes.csv"
     notes = read_csv(notes).to_dict("records") if notes.exists() else []
-    rows = verdict[verdict["metric"] == next(iter(MEASURES))]
+    measure = deciding_measure()
+    rows = verdict[verdict["metric"] == measure.column]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-    for head in ("arm", "Dice", "difference", "CI", "p", "verdict"):
+    for head in ("arm", measure.title, "difference", "CI", "p", "verdict"):
         table.add_column(head, justify="left" if head in ("arm", "verdict") else "right", no_wrap=True)
     for row in rows.to_dict("records"):
         table.add_row(
@@ -136,10 +136,11 @@ def draw_figures(
     training, segmenter_training.
     """
     folder = results / "figures"
-    measure, prose = next(iter(MEASURES.items()))
+    measure, prose = deciding_measure().column, deciding_measure().title
+    titles = {measure.column: measure.title for measure in verdict_measures()}
     drawn = {
-        "forest": figures.forest_plot(tables["verdict"], MEASURES, config.verdict.confidence),
-        "forest_narrow": figures.forest_plot(tables["verdict"], MEASURES, config.verdict.confidence, narrow=True),
+        "forest": figures.forest_plot(tables["verdict"], titles, config.verdict.confidence),
+        "forest_narrow": figures.forest_plot(tables["verdict"], titles, config.verdict.confidence, narrow=True),
         "dice_by_arm": figures.case_plot(tables["cases"], measure, prose),
         "paired": figures.paired_plot(tables["cases"], measure, prose),
         "runs": figures.run_plot(tables["cases"], measure, prose),
@@ -157,9 +158,10 @@ def draw_figures(
         sample = one.sample
         title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
         drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
-    history = results / "diffusion" / config.diffusion.run / "history.csv"
-    if history.exists():
-        drawn["training"] = figures.training_curve(read_csv(history))
+    for trained in config.trained_generators():
+        history = results / trained.model_folder / "history.csv"
+        if history.exists():
+            drawn[f"training-{trained.name}"] = figures.training_curve(read_csv(history))
     if len(curves := segmenter_training(config, results)):
         drawn["segmenter_training"] = figures.segmenter_curves(curves)
     paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
@@ -250,6 +252,14 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
     }
 
 
+def describe_generator(name: str, config: Config) -> str:
+    """What a generator is and whom to cite for it, as sentences."""
+    if name in config.arms.external:
+        return "Synthetic CT that another system made. Cite that system."
+    declared = generators.plugin(name)
+    return f"{declared.title}. {declared.citation}"
+
+
 def render_report(
     config: Config,
     case_table: pd.DataFrame,
@@ -278,7 +288,7 @@ def render_report(
         for path in paths
         if path.suffix == ".png"
     }
-    verdict, prose = tables["verdict"], next(iter(MEASURES))
+    verdict, decisive = tables["verdict"], deciding_measure()
     extractors = extractors_of(tables["image_quality"]) if "image_quality" in tables else []
     confidence, significance = f"{100 * config.verdict.confidence:g} %", 1 - config.verdict.confidence
     return render(
@@ -291,22 +301,27 @@ def render_report(
         run_spread=show_run_spread(tables["run_spread"], significance),
         calibration=show_calibration(tables["calibration"]),
         calibration_summary=calibration_summary(tables["calibration"]),
-        answers=verdict[(verdict["metric"] == prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
-        supports=verdict[(verdict["metric"] != prose) & (verdict["arm"] != BASELINE)].to_dict("records"),
-        controls=[arm for arm in config.arms.names() if arm != BASELINE and family_of(arm, config) == CONTROLS],
+        decisive=decisive.title,
+        supporting=[measure.title for measure in verdict_measures()[1:]],
+        answers=verdict[(verdict["metric"] == decisive.column) & (verdict["arm"] != BASELINE)].to_dict("records"),
+        supports=verdict[(verdict["metric"] != decisive.column) & (verdict["arm"] != BASELINE)].to_dict("records"),
+        controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],
         images=images,
         montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_samples(shown)],
         viewer=viewer_values(shown),
-        numbers=[show_verdict(verdict, measure, confidence, significance) for measure in MEASURES],
-        description=[show_description(verdict, measure, confidence, significance) for measure in MEASURES],
+        numbers=[show_verdict(verdict, measure, confidence, significance) for measure in verdict_measures()],
+        description=[show_description(verdict, measure, confidence, significance) for measure in verdict_measures()],
         cases_and_replicates=", ".join(
             (count(verdict["n_cases"].max(), "test case"), count(verdict["n_replicates"].max(), "replicate"))
         ),
         dose_response=(
             show_dose_response(tables["dose_response"], confidence, significance) if "dose_response" in tables else None
         ),
+        measures=show_measures(tables["measures"]),
+        measure_differences=show_measure_differences(tables["measures"]),
+        unscored=show_unscored(tables["measures"], tables["cases"]),
         detection=show_detection(tables["detection"]),
-        dice_by_case=show_dice(tables["cases"]),
+        scores_by_case=show_case_scores(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
         quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
         extractors=extractors,
@@ -314,9 +329,7 @@ def render_report(
         compared=show_published(tables["published_comparison"].query("arm != ''")),
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
-        generator_notes={
-            name: generators.module_of(name, config).__doc__.splitlines()[0] for name in config.arms.largest_doses()
-        },
+        generator_notes={name: describe_generator(name, config) for name in config.arms.largest_doses()},
         arm_cases={
             arm: [case["name"] for case in content["cases"] if case["trained_on"]] for arm, content in arms.items()
         },
@@ -377,7 +390,7 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     return limits
 
 
-def show_verdict(verdict: pd.DataFrame, measure: str, confidence: str, significance: float) -> Shown:
+def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> Shown:
     """The rows of one measure in `verdict.csv` for reading."""
     rows = [
         [
@@ -386,14 +399,14 @@ def show_verdict(verdict: pd.DataFrame, measure: str, confidence: str, significa
             _p(row["p"], significance), _p(row["p_holm"], significance),
             _detectable(row), row["verdict"],
         ]
-        for row in verdict[verdict["metric"] == measure].to_dict("records")
+        for row in verdict[verdict["metric"] == measure.column].to_dict("records")
     ]  # fmt: skip
-    heads = ["arm", f"{MEASURES[measure]} ± sd", "difference", f"{confidence} CI", "in %", "p", "p, Holm", "detectable",
+    heads = ["arm", f"{measure.title} ± sd", "difference", f"{confidence} CI", "in %", "p", "p, Holm", "detectable",
              "verdict"]  # fmt: skip
     return Shown(heads, rows, [False, *[True] * 7, False])
 
 
-def show_description(verdict: pd.DataFrame, measure: str, confidence: str, significance: float) -> Shown:
+def show_description(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> Shown:
     """What describes the comparisons of one measure without deciding them."""
     rows = [
         [
@@ -402,9 +415,9 @@ def show_description(verdict: pd.DataFrame, measure: str, confidence: str, signi
             f"{row['wins']} / {row['ties']} / {row['losses']}", _number(row["standard_error"], ".4f"),
             _number(row["df"], ".1f"),
         ]
-        for row in verdict[(verdict["metric"] == measure) & verdict["difference"].notna()].to_dict("records")
+        for row in verdict[(verdict["metric"] == measure.column) & verdict["difference"].notna()].to_dict("records")
     ]  # fmt: skip
-    heads = ["arm", f"difference, {MEASURES[measure]}", f"{confidence} CI, bootstrap", "p, Wilcoxon",
+    heads = ["arm", f"difference, {measure.title}", f"{confidence} CI, bootstrap", "p, Wilcoxon",
              "wins / ties / losses", "standard error", "df"]  # fmt: skip
     return Shown(heads, rows, [False, *[True] * 6])
 
@@ -436,7 +449,7 @@ def show_run_spread(spread: pd.DataFrame, significance: float) -> Shown:
         ]
         for row in spread.to_dict("records")
     ]  # fmt: skip
-    mean = f"mean {next(iter(MEASURES.values()))}"
+    mean = f"mean {deciding_measure().title}"
     heads = ["arm", "runs", mean, "lowest", "highest", "range", "sd", "p"]
     return Shown(heads, rows, [False, *[True] * 7])
 
@@ -445,13 +458,63 @@ def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float
     """`dose_response.csv` for reading."""
     rows = [
         [
-            row["generator"], MEASURES[row["metric"]], str(row["n_doses"]), _number(row["slope"], "+.3f"),
+            row["generator"], MEASURES[row["metric"]].title, str(row["n_doses"]), _number(row["slope"], "+.3f"),
             _interval(row), _p(row["p"], significance),
         ]
         for row in lines.to_dict("records")
     ]  # fmt: skip
     heads = ["generator", "measure", "doses", "slope", f"{confidence} CI", "p, uncorrected"]
     return Shown(heads, rows, [False, False, True, True, True, True])
+
+
+def show_measures(summary: pd.DataFrame) -> Shown:
+    """`measures.csv` for reading: one row per arm, one column per measure; in brackets the scored cases where they are
+    fewer than for another measure."""
+    rows = []
+    for arm, of_arm in summary.groupby("arm", sort=False):
+        values, n_cases = of_arm.set_index("metric"), int(of_arm["n_cases"].max())
+        cells = []
+        for column, measure in MEASURES.items():
+            value = values.loc[column]
+            fewer = f" (n = {value['n_cases']})" if value["n_cases"] < n_cases else ""
+            cells.append(_spread(value["mean"], value["sd"], measure.form) + fewer)
+        rows.append([arm, str(n_cases), *cells])
+    heads = ["arm", "cases", *(measure.head for measure in MEASURES.values())]
+    return Shown(heads, rows, [False, *[True] * (1 + len(MEASURES))])
+
+
+def show_measure_differences(summary: pd.DataFrame) -> Shown:
+    """Differences to `real` in `measures.csv`, of the measures that are better in one direction."""
+    directed = {column: measure for column, measure in MEASURES.items() if measure.better != "near 0"}
+    rows = [
+        [
+            arm,
+            *(
+                _number(value, f"+{measure.form.removeprefix('+')}")
+                for measure, value in zip(
+                    directed.values(), of_arm.set_index("metric").loc[[*directed], "difference"], strict=True
+                )
+            ),
+        ]
+        for arm, of_arm in summary[summary["arm"] != BASELINE].groupby("arm", sort=False)
+    ]
+    return Shown(["arm", *(measure.head for measure in directed.values())], rows, [False, *[True] * len(directed)])
+
+
+def show_unscored(summary: pd.DataFrame, cases_scored: pd.DataFrame) -> Shown | None:
+    """Predictions without a value of a measure, as nothing was predicted; None where there are none."""
+    judged = cases_scored[cases_scored["n_lesions"] > 0]
+    n_predictions, n_cases = judged.groupby("arm").size(), judged.groupby("arm")["case_id"].nunique()
+    rows = [
+        [
+            row["arm"], MEASURES[row["metric"]].title,
+            f"{n_predictions[row['arm']] - row['n_undefined']} of {n_predictions[row['arm']]}",
+            f"{row['n_cases']} of {n_cases[row['arm']]}",
+        ]
+        for row in summary[summary["n_undefined"] > 0].to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", "measure", "predictions scored", "cases scored in a replicate at least"]
+    return Shown(heads, rows, [False, False, True, True]) if rows else None
 
 
 def show_detection(detection: pd.DataFrame) -> Shown:
@@ -473,13 +536,13 @@ def show_detection(detection: pd.DataFrame) -> Shown:
     return Shown(heads, rows, [False, *[True] * 8])
 
 
-def show_dice(cases_scored: pd.DataFrame) -> Shown:
-    """Dice of every case and arm, mean over replicates."""
-    measure = next(iter(MEASURES))
-    wide = cases_scored.pivot_table(index="case_id", columns="arm", values=measure, sort=False, dropna=False)
+def show_case_scores(cases_scored: pd.DataFrame) -> Shown:
+    """The deciding measure of every case and arm, mean over replicates."""
+    measure = deciding_measure()
+    wide = cases_scored.pivot_table(index="case_id", columns="arm", values=measure.column, sort=False, dropna=False)
     wide = wide[list(dict.fromkeys(cases_scored["arm"]))]
     rows = [
-        [str(case), *(_number(value, ".3f") for value in scores)]
+        [str(case), *(_number(value, measure.form) for value in scores)]
         for case, scores in zip(wide.index, wide.to_numpy(), strict=True)
     ]
     return Shown(["case", *wide.columns], rows, [False, *[True] * wide.shape[1]])
@@ -538,7 +601,7 @@ def show_published(comparison: pd.DataFrame) -> tuple[Shown, list[str]]:
             [
                 row["method"],
                 row["training_set"] or row["cohort"],
-                MEASURES.get(row["metric"], row["metric"].replace("_", " ")),
+                MEASURES[row["metric"]].title if row["metric"] in MEASURES else row["metric"].replace("_", " "),
                 _spread(row["published_mean"], row["published_sd"], form),
                 _number(row["published_change"], "+.3f"),
                 row["arm"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from lungddpm.evaluation.measures import deciding_measure
 from lungddpm.quality.calibration import calibration_notes
 from lungddpm.verdict.power import RunPower
 from lungddpm.verdict.run_spread import spread_notes
@@ -34,7 +35,7 @@ def notes_table(
         "copied replicates": copy_notes(copies),
         "size of the run": [power.sentence] if power.too_small else [],
         "HU calibration": calibration_notes(calibration),
-        "spread of training runs": spread_notes(run_spread, "Dice", significance),
+        "spread of training runs": spread_notes(run_spread, deciding_measure().title, significance),
     }
     rows = [(about, True, note) for about, of_kind in warnings.items() for note in of_kind]
     if power.sentence and not power.too_small:

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lungddpm.config.models import Config
+from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.device import device_of
 from lungddpm.core.errors import InputError
@@ -16,7 +17,8 @@ from lungddpm.core.files import read_json, seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
-from lungddpm.evaluation.segmentation import RATIOS, check_unchanged
+from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
+from lungddpm.evaluation.segmentation import check_unchanged
 from lungddpm.quality import image_quality
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.notes import notes_table
@@ -25,12 +27,6 @@ from lungddpm.verdict.published import published_comparison, published_gain
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
-BASELINE = "real"
-MEASURES = {"dice": "Dice", "sensitivity": "sensitivity"}
-"""What the verdict is about: column of `metrics.csv` (between 0 and 1, larger is better) -> its name in prose.
-
-The first decides, the others support."""
-_SUMMARISED = (*RATIOS, "surface_dice", "hausdorff_95_mm", "volume_error_mm3")
 NOT_TRUSTED = "not trusted"
 """Verdict in the place of "better" or "worse" in a run with copied replicates."""
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
@@ -41,8 +37,6 @@ VERDICT_COLUMNS = [
     "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
     "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
-REPEATED = "real+real"
-"""The control that repeats the real cases: its true difference is 0."""
 QUESTION, CONTROLS = "arms with synthetic CT", "controls"
 """Families of arms: Holm's correction is made within each."""
 
@@ -107,10 +101,9 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise InputError(path, f"is not a table ({error})", "Delete it and run again.") from None
 
 
-def family_of(arm: str, config: Config) -> str:
+def family_of(arm: Arm, config: Config) -> str:
     """`QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
-    mixed = any(arm.startswith(f"{BASELINE}+{generator}@") for generator in config.arms.generators)
-    return QUESTION if mixed or arm.startswith("synthetic:") else CONTROLS
+    return CONTROLS if arm.is_control(config.arms.generators) else QUESTION
 
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
@@ -173,38 +166,38 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     Raises:
         InputError: the arms do not cover the same cases.
     """
-    settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.names()
+    settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.all()
     comparisons = {
-        measure: compare_arms(
-            scores_of(cases, config, measure),
+        measure.column: compare_arms(
+            scores_of(cases, config, measure.column),
             settings.bootstraps,
             settings.confidence,
-            seed_from(config.seed, "verdict", measure),
+            seed_from(config.seed, "verdict", measure.column),
             [family_of(arm, config) for arm in arms],
         )
-        for measure in MEASURES
+        for measure in verdict_measures()
     }
     for number, arm in enumerate(arms):
-        for measure, prose in MEASURES.items():
-            comparison = comparisons[measure][number]
-            text = sentence(arm, BASELINE, prose, comparison, settings.confidence)
-            if arm in missing and comparison.n_replicates:
-                text += f" Not evaluated and left out: {', '.join(missing[arm])}."
-            if arm == REPEATED and comparison.p_wilcoxon < 1 - settings.confidence:
+        for measure in verdict_measures():
+            comparison = comparisons[measure.column][number]
+            text = sentence(arm.name, BASELINE, measure.title, comparison, settings.confidence)
+            if arm.name in missing and comparison.n_replicates:
+                text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
+            if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
                 text += (
                     f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
                     f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
                 )
-            keys = {"arm": arm, "metric": measure, "confidence": settings.confidence}
+            keys = {"arm": arm.name, "metric": measure.column, "confidence": settings.confidence}
             rows.append(keys | asdict(comparison) | {"sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
 
 
 def power_of(verdict: pd.DataFrame) -> RunPower:
     """Which gain from synthetic CT a run can show, from its `verdict.csv`."""
-    measure, prose = next(iter(MEASURES.items()))
-    rows = verdict[(verdict["metric"] == measure) & (verdict["family"] == QUESTION)]
-    return run_power(rows, prose, published_gain(measure))
+    measure = deciding_measure()
+    rows = verdict[(verdict["metric"] == measure.column) & (verdict["family"] == QUESTION)]
+    return run_power(rows, measure.title, published_gain(measure.column))
 
 
 def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
@@ -229,17 +222,20 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
         difference to `real`, ci_low, ci_high (pointwise).
     """
     lines, bands = [], []
-    arms = config.arms.names()
-    for measure in MEASURES:
-        scores = scores_of(cases, config, measure)
+    arms = config.arms.all()
+    for measure in verdict_measures():
+        scores = scores_of(cases, config, measure.column)
         for generator in config.arms.generators:
-            doses = {arms.index(f"{BASELINE}+{generator}@{dose}"): dose for dose in config.arms.doses}
-            doses = {arm: dose for arm, dose in doses.items() if scores.evaluated[arm].any()}
+            doses = {
+                place: arm.dose
+                for place, arm in enumerate(arms)
+                if arm.real and arm.generator == generator and scores.evaluated[place].any()
+            }
             if len(doses) < 2 or not scores.paired(0, *doses).scores.size:
                 continue
             line = dose_response(scores, doses, config.verdict.confidence)
             ci_low, ci_high = line.slope.interval(config.verdict.confidence)
-            keys = {"generator": generator, "metric": measure}
+            keys = {"generator": generator, "metric": measure.column}
             lines.append(
                 keys
                 | {"n_doses": len(doses), "slope": line.slope.value, "ci_low": ci_low, "ci_high": ci_high}
@@ -255,19 +251,29 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
 def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
     """Every measure of every arm over the cases with a lesion, one row each.
 
+    Args:
+        cases: `metrics.csv` of all arms and replicates.
+
     Returns:
         arm, metric, n_cases (scored in a replicate at least), n_undefined (cases x replicates without a value: nothing
-        was predicted), mean and sd over cases, of their means over replicates.
+        was predicted), mean and sd over cases, of their means over replicates; difference to `real` and n_compared, the
+        cases that it is a mean over: paired by case and replicate, for measures that are better in one direction.
     """
     rows = []
-    judged = cases[cases["n_lesions"] > 0]
-    for arm in cases["arm"].unique():
-        scored = judged[judged["arm"] == arm]
-        for metric in _SUMMARISED:
-            by_case = scored.groupby("case_id")[metric].mean().dropna()
+    judged = cases[cases["n_lesions"] > 0].set_index(["arm", "case_id", "replicate"])
+    arms = judged.index.get_level_values("arm")
+    by_arm = {arm: judged[arms == arm].droplevel("arm") for arm in cases["arm"].unique()}
+    for arm, scored in by_arm.items():
+        for metric, measure in MEASURES.items():
+            by_case = scored[metric].groupby("case_id").mean().dropna()
             counts = {"n_cases": len(by_case), "n_undefined": int(scored[metric].isna().sum())}
-            rows.append({"arm": arm, "metric": metric, **counts, "mean": by_case.mean(), "sd": by_case.std()})
-    return pd.DataFrame(rows)
+            row = {"arm": arm, "metric": metric, **counts, "mean": by_case.mean(), "sd": by_case.std()}
+            if arm != BASELINE and measure.better != "near 0":
+                differences = (scored[metric] - by_arm[BASELINE][metric]).groupby("case_id").mean().dropna()
+                row |= {"difference": differences.mean(), "n_compared": len(differences)}
+            rows.append(row)
+    columns = ["arm", "metric", "n_cases", "n_undefined", "mean", "sd", "difference", "n_compared"]
+    return pd.DataFrame(rows, columns=columns).astype({"n_compared": "Int64"})
 
 
 def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFrame) -> pd.DataFrame:
@@ -428,7 +434,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         )
         tables["image_quality"] = quality_table(samples, sets)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
-    runs = scores_of(cases, config, next(iter(MEASURES)))
+    runs = scores_of(cases, config, deciding_measure().column)
     tables["run_spread"] = run_spread_table(
         config.arms.names(), run_means(runs), runs.replicates, seed_from(config.seed, "verdict", "run spread")
     )

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.arms.compose import DATASET, Recipe, first_samples, parse_arm, run_compose
+from lungddpm.arms.compose import DATASET, first_samples, run_compose
 from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
@@ -50,17 +50,6 @@ def edit(table: Path, case_id: str, **values: str) -> None:
     rows = read_cases(table)
     rows.loc[rows["case_id"] == case_id, list(values)] = list(values.values())
     write_cases(table, rows)
-
-
-def test_names_of_arms():
-    assert parse_arm("real") == Recipe(real=True, added=None, dose=0.0)
-    assert parse_arm("real+real") == Recipe(real=True, added="real", dose=1.0)
-    assert parse_arm("real+lung_ddpm@0.5") == Recipe(real=True, added="lung_ddpm", dose=0.5)
-    assert parse_arm("synthetic:lung_ddpm") == Recipe(real=False, added="lung_ddpm", dose=1.0)
-    wrong_names = ("", "unreal", "real+lung_ddpm", "real+@1", "real+a@zero", "real+a@-1", "real+a@nan", "synthetic:")
-    for wrong in wrong_names:
-        with pytest.raises(ConfigError):
-            parse_arm(wrong)
 
 
 def test_real_links_the_images_and_maps_nodules_to_one(cohort):

@@ -12,7 +12,7 @@ from lungddpm.config.loading import parse_config
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import InputError
 from lungddpm.core.progress import LOG
-from lungddpm.evaluation.segmentation import RATIOS
+from lungddpm.evaluation.measures import MEASURES
 from lungddpm.quality.image_quality import SET_COLUMNS
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
@@ -35,11 +35,11 @@ def simulated_cases(config, gain=0.0, n_cases=30):
     """Rows of `cases.csv`, scores growing by `gain` a dose."""
     rng = np.random.default_rng(3)
     of_case, rows = rng.uniform(0.2, 0.6, n_cases), []
-    for arm in config.arms.names():
-        dose = float(arm.split("@")[1]) if "@" in arm else 0
+    for arm in config.arms.all():
+        dose = 0 if arm.generator is None else arm.dose
         for replicate in config.segmentation.replicates():
             for number, score in enumerate(of_case + gain * dose + rng.normal(0, 0.02, n_cases)):
-                row = {"arm": arm, "replicate": replicate, "case_id": f"case-{number}"}
+                row = {"arm": arm.name, "replicate": replicate, "case_id": f"case-{number}"}
                 rows.append(row | {"dice": score, "sensitivity": 1 - score})
     return pd.DataFrame(rows)
 
@@ -224,16 +224,36 @@ def test_without_probabilities_only_the_scores_are_missing(make_results):
 
 
 def test_measures_of_the_cases_with_a_lesion():
-    keys = {"arm": "real", "n_lesions": 1, **dict.fromkeys(RATIOS, 0.5), "surface_dice": 0.5, "volume_error_mm3": 0}
+    keys = {"arm": "real", "n_lesions": 1, **dict.fromkeys(MEASURES, 0.5)}
     rows = [
         keys | {"replicate": replicate, "case_id": case_id, "hausdorff_95_mm": distance}
         for replicate, case_id, distance in [("a", "p", 4), ("b", "p", 8), ("a", "q", 10), ("b", "q", np.nan)]
     ]
     rows.append(rows[0] | {"case_id": "empty", "n_lesions": 0, "hausdorff_95_mm": np.nan, "specificity": 0.1})
-    measures = measures_table(pd.DataFrame(rows)).set_index("metric")
-    assert measures.loc["hausdorff_95_mm", ["n_cases", "n_undefined", "mean"]].tolist() == [2, 1, 8]
-    assert measures.loc["hausdorff_95_mm", "sd"] == pytest.approx(8**0.5)
-    assert measures.loc["specificity", ["n_cases", "n_undefined", "mean"]].tolist() == [2, 0, 0.5]
+    # The other arm has lost the run "b" of case p, and has a value for q where `real` has none.
+    rows += [
+        keys | {"arm": "other", "replicate": replicate, "case_id": case_id, "hausdorff_95_mm": distance, "dice": 0.8}
+        for replicate, case_id, distance in [("a", "p", 5), ("a", "q", 13), ("b", "q", 40)]
+    ]
+    measures = measures_table(pd.DataFrame(rows)).set_index(["arm", "metric"])
+    assert measures.loc[("real", "hausdorff_95_mm"), ["n_cases", "n_undefined", "mean"]].tolist() == [2, 1, 8]
+    assert measures.loc[("real", "hausdorff_95_mm"), "sd"] == pytest.approx(8**0.5)
+    assert measures.loc[("real", "specificity"), ["n_cases", "n_undefined", "mean"]].tolist() == [2, 0, 0.5]
+    assert measures.loc["real", "difference"].isna().all()
+    # Paired by case and replicate: p 5 - 4, q 13 - 10; the unpaired means would differ by 15.75 - 8.
+    assert measures.loc[("other", "hausdorff_95_mm"), ["mean", "difference", "n_compared"]].tolist() == [15.75, 2, 2]
+    assert measures.loc[("other", "dice"), ["difference", "n_compared"]].tolist() == [pytest.approx(0.3), 2]
+    # A bias nearer to zero may be larger or smaller.
+    assert np.isnan(measures.loc[("other", "volume_error_mm3"), "difference"])
+
+
+def test_differences_of_measures_are_those_of_the_verdict(make_results):
+    config, results = make_results(extras=False)
+    tables, _ = write_tables(config, results)
+    summary = tables["measures"].set_index(["arm", "metric"])
+    for row in tables["verdict"].dropna(subset="difference").to_dict("records"):
+        assert summary.loc[(row["arm"], row["metric"]), "difference"] == pytest.approx(row["difference"])
+        assert summary.loc[(row["arm"], row["metric"]), "mean"] == pytest.approx(row["mean"])
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "lesions.csv", "candidates.csv"])

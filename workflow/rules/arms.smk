@@ -3,6 +3,7 @@
 
 rule compose:
     input:
+        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         samples=samples_of_arm,
     output:
@@ -23,5 +24,5 @@ rule compose:
         settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
         code=stage_fingerprint("compose"),
     shell:
-        "lungddpm --log {log:q} compose {params.samples} --config results/config.json"
-        " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"
+        "lungddpm --log {log:q} compose {params.samples} --config {input.config:q}"
+        " --arm {wildcards.arm:q} --cases {input.cases:q} --output {params.folder:q}"

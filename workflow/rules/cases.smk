@@ -1,7 +1,26 @@
 # Scans -> cases: CT in HU and layout on the model grid.
 
 
+# All read it as an `ancient` input, so that it makes none run again: each has the keys it depends on in
+# `params.settings`. `update`: were it deleted before it is written, a kill in between would make all run again.
+rule merge_config:
+    output:
+        update(MERGED_CONFIG),
+    log:
+        "results/logs/merge_config.log",
+    localrule: True
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    params:
+        values=merged_config,
+    script:
+        "../scripts/merge_config.py"
+
+
 rule phantom:
+    input:
+        config=ancient(MERGED_CONFIG),
     output:
         touch("results/source/.complete"),
     log:
@@ -15,14 +34,16 @@ rule phantom:
         mem_mb=2000,
         runtime=60,
     params:
+        folder=subpath(output[0], parent=True),
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
         code=stage_fingerprint("phantom"),
     shell:
-        "lungddpm --log {log} phantom --config results/config.json --output results/source"
+        "lungddpm --log {log:q} phantom --config {input.config:q} --output {params.folder:q}"
 
 
 rule index:
     input:
+        config=ancient(MERGED_CONFIG),
         cohort=phantom_cohort,
     output:
         ensure("results/cases/index.tsv", non_empty=True),
@@ -41,11 +62,13 @@ rule index:
         settings=settings_of("roles", source=SETTINGS.source.kind),
         code=stage_fingerprint("index", SETTINGS.source.kind),
     shell:
-        "lungddpm --log {log} index --config results/config.json --source {params.source:q} --output {output}"
+        "lungddpm --log {log:q} index --config {input.config:q} --source {params.source:q} --output {output:q}"
 
 
 rule prepare:
     input:
+        config=ancient(MERGED_CONFIG),
+        cohort=phantom_cohort,
         index="results/cases/index.tsv",
     output:
         ensure("results/cases/cases-{shard}.tsv", non_empty=True),
@@ -63,12 +86,13 @@ rule prepare:
         gpu=int(SETTINGS.layouts.lungs != "classical"),
     params:
         source=source_option,
+        folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
         code=stage_fingerprint("prepare", SETTINGS.source.kind),
     shell:
-        "lungddpm --log {log} prepare --config results/config.json --index {input.index} --source {params.source:q}"
-        " --output results/cases --shard {wildcards.shard} --shards {params.shards} --table {output}"
+        "lungddpm --log {log:q} prepare --config {input.config:q} --index {input.index:q} --source {params.source:q}"
+        " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
 # How many scans there are tells how many jobs share them, and how many cases, how many samples a dose takes.
@@ -85,7 +109,7 @@ checkpoint count_cases:
         "../../envs/lungddpm.yaml"
     threads: 1
     shell:
-        "true > {log}"
+        "true > {log:q}"
 
 
 # With checksums, so that it changes with the tables.
@@ -101,11 +125,12 @@ rule list_case_tables:
         "../../envs/lungddpm.yaml"
     threads: 1
     shell:
-        "cksum {input} > {output} 2> {log}"
+        "cksum {input:q} > {output:q} 2> {log:q}"
 
 
 rule collect:
     input:
+        config=ancient(MERGED_CONFIG),
         tables=tables_of_cases if IS_PHANTOM else ["results/cases/.tables"],
     output:
         cases=ensure("results/cases/cases.tsv", non_empty=True),
@@ -125,11 +150,12 @@ rule collect:
         settings=settings_of("roles"),
         code=stage_fingerprint("collect"),
     shell:
-        "lungddpm --log {log} collect {params.tables} --config results/config.json --output {output.cases}"
+        "lungddpm --log {log:q} collect {params.tables} --config {input.config:q} --output {output.cases:q}"
 
 
 rule qc:
     input:
+        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
     output:
         ensure("results/qc/index.html", non_empty=True),
@@ -148,4 +174,4 @@ rule qc:
         settings=settings_of("layouts"),
         code=stage_fingerprint("qc"),
     shell:
-        "lungddpm --log {log} qc --config results/config.json --cases {input.cases} --output {params.folder}"
+        "lungddpm --log {log:q} qc --config {input.config:q} --cases {input.cases:q} --output {params.folder:q}"

@@ -3,6 +3,7 @@
 
 rule plan:
     input:
+        config=ancient(MERGED_CONFIG),
         arm="results/arms/{arm}/arm.json",
         plans=plans_of,
     output:
@@ -19,17 +20,19 @@ rule plan:
         runtime=240,
     params:
         folder=subpath(output[0], parent=True),
+        plans_from=folder_of_plans,
         settings=settings_of(
             network=SEGMENTER["network"], batch_size=SEGMENTER["batch_size"]
         ),
         code=stage_fingerprint("plan"),
     shell:
-        "lungddpm --log {log:q} segment plan --config results/config.json --arm-folder {params.folder:q}"
-        " --plans-from results/arms/real --threads {threads}"
+        "lungddpm --log {log:q} segment plan --config {input.config:q} --arm-folder {params.folder:q}"
+        " --plans-from {params.plans_from:q} --threads {threads}"
 
 
 rule train_segmenter:
     input:
+        config=ancient(MERGED_CONFIG),
         plan="results/arms/{arm}/plan.json",
     output:
         ensure(CHECKPOINT, non_empty=True),
@@ -49,12 +52,13 @@ rule train_segmenter:
         settings=settings_of(**SEGMENTER),
         code=stage_fingerprint("train_segmenter"),
     shell:
-        "lungddpm --log {log:q} segment train --config results/config.json --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment train --config {input.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
 
 
 rule predict:
     input:
+        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         plan="results/arms/{arm}/plan.json",
         checkpoint=CHECKPOINT,
@@ -75,6 +79,6 @@ rule predict:
         folder=subpath(input.plan, parent=True),
         code=stage_fingerprint("predict"),
     shell:
-        "lungddpm --log {log:q} segment predict --config results/config.json --arm-folder {params.folder:q}"
-        " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases} --output {output:q}"
+        "lungddpm --log {log:q} segment predict --config {input.config:q} --arm-folder {params.folder:q}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {output:q}"
         " --threads {threads}"
