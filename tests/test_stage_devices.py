@@ -51,7 +51,7 @@ def run(two_gpus, monkeypatch):
     def run_verb(stage, *arguments):
         seen = []
 
-        def run_stage(*given):
+        def run_stage(*given, **options):
             devices = [getattr(value, "device", value) for value in given]
             seen.extend([device for device in devices if device in ("auto", "cpu", "cuda")] + [visible()])
 
