@@ -19,11 +19,11 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-import lungddpm
 from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
 from lungddpm.core.arms import BASELINE
+from lungddpm.core.code import PACKAGE
 from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import ROLES
@@ -689,7 +689,7 @@ def _git_commit() -> str | None:
     """The commit of the code that runs, marked where it has been changed since; None outside a git checkout."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
-        folder = str(Path(lungddpm.__file__).parent)
+        folder = str(PACKAGE)
         command = ["git", "-C", folder, *arguments]
         return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
