@@ -31,7 +31,7 @@ STAGES = {
     "lungs": ((compose, "segment_lungs"), (compose, "split_lungs")),
     "vessels": ((compose, "segment_vessels"),),
     "nodules": ((compose, "find_nodules"),),
-    "model grid": ((compose, "resample_image"), (compose, "occupancy"), (compose, "place_nodules")),
+    "model grid": ((compose, "resample_image"), (compose, "occupancy"), (compose, "nodules_on_grid")),
     "write": ((compose, "write_volume"), (compose, "write_json")),
     "picture": ((compose, "draw_case"), (compose, "save")),
 }

@@ -102,11 +102,11 @@ def measure(parameters: Phantom, seed: int) -> dict:
 
 def make_layout(truth: Thorax) -> tuple[np.ndarray, np.ndarray, Volume]:
     """Lungs and vessels (without the nodules) at the scan's resolution, and the layout on the model grid."""
-    sides = segment_lungs(truth.ct, CONFIG.layouts)
+    lungs_lr = segment_lungs(truth.ct, CONFIG.layouts)
     nodules = np.any([nodule.mask for nodule in truth.nodules], axis=0)
-    vessels = segment_vessels(truth.ct, sides) & ~nodules
-    labels = np.select([nodules, vessels, sides > 0], [Label.NODULE, Label.VESSEL, Label.LUNG]).astype(np.uint8)
-    return sides > 0, vessels, build_case(Scan(truth.ct, labels=labels), CONFIG).layout
+    vessels = segment_vessels(truth.ct, lungs_lr) & ~nodules
+    labels = np.select([nodules, vessels, lungs_lr > 0], [Label.NODULE, Label.VESSEL, Label.LUNG]).astype(np.uint8)
+    return lungs_lr > 0, vessels, build_case(Scan(truth.ct, labels=labels), CONFIG).layout
 
 
 def canonical(truth: Thorax) -> Thorax:

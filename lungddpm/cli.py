@@ -289,9 +289,9 @@ def segment_plan(
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
-    from lungddpm.segmentation.nnunet import run_plan
+    from lungddpm.segmentation.nnunet import run_plan_segmenter
 
-    run_plan(settings, arm_folder, None if arm_folder == plans_from else plans_from, threads)
+    run_plan_segmenter(settings, arm_folder, None if arm_folder == plans_from else plans_from, threads)
 
 
 @segment_app.command("train")
@@ -308,9 +308,9 @@ def segment_train(
 
     settings, threads = load_config(*config), _set_threads(threads)
     with claim_device(device) as claimed:
-        from lungddpm.segmentation.nnunet import run_train
+        from lungddpm.segmentation.nnunet import run_train_segmenter
 
-        run_train(settings, arm_folder, fold, seed, claimed, threads)
+        run_train_segmenter(settings, arm_folder, fold, seed, claimed, threads)
 
 
 @segment_app.command("predict")
@@ -454,20 +454,20 @@ def plan(
 def bench(
     size: Annotated[int, typer.Option(min=16, help="Edge of the volumes in voxels.")] = 64,
     base: Annotated[int, typer.Option(min=1, help="Base channels of the published network.")] = 64,
-    lever: Annotated[list[str] | None, typer.Option(help="Measure only this lever (and others so named).")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each lever, beside the base.")] = 3,
+    option: Annotated[list[str] | None, typer.Option(help="Measure only this option (and others so named).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each option, beside the base.")] = 3,
     longest: Annotated[float, typer.Option(help="Samplings of more seconds than this are extrapolated.")] = 120.0,
     training: Annotated[bool, typer.Option(help="Measure training as well.")] = True,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = RESULTS / "bench.json",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Measure how fast the denoiser trains and samples here, with each lever: ratios to the plain module, seconds."""
+    """Measure how fast the denoiser trains and samples here, with each option: ratios to the plain module, seconds."""
     _set_threads(threads)
     with claim_device(device) as claimed:
         from lungddpm.operations.bench import run_bench
 
-        run_bench(claimed, size, base, lever or [], rounds, longest, training, output)
+        run_bench(claimed, size, base, option or [], rounds, longest, training, output)
 
 
 @config_app.command("show")

@@ -25,7 +25,14 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path
 from lungddpm.core.progress import LOG
 from lungddpm.core.torch_files import fault_of, load_checked, unwrapped
-from lungddpm.models.denoiser import ATTENTION_EDGE, UNet, build_denoiser, inferred_arguments, network_arguments, place
+from lungddpm.models.denoiser import (
+    ATTENTION_EDGE,
+    UNet,
+    build_denoiser,
+    inferred_arguments,
+    network_arguments,
+    place_on_device,
+)
 from lungddpm.models.schedule import cosine_betas, published_buffers
 
 _FORMAT = "lungddpm-model-3"
@@ -138,7 +145,7 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
         denoiser = build_denoiser(config)
     _check_keys(path, weights, denoiser, config, prefix)
     denoiser.to_empty(device=device).load_state_dict(weights)
-    return place(denoiser, device).eval().requires_grad_(False)
+    return place_on_device(denoiser, device).eval().requires_grad_(False)
 
 
 def export_published(weights: Path, output: Path) -> None:

@@ -37,7 +37,7 @@ class Optimization:
     ):
         self.training, self.accelerator = config.settings.training, accelerator
         # Gradients by planes take half as much memory again, and no less time.
-        self.model = model.to(accelerator.device).arrange(channels_last=False, by_planes=False)
+        self.model = model.to(accelerator.device).arrange(channels_last=False, winograd=False)
         self.average: UNet = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.samples = SampleStream(data, config, accelerator.device)
         exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has nothing finer

@@ -17,7 +17,7 @@ from lungddpm.models.data import TrainingData
 from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import Optimization, checkpoint_stages
-from lungddpm.models.training import MEMORY_LEVERS, fresh_denoiser
+from lungddpm.models.training import MEMORY_OPTIONS, fresh_denoiser
 
 _BYTES_A_WEIGHT = 4
 _KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
@@ -39,7 +39,7 @@ def run_estimate(config: GeneratorConfig[DiffusionSettings], device: str = "auto
     processes = accelerator.num_processes
     operations = whole_pass * training.accumulation * processes
     LOG.info("Taking two steps of %s each", _flop(operations))
-    with explain_out_of_memory(MEMORY_LEVERS):
+    with explain_out_of_memory(MEMORY_OPTIONS):
         optimization = Optimization(config, fresh_denoiser(config), made_up(config), accelerator)
         _, seconds = (_timed_step(optimization, step) for step in range(2))
     state_mib = parameters * _KEPT_A_WEIGHT * _BYTES_A_WEIGHT / 2**20

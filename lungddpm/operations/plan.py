@@ -257,7 +257,7 @@ def benchmarked_speed(path: Path) -> Speed:
     result = read_json(path, remedy)
     try:
         is_cpu = result["device"] == CPU
-        rows = {row["lever"]: row for row in result["levers"] if row["status"] == MEASURED}
+        rows = {row["option"]: row for row in result["options"] if row["status"] == MEASURED}
         row = rows.get(USED["cpu" if is_cpu else "cuda"].name) or rows[BASE.name]
         rate = row["flop_per_second"]
         if row["training_steps_per_second"]:

@@ -46,7 +46,7 @@ from lungddpm.quality.image_quality import (
 from lungddpm.report import figures
 from lungddpm.report.html import Shown, render, show_excluded
 from lungddpm.report.viewer import ShownSample, viewer_values
-from lungddpm.segmentation.nnunet import training_curve
+from lungddpm.segmentation.nnunet import segmenter_curve
 from lungddpm.verdict.statistics import (
     MINIMUM_CASES,
     MINIMUM_RUN_DF,
@@ -151,7 +151,7 @@ def draw_figures(
         drawn["froc"] = figures.froc_plot(tables["froc_band"], BASELINE, config.verdict.confidence)
     if "image_quality" in tables:
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
-    for one in first_samples(shown):
+    for one in first_of_generators(shown):
         sample = one.sample
         title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
         drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
@@ -173,7 +173,7 @@ def segmenter_training(config: Config, results: Path) -> pd.DataFrame:
     for arm in config.arms.names():
         for fold in config.segmentation.folds:
             for seed in config.segmentation.seeds:
-                curve = training_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
+                curve = segmenter_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
                 rows += [(arm, config.segmentation.replicate_name(fold, seed), step, loss) for step, loss in curve]
     return pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"])
 
@@ -191,7 +191,7 @@ def samples_to_show(config: Config, results: Path) -> list[ShownSample]:
     ]
 
 
-def first_samples(shown: list[ShownSample]) -> list[ShownSample]:
+def first_of_generators(shown: list[ShownSample]) -> list[ShownSample]:
     """The first sample of each generator, of those that have a reference to stand beside."""
     first = {}
     for one in shown:
@@ -306,7 +306,7 @@ def render_report(
         supports=verdict[(verdict["metric"] != decisive.column) & (verdict["arm"] != BASELINE)].to_dict("records"),
         controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],
         images=images,
-        montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_samples(shown)],
+        montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_of_generators(shown)],
         viewer=viewer_values(shown),
         numbers=[show_verdict(verdict, measure, confidence, significance) for measure in verdict_measures()],
         description=[show_description(verdict, measure, confidence, significance) for measure in verdict_measures()],

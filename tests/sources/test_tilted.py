@@ -30,7 +30,9 @@ def upright(tmp_path_factory):
     write_cohort(PHANTOM, CONFIG.seed, top)
     (row,) = index_source("lidc", top)
     case = build_case(lidc.load_scan(top, row), CONFIG)
-    free = distance_transform_edt((case.found.sides > 0) & (case.found.nodules == 0), sampling=case.found.ct.spacing_mm)
+    free = distance_transform_edt(
+        (case.found.lungs_lr > 0) & (case.found.nodules == 0), sampling=case.found.ct.spacing_mm
+    )
     deepest = np.unravel_index(np.argmax(free), free.shape)
     assert free[deepest] > RADIUS_MM + 5
     return case, (case.found.ct.affine @ [*deepest, 1])[:3]
@@ -99,5 +101,5 @@ def test_a_tilted_series_gives_the_upright_patient(upright, tmp_path, degrees):
     # Edges are interpolated twice.
     assert (error.mean() < 8, np.median(error) < 2, np.percentile(error, 90) < 20) == (True, True, True)
     for side in (1, 2):
-        litres = [np.count_nonzero(one.sides == side) * one.ct.voxel_mm3 / 1e6 for one in (found, truth.found)]
+        litres = [np.count_nonzero(one.lungs_lr == side) * one.ct.voxel_mm3 / 1e6 for one in (found, truth.found)]
         assert litres[0] == pytest.approx(litres[1], rel=0.05)

@@ -307,7 +307,7 @@ def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     if len(parts) > 1:
         return f"{folders[0]}: series is spread over {len(folders)} folders. Keep one copy of it."
     if len(parts[0].patients) > 1 or not parts[0].patients[0]:
-        return f"{folders[0]}: the slices do not name one patient (PatientID). Mend the headers."
+        return f"{folders[0]}: the slices do not name one patient (PatientID). Fix the headers."
     if undecodable := next((syntax for syntax in parts[0].syntaxes if not can_be_decoded(syntax)), ""):
         return (
             f"{folders[0]}: is in a transfer syntax that cannot be decoded, {name_of_syntax(undecodable)}. "
