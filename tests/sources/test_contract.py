@@ -111,7 +111,7 @@ def load_scan(path, case):
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A function that runs `lungddpm` from a copy of the package with one more file."""
+    """A copy of the package with one more file, and a function that runs Python with it."""
     root = tmp_path_factory.mktemp("package")
     shutil.copytree(
         Path(lungddpm.__file__).parent, root / "lungddpm", ignore=shutil.ignore_patterns("__pycache__", "workflow")
@@ -122,7 +122,7 @@ def package(tmp_path_factory):
     )
 
     def call(*words: str) -> str:
-        command = [sys.executable, "-m", "lungddpm", *words]
+        command = [sys.executable, *words]
         done = subprocess.run(command, cwd=root, env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -133,7 +133,7 @@ def package(tmp_path_factory):
 def test_a_source_that_is_one_file_is_indexed_and_prepared(package):
     root, call = package
     for verb in (["simulate"], ["index"], ["prepare"], ["collect", "results/cases/cases-0.tsv"]):
-        call(*verb)
+        call("-m", "lungddpm", *verb)
     cases = pd.read_csv(root / "results/cases/cases.tsv", sep="\t")
     assert cases["case_id"].tolist() == ["toy-0", "toy-1", "toy-2", "toy-3"]
     assert (cases["status"] == "ok").all(), cases["reason"].tolist()
@@ -146,7 +146,8 @@ def test_a_source_that_is_one_file_is_indexed_and_prepared(package):
 
 def test_its_settings_are_keys_of_the_config_and_its_size_enters_the_plan(package):
     _, call = package
-    schema = json.loads(call("config", "schema"))
+    schema = json.loads(call("-m", "lungddpm", "config", "schema"))
     assert schema["$defs"]["Source"]["properties"]["toy"]["default"] == {"patients": 3}
-    assert "`toy`: lungs in a box" in call("config", "schema", "--markdown")
-    assert "4 scans (the box)" in call("plan", "--index", "none.tsv")
+    assert "`toy`: lungs in a box" in call("-m", "lungddpm", "config", "schema", "--markdown")
+    cohort = "from lungddpm.operations.plan import *; print(count_cohort(load_plan_config('config.yaml'), None, None))"
+    assert "scans=4, voxels=262144, discovery=2" in call("-c", cohort)
