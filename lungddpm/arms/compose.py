@@ -73,9 +73,10 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
             raise InputError(cases_table, f"has no usable {role} case", f"See its column reason; set roles.{role}.")
     shared = config.roles.allow_shared_patients
     segmentation = config.segmentation
-    folds = splits.folds(discovery, segmentation.n_folds, segmentation.folds, config.seed, shared)
-
     real = _training_cases(cases_table, discovery)
+    nodule_mm3 = {case.case_id: _nodule_mm3(case) for case in real}
+    folds = splits.folds(discovery, nodule_mm3, segmentation.n_folds, segmentation.folds, config.seed, shared)
+
     added: list[TrainingCase] = []
     if recipe.added == BASELINE:
         added = [replace(case, name=_repeated_name(case.name)) for case in real]
@@ -180,6 +181,12 @@ def _origin(case: TrainingCase, register: splits.Register) -> splits.Origin:
         raise InputError(sample, "names no known patient as its reference", "Synthesize it from the cases of this run.")
     marks = {case.series_uid, record.get("scan_sha256", ""), hash_voxels(read_volume(case.folder.ct))}
     return splits.Origin(case.case_id, patients | {case.patient_id}, frozenset(marks - {""}))
+
+
+def _nodule_mm3(case: TrainingCase) -> float:
+    """Volume of all nodules of the layout."""
+    layout = read_volume(case.folder.layout)
+    return np.count_nonzero(layout.array == Label.NODULE) * layout.voxel_mm3
 
 
 def _write_dataset(

@@ -91,14 +91,21 @@ def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[st
 
 
 def folds(
-    cases: pd.DataFrame, n_folds: int, wanted: Iterable[int], seed: int, allow_shared_patients: bool = False
+    cases: pd.DataFrame,
+    nodule_mm3: Mapping[str, float],
+    n_folds: int,
+    wanted: Iterable[int],
+    seed: int,
+    allow_shared_patients: bool = False,
 ) -> list[dict[str, list[str]]]:
-    """Cross-validation folds of the discovery cases, grouped by patient.
+    """Cross-validation folds of the discovery cases, grouped by patient and stratified by nodule volume.
 
-    With fewer patients than `n_folds` there are as many folds as patients.
+    The strata are quantiles of the volume, as many as leave each of them a case for every fold. With fewer patients
+    than `n_folds` there are as many folds as patients.
 
     Args:
         cases: the usable discovery cases.
+        nodule_mm3: volume of all nodules of a case, by case id.
         n_folds: folds asked for.
         wanted: the folds that will be trained.
         seed: root of the draw.
@@ -110,7 +117,10 @@ def folds(
     Raises:
         ConfigError: a wanted fold cannot exist with so few patients.
     """
-    patients = _shuffled(cases["patient_id"], seed, "folds")
+    import numpy as np
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    patients = set(cases["patient_id"])
     if len(patients) == 1 and allow_shared_patients:
         LOG.warning("WARNING: there is only one discovery patient: validation cases are the training cases")
         names = sorted(cases["case_id"])
@@ -124,13 +134,13 @@ def folds(
         )
     if possible < n_folds:
         LOG.warning("segmentation.n_folds is %d, but there are only %d discovery patients", n_folds, possible)
-    fold_of = cases["patient_id"].map({patient: rank % possible for rank, patient in enumerate(patients)})
+    by_volume = cases.assign(mm3=cases["case_id"].map(nodule_mm3)).sort_values(["mm3", "case_id"])
+    strata = np.arange(len(by_volume)) * (len(by_volume) // possible) // len(by_volume)
+    splitter = StratifiedGroupKFold(possible, shuffle=True, random_state=seed_from(seed, "folds") % 2**32)
+    names = by_volume["case_id"].to_numpy()
     return [
-        {
-            "train": sorted(cases.loc[fold_of != fold, "case_id"]),
-            "val": sorted(cases.loc[fold_of == fold, "case_id"]),
-        }
-        for fold in range(possible)
+        {"train": sorted(names[train]), "val": sorted(names[val])}
+        for train, val in splitter.split(names, strata, by_volume["patient_id"])
     ]
 
 

@@ -332,7 +332,7 @@ class Segmentation(Section):
     learning_rate: PositiveFloat = 1e-2
     """Initial learning rate, decayed polynomially to zero."""
     n_folds: Annotated[int, Field(ge=2)] = 5
-    """The real training cases are split, by patient, into this many folds."""
+    """The real training cases are split, by patient, into this many folds, balanced by nodule volume."""
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
     """Folds that are trained; a replicate is a fold with a seed."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]

@@ -1,7 +1,10 @@
 """Roles, folds and the leak guard against small cohorts whose right answer can be counted by hand."""
 
 import logging
+import statistics
+from collections.abc import Sequence
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -93,23 +96,66 @@ def test_patients_are_shared_only_when_allowed_and_loudly(caplog):
     assert "means nothing" in caplog.text
 
 
-def test_folds_are_grouped_by_patient_and_validate_every_case_once():
-    cases = cohort(7, series_each=2)
-    folds = splits.folds(cases, 3, [0, 1, 2], seed=1)
+def folds_of(cases: pd.DataFrame, volumes: Sequence[float], n_folds: int, wanted: list[int], seed: int = 1, **rest):
+    return splits.folds(cases, dict(zip(cases["case_id"], volumes, strict=True)), n_folds, wanted, seed, **rest)
+
+
+@pytest.mark.filterwarnings("error")
+@given(st.integers(2, 12), st.integers(1, 3), st.integers(2, 6), st.data())
+def test_folds_are_grouped_by_patient_and_validate_every_case_once(n_patients, series_each, n_folds, data):
+    cases = cohort(n_patients, series_each)
+    volumes = data.draw(st.lists(st.floats(0, 1e5), min_size=len(cases), max_size=len(cases)))
+    folds = folds_of(cases, volumes, n_folds, [0])
+    assert len(folds) == min(n_folds, n_patients)
     assert sorted(name for fold in folds for name in fold["val"]) == sorted(cases["case_id"])
     for fold in folds:
+        assert fold["train"]
+        assert fold["val"]
         assert sorted(fold["train"] + fold["val"]) == sorted(cases["case_id"])
         assert not {name[:4] for name in fold["train"]} & {name[:4] for name in fold["val"]}
-    assert folds == splits.folds(cases.sample(frac=1, random_state=0), 3, [0, 1, 2], seed=1)
+
+
+def test_folds_do_not_depend_on_the_order_of_the_table_but_on_the_seed():
+    cases = cohort(12).assign(mm3=np.random.default_rng(0).lognormal(6, 1, 12))
+    shuffled = cases.sample(frac=1, random_state=0)
+    first = folds_of(cases, cases["mm3"], 3, [0])
+    assert first == folds_of(shuffled, shuffled["mm3"], 3, [0])
+    assert first != folds_of(cases, cases["mm3"], 3, [0], seed=2)
+
+
+def test_every_fold_has_a_case_of_every_size():
+    cases = cohort(20)
+    sizes = {name: rank // 5 for rank, name in enumerate(cases["case_id"])}
+    for fold in folds_of(cases, np.geomspace(30, 30_000, 20), 5, [0]):
+        assert sorted(sizes[name] for name in fold["val"]) == [0, 1, 2, 3]
+
+
+def spread(folds: list[list[float]]) -> float:
+    """Standard deviation over folds of their mean volume, over its mean."""
+    means = [statistics.mean(fold) for fold in folds]
+    return statistics.stdev(means) / statistics.mean(means)
+
+
+@pytest.mark.parametrize(("n_patients", "at_most"), [(10, 0.85), (60, 0.55)])
+def test_volumes_are_spread_less_over_folds_than_by_chance(n_patients, at_most):
+    cases, balanced, by_chance = cohort(n_patients), [], []
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        volumes = rng.lognormal(6, 1, n_patients)
+        of_case = dict(zip(cases["case_id"], volumes, strict=True))
+        folds = folds_of(cases, volumes, 5, [0], seed)
+        balanced.append(spread([[of_case[name] for name in fold["val"]] for fold in folds]))
+        by_chance.append(spread(np.split(rng.permutation(volumes), 5)))
+    assert statistics.mean(balanced) < at_most * statistics.mean(by_chance)
 
 
 def test_folds_with_too_few_patients():
-    assert len(splits.folds(cohort(3), 5, [0, 2], seed=1)) == 3
+    assert len(folds_of(cohort(3), [5, 1, 1], 5, [0, 2])) == 3
     with pytest.raises(ConfigError, match="fold 3"):
-        splits.folds(cohort(3), 5, [0, 3], seed=1)
+        folds_of(cohort(3), [5, 1, 1], 5, [0, 3])
     with pytest.raises(ConfigError, match="1 usable discovery patient"):
-        splits.folds(cohort(1), 2, [0], seed=1)
-    shared = splits.folds(cohort(1), 2, [0, 1], seed=1, allow_shared_patients=True)
+        folds_of(cohort(1), [5], 2, [0])
+    shared = folds_of(cohort(1), [5], 2, [0, 1], allow_shared_patients=True)
     assert shared == [{"train": ["P000_0"], "val": ["P000_0"]}] * 2
 
 
