@@ -32,7 +32,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.core.volume import Volume, bounding_box, read_volume
-from lungddpm.layouts.compose import place_nodules
+from lungddpm.layouts.compose import nodules_on_grid
 from lungddpm.layouts.prior import Prior, lies_in_lungs
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: 
         raise InputError(
             cases_table,
             "has no discovery case with a nodule in the lungs, from which new ones could be made",
-            "Give roles.discovery other patients, or set synthesis.place_nodules and jitter_repeats to false.",
+            "Give roles.discovery other patients, or set synthesis.nodules_on_grid and jitter_repeats to false.",
         )
     return NoduleLibrary(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
 
@@ -243,7 +243,7 @@ def jitter(
         rng: of every draw.
     """
     was = layout.array == Label.NODULE
-    cells = np.where(was, place_nodules([shape.mask for shape in own], layout.affine, layout.shape), 0)
+    cells = np.where(was, nodules_on_grid([shape.mask for shape in own], layout.affine, layout.shape), 0)
     own_cells = {number: np.argwhere(cells == number) for number in range(1, len(own) + 1)}
     kept = sorted((n for n, at in own_cells.items() if len(at)), key=lambda n: len(own_cells[n]), reverse=True)
     staying = [n for n in kept if _lung_around(layout.array, cells == n) < _LUNG_AROUND]
@@ -446,7 +446,7 @@ def _cells_of(
     reach = int(np.ceil((np.abs(corners_mm) / spacing_mm).max())) + 1
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = -(reach + offset) * spacing_mm
-    return np.argwhere(place_nodules([body], affine, (2 * reach + 1,) * 3)) - reach
+    return np.argwhere(nodules_on_grid([body], affine, (2 * reach + 1,) * 3)) - reach
 
 
 def _medial(lungs: np.ndarray) -> np.ndarray:
