@@ -50,14 +50,14 @@ def test_code_that_changed_while_a_training_was_under_way_is_named(make_results,
     model = [{"from_step": 1, "code": "a" * 64}]
     segmenter = [{"from_step": 1, "code": "b" * 64}, {"from_step": 501, "code": "c" * 64}]
     fold = fold_folder(results / "arms/real", 0, 0)
-    write_json(results / "diffusion/main/training.json", {"steps": 6, "code": model})
+    write_json(results / "models/lung_ddpm/main/training.json", {"steps": 6, "code": model})
     write_json(fold / "training.json", {"steps": 1000, "code": segmenter})
     run_report(config, results)
-    trained = {"diffusion/main": model, "arms/real fold0_seed0": segmenter}
+    trained = {"models/lung_ddpm/main": model, "arms/real fold0_seed0": segmenter}
     assert read_manifest(results)["training_code"] == trained
     page = (results / "report.html").read_text()
     assert "arms/real fold0_seed0 (from step 501 on)" in page
-    assert "diffusion/main (from step" not in page
+    assert "models/lung_ddpm/main (from step" not in page
 
 
 def test_full_report(make_results, read_manifest):
