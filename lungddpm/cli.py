@@ -30,13 +30,13 @@ app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
-    list[Path], typer.Option("--config", "-c", help="YAML or JSON file; several are merged from left to right.")
+    list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; several are merged from left to right.")
 ]
 ConfigOfRun = Annotated[
-    list[Path],
+    list[str],
     typer.Option(
-        "--config", "-c", default_factory=lambda: [default_config()], show_default="config.yaml, or the demo's",
-        help="YAML or JSON file; several are merged from left to right.",
+        "--config", "-c", default_factory=lambda: [str(default_config())], show_default="config.yaml, or the demo's",
+        help="YAML or JSON file, or JSON; several are merged from left to right.",
     ),
 ]  # fmt: skip
 CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
@@ -55,7 +55,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all core
 Fold = Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
 ArmFolder = Annotated[Path, typer.Option("--arm-folder", help="Folder of the arm (results/arms/<arm>).")]
-DEFAULT_CONFIG = [Path("config.yaml")]
+DEFAULT_CONFIG = ["config.yaml"]
 RESULTS = Path("results")
 CASES = RESULTS / "cases" / "cases.tsv"
 STAGES, TOOLS = "Stages", "Tools"
@@ -214,8 +214,7 @@ def train(
             return
         from lungddpm.models.training import run_train
 
-        folder = output or RESULTS / settings.model_folder
-        run_train(settings, cases, folder, claimed, initial, restart=restart)
+        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,10 @@ class Metadata:
         steps: int,
         config_fingerprint: str,
         data_fingerprint: str,
-        code: Iterable[CodeFromStep] = (),
+        code: Sequence[CodeFromStep] = (),
     ) -> Metadata:
         """What a generator's training writes."""
-        return cls(config.dump(), config.decides_fit(), steps, config_fingerprint, data_fingerprint, [*code])
+        return cls(config.dump(), config.decides_fit(), steps, config_fingerprint, data_fingerprint, list(code))
 
 
 def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
