@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -29,7 +28,7 @@ from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core import cases
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of, write_json
+from lungddpm.core.files import exclusive_lock, fingerprint, read_json, seed_from, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
@@ -198,7 +197,7 @@ class _Run:
         found = newest_state(self.output / "state", self.fingerprints)
         if found is None or not self._record.exists():
             return found
-        record = json.loads(self._record.read_text(encoding="utf-8"))
+        record = read_json(self._record)
         if {**record, **self.fingerprints} != record or record["code"][-1]["code"] == self.code[-1]["code"]:
             return found
         LOG.info("%s: this training was finished by other code and is passed over", found)

@@ -24,6 +24,7 @@ from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
 from lungddpm.core.arms import BASELINE
+from lungddpm.core.code import CodeFromStep
 from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import ROLES
@@ -45,7 +46,7 @@ from lungddpm.quality.image_quality import (
 from lungddpm.report import figures
 from lungddpm.report.html import Shown, render, show_excluded
 from lungddpm.report.viewer import ShownSample, viewer_values
-from lungddpm.segmentation.nnunet import training_curve
+from lungddpm.segmentation.nnunet import fold_folder, training_curve
 from lungddpm.verdict.statistics import (
     MINIMUM_CASES,
     MINIMUM_RUN_DF,
@@ -240,7 +241,8 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
         files: the files to hash, in that folder.
 
     Returns:
-        JSON-like: written (UTC), git_commit, platform, versions, config, sha256 by relative path.
+        JSON-like: written (UTC), git_commit, platform, versions, config, training_code (see `training_code`), sha256 by
+        relative path.
     """
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -248,8 +250,23 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": versions(),
         "config": config.without_folders().model_dump(mode="json"),
+        "training_code": training_code(config, results),
         "sha256": {path.relative_to(results).as_posix(): sha256_of(path) for path in files},
     }
+
+
+def training_code(config: Config, results: Path) -> dict[str, list[CodeFromStep]]:
+    """Which code took which steps of every training, by its folder; a segmenter's by arm and replicate."""
+    records = {
+        path.parent.relative_to(results).as_posix(): path for path in sorted(results.glob("models/*/*/training.json"))
+    }
+    for arm in config.arms.names():
+        for fold in config.segmentation.folds:
+            for seed in config.segmentation.seeds:
+                folder = fold_folder(results / "arms" / arm, fold, seed)
+                name = config.segmentation.replicate_name(fold, seed)
+                records[f"arms/{arm} {name}"] = folder / "training.json"
+    return {name: read_json(path).get("code", []) for name, path in records.items() if path.exists()}
 
 
 def describe_generator(name: str, config: Config) -> str:
@@ -346,6 +363,11 @@ def render_report(
         power=f"{100 * POWER:g} %",
         config_text=yaml.safe_dump(manifest["config"], sort_keys=False, allow_unicode=True),
         manifest=manifest,
+        changed_code=[
+            f"{name} (from step {later['from_step']} on)"
+            for name, code in manifest["training_code"].items()
+            for later in code[1:]
+        ],
     )
 
 

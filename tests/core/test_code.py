@@ -4,6 +4,7 @@ import textwrap
 
 import pytest
 
+from lungddpm import generators
 from lungddpm.core.code import LEFT_OUT, PACKAGE, STAGES, Code, code_of_steps, stage_fingerprint
 
 MADE_UP = {
@@ -285,7 +286,7 @@ def test_the_code_of_a_training_is_recorded_from_the_step_that_it_took(caplog):
 ROOMS = ["core", "config", "sources", "layouts", "models", "generators", "synthesis", "arms", "segmentation"]
 ROOMS += ["evaluation", "quality", "verdict", "report", "operations"]
 SOURCES = ["phantom", "lidc", "nifti"]
-GENERATORS = ["lung_ddpm", "lung_ddpm_plus", "med_ddpm", "copy_paste", "paste_constant", "reference"]
+GENERATORS = generators.names()
 NAMES = {"find_series": SOURCES, "index": SOURCES, "prepare": SOURCES, "synthesize": GENERATORS, "draw": GENERATORS}
 RUN_BACK = {"quality": {"verdict"}, "report": {"operations"}}
 """Imports against the order of the rooms that are still there."""
@@ -365,9 +366,6 @@ def test_a_stage_depends_on(stage, name, expected):
 
 @pytest.mark.parametrize(("stage", "name"), STAGES_AND_NAMES)
 def test_a_stage_reaches_no_room_after_its_own(stage, name):
-    own = STAGES[stage][0].format(name=name).split(".")[1].partition(":")[0]
-    if own == "sources":  # prepare reads a source and makes layouts; index gives roles
-        own = {"prepare": "layouts", "index": "arms"}.get(stage, own)
-    last = ROOMS.index(own)
-    found = {m.partition(".")[0] for m in modules(stage, name)} - set(ROOMS[: last + 1])
+    own = [ROOMS.index(entry.split(".")[1].partition(":")[0]) for entry in STAGES[stage]]
+    found = {m.partition(".")[0] for m in modules(stage, name)} - set(ROOMS[: max(own) + 1])
     assert found <= RUN_BACK.get(stage, set())

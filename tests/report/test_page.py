@@ -10,7 +10,9 @@ import pytest
 
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
+from lungddpm.core.files import write_json
 from lungddpm.report.page import _p, extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
+from lungddpm.segmentation.nnunet import fold_folder
 from lungddpm.verdict.tables import write_tables
 
 
@@ -42,6 +44,21 @@ class Page(HTMLParser):
 
 def page_of(results):
     return Page((results / "report.html").read_text(encoding="utf-8"))
+
+
+def test_code_that_changed_while_a_training_was_under_way_is_named(make_results, read_manifest):
+    config, results = make_results()
+    model = [{"from_step": 1, "code": "a" * 64}]
+    segmenter = [{"from_step": 1, "code": "b" * 64}, {"from_step": 501, "code": "c" * 64}]
+    fold = fold_folder(results / "arms/real", 0, 0)
+    write_json(results / "models/lung_ddpm/main/training.json", {"steps": 6, "code": model})
+    write_json(fold / "training.json", {"steps": 1000, "code": segmenter})
+    run_report(config, results)
+    trained = {"models/lung_ddpm/main": model, "arms/real fold0_seed0": segmenter}
+    assert read_manifest(results)["training_code"] == trained
+    page = (results / "report.html").read_text()
+    assert "arms/real fold0_seed0 (from step 501 on)" in page
+    assert "models/lung_ddpm/main (from step" not in page
 
 
 def test_full_report(make_results, read_manifest):
