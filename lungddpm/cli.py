@@ -209,9 +209,11 @@ def train(
 
             run_estimate(settings, claimed)
             return
+        from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial)
+        declared, folder = plugin(generator), output or RESULTS / settings.model_folder
+        run_train(settings, declared.recipe(settings), declared.preview(settings), cases, folder, claimed, initial)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -418,7 +420,7 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
-    from lungddpm.models.checkpoint import export_published
+    from lungddpm.models.published_checkpoint import export_published
 
     export_published(weights, output)
 
