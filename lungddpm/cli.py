@@ -30,13 +30,13 @@ app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
-    list[Path], typer.Option("--config", "-c", help="YAML or JSON file; several are merged from left to right.")
+    list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; several are merged from left to right.")
 ]
 ConfigOfRun = Annotated[
-    list[Path],
+    list[str],
     typer.Option(
-        "--config", "-c", default_factory=lambda: [default_config()], show_default="config.yaml, or the demo's",
-        help="YAML or JSON file; several are merged from left to right.",
+        "--config", "-c", default_factory=lambda: [str(default_config())], show_default="config.yaml, or the demo's",
+        help="YAML or JSON file, or JSON; several are merged from left to right.",
     ),
 ]  # fmt: skip
 CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
@@ -55,7 +55,7 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all core
 Fold = Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
 ArmFolder = Annotated[Path, typer.Option("--arm-folder", help="Folder of the arm (results/arms/<arm>).")]
-DEFAULT_CONFIG = [Path("config.yaml")]
+DEFAULT_CONFIG = ["config.yaml"]
 RESULTS = Path("results")
 CASES = RESULTS / "cases" / "cases.tsv"
 STAGES, TOOLS = "Stages", "Tools"
@@ -189,6 +189,9 @@ def train(
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again; by default it goes on where it was.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = 0,
     estimate: Annotated[
@@ -212,8 +215,9 @@ def train(
         from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        declared, folder = plugin(generator), output or RESULTS / settings.model_folder
-        run_train(settings, declared.recipe(settings), declared.preview(settings), cases, folder, claimed, initial)
+        recipe, preview = plugin(generator).training(settings)
+        folder = output or RESULTS / settings.model_folder
+        run_train(settings, recipe, preview, cases, folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)

@@ -49,8 +49,7 @@ def golden_denoiser() -> UNet:
 
 def train(config: GeneratorConfig[TrainedSettings], *arguments, **options) -> None:
     """`run_train` as the command does it."""
-    declared = plugin(config.name)
-    run_train(config, declared.recipe(config), declared.preview(config), *arguments, **options)
+    run_train(config, *plugin(config.name).training(config), *arguments, **options)
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,16 @@ class Plugin:
     drawing: Callable[[GeneratorConfig[Any]], Drawing] | None
     published_as: str | None
 
+    def training(self, config: GeneratorConfig[TrainedSettings]) -> tuple[Recipe, Preview]:
+        """How it is trained, and what draws a few samples meanwhile.
+
+        Raises:
+            ConfigError: it is not trained.
+        """
+        if self.recipe is None or self.preview is None:
+            raise ConfigError("--generator", f"'{self.name}' is not trained", "Name a generator that is.")
+        return self.recipe(config), self.preview(config)
+
 
 def names() -> list[str]:
     """All generators, in alphabetical order."""

@@ -10,7 +10,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
-from lungddpm.core.errors import ConfigError
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.generators import plugin
@@ -61,15 +60,8 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
 
 
 def recipe_of(config: GeneratorConfig[TrainedSettings]) -> Recipe:
-    """How a generator is trained.
-
-    Raises:
-        ConfigError: it is not.
-    """
-    declared = plugin(config.name)
-    if declared.recipe is None:
-        raise ConfigError("--generator", f"'{config.name}' is not trained", "Name one that is.")
-    return declared.recipe(config)
+    """How a generator is trained."""
+    return plugin(config.name).training(config)[0]
 
 
 def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:

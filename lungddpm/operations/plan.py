@@ -150,7 +150,7 @@ class NetworkCost:
 
 
 def run_plan(
-    paths: Sequence[Path],
+    configs: Sequence[Path | str],
     tables: Sequence[Path],
     scans: int | None,
     device: str = CPU,
@@ -160,7 +160,7 @@ def run_plan(
     """The plan of a run as text (see `describe_plan`). Writes nothing.
 
     Args:
-        paths: files of the config; `source.path` may be missing, as no scan is read.
+        configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
         tables: tables that may list the scans; the first that exists is taken.
         scans: number of scans, whatever tables say; None where a table or the config tells.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
@@ -171,7 +171,7 @@ def run_plan(
         ConfigError: the config is wrong, the device unknown, or nothing tells how many scans there are.
         InputError: a table, or the file of `bench`, cannot be read.
     """
-    config = load_plan_config(*paths)
+    config = load_plan_config(*configs)
     cohort = count_cohort(config, next((table for table in tables if table.exists()), None), scans)
     if bench is not None:
         speed = benchmarked_speed(bench)
@@ -182,9 +182,9 @@ def run_plan(
     return describe_plan(cohort, speed, plan_run(config, cohort, speed))
 
 
-def load_plan_config(*paths: Path) -> Config:
+def load_plan_config(*sources: Path | str) -> Config:
     """A config to plan with: `source.path` may be missing, as no scan is read."""
-    return load_config(*paths, needs_source=False)
+    return load_config(*sources, needs_source=False)
 
 
 def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohort:

@@ -63,6 +63,24 @@ def test_lists_are_replaced_and_mappings_merged(tmp_path):
     assert (config.grid.extent, config.grid.margin_mm, config.grid.size) == ("lungs", 5.0, (32, 32, 32))
 
 
+def test_json_text_stands_for_a_file(tmp_path):
+    first = tmp_path / "a.yaml"
+    first.write_text("arms: {doses: [0.5, 1.0]}\nseed: 3\n")
+    config = load_config(first, '{"arms": {"doses": [2.0]}, "source": {"kind": "lidc", "path": "/data//scans"}}')
+    assert (config.seed, config.arms.doses, str(config.source.path)) == (3, [2.0], "/data/scans")
+    for text, problem in (('{"grdi": 1}', "grdi: there is no such key"), ('{"seed": 1', "cannot be read as YAML")):
+        with pytest.raises(ConfigError, match=f"^--config: {problem}"):
+            load_config(text)
+
+
+@pytest.mark.parametrize("overlay", [None, *OVERLAYS])
+def test_what_is_not_a_default_is_the_whole_config(repository, overlay):
+    # Jobs get no more than that.
+    files = [repository / "config.yaml", *([repository / f"config/{overlay}.yaml"] if overlay else [])]
+    config = load_config(*files, '{"source": {"path": "/data/scans"}}')
+    assert load_config(config.model_dump_json(exclude_defaults=True)) == config
+
+
 FAULTS = {
     "typo": ({"grdi": {}}, "grdi: there is no such key"),
     "nested typo": (

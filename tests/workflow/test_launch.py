@@ -68,7 +68,7 @@ def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path
         return make_benchmark(tmp_path / "run", {**cohort, **overlay})
 
     benchmark = benchmark_with(nodes=2, accumulation=1)
-    run = benchmark.run("--until", "train_generator")
+    run = benchmark.run("--until", "train_generator", "merge_config")
     assert run.returncode == 0, run.stdout[-5000:]
     assert (tmp_path / "asked").read_text().startswith("--nodes 2 --ntasks 2 ")
     assert "2 processes" in (benchmark.results / "logs/train_generator-lung_ddpm-main.log").read_text()

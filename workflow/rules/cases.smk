@@ -1,11 +1,12 @@
 # Scans -> cases: CT in HU and layout on the model grid.
 
 
-# All read it as an `ancient` input, so that it makes none run again: each has the keys it depends on in
-# `params.settings`. `update`: were it deleted before it is written, a kill in between would make all run again.
+# For the record, and to start a stage by hand. It is nobody's input: each job has the keys it depends on in
+# `params.settings`. (As an `ancient` input it would hide them: where a job is to run, Snakemake does not look for
+# reasons of the jobs behind it, as these run anyway, and then finds that for `ancient` they need not.)
 rule merge_config:
     output:
-        update(MERGED_CONFIG),
+        MERGED_CONFIG,
     log:
         "results/logs/merge_config.log",
     localrule: True
@@ -13,14 +14,12 @@ rule merge_config:
         "../../envs/lungddpm.yaml"
     threads: 1
     params:
-        values=merged_config,
+        **SETTINGS.without_folders().model_dump(mode="json"),
     script:
         "../scripts/merge_config.py"
 
 
 rule phantom:
-    input:
-        config=ancient(MERGED_CONFIG),
     output:
         touch("results/source/.complete"),
     log:
@@ -34,16 +33,16 @@ rule phantom:
         mem_mb=2000,
         runtime=60,
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
         code=stage_fingerprint("phantom"),
     shell:
-        "lungddpm --log {log:q} phantom --config {input.config:q} --output {params.folder:q}"
+        "lungddpm --log {log:q} phantom --config {params.config:q} --output {params.folder:q}"
 
 
 rule index:
     input:
-        config=ancient(MERGED_CONFIG),
         cohort=phantom_cohort,
     output:
         ensure("results/cases/index.tsv", non_empty=True),
@@ -58,16 +57,16 @@ rule index:
         mem_mb=2000,
         runtime=120,
     params:
+        config=config_of_jobs,
         source=source_option,
         settings=settings_of("roles", source=SETTINGS.source.kind),
         code=stage_fingerprint("index", SETTINGS.source.kind),
     shell:
-        "lungddpm --log {log:q} index --config {input.config:q} --source {params.source:q} --output {output:q}"
+        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} --output {output:q}"
 
 
 rule prepare:
     input:
-        config=ancient(MERGED_CONFIG),
         cohort=phantom_cohort,
         index="results/cases/index.tsv",
     output:
@@ -85,13 +84,14 @@ rule prepare:
         runtime=600,
         gpu=int(SETTINGS.layouts.lungs != "classical"),
     params:
+        config=config_of_jobs,
         source=source_option,
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
         code=stage_fingerprint("prepare", SETTINGS.source.kind),
     shell:
-        "lungddpm --log {log:q} prepare --config {input.config:q} --index {input.index:q} --source {params.source:q}"
+        "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"
         " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
@@ -130,7 +130,6 @@ rule list_case_tables:
 
 rule collect:
     input:
-        config=ancient(MERGED_CONFIG),
         tables=tables_of_cases if IS_PHANTOM else ["results/cases/.tables"],
     output:
         cases=ensure("results/cases/cases.tsv", non_empty=True),
@@ -146,16 +145,16 @@ rule collect:
         mem_mb=2000,
         runtime=10,
     params:
+        config=config_of_jobs,
         tables=lambda wildcards, input: named_tables(input.tables),
         settings=settings_of("roles"),
         code=stage_fingerprint("collect"),
     shell:
-        "lungddpm --log {log:q} collect {params.tables} --config {input.config:q} --output {output.cases:q}"
+        "lungddpm --log {log:q} collect {params.tables} --config {params.config:q} --output {output.cases:q}"
 
 
 rule qc:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
     output:
         ensure("results/qc/index.html", non_empty=True),
@@ -170,8 +169,9 @@ rule qc:
         mem_mb=2000,
         runtime=30,
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         settings=settings_of("layouts"),
         code=stage_fingerprint("qc"),
     shell:
-        "lungddpm --log {log:q} qc --config {input.config:q} --cases {input.cases:q} --output {params.folder:q}"
+        "lungddpm --log {log:q} qc --config {params.config:q} --cases {input.cases:q} --output {params.folder:q}"

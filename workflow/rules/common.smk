@@ -48,7 +48,7 @@ offer_own_programs()
 IS_PHANTOM = SETTINGS.source.kind == "phantom"
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
-# What stages read; see rule `merge_config`.
+# The merged config; see rule `merge_config`.
 MERGED_CONFIG = "results/config.json"
 CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
 
@@ -70,9 +70,12 @@ wildcard_constraints:
     replicate=SETTINGS.segmentation.replicate_name(r"\d+", r"\d+"),
 
 
-def merged_config(_wildcards):
-    """The config that stages read, as JSON."""
-    return json.dumps(SETTINGS.without_folders().model_dump(mode="json"), indent=2)
+def config_of_jobs(_wildcards, threads):
+    """What a job's stage gets as its config: JSON of all that is not a default.
+
+    As it depends on `threads`, Snakemake does not count it among what makes the job run again: `settings` does that.
+    """
+    return SETTINGS.without_folders().model_dump_json(exclude_defaults=True)
 
 
 def settings_of(*sections, **values):

@@ -3,7 +3,6 @@
 
 rule train_generator:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
     output:
         ensure("results/models/{generator}/{run}/model.safetensors", non_empty=True),
@@ -25,6 +24,7 @@ rule train_generator:
         gres=several_nodes(f"gpu:{SETTINGS.workflow.training_gpus}"),
         mpi=several_nodes("srun"),
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         settings=lambda wildcards: settings_of(
             window=SETTINGS.grid.window_hu,
@@ -39,5 +39,5 @@ rule train_generator:
             1, threads // SETTINGS.workflow.training_gpus
         ),
     shell:
-        "{params.launcher} lungddpm --log {log:q} train --config {input.config:q} --generator {wildcards.generator}"
+        "{params.launcher} lungddpm --log {log:q} train --config {params.config:q} --generator {wildcards.generator}"
         " --cases {input.cases:q} --output {params.folder:q} --threads {params.threads_each}"

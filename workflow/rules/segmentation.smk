@@ -3,7 +3,6 @@
 
 rule plan:
     input:
-        config=ancient(MERGED_CONFIG),
         arm="results/arms/{arm}/arm.json",
         plans=plans_of,
     output:
@@ -19,6 +18,7 @@ rule plan:
         mem_mb=8000,
         runtime=240,
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         plans_from=folder_of_plans,
         settings=settings_of(
@@ -26,13 +26,12 @@ rule plan:
         ),
         code=stage_fingerprint("plan"),
     shell:
-        "lungddpm --log {log:q} segment plan --config {input.config:q} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment plan --config {params.config:q} --arm-folder {params.folder:q}"
         " --plans-from {params.plans_from:q} --threads {threads}"
 
 
 rule train_segmenter:
     input:
-        config=ancient(MERGED_CONFIG),
         plan="results/arms/{arm}/plan.json",
     output:
         ensure(CHECKPOINT, non_empty=True),
@@ -48,17 +47,17 @@ rule train_segmenter:
         runtime=1440,
         gpu=1,
     params:
+        config=config_of_jobs,
         folder=subpath(input.plan, parent=True),
         settings=settings_of(**SEGMENTER),
         code=stage_fingerprint("train_segmenter"),
     shell:
-        "lungddpm --log {log:q} segment train --config {input.config:q} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment train --config {params.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
 
 
 rule predict:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         plan="results/arms/{arm}/plan.json",
         checkpoint=CHECKPOINT,
@@ -76,9 +75,10 @@ rule predict:
         runtime=480,
         gpu=1,
     params:
+        config=config_of_jobs,
         folder=subpath(input.plan, parent=True),
         code=stage_fingerprint("predict"),
     shell:
-        "lungddpm --log {log:q} segment predict --config {input.config:q} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment predict --config {params.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {output:q}"
         " --threads {threads}"

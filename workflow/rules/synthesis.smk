@@ -3,7 +3,6 @@
 
 rule synthesize:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         weights=lambda wildcards: weights_of(wildcards.generator),
         external=lambda wildcards: files_of_external(wildcards.generator),
@@ -23,6 +22,7 @@ rule synthesize:
         runtime=1440,
         gpu=lambda wildcards: len(weights_of(wildcards.generator)),
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         weights=lambda wildcards, input: (
             f"--weights {shlex.quote(str(input.weights))}" if input.weights else ""
@@ -36,7 +36,7 @@ rule synthesize:
         ),
         code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
-        "lungddpm --log {log:q} synthesize --config {input.config:q} --generator {wildcards.generator}"
+        "lungddpm --log {log:q} synthesize --config {params.config:q} --generator {wildcards.generator}"
         " --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"
         " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q} --threads {threads}"
 

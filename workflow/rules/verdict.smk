@@ -3,7 +3,6 @@
 
 rule evaluate:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         predictions="results/segmentation/{arm}/{replicate}/predictions",
     output:
@@ -34,16 +33,16 @@ rule evaluate:
         mem_mb=4000,
         runtime=60,
     params:
+        config=config_of_jobs,
         folder=subpath(output.metrics, parent=True),
         code=stage_fingerprint("evaluate"),
     shell:
-        "lungddpm --log {log:q} evaluate --config {input.config:q} --cases {input.cases:q}"
+        "lungddpm --log {log:q} evaluate --config {params.config:q} --cases {input.cases:q}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
 
 
 rule quality:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         samples=lambda wildcards: sample_tables(wildcards.generator),
     output:
@@ -60,17 +59,17 @@ rule quality:
         mem_mb=8000,
         runtime=480,
     params:
+        config=config_of_jobs,
         samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
         code=stage_fingerprint("quality"),
     shell:
-        "lungddpm --log {log:q} quality {params.samples} --config {input.config:q} --generator {wildcards.generator}"
+        "lungddpm --log {log:q} quality {params.samples} --config {params.config:q} --generator {wildcards.generator}"
         " --cases {input.cases:q} --output {output.samples:q} --threads {threads}"
 
 
 rule write_report:
     input:
-        config=ancient(MERGED_CONFIG),
         cases="results/cases/cases.tsv",
         metrics=collect(
             "results/segmentation/{arm}/{replicate}/{name}",
@@ -121,11 +120,12 @@ rule write_report:
         mem_mb=4000,
         runtime=60,
     params:
+        config=config_of_jobs,
         folder=subpath(output.page, parent=True),
         settings=settings_of("verdict", arms=ARMS),
         code=stage_fingerprint("report"),
     shell:
-        "lungddpm --log {log:q} report --config {input.config:q} --results {params.folder:q}"
+        "lungddpm --log {log:q} report --config {params.config:q} --results {params.folder:q}"
 
 
 # Last: whatever a run does, it ends with this.
