@@ -212,9 +212,12 @@ def train(
 
             run_estimate(settings, claimed)
             return
+        from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial, restart=restart)
+        recipe, preview = plugin(generator).training(settings)
+        folder = output or RESULTS / settings.model_folder
+        run_train(settings, recipe, preview, cases, folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -421,7 +424,7 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
-    from lungddpm.models.checkpoint import export_published
+    from lungddpm.models.published_checkpoint import export_published
 
     export_published(weights, output)
 

@@ -7,11 +7,9 @@ plug-ins together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeGuard, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-from lungddpm.core.labels import Label
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -192,11 +190,6 @@ class GeneratorSettings(Section):
 
 class TrainedSettings(GeneratorSettings):
     """Settings of a generator that is trained."""
-
-    needs_nodule: ClassVar[bool] = False
-    """Whether it trains on cases with a nodule only."""
-    crop_centres: ClassVar[tuple[Label, ...]] = (Label.LUNG, Label.NODULE, Label.VESSEL)
-    """Labels that the centre of a training crop may have."""
 
     run: Name = "main"
     """Name of the run: the folder under `results/models/<generator>/`, part of every sample's seed."""

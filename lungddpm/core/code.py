@@ -36,7 +36,8 @@ STAGES: dict[str, tuple[str, ...]] = {
     # What the weights depend on. Not `run_train`: it also watches, saves and resumes.
     "train": (
         "lungddpm.models.data:open_cache",
-        "lungddpm.models.training:initial_denoiser",
+        "lungddpm.models.training:initial_network",
+        "lungddpm.generators.{name}:recipe",
         "lungddpm.models.optimization:Optimization",
     ),
     "synthesize": (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,14 +12,36 @@ from lungddpm.core.labels import Label
 from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
 from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
 
+if TYPE_CHECKING:
+    from lungddpm.models.recipe import Preview, Recipe
+
 TITLE = "Lung-DDPM: a diffusion model draws the lungs, the reference fills the rest (anatomically aware sampling)"
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
 PUBLISHED_AS = "Lung-DDPM"
 LAYOUTS = OWN, JITTERED
+PREVIEW_STEPS = 20
+"""Of the grids of samples that a training draws."""
 
 
 class Settings(DiffusionSettings):
     """Lung-DDPM: network, schedule, training, sampling; the defaults are what is published."""
+
+
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on whole volumes, or on crops around anything that the layouts name."""
+    from lungddpm.models.objectives import diffusion_recipe
+
+    return diffusion_recipe(config)
+
+
+def preview(config: GeneratorConfig[DiffusionSettings]) -> Preview:
+    """DPM-Solver++ with a few steps."""
+    from lungddpm.models.sampling import make_solver, sample_aas
+    from lungddpm.models.schedule import cosine_betas
+
+    timesteps = config.settings.timesteps
+    solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(PREVIEW_STEPS, timesteps))
+    return lambda network, *inputs: sample_aas(network, solver, *inputs)
 
 
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
@@ -65,8 +87,8 @@ def load_sampler(
     import torch
 
     from lungddpm.models.accelerator import make_accelerator
-    from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.published_checkpoint import load_denoiser
     from lungddpm.models.published_sampling import choose_solver, sample_published_aas
     from lungddpm.models.sampling import sample_aas, sample_free
     from lungddpm.models.schedule import cosine_betas

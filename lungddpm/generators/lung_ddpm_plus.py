@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import Field
@@ -29,8 +29,11 @@ from lungddpm.config.sections import (
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
-from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
+from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task, lung_ddpm
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
+
+if TYPE_CHECKING:
+    from lungddpm.models.recipe import Preview, Recipe
 
 TITLE = "Lung-DDPM+: a diffusion model redraws crops around nodules of the reference"
 CITATION = (
@@ -75,9 +78,6 @@ class PlusSampling(Sampling):
 class Settings(DiffusionSettings):
     """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
 
-    needs_nodule = True
-    crop_centres = (Label.NODULE,)
-
     run: Name = "plus"
     """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
     classes: Annotated[list[Literal["nodule"]], Field(min_length=1, max_length=1)] = ["nodule"]
@@ -113,6 +113,18 @@ class Crop:
     weight: np.ndarray
 
 
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on crops around nodules."""
+    from lungddpm.models.objectives import diffusion_recipe
+
+    return diffusion_recipe(config, crop_centres=[Label.NODULE], needs_nodule=True)
+
+
+def preview(config: GeneratorConfig[Settings]) -> Preview:
+    """The nodules of a crop drawn, its rest pasted."""
+    return lung_ddpm.preview(config)
+
+
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
@@ -122,8 +134,8 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     import torch
 
     from lungddpm.models.accelerator import make_accelerator
-    from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.published_checkpoint import load_denoiser
     from lungddpm.models.published_sampling import choose_solver
     from lungddpm.models.sampling import invert, redraw, sample_free
     from lungddpm.models.schedule import cosine_betas

@@ -29,12 +29,13 @@ from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
 from lungddpm.core.progress import LOG
 from lungddpm.models.accelerator import explain_out_of_memory, keep_freed_memory, make_accelerator
-from lungddpm.models.denoiser import UNet
+from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.monitoring import memory_mib
+from lungddpm.models.objectives import diffusion_recipe
 from lungddpm.models.optimization import Optimization
 from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas
 from lungddpm.models.schedule import cosine_betas
-from lungddpm.models.training import fresh_denoiser
+from lungddpm.models.training import initial_network
 from lungddpm.operations.estimate import count, made_up
 
 SAMPLERS = {"ddpm 250": ("ddpm", 250), "dpmsolver++ 50": ("dpmsolver++", 50), "dpmsolver++ 20": ("dpmsolver++", 20)}
@@ -361,7 +362,7 @@ class Workbench:
         if problem.kind == "cuda":
             torch.cuda.set_device(self.device)
         self.accelerator = Accelerator(cpu=problem.kind == "cpu", mixed_precision="bf16" if lever.bf16 else "no")
-        self.denoiser = self._arranged(with_numbers(fresh_denoiser(self.config))).eval().requires_grad_(False)
+        self.denoiser = self._arranged(with_numbers(build_denoiser(self.config))).eval().requires_grad_(False)
         if lever.compile:
             self.denoiser.compile(dynamic=False)
         generator = torch.Generator().manual_seed(0)
@@ -412,8 +413,9 @@ class Workbench:
         if self.optimization is None:
             if self.problem.kind == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            model = fresh_denoiser(self.config)
-            self.optimization = Optimization(self.config, model, made_up(self.config), self.accelerator)
+            recipe = diffusion_recipe(self.config)
+            model = initial_network(self.config, recipe)
+            self.optimization = Optimization(self.config, recipe, model, made_up(self.config), self.accelerator)
             self._arranged(self.optimization.model)
             self.optimization.take_step(0)
         return self._timed(lambda: self.optimization.take_step(1)) / self.lever.batch

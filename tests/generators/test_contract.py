@@ -29,6 +29,7 @@ def test_declarations_are_read_without_heavy_imports():
         "assert expected.items() <= {name: (p.weights_of, *p.layouts) for name, p in declared.items()}.items()\n"
         "assert all(p.title and p.citation and p.load for p in declared.values())\n"
         "assert all((p.weights_of is None) == (p.drawing is None) for p in declared.values())\n"
+        "assert all((p.weights_of == p.name) == (p.recipe is not None) for p in declared.values())\n"
         "heavy = {'torch', 'scipy', 'matplotlib', 'pandas', 'nibabel'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -72,6 +73,16 @@ def test_one_that_draws_with_weights_says_what_a_sample_costs(plug_in):
         "def load(config, weights, device): ...\n"
     )
     with pytest.raises(ConfigError, match=r"mine.py: declares no drawing\."):
+        generators.plugin("mine")
+
+
+def test_one_that_is_trained_says_how(plug_in):
+    plug_in(
+        "from lungddpm.config.sections import TrainedSettings as Settings\n"
+        "TITLE = CITATION = 'Mine'\nLAYOUTS = 'reference', 'reference'\n\n"
+        "def load(config, weights, device): ...\n"
+    )
+    with pytest.raises(ConfigError, match=r"mine.py: declares no recipe, no preview, no drawing\."):
         generators.plugin("mine")
 
 
