@@ -202,15 +202,14 @@ class TrainedSettings(GeneratorSettings):
     training: Training = Training()
 
     def decides_weights(self, processes: int) -> dict[str, Any]:
-        """The keys that decide the weights of the trained network, as JSON-like values, and what the class fixes.
+        """The keys that decide the weights of the trained network, as JSON-like values.
 
         `accumulation` counts the forward passes of all processes together: n take n times those of one.
         """
         only_how = {"gradient_checkpointing", "compile", "save_every", "sample_every"}
         decisive = self.model_dump(mode="json", exclude={"sampling": True, "training": only_how})
         decisive["training"]["accumulation"] *= processes
-        fixed = {"needs_nodule": self.needs_nodule, "crop_centres": [int(label) for label in self.crop_centres]}
-        return {**decisive, **fixed}
+        return decisive
 
     def decides_fit(self) -> dict[str, Any]:
         """The keys on which weights and their use must agree, as JSON-like values; nested ones by their dotted path."""
