@@ -9,7 +9,10 @@ import pandas as pd
 import pytest
 
 from lungddpm.core.errors import InputError
-from lungddpm.report.page import _p, extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
+from lungddpm.report.page import run_report
+from lungddpm.report.sections import extractors_of, p_text, show_sets
+from lungddpm.report.terminal import verdict_table_text
+from lungddpm.report.viewer import ranked_samples
 from lungddpm.verdict.tables import write_tables
 
 
@@ -159,7 +162,7 @@ def test_notes_stand_before_the_answers_and_a_run_with_copied_replicates_claims_
     ],
 )  # fmt: skip
 def test_p_shows_on_which_side_of_the_level_it_lies(p, level, shown):
-    assert _p(p, 1 - (1 - level)) == shown
+    assert p_text(p, 1 - (1 - level)) == shown
 
 
 def test_samples_to_show_are_ranked_by_their_error(make_results):
