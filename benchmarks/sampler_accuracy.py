@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from tabulate import tabulate
 
-from lungddpm.models.sampling import Predictor, sample
+from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas, sample_free
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas, spaced_timesteps
 
-SAMPLERS = {
+SAMPLERS: dict[str, tuple[Sampler, int]] = {
     "ddpm": ("ddpm", 2),
     "ddim": ("ddim", 2),
     "dpmsolver++ 2": ("dpmsolver++", 2),
@@ -84,7 +84,7 @@ def correlated(kind: str, length: float, voxels: int = 48, spread: float = 0.25)
     return GaussianColumns(spread**2 * (correlation + 1e-4 * np.eye(voxels)))
 
 
-def flow_error(sampler: str, order: int, steps: int, spread: float = 0.25, timesteps: int = 8000) -> float:
+def flow_error(sampler: Sampler, order: int, steps: int, spread: float = 0.25, timesteps: int = 8000) -> float:
     """Largest error after a sampling, against the exact probability flow to the last level and the clean CT from there.
 
     With so many timesteps, those that are visited lie almost evenly, as the theory of the solvers assumes.
@@ -93,7 +93,8 @@ def flow_error(sampler: str, order: int, steps: int, spread: float = 0.25, times
     signal = alphas_cumprod(betas)
     data = GaussianColumns(np.eye(1) * spread**2)
     condition = torch.ones(1, 1, 1, 16, 1)
-    drawn = sample(data.best_denoiser(betas), condition, betas, sampler, steps, [_seeded(3)], order=order)
+    solver = make_solver(sampler, order, betas, steps)
+    drawn = sample_free(data.best_denoiser(betas), solver, condition, [_seeded(3)])
     start = torch.randn(1, 1, 1, 16, 1, generator=_seeded(3))
     first, last = (signal[spaced_timesteps(signal, steps)[place]] for place in (0, -1))
     variance_first, variance_last = (share * spread**2 + 1 - share for share in (first, last))
@@ -106,12 +107,13 @@ def order_of(errors: Sequence[float], steps: Sequence[int]) -> float:
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
-def spread_share(sampler: str, order: int, steps: int, spread: float, timesteps: int = TIMESTEPS) -> float:
+def spread_share(sampler: Sampler, order: int, steps: int, spread: float, timesteps: int = TIMESTEPS) -> float:
     """Standard deviation of generated independent voxels, as a share of the truth."""
     betas = cosine_betas(timesteps)
     data = GaussianColumns(np.eye(1) * spread**2)
     condition = torch.ones(1, 1, 1, 128, 128)
-    drawn = sample(data.best_denoiser(betas), condition, betas, sampler, steps, [_seeded(1)], order=order)
+    solver = make_solver(sampler, order, betas, steps)
+    drawn = sample_free(data.best_denoiser(betas), solver, condition, [_seeded(1)])
     start = torch.randn(1, 1, 1, 128, 128, generator=_seeded(1))
     # Of a solver without noise of its own, the share is the same for each voxel; no need to estimate it.
     exact = sampler != "ddpm"
@@ -119,7 +121,7 @@ def spread_share(sampler: str, order: int, steps: int, spread: float, timesteps:
 
 
 def seam_deviation(
-    data: GaussianColumns, sampler: str, order: int, steps: int, resampling: int = 1, columns: int = 2048
+    data: GaussianColumns, sampler: Sampler, order: int, steps: int, resampling: int = 1, columns: int = 2048
 ) -> tuple[float, float, float]:
     """Root mean square deviation from the exact conditional mean, in conditional standard deviations.
 
@@ -134,17 +136,9 @@ def seam_deviation(
     is_open[voxels // 4 : -(voxels // 4)] = False
     condition = torch.from_numpy(np.where(is_open, -1.0, 1.0)).float()[None, None, :, None, None]
     reference = data.draw(columns, _seeded(0))
-    drawn = sample(
-        data.best_denoiser(betas),
-        condition.expand(1, 1, voxels, columns, 1),
-        betas,
-        sampler,
-        steps,
-        [_seeded(1)],
-        reference,
-        order=order,
-        resampling=resampling,
-    )
+    condition = condition.expand(1, 1, voxels, columns, 1)
+    solver = make_solver(sampler, order, betas, steps)
+    drawn = sample_aas(data.best_denoiser(betas), solver, condition, reference, [_seeded(1)], resampling)
     mean, deviation = data.conditional(reference, is_open)
     errors = (drawn[0, 0, ~is_open, :, 0] - mean) / deviation[:, None]
     by_voxel = errors.square().mean(dim=1)

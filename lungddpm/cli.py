@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from lungddpm.core.device import claim_device
 from lungddpm.core.errors import UserError, from_os_error
 from lungddpm.core.progress import LOG, adapt_terminal, start_logging
 
@@ -36,7 +37,12 @@ SampleTables = Annotated[
 ]
 Shard = Annotated[int, typer.Option(min=0, help="Which part of the work, counted from 0.")]
 Shards = Annotated[int, typer.Option(min=1, help="Into how many parts the work is cut.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps. auto takes a GPU where there is one.")]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto (a GPU where there is one), cpu, cuda (the next free GPU), cuda:1 (the second visible one), mps."
+    ),
+]
 Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
 Fold = Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
@@ -112,7 +118,8 @@ def prepare(
     from lungddpm.layouts.compose import run_prepare
 
     settings = load_config(*config, needs_source=source is None)
-    run_prepare(settings, index, _source_folder(settings, source), output, shard, shards, table)
+    with claim_device("cpu" if settings.layouts.lungs == "classical" else "auto"):
+        run_prepare(settings, index, _source_folder(settings, source), output, shard, shards, table)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -166,14 +173,15 @@ def train(
 
     settings = load_config(*config).for_denoiser(section)
     _set_threads(threads)
-    if estimate:
-        from lungddpm.operations.estimate import run_estimate
+    with claim_device(device) as claimed:
+        if estimate:
+            from lungddpm.operations.estimate import run_estimate
 
-        run_estimate(settings, device)
-        return
-    from lungddpm.models.training import run_train
+            run_estimate(settings, claimed)
+            return
+        from lungddpm.models.training import run_train
 
-    run_train(settings, cases, output or RESULTS / "diffusion" / settings.diffusion.run, device, initial)
+        run_train(settings, cases, output or RESULTS / "diffusion" / settings.diffusion.run, claimed, initial)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -204,11 +212,13 @@ def synthesize(
 
     settings = load_config(*config)
     _set_threads(threads)
-    from lungddpm.generators import run_synthesize
-
     folder, dose = output or RESULTS / "synthetic" / generator, dose or settings.arms.largest_doses().get(generator)
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
-    run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, device, dose, external)
+    # Generators without a network need no GPU.
+    with claim_device(device if weights else "cpu") as claimed:
+        from lungddpm.generators import run_synthesize
+
+        run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, claimed, dose, external)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -256,9 +266,10 @@ def segment_train(
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
-    from lungddpm.segmentation.nnunet import run_train
+    with claim_device(device) as claimed:
+        from lungddpm.segmentation.nnunet import run_train
 
-    run_train(settings, arm_folder, fold, seed, device, threads)
+        run_train(settings, arm_folder, fold, seed, claimed, threads)
 
 
 @segment_app.command("predict")
@@ -276,9 +287,10 @@ def segment_predict(
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
-    from lungddpm.segmentation.nnunet import run_predict
+    with claim_device(device) as claimed:
+        from lungddpm.segmentation.nnunet import run_predict
 
-    run_predict(settings, arm_folder, fold, seed, cases, output, device, threads)
+        run_predict(settings, arm_folder, fold, seed, cases, output, claimed, threads)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -411,9 +423,10 @@ def bench(
 ) -> None:
     """Measure how fast the denoiser trains and samples here, with each lever: ratios to the plain module, seconds."""
     _set_threads(threads)
-    from lungddpm.operations.bench import run_bench
+    with claim_device(device) as claimed:
+        from lungddpm.operations.bench import run_bench
 
-    run_bench(device, size, base, lever or [], rounds, longest, training, output)
+        run_bench(claimed, size, base, lever or [], rounds, longest, training, output)
 
 
 @config_app.command("show")

@@ -10,7 +10,7 @@ import hypothesis
 import numpy as np
 import pytest
 
-from lungddpm.core.cases import COLUMNS, hash_case, write_cases
+from lungddpm.core.cases import COLUMNS, CaseFolder, write_cases
 from lungddpm.core.files import seed_from, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
@@ -81,7 +81,7 @@ def write_blob_case():
             "n_nodules": 2,
             "status": "ok",
             "path": folder.name,
-            "sha256": hash_case(folder),
+            "sha256": CaseFolder(folder).hash(),
         }
 
     return write
@@ -108,7 +108,7 @@ def write_nodules():
             write_volume(folder / "nodules.nii.gz", layout.like(numbers.astype(np.uint8)).crop(box))
         else:
             (folder / "nodules.nii.gz").unlink(missing_ok=True)
-        record = {"case_id": folder.name, "fingerprint": hash_case(folder), "qc": {"nodules": nodules}}
+        record = {"case_id": folder.name, "fingerprint": CaseFolder(folder).hash(), "qc": {"nodules": nodules}}
         write_json(folder / "case.json", record | {"placement": measure_places(layout, nodules)})
 
     return write
@@ -137,6 +137,6 @@ def tiny_cohort(tmp_path_factory: pytest.TempPathFactory, write_nodules) -> Path
         spacings = {"spacing_x_mm": 4.0, "spacing_y_mm": 4.0, "spacing_z_mm": 5.0}
         names = {"case_id": case_id, "patient_id": f"patient{number:02d}", "source": "test", "role": role}
         state = {"series_uid": f"1.2.{number}", "n_nodules": 1, "status": "ok", "reason": "", "path": case_id}
-        rows.append(names | sizes | spacings | state | {"sha256": hash_case(folder / case_id)})
+        rows.append(names | sizes | spacings | state | {"sha256": CaseFolder(folder / case_id).hash()})
     write_cases(folder / "cases.tsv", rows)
     return folder / "cases.tsv"

@@ -18,11 +18,12 @@ import pandas as pd
 from lungddpm.arms import splits
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm
-from lungddpm.core.cases import folder_of, hash_case, hash_voxels, read_case, read_cases, usable
+from lungddpm.core.cases import CaseFolder, folder_of, hash_voxels, read_cases, usable
 from lungddpm.core.errors import ConfigError, InputError
-from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, write_json
+from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.core.volume import read_volume, write_volume
 
 DATASET = "Dataset501_LungNodule"
@@ -39,7 +40,7 @@ class TrainingCase:
     patient_id: str
     source: str
     series_uid: str
-    folder: Path
+    folder: CaseFolder
     sha256: str
 
 
@@ -66,8 +67,8 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
     # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
     (output / "arm.json").unlink(missing_ok=True)
     cases = read_cases(cases_table)
-    discovery, test = usable(cases, "discovery"), usable(cases, "test")
-    for role, chosen in (("discovery", discovery), ("test", test)):
+    discovery, test = usable(cases, DISCOVERY), usable(cases, TEST)
+    for role, chosen in ((DISCOVERY, discovery), (TEST, test)):
         if chosen.empty:
             raise InputError(cases_table, f"has no usable {role} case", f"See its column reason; set roles.{role}.")
     shared = config.roles.allow_shared_patients
@@ -137,18 +138,19 @@ def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]
             raise InputError(
                 tables[number % len(tables)] if tables else "--samples",
                 f"has no sample {number}; the arm needs {count} and there are {len(planned)}",
-                "Synthesise more, or lower the dose.",
+                "Synthesize more, or lower the dose.",
             )
         table, sample = planned[number]
         if sample["status"] != "ok":
-            raise InputError(table, f"has no CT for {sample['case_id']} ({sample['reason']})", "Synthesise it anew.")
+            raise InputError(table, f"has no CT for {sample['case_id']} ({sample['reason']})", "Synthesize it again.")
     return [planned[number] for number in range(count)]
 
 
 def _training_case(table: Path, row: pd.Series) -> TrainingCase:
     folder = folder_of(table, row)
-    if (found := hash_case(folder)) != row["sha256"]:
-        raise InputError(folder, f"differs from what {table} says was written there", "Delete the table and run again.")
+    if (found := folder.hash()) != row["sha256"]:
+        problem = f"differs from what {table} says was written there"
+        raise InputError(folder.path, problem, "Delete the table and run again.")
     return TrainingCase(
         row["case_id"], row["case_id"], row["patient_id"], row["source"], row["series_uid"], folder, found
     )
@@ -170,13 +172,13 @@ def _check_names(training: list[TrainingCase]) -> None:
 
 def _origin(case: TrainingCase, register: splits.Register) -> splits.Origin:
     """Who is in a case, by its table, by its provenance file and by its CT."""
-    sample = case.folder / "sample.json"
-    provenance = sample if sample.exists() else case.folder / "case.json"
-    record = splits.read_record(provenance)
+    sample = case.folder.sample_record
+    provenance = sample if sample.exists() else case.folder.record
+    record = read_json(provenance, "Without it nobody knows who is in this case. Make the case again.")
     patients = splits.patients_named_in(record, register)
     if provenance == sample and not patients and not splits.declares_nobody(record):
-        raise InputError(sample, "names no known patient as its reference", "Synthesise it from the cases of this run.")
-    marks = {case.series_uid, record.get("scan_sha256", ""), hash_voxels(read_volume(case.folder / "ct.nii.gz"))}
+        raise InputError(sample, "names no known patient as its reference", "Synthesize it from the cases of this run.")
+    marks = {case.series_uid, record.get("scan_sha256", ""), hash_voxels(read_volume(case.folder.ct))}
     return splits.Origin(case.case_id, patients | {case.patient_id}, frozenset(marks - {""}))
 
 
@@ -187,11 +189,11 @@ def _write_dataset(
     (folder / "imagesTr").mkdir(parents=True)
     nodule_voxels, entries = {}, {}
     for case in training:
-        _, layout = read_case(case.folder)
+        _, layout = case.folder.read()
         nodule = (layout.array == Label.NODULE).astype(np.uint8)
         nodule_voxels[case.name] = int(nodule.sum())
         image, label = f"imagesTr/{case.name}_0000{FILE_ENDING}", f"labelsTr/{case.name}{FILE_ENDING}"
-        link_or_copy(case.folder / "ct.nii.gz", folder / image, final_folder / "imagesTr")
+        link_or_copy(case.folder.ct, folder / image, final_folder / "imagesTr")
         write_volume(folder / label, layout.like(nodule))
         entries[case.name] = {"images": [image], "label": label}
     dataset = {

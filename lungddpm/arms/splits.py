@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lungddpm.config.models import Roles
-from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.errors import ConfigError, LeakError
 from lungddpm.core.files import seed_from
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import ROLES, join_roles, roles_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-ROLES = ("discovery", "reference", "test")
 UNUSED = "not needed by roles"
 
 
@@ -37,7 +35,7 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
     """
     patients = _shuffled((row["patient_id"] for row in index if row["status"] == "ok"), seed, "roles")
     members = _draw_members(roles, patients, {row["patient_id"] for row in index})
-    role_of = {patient: "+".join(role for role in ROLES if patient in members[role]) for patient in patients}
+    role_of = {patient: join_roles(role for role in ROLES if patient in members[role]) for patient in patients}
     assigned = [dict(row) for row in index]
     for row in assigned:
         if row["status"] == "ok":
@@ -51,7 +49,7 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
         else:
             without = len(members[role] - with_nodule)
             LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
-    if shared := sorted(patient for patient, role in role_of.items() if "+" in role):
+    if shared := sorted(patient for patient, cell in role_of.items() if len(roles_of(cell)) > 1):
         LOG.warning(
             "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
             "the verdict of this run means nothing but that the pipeline runs",
@@ -63,11 +61,11 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
 
 def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[str, set[str]]:
     """The patients of every role: the named ones, then as many of the others, in their order, as are asked for."""
-    named = {role: value for role in ROLES if isinstance(value := getattr(roles, role), list)}
+    named = roles.named()
     for role, wanted in named.items():
         _check_named(role, wanted, known, set(patients))
     chosen = {role: [patient for patient in patients if patient in wanted] for role, wanted in named.items()}
-    counts = role_counts(roles, len(patients))
+    counts = {role: count for role, count in roles.counts(len(patients)).items() if role not in named}
     free = [patient for patient in patients if not any(patient in members for members in chosen.values())]
     for role, count in counts.items():
         chosen[role], free = free[:count], free[count:]
@@ -244,23 +242,6 @@ def patients_named_in(record: object, register: Register) -> frozenset[str]:
     return frozenset(patient for key, text in _texts(record) for patient in register.patients(key, text))
 
 
-def read_record(path: Path) -> dict:
-    """The provenance record of a case, real (`case.json`) or synthetic (`sample.json`).
-
-    Raises:
-        InputError: the file is missing or is not a JSON object.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(path, "does not exist, so nobody knows who is in this case", "Make the case again.") from None
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", "Make the case again.") from None
-    if not isinstance(record, dict):
-        raise InputError(path, "is not a JSON object", "Make the case again.")
-    return record
-
-
 def declares_nobody(record: dict) -> bool:
     """Whether a provenance record says that another system made the sample, from no patient of this run."""
     declared = record.get("declared")
@@ -292,18 +273,3 @@ def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]
         )
     if excluded := sorted(set(wanted) - usable):
         LOG.warning("roles.%s names %s, of whom no series is usable", role, ", ".join(excluded))
-
-
-def role_counts(roles: Roles, n_patients: int) -> dict[str, int]:
-    """Patients of each role that is not a list; shares are rounded so that together they take what they add up to."""
-    values = {role: value for role in ROLES if not isinstance(value := getattr(roles, role), list)}
-    shares = {role: value * n_patients for role, value in values.items() if value < 1}
-    counts = {role: value for role, value in values.items() if role not in shares}
-    whole = {role: int(share) for role, share in shares.items()}
-    # Largest remainder (Hamilton): plain rounding of 0.5, 0.2, 0.3 of 3 patients would ask for 4.
-    left = round(sum(shares.values())) - sum(whole.values())
-    by_remainder = sorted(shares, key=lambda role: whole[role] - shares[role])
-    counts |= {role: whole[role] + (role in by_remainder[:left]) for role in shares}
-    if roles.allow_shared_patients:
-        counts = {role: max(count, 1) for role, count in counts.items()}
-    return {role: counts[role] for role in ROLES if role in counts}

@@ -7,6 +7,7 @@ every leaf as a string. `config/README.md` and `workflow/schemas/config.schema.j
 
 from __future__ import annotations
 
+import itertools
 import os
 import pkgutil
 from pathlib import Path
@@ -16,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.errors import ConfigError
+from lungddpm.core.roles import ROLES
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -102,7 +104,7 @@ class Roles(_Section):
     allow_shared_patients: bool = False
     """Let one patient have several roles. The verdict then means nothing but that the pipeline runs."""
 
-    @field_validator("discovery", "reference", "test", mode="before")
+    @field_validator(*ROLES, mode="before")
     @classmethod
     def _quoted(cls, value: Any) -> Any:
         for patient in value if isinstance(value, list) else ():
@@ -115,22 +117,40 @@ class Roles(_Section):
 
     @model_validator(mode="after")
     def _disjoint(self) -> Roles:
-        named = {
-            role: value for role in ("discovery", "reference", "test") if isinstance(value := getattr(self, role), list)
-        }
+        named = self.named()
         for role, patients in named.items():
             if not patients:
                 raise ValueError(f"roles.{role} names no patient")
-        shares = [
-            value for role in ("discovery", "reference", "test") if isinstance(value := getattr(self, role), float)
-        ]
+        shares = [value for role in ROLES if isinstance(value := getattr(self, role), float)]
         if sum(shares) > 1 + 1e-9 and not self.allow_shared_patients:
             raise ValueError(f"the shares of roles add up to {sum(shares):g}, which is more than all patients")
         if not self.allow_shared_patients:
-            for first, second in (("discovery", "reference"), ("discovery", "test"), ("reference", "test")):
-                if shared := set(named.get(first, ())) & set(named.get(second, ())):
+            for first, second in itertools.combinations(named, 2):
+                if shared := set(named[first]) & set(named[second]):
                     raise ValueError(f"patient {sorted(shared)[0]} is in roles.{first} and in roles.{second}")
         return self
+
+    def named(self) -> dict[str, list[str]]:
+        """The patients of each role that is a list."""
+        return {role: value for role in ROLES if isinstance(value := getattr(self, role), list)}
+
+    def counts(self, n_patients: int) -> dict[str, int]:
+        """Patients of each role; shares are rounded so that together they take what they add up to.
+
+        Args:
+            n_patients: usable patients of the source.
+        """
+        named = {role: len(patients) for role, patients in self.named().items()}
+        values = {role: getattr(self, role) for role in ROLES if role not in named}
+        shares = {role: value * n_patients for role, value in values.items() if value < 1}
+        whole = {role: int(share) for role, share in shares.items()}
+        # Largest remainder (Hamilton): plain rounding of 0.5, 0.2, 0.3 of 3 patients would ask for 4.
+        left = round(sum(shares.values())) - sum(whole.values())
+        by_remainder = sorted(shares, key=lambda role: whole[role] - shares[role])
+        counts = values | {role: whole[role] + (role in by_remainder[:left]) for role in shares}
+        if self.allow_shared_patients:
+            counts = {role: max(count, 1) for role, count in counts.items()}
+        return {role: (counts | named)[role] for role in ROLES}
 
 
 class Grid(_Section):
@@ -537,7 +557,12 @@ class Segmentation(_Section):
 
     def replicates(self) -> list[str]:
         """Names of all replicates, e.g. `fold0_seed0`."""
-        return [f"fold{fold}_seed{seed}" for fold in self.folds for seed in self.seeds]
+        return [self.replicate_name(fold, seed) for fold in self.folds for seed in self.seeds]
+
+    @staticmethod
+    def replicate_name(fold: int | str, seed: int | str) -> str:
+        """Name of a replicate, which is also that of its folder."""
+        return f"fold{fold}_seed{seed}"
 
 
 class ImageQuality(_Section):

@@ -1,10 +1,11 @@
-"""Cases on disk: the table and the folder that every room agrees on, real and synthetic alike.
+"""Cases on disk: the tables and the folder that every room agrees on, real and synthetic alike.
 
-<table>.tsv              one row a case, columns as in `COLUMNS`
-nodules.tsv              one row a nodule of a usable case, columns as in `NODULE_COLUMNS`
+<table>.tsv              one row per case, columns as in `COLUMNS`
+nodules.tsv              one row per nodule of a usable case, columns as in `NODULE_COLUMNS`
 <folder>/ct.nii.gz       int16 HU, RAS+, on the model grid
-<folder>/layout.nii.gz   uint8 labels (see `lungddpm.layouts.Label`), same grid
+<folder>/layout.nii.gz   uint8 labels (see `lungddpm.core.labels`), same grid
 <folder>/nodules.nii.gz  uint8 numbers of the nodules in the scan's own resolution, cropped; no synthetic case has it
+<folder>/qc.png          picture of the layout over the scan; no synthetic case has it
 <folder>/case.json       provenance and quality figures (`sample.json` for synthetic cases)
 """
 
@@ -13,9 +14,10 @@ from __future__ import annotations
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -23,6 +25,7 @@ from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint, sha256_of, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import roles_of
 from lungddpm.core.volume import AIR_HU, Volume, read_volume
 
 if TYPE_CHECKING:
@@ -35,6 +38,10 @@ COLUMNS = [
 ]  # fmt: skip
 """`role` joins several by "+" under `roles.allow_shared_patients`; `status` is ok | excluded; `path` is relative to
 the table's folder; `sha256` covers CT and layout (empty before they exist)."""
+CASES = "cases.tsv"
+"""Name of the table of all real cases, in the folder of the cases."""
+NODULES = "nodules.tsv"
+"""Name of the table of their nodules, beside it."""
 _EXAMPLES = 3
 LARGEST_HU = 3071
 """What 12 bits hold where air is -1024."""
@@ -95,21 +102,73 @@ def usable(cases: pd.DataFrame, role: str) -> pd.DataFrame:
     return chosen[chosen["status"] == "ok"]
 
 
-def folder_of(table: Path, case: pd.Series) -> Path:
-    """The folder that holds a row's CT and layout."""
-    return Path(table).parent / case["path"]
+@dataclass(frozen=True)
+class CaseFolder:
+    """The folder of one case, real or synthetic; its files have their names here and nowhere else."""
+
+    path: Path
+
+    CT: ClassVar = "ct.nii.gz"
+    LAYOUT: ClassVar = "layout.nii.gz"
+
+    @property
+    def ct(self) -> Path:
+        """int16 HU, on the model grid."""
+        return self.path / self.CT
+
+    @property
+    def layout(self) -> Path:
+        """uint8 labels, on the grid of the CT."""
+        return self.path / self.LAYOUT
+
+    @property
+    def nodules(self) -> Path:
+        """Numbers of the nodules in the scan's own resolution; real cases with nodules only."""
+        return self.path / "nodules.nii.gz"
+
+    @property
+    def picture(self) -> Path:
+        """The layout drawn over the scan; real cases only."""
+        return self.path / "qc.png"
+
+    @property
+    def record(self) -> Path:
+        """Provenance and quality figures of a real case, written last."""
+        return self.path / "case.json"
+
+    @property
+    def sample_record(self) -> Path:
+        """Provenance of a synthetic case, written last."""
+        return self.path / "sample.json"
+
+    def hash(self) -> str:
+        """What the column `sha256` holds: one SHA-256 over CT and layout.
+
+        Raises:
+            InputError: a file is missing.
+        """
+        try:
+            return fingerprint([sha256_of(self.ct), sha256_of(self.layout)])
+        except FileNotFoundError as error:
+            raise InputError(error.filename, "does not exist", "Delete the table of its case and run again.") from None
+
+    def read(self) -> tuple[Volume, Volume]:
+        """CT and layout, checked against the contract.
+
+        Returns:
+            (ct, layout): int16 HU and uint8 labels on one grid.
+
+        Raises:
+            InputError: a file is missing or unreadable, or `check_case` finds an error.
+        """
+        ct, layout = read_volume(self.ct), read_volume(self.layout)
+        check_case(ct, layout, self.path)
+        return ct, layout
 
 
-def hash_case(folder: Path) -> str:
-    """What the column `sha256` holds: one SHA-256 over CT and layout.
-
-    Raises:
-        InputError: a file is missing.
-    """
-    try:
-        return fingerprint([sha256_of(folder / name) for name in ("ct.nii.gz", "layout.nii.gz")])
-    except FileNotFoundError as error:
-        raise InputError(error.filename, "does not exist", "Delete the table of its case and run again.") from None
+def folder_of(table: Path, case: pd.Series) -> CaseFolder:
+    """The folder of a row of a case table."""
+    return CaseFolder(Path(table).parent / case["path"])
 
 
 def hash_voxels(ct: Volume) -> str:
@@ -126,25 +185,11 @@ def hash_voxels(ct: Volume) -> str:
     return digest.hexdigest()
 
 
-def read_case(folder: Path) -> tuple[Volume, Volume]:
-    """CT and layout of a case folder, checked against the contract.
-
-    Returns:
-        (ct, layout): int16 HU and uint8 labels on one grid.
-
-    Raises:
-        InputError: a file is missing or unreadable, or `check_case` finds a fault.
-    """
-    ct, layout = read_volume(folder / "ct.nii.gz"), read_volume(folder / "layout.nii.gz")
-    check_case(ct, layout, folder)
-    return ct, layout
-
-
 def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
     """Check the contract: CT and layout share a grid, the CT is finite and varies, the labels are known.
 
     Raises:
-        ExcludedCaseError: naming `origin` and the first fault.
+        ExcludedCaseError: naming `origin` and the first error.
     """
     if ct.shape != layout.shape:
         raise ExcludedCaseError(
@@ -155,7 +200,7 @@ def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
     if not np.isfinite(ct.array).all():
         raise ExcludedCaseError(origin, "the CT holds NaN or infinite values", "Export it in Hounsfield units.")
     if ct.array.min() == ct.array.max():
-        raise ExcludedCaseError(origin, f"the CT is constant ({ct.array.flat[0]} HU)", "Export it anew.")
+        raise ExcludedCaseError(origin, f"the CT is constant ({ct.array.flat[0]} HU)", "Export it again.")
     unknown = np.setdiff1d(np.unique(layout.array), [int(label) for label in Label])
     if unknown.size:
         raise ExcludedCaseError(
@@ -189,4 +234,4 @@ def log_excluded(rows: Iterable[Mapping]) -> None:
 
 def of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:
     """The cases of a role, excluded ones too, in table order."""
-    return cases[cases["role"].map(lambda roles: role in roles.split("+")).astype(bool)]
+    return cases[cases["role"].map(lambda cell: role in roles_of(cell)).astype(bool)]

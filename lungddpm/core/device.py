@@ -1,91 +1,242 @@
-"""Where the denoiser computes, how precisely, and in how many processes."""
+"""GPUs for jobs: each claims a free one, and sees only that one. Nothing here imports torch.
+
+A claim is a lock in the machine's folder for temporary files, one for each GPU or MIG device, shared by all users. The
+kernel releases it when the process ends, however it ends.
+"""
 
 from __future__ import annotations
 
-import ctypes
+import json
+import logging
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
-from accelerate import Accelerator
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 from lungddpm.core.errors import ConfigError
-from lungddpm.core.progress import log_device
+from lungddpm.core.files import fingerprint, write_json
+from lungddpm.core.locks import FileLock, is_alive
+from lungddpm.core.progress import LOG, device_record
 
-_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# Parameters of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_POLL_SECONDS = 1.0
+_LISTED = re.compile(
+    r"^(?:GPU \d+: (?P<gpu>.+)|\s+(?P<mig>MIG .+?)\s+Device +\d+:) \(UUID: (?P<uuid>(?:GPU|MIG)-[^)]+)\)"
+)
+_SLURM_ASSIGNED = ("SLURM_JOB_GPUS", "SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "SLURM_SHARDS_ON_NODE")
+_SAME_LAUNCH = ("MASTER_ADDR", "MASTER_PORT", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT")
 
 
-def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Accelerator:
-    """Choose device and precision, join the other processes if torchrun or accelerate started several, and say so.
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU, or a MIG device of one.
 
-    Args:
-        device: `auto` (a CUDA GPU if there is one, else the CPU), `cpu`, `cuda`, `cuda:<number>` or `mps`. Several
-            processes take a GPU each.
-        precision: `auto` (bf16 on a GPU that has it, else fp32), `fp32`, `bf16` or `fp16`.
-        accumulation: forward passes an optimizer step.
-
-    Raises:
-        ConfigError: the device is unknown or not there, too few GPUs for the processes, or the device has no fp16.
+    Attributes:
+        uuid: as the driver has it; names the lock.
+        name: of the product.
+        visible_as: what stands for it in CUDA_VISIBLE_DEVICES: its UUID, or the number that the user gave.
     """
-    gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
-    present = ["cpu", *(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else [])]
-    if device not in ("auto", *present):
-        raise ConfigError("device", f"'{device}' is not available here", f"Use auto, or one of: {', '.join(present)}.")
-    chosen, _, number = (("cuda" if gpus else "cpu") if device == "auto" else device).partition(":")
-    if chosen == "cuda" and (local_rank := os.environ.get("LOCAL_RANK")) is not None:
-        if number or int(local_rank) >= len(gpus):
-            raise ConfigError(
-                "device", f"'{device}' gives no GPU to process {local_rank}", "Use auto, and a process a GPU at most."
-            )
-        number = local_rank
-    if number:
-        torch.cuda.set_device(int(number))
-    if precision == "auto":
-        precision = "bf16" if chosen == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp16" and chosen == "cpu":
-        raise ConfigError("diffusion.training.precision", "fp16 needs a GPU", "Use auto, bf16 or fp32.")
-    if chosen == "cpu":
-        keep_freed_memory()
-    accelerator = Accelerator(
-        cpu=chosen == "cpu", mixed_precision=_ACCELERATE_NAMES[precision], gradient_accumulation_steps=accumulation
-    )
-    name = torch.cuda.get_device_name() if chosen == "cuda" else f"{torch.get_num_threads()} threads"
-    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
-    log_device(str(accelerator.device), f"{name}, {precision}{processes}")
-    return accelerator
 
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for its next arrays; where the C library is not glibc, do nothing.
-
-    By default every large array is fresh memory from the kernel, which hands it out page by page.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_MAX, 0)
-        set_option(_M_TRIM_THRESHOLD, -1)
-
-
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor from the CPU to a device, without waiting until a GPU has done what it was told before."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    uuid: str
+    name: str
+    visible_as: str
 
 
 @contextmanager
-def explain_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn a device's or the machine's lack of memory into a message that names the levers.
+def claim_device(device: str) -> Iterator[str]:
+    """Claim a GPU for this process, if `device` may be one, and hide the others; before torch is loaded.
+
+    Waits while other jobs hold all that would do. Of the processes that torchrun starts on this machine, the first one
+    claims a GPU for each, and all see these. GPUs that Slurm assigned are claimed within the Slurm job only: between
+    jobs Slurm decides. Where there is no `nvidia-smi`, nothing is claimed, and torch decides what is there.
+
+    Args:
+        device: `auto`, `cuda` (any visible GPU), `cuda:<number>` (that one of the visible GPUs, in the order of
+            CUDA_VISIBLE_DEVICES or else of `nvidia-smi`), or another device, for which nothing is done.
+
+    Yields:
+        The device as torch has to be asked for it now: of a claimed `cuda:1`, plain `cuda`.
 
     Raises:
-        ConfigError: memory ran out inside the block.
+        ConfigError: the GPU is not there, or there are too few GPUs for the processes.
     """
+    gpus = visible_gpus() if device == "auto" or device.partition(":")[0] == "cuda" else []
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    number = device.partition(":")[2]
+    if not gpus or (number and processes > 1):
+        yield device
+        return
+    if number:
+        gpus, device = [_numbered(gpus, device)], "cuda"
+    if processes > len(gpus):
+        there = f"{processes} processes share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}"
+        raise ConfigError("device", there, f"Start one process per GPU at most: {_described(gpus)}.")
+    with ExitStack() as held:
+        if processes == 1:
+            visible = _claim(gpus, 1, held)
+        elif os.environ.get("LOCAL_RANK") == "0":
+            visible = _claim_for_all(gpus, processes, held)
+        else:
+            visible = _claimed_by_first_process()
+        before = os.environ.get(VISIBLE)
+        os.environ[VISIBLE] = visible
+        try:
+            yield device
+        finally:
+            del os.environ[VISIBLE]
+            if before is not None:
+                os.environ[VISIBLE] = before
+
+
+def visible_gpus() -> list[Gpu]:
+    """The GPUs that a process may use: those of CUDA_VISIBLE_DEVICES, in its order; all where it is not set.
+
+    As CUDA does, this ends at the first entry that does not exist.
+    """
+    listed = list_gpus()
+    given = os.environ.get(VISIBLE)
+    if given is None:
+        return listed
+    visible = []
+    for entry in (part.strip() for part in given.split(",")):
+        if entry.isdecimal():
+            found = listed[int(entry)] if int(entry) < len(listed) else None
+        else:
+            found = next((gpu for gpu in listed if entry and gpu.uuid.startswith(entry)), None)
+        if found is None:
+            break
+        visible.append(Gpu(found.uuid, found.name, entry))
+    return visible
+
+
+def list_gpus() -> list[Gpu]:
+    """All GPUs of this machine, as `nvidia-smi` numbers them; of one that is split by MIG, its MIG devices instead."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    listing = subprocess.run([program, "-L"], capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        return []
+    gpus: list[Gpu] = []
+    whole = None
+    for line in listing.stdout.splitlines():
+        if (found := _LISTED.match(line)) is None:
+            continue
+        gpu = Gpu(found["uuid"], found["gpu"] or found["mig"], found["uuid"])
+        if found["gpu"]:
+            whole = gpu
+        elif gpus and gpus[-1] is whole:
+            gpus.pop()
+        gpus.append(gpu)
+    return gpus
+
+
+def log_device(device: str, details: str) -> None:
+    """Say what this stage computes on; beside its log, write that to `<log without suffix>.device.json`."""
+    LOG.info("Computing on %s (%s)", device, details)
+    for handler in LOG.handlers:
+        if isinstance(handler, logging.FileHandler):
+            write_json(device_record(Path(handler.baseFilename)), {"device": device, "details": details})
+
+
+def device_of(log_file: Path) -> str:
+    """The device that the stage with this log used last; `cpu` where it named none, as only networks use another."""
     try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-        if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        problem = f"the memory of {'the GPU' if on_gpu else 'this machine'} does not suffice"
-        raise ConfigError("diffusion", problem, remedy) from None
+        record = json.loads(device_record(log_file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return "cpu"
+    return f"{record['device']} ({record['details']})"
+
+
+def _numbered(gpus: Sequence[Gpu], device: str) -> Gpu:
+    number = device.partition(":")[2]
+    if not number.isdecimal() or int(number) >= len(gpus):
+        raise ConfigError(
+            "device", f"'{device}' is not available here", f"Use auto, cpu, or one of: {_described(gpus)}."
+        )
+    return gpus[int(number)]
+
+
+def _described(gpus: Sequence[Gpu]) -> str:
+    return ", ".join(f"cuda:{number} ({gpu.name}, {gpu.uuid})" for number, gpu in enumerate(gpus))
+
+
+def _claim(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
+    """Hold the locks of so many of these GPUs, as soon as they are free; returns them for CUDA_VISIBLE_DEVICES."""
+    locks = {gpu: held.enter_context(_lock(gpu.uuid)) for gpu in gpus}
+    claimed: list[Gpu] = []
+    is_waiting = False
+    while True:
+        for gpu, lock in locks.items():
+            if len(claimed) < count and gpu not in claimed and lock.take():
+                claimed.append(gpu)
+        if len(claimed) == count:
+            break
+        if not is_waiting:
+            LOG.warning("Other jobs hold the GPUs: waiting for %d of %s", count - len(claimed), _described(gpus))
+            is_waiting = True
+        time.sleep(_POLL_SECONDS)
+    for gpu in set(gpus) - set(claimed):
+        locks[gpu].release()
+    return ",".join(gpu.visible_as for gpu in gpus if gpu in claimed)
+
+
+def _claim_for_all(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
+    """Claim a GPU for each process of this launch, and let the other processes know.
+
+    Those that need several collect them one after the other: two that had half of them each would wait for ever.
+    """
+    with _lock("several") as gate:
+        gate.wait()
+        visible = _claim(gpus, count, held)
+    import psutil
+
+    path = _announcement()
+    write_json(path, {"visible": visible, "process": os.getpid(), "began": psutil.Process().create_time()})
+    held.callback(path.unlink, missing_ok=True)
+    return visible
+
+
+def _claimed_by_first_process() -> str:
+    path = _announcement()
+    while True:
+        # A killed launch may have left one.
+        with suppress(FileNotFoundError):
+            announced = json.loads(path.read_text(encoding="utf-8"))
+            if is_alive(announced["process"], announced["began"]):
+                return announced["visible"]
+        time.sleep(_POLL_SECONDS)
+
+
+def _announcement() -> Path:
+    launch = fingerprint([os.getuid(), *(os.environ.get(name, "") for name in _SAME_LAUNCH)])
+    return _folder() / f"lungddpm-launch-{launch[:16]}.json"
+
+
+@contextmanager
+def _lock(name: str) -> Iterator[FileLock]:
+    """A lock of this machine that all users can hold, not yet taken."""
+    if any(variable in os.environ for variable in _SLURM_ASSIGNED):
+        name = f"slurm{os.environ.get('SLURM_JOB_ID', '')}-{name}"
+    path = _folder() / f"lungddpm-{name.replace('/', '_')}.lock"
+    with suppress(FileExistsError):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        os.fchmod(descriptor, 0o644)  # whatever the umask
+        os.close(descriptor)
+    lock = FileLock(path, create=False)
+    # A forked child, such as a data loader, would hold the GPU as well.
+    os.register_at_fork(after_in_child=lock.close)
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
+def _folder() -> Path:
+    return Path(tempfile.gettempdir())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
 import glob
 import hashlib
 import json
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lungddpm.core.errors import InputError
 from lungddpm.core.locks import FileLock, tell_once
 from lungddpm.core.progress import LOG
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
 """What disks answer that lack an operation, such as exFAT, SMB and FUSE."""
-_CODE = {".py", ".jinja", ".csv"}
 
 
 @contextmanager
@@ -118,6 +117,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False, default=_plain) + "\n")
 
 
+def read_json(path: Path, remedy: str = "Delete it and run again.") -> dict[str, Any]:
+    """Read a JSON file that holds an object.
+
+    Args:
+        path: the file.
+        remedy: what the user can do where it cannot be read, as a sentence.
+
+    Raises:
+        InputError: it is missing, unreadable, damaged, or not an object; or an object in it has a key twice, of which
+            Python would drop the first.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", remedy) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(path, f"cannot be read as JSON ({error})", remedy) from None
+    if not isinstance(content, dict):
+        raise InputError(path, "is not a JSON object", remedy)
+    return content
+
+
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a data frame atomically, tab-separated for `.tsv`, else comma-separated; no index column."""
     with atomic_path(path) as temporary:
@@ -147,21 +168,18 @@ def fingerprint(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=_plain).encode()).hexdigest()
 
 
-@functools.cache
-def code_fingerprint(*rooms: str) -> str:
-    """SHA-256 over the source and template files of these rooms ("layouts") and the modules that all rooms share.
-
-    What was made by other code is made anew, in Snakemake's eyes and in those of the stage itself.
-    """
-    package = Path(__file__).parents[1]
-    shared = [package / "core" / f"{name}.py" for name in ("cases", "files", "volume")]
-    files = shared + sorted(path for room in rooms for path in (package / room).rglob("*") if path.suffix in _CODE)
-    return fingerprint([sha256_of(path) for path in files])
-
-
 def seed_from(*parts: int | str) -> int:
     """A seed in [0, 2**63) for a random generator, derived from what names the draw, e.g. (run seed, case, index)."""
     return int(fingerprint(list(parts))[:16], 16) >> 1
+
+
+def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"an object has the key '{twice}' twice")
+    return content
 
 
 def _plain(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Locks between processes: flock where the disk has it, else a file beside it that says who holds it.
+"""Locks between processes: flock where the disk has it, else a file beside it that names who holds it.
 
 Some disks have no locks: Lustre without `-o flock` (ENOSYS), NFS without lockd (ENOLCK), some of SMB and FUSE. There
 `<name>.held` stands in for the lock of `<name>`. It names machine, process and when that began, and its holder touches
@@ -32,15 +32,16 @@ class FileLock:
 
     Args:
         path: its file; it is made and stays.
+        create: False for a file that is there and may be another user's; for flock, reading it is enough.
 
     Raises:
-        OSError: the file cannot be made.
+        OSError: the file cannot be made or opened.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, create: bool = True):
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.held = path, path.with_name(f"{path.name}.held")
-        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
         self._released: threading.Event | None = None
 
     def take(self) -> bool:
@@ -146,14 +147,15 @@ def _is_held(holders: str, path: Path) -> bool:
     """Whether one of the processes that a stand-in names lives, as far as that can be known from here."""
     entries = [line.split(" ") for line in holders.splitlines()]
     if entries and all(len(entry) == 3 and entry[0] == socket.gethostname() for entry in entries):
-        return any(_is_alive(int(process), float(began)) for _, process, began in entries)
+        return any(is_alive(int(process), float(began)) for _, process, began in entries)
     # Another machine's, or not written in full.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as probe:
         now = os.fstat(probe.fileno()).st_mtime  # by the disk's clock, as the touches
     return now - path.stat().st_mtime < STALE_AFTER_SECONDS
 
 
-def _is_alive(process: int, began: float) -> bool:
+def is_alive(process: int, began: float) -> bool:
+    """Whether the process of this number that began then (seconds since 1970) lives."""
     import psutil
 
     try:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
-_COMPUTING_ON = "Computing on "
 
 
 _IN_ASCII = {
@@ -40,10 +39,10 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
     return "".join(spelt), error.end
 
 
-def start_logging(log_file: str | None = None) -> None:
+def start_logging(log_file: str | Path | None = None) -> None:
     """Send messages of the package to standard error and, if given, to a file as well.
 
-    Of several processes that torchrun started, only the first one speaks; the others tell of errors.
+    Of several processes that torchrun started, only the first one speaks; the others report errors only.
     """
     # Where the disk is full, so is the log: the message counts, not why it could not be written.
     logging.raiseExceptions = False
@@ -57,25 +56,16 @@ def start_logging(log_file: str | None = None) -> None:
         handler = logging.FileHandler(log_file, mode="w", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
+        device_record(Path(log_file)).unlink(missing_ok=True)
 
 
-def log_device(device: str, details: str) -> None:
-    """Say what this stage computes on; `device_in` finds it again."""
-    LOG.info("%s%s (%s)", _COMPUTING_ON, device, details)
-
-
-def device_in(log_file: Path) -> str:
-    """The device that a stage's log tells of last; `cpu` where it tells of none, as only networks use another."""
-    try:
-        lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return "cpu"
-    told = [line.partition(_COMPUTING_ON)[2] for line in lines if _COMPUTING_ON in line]
-    return told[-1] if told else "cpu"
+def device_record(log_file: Path) -> Path:
+    """The file beside a log in which `core.device.log_device` records what the stage computes on."""
+    return log_file.with_suffix(".device.json")
 
 
 def shorten_paths(text: str) -> str:
-    """Text for a file of the run: paths without the folders of the machine, which may tell who ran it and where.
+    """Text for a file of the run: paths without the folders of the machine, which may show who ran it and where.
 
     Those are the working directory, the software, the home folder, and what absolute paths the command was given.
     """
@@ -91,7 +81,7 @@ def shorten_paths(text: str) -> str:
 
 
 class _FileFormatter(logging.Formatter):
-    """For logs, which are results: see `shorten_paths`. The terminal tells whole paths."""
+    """For logs, which are results: see `shorten_paths`. The terminal shows whole paths."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shorten_paths(super().format(record))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +11,10 @@ import pandas as pd
 from lungddpm.config.models import Config
 from lungddpm.core import cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import sha256_of, write_json, write_table
+from lungddpm.core.files import read_json, sha256_of, write_json, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import TEST
 from lungddpm.core.volume import Volume, read_labels, read_volume
 from lungddpm.evaluation.lesions import Detection, lesion_measures
 from lungddpm.evaluation.measures import MEASURES, MaskPair, measure_masks
@@ -73,7 +73,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
     Raises:
         InputError: predictions are missing, are for unknown cases, lie on another grid, or hold other values.
     """
-    test_cases = cases.usable(cases.read_cases(cases_table), "test")
+    test_cases = cases.usable(cases.read_cases(cases_table), TEST)
     folders = {"prediction": predictions}
     if any((predictions / PROBABILITY).glob("*.nii.gz")):
         folders["probability"] = predictions / PROBABILITY
@@ -84,7 +84,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
     case_rows, lesion_rows, candidate_rows, inputs = [], [], [], {}
     with Progress(f"evaluate {predictions}", total=len(test_cases)) as progress:
         for _, case in test_cases.iterrows():
-            layout = read_volume(cases.folder_of(cases_table, case) / "layout.nii.gz")
+            layout = read_volume(cases.folder_of(cases_table, case).layout)
             paths = {what: folder / f"{case['case_id']}.nii.gz" for what, folder in folders.items()}
             measures, detection = evaluate_case(
                 layout.like(layout.array == Label.NODULE),
@@ -122,11 +122,10 @@ def check_unchanged(path: Path) -> None:
     """
     remedy = "Run 'lungddpm evaluate' for this replicate again (lungddpm run does, once the file is deleted)."
     record = path.with_name(EVALUATION)
+    content = read_json(record, remedy)
     try:
-        written = json.loads(record.read_text(encoding="utf-8"))["sha256"][path.name]
-    except FileNotFoundError:
-        raise InputError(record, "does not exist", remedy) from None
-    except (ValueError, KeyError, TypeError):
+        written = content["sha256"][path.name]
+    except (KeyError, TypeError):
         raise InputError(record, f"holds no hash of {path.name}", remedy) from None
     if sha256_of(path) != written:
         raise InputError(path, "was changed after it was evaluated: its hash is not the one recorded", remedy)

@@ -14,7 +14,6 @@ Names in `arms.external` are no modules: the module `external` takes in what oth
 from __future__ import annotations
 
 import importlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -28,9 +27,11 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import ConfigError, InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, lock_if_free, seed_from, sha256_of, write_json
+from lungddpm.core.files import fingerprint, lock_if_free, read_json, seed_from, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import DISCOVERY, REFERENCE, SYNTHETIC
 from lungddpm.core.volume import Volume, write_volume
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Task:
     layout: Volume
     seed: int
     made: MadeLayout | None = None
-    donors: Mapping[str, Path] = field(default_factory=dict)
+    donors: Mapping[str, cases.CaseFolder] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def samples_wanted(config: Config, generator: str, table: pd.DataFrame, dose: fl
     doses = config.arms.largest_doses()
     if generator not in doses:
         raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
-    return round((dose or doses[generator]) * len(cases.usable(table, "discovery")))
+    return round((dose or doses[generator]) * len(cases.usable(table, DISCOVERY)))
 
 
 def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> list[PlannedSample]:
@@ -135,13 +136,13 @@ def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: floa
     number = samples_wanted(config, generator, table, dose)
     first, again = module_of(generator, config).LAYOUTS
     with_nodule = first == again == OWN or not config.synthesis.place_nodules
-    references = cases.usable(table, "reference")
+    references = cases.usable(table, REFERENCE)
     if with_nodule:
         references = references[references["n_nodules"] > 0]
     references = [row for _, row in references.iterrows()]
     if number and not references:
         raise InputError(
-            "cases.tsv",
+            cases.CASES,
             f"has no usable reference case{' with a nodule' if with_nodule else ''} for the generator '{generator}'",
             "Give more patients the role reference.",
         )
@@ -195,7 +196,7 @@ def run_synthesize(
         shard: 0-based number of this share of the work.
         shards: how many shares there are.
         table: the table to write.
-        device: see `lungddpm.core.device.make_accelerator`.
+        device: see `lungddpm.models.accelerator.make_accelerator`.
         dose: by default the largest that an arm takes.
         external: folder of a generator in `arms.external`; by default the one named there.
 
@@ -223,7 +224,7 @@ def run_synthesize(
     missing = [
         (sample, provenance)
         for sample, provenance in zip(mine, wanted, strict=True)
-        if not is_complete(output / sample.sample_id, provenance["fingerprint"])
+        if not is_complete(cases.CaseFolder(output / sample.sample_id), provenance["fingerprint"])
     ]
     if len(missing) < len(mine):
         LOG.info("%d of %d samples are complete already", len(mine) - len(missing), len(mine))
@@ -256,8 +257,8 @@ def _claim(
     for place, (sample, provenance) in enumerate(missing):
         if len(batch) == size:
             return batch, left + missing[place:]
-        folder = output / sample.sample_id
-        if not locks.enter_context(lock_if_free(folder / ".lock")):
+        folder = cases.CaseFolder(output / sample.sample_id)
+        if not locks.enter_context(lock_if_free(folder.path / ".lock")):
             left.append((sample, provenance))
         elif not is_complete(folder, provenance["fingerprint"]):
             batch.append((sample, provenance))
@@ -266,7 +267,7 @@ def _claim(
 
 def _settings(config: Config, generator: str, weights: Path | None) -> dict[str, Any]:
     """What decides a sample besides its reference, its layout and its seed."""
-    settings = {"generator": generator, "code": code_fingerprint("models", "generators")}
+    settings = {"generator": generator, "code": stage_fingerprint("draw", generator)}
     sampling = config.diffusion.sampling.model_dump(mode="json", exclude={"batch_size"})
     sampling["orientation"] = config.diffusion.orientation
     if weights is None:
@@ -291,7 +292,7 @@ def _provenance(
         "sample_id": sample.sample_id,
         "reference_case_id": sample.reference["case_id"],
         "reference_patient_id": sample.reference["patient_id"],
-        "reference_sha256": cases.hash_case(folder),
+        "reference_sha256": folder.hash(),
         "layout_origin": sample.layout_origin,
         "layout_seed": sample.layout_seed,
         "layout_inputs": _layout_inputs(sample, config, bank, folder),
@@ -302,30 +303,29 @@ def _provenance(
     return {**provenance, "fingerprint": fingerprint(provenance)}
 
 
-def _layout_inputs(sample: PlannedSample, config: Config, bank: Bank | None, reference: Path) -> str | None:
+def _layout_inputs(sample: PlannedSample, config: Config, bank: Bank | None, reference: cases.CaseFolder) -> str | None:
     """Fingerprint of what decides a made layout besides its seed and the reference's own layout; None for `OWN`."""
     if sample.layout_origin == OWN:
         return None
-    inputs = {"synthesis": config.synthesis, "code": code_fingerprint("layouts"), "bank": bank.fingerprint}
+    inputs = {"synthesis": config.synthesis, "code": stage_fingerprint("make_layout"), "bank": bank.fingerprint}
     if sample.layout_origin == JITTERED:
-        inputs["nodules"] = _hash_nodules(reference)
+        inputs["nodules"] = _hash_nodules(reference.nodules)
     return fingerprint(inputs)
 
 
-def _hash_nodules(folder: Path) -> str:
-    path = folder / "nodules.nii.gz"
+def _hash_nodules(path: Path) -> str:
     try:
         return sha256_of(path)
     except FileNotFoundError:
-        raise InputError(path, "does not exist", "Delete the case's folder and prepare it anew.") from None
+        raise InputError(path, "does not exist", "Delete the case's folder and prepare it again.") from None
 
 
-def is_complete(folder: Path, wanted_fingerprint: str) -> bool:
+def is_complete(folder: cases.CaseFolder, wanted_fingerprint: str) -> bool:
     """Whether a sample's files are there, unchanged, and were made from what the fingerprint stands for."""
     try:
-        record = json.loads((folder / "sample.json").read_text(encoding="utf-8"))
-        return record["fingerprint"] == wanted_fingerprint and record["sha256"] == cases.hash_case(folder)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, InputError):
+        record = read_json(folder.sample_record)
+        return record["fingerprint"] == wanted_fingerprint and record["sha256"] == folder.hash()
+    except (KeyError, InputError):
         return False
 
 
@@ -342,9 +342,9 @@ def _make(
     made = generator.make(tasks)
     seconds = (time.monotonic() - began) / len(batch)
     for (sample, provenance), task, hu in zip(batch, tasks, made, strict=True):
-        folder = output / sample.sample_id
-        write_volume(folder / "ct.nii.gz", task.reference.like(hu))
-        write_volume(folder / "layout.nii.gz", task.layout)
+        folder = cases.CaseFolder(output / sample.sample_id)
+        write_volume(folder.ct, task.reference.like(hu))
+        write_volume(folder.layout, task.layout)
         nodules = task.made.nodules if task.made else ()
         kept = 0 if sample.layout_origin == JITTERED else int(sample.reference["n_nodules"])
         record = {
@@ -352,15 +352,15 @@ def _make(
             "nodules": [asdict(nodule) for nodule in nodules],
             "seconds": round(seconds, 3),
             "device": generator.device,
-            "sha256": cases.hash_case(folder),
+            "sha256": folder.hash(),
         }
-        write_json(folder / "sample.json", {**provenance, **record})
+        write_json(folder.sample_record, {**provenance, **record})
 
 
 def _task_of(sample: PlannedSample, config: Config, bank: Bank | None, cases_table: Path) -> Task:
     """What the plan asks for, its layout made."""
     folder = cases.folder_of(cases_table, sample.reference)
-    ct, own = cases.read_case(folder)
+    ct, own = folder.read()
     if sample.layout_origin == OWN:
         return Task(ct, own, sample.seed)
     from lungddpm.layouts.placement import jitter, place, read_shapes
@@ -373,7 +373,7 @@ def _task_of(sample: PlannedSample, config: Config, bank: Bank | None, cases_tab
         made = place(own, bank, config.synthesis, rng)
     if not made.nodules:
         raise InputError(
-            folder / "layout.nii.gz",
+            folder.layout,
             "has no room in its lungs for any nodule of the discovery cases",
             "Lower synthesis.scale, or name other patients in roles.reference.",
         )
@@ -381,13 +381,14 @@ def _task_of(sample: PlannedSample, config: Config, bank: Bank | None, cases_tab
 
 
 def _row(sample: PlannedSample, generator: str, output: Path) -> dict[str, Any]:
-    record = json.loads((output / sample.sample_id / "sample.json").read_text(encoding="utf-8"))
+    folder = cases.CaseFolder(output / sample.sample_id)
+    record = read_json(folder.sample_record)
     return {
         **sample.reference,
         "case_id": sample.sample_id,
         "source": generator,
-        "role": "synthetic",
+        "role": SYNTHETIC,
         "n_nodules": record["n_nodules"],
         "path": sample.sample_id,
-        "sha256": cases.hash_case(output / sample.sample_id),
+        "sha256": folder.hash(),
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lungddpm.config.models import Config
-from lungddpm.core import cases
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import AIR_HU, Volume, bounding_box
 from lungddpm.generators import ADDED, Generator, Task
@@ -61,7 +61,7 @@ def load(config: Config, weights: Path | None, device: str) -> Generator:
     return Generator(make=lambda tasks: [make(task) for task in tasks])
 
 
-def read_original(folder: Path, number: int) -> Original:
+def read_original(folder: CaseFolder, number: int) -> Original:
     """Nodule `number` of a case.
 
     Raises:
@@ -72,8 +72,8 @@ def read_original(folder: Path, number: int) -> Original:
     from lungddpm.layouts.compose import place_nodules
     from lungddpm.layouts.placement import read_shapes
 
-    ct, layout = cases.read_case(folder)
-    (shape,) = (shape for shape in read_shapes(folder, folder.name, "") if shape.number == number)
+    ct, layout = folder.read()
+    (shape,) = (shape for shape in read_shapes(folder, folder.path.name, "") if shape.number == number)
     own = place_nodules([shape.mask], ct.affine, ct.shape) > 0
     return Original(
         spline=ndimage.spline_filter(ct.array.astype(np.float32), output=np.float32),

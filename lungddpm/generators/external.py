@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,10 +17,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from lungddpm.config.models import Config, LayoutLimits
 from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, sha256_of, write_json
+from lungddpm.core.files import fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
 from lungddpm.generators import is_complete
 from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
@@ -37,8 +38,8 @@ SPACING_FACTOR = 1.5
 """How far beyond the smallest and the largest voxel edges of the real cases those of a sample may be, as a factor."""
 _REMEDY = "See docs/how-to/bring-your-own-synthetic-ct.md."
 _SHOWN = 40
-_READERS = {"ct.nii.gz": read_volume, "layout.nii.gz": read_labels}
-_FILES = tuple(_READERS)
+_CT, _LAYOUT = _FILES = cases.CaseFolder.CT, cases.CaseFolder.LAYOUT
+_READERS = {_CT: read_volume, _LAYOUT: read_labels}
 
 _Text = Annotated[str, Field(min_length=1)]
 _Patients = Literal["none"] | Annotated[list[_Text], Field(min_length=1)]
@@ -101,7 +102,7 @@ def take_in(
     if len(declaration.samples) < wanted:
         violations.append(f"samples.json: has {len(declaration.samples)} samples, but an arm takes {wanted}")
     usable = real_cases[real_cases["status"] == "ok"].set_index("case_id", drop=False)
-    grids = {name: read_grid(cases.folder_of(cases_table, row) / "ct.nii.gz") for name, row in usable.iterrows()}
+    grids = {name: read_grid(cases.folder_of(cases_table, row).ct) for name, row in usable.iterrows()}
     with Progress(f"checking {generator}", len(declaration.samples)) as progress:
         for entry in declaration.samples:
             violations += check_sample(root, entry, config, grids)
@@ -128,26 +129,15 @@ def read_declaration(root: Path) -> Declaration:
         InputError: it is missing, is no JSON, or does not say what it should; the message has every fault.
     """
     path = root / "samples.json"
+    content = read_json(path, _REMEDY)
     try:
-        text = path.read_text(encoding="utf-8")
-        return Declaration.model_validate(json.loads(text, object_pairs_hook=_once_each))
-    except FileNotFoundError:
-        raise InputError(path, "does not exist", _REMEDY) from None
+        return Declaration.model_validate(content)
     except ValidationError as error:
         faults = {
             f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r:.60}"
             for fault in error.errors()
         }
         raise InputError(path, f"has {len(faults)} faults: {'; '.join(sorted(faults)[:_SHOWN])}", _REMEDY) from None
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be read as JSON ({error})", _REMEDY) from None
-
-
-def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; of a key that it has twice, Python would drop the first."""
-    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
-        raise ValueError(f"an object has the key '{twice[0]}' twice")
-    return dict(pairs)
 
 
 def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]:
@@ -192,17 +182,17 @@ def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mappi
             faults.append((name, error.problem))
     ct, layout = (volumes.get(name) for name in _FILES)
     if entry.reference != NOBODY and entry.reference not in grids:
-        faults.append(("ct.nii.gz", f"is made from {entry.reference}, which is no usable case of this run"))
+        faults.append((_CT, f"is made from {entry.reference}, which is no usable case of this run"))
     elif ct is not None:
-        faults += [("ct.nii.gz", fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
+        faults += [(_CT, fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:
-        faults += [("layout.nii.gz", fault) for fault in _label_faults(layout.array)]
+        faults += [(_LAYOUT, fault) for fault in _label_faults(layout.array)]
     off_grid = ct is not None and layout is not None and not ct.same_grid(layout)
     if off_grid:
-        faults.append(("layout.nii.gz", "is not on the grid of its CT"))
+        faults.append((_LAYOUT, "is not on the grid of its CT"))
     if ct is not None:
         lungs = None if off_grid or layout is None else layout.array == Label.LUNG
-        faults += [("ct.nii.gz", fault) for fault in _intensity_faults(ct.array, lungs, config.layouts.limits)]
+        faults += [(_CT, fault) for fault in _intensity_faults(ct.array, lungs, config.layouts.limits)]
     return [f"{entry.sample}/{name}: {fault}" for name, fault in faults]
 
 
@@ -251,7 +241,7 @@ def _copy(
     output: Path,
 ) -> dict[str, Any]:
     """Write one sample in the form of all others; returns its row."""
-    folder = output / entry.sample
+    folder = cases.CaseFolder(output / entry.sample)
     provenance = {
         "sample_id": entry.sample,
         "reference_case_id": None if reference is None else reference["case_id"],
@@ -260,33 +250,33 @@ def _copy(
         "declared": {"trained_on": declaration.trained_on, **entry.model_dump(include={"reference", "donors"})},
         "generator": generator,
         "files": {name: sha256_of(root / entry.sample / name) for name in _FILES},
-        "code": code_fingerprint("generators"),
+        "code": stage_fingerprint("copy_external"),
     }
     provenance["fingerprint"] = fingerprint(provenance)
     if not is_complete(folder, provenance["fingerprint"]):
         ct, layout = (read(root / entry.sample / name) for name, read in _READERS.items())
-        write_volume(folder / "ct.nii.gz", ct.like(np.rint(np.maximum(ct.array, AIR_HU)).astype(np.int16)))
-        write_volume(folder / "layout.nii.gz", layout.like(layout.array.astype(np.uint8)))
-        write_json(folder / "sample.json", {**provenance, "sha256": cases.hash_case(folder)})
+        write_volume(folder.ct, ct.like(np.rint(np.maximum(ct.array, AIR_HU)).astype(np.int16)))
+        write_volume(folder.layout, layout.like(layout.array.astype(np.uint8)))
+        write_json(folder.sample_record, {**provenance, "sha256": folder.hash()})
     return _row(folder, generator, reference)
 
 
-def _row(folder: Path, generator: str, reference: pd.Series | None) -> dict[str, Any]:
+def _row(folder: cases.CaseFolder, generator: str, reference: pd.Series | None) -> dict[str, Any]:
     from scipy import ndimage
 
-    ct, layout = cases.read_case(folder)
+    ct, layout = folder.read()
     _, n_nodules = ndimage.label(layout.array == Label.NODULE, np.ones((3, 3, 3)))
     return {
-        "case_id": folder.name,
+        "case_id": folder.path.name,
         "patient_id": NOBODY if reference is None else reference["patient_id"],
         "source": generator,
-        "role": "synthetic",
+        "role": SYNTHETIC,
         "series_uid": "" if reference is None else reference["series_uid"],
         **dict(zip(("size_x", "size_y", "size_z"), ct.shape, strict=True)),
         **dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), ct.spacing_mm, strict=True)),
         "n_nodules": n_nodules,
         "status": "ok",
         "reason": "",
-        "path": folder.name,
-        "sha256": cases.hash_case(folder),
+        "path": folder.path.name,
+        "sha256": folder.hash(),
     }

@@ -35,16 +35,25 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
     """
     import torch
 
-    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.accelerator import make_accelerator
     from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
-    from lungddpm.models.sampling import sample
+    from lungddpm.models.published_sampling import choose_solver, sample_published_aas
+    from lungddpm.models.sampling import sample_aas, sample_free
     from lungddpm.models.schedule import cosine_betas
 
     accelerator = make_accelerator(device, config.diffusion.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
-    betas = cosine_betas(config.diffusion.timesteps)
     sampling = config.diffusion.sampling
+    betas = cosine_betas(config.diffusion.timesteps)
+    solver = choose_solver(sampling.sampler, sampling.order, betas, sampling.steps, sampling.times, sampling.levels)
+
+    def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        if not aas:
+            return sample_free(denoiser, solver, condition, generators)
+        if sampling.aas == "published":
+            return sample_published_aas(denoiser, solver, condition, reference, generators)
+        return sample_aas(denoiser, solver, condition, reference, generators, sampling.resampling)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
         windows = [window_of(task.reference.array, config) for task in tasks]
@@ -55,18 +64,9 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
         conditions = [condition_channels(task.layout.array, config.diffusion.classes) for task in tasks]
         with accelerator.autocast():
             drawn = sample(
-                denoiser,
                 torch.from_numpy(np.stack(conditions)).to(accelerator.device),
-                betas,
-                sampling.sampler,
-                sampling.steps,
+                torch.from_numpy(np.stack(references)).to(accelerator.device),
                 [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks],
-                torch.from_numpy(np.stack(references)).to(accelerator.device) if aas else None,
-                order=sampling.order,
-                resampling=sampling.resampling if aas else 1,
-                aas=sampling.aas,
-                times=sampling.times,
-                levels=sampling.levels,
             )
         volumes = [
             to_hu(volume[0].transpose(2, 1, 0), window)

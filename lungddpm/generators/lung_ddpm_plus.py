@@ -52,23 +52,24 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     """
     import torch
 
-    from lungddpm.core.device import make_accelerator
+    from lungddpm.models.accelerator import make_accelerator
     from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
-    from lungddpm.models.sampling import invert, sample
+    from lungddpm.models.published_sampling import choose_solver
+    from lungddpm.models.sampling import invert, redraw, sample_free
     from lungddpm.models.schedule import cosine_betas
 
     config = config.for_denoiser(DENOISER)
     accelerator = make_accelerator(device, config.diffusion.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
     sampling, classes = config.diffusion.sampling, config.diffusion.classes
-    process = cosine_betas(config.diffusion.timesteps), sampling.sampler, sampling.steps
-    options = {"order": sampling.order, "times": sampling.times, "levels": sampling.levels}
+    betas = cosine_betas(config.diffusion.timesteps)
+    solver = choose_solver(sampling.sampler, sampling.order, betas, sampling.steps, sampling.times, sampling.levels)
 
     def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(accelerator.device)
 
-    def redraw(
+    def draw(
         clean: list[np.ndarray], layouts: list[np.ndarray], crops: list[Crop], generators: list[torch.Generator]
     ) -> np.ndarray:
         """Crops with other nodules; (x, y, z) arrays in and out, CT in [-1, 1]."""
@@ -79,12 +80,14 @@ def load(config: Config, weights: Path, device: str) -> Generator:
         outside = [
             (crop.weight == 0) | (layout == Label.BACKGROUND) for crop, layout in zip(crops, layouts, strict=True)
         ]
-        held = to_device(outside) if sampling.aas == "corrected" else None
         fresh = [torch.randn(drawn.shape[1:], generator=each, device=each.device) for each in generators]
         with accelerator.autocast():
-            path = invert(denoiser, condition, *process, to_device(clean), **options)
+            path = invert(denoiser, solver, condition, to_device(clean))
             start = torch.where(drawn, torch.stack(fresh), path[0])
-            made = sample(denoiser, condition, *process, generators, start=start, path=path, held=held, **options)
+            if sampling.aas == "published":
+                made = sample_free(denoiser, solver, condition, generators, start)
+            else:
+                made = redraw(denoiser, solver, condition, start, path, fixed_mask=to_device(outside))
         return made[:, 0].cpu().numpy().transpose(0, 3, 2, 1)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
@@ -96,7 +99,7 @@ def load(config: Config, weights: Path, device: str) -> Generator:
             chosen = [crops[place][turn] for place in busy]
             before = [volumes[place][crop.where] for place, crop in zip(busy, chosen, strict=True)]
             windows = [window_of(hu, config) for hu in before]
-            made = redraw(
+            made = draw(
                 [to_model_range(hu, window) for hu, window in zip(before, windows, strict=True)],
                 [tasks[place].layout.array[crop.where] for place, crop in zip(busy, chosen, strict=True)],
                 chosen,
@@ -127,7 +130,7 @@ def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
 
     numbers, count = ndimage.label(layout == Label.NODULE, np.ones((3, 3, 3)))
     if not count:
-        raise InputError(DENOISER, "got a layout without a nodule", "Exclude the reference, or mend its layout.")
+        raise InputError(DENOISER, "got a layout without a nodule", "Exclude the reference, or fix its layout.")
     # Where a crop is as long as the volume, it does not meet any rest of it.
     longest = [edge if size == edge else edge - 2 * (edge // 4) for size in layout.shape]
     crops = []

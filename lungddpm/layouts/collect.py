@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lungddpm.config.models import Config
 from lungddpm.core.cases import (
     NODULE_COLUMNS,
+    NODULES,
     excluded_alike,
     folder_of,
     log_excluded,
@@ -18,8 +18,9 @@ from lungddpm.core.cases import (
     write_cases,
 )
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import write_table
+from lungddpm.core.files import read_json, write_table
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import REFERENCE, ROLES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,9 +49,9 @@ def run_collect(config: Config, tables: list[Path], output: Path) -> None:
     excluded = merged[merged["status"] != "ok"]
     log_excluded(merged.to_dict("records"))
     LOG.info("%d cases are usable, %d are excluded", len(merged) - len(excluded), len(excluded))
-    for role in ("discovery", "reference", "test"):
+    for role in ROLES:
         having = usable(merged, role)
-        gets_nodules = role == "reference" and config.synthesis.place_nodules
+        gets_nodules = role == REFERENCE and config.synthesis.place_nodules
         if (having["n_nodules"] > 0).any() or (gets_nodules and not having.empty):
             continue
         alike = excluded_alike(of_role(excluded, role).to_dict("records"))
@@ -58,26 +59,26 @@ def run_collect(config: Config, tables: list[Path], output: Path) -> None:
         raise InputError(
             f"roles.{role} = {getattr(config.roles, role)}",
             f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
-            "Give the role more patients, or mend what the reasons name.",
+            "Give the role more patients, or fix what the reasons name.",
         )
-    write_table(output.with_name("nodules.tsv"), _nodules_of(merged[merged["status"] == "ok"], output))
+    write_table(output.with_name(NODULES), _nodules_of(merged[merged["status"] == "ok"], output))
     write_cases(output, merged)
 
 
 def _nodules_of(cases: pd.DataFrame, table: Path) -> pd.DataFrame:
-    """A row a nodule (see `NODULE_COLUMNS`), from the figures that the cases' folders keep."""
+    """One row per nodule (see `NODULE_COLUMNS`), from the figures that the cases' folders keep."""
     import pandas as pd
 
-    rows = []
+    rows, remedy = [], "Delete the table of its case and run again."
     for _, case in cases.iterrows():
-        path = folder_of(table, case) / "case.json"
+        path = folder_of(table, case).record
+        record = read_json(path, remedy)
         try:
-            nodules = json.loads(path.read_text(encoding="utf-8"))["qc"]["nodules"]
+            nodules = record["qc"]["nodules"]
             rows += [
                 {"case_id": case["case_id"], "patient_id": case["patient_id"], "nodule": number, **figures}
                 for number, figures in enumerate(nodules, start=1)
             ]
-        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-            problem = f"is missing or damaged ({type(error).__name__})"
-            raise InputError(path, problem, "Delete the table of its case and run again.") from None
+        except (KeyError, TypeError) as error:
+            raise InputError(path, f"does not describe the case's nodules ({error!r})", remedy) from None
     return pd.DataFrame(rows, columns=NODULE_COLUMNS)

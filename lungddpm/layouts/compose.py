@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,10 +13,11 @@ import pandas as pd
 
 from lungddpm import __version__
 from lungddpm.config.models import Config
-from lungddpm.core.cases import check_case, hash_case, hash_voxels, write_cases
+from lungddpm.core.cases import CaseFolder, check_case, hash_voxels, write_cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.drawing import save
 from lungddpm.core.errors import ExcludedCaseError, InputError
-from lungddpm.core.files import code_fingerprint, fingerprint, sha256_of, write_json
+from lungddpm.core.files import fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import (
@@ -46,9 +46,6 @@ VESSEL_OCCUPANCY = 0.25
 _SHARE_PER_MM = (1e-6, 0.05, 0.5, 50.0)
 """How much of a cell's share a mm of distance outweighs. The least decides only between equal shares, and where every
 cell that the nodule fills is taken."""
-_NODULES = "nodules.nii.gz"
-_PICTURE = "qc.png"
-_FILES = ("ct.nii.gz", "layout.nii.gz", _NODULES, _PICTURE, "case.json")
 _LIBRARIES = (
     "numpy",
     "scipy",
@@ -174,13 +171,13 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
     prepared = []
     with Progress("cases", total=len(rows)) as progress:
         for _, row in rows.iterrows():
-            prepared.append(_prepare(config, source, row, output / row["case_id"]))
+            prepared.append(_prepare(config, source, row, CaseFolder(output / row["case_id"])))
             progress.note(case=row["case_id"])
             progress.advance()
     write_cases(table, prepared)
 
 
-def _prepare(config: Config, source: Path, row: pd.Series, folder: Path) -> dict:
+def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
     """The case table's row for one row of the index, once the case's folder is up to date."""
     if row["status"] != "ok":
         return _excluded(row, folder, row["reason"])
@@ -195,24 +192,24 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: Path) -> dict
     return {**row, "path": row["case_id"], "n_nodules": record["qc"]["n_nodules"], "sha256": record["sha256"]}
 
 
-def _write(config: Config, source: Path, row: pd.Series, folder: Path) -> dict:
+def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
     scan = module_of(row["source"]).load_scan(source, row)
     for note in scan.notes:
         LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)
     check_case(case.ct, case.layout, row["case_id"])
-    write_volume(folder / "ct.nii.gz", case.ct)
-    write_volume(folder / "layout.nii.gz", case.layout)
-    _write_nodules(folder / _NODULES, case.found)
-    save(draw_case(case.found, case.layout, f"{row['case_id']}: layout over the scan"), folder / _PICTURE, dpi=100)
+    write_volume(folder.ct, case.ct)
+    write_volume(folder.layout, case.layout)
+    _write_nodules(folder.nodules, case.found)
+    save(draw_case(case.found, case.layout, f"{row['case_id']}: layout over the scan"), folder.picture, dpi=100)
     names = sorted(file.relative_to(source).as_posix() for file in scan.files)
     record = {
         "case_id": row["case_id"],
         "patient_id": row["patient_id"],
         "series_uid": row["series_uid"],
         "scan_sha256": hash_voxels(case.found.ct),
-        "sha256": hash_case(folder),
-        "nodules_sha256": _hash_nodules(folder),
+        "sha256": folder.hash(),
+        "nodules_sha256": _hash_nodules(folder.nodules),
         "fingerprint": _fingerprint(config, source, row, names),
         "inputs": names,
         "versions": {"lungddpm": __version__, "python": platform.python_version()}
@@ -221,18 +218,18 @@ def _write(config: Config, source: Path, row: pd.Series, folder: Path) -> dict:
         "placement": measure_places(case.layout, case.qc["nodules"]),
     }
     # Last: its presence says that the case is complete.
-    write_json(folder / "case.json", record)
+    write_json(folder.record, record)
     return record
 
 
-def _finished(config: Config, source: Path, row: pd.Series, folder: Path) -> dict | None:
+def _finished(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict | None:
     """The record of a case that need not be prepared again."""
     try:
-        record = json.loads((folder / "case.json").read_text(encoding="utf-8"))
+        record = read_json(folder.record)
         unchanged = record["fingerprint"] == _fingerprint(config, source, row, record["inputs"])
-        intact = record["sha256"] == hash_case(folder) and record["nodules_sha256"] == _hash_nodules(folder)
-        return record if unchanged and intact and (folder / _PICTURE).exists() else None
-    except (FileNotFoundError, InputError, ValueError, KeyError, TypeError):
+        intact = record["sha256"] == folder.hash() and record["nodules_sha256"] == _hash_nodules(folder.nodules)
+        return record if unchanged and intact and folder.picture.exists() else None
+    except (InputError, KeyError, TypeError):
         return None
 
 
@@ -243,9 +240,8 @@ def _write_nodules(path: Path, found: Segmented) -> None:
         path.unlink(missing_ok=True)
 
 
-def _hash_nodules(folder: Path) -> str:
+def _hash_nodules(path: Path) -> str:
     """SHA-256 of the file of nodules; empty where there is none."""
-    path = folder / _NODULES
     return sha256_of(path) if path.exists() else ""
 
 
@@ -255,16 +251,16 @@ def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[
         {
             "grid": config.grid,
             "layouts": config.layouts,
-            "code": code_fingerprint("sources", "layouts"),
+            "code": stage_fingerprint("prepare", row["source"]),
             "row": {column: row[column] for column in ("source", "series_uid", "path", "annotations")},
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }
     )
 
 
-def _excluded(row: pd.Series, folder: Path, reason: str) -> dict:
-    for name in _FILES:
-        (folder / name).unlink(missing_ok=True)
+def _excluded(row: pd.Series, folder: CaseFolder, reason: str) -> dict:
+    for path in (folder.ct, folder.layout, folder.nodules, folder.picture, folder.record):
+        path.unlink(missing_ok=True)
     return {**row, "status": "excluded", "reason": reason, "path": "", "sha256": ""}
 
 

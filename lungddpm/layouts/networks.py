@@ -3,7 +3,7 @@
     lungmask           U-net R231, slice by slice: Hofmanninger et al., Eur. Radiol. Exp. 4:50, 2020
     totalsegmentator   nnU-Net, five lobes: Wasserthal et al., Radiology: Artificial Intelligence 5:e230024, 2023
 
-Both leave trachea and main bronchi out. Both use a GPU where there is one; on a CPU a scan takes minutes.
+Both leave trachea and main bronchi out. Both use a GPU where one is visible; on a CPU a scan takes minutes.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from __future__ import annotations
 import functools
 import pickle
 import zipfile
+from typing import Any
 
 import numpy as np
 
+from lungddpm.core.device import log_device
 from lungddpm.core.errors import UserError
 from lungddpm.core.volume import Volume
 from lungddpm.layouts.lungs import LEFT, RIGHT
@@ -54,17 +56,19 @@ def _by_lungmask(ct: Volume) -> np.ndarray:
 
 
 @functools.cache
-def _lungmask_model() -> object:
+def _lungmask_model() -> Any:
     try:
         from lungmask import LMInferer
     except ImportError as error:
         raise _missing("lungmask", error) from None
     try:
-        return LMInferer(modelname="R231", tqdm_disable=True)
+        model = LMInferer(modelname="R231", tqdm_disable=True)
     # No network (URLError is an OSError), or a download that was cut short.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         fetch = 'python -c "from lungmask import LMInferer; LMInferer()"'
         raise _without_weights("lungmask", error, fetch, "TORCH_HOME") from None
+    _log_device(model.device.type)
+    return model
 
 
 def _by_totalsegmentator(ct: Volume) -> np.ndarray:
@@ -74,7 +78,6 @@ def _by_totalsegmentator(ct: Volume) -> np.ndarray:
     except ImportError as error:
         raise _missing("totalsegmentator", error) from None
     import nibabel
-    import torch
     from requests import RequestException
 
     try:
@@ -85,7 +88,7 @@ def _by_totalsegmentator(ct: Volume) -> np.ndarray:
             task="total",
             roi_subset=list(_LOBES),
             quiet=True,
-            device="gpu" if torch.cuda.is_available() else "cpu",
+            device=_totalsegmentator_device(),
         )
     except (RequestException, zipfile.BadZipFile) as error:
         fetch = "totalseg_download_weights -t total"
@@ -96,6 +99,23 @@ def _by_totalsegmentator(ct: Volume) -> np.ndarray:
         if name in _LOBES:
             sides[labels == label] = _LOBES[name]
     return sides
+
+
+@functools.cache
+def _totalsegmentator_device() -> str:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _log_device(device)
+    return "gpu" if device == "cuda" else device
+
+
+def _log_device(device: str) -> None:
+    import torch
+
+    from lungddpm.core.torch_device import device_name
+
+    log_device(device, device_name(torch.device(device)))
 
 
 def _ras_lps(array: np.ndarray) -> np.ndarray:

@@ -15,7 +15,6 @@ All functions are deterministic under the generator of random numbers that they 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,10 @@ from scipy.spatial.transform import Rotation
 from lungddpm.config.models import Synthesis
 from lungddpm.core import cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import fingerprint
+from lungddpm.core.files import fingerprint, read_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.core.volume import Volume, bounding_box, read_volume
 from lungddpm.layouts.compose import place_nodules
 from lungddpm.layouts.prior import Prior, lies_in_lungs
@@ -115,7 +115,7 @@ class MadeLayout:
 class Donor:
     """A nodule that lends its shape; the shape itself is read when it is drawn."""
 
-    folder: Path
+    folder: cases.CaseFolder
     case_id: str
     patient_id: str
     number: int
@@ -131,7 +131,7 @@ class Donor:
             if shape.number == self.number:
                 return shape
         raise InputError(
-            self.folder / "nodules.nii.gz", f"holds no nodule {self.number}", "Delete its folder and prepare it anew."
+            self.folder.nodules, f"holds no nodule {self.number}", "Delete its folder and prepare it again."
         )
 
 
@@ -147,7 +147,7 @@ class Bank:
     """Changes with whatever a draw depends on."""
 
     @property
-    def folders(self) -> dict[str, Path]:
+    def folders(self) -> dict[str, cases.CaseFolder]:
         """The folder of every case that has a donor, by case id."""
         return {donor.case_id: donor.folder for donor in self.donors}
 
@@ -165,13 +165,13 @@ def open_bank(cases_table: Path, table: pd.DataFrame, allow_shared_patients: boo
     Raises:
         InputError: no such nodule, or a case without a readable record.
     """
-    tested = set(table.loc[table["role"].map(lambda role: "test" in role.split("+")).astype(bool), "patient_id"])
+    tested = set(cases.of_role(table, TEST)["patient_id"])
     donors, counts, measures, identity = [], [], [], []
-    for _, row in cases.usable(table, "discovery").iterrows():
+    for _, row in cases.usable(table, DISCOVERY).iterrows():
         if row["n_nodules"] == 0 or (row["patient_id"] in tested and not allow_shared_patients):
             continue
         folder = cases.folder_of(cases_table, row)
-        record = _read_record(folder)
+        record = _read_record(folder.record)
         numbered = [item for item in enumerate(record["nodules"], start=1) if lies_in_lungs(item[1])]
         if not numbered:
             continue
@@ -189,13 +189,13 @@ def open_bank(cases_table: Path, table: pd.DataFrame, allow_shared_patients: boo
     return Bank(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
 
 
-def read_shapes(folder: Path, case_id: str, patient_id: str) -> list[Shape]:
+def read_shapes(folder: cases.CaseFolder, case_id: str, patient_id: str) -> list[Shape]:
     """The nodules of a case at its scan's resolution, in the order of their numbers.
 
     Raises:
         InputError: `nodules.nii.gz` is missing or unreadable.
     """
-    volume = read_volume(folder / "nodules.nii.gz")
+    volume = read_volume(folder.nodules)
     boxes = ndimage.find_objects(volume.array.astype(np.int32))
     return [
         Shape(volume.like(volume.array == number).crop(box), case_id, patient_id, number)
@@ -467,17 +467,15 @@ def _lung_around(labels: np.ndarray, nodule: np.ndarray) -> float:
     return float((around != Label.BACKGROUND).mean()) if around.size else 0.0
 
 
-def _read_record(folder: Path) -> dict:
+def _read_record(path: Path) -> dict:
     """What `prepare` recorded of a case, as far as it is needed here."""
-    path = folder / "case.json"
+    remedy = "Delete its folder and prepare it again."
+    record = read_json(path, remedy)
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
         return {
             "nodules": record["qc"]["nodules"],
             "placement": record["placement"],
             "fingerprint": record["fingerprint"],
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            path, f"does not tell where the case's nodules are ({error!r})", "Delete its folder and prepare it anew."
-        ) from None
+    except (KeyError, TypeError) as error:
+        raise InputError(path, f"does not say where the case's nodules are ({error!r})", remedy) from None

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from lungddpm.core.device import send
+from lungddpm.models.accelerator import send
 
 _LARGEST_TURN_RAD = math.radians(5)
 _LARGEST_SCALING = 0.05

@@ -16,12 +16,12 @@ import torch
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
-from lungddpm.core.device import send
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path, exclusive_lock, fingerprint, seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import to_model_range
+from lungddpm.models.accelerator import send
 from lungddpm.models.augmentation import augment, draw_augmentation
 from lungddpm.models.denoiser import condition_channels
 
@@ -63,7 +63,11 @@ class Batch:
 
 
 def open_cache(
-    folder: Path, case_ids: Sequence[str], case_folders: Sequence[Path], hashes: Sequence[str], config: Config
+    folder: Path,
+    case_ids: Sequence[str],
+    case_folders: Sequence[cases.CaseFolder],
+    hashes: Sequence[str],
+    config: Config,
 ) -> TrainingData:
     """All cases as memory-mapped arrays, decoded on the first call; later calls read nothing but what they use.
 
@@ -183,7 +187,7 @@ def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np
     return arrays if all(array.shape == shape for array in arrays.values()) else None
 
 
-def _decode(paths: dict[str, Path], shape: tuple[int, ...], case_folders: Sequence[Path]) -> None:
+def _decode(paths: dict[str, Path], shape: tuple[int, ...], case_folders: Sequence[cases.CaseFolder]) -> None:
     with (
         atomic_path(paths["ct"]) as ct_path,
         atomic_path(paths["layout"]) as layout_path,
@@ -195,10 +199,10 @@ def _decode(paths: dict[str, Path], shape: tuple[int, ...], case_folders: Sequen
         for file, descr in ((ct_file, "<i2"), (layout_file, "|u1")):
             np.lib.format.write_array_header_1_0(file, {"descr": descr, "fortran_order": False, "shape": shape})
         for number in progress.steps():
-            ct, layout = cases.read_case(case_folders[number])
+            ct, layout = case_folders[number].read()
             if ct.shape != shape[:0:-1]:
                 problem = f"has {ct.shape} voxels, grid.size is {shape[:0:-1]}"
-                raise InputError(case_folders[number], problem, "Prepare the cases anew (lungddpm prepare).")
+                raise InputError(case_folders[number].path, problem, "Prepare the cases again (lungddpm prepare).")
             ct_file.write(ct.array.astype("<i2").transpose(2, 1, 0).tobytes())
             layout_file.write(layout.array.astype(np.uint8).transpose(2, 1, 0).tobytes())
 

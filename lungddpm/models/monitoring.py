@@ -23,7 +23,7 @@ from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
 from lungddpm.models.data import TrainingData, draw_crop
 from lungddpm.models.denoiser import UNet, condition_channels
-from lungddpm.models.sampling import sample
+from lungddpm.models.sampling import make_solver, sample_aas
 from lungddpm.models.schedule import cosine_betas
 
 if TYPE_CHECKING:
@@ -115,6 +115,8 @@ def draw_grid(
         `grid.window_hu`; and a figure with reference, layout and sample side by side, axial, at the middle of the
         largest nodule.
     """
+    timesteps = config.diffusion.timesteps
+    solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(_GRID_STEPS, timesteps))
     clean, layouts, drawn, errors = [], [], [], []
     for case in chosen:
         seed = seed_from(config.seed, config.diffusion.run, "grid", data.case_ids[case])
@@ -126,14 +128,12 @@ def draw_grid(
         reference = to_model_range(data.ct[case][where], config.grid.window_hu)
         channels = condition_channels(layout.transpose(2, 1, 0), config.diffusion.classes)
         with accelerator.autocast():
-            volume = sample(
+            volume = sample_aas(
                 denoiser,
+                solver,
                 torch.from_numpy(channels)[None].to(accelerator.device),
-                cosine_betas(config.diffusion.timesteps),
-                "dpmsolver++",
-                min(_GRID_STEPS, config.diffusion.timesteps),
-                [torch.Generator(accelerator.device).manual_seed(seed)],
                 torch.from_numpy(reference)[None, None].to(accelerator.device),
+                [torch.Generator(accelerator.device).manual_seed(seed)],
             )
         drawn.append(volume[0, 0].float().cpu().numpy())
         clean.append(reference)

@@ -1,13 +1,16 @@
-"""From noise to CT: samplers, anatomically aware sampling (AAS; arXiv 2502.15204), and inversion (from CT to noise).
+"""From noise to CT: free sampling, anatomically aware sampling (AAS; arXiv 2502.15204), inversion and redrawing.
 
-Under AAS, voxels that the layout leaves open are pasted from a reference CT while the rest is generated. The solvers
-are diffusers' own, told the clean CT that the denoiser implies; it is clamped to the model's range [-1, 1].
+A `Solver` goes from noise level to noise level, given the clean CT that the denoiser implies. `DiffusionSolver` does so
+for denoisers of the diffusion process, with the schedulers of diffusers. What only the published systems do is in
+`published_sampling`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, Protocol
 
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
@@ -15,118 +18,179 @@ from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistep
 from lungddpm.models.schedule import alphas_cumprod, between_timesteps, spaced_timesteps
 
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(noisy CT and condition (N, 1 + C, D, H, W), timesteps (N,)) -> predicted noise (N, 1, D, H, W)."""
+"""The network: (noisy CT and condition (N, 1 + C, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
 
-# With one level a jump, multistep solvers would never get beyond first order; longer jumps mend the seam less.
-_LEVELS_A_JUMP = 2
-_PUBLISHED_TIMES = 1000
+Sampler = Literal["ddpm", "ddim", "dpmsolver++", "unipc"]
+"""`ddpm`: ancestral (Ho et al. 2020); `ddim`: without noise (Song et al. 2021); `dpmsolver++`: multistep (Lu et al.
+2022, arXiv 2211.01095); `unipc`: multistep with a corrector (Zhao et al. 2023)."""
 
-Times = Literal["corrected", "published"]
-"""`corrected` tells the denoiser the timestep, as in training; `published` scales it to T = 1000, as Lung-DDPM+ does
-(arXiv 2508.09327)."""
-
-Levels = Literal["corrected", "published"]
-"""Which noise levels `dpmsolver++` visits. `corrected`: timesteps at even distances of the log signal-to-noise ratio,
-and the clean CT at their end; the clean CT that the denoiser implies is clamped to [-1, 1]. `published`: as Lung-DDPM+
-(arXiv 2508.09327) does, even distances of time from T - 1 to 0, with fractions, where a CT counts as clean at timestep
-0; what the denoiser implies is thresholded dynamically (Saharia et al. 2022, arXiv 2205.11487, section 2.3)."""
-_THRESHOLD_QUANTILE = 0.995
+# With one level per jump, multistep solvers would stay at first order; longer jumps improve the seam less.
+_LEVELS_PER_JUMP = 2
 
 
-class Solver:
-    """Takes a state from noise level to noise level with a scheduler of diffusers; every sampling needs its own.
+class Solver(Protocol):
+    """Takes states from one noise level to the next: state = signal * clean CT + noise * standard normal noise."""
 
-    Args:
-        sampler: see `sample`.
-        order: of `dpmsolver++` and `unipc`.
-        betas: (T,) float64 noise schedule.
-        steps: levels to visit.
-        corrector: whether UniPC may correct a state after the fact. It does so from the state before, which undoes
-            what was pasted meanwhile.
-        inverting: whether it goes the other way, from the least noisy level to the noisiest; not with `ddpm`.
-        levels: see `Levels`; `published` with `dpmsolver++` alone.
+    @property
+    def times(self) -> Sequence[float]:
+        """What the network receives as its time at each level; the clean CT, as the last level, has none."""
 
-    Attributes:
-        steps: how many it takes from the first level to the last; the denoiser is called before each of them.
-        timesteps: of the levels, falling, rising when inverting; the clean CT after the last step has none.
-        signal: scales of the clean CT in the state at each level.
-        noise: standard deviations of the noise in the state at each level.
-    """
+    @property
+    def signal(self) -> Sequence[float]:
+        """Scale of the clean CT at each level, from the first level visited to the last."""
 
-    def __init__(
-        self,
-        sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"],
-        order: int,
-        betas: torch.Tensor,
-        steps: int,
-        corrector: bool = True,
-        inverting: bool = False,
-        levels: Levels = "corrected",
-    ):
-        if not 1 <= steps <= len(betas):
-            raise ValueError(f"{steps} steps do not fit {len(betas)} timesteps")
-        self.levels = levels
-        signal = alphas_cumprod(betas)
-        if levels == "published":
-            self.timesteps = torch.linspace(len(betas) - 1, 0, steps + 1, dtype=betas.dtype).tolist()
-        else:
-            # Only the ancestral sampler can start at pure noise, where nothing of the clean CT is left to tell.
-            takes_all = sampler == "ddpm" and steps == len(betas)
-            self.timesteps = list(reversed(range(steps))) if takes_all else spaced_timesteps(signal, steps)
-        if inverting:
-            self.timesteps.reverse()
-        visited = between_timesteps(signal, self.timesteps)
-        if levels == "corrected" and not inverting:
-            visited = torch.cat([visited, signal.new_ones(1)])
-        self.steps = len(visited) - 1
-        self.signal, self.noise = visited.sqrt().tolist(), (1 - visited).sqrt().tolist()
-        shared = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "sample"}
-        if sampler == "ddpm":
-            self.scheduler = DDPMScheduler(**shared, variance_type="fixed_small", clip_sample=False)
-            # diffusers keeps these in float32, which loses the early timesteps' small noise.
-            self.scheduler.alphas_cumprod = signal
-        elif sampler == "unipc":
-            off = [] if corrector else list(range(len(self.timesteps)))
-            self.scheduler = UniPCMultistepScheduler(**shared, solver_order=order, disable_corrector=off)
-        else:
-            # First-order DPM-Solver++ is DDIM; diffusers' DDIMScheduler takes steps of T // n whatever the timesteps.
-            # To the clean CT the last step has to be of first order.
-            end = "sigma_min" if levels == "published" else "zero"
-            order = 1 if sampler == "ddim" else order
-            self.scheduler = DPMSolverMultistepScheduler(**shared, solver_order=order, final_sigmas_type=end)
-        self.start(0)
+    @property
+    def noise(self) -> Sequence[float]:
+        """Standard deviation of the noise at each level."""
 
-    def start(self, index: int) -> None:
-        """Forget the steps taken; the next one leaves level `index`."""
-        if isinstance(self.scheduler, DDPMScheduler):
-            self.scheduler.set_timesteps(timesteps=self.timesteps)
-            return
-        # Its own timesteps are too few, repeat themselves, or end far from the clean CT, depending on the spacing.
-        self.scheduler.set_timesteps(len(self.timesteps))
-        self.scheduler.timesteps = torch.tensor(self.timesteps)
-        self.scheduler.sigmas = torch.tensor([n / s for n, s in zip(self.noise, self.signal, strict=True)])
-        self.scheduler.set_begin_index(index)
+    def start(self, index: int, *, pasting: bool) -> None:
+        """Forget the steps taken; the next one leaves level `index`.
 
-    def clean(self, index: int, state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """The clean CT in [-1, 1] that a state at level `index` and its predicted noise imply."""
-        implied = (state - self.noise[index] * noise) / self.signal[index]
-        if self.levels == "corrected":
-            return implied.clamp(-1, 1)
-        largest = implied.abs().flatten(1).quantile(_THRESHOLD_QUANTILE, dim=1).clamp(min=1)
-        largest = largest[:, None, None, None, None]
-        return implied.clamp(-largest, largest) / largest
+        Args:
+            index: of a level.
+            pasting: whether states are edited between steps. A solver must not then correct a state after the fact,
+                from the state before it, which would undo the edit.
+        """
+
+    def clean(self, index: int, state: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """The clean CT in [-1, 1] that a state at level `index` and the network's prediction for it imply."""
 
     def step(
         self, index: int, state: torch.Tensor, clean: torch.Tensor, generators: Sequence[torch.Generator]
     ) -> torch.Tensor:
-        """From level `index` to the next one."""
-        ancestral = {"generator": list(generators)} if isinstance(self.scheduler, DDPMScheduler) else {}
-        return self.scheduler.step(clean, self.timesteps[index], state, **ancestral).prev_sample
+        """From level `index` to the next one; only a solver that adds noise uses the generators."""
 
-    def back(self, index: int, earlier: int, state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """From level `index` back to an earlier, noisier one, by adding fresh noise."""
-        kept = self.signal[earlier] / self.signal[index]
-        return kept * state + (1 - kept**2) ** 0.5 * noise
+
+@dataclass(frozen=True)
+class NoiseLevels:
+    """Noise levels of the diffusion process in the order in which they are visited.
+
+    Attributes:
+        timesteps: of each level on the schedule; the clean CT, as the last level, has none.
+        times: the same as the network receives them.
+        signal: scale of the clean CT at each level.
+        noise: standard deviation of the noise at each level.
+    """
+
+    timesteps: Sequence[float]
+    times: Sequence[float]
+    signal: Sequence[float]
+    noise: Sequence[float]
+
+    @staticmethod
+    def of(timesteps: Sequence[float], variances: torch.Tensor) -> NoiseLevels:
+        """Of timesteps and the share of the signal's variance at each level."""
+        return NoiseLevels(timesteps, timesteps, variances.sqrt().tolist(), (1 - variances).sqrt().tolist())
+
+    def reversed(self) -> NoiseLevels:
+        """From the least noisy level to the noisiest, without the clean CT."""
+        noisy = slice(len(self.timesteps) - 1, None, -1)
+        backwards = slice(None, None, -1)
+        return NoiseLevels(self.timesteps[backwards], self.times[backwards], self.signal[noisy], self.noise[noisy])
+
+
+def noise_levels(sampler: Sampler, betas: torch.Tensor, steps: int) -> NoiseLevels:
+    """Levels at even distances of the log signal-to-noise ratio, and the clean CT at their end.
+
+    Args:
+        sampler: `ddpm` alone can take all T; the others leave out those that are pure noise.
+        betas: (T,) float64 noise schedule.
+        steps: levels to visit before the clean CT, none twice.
+
+    Raises:
+        ValueError: fewer than one step, or more than T.
+    """
+    if not 1 <= steps <= len(betas):
+        raise ValueError(f"{steps} steps do not fit {len(betas)} timesteps")
+    signal = alphas_cumprod(betas)
+    # Only the ancestral sampler can start at pure noise, where the state implies nothing about the clean CT.
+    takes_all = sampler == "ddpm" and steps == len(betas)
+    timesteps = list(reversed(range(steps))) if takes_all else spaced_timesteps(signal, steps)
+    return NoiseLevels.of(timesteps, torch.cat([between_timesteps(signal, timesteps), signal.new_ones(1)]))
+
+
+def clamp(implied: torch.Tensor) -> torch.Tensor:
+    """A CT within the range that the denoiser was trained on, [-1, 1]."""
+    return implied.clamp(-1, 1)
+
+
+class DiffusionSolver:
+    """A `Solver` for networks that predict the noise of the diffusion process; wraps a scheduler of diffusers.
+
+    Args:
+        sampler: the scheduler.
+        order: 2 or 3, of `dpmsolver++` and `unipc`.
+        betas: (T,) float64 noise schedule.
+        levels: the noise levels to visit.
+        limit: what keeps the clean CT that the network implies within [-1, 1].
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        order: int,
+        betas: torch.Tensor,
+        levels: NoiseLevels,
+        limit: Callable[[torch.Tensor], torch.Tensor] = clamp,
+    ):
+        self.levels = levels
+        self.times, self.signal, self.noise = levels.times, levels.signal, levels.noise
+        self._settings = sampler, order, betas
+        self._limit = limit
+        self.scheduler = _scheduler(sampler, order, betas)
+
+    def start(self, index: int, *, pasting: bool) -> None:
+        """See `Solver.start`; of these schedulers, UniPC corrects."""
+        timesteps = list(self.levels.timesteps)
+        if isinstance(self.scheduler, DDPMScheduler):
+            self.scheduler.set_timesteps(timesteps=timesteps)
+            return
+        if isinstance(self.scheduler, UniPCMultistepScheduler):
+            self.scheduler.disable_corrector = list(range(len(timesteps))) if pasting else []
+        # Its own timesteps are too few, repeat themselves, or end far from the clean CT, depending on the spacing.
+        self.scheduler.set_timesteps(len(timesteps))
+        self.scheduler.timesteps = torch.tensor(timesteps)
+        self.scheduler.sigmas = torch.tensor([n / s for n, s in zip(self.noise, self.signal, strict=True)])
+        self.scheduler.set_begin_index(index)
+
+    def clean(self, index: int, state: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
+        """See `Solver.clean`."""
+        return self._limit((state - self.noise[index] * prediction) / self.signal[index])
+
+    def step(
+        self, index: int, state: torch.Tensor, clean: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        """See `Solver.step`; only `ddpm` adds noise."""
+        ancestral = {"generator": list(generators)} if isinstance(self.scheduler, DDPMScheduler) else {}
+        return self.scheduler.step(clean, self.levels.timesteps[index], state, **ancestral).prev_sample
+
+    def reversed(self) -> DiffusionSolver:
+        """One that goes the other way, from the least noisy level to the noisiest; not with `ddpm`."""
+        return DiffusionSolver(*self._settings, self.levels.reversed(), self._limit)
+
+
+def make_solver(sampler: Sampler, order: int, betas: torch.Tensor, steps: int) -> DiffusionSolver:
+    """A solver that visits `noise_levels`.
+
+    Raises:
+        ValueError: fewer than one step, or more than T.
+    """
+    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps))
+
+
+def _scheduler(
+    sampler: Sampler, order: int, betas: torch.Tensor
+) -> DDPMScheduler | DPMSolverMultistepScheduler | UniPCMultistepScheduler:
+    shared = {"num_train_timesteps": len(betas), "trained_betas": betas.tolist(), "prediction_type": "sample"}
+    if sampler == "ddpm":
+        scheduler = DDPMScheduler(**shared, variance_type="fixed_small", clip_sample=False)
+        # diffusers keeps these in float32, which loses the early timesteps' small noise.
+        scheduler.alphas_cumprod = alphas_cumprod(betas)
+        return scheduler
+    if sampler == "unipc":
+        return UniPCMultistepScheduler(**shared, solver_order=order)
+    # First-order DPM-Solver++ is DDIM; diffusers' DDIMScheduler takes steps of T // n whatever the timesteps.
+    return DPMSolverMultistepScheduler(**shared, solver_order=1 if sampler == "ddim" else order)
 
 
 def open_voxels(condition: torch.Tensor) -> torch.Tensor:
@@ -135,145 +199,179 @@ def open_voxels(condition: torch.Tensor) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def sample(
-    predict_noise: Predictor,
+def sample_free(
+    predict: Predictor,
+    solver: Solver,
     condition: torch.Tensor,
-    betas: torch.Tensor,
-    sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"],
-    steps: int,
     generators: Sequence[torch.Generator],
-    reference: torch.Tensor | None = None,
-    *,
-    order: int = 2,
-    resampling: int = 1,
-    aas: Literal["corrected", "published"] = "corrected",
-    blend_from: int | None = None,
-    times: Times = "corrected",
-    levels: Levels = "corrected",
     start: torch.Tensor | None = None,
-    path: torch.Tensor | None = None,
-    held: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Generate CT volumes for layouts.
+    """Generate whole CT volumes for layouts.
 
     Args:
-        predict_noise: the denoiser.
+        predict: the network.
+        solver: of the network's process.
         condition: (N, C, D, H, W), see `condition_channels`.
-        betas: (T,) float64 noise schedule.
-        sampler: `ddpm`, ancestral (Ho et al. 2020); `ddim` (Song et al. 2021, without noise); `dpmsolver++`, multistep
-            (Lu et al. 2022, arXiv 2211.01095); `unipc` (Zhao et al. 2023), whose corrector is off under AAS.
-        steps: noise levels to visit, at most T, none twice. `ddpm` alone can take all T; the others leave out those
-            that are pure noise.
-        generators: one for each volume, so that a volume does not depend on its batch; on the device of `condition`.
-        reference: (N, 1, D, H, W) CT in [-1, 1] that fills the open voxels; None generates the whole volume.
-        order: 2 or 3, of `dpmsolver++` and `unipc`.
-        resampling: times that two levels at a time are visited, going back with fresh noise in between (RePaint,
-            Lugmayr et al. 2022), so that generated voxels can adapt to what is pasted beside them.
-        aas: `corrected` pastes the reference at the level that the state has reached after each step, and the
-            reference itself after the last. `published` pastes it at the level before the step, which leaves noise in
-            the background.
-        blend_from: in mode `published`, paste only at timesteps up to this one (default: at all).
-        times: see `Times`.
-        levels: see `Levels`.
-        start: (N, 1, D, H, W) state at the noisiest level; None draws one.
-        path: states of another CT at all levels, from `invert` with the same sampler, order, steps and levels.
-        held: (N, 1, D, H, W) bool: voxels that follow `path`, without a reference; None holds none.
+        generators: one per volume, so that a volume does not depend on its batch; on the device of `condition`.
+        start: (N, 1, D, H, W) states at the solver's first level; None draws noise.
 
     Returns:
         (N, 1, D, H, W) float32, on the device of `condition`.
-
-    Raises:
-        ValueError: fewer than one step, or more than T.
     """
-    solver = Solver(sampler, order, betas, steps, corrector=reference is None and held is None, levels=levels)
-    shape = (len(condition), 1, *condition.shape[2:])
-    is_open = open_voxels(condition)
-    predict = _with_times(predict_noise, condition, solver, betas, times)
-
-    def one_step(index: int, state: torch.Tensor) -> torch.Tensor:
-        state = solver.step(index, state, solver.clean(index, state, predict(index, state)), generators)
-        if held is not None:
-            return torch.where(held, path[index + 1], state)
-        if reference is None:
-            return state
-        timestep = solver.timesteps[index]
-        if aas == "published" and timestep == 0:
-            _draw(shape, generators)  # the published loop draws ancestral noise at the last step, times zero
-        level = index + 1 if aas == "corrected" else index
-        pasted = solver.signal[level] * reference + solver.noise[level] * _draw(shape, generators)
-        if aas == "published" and blend_from is not None and timestep > blend_from:
-            return state
-        return torch.where(is_open, pasted, state)
-
-    state = _draw(shape, generators) if start is None else start
-    for first in range(0, solver.steps, _LEVELS_A_JUMP):
-        jump = range(first, min(first + _LEVELS_A_JUMP, solver.steps))
-        for visit in range(resampling):
-            if visit > 0:
-                state = solver.back(jump.stop, first, state, _draw(shape, generators))
-                # What a multistep solver remembers belongs to another noise.
-                solver.start(first)
-            for index in jump:
-                state = one_step(index, state)
+    take_step = stepper(predict, solver, condition, generators)
+    solver.start(0, pasting=False)
+    state = draw_noise(condition, generators) if start is None else start
+    for index in range(len(solver.signal) - 1):
+        state = take_step(index, state)
     return state
 
 
 @torch.inference_mode()
-def invert(
-    predict_noise: Predictor,
+def sample_aas(
+    predict: Predictor,
+    solver: Solver,
     condition: torch.Tensor,
-    betas: torch.Tensor,
-    sampler: Literal["ddim", "dpmsolver++", "unipc"],
-    steps: int,
-    clean: torch.Tensor,
-    *,
-    order: int = 2,
-    times: Times = "corrected",
-    levels: Levels = "corrected",
+    reference: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    resampling: int = 1,
 ) -> torch.Tensor:
-    """Find the noise from which `sample`, without a reference, generates given CT volumes again, and the way there.
+    """Generate what the layouts name; a reference CT fills the voxels that they leave open (AAS).
 
-    It follows the same flow the other way (Song et al. 2021, section 4.3), visits the same levels, and calls the
-    denoiser as often. The way from clean CT to the least noisy level takes the denoiser's noise there for the whole
-    step (not where the levels are `published`); how exactly the CT comes back depends on the steps.
+    After each step the reference is pasted at the noise level that the state has reached, so that it comes back exactly
+    after the last. With resampling, generated voxels can adapt to what is pasted beside them (RePaint, Lugmayr et al.
+    2022).
 
     Args:
-        predict_noise, condition, betas, sampler, steps, order, times, levels: see `sample`.
+        predict, solver, condition, generators: see `sample_free`.
+        reference: (N, 1, D, H, W) CT in [-1, 1].
+        resampling: times that two levels at a time are visited, going back with fresh noise in between.
+
+    Returns:
+        (N, 1, D, H, W) float32, on the device of `condition`.
+    """
+    take_step = stepper(predict, solver, condition, generators)
+    is_open = open_voxels(condition)
+    solver.start(0, pasting=True)
+    state = draw_noise(condition, generators)
+    for index, following in pairwise(_visited(len(solver.signal), resampling)):
+        if following < index:
+            state = _add_noise(solver, index, following, state, draw_noise(condition, generators))
+            # What a multistep solver remembers belongs to another noise.
+            solver.start(following, pasting=True)
+        else:
+            state = take_step(index, state)
+            pasted = _at_level(solver, following, reference, draw_noise(condition, generators))
+            state = torch.where(is_open, pasted, state)
+    return state
+
+
+@torch.inference_mode()
+def invert(predict: Predictor, solver: DiffusionSolver, condition: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+    """Find the noise from which free sampling generates given CT volumes again, and the way there.
+
+    It follows the same flow the other way (Song et al. 2021, section 4.3), visits the same levels, and calls the
+    network as often. The way from the clean CT to the least noisy level takes the noise predicted there for the whole
+    step; how exactly the CT comes back depends on the steps.
+
+    Args:
+        predict, condition: see `sample_free`.
+        solver: the one that samples; not `ddpm`.
         clean: (N, 1, D, H, W) CT in [-1, 1].
 
     Returns:
-        (n + 1, N, 1, D, H, W) float32: the states at the levels of `sample`, from the noise to `clean` itself.
-
-    Raises:
-        ValueError: fewer than one step, or more than T.
+        (n, N, 1, D, H, W) float32: the states at the n levels of the solver, from the noise to `clean` itself.
     """
-    solver = Solver(sampler, order, betas, steps, inverting=True, levels=levels)
-    predict = _with_times(predict_noise, condition, solver, betas, times)
+    back = solver.reversed()
+    take_step = stepper(predict, back, condition, ())
+    back.start(0, pasting=False)
     states = [clean]
-    if levels == "corrected":
-        states.append(solver.signal[0] * clean + solver.noise[0] * predict(0, clean))
-    for index in range(solver.steps):
-        implied = solver.clean(index, states[-1], predict(index, states[-1]))
-        states.append(solver.step(index, states[-1], implied, []))
+    if solver.noise[-1] == 0:  # no solver can leave the clean CT, whose signal-to-noise ratio is infinite
+        least = predictor_of(predict, condition, back.times)(0, clean)
+        states.append(_at_level(back, 0, clean, least))
+    for index in range(len(back.signal) - 1):
+        states.append(take_step(index, states[-1]))
     return torch.stack(states[::-1])
 
 
-def _with_times(
-    predict_noise: Predictor, condition: torch.Tensor, solver: Solver, betas: torch.Tensor, times: Times
+@torch.inference_mode()
+def redraw(
+    predict: Predictor,
+    solver: Solver,
+    condition: torch.Tensor,
+    start: torch.Tensor,
+    path: torch.Tensor,
+    fixed_mask: torch.Tensor,
+) -> torch.Tensor:
+    """Generate a part of CT volumes; the rest follows the path of their inversion, back to the CT itself.
+
+    Args:
+        predict, condition: see `sample_free`.
+        solver: the one of the inversion.
+        start: (N, 1, D, H, W) states at the solver's first level.
+        path: (n, N, 1, D, H, W) states at all levels, from `invert`.
+        fixed_mask: (N, 1, D, H, W) bool: the voxels that follow the path.
+
+    Returns:
+        (N, 1, D, H, W) float32, on the device of `condition`.
+    """
+    take_step = stepper(predict, solver, condition, ())
+    solver.start(0, pasting=True)
+    state = start
+    for index in range(len(solver.signal) - 1):
+        state = torch.where(fixed_mask, path[index + 1], take_step(index, state))
+    return state
+
+
+def stepper(
+    predict: Predictor, solver: Solver, condition: torch.Tensor, generators: Sequence[torch.Generator]
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """The noise in a state at level `index` of a solver, float32."""
-    told = [t if times == "corrected" else t * _PUBLISHED_TIMES / len(betas) for t in solver.timesteps]
-    # Made once, so that a step neither copies the condition nor sends a timestep to the device.
-    timesteps = torch.tensor(told, device=condition.device)[:, None].repeat(1, len(condition))
+    """(index, state at this level) -> state at the next level."""
+    predict_at = predictor_of(predict, condition, solver.times)
+
+    def take_step(index: int, state: torch.Tensor) -> torch.Tensor:
+        clean = solver.clean(index, state, predict_at(index, state))
+        return solver.step(index, state, clean, generators)
+
+    return take_step
+
+
+def predictor_of(
+    predict: Predictor, condition: torch.Tensor, times: Sequence[float]
+) -> Callable[[int, torch.Tensor], torch.Tensor]:
+    """(index, state at this level) -> what the network predicts, float32."""
+    # Made once, so that a step neither copies the condition nor sends a time to the device.
+    of_batch = torch.tensor(times, device=condition.device)[:, None].repeat(1, len(condition))
     inputs = torch.cat([torch.empty_like(condition[:, :1]), condition], dim=1)
 
-    def predict(index: int, state: torch.Tensor) -> torch.Tensor:
+    def predict_at(index: int, state: torch.Tensor) -> torch.Tensor:
         inputs[:, :1] = state
-        return predict_noise(inputs, timesteps[index]).float()
+        return predict(inputs, of_batch[index]).float()
 
-    return predict
+    return predict_at
 
 
-def _draw(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> torch.Tensor:
-    volumes = [torch.randn((1, *shape[1:]), generator=generator, device=generator.device) for generator in generators]
-    return torch.cat(volumes)
+def draw_noise(condition: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Standard normal (N, 1, D, H, W), each volume from its own generator."""
+    shape = (1, 1, *condition.shape[2:])
+    return torch.cat([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
+
+
+def _at_level(solver: Solver, index: int, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    return solver.signal[index] * clean + solver.noise[index] * noise
+
+
+def _add_noise(solver: Solver, index: int, earlier: int, state: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """From level `index` back to an earlier, noisier one, with fresh noise."""
+    kept = solver.signal[earlier] / solver.signal[index]
+    added = (solver.noise[earlier] ** 2 - (kept * solver.noise[index]) ** 2) ** 0.5
+    return kept * state + added * noise
+
+
+def _visited(levels: int, resampling: int) -> list[int]:
+    """Levels in the order of their visits: two steps at a time, each two as often as `resampling`."""
+    visited = [0]
+    for first in range(0, levels - 1, _LEVELS_PER_JUMP):
+        last = min(first + _LEVELS_PER_JUMP, levels - 1)
+        forward = list(range(first + 1, last + 1))
+        visited += forward + (resampling - 1) * [first, *forward]
+    return visited

@@ -24,10 +24,12 @@ from accelerate.utils import broadcast_object_list
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
-from lungddpm.core.device import explain_out_of_memory, make_accelerator
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, sha256_of
+from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import DISCOVERY
+from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.denoiser import UNet, build_denoiser
@@ -63,7 +65,7 @@ def run_train(
         ConfigError: the device is not there, or its memory does not suffice.
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
-    rows = cases.usable(cases.read_cases(cases_table), "discovery")
+    rows = cases.usable(cases.read_cases(cases_table), DISCOVERY)
     if config.diffusion.nodule_centred:
         rows = rows[rows["n_nodules"] > 0]
     if rows.empty:
@@ -72,7 +74,7 @@ def run_train(
     if initial is not None and not initial.exists():
         raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
     folders = [cases.folder_of(cases_table, row) for _, row in rows.iterrows()]
-    hashes = [cases.hash_case(folder) for folder in folders]
+    hashes = [folder.hash() for folder in folders]
     training = config.diffusion.training
     accelerator = make_accelerator(device, training.precision, training.accumulation)
     metadata = Metadata(
@@ -233,7 +235,7 @@ def _config_fingerprint(config: Config, processes: int, initial: Path | None) ->
         "window_hu": config.grid.window_hu,
         "diffusion": config.diffusion.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
-        "code": code_fingerprint("models"),
+        "code": stage_fingerprint("train"),
     }
     return fingerprint(decisive)
 

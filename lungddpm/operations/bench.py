@@ -25,14 +25,14 @@ from accelerate import Accelerator
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Config
-from lungddpm.core.device import explain_out_of_memory, keep_freed_memory, make_accelerator
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
 from lungddpm.core.progress import LOG
+from lungddpm.models.accelerator import explain_out_of_memory, keep_freed_memory, make_accelerator
 from lungddpm.models.denoiser import UNet
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import Optimization
-from lungddpm.models.sampling import Predictor, sample
+from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas
 from lungddpm.models.schedule import cosine_betas
 from lungddpm.models.training import fresh_denoiser
 from lungddpm.operations.estimate import count, made_up
@@ -393,16 +393,16 @@ class Workbench:
         seconds = [self._timed(lambda: torch.mm(factor, factor, out=product)) for _ in range(4)][1:]
         return 2 * edge**3 / min(seconds)
 
-    def sampling_seconds(self, sampler: str, steps: int) -> float:
+    def sampling_seconds(self, sampler: Sampler, steps: int) -> float:
         """Of sampling under AAS, a volume."""
         condition = self.noisy[:, 1:].sign()
         reference = self.noisy[:, :1].clamp(-1, 1)
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(self.lever.batch)]
-        betas = cosine_betas(self.config.diffusion.timesteps)
+        solver = make_solver(sampler, 2, cosine_betas(self.config.diffusion.timesteps), steps)
 
         def draw() -> torch.Tensor:
             with self.accelerator.autocast():
-                return sample(self.predict, condition, betas, sampler, steps, generators, reference)
+                return sample_aas(self.predict, solver, condition, reference, generators)
 
         return self._timed(draw) / self.lever.batch
 

@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.models import Config
-from lungddpm.core.device import explain_out_of_memory, make_accelerator
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
+from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.monitoring import memory_mib

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,12 @@ from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lungddpm.arms.splits import ROLES, role_counts
 from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation
 from lungddpm.core.arms import Arm
 from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import read_json
+from lungddpm.core.roles import ROLES
 
 if TYPE_CHECKING:
     import torch
@@ -207,9 +207,7 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
         scans, origin = LIDC_SCANS, "LIDC-IDRI as published; a table of 'lungddpm index' or --cases tells better"
     elif scans is None:
         raise ConfigError("--cases", "is missing, and no index tells how many scans there are", "Give the number.")
-    named = {role: len(value) for role in ROLES if isinstance(value := getattr(config.roles, role), list)}
-    counts = role_counts(config.roles, scans) | named
-    return Cohort(scans, side**2 * slices, **counts, origin=origin)
+    return Cohort(scans, side**2 * slices, **config.roles.counts(scans), origin=origin)
 
 
 def known_speed(device: str) -> Speed:
@@ -245,12 +243,13 @@ def benchmarked_speed(path: Path) -> Speed:
     """The speed that `lungddpm bench` has measured, in training where it trained, by what training uses as it stands.
 
     Raises:
-        InputError: the file is missing, or is no result of `lungddpm bench`.
+        InputError: the file is missing, or is not a result of `lungddpm bench`.
     """
     from lungddpm.operations.bench import BASE, MEASURED, USED
 
+    remedy = "Write it by 'lungddpm bench'."
+    result = read_json(path, remedy)
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
         is_cpu = result["device"] == CPU
         rows = {row["lever"]: row for row in result["levers"] if row["status"] == MEASURED}
         row = rows.get(USED["cpu" if is_cpu else "cuda"].name) or rows[BASE.name]
@@ -260,11 +259,9 @@ def benchmarked_speed(path: Path) -> Speed:
             rate = 3 * result["flop_per_pass"] * row["training_steps_per_second"]
         rate /= result["threads"] if is_cpu else 1
         return Speed(result["device_name"], rate, f"{rate / 1e12:.3g} TFLOP/s, from {path.as_posix()}")
-    except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "Write it by 'lungddpm bench'.") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        problem = f"is no result of 'lungddpm bench' ({type(error).__name__}: {error})"
-        raise InputError(path, problem, "Write it by 'lungddpm bench'.") from None
+    except (KeyError, TypeError, AttributeError) as error:
+        problem = f"is not a result of 'lungddpm bench' ({type(error).__name__}: {error})"
+        raise InputError(path, problem, remedy) from None
 
 
 def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:

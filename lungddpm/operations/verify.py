@@ -7,7 +7,6 @@ results/.damaged        outputs of the workflow that `lungddpm run` has to make 
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -16,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from lungddpm.core.cases import read_cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import sha256_of, write_text
+from lungddpm.core.files import read_json, sha256_of, write_text
 from lungddpm.core.progress import LOG, Progress
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
@@ -115,23 +114,19 @@ def _recorded(results: Path) -> dict[str, str]:
     """The hash of every listed file, by its name below the results folder."""
     remedy = "'lungddpm run' writes it at the end: run it (again)."
     recorded = {}
-    for line in _read(results / SUMS, remedy).splitlines():
+    try:
+        text = (results / SUMS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(results / SUMS, "does not exist", remedy) from None
+    for line in text.splitlines():
         if (parts := _LINE.fullmatch(line)) is None:
             raise InputError(results / SUMS, f"has a line that is no checksum: {line[:80]}", f"Delete it; {remedy}")
         recorded[parts[2]] = parts[1]
+    manifest = read_json(results / MANIFEST, f"Delete it; {remedy}")
     try:
-        recorded |= json.loads(_read(results / MANIFEST, remedy))["sha256"]
-    except (ValueError, KeyError, TypeError) as error:
-        problem = f"cannot be read ({type(error).__name__})"
-        raise InputError(results / MANIFEST, problem, f"Delete it; {remedy}") from None
-    return recorded
-
-
-def _read(path: Path, remedy: str) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(path, "does not exist", remedy) from None
+        return recorded | manifest["sha256"]
+    except (KeyError, TypeError):
+        raise InputError(results / MANIFEST, "holds no hashes", f"Delete it; {remedy}") from None
 
 
 def _outputs(results: Path, file: PurePosixPath) -> list[PurePosixPath]:

@@ -7,7 +7,6 @@ reference, so that only the figures within the layout, and at its border, say so
 
 from __future__ import annotations
 
-import json
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -21,9 +20,10 @@ from scipy.ndimage import binary_dilation, generate_binary_structure
 from lungddpm.config.models import Config
 from lungddpm.core import cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import sha256_of, write_table
+from lungddpm.core.files import read_json, sha256_of, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import Progress
+from lungddpm.core.roles import DISCOVERY, REFERENCE
 from lungddpm.core.text import count
 from lungddpm.core.volume import Volume, to_model_range
 from lungddpm.quality.calibration import compare_hu
@@ -188,20 +188,20 @@ def list_samples(sample_tables: list[Path]) -> pd.DataFrame:
     return pd.concat(tables).drop_duplicates("case_id", ignore_index=True)
 
 
-def reference_of(sample_folder: Path) -> str | None:
+def reference_of(sample_folder: cases.CaseFolder) -> str | None:
     """Case id of a sample's reference; None where another system made it without one.
 
     Raises:
         InputError: `sample.json` does not say.
     """
-    origin = sample_folder / "sample.json"
-    try:
-        return json.loads(origin.read_text(encoding="utf-8"))["reference_case_id"]
-    except (FileNotFoundError, json.JSONDecodeError, KeyError):
-        raise InputError(origin, "does not name its reference", "Delete the sample and synthesize it again.") from None
+    origin, remedy = sample_folder.sample_record, "Delete the sample and synthesize it again."
+    record = read_json(origin, remedy)
+    if "reference_case_id" not in record:
+        raise InputError(origin, "does not name its reference", remedy)
+    return record["reference_case_id"]
 
 
-def read_sample(sample_folder: Path, cases_table: Path) -> Sample:
+def read_sample(sample_folder: cases.CaseFolder, cases_table: Path) -> Sample:
     """A synthetic case and the case it was made from.
 
     Raises:
@@ -209,16 +209,16 @@ def read_sample(sample_folder: Path, cases_table: Path) -> Sample:
     """
     name = reference_of(sample_folder)
     if name is None:
-        return Sample("", *cases.read_case(sample_folder), None, None)
+        return Sample("", *sample_folder.read(), None, None)
     table = cases.read_cases(cases_table)
     found = table[table["case_id"] == name]
     if found.empty:
         problem = f"names the reference {name}, which is not in {cases_table}"
-        raise InputError(sample_folder / "sample.json", problem, "Synthesize again.")
-    synthetic, layout = cases.read_case(sample_folder)
-    reference, reference_layout = cases.read_case(cases.folder_of(cases_table, found.iloc[0]))
+        raise InputError(sample_folder.sample_record, problem, "Synthesize again.")
+    synthetic, layout = sample_folder.read()
+    reference, reference_layout = cases.folder_of(cases_table, found.iloc[0]).read()
     if not synthetic.same_grid(reference):
-        raise InputError(sample_folder, f"is not on the grid of its reference {name}", "Synthesize it again.")
+        raise InputError(sample_folder.path, f"is not on the grid of its reference {name}", "Synthesize it again.")
     return Sample(name, synthetic, layout, reference, reference_layout)
 
 
@@ -260,7 +260,7 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
 
     extractor, window = load_extractor(config.image_quality.weights), config.grid.window_hu
     table, samples = cases.read_cases(cases_table), list_samples(sample_tables)
-    training, references = (_read_real(cases_table, table, role, window) for role in ("discovery", "reference"))
+    training, references = (_read_real(cases_table, table, role, window) for role in (DISCOVERY, REFERENCE))
     rows = _judge_samples(cases_table, samples, training, window, f"image quality of {generator}")
     rows += _nearest_of_real(training, references)
     sets = _distance_rows(cases_table, samples, training, references, window, extractor)
@@ -277,7 +277,7 @@ def sets_beside(path: Path) -> Path:
 def _read_real(cases_table: Path, table: pd.DataFrame, role: str, window: tuple[float, float]) -> list[RealCase]:
     found = []
     for _, row in cases.usable(table, role).iterrows():
-        ct, layout = cases.read_case(cases.folder_of(cases_table, row))
+        ct, layout = cases.folder_of(cases_table, row).read()
         lungs = layout.array != Label.BACKGROUND
         found.append(RealCase(row["case_id"], row["patient_id"], _clip(ct, window), lungs))
     return found
@@ -391,11 +391,11 @@ def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[
     """How alike the samples of one layout are: mean MS-SSIM of all pairs."""
     by_layout = defaultdict(list)
     for row in samples.to_dict("records"):
-        by_layout[row["patient_id"], sha256_of(row["folder"] / "layout.nii.gz")].append(row["folder"])
+        by_layout[row["patient_id"], sha256_of(row["folder"].layout)].append(row["folder"])
     alike = [folders for folders in by_layout.values() if len(folders) > 1]
     note, pairs = "no two samples have one layout", {WHOLE: [], LUNGS: []}
     for folders in alike:
-        volumes = [cases.read_case(folder) for folder in folders]
+        volumes = [folder.read() for folder in folders]
         lungs = volumes[0][1].array != Label.BACKGROUND
         images = [unit_range(ct.array, window) for ct, _ in volumes]
         for region, values in pairwise_similarity(images, {WHOLE: np.ones_like(lungs), LUNGS: lungs}).items():

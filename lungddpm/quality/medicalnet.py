@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from monai.networks.nets.resnet import ResNet, ResNetBottleneck
 from torch import nn
 
 from lungddpm.core.errors import InputError
@@ -28,63 +29,30 @@ RANDOM_CHANNELS = 16
 """Of the network with random weights: 512 features, for a sixteenth of the time."""
 RANDOM_SEED = 0
 """Of those weights. Not of the config: distances of two runs compare only within one and the same network."""
-_BLOCKS = (3, 4, 6, 3)
-_STRIDES, _DILATIONS = (1, 2, 1, 1), (1, 1, 2, 4)
-_EXPANSION = 4
 _HUB_REPOSITORY, _HUB_FILE = "TencentMedicalNet/MedicalNet-Resnet50", "resnet_50.pth"
 _SEGMENTATION_HEAD = "conv_seg."
 _COPY_AGAIN = f"Give the public file {_HUB_FILE} of MedicalNet as image_quality.weights, downloaded again."
 _FAULTS_SHOWN = 3
 
 
-class Bottleneck(nn.Module):
-    """1 x 1 x 1, 3 x 3 x 3, 1 x 1 x 1 convolutions beside a shortcut; names as in the public weights."""
-
-    def __init__(self, inputs: int, channels: int, stride: int, dilation: int):
-        super().__init__()
-        outputs = _EXPANSION * channels
-        self.conv1 = nn.Conv3d(inputs, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm3d(channels)
-        self.conv2 = nn.Conv3d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
-        self.bn2 = nn.BatchNorm3d(channels)
-        self.conv3 = nn.Conv3d(channels, outputs, 1, bias=False)
-        self.bn3 = nn.BatchNorm3d(outputs)
-        self.downsample = None
-        if stride > 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
-
-    def forward(self, maps: torch.Tensor) -> torch.Tensor:
-        shortcut = maps if self.downsample is None else self.downsample(maps)
-        maps = self.bn1(self.conv1(maps)).relu_()
-        maps = self.bn2(self.conv2(maps)).relu_()
-        return self.bn3(self.conv3(maps)).add_(shortcut).relu_()
-
-
-class ResNet50(nn.Module):
-    """Volumes (N, 1, D, H, W) -> features (N, 32 * channels).
+def build_network(channels: int) -> nn.Module:
+    """MONAI's 3-D ResNet-50, dilated where MedicalNet's is: volumes (N, 1, D, H, W) -> features (N, 32 * channels).
 
     Args:
         channels: of the first layer.
     """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv1 = nn.Conv3d(1, channels, 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm3d(channels)
-        self.maxpool = nn.MaxPool3d(3, stride=2, padding=1)
-        inputs = channels
-        for number, (blocks, stride, dilation) in enumerate(zip(_BLOCKS, _STRIDES, _DILATIONS, strict=True)):
-            width = channels * 2**number
-            layer = [Bottleneck(inputs, width, stride, dilation)]
-            inputs = _EXPANSION * width
-            layer += [Bottleneck(inputs, width, 1, dilation) for _ in range(blocks - 1)]
-            self.add_module(f"layer{number + 1}", nn.Sequential(*layer))
-
-    def forward(self, volumes: torch.Tensor) -> torch.Tensor:
-        maps = self.maxpool(self.bn1(self.conv1(volumes)).relu_())
-        for number in range(len(_BLOCKS)):
-            maps = getattr(self, f"layer{number + 1}")(maps)
-        return maps.mean(dim=(2, 3, 4))
+    network = ResNet(
+        ResNetBottleneck, [3, 4, 6, 3], [channels * 2**n for n in range(4)], n_input_channels=1, conv1_t_stride=2,
+        bias_downsample=False, feed_forward=False,
+    )  # fmt: skip
+    # MONAI's layers 3 and 4 halve the resolution instead.
+    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)):
+        for module in layer.modules():
+            if isinstance(module, nn.Conv3d):
+                module.stride = (1, 1, 1)
+                if module.kernel_size == (3, 3, 3):
+                    module.dilation = module.padding = (dilation,) * 3
+    return network
 
 
 @dataclass(frozen=True)
@@ -128,7 +96,7 @@ def load_extractor(weights: Path | Literal["hub"] | None) -> Extractor:
         return _random_extractor()
     path = _from_hub() if weights == "hub" else weights
     with torch.device("meta"):
-        network = ResNet50(MEDICALNET_CHANNELS)
+        network = build_network(MEDICALNET_CHANNELS)
     state = read_weights(path, network)
     network.to_empty(device="cpu").load_state_dict(state, strict=False)
     return Extractor(network.eval(), MEDICALNET, sha256_of(path))
@@ -180,7 +148,7 @@ def _is_counter(key: str) -> bool:
 
 def _random_extractor() -> Extractor:
     with torch.device("meta"):
-        network = ResNet50(RANDOM_CHANNELS)
+        network = build_network(RANDOM_CHANNELS)
     network.to_empty(device="cpu")
     generator, digest = torch.Generator().manual_seed(RANDOM_SEED), hashlib.sha256()
     for module in network.modules():

@@ -19,7 +19,7 @@ _SINGLY = 30
 def render(template: str, **values: Any) -> str:
     """A page from a template, named by its file ("report.html.jinja"); all text is escaped."""
     environment = Environment(
-        loader=PackageLoader("lungddpm.report"), autoescape=True, undefined=StrictUndefined,
+        loader=PackageLoader("lungddpm.report", "templates"), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     return environment.get_template(template).render(**values)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +12,7 @@ import pandas as pd
 
 from lungddpm.config.models import Config, LayoutLimits
 from lungddpm.core import cases
-from lungddpm.core.errors import InputError
-from lungddpm.core.files import write_text
+from lungddpm.core.files import read_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import format_number
@@ -88,7 +86,8 @@ def run_qc(config: Config, cases_table: Path, output: Path) -> None:
     """
     table = cases.read_cases(cases_table)
     usable = table[table["status"] == "ok"].reset_index(drop=True)
-    records = [_read_record(cases.folder_of(cases_table, row) / "case.json") for _, row in usable.iterrows()]
+    remedy = "Run lungddpm prepare again."
+    records = [read_json(cases.folder_of(cases_table, row).record, remedy) for _, row in usable.iterrows()]
     figures = pd.DataFrame([[check.value(record["qc"]) for check in CHECKS] for record in records],
                            columns=[check.name for check in CHECKS], index=usable["case_id"], dtype=float)  # fmt: skip
     odd = unusual(figures)
@@ -154,13 +153,6 @@ def unusual(figures: pd.DataFrame) -> pd.DataFrame:
 def _page(case_id: str) -> str:
     """Address of a case's page, from the overview."""
     return f"cases/{quote(case_id)}.html"
-
-
-def _read_record(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(path, f"cannot be read ({error})", "Run lungddpm prepare again.") from None
 
 
 def _show_checks(figures: pd.DataFrame, odd: pd.DataFrame, case_id: str, limits: LayoutLimits) -> DisplayTable:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
 from lungddpm.core.arms import BASELINE
-from lungddpm.core.files import sha256_of, write_json, write_text
+from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.text import count
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
@@ -59,13 +58,13 @@ def run_report(config: Config, results: Path) -> None:
     Raises:
         InputError: metrics or `cases/cases.tsv` are missing or do not fit together.
     """
-    case_table = cases.read_cases(results / "cases" / "cases.tsv")
+    case_table = cases.read_cases(results / "cases" / cases.CASES)
     tables, written = write_tables(config, results)
     shown = samples_to_show(config, results)
     drawn = draw_figures(config, results, tables, shown)
     written += [path for paths in drawn.values() for path in paths]
     composed = arm_files(config, results)
-    arms = {arm: json.loads(path.read_text(encoding="utf-8")) for arm, path in composed.items()}
+    arms = {arm: read_json(path) for arm, path in composed.items()}
     manifest = describe_run(config, results, [*written, *composed.values()])
     write_text(
         results / "report.html",
@@ -125,7 +124,7 @@ def segmenter_training(config: Config, results: Path) -> pd.DataFrame:
         for fold in config.segmentation.folds:
             for seed in config.segmentation.seeds:
                 curve = training_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
-                rows += [(arm, f"fold{fold}_seed{seed}", step, loss) for step, loss in curve]
+                rows += [(arm, config.segmentation.replicate_name(fold, seed), step, loss) for step, loss in curve]
     return pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"])
 
 

@@ -10,6 +10,7 @@ import pandas as pd
 from lungddpm.config.models import Config
 from lungddpm.core import cases
 from lungddpm.core.arms import BASELINE
+from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, count, format_duration, format_number, format_p, format_spread
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
@@ -291,7 +292,7 @@ def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
 def show_roles(case_table: pd.DataFrame) -> DisplayTable:
     """Patients, cases and nodules of every role."""
     rows = []
-    for role in ("discovery", "reference", "test"):
+    for role in ROLES:
         members = cases.usable(case_table, role)
         counts = (members["patient_id"].nunique(), len(members), int(members["n_nodules"].sum()))
         rows.append([role, *map(str, counts)])

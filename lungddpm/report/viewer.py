@@ -19,6 +19,7 @@ from plotly import graph_objects
 from plotly.subplots import make_subplots
 
 from lungddpm.config.models import Config
+from lungddpm.core import cases
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -62,7 +63,7 @@ def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
     chosen += [(name, folders[len(folders) // 2], "median error in the lungs") for name, folders in several.items()]
     chosen += [(name, folders[-1], "largest error in the lungs") for name, folders in several.items()]
     return [
-        DisplaySample(generator, folder.name, why, read_sample(folder, results / "cases" / "cases.tsv"))
+        DisplaySample(generator, folder.path.name, why, read_sample(folder, results / "cases" / cases.CASES))
         for generator, folder, why in chosen
     ]
 
@@ -76,7 +77,7 @@ def first_samples(shown: list[DisplaySample]) -> list[DisplaySample]:
     return list(first.values())
 
 
-def ranked_samples(results: Path, generator: str) -> list[Path]:
+def ranked_samples(results: Path, generator: str) -> list[cases.CaseFolder]:
     """Folders of the samples that can be judged by eye beside a reference, by squared error in the lungs: those with
     the reference's own nodules, if any has, else those with a nodule.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import re
 import shutil
@@ -18,25 +17,28 @@ import threading
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
 from lungddpm.arms.compose import DATASET
 from lungddpm.config.models import Config, Network
 from lungddpm.core.cases import folder_of, read_cases, usable
+from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
+from lungddpm.core.device import log_device
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import (
     check_archive,
-    code_fingerprint,
     exclusive_lock,
     fingerprint,
     link_or_copy,
+    read_json,
     seed_from,
     sha256_of,
     write_json,
 )
-from lungddpm.core.progress import LOG, Progress, log_device, shorten_paths
+from lungddpm.core.progress import LOG, Progress, shorten_paths
+from lungddpm.core.roles import TEST
 from lungddpm.core.volume import read_volume, write_volume
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 CONFIGURATION = "lungddpm"
 PLANS = "nnUNetPlans"
 TRAINER = "LungDDPMTrainer"
+_FINAL = "checkpoint_final.pth"
 _LOGGED_EPOCH = re.compile(r"Epoch (\d+) \n(?:.*\n)?.*train_loss (-?\d+\.\d+)")
 TRAINERS = Path(__file__).parent / "trainers"
 
@@ -64,20 +67,20 @@ def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, proc
         InputError: the arm is not composed, or `plans_from` is not planned.
     """
     settings = {"network": config.segmentation.network, "batch_size": config.segmentation.batch_size}
-    origin = _read_marker(plans_from, "plan.json", "segment plan") if plans_from else None
-    arm = _read_marker(arm_dir, "arm.json", "compose")
+    origin = _read_plan(plans_from) if plans_from else None
+    arm = _read_arm(arm_dir)
     state = fingerprint(
         {
             "arm": arm["fingerprint"],
             "settings": settings,
             "plans": origin["plans_sha256"] if origin else None,
             "nnunetv2": version("nnunetv2"),
-            "code": code_fingerprint("segmentation"),
+            "code": stage_fingerprint("plan"),
         }
     )
     with exclusive_lock(arm_dir / ".lock", f"planning {arm_dir}"):
         marker = arm_dir / "plan.json"
-        if marker.exists() and _read_marker(arm_dir, "plan.json", "segment plan")["fingerprint"] == state:
+        if marker.exists() and _read_plan(arm_dir)["fingerprint"] == state:
             LOG.info("%s is planned and preprocessed already", arm_dir)
             return
         marker.unlink(missing_ok=True)
@@ -140,14 +143,16 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
     """Train one replicate of an arm for `segmentation.steps` optimizer steps, or go on where a killed run stopped.
 
     The random seed depends on the run's seed, the replicate's seed and the fold, not on the arm: replicates of
-    different arms are pairs. A finished training of the same data and settings is kept; one of others is discarded.
+    different arms are pairs. A finished training of the same data and settings is kept. One of others is set aside
+    until this one has saved, and goes on if it is asked for again before. Changed code does not end a training:
+    `training.json` records which code took which steps.
 
     Args:
         config: the run's config.
         arm_dir: folder of a planned arm.
         fold: index into the arm's folds.
         seed: the replicate's seed.
-        device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda or mps.
+        device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda (the first visible one) or mps.
         processes: data loaders beside the training process on a GPU. On a CPU batches are made in the training
             process, which makes runs repeatable bit by bit.
 
@@ -155,7 +160,7 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
         ConfigError: no such device.
         InputError: the arm is not planned as it is now, or has no such fold.
     """
-    chosen = select_device(device)
+    chosen = _select_device(device)
     settings = _training_settings(config, arm_dir, fold, seed)
     folder = fold_folder(arm_dir, fold, seed)
     what = f"{arm_dir.name} fold {fold} seed {seed}"
@@ -163,13 +168,12 @@ def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str =
         if _is_trained(folder, settings):
             LOG.info("%s is trained already", what)
             return
-        if (before := _settings_of(folder)) and before != settings:
-            LOG.info("%s: data, plans or settings have changed: the old training in %s is discarded", what, folder)
-            shutil.rmtree(folder)
-        write_json(folder / "training.json", settings)
+        aside = folder.with_name(f".{folder.name}-of-other-settings")
+        _make_way(folder, aside, settings, what)
         loaders = 0 if chosen.type == "cpu" else processes
         with _environment(arm_dir, processes, seed, loaders), _quiet(folder / "console.log"):
-            _train(arm_dir, folder, fold, chosen, what)
+            _train(arm_dir, folder, fold, settings, chosen, what)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def run_predict(
@@ -202,8 +206,8 @@ def run_predict(
         ConfigError: no such device.
         InputError: the replicate is not trained, or not on this arm and with this config as they are now.
     """
-    chosen = select_device(device)
-    cases = usable(read_cases(cases_table), "test")
+    chosen = _select_device(device)
+    cases = usable(read_cases(cases_table), TEST)
     folder = fold_folder(arm_dir, fold, seed)
     if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
         raise InputError(
@@ -213,7 +217,7 @@ def run_predict(
         predictor, reader = _predictor(arm_dir, folder, chosen)
         with Progress(f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}", len(cases)) as progress:
             for _, case in cases.iterrows():
-                path = folder_of(cases_table, case) / "ct.nii.gz"
+                path = folder_of(cases_table, case).ct
                 ct = read_volume(path)
                 image, properties = reader.read_images([str(path)])
                 mask, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
@@ -228,14 +232,19 @@ def run_predict(
         stale.unlink()
 
 
-def results_folder(arm_dir: Path, seed: int) -> Path:
+def results_folder(arm_dir: Path, seed: int | str) -> Path:
     """The folder that nnU-Net is told to be `nnUNet_results` for one seed."""
     return arm_dir / "nnUNet_results" / f"seed{seed}"
 
 
-def fold_folder(arm_dir: Path, fold: int, seed: int) -> Path:
+def fold_folder(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
     """Where nnU-Net keeps the checkpoints of one replicate."""
     return results_folder(arm_dir, seed) / DATASET / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
+
+
+def weights_file(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
+    """What nnU-Net writes at the end of a replicate's training; fold and seed may be wildcards of a rule."""
+    return fold_folder(arm_dir, fold, seed) / _FINAL
 
 
 def training_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float]]:
@@ -249,22 +258,17 @@ def training_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list
     return [((epoch + 1) * save_every, loss) for epoch, loss in sorted(losses.items())]
 
 
-def select_device(device: str) -> torch.device:
-    """The device of that name; `auto` takes a CUDA GPU if there is one, else the CPU.
+def _select_device(device: str) -> torch.device:
+    """See `core.torch_device.select_device`; refuses GPUs that nnU-Net would not take: it trains on the first one."""
+    from lungddpm.core.torch_device import device_name, select_device
 
-    Raises:
-        ConfigError: it is unknown or not there.
-    """
-    import torch
-
-    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    chosen = device if device != "auto" else "cuda" if present["cuda"] else "cpu"
-    if not present.get(chosen, False):
-        found = ", ".join(name for name in present if present[name])
-        raise ConfigError("device", f"'{device}' is not available here", f"Use auto or one of: {found}.")
-    name = torch.cuda.get_device_name() if chosen == "cuda" else f"{torch.get_num_threads()} threads"
-    log_device(chosen, name)
-    return torch.device(chosen)
+    chosen = select_device(device)
+    if chosen.index:
+        raise ConfigError(
+            "device", "nnU-Net takes the first visible GPU only", f"Use cuda, with CUDA_VISIBLE_DEVICES={chosen.index}."
+        )
+    log_device(str(chosen), device_name(chosen))
+    return chosen
 
 
 def _plan(config: Config, preprocessed: Path, processes: int) -> None:
@@ -296,7 +300,7 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
         preprocessor.run(DATASET, CONFIGURATION, PLANS, processes)
         return
     # nnU-Net's own loop starts a process even for one: seconds for each arm.
-    dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(preprocessed / "dataset.json")
     target = preprocessed / configuration.data_identifier
     target.mkdir()
     dataset = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
@@ -308,7 +312,34 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
             progress.advance()
 
 
-def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: str) -> None:
+def _make_way(folder: Path, aside: Path, settings: dict, what: str) -> None:
+    """Set a training of other data or settings aside until the new one has saved, or take back the one that is wanted.
+
+    Args:
+        folder: of the training.
+        aside: where one of other settings lies meanwhile.
+        settings: of the training that is wanted.
+        what: its name, for messages.
+    """
+    before = _settings_of(folder)
+    if not before or before["fingerprint"] == settings["fingerprint"]:
+        if _has_states(folder):
+            shutil.rmtree(aside, ignore_errors=True)
+    elif _has_states(folder):
+        LOG.info("%s: data, plans or settings have changed: the old training is discarded when this one is saved", what)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+    else:
+        shutil.rmtree(folder)
+        if _settings_of(aside).get("fingerprint") == settings["fingerprint"]:
+            aside.rename(folder)
+
+
+def _has_states(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("checkpoint_latest.pth", "checkpoint_final.pth"))
+
+
+def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch.device, what: str) -> None:
     import torch
 
     from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
@@ -316,10 +347,10 @@ def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: s
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     latest = _latest_state(folder)
+    before: list[CodeFromStep] = _settings_of(folder).get("code", []) if latest else []
+    write_json(folder / "training.json", settings | {"code": before})
     preprocessed = arm_dir.resolve() / "nnUNet_preprocessed" / DATASET
-    plans, dataset_json = (
-        json.loads((preprocessed / name).read_text(encoding="utf-8")) for name in (f"{PLANS}.json", "dataset.json")
-    )
+    plans, dataset_json = (read_json(preprocessed / name) for name in (f"{PLANS}.json", "dataset.json"))
     trainer = LungDDPMTrainer(
         plans=plans | {"continue_training": latest is not None},
         configuration=CONFIGURATION,
@@ -331,6 +362,9 @@ def _train(arm_dir: Path, folder: Path, fold: int, device: torch.device, what: s
         trainer.load_checkpoint(str(latest))
         LOG.info("%s goes on after epoch %d of %d", what, trainer.current_epoch, trainer.num_epochs)
     steps = trainer.num_iterations_per_epoch
+    code = stage_fingerprint("train_segmenter")
+    held = code_of_steps(before, trainer.current_epoch * steps, code, "delete its folder fold_<number>")
+    write_json(folder / "training.json", settings | {"code": held})
     with (
         Progress(f"training {what}", trainer.num_epochs * steps, trainer.current_epoch * steps) as trainer.progress,
         _sigterm_as_exit(what),
@@ -399,7 +433,7 @@ def _predictor(arm_dir: Path, folder: Path, device: torch.device):
     preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
     plans = PlansManager(str(preprocessed / f"{PLANS}.json"))
     configuration = plans.get_configuration(CONFIGURATION)
-    dataset_json = json.loads((preprocessed / "dataset.json").read_text(encoding="utf-8"))
+    dataset_json = read_json(preprocessed / "dataset.json")
     network = get_network_from_plans(
         configuration.network_arch_class_name,
         configuration.network_arch_init_kwargs,
@@ -408,7 +442,7 @@ def _predictor(arm_dir: Path, folder: Path, device: torch.device):
         output_channels=2,
         deep_supervision=False,
     )
-    checkpoint = _read_checkpoint(folder / "checkpoint_final.pth")
+    checkpoint = _read_checkpoint(folder / _FINAL)
     predictor = nnUNetPredictor(use_mirroring=device.type != "cpu", device=device, allow_tqdm=False)
     predictor.manual_initialization(
         network,
@@ -422,13 +456,12 @@ def _predictor(arm_dir: Path, folder: Path, device: torch.device):
     return predictor, plans.image_reader_writer_class()
 
 
-def _read_marker(folder: Path, name: str, verb: str) -> dict:
-    try:
-        return json.loads((folder / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(folder / name, "does not exist", f"Run 'lungddpm {verb}' for this arm first.") from None
-    except json.JSONDecodeError as error:
-        raise InputError(folder / name, f"cannot be read as JSON ({error})", "Delete it and run again.") from None
+def _read_arm(arm_dir: Path) -> dict[str, Any]:
+    return read_json(arm_dir / "arm.json", "Run 'lungddpm compose' for this arm first.")
+
+
+def _read_plan(arm_dir: Path) -> dict[str, Any]:
+    return read_json(arm_dir / "plan.json", "Run 'lungddpm segment plan' for this arm first.")
 
 
 def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> dict:
@@ -437,7 +470,7 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     Raises:
         InputError: the arm is not planned, was composed anew since, or has no such fold.
     """
-    plan, arm = _read_marker(arm_dir, "plan.json", "segment plan"), _read_marker(arm_dir, "arm.json", "compose")
+    plan, arm = _read_plan(arm_dir), _read_arm(arm_dir)
     if plan["arm_fingerprint"] != arm["fingerprint"]:
         raise InputError(arm_dir, "was composed anew since it was planned", "Run 'lungddpm segment plan' again.")
     if fold >= (n_folds := len(arm["folds"])):
@@ -449,19 +482,20 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
         "optimizer": options.optimizer,
         "learning_rate": options.learning_rate,
         "seed": seed_from(config.seed, seed, fold),
-        "plan": plan["fingerprint"],
+        # Not the code that planned: a training under way survives its change.
+        "plan": {key: plan[key] for key in ("arm_fingerprint", "plans_sha256", "nnunetv2")},
     }
     return settings | {"fingerprint": fingerprint(settings)}
 
 
 def _is_trained(folder: Path, settings: dict) -> bool:
-    return _settings_of(folder) == settings and (folder / "checkpoint_final.pth").exists()
+    return _settings_of(folder).get("fingerprint") == settings["fingerprint"] and (folder / _FINAL).exists()
 
 
 def _settings_of(folder: Path) -> dict:
     """The settings of the training in a fold's folder; empty where there is none."""
     path = folder / "training.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_json(path) if path.exists() else {}
 
 
 @contextlib.contextmanager

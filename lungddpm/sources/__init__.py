@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError, printable
-from lungddpm.core.files import atomic_path, code_fingerprint, fingerprint, write_text
+from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import Volume
 
@@ -110,7 +111,7 @@ class Cache:
 
     def __init__(self, path: Path | None, kind: str):
         self._path = path
-        self._made_by = fingerprint([kind, code_fingerprint("sources")])
+        self._made_by = fingerprint([kind, stage_fingerprint("find_series", kind)])
         self._before = self._load()
         self._entries: dict[str, list] = {}
 
@@ -143,9 +144,9 @@ class Cache:
 
     def _load(self) -> dict[str, list]:
         try:
-            content = json.loads(self._path.read_text(encoding="utf-8")) if self._path is not None else {}
+            content = read_json(self._path) if self._path is not None else {}
             return content["entries"] if content["made_by"] == self._made_by else {}
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (InputError, KeyError):
             return {}
 
 

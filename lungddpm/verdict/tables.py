@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm
+from lungddpm.core.cases import CaseFolder
+from lungddpm.core.device import device_of
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import seed_from, write_table, write_text
-from lungddpm.core.progress import LOG, device_in
+from lungddpm.core.files import read_json, seed_from, write_table, write_text
+from lungddpm.core.progress import LOG
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
@@ -354,10 +355,7 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
     """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
     means = {}
     for name in generators:
-        records = (
-            json.loads(path.read_text(encoding="utf-8"))
-            for path in (results / "synthetic" / name).glob("*/sample.json")
-        )
+        records = map(read_json, (results / "synthetic" / name).glob(CaseFolder(Path("*")).sample_record.as_posix()))
         seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
         if seconds:
             means[name] = float(np.mean(seconds))
@@ -367,8 +365,8 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
 def timing_table(results: Path) -> pd.DataFrame:
     """One row a job that Snakemake timed: `TIMING_COLUMNS`.
 
-    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the log of the same name; jobs that were too
-    short to be sampled have NaN memory.
+    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the record beside the log of the same name;
+    jobs that were too short to be sampled have NaN memory.
     """
     rows = []
     folder = results / "benchmarks"
@@ -382,7 +380,7 @@ def timing_table(results: Path) -> pd.DataFrame:
                     "seconds": run["s"],
                     "cpu_seconds": run.get("cpu_time"),
                     "max_rss_mb": run.get("max_rss"),
-                    "device": device_in(results / "logs" / f"{job}.log"),
+                    "device": device_of(results / "logs" / f"{job}.log"),
                 }
             )
     return pd.DataFrame(rows, columns=TIMING_COLUMNS)

@@ -12,7 +12,7 @@ import pytest
 
 from lungddpm.arms.compose import DATASET, first_samples, run_compose
 from lungddpm.config.loading import parse_config
-from lungddpm.core.cases import hash_case, read_cases, write_cases
+from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
@@ -164,7 +164,7 @@ def test_a_cohort_without_nodules_or_with_too_few_patients_is_refused(cohort):
         path = cohort / "cases" / f"P{i}_0" / "layout.nii.gz"
         layout = read_volume(path)
         write_volume(path, layout.like(np.where(layout.array == Label.NODULE, Label.LUNG, layout.array)))
-        edit(table, f"P{i}_0", sha256=hash_case(path.parent))
+        edit(table, f"P{i}_0", sha256=CaseFolder(path.parent).hash())
     with pytest.raises(InputError, match="no discovery case with a nodule"):
         compose(cohort, "real")
     for i in range(1, 4):
@@ -242,7 +242,7 @@ class TestLeaks:
         nibabel.save(nibabel.Nifti1Image(np.asarray(original.dataobj), affine), copy / "ct.nii.gz")
         layout = read_volume(copy / "layout.nii.gz")
         write_volume(copy / "layout.nii.gz", Volume(layout.array, affine))
-        edit(table, "P0_0", sha256=hash_case(copy))
+        edit(table, "P0_0", sha256=CaseFolder(copy).hash())
         with pytest.raises(LeakError, match="P7 in P0_0"):
             compose(cohort, "real")
 

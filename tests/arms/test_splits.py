@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lungddpm.arms import splits
 from lungddpm.config.models import Roles
 from lungddpm.core.cases import COLUMNS
-from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.errors import ConfigError, LeakError
 
 
 def cohort(n_patients: int, series_each: int = 1) -> pd.DataFrame:
@@ -170,13 +170,3 @@ def test_a_case_and_a_patient_of_one_name_are_told_apart():
     assert splits.patients_named_in({"case_id": "a_2"}, known) == {"a"}
     assert splits.patients_named_in({"patient_id": "a_2"}, known) == {"a_2"}
     assert splits.patients_named_in({"donors": ["a_2"]}, known) == {"a", "a_2"}
-
-
-def test_a_record_that_is_none_is_refused(tmp_path):
-    path = tmp_path / "sample.json"
-    for text, says in (("{", "JSON"), ("[]", "not a JSON object")):
-        path.write_text(text)
-        with pytest.raises(InputError, match=says):
-            splits.read_record(path)
-    with pytest.raises(InputError, match="does not exist"):
-        splits.read_record(tmp_path / "none.json")

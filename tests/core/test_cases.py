@@ -125,11 +125,17 @@ def test_the_nodules_of_usable_cases_are_listed(tmp_path):
     assert (table["notes"] == "open contours: 1").all()
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text('{"qc": {}}')])
-def test_a_missing_or_damaged_record_is_told(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: path.write_text('{"qc": {}}'), "does not describe the case's nodules"),
+    ],
+)
+def test_a_missing_or_damaged_record_is_reported(tmp_path, damage, problem):
     tables = three_shards(tmp_path)
     damage(tmp_path / "b" / "case.json")
-    with pytest.raises(InputError, match=r"b/case.json: is missing or damaged.*Delete the table of its case"):
+    with pytest.raises(InputError, match=rf"b/case.json: {problem}.*Delete the table of its case"):
         run_collect(Config(), tables, tmp_path / "cases.tsv")
     assert not (tmp_path / "cases.tsv").exists()
     assert not (tmp_path / "nodules.tsv").exists()
@@ -143,7 +149,7 @@ def test_a_missing_or_damaged_record_is_told(tmp_path, damage):
         ({}, r"roles.test.*excluded: none"),
     ],
 )
-def test_a_role_without_usable_cases_is_told(tmp_path, rows, message):
+def test_a_role_without_usable_cases_is_reported(tmp_path, rows, message):
     others = {"a": ("discovery", 1, ""), "b": ("reference", 1, "")}
     table = shard_table(tmp_path / "0.tsv", **others, **rows)
     with pytest.raises(InputError, match=message):

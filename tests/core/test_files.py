@@ -15,13 +15,14 @@ import pandas as pd
 import psutil
 import pytest
 
+from lungddpm.core.errors import InputError
 from lungddpm.core.files import (
     atomic_path,
-    code_fingerprint,
     exclusive_lock,
     fingerprint,
     link_or_copy,
     lock_if_free,
+    read_json,
     seed_from,
     sha256_of,
     write_json,
@@ -149,6 +150,32 @@ def test_json_is_strict(tmp_path):
     assert json.loads((tmp_path / "b.json").read_text()) == {"n": 3, "a": [0, 1]}
 
 
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (None, "does not exist"),
+        ("{", "cannot be read as JSON"),
+        ("", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON"),
+        ("[]", "is not a JSON object"),
+        ('{"a": {"b": 1, "c": 2, "b": 3}}', "an object has the key 'b' twice"),
+    ],
+)
+def test_json_that_cannot_be_read_is_reported_with_the_way_out(tmp_path, text, problem):
+    if text is not None:
+        (tmp_path / "a.json").write_text(text)
+    with pytest.raises(InputError, match=f"a.json: .*{problem}.*Make it again[.]$"):
+        read_json(tmp_path / "a.json", "Make it again.")
+
+
+def test_json_that_is_not_utf_8_or_is_a_folder(tmp_path):
+    (tmp_path / "a.json").write_bytes(b'{"name": "M\xfcller"}')
+    (tmp_path / "folder.json").mkdir()
+    for name in ("a.json", "folder.json"):
+        with pytest.raises(InputError, match="cannot be read as JSON"):
+            read_json(tmp_path / name)
+
+
 def test_names_that_are_not_utf_8_come_back_from_json(tmp_path):
     name = os.fsdecode(b"M\xfcller/1.dcm")
     write_json(tmp_path / "a.json", {"inputs": [name, "−"]})
@@ -192,32 +219,3 @@ def test_who_comes_second_waits_and_says_so(tmp_path, caplog):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
-
-
-def test_code_fingerprint_follows_the_room_and_what_rooms_share(tmp_path, monkeypatch):
-    package = tmp_path / "lungddpm"
-    for room in ("layouts", "verdict"):
-        (package / room).mkdir(parents=True)
-        (package / room / "module.py").write_text(room)
-    (package / "core").mkdir()
-    for shared in ("cases", "files", "volume"):
-        (package / f"core/{shared}.py").write_text(shared)
-    monkeypatch.setattr("lungddpm.core.files.__file__", str(package / "core/files.py"))
-
-    def both():
-        code_fingerprint.cache_clear()
-        return code_fingerprint("layouts"), code_fingerprint("verdict")
-
-    before = both()
-    (package / "layouts/module.py").write_text("changed")
-    layouts_changed = both()
-    (package / "verdict/page.html.jinja").write_text("new")
-    verdict_changed = both()
-    (package / "core/volume.py").write_text("changed")
-    shared_changed = both()
-    code_fingerprint.cache_clear()
-    assert layouts_changed == (layouts_changed[0], before[1])
-    assert layouts_changed[0] != before[0]
-    assert verdict_changed[0] == layouts_changed[0]
-    assert verdict_changed[1] != layouts_changed[1]
-    assert not set(shared_changed) & set(verdict_changed)

@@ -56,7 +56,7 @@ def scene(tmp_path, write_nodules):
             rows.append(row | dict.fromkeys(numbers, 1) | {"n_nodules": 1, "status": "ok"})
         cases.write_cases(tmp_path / "cases.tsv", rows)
         bank = open_bank(tmp_path / "cases.tsv", cases.read_cases(tmp_path / "cases.tsv"), False)
-        ct, own = cases.read_case(tmp_path / "reference")
+        ct, own = cases.CaseFolder(tmp_path / "reference").read()
         made = place(own, bank, Synthesis(scale=(scale, scale)), np.random.default_rng(seed))
         return Task(ct, made.layout, 0, made, bank.folders), own
 
@@ -70,7 +70,7 @@ def paste(task):
 
 
 def mean_in_nodule(folder):
-    ct, layout = cases.read_case(folder)
+    ct, layout = cases.CaseFolder(folder).read()
     return ct.array[layout.array == Label.NODULE].mean()
 
 
@@ -128,7 +128,7 @@ def test_no_border_shows_where_blending_ends(scene):
     steps += [steps_across(made, ~away_from(pasted, edge), inner) for edge in (2.1, 2.5, 2.9, 3.3)]
     assert max(steps) < 1.25 * steps[0]
     # Around the nodule itself there is the step that its donor has, as much higher as its new lung is darker.
-    donor, layout = cases.read_case(task.donors["donor"])
+    donor, layout = task.donors["donor"].read()
     of_donor = steps_across(donor.array, layout.array == Label.NODULE, np.ones(SIZE, bool))
     expected = of_donor * (NODULE - LUNG) / (NODULE - DONOR_LUNG)
     assert steps_across(made, pasted, inner) == pytest.approx(expected, rel=0.25)

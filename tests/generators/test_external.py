@@ -39,7 +39,7 @@ def folder(tiny_cohort, tmp_path):
     samples = []
     for number, reference in enumerate(["case03", "case04", "none"]):
         name = f"s{number}"
-        ct, layout = cases.read_case(tiny_cohort.parent / ("case03" if reference == "none" else reference))
+        ct, layout = cases.CaseFolder(tiny_cohort.parent / ("case03" if reference == "none" else reference)).read()
         hu = ct.array + (np.random.default_rng(number).normal(0, 5, ct.shape) if number == 2 else 3)
         write_volume(root / name / "ct.nii.gz", ct.like(hu.astype(np.float32 if number == 2 else np.int16)))
         write_volume(root / name / "layout.nii.gz", layout)
@@ -78,12 +78,12 @@ def test_samples_look_like_any_others(take, folder, tiny_cohort, tmp_path):
     assert set(table["role"]) == {"synthetic"}
     assert table["n_nodules"].tolist() == [1, 1, 1]
     for _, row in table.iterrows():
-        ct, layout = cases.read_case(tmp_path / "out" / row["path"])
+        ct, layout = cases.CaseFolder(tmp_path / "out" / row["path"]).read()
         theirs = read_volume(folder / row["case_id"] / "ct.nii.gz").array
         assert ct.array.dtype == np.int16
         assert np.abs(ct.array - theirs).max() <= 0.5
         assert (layout.array == read_volume(folder / row["case_id"] / "layout.nii.gz").array).all()
-        assert row["sha256"] == cases.hash_case(tmp_path / "out" / row["path"])
+        assert row["sha256"] == cases.CaseFolder(tmp_path / "out" / row["path"]).hash()
         record = (tmp_path / "out" / row["path"] / "sample.json").read_text()
         assert str(tmp_path) not in record
     assert take(0.67, "fewer.tsv")["case_id"].tolist() == ["s0", "s1"]
@@ -247,7 +247,7 @@ DECLARATIONS = {
     "no file": (None, "does not exist"),
     "no JSON": ("{", "cannot be read as JSON"),
     "a key twice": ('{"trained_on": ["patient05"], "trained_on": "none"}', "has the key 'trained_on' twice"),
-    "a list": ("[]", "Declaration"),
+    "a list": ("[]", "is not a JSON object"),
     "nothing said": ('{"samples": [{"sample": "s0"}]}', r"samples.0.donors: .*samples.0.reference: .*trained_on: "),
     "nobody by silence": ('{"trained_on": [], "samples": []}', "has . faults: .*trained_on"),
     "typo": ('{"trained_on": "none", "sampels": []}', "sampels: Extra inputs"),

@@ -14,7 +14,7 @@ from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Synthesis
 from lungddpm.core import cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
-from lungddpm.core.files import lock_if_free, write_json
+from lungddpm.core.files import lock_if_free, read_json, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Task, lung_ddpm, paste_constant, reference
@@ -169,8 +169,8 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
     assert set(table["role"]) == {"synthetic"}
     for _, row in table.iterrows():
         folder = tmp_path / "out" / row["path"]
-        ct, layout = cases.read_case(folder)
-        reference, reference_layout = cases.read_case(tiny_cohort.parent / row["case_id"].split("_")[0])
+        ct, layout = cases.CaseFolder(folder).read()
+        reference, reference_layout = cases.CaseFolder(tiny_cohort.parent / row["case_id"].split("_")[0]).read()
         assert ct.array.dtype == np.int16
         assert ct.same_grid(reference)
         own = name == "reference" or row["case_id"].endswith("s000")
@@ -179,7 +179,7 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         assert reference.array[background].max() > 600  # beyond the model's window
         assert np.array_equal(ct.array[background], reference.array[background])
         assert np.array_equal(ct.array, reference.array) == (name == "reference")
-        assert row["sha256"] == cases.hash_case(folder)
+        assert row["sha256"] == cases.CaseFolder(folder).hash()
         record = json.loads((folder / "sample.json").read_text())
         assert record["reference_case_id"] == row["case_id"].split("_")[0]
         assert record["generator"] == name
@@ -193,7 +193,7 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
 
 def test_same_reference_and_layout_give_new_lungs_each_time(synthesize, tmp_path):
     synthesize("lung_ddpm", synthesis={"jitter_repeats": False})
-    first, second = (cases.read_case(tmp_path / "out" / f"case03_s00{k}")[0].array for k in (0, 1))
+    first, second = (cases.CaseFolder(tmp_path / "out" / f"case03_s00{k}").read()[0].array for k in (0, 1))
     assert (first != second).any()
 
 
@@ -203,7 +203,7 @@ def test_shards_make_the_same_samples_as_one_job(synthesize, tmp_path):
     interleaved = [shards[index % 2].iloc[index // 2]["case_id"] for index in range(3)]
     assert interleaved == whole["case_id"].tolist()
     for sample in interleaved:
-        ct, alone = (cases.read_case(tmp_path / folder / sample)[0].array for folder in ("out", "sharded"))
+        ct, alone = (cases.CaseFolder(tmp_path / folder / sample).read()[0].array for folder in ("out", "sharded"))
         # Batches differ between the two, which may turn the rounding of a voxel.
         assert np.abs(ct.astype(int) - alone).max() <= 1
 
@@ -309,7 +309,7 @@ def partly_bare_cohort(tiny_cohort, write_nodules, tmp_path):
     write_nodules(bare)
     table = cases.read_cases(folder / "cases.tsv")
     table.loc[table["case_id"] == "case03", "n_nodules"] = 0
-    table["sha256"] = [cases.hash_case(folder / path) for path in table["path"]]
+    table["sha256"] = [cases.CaseFolder(folder / path).hash() for path in table["path"]]
     cases.write_cases(folder / "cases.tsv", table)
     return folder / "cases.tsv"
 
@@ -365,7 +365,7 @@ def test_generators_and_shards_agree_on_layouts(partly_bare_cohort, tmp_path, mo
 def test_the_leak_guard_finds_who_lent_a_nodule(partly_bare_cohort, tmp_path):
     run(partly_bare_cohort, tmp_path / "out")
     register = splits.read_register(cases.read_cases(partly_bare_cohort))
-    record = splits.read_record(tmp_path / "out/case03_s000/sample.json")
+    record = read_json(tmp_path / "out/case03_s000/sample.json")
     lenders = {nodule["patient_id"] for nodule in record["nodules"]}
     assert splits.patients_named_in(record, register) == {"patient03"} | lenders
     origin = splits.Origin("case03_s000", splits.patients_named_in(record, register), frozenset(["hash"]))
@@ -431,7 +431,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
     generators.run_synthesize(config, "paste_constant", folder / "cases.tsv", None, out, 0, 1, out / "s.tsv", "cpu")
     samples = cases.read_cases(out / "s.tsv")
     assert samples[["case_id", "n_nodules"]].to_numpy().tolist() == [["PHANTOM-0002_s000", 1]]
-    ct, layout = cases.read_case(out / "PHANTOM-0002_s000")
+    ct, layout = cases.CaseFolder(out / "PHANTOM-0002_s000").read()
     assert (layout.array == Label.NODULE).sum() >= 2
     assert len(np.unique(ct.array[layout.array != Label.BACKGROUND])) == 1
     with pytest.raises(InputError, match=r"roles.reference.*no usable case with a nodule"):

@@ -235,8 +235,8 @@ def test_trained_denoiser_makes_samples(trained, tiny_cohort, tiny_config, tmp_p
     for name, record in zip(table["case_id"], records, strict=True):
         assert settings.items() <= record.items()
         assert record["weights_sha256"] == sha256_of(weights)
-        ct, layout = cases.read_case(tmp_path / name)
-        reference, _ = cases.read_case(tiny_cohort.parent / record["reference_case_id"])
+        ct, layout = cases.CaseFolder(tmp_path / name).read()
+        reference, _ = cases.CaseFolder(tiny_cohort.parent / record["reference_case_id"]).read()
         changed = ct.array != reference.array
         assert not changed[layout.array == Label.BACKGROUND].any()
         assert changed[layout.array == Label.NODULE].mean() > 0.9

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from lungddpm.config.models import Config, Grid
-from lungddpm.core.cases import NODULE_COLUMNS, read_case, read_cases
+from lungddpm.core.cases import NODULE_COLUMNS, CaseFolder, read_cases
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint, sha256_of
 from lungddpm.core.labels import Label
@@ -277,7 +277,7 @@ def cohort(patient, tmp_path, monkeypatch):
                 **numbers,
                 "case_id": name,
                 "patient_id": name,
-                "source": "fake",
+                "source": "nifti",
                 "role": "test",
                 "series_uid": name,
                 "n_nodules": 7,
@@ -318,7 +318,7 @@ def test_a_shard_writes_its_own_cases(cohort):
     assert table.index.tolist() == ["case1", "case3"]
     table = cohort.prepare(shard=0, shards=2)
     assert table.index.tolist() == cohort.loads == ["case0", "case2", "case4"]
-    ct, layout = read_case(cohort.cases / table.loc["case2", "path"])
+    ct, layout = CaseFolder(cohort.cases / table.loc["case2", "path"]).read()
     assert ct.shape == SIZE
     record = json.loads((cohort.cases / "case2" / "case.json").read_text())
     assert record["inputs"] == ["case2.bin"]

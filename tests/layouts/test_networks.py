@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import requests
+import torch
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError, UserError
@@ -53,6 +54,7 @@ def lungmask_that(give):
         def __init__(self, modelname="R231", modelpath=None, fillmodel=None, fillmodel_path=None, force_cpu=False,
                      batch_size=20, volume_postprocessing=True, tqdm_disable=False):  # fmt: skip
             assert modelname == "R231"
+            self.device = torch.device("cpu")
 
         def apply(self, image):
             return give(image)

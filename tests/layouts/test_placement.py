@@ -10,7 +10,7 @@ from scipy import ndimage, stats
 from scipy.spatial.transform import Rotation
 
 from lungddpm.config.models import Synthesis
-from lungddpm.core.cases import read_cases
+from lungddpm.core.cases import CaseFolder, read_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, write_volume
@@ -406,7 +406,7 @@ def test_only_discovery_patients_lend_shapes(tmp_path, write_nodules):
     assert [(shape.case_id, shape.patient_id) for shape in shapes] == [("a", "patient a"), ("d", "patient d")]
     assert [volume_mm3(shape) for shape in shapes] == pytest.approx([4 * 8, 16 * 8])
     assert bank.counts == (1, 1)
-    with pytest.raises(InputError, match=r"e/case.json: does not tell .* prepare it anew"):
+    with pytest.raises(InputError, match=r"e/case.json: does not say .* prepare it again"):
         open_bank(table, read_cases(table), allow_shared_patients=True)
 
 
@@ -446,7 +446,7 @@ def test_shapes_keep_number_and_place(tmp_path):
     affine = np.diag([0.7, 0.7, 2.5, 1])
     affine[:3, 3] = -100, 20, 30
     write_volume(tmp_path / "nodules.nii.gz", Volume(numbers, affine))
-    first, third = read_shapes(tmp_path, "case", "patient")
+    first, third = read_shapes(CaseFolder(tmp_path), "case", "patient")
     assert (first.number, third.number) == (1, 3)
     assert third.mask.shape == (3, 1, 4)
     np.testing.assert_allclose(third.centre_mm, [-100 + 6 * 0.7, 20 + 4 * 0.7, 30 + 3.5 * 2.5], atol=1e-4)

@@ -27,7 +27,7 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from pathlib import Path
 from lungddpm.config.loading import load_config
-from lungddpm.diffusion import states, training
+from lungddpm.models import training, training_states
 
 torch.set_num_threads(1)
 save, saved = torch.save, []
@@ -40,7 +40,7 @@ def save_or_die(state, file):
         os.kill(os.getpid(), signal.SIGKILL)
     save(state, file)
 
-states.torch.save = save_or_die
+training_states.torch.save = save_or_die
 config, cohort, output = map(Path, sys.argv[1:])
 training.run_train(load_config(config), cohort, output, "cpu")
 """

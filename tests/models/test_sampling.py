@@ -5,7 +5,20 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from lungddpm.models.sampling import Solver, invert, open_voxels, sample
+from lungddpm.models.published_sampling import (
+    choose_solver,
+    sample_published_aas,
+    threshold_dynamically,
+)
+from lungddpm.models.sampling import (
+    invert,
+    make_solver,
+    noise_levels,
+    open_voxels,
+    redraw,
+    sample_aas,
+    sample_free,
+)
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 
 BETAS = cosine_betas(250)
@@ -62,13 +75,14 @@ def half_open():
 
 @pytest.fixture(scope="module")
 def plain_sample(golden_denoiser):
-    """plain_T12_seed4321, computed anew; its layout is two boxes with a box in one of them."""
+    """plain_T12_seed4321, computed here; its layout is two boxes with a box in one of them."""
     layout = np.zeros((2, 32, 32, 32), bool)
     layout[0, 6:26, 5:27, 4:15] = layout[0, 6:26, 5:27, 17:28] = True
     layout[1, 14:18, 10:15, 8:12] = True
     layout[0] &= ~layout[1]
     condition = torch.from_numpy(layout)[None].float() * 2 - 1
-    return condition, sample(golden_denoiser, condition, cosine_betas(12), "ddpm", 12, [seeded(4321)])
+    solver = make_solver("ddpm", 2, cosine_betas(12), 12)
+    return condition, sample_free(golden_denoiser, solver, condition, [seeded(4321)])
 
 
 def test_plain_sampling_meets_the_golden_voxels(plain_sample):
@@ -88,8 +102,8 @@ def test_plain_sampling_equals_the_golden_volume(plain_sample, golden):
 @pytest.mark.parametrize(("key", "blend_from"), [("aas_T12_seed4321", None), ("aas_T12_seed4321_blend_from6", 6)])
 def test_published_aas_equals_the_golden_volumes(golden, golden_denoiser, key, blend_from):
     condition = golden["layout"][:1].float() * 2 - 1
-    aas = {"reference": golden["x0"][:1], "aas": "published", "blend_from": blend_from}
-    drawn = sample(golden_denoiser, condition, cosine_betas(12), "ddpm", 12, [seeded(4321)], **aas)
+    solver = make_solver("ddpm", 2, cosine_betas(12), 12)
+    drawn = sample_published_aas(golden_denoiser, solver, condition, golden["x0"][:1], [seeded(4321)], blend_from)
     torch.testing.assert_close(drawn, golden[key], rtol=0, atol=1e-4)
 
 
@@ -113,8 +127,8 @@ def test_published_aas_equals_the_published_loop(half_open, blend_from):
         pasted = pasted + (1 - signal[t]).sqrt() * torch.randn(reference.shape, generator=generator)
         if blend_from is None or t <= blend_from:
             state = torch.where(open_voxels(condition), pasted, state)
-    aas = {"reference": reference, "aas": "published", "blend_from": blend_from}
-    drawn = sample(predict, condition, betas, "ddpm", 12, [seeded(7)], **aas)
+    solver = make_solver("ddpm", 2, betas, 12)
+    drawn = sample_published_aas(predict, solver, condition, reference, [seeded(7)], blend_from)
     torch.testing.assert_close(drawn, state.float(), rtol=0, atol=1e-5)
 
 
@@ -134,7 +148,7 @@ def test_published_aas_equals_the_published_loop(half_open, blend_from):
 )
 def test_ideal_denoiser_recovers_mean_and_spread(sampler, order, timesteps, steps, tolerance):
     betas, condition = cosine_betas(timesteps), torch.ones(1, 1, 24, 24, 24)
-    drawn = sample(ideal_denoiser(betas), condition, betas, sampler, steps, [seeded(1)], order=order)
+    drawn = sample_free(ideal_denoiser(betas), make_solver(sampler, order, betas, steps), condition, [seeded(1)])
     # 24^3 voxels: standard error 0.0013 of the mean, 0.6 % of the spread.
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.005)
     assert drawn.std().item() == pytest.approx(SPREAD, rel=tolerance + 0.01)
@@ -160,39 +174,41 @@ def test_errors_fall_at_the_order_of_the_solver(accuracy, sampler, order, least,
 
 def test_ddim_takes_its_true_steps():
     """Song et al. 2021, eq. 12 without noise, between the timesteps that are visited: 7 does not divide 250."""
-    solver, predict = Solver("ddim", 2, BETAS, 7), ideal_denoiser(BETAS)
+    solver, predict = make_solver("ddim", 2, BETAS, 7), ideal_denoiser(BETAS)
+    timesteps = solver.levels.timesteps
     condition = torch.ones(1, 1, 4, 4, 4)
     state = torch.randn(1, 1, 4, 4, 4, generator=seeded(3))
-    levels = [*SIGNAL[solver.timesteps], torch.tensor(1.0)]
-    for timestep, here, there in zip(solver.timesteps, levels, levels[1:], strict=False):
+    levels = [*SIGNAL[timesteps], torch.tensor(1.0)]
+    for timestep, here, there in zip(timesteps, levels, levels[1:], strict=False):
         noise = predict(torch.cat([state, condition], dim=1), torch.tensor([timestep]))
         clean = (state - (1 - here).sqrt() * noise) / here.sqrt()
         state = there.sqrt() * clean + (1 - there).sqrt() * noise
-    drawn = sample(predict, condition, BETAS, "ddim", 7, [seeded(3)])
+    drawn = sample_free(predict, solver, condition, [seeded(3)])
     torch.testing.assert_close(drawn, state.float(), rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("sampler", "order"), SAMPLERS)
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmsolver++", "unipc"])
 @pytest.mark.parametrize("steps", [1, 3, 20, 60, 249, 250])
-def test_timesteps_are_as_many_as_asked_and_reach_from_noise_to_ct(sampler, order, steps):
-    solver = Solver(sampler, order, BETAS, steps)
+def test_timesteps_are_as_many_as_asked_and_reach_from_noise_to_ct(sampler, steps):
+    timesteps = noise_levels(sampler, BETAS, steps).timesteps
     first, most = (249, 250) if (sampler, steps) == ("ddpm", 250) else (248, 249)
-    assert solver.timesteps[0] == first
-    assert len(solver.timesteps) == min(steps, most)
-    assert solver.timesteps == sorted(set(solver.timesteps), reverse=True)
-    assert steps == 1 or solver.timesteps[-1] == 0
+    assert timesteps[0] == first
+    assert len(timesteps) == min(steps, most)
+    assert timesteps == sorted(set(timesteps), reverse=True)
+    assert steps == 1 or timesteps[-1] == 0
 
 
 @pytest.mark.parametrize("steps", [0, 251])
 def test_steps_that_do_not_fit(steps):
     with pytest.raises(ValueError, match=f"{steps} steps do not fit 250 timesteps"):
-        sample(ideal_denoiser(BETAS), torch.ones(1, 1, 4, 4, 4), BETAS, "dpmsolver++", steps, [seeded(0)])
+        make_solver("dpmsolver++", 2, BETAS, steps)
 
 
 @pytest.mark.parametrize(("sampler", "order"), SOLVERS)
 def test_solver_is_at_the_level_that_is_pasted(sampler, order):
     """Our levels, in float64, are those of diffusers' own state after each step; the last is clean."""
-    solver = Solver(sampler, order, BETAS, 12)
+    solver = make_solver(sampler, order, BETAS, 12)
+    solver.start(0, pasting=False)
     assert solver.noise[-2] == pytest.approx((1 - SIGNAL[0]).sqrt().item(), rel=1e-12)
     state = torch.zeros(1, 1, 2, 2, 2)
     for index in range(12):
@@ -214,7 +230,7 @@ def test_errors_of_the_noise_do_not_explode(sampler, order, steps):
         return ideal(inputs, timesteps) + 0.02 * torch.randn(inputs[:, :1].shape, generator=seeded(int(timesteps[0])))
 
     condition = torch.ones(1, 1, 16, 16, 16)
-    drawn = sample(predict_noise, condition, BETAS, sampler, steps, [seeded(1)], order=order)
+    drawn = sample_free(predict_noise, make_solver(sampler, order, BETAS, steps), condition, [seeded(1)])
     assert drawn.mean().item() == pytest.approx(MEAN, abs=0.02)
     assert drawn.std().item() == pytest.approx(SPREAD, rel=0.25)
 
@@ -225,28 +241,28 @@ def test_clamp_is_dynamic_thresholding_with_its_default_cap():
     torch.testing.assert_close(scheduler._threshold_sample(implied), implied.clamp(-1, 1), rtol=0, atol=0)
     # Unlike dynamic thresholding, the clamp has no largest volume.
     large = torch.full((1, 1, 257, 256, 256), 0.5)
-    assert Solver("dpmsolver++", 2, BETAS, 1).clean(0, large, large).max() <= 1
+    assert make_solver("dpmsolver++", 2, BETAS, 1).clean(0, large, large).max() <= 1
 
 
 def test_corrector_would_undo_what_is_pasted():
     """Why UniPC goes without it under AAS: it rebuilds the state from the one before."""
+    solver = make_solver("unipc", 2, BETAS, 5)
 
-    def after_two_steps(corrector, pasted):
-        solver = Solver("unipc", 2, BETAS, 5, corrector)
+    def after_two_steps(pasting, pasted):
+        solver.start(0, pasting=pasting)
         state = solver.step(0, torch.ones(1, 1, 2, 2, 2), torch.zeros(1, 1, 2, 2, 2), [])
         return solver.step(1, state + pasted, torch.zeros(1, 1, 2, 2, 2), [])
 
-    assert torch.equal(after_two_steps(True, 0.5), after_two_steps(True, 0.0))
-    assert not torch.equal(after_two_steps(False, 0.5), after_two_steps(False, 0.0))
+    assert torch.equal(after_two_steps(False, 0.5), after_two_steps(False, 0.0))
+    assert not torch.equal(after_two_steps(True, 0.5), after_two_steps(True, 0.0))
 
 
 @pytest.mark.parametrize("resampling", [1, 2])
 @pytest.mark.parametrize(("sampler", "order"), SAMPLERS)
 def test_corrected_aas_restores_the_reference_exactly(half_open, sampler, order, resampling):
     condition, reference = half_open
-    changes = {"order": order, "resampling": resampling}
-    generators = [seeded(1), seeded(2)]
-    drawn = sample(ideal_denoiser(BETAS), condition, BETAS, sampler, 25, generators, reference, **changes)
+    solver, generators = make_solver(sampler, order, BETAS, 25), [seeded(1), seeded(2)]
+    drawn = sample_aas(ideal_denoiser(BETAS), solver, condition, reference, generators, resampling)
     background = open_voxels(condition)
     assert background[:, :, :8].all()
     assert not background[:, :, 8:].any()
@@ -268,22 +284,65 @@ def test_corrected_aas_pastes_at_the_level_of_the_state(half_open, sampler, orde
         noise_levels.append((residual.std() / (1 - share).sqrt()).item())
         return ideal_denoiser(BETAS)(inputs, timesteps)
 
-    generators = [seeded(1), seeded(2)]
-    sample(predict_noise, condition, BETAS, sampler, 20, generators, reference, order=order, resampling=2)
+    solver, generators = make_solver(sampler, order, BETAS, 20), [seeded(1), seeded(2)]
+    sample_aas(predict_noise, solver, condition, reference, generators, resampling=2)
     assert len(noise_levels) == 40
     assert min(noise_levels) > 0.94
     assert max(noise_levels) < 1.06
 
 
+class StraightFlow:
+    """Rectified flow (Liu et al. 2023): state = (1 - t) clean + t noise, t falling evenly; v = noise - clean."""
+
+    def __init__(self, steps):
+        self.noise = [1 - place / steps for place in range(steps + 1)]
+        self.signal = [1 - t for t in self.noise]
+        self.times = self.noise[:-1]
+
+    def start(self, index, *, pasting):
+        """Euler steps remember nothing."""
+
+    def clean(self, index, state, prediction):
+        return state - self.noise[index] * prediction
+
+    def step(self, index, state, clean, generators):
+        noise = (state - self.signal[index] * clean) / self.noise[index]
+        return self.signal[index + 1] * clean + self.noise[index + 1] * noise
+
+
+@pytest.mark.parametrize("resampling", [1, 3])
+def test_aas_works_with_a_solver_of_another_process(half_open, resampling):
+    """Flow from noise to independent voxels, normal (MEAN, SPREAD): the best velocity is E[noise - clean | state]."""
+    condition, reference = half_open
+    noise_levels = []
+
+    def best_velocity(inputs, times):
+        t = times[0].item()
+        variance = (1 - t) ** 2 * SPREAD**2 + t**2
+        residual = inputs[:, :1] - (1 - t) * MEAN
+        noise_levels.append((inputs[:, :1, :8] - (1 - t) * reference[:, :, :8]).std().item() / t)
+        return (t - (1 - t) * SPREAD**2) / variance * residual - MEAN
+
+    generators = [seeded(1), seeded(2)]
+    drawn = sample_aas(best_velocity, StraightFlow(200), condition, reference, generators, resampling)
+    background = open_voxels(condition)
+    assert torch.equal(drawn[background], reference[background])
+    assert len(noise_levels) == 200 * resampling
+    assert noise_levels == pytest.approx([1] * len(noise_levels), abs=0.06)
+    generated = drawn[~background]
+    assert generated.mean().item() == pytest.approx(MEAN, abs=0.01)
+    assert generated.std().item() == pytest.approx(SPREAD, rel=0.1)
+
+
 def test_published_aas_leaves_noise_in_the_background(half_open):
     condition, reference = half_open
-    generators = [seeded(1), seeded(2)]
-    drawn = sample(ideal_denoiser(BETAS), condition, BETAS, "ddpm", 250, generators, reference, aas="published")
+    solver, generators = make_solver("ddpm", 2, BETAS, 250), [seeded(1), seeded(2)]
+    drawn = sample_published_aas(ideal_denoiser(BETAS), solver, condition, reference, generators)
     left = (drawn - reference)[open_voxels(condition)]
     assert left.std().item() == pytest.approx(0.0139, rel=0.05)
 
 
-def test_resampling_mends_the_seam_and_keeps_the_spread(accuracy):
+def test_resampling_improves_the_seam_and_keeps_the_spread(accuracy):
     data = accuracy.correlated("rough", 6)
     once, twice, often = (
         accuracy.seam_deviation(data, "dpmsolver++", 2, 20, resampling, columns=1024) for resampling in (1, 2, 8)
@@ -295,16 +354,17 @@ def test_resampling_mends_the_seam_and_keeps_the_spread(accuracy):
     assert often[2] == pytest.approx(1, abs=0.08)
 
 
-@pytest.mark.parametrize(("times", "told"), [("corrected", [248, 0]), ("published", [992, 0])])
-def test_published_times_are_on_a_scale_of_1000(times, told):
+@pytest.mark.parametrize(("times", "expected"), [("corrected", [248, 0]), ("published", [992, 0])])
+def test_published_times_are_on_a_scale_of_1000(times, expected):
     seen = []
 
     def predict_noise(inputs, timesteps):
         seen.append(timesteps.item())
         return inputs[:, :1]
 
-    sample(predict_noise, torch.ones(1, 1, 4, 4, 4), BETAS, "dpmsolver++", 2, [seeded(0)], times=times)
-    assert seen == told
+    solver = choose_solver("dpmsolver++", 2, BETAS, 2, times, "corrected")
+    sample_free(predict_noise, solver, torch.ones(1, 1, 4, 4, 4), [seeded(0)])
+    assert seen == expected
 
 
 @pytest.mark.parametrize(
@@ -325,8 +385,9 @@ def test_sampling_finds_again_what_was_inverted(accuracy, sampler, order, least,
     condition = torch.ones_like(clean)
     errors = []
     for steps in (12, 25, 50):
-        path = invert(predict, condition, BETAS, sampler, steps, clean, order=order)
-        found = sample(predict, condition, BETAS, sampler, steps, [seeded(1)], order=order, start=path[0])
+        solver = make_solver(sampler, order, BETAS, steps)
+        path = invert(predict, solver, condition, clean)
+        found = sample_free(predict, solver, condition, [seeded(1)], path[0])
         errors.append((found - clean).abs().max().item())
     assert errors[2] < error
     assert accuracy.order_of(errors, (12, 25, 50)) > least
@@ -335,26 +396,26 @@ def test_sampling_finds_again_what_was_inverted(accuracy, sampler, order, least,
 
 
 @pytest.mark.parametrize(("sampler", "order"), SOLVERS)
-def test_held_voxels_keep_to_the_path(half_open, sampler, order):
+def test_fixed_voxels_follow_the_path(half_open, sampler, order):
     """At every call they are where the inversion was at that level, and at the end they are the CT itself."""
     condition, reference = half_open
-    ideal, held = ideal_denoiser(BETAS), open_voxels(condition)
-    path = invert(ideal, condition, BETAS, sampler, 20, reference, order=order)
+    ideal, fixed_mask = ideal_denoiser(BETAS), open_voxels(condition)
+    solver = make_solver(sampler, order, BETAS, 20)
+    path = invert(ideal, solver, condition, reference)
     calls = iter(path)
 
     def predict_noise(inputs, timesteps):
-        assert torch.equal(inputs[:, :1][held], next(calls)[held])
+        assert torch.equal(inputs[:, :1][fixed_mask], next(calls)[fixed_mask])
         return ideal(inputs, timesteps)
 
-    start = torch.where(held, path[0], torch.randn(reference.shape, generator=seeded(3)))
-    changes = {"order": order, "start": start, "path": path, "held": held}
-    drawn = sample(predict_noise, condition, BETAS, sampler, 20, [seeded(1), seeded(2)], **changes)
-    assert torch.equal(drawn[held], reference[held])
-    assert drawn[~held].std().item() == pytest.approx(SPREAD, rel=0.15)
+    start = torch.where(fixed_mask, path[0], torch.randn(reference.shape, generator=seeded(3)))
+    drawn = redraw(predict_noise, solver, condition, start, path, fixed_mask)
+    assert torch.equal(drawn[fixed_mask], reference[fixed_mask])
+    assert drawn[~fixed_mask].std().item() == pytest.approx(SPREAD, rel=0.15)
 
 
-@pytest.mark.parametrize(("times", "told"), [("corrected", [0, 0, 248]), ("published", [0, 0, 992])])
-def test_inversion_calls_the_denoiser_once_a_step(times, told):
+@pytest.mark.parametrize(("times", "scale"), [("corrected", 1), ("published", 4)])
+def test_inversion_calls_the_denoiser_once_per_step(times, scale):
     seen = []
 
     def predict_noise(inputs, timesteps):
@@ -362,10 +423,10 @@ def test_inversion_calls_the_denoiser_once_a_step(times, told):
         return torch.zeros_like(inputs[:, :1])
 
     clean = torch.full((1, 1, 4, 4, 4), 0.5)
-    state = invert(predict_noise, torch.ones_like(clean), BETAS, "dpmsolver++", 3, clean, times=times)[0]
-    assert len(seen) == 3
-    assert seen[::2] == [told[0], seen[2]]
-    assert seen == sorted(seen)
+    solver = choose_solver("dpmsolver++", 2, BETAS, 3, times, "corrected")
+    state = invert(predict_noise, solver, torch.ones_like(clean), clean)[0]
+    # From the clean CT to the least noisy level, and from each level to the next noisier one.
+    assert seen == [0, 0, scale * noise_levels("dpmsolver++", BETAS, 3).timesteps[1]]
     # Without noise, nothing but the signal's scale at the noisiest level is left.
     torch.testing.assert_close(state, SIGNAL[248].sqrt().float() * clean)
 
@@ -374,8 +435,9 @@ def test_inversion_calls_the_denoiser_once_a_step(times, told):
 def test_a_volume_depends_on_its_own_generator_only(half_open, sampler, steps):
     condition, reference = half_open
     global_state = torch.get_rng_state()
-    together = sample(ideal_denoiser(BETAS), condition, BETAS, sampler, steps, [seeded(1), seeded(2)], reference)
-    alone = sample(ideal_denoiser(BETAS), condition[1:], BETAS, sampler, steps, [seeded(2)], reference[1:])
+    ideal, solver = ideal_denoiser(BETAS), make_solver(sampler, 2, BETAS, steps)
+    together = sample_aas(ideal, solver, condition, reference, [seeded(1), seeded(2)])
+    alone = sample_aas(ideal, solver, condition[1:], reference[1:], [seeded(2)])
     torch.testing.assert_close(together[1:], alone, rtol=0, atol=1e-6)
     assert not torch.equal(together[:1], together[1:])
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -443,10 +505,10 @@ def test_published_levels_are_those_of_the_released_sampler(chest_like):
         called.append(timesteps.item())
         return predict(inputs, timesteps)
 
-    options = {"order": 3, "levels": "published"}
+    solver = choose_solver("dpmsolver++", 3, BETAS, 50, "corrected", "published")
     condition = torch.ones_like(clean)
-    path = invert(watched, condition, BETAS, "dpmsolver++", 50, clean, **options)
-    found = sample(watched, condition, BETAS, "dpmsolver++", 50, [seeded(1)], start=path[0], **options)
+    path = invert(watched, solver, condition, clean)
+    found = sample_free(watched, solver, condition, [seeded(1)], path[0])
     assert len(path) == 51
     assert path[0].std().item() == pytest.approx(0.876, abs=0.01)
     lost = (found - clean).square().mean().sqrt() / clean.std()
@@ -462,9 +524,8 @@ def test_published_levels_are_those_of_the_released_sampler(chest_like):
 
 
 def test_published_thresholding_divides_by_the_quantile_of_each_volume():
-    solver = Solver("dpmsolver++", 3, BETAS, 50, levels="published")
     ramp = torch.linspace(-1, 1, 20001)[:, None, None, None].expand(2, 1, 20001, 1, 1, 1)[..., 0]
     implied = ramp * torch.tensor([0.5, 4.0]).view(2, 1, 1, 1, 1)
-    found = solver.clean(50, implied * solver.signal[50], torch.zeros_like(implied))
+    found = threshold_dynamically(implied)
     torch.testing.assert_close(found[0], implied[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(found[1], (implied[1] / (0.995 * 4)).clamp(-1, 1), rtol=0, atol=1e-4)

@@ -25,14 +25,14 @@ def discovery(tiny_cohort):
     """(names, folders, hashes) of the discovery cases."""
     rows = cases.usable(cases.read_cases(tiny_cohort), "discovery")
     folders = [cases.folder_of(tiny_cohort, row) for _, row in rows.iterrows()]
-    return rows["case_id"].tolist(), folders, [cases.hash_case(folder) for folder in folders]
+    return rows["case_id"].tolist(), folders, [folder.hash() for folder in folders]
 
 
 @pytest.fixture
 def read_count(monkeypatch):
     """How many cases were decoded."""
-    read, decoded = cases.read_case, []
-    monkeypatch.setattr(cases, "read_case", lambda folder: decoded.append(folder) or read(folder))
+    read, decoded = cases.CaseFolder.read, []
+    monkeypatch.setattr(cases.CaseFolder, "read", lambda folder: decoded.append(folder) or read(folder))
     return decoded
 
 
@@ -43,7 +43,7 @@ def test_the_cache_holds_the_cases_and_is_read_once(discovery, training_config, 
     assert isinstance(data.ct, np.memmap)
     assert (data.ct.dtype, data.layout.dtype) == (np.int16, np.uint8)
     for number, folder in enumerate(discovery[1]):
-        ct, layout = cases.read_case(folder)
+        ct, layout = folder.read()
         assert np.array_equal(data.ct[number].transpose(2, 1, 0), ct.array)
         assert np.array_equal(data.layout[number].transpose(2, 1, 0), layout.array)
     sizes = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from lungddpm.core.device import make_accelerator
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.optimization import Optimization
 from lungddpm.models.training import fresh_denoiser

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 from lungddpm.config.loading import parse_config
-from lungddpm.core.device import make_accelerator
 from lungddpm.core.labels import Label
 from lungddpm.models import monitoring
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas

@@ -14,7 +14,8 @@ from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import run_synthesize
-from lungddpm.models.sampling import sample
+from lungddpm.models.published_sampling import sample_published_aas
+from lungddpm.models.sampling import make_solver, sample_aas
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 from lungddpm.quality.calibration import CHECKS
 from lungddpm.quality.image_quality import (
@@ -122,10 +123,10 @@ def test_published_aas_has_a_seam_that_corrected_aas_has_not():
         share = signal[timesteps].view(-1, 1, 1, 1, 1)
         return (inputs[:, :1] - share.sqrt() * ramp) / (1 - share).sqrt()
 
-    ratios = {}
-    for aas in ("corrected", "published"):
+    ratios, solver = {}, make_solver("ddpm", 2, betas, 50)
+    for aas, sample in (("corrected", sample_aas), ("published", sample_published_aas)):
         generators = [torch.Generator().manual_seed(1)]
-        drawn = sample(predict_noise, condition.double(), betas, "ddpm", 50, generators, ramp.double(), aas=aas)
+        drawn = sample(predict_noise, solver, condition.double(), ramp.double(), generators)
         image, reference = ((volume[0, 0].numpy() + 1) / 2 for volume in (drawn, ramp))
         layout = np.where(condition[0, 0].numpy() > 0, Label.LUNG, Label.BACKGROUND)
         ratios[aas] = seam_ratio(image, reference, layout, np.ones(layout.shape, bool))

@@ -1,42 +1,71 @@
-"""The feature network against MONAI's ResNet-50 with strides and dilations set as MedicalNet has them; its weights."""
+"""The feature network against a plain one written from the paper, and the reading of its weights."""
 
 import numpy as np
 import pytest
 import torch
-from monai.networks.nets.resnet import ResNet, ResNetBottleneck
 from torch import nn
 
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import sha256_of
 from lungddpm.quality import medicalnet
-from lungddpm.quality.medicalnet import MEDICALNET, ResNet50, load_extractor
+from lungddpm.quality.medicalnet import MEDICALNET, build_network, load_extractor
 
 
-def monai_network(channels):
-    """MONAI's graph strides in layers 3 and 4 where MedicalNet dilates."""
-    network = ResNet(
-        ResNetBottleneck, [3, 4, 6, 3], [channels * 2**n for n in range(4)], n_input_channels=1, conv1_t_stride=2,
-        bias_downsample=False, feed_forward=False,
-    )  # fmt: skip
-    for layer, dilation in ((network.layer3, 2), (network.layer4, 4)):
-        for module in layer.modules():
-            if isinstance(module, nn.Conv3d):
-                module.stride = (1, 1, 1)
-                if module.kernel_size == (3, 3, 3):
-                    module.dilation = module.padding = (dilation,) * 3
-    return network
+class Bottleneck(nn.Module):
+    """1 x 1 x 1, 3 x 3 x 3, 1 x 1 x 1 convolutions beside a shortcut; names as in the public weights."""
+
+    def __init__(self, inputs, channels, stride, dilation):
+        super().__init__()
+        outputs = 4 * channels
+        self.conv1, self.bn1 = nn.Conv3d(inputs, channels, 1, bias=False), nn.BatchNorm3d(channels)
+        self.conv2 = nn.Conv3d(channels, channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+        self.bn2 = nn.BatchNorm3d(channels)
+        self.conv3, self.bn3 = nn.Conv3d(channels, outputs, 1, bias=False), nn.BatchNorm3d(outputs)
+        self.downsample = None
+        if stride > 1 or inputs != outputs:
+            self.downsample = nn.Sequential(nn.Conv3d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm3d(outputs))
+
+    def forward(self, maps):
+        shortcut = maps if self.downsample is None else self.downsample(maps)
+        maps = self.bn1(self.conv1(maps)).relu()
+        maps = self.bn2(self.conv2(maps)).relu()
+        return (self.bn3(self.conv3(maps)) + shortcut).relu()
+
+
+class MedicalNet(nn.Module):
+    """The graph as arXiv 1904.00625 describes it: layers 3 and 4 of a ResNet-50 dilate by 2 and 4 and do not stride."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv3d(1, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1, self.maxpool = nn.BatchNorm3d(channels), nn.MaxPool3d(3, stride=2, padding=1)
+        inputs = channels
+        for number, (blocks, stride, dilation) in enumerate([(3, 1, 1), (4, 2, 1), (6, 1, 2), (3, 1, 4)]):
+            width = channels * 2**number
+            layer = [Bottleneck(inputs, width, stride, dilation)]
+            layer += [Bottleneck(4 * width, width, 1, dilation) for _ in range(blocks - 1)]
+            self.add_module(f"layer{number + 1}", nn.Sequential(*layer))
+            inputs = 4 * width
+
+    def forward(self, volumes):
+        maps = self.maxpool(self.bn1(self.conv1(volumes)).relu())
+        for number in (1, 2, 3, 4):
+            maps = getattr(self, f"layer{number}")(maps)
+        return maps.mean(dim=(2, 3, 4))
 
 
 @pytest.fixture
 def theirs():
     """A narrow network with statistics of its own."""
     torch.manual_seed(1)
-    network = monai_network(2)
+    network = MedicalNet(2)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm3d):
             nn.init.normal_(module.running_mean, 0, 0.1)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.normal_(module.bias, 0, 0.1)
+        elif isinstance(module, nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
     return network.eval()
 
 
@@ -57,17 +86,17 @@ def weights(theirs, tmp_path, monkeypatch):
     return write
 
 
-def test_the_graph_has_the_keys_and_shapes_of_monai():
+def test_the_graph_has_the_keys_and_shapes_of_the_papers():
     with torch.device("meta"):
         ours, theirs = (
             {key: value.shape for key, value in network.state_dict().items()}
-            for network in (ResNet50(64), monai_network(64))
+            for network in (build_network(64), MedicalNet(64))
         )
     assert ours == theirs
     assert ours["layer4.2.conv3.weight"] == (2048, 512, 1, 1, 1)
 
 
-def test_features_equal_monai_with_the_same_weights(theirs, weights):
+def test_features_equal_the_papers_with_the_same_weights(theirs, weights):
     path = weights()
     extractor = load_extractor(path)
     volumes = [np.random.default_rng(n).random((40, 32, 24)).astype(np.float32) for n in (1, 2)]
@@ -136,7 +165,7 @@ def test_a_flipped_bit_is_noticed(weights, theirs):
         load_extractor(path)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         load_extractor(tmp_path / "resnet_50.pth")
 

@@ -170,10 +170,12 @@ def test_samples_to_show_are_ranked_by_their_error(make_results):
     quality = results / "quality" / "lung_ddpm.csv"
     mse = pd.read_csv(quality).query("image == 'synthetic' and metric == 'mse' and region == 'lungs'")
     by_error = mse.sort_values("value")["case_id"].tolist()
-    assert [folder.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
+    assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
     assert sorted(by_error) == ["sample-0", "sample-1"]
     quality.unlink()
-    assert ranked_samples(results, "lung_ddpm") == [results / "synthetic" / "lung_ddpm" / "sample-0"]
+    assert [folder.path for folder in ranked_samples(results, "lung_ddpm")] == [
+        results / "synthetic/lung_ddpm/sample-0"
+    ]
     assert ranked_samples(results, "reference") == []
 
 

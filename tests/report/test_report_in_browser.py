@@ -10,6 +10,7 @@ from html import unescape
 import numpy as np
 import pytest
 
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.drawing import PLANES, oriented_slice
 from lungddpm.quality.image_quality import read_sample
 from lungddpm.report.page import run_report
@@ -109,7 +110,8 @@ def test_slices_in_a_browser(make_results, browse):
     titles = [re.match(r"lung_ddpm: (\S+) from (\S+)", title) for title in seen["samples"]]
     assert len(titles) == 2
     samples = [
-        read_sample(results / "synthetic" / "lung_ddpm" / title[1], results / "cases" / "cases.tsv") for title in titles
+        read_sample(CaseFolder(results / "synthetic" / "lung_ddpm" / title[1]), results / "cases" / "cases.tsv")
+        for title in titles
     ]
     assert [sample.reference_id for sample in samples] == [title[2] for title in titles]
 

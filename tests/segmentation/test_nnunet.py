@@ -14,7 +14,7 @@ import torch
 from lungddpm.arms.compose import DATASET, run_compose
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Network
-from lungddpm.core.cases import read_case, read_cases, usable, write_cases
+from lungddpm.core.cases import CaseFolder, read_cases, usable, write_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import read_volume
@@ -117,7 +117,7 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         f"{prefix}{case}.nii.gz" for case in test for prefix in ("", "probability/")
     )
     for case in test:
-        _, layout = read_case(run / "cases" / case)
+        _, layout = CaseFolder(run / "cases" / case).read()
         mask, probability = (read_volume(tmp_path / f"{prefix}{case}.nii.gz") for prefix in ("", "probability/"))
         assert mask.same_grid(layout)
         assert (mask.array.dtype, probability.array.dtype) == (np.uint8, np.uint16)
@@ -128,6 +128,15 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         dice = 2 * (mask.array & truth).sum() / (mask.array.sum() + truth.sum())
         # Marking everything gives 2 x 0.013 / 1.013 = 0.03.
         assert dice > 0.6
+
+
+def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    arm = run / "arms" / "real"
+    with pytest.raises(ConfigError, match=r"takes the first visible GPU only.*CUDA_VISIBLE_DEVICES=1"):
+        nnunet.run_train(CONFIG, arm, 0, 0, "cuda:1")
+    with pytest.raises(ConfigError, match=r"takes the first visible GPU only"):
+        nnunet.run_predict(CONFIG, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cuda:1")
 
 
 def test_the_training_curve_is_read_from_the_logs(run):
@@ -184,6 +193,80 @@ def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
         assert torch.equal(weights, theirs["network_weights"][name])
     assert ours["logging"]["train_losses"] == theirs["logging"]["train_losses"]
     assert ours["optimizer_state"]["param_groups"] == theirs["optimizer_state"]["param_groups"]
+
+
+def copied_arm(run, name):
+    """The planned arm `real` under another name, without trainings."""
+    arm = run / "arms" / name
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    return arm
+
+
+def stop_at(monkeypatch, *numbers):
+    """Let training stop before these steps, counted from 1 over all trainings; returns the steps taken so far."""
+    taken, step = [], LungDDPMTrainer.train_step
+
+    def step_or_stop(trainer, batch):
+        taken.append(trainer.current_epoch)
+        if len(taken) in numbers:
+            raise KeyboardInterrupt
+        return step(trainer, batch)
+
+    monkeypatch.setattr(LungDDPMTrainer, "train_step", step_or_stop)
+    return taken
+
+
+def test_a_training_under_way_survives_changed_code(run, monkeypatch, caplog):
+    whole, changed = copied_arm(run, "undisturbed"), copied_arm(run, "changed code")
+    nnunet.run_train(SHORT, whole, 0, 0, "cpu")
+    folder = nnunet.fold_folder(changed, 0, 0)
+    own = json.loads((nnunet.fold_folder(whole, 0, 0) / "training.json").read_text())["code"]
+    assert [entry["from_step"] for entry in own] == [1]
+    taken = stop_at(monkeypatch, 6, 9)
+    with pytest.raises(KeyboardInterrupt):
+        nnunet.run_train(SHORT, changed, 0, 0, "cpu")
+    assert not caplog.records
+    # The code of the plan as well: the arm is preprocessed again, from the same plans.
+    monkeypatch.setattr(nnunet, "stage_fingerprint", lambda stage: f"changed {stage}")
+    before = (changed / "plan.json").read_text()
+    nnunet.run_plan(CONFIG, changed)
+    assert (changed / "plan.json").read_text() != before
+    with pytest.raises(KeyboardInterrupt):
+        nnunet.run_train(SHORT, changed, 0, 0, "cpu")
+    assert "The code has changed since step 4" in caplog.text
+    nnunet.run_train(SHORT, changed, 0, 0, "cpu")
+    assert taken == [0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]
+    record = json.loads((folder / "training.json").read_text())["code"]
+    assert record == [*own, {"from_step": 5, "code": "changed train_segmenter"}]
+    ours, theirs = checkpoint(whole)["network_weights"], checkpoint(changed)["network_weights"]
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_states_are_kept_until_a_training_of_other_settings_has_saved(run, monkeypatch):
+    arm = copied_arm(run, "other settings")
+    other = configured(steps=8, save_every=4)
+    taken = stop_at(monkeypatch, 6, 8, 14)
+    with pytest.raises(KeyboardInterrupt):
+        nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    with pytest.raises(KeyboardInterrupt):  # before it has saved
+        nnunet.run_train(other, arm, 0, 0, "cpu")
+    assert taken[6:] == [0, 0]
+    with pytest.raises(KeyboardInterrupt):  # after it has saved
+        nnunet.run_train(other, arm, 0, 0, "cpu")
+    assert taken[8:] == [0, 0, 0, 0, 1, 1]
+    nnunet.run_train(other, arm, 0, 0, "cpu")
+    assert taken[14:] == [1, 1, 1, 1]
+    assert [path.name for path in nnunet.fold_folder(arm, 0, 0).parent.glob("*fold_*")] == ["fold_0"]
+
+
+def test_a_training_goes_on_where_other_settings_were_a_slip(run, monkeypatch):
+    arm = copied_arm(run, "slip")
+    taken = stop_at(monkeypatch, 6, 8)
+    for config in (SHORT, configured(steps=8, save_every=4)):
+        with pytest.raises(KeyboardInterrupt):
+            nnunet.run_train(config, arm, 0, 0, "cpu")
+    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    assert taken[8:] == [2, 2, 3, 3], "it goes on from the state that the other training found"
 
 
 def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplog):

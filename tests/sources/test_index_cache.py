@@ -137,7 +137,7 @@ def test_what_other_code_has_read_does_not_count(tree, monkeypatch):
     stale = (tree / "index.cache.json").read_text().replace('["P-02"]', '["P-99"]')
     (tree / "index.cache.json").write_text(stale)
     assert [row["patient_id"] for row in index(tree)] == ["P-01", "P-03", "P-99", ""]
-    monkeypatch.setattr(sources, "code_fingerprint", lambda *rooms: "newer")
+    monkeypatch.setattr(sources, "stage_fingerprint", lambda stage, kind: "newer")
     assert index(tree) == first
 
 
@@ -145,7 +145,7 @@ def test_a_fault_is_looked_at_again(tree, monkeypatch):
     first = index(tree)
     (tree / "index.cache.json").unlink()
 
-    def fail(*_):
+    def fail(*_, **__):
         raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as broken:

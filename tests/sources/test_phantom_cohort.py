@@ -208,7 +208,7 @@ def test_changed_phantom_code_makes_a_patient_anew_with_the_same_uids(
     drawn.write_bytes(b"what the former code drew")
     run_phantom(small_config(1), output)
     assert drawn.read_bytes() == b"what the former code drew"
-    monkeypatch.setattr("lungddpm.sources.phantom.cohort.code_fingerprint", lambda *rooms: f"edited {rooms}")
+    monkeypatch.setattr("lungddpm.sources.phantom.cohort.stage_fingerprint", lambda stage: f"edited {stage}")
     run_phantom(small_config(1), output)
     assert drawn.read_bytes() == truth
 

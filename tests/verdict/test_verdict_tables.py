@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from lungddpm.config.loading import parse_config
+from lungddpm.core.device import log_device
 from lungddpm.core.errors import InputError
-from lungddpm.core.progress import LOG, log_device
+from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.quality.image_quality import SET_COLUMNS
 from lungddpm.verdict.tables import (
@@ -330,7 +331,7 @@ def test_times_come_from_benchmarks_and_samples(make_results):
     assert seconds_per_volume(results, ["lung_ddpm", "reference"]) == {"lung_ddpm": 2.5}
 
 
-def test_the_device_is_what_the_stage_said_last(make_results):
+def test_the_device_is_the_one_that_the_stage_used_last(make_results):
     _, results = make_results(n_test=1, n_replicates=1)
     (results / "logs").mkdir()
     handler = logging.FileHandler(results / "logs" / "evaluate-real-fold0_seed0.log")

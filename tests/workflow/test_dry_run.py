@@ -57,6 +57,14 @@ def test_slurm_profile(repository, tmp_path):
     assert {"mem_mb=32000", "runtime=2880", "gpu=1", "slurm_partition=main"} <= set(training.replace(",", "").split())
 
 
+@pytest.mark.parametrize(("lungs", "gpus"), [("classical", 0), ("lungmask", 1), ("totalsegmentator", 1)])
+def test_prepare_asks_for_a_gpu_where_a_network_finds_the_lungs(repository, tmp_path, lungs, gpus):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", f"layouts={{'lungs': '{lungs}'}}")
+    assert run.returncode == 0, run.stderr
+    asked = re.findall(r"rule prepare:.*?resources: ([^\n]*)", run.stdout + run.stderr, re.DOTALL)
+    assert {int(re.search(r"gpu=(\d+)", resources)[1]) for resources in asked} == {gpus}
+
+
 def test_nested_values_on_the_command_line(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2", "--config", 'segmentation={"seeds": [0], "steps": "100"}')
     assert run.returncode == 0, run.stderr

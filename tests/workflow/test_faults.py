@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from tiny import rules_of
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
@@ -49,12 +50,6 @@ def mounted(tmp_path):
 def assert_same_tables(benchmark, other):
     for name in TABLES:
         pd.testing.assert_frame_equal(benchmark.table(name), other.table(name))
-
-
-def rules_of(stdout):
-    """How often each rule ran, or would run."""
-    found = re.findall(r"^(\w+) +(\d+)$", stdout, re.MULTILINE)
-    return {name: int(count) for name, count in found if name not in ("all", "total")}
 
 
 PREPARE = "prepare --index results/cases/index.tsv --source results/source --table results/cases/cases-0.tsv"
@@ -179,33 +174,3 @@ def test_scans_may_lie_on_a_disk_that_cannot_be_written(tiny_benchmark, make_ben
     volumes = {path: digest for path, digest in theirs.items() if path.name.endswith(".nii.gz")}
     assert volumes
     assert {path: ours.get(path) for path in volumes} == volumes
-
-
-ONE_OF_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
-LAST = {"write_report": 1, "checksums": 1}
-
-
-@pytest.mark.parametrize(
-    ("module", "rerun"),
-    [
-        ("evaluation/froc.py", {"evaluate": 4}),
-        ("segmentation/nnunet.py", {"plan": 4, **ONE_OF_ALL_ARMS}),
-        ("arms/compose.py", {"compose": 4, "plan": 4, **ONE_OF_ALL_ARMS}),
-        ("report/templates/index.html.jinja", {"qc": 1, "write_report": 1, "checksums": 1}),
-        ("operations/doctor.py", None),
-    ],
-)
-def test_a_changed_source_file_reruns_the_rules_of_its_room(tiny_benchmark, tmp_path, module, rerun):
-    copy = tmp_path / "repository"
-    for name in ("lungddpm", "workflow", "profiles", "envs"):
-        shutil.copytree(tiny_benchmark.repository / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Snakefile", "config.yaml"):
-        shutil.copyfile(tiny_benchmark.repository / name, copy / name)
-    with (copy / "lungddpm" / module).open("a", encoding="utf-8") as file:
-        file.write("\n# Changed.\n")
-    run = subprocess.run(
-        tiny_benchmark.command("--dry-run"), cwd=copy, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(copy)}, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-3000:]
-    assert rules_of(run.stdout) == ({} if rerun is None else {**rerun, **LAST}), run.stdout[-3000:]

@@ -1,6 +1,7 @@
 """A tiny benchmark that goes through every rule, and what drives Snakemake through it."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,12 @@ class Benchmark:
     def table(self, name: str) -> pd.DataFrame:
         """A result table."""
         return pd.read_csv(self.results / "tables" / name)
+
+
+def rules_of(stdout: str) -> dict[str, int]:
+    """How often each rule ran, or would run."""
+    found = re.findall(r"^(\w+) +(\d+)$", stdout, re.MULTILINE)
+    return {name: int(count) for name, count in found if name not in ("all", "total")}
 
 
 def assert_same_measures(benchmark: Benchmark, other: Benchmark) -> None:

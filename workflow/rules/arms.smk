@@ -21,7 +21,7 @@ rule compose:
         folder=subpath(output[0], parent=True),
         samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
-        code=code_fingerprint("arms"),
+        code=stage_fingerprint("compose"),
     shell:
         "lungddpm --log {log:q} compose {params.samples} --config results/config.json"
         " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"

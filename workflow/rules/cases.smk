@@ -16,7 +16,7 @@ rule phantom:
         runtime=60,
     params:
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
-        code=code_fingerprint("sources"),
+        code=stage_fingerprint("phantom"),
     shell:
         "lungddpm --log {log} phantom --config results/config.json --output results/source"
 
@@ -39,7 +39,7 @@ rule index:
     params:
         source=source_option,
         settings=settings_of("roles", source=SETTINGS.source.kind),
-        code=code_fingerprint("sources"),
+        code=stage_fingerprint("index", SETTINGS.source.kind),
     shell:
         "lungddpm --log {log} index --config results/config.json --source {params.source:q} --output {output}"
 
@@ -60,11 +60,12 @@ rule prepare:
         # Some 36 bytes a voxel of the scan: the longest scans need a second attempt.
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=600,
+        gpu=int(SETTINGS.layouts.lungs != "classical"),
     params:
         source=source_option,
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
-        code=code_fingerprint("sources", "layouts"),
+        code=stage_fingerprint("prepare", SETTINGS.source.kind),
     shell:
         "lungddpm --log {log} prepare --config results/config.json --index {input.index} --source {params.source:q}"
         " --output results/cases --shard {wildcards.shard} --shards {params.shards} --table {output}"
@@ -122,7 +123,7 @@ rule collect:
     params:
         tables=lambda wildcards, input: named_tables(input.tables),
         settings=settings_of("roles"),
-        code=code_fingerprint(),
+        code=stage_fingerprint("collect"),
     shell:
         "lungddpm --log {log} collect {params.tables} --config results/config.json --output {output.cases}"
 
@@ -145,6 +146,6 @@ rule qc:
     params:
         folder=subpath(output[0], parent=True),
         settings=settings_of("layouts"),
-        code=code_fingerprint("report"),
+        code=stage_fingerprint("qc"),
     shell:
         "lungddpm --log {log} qc --config results/config.json --cases {input.cases} --output {params.folder}"

@@ -17,13 +17,15 @@ if package.origin is None:
         "Start 'lungddpm run' or 'snakemake', not 'python -m snakemake', and take its parent out of PYTHONPATH."
     )
 
-from lungddpm.arms.splits import role_counts
 from lungddpm.config.loading import parse_config, read_values
 from lungddpm.core.arms import BASELINE, Arm
+from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import UserError, from_os_error
-from lungddpm.core.files import code_fingerprint, write_json
+from lungddpm.core.files import write_json
+from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.generators import module_of
 from lungddpm.operations.run import offer_own_programs, report_fault
+from lungddpm.segmentation.nnunet import weights_file
 
 try:
     # Snakemake has read them already, but of a key that a file has twice it drops the first.
@@ -49,11 +51,7 @@ SECTION_OF_RUN = {
     denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
 }
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
-# nnU-Net's own place and name for the weights of a replicate.
-CHECKPOINT = (
-    "results/arms/{arm}/nnUNet_results/seed{seed}/Dataset501_LungNodule/"
-    "LungDDPMTrainer__nnUNetPlans__lungddpm/fold_{fold}/checkpoint_final.pth"
-)
+CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
 
 
 # Stages read the merged config from this file. It is nobody's input: each job's `params.settings` holds the parts that
@@ -73,6 +71,7 @@ wildcard_constraints:
     table="index|cases",
     fold=r"\d+",
     seed=r"\d+",
+    replicate=SETTINGS.segmentation.replicate_name(r"\d+", r"\d+"),
 
 
 def write_merged_config():
@@ -153,11 +152,8 @@ def discovery_cases(cases):
     """How many cases the table has to train on; of the phantom cohort, as many as the config says."""
     if not IS_PHANTOM:
         usable = [row for row in rows_of(cases) if row["status"] == "ok"]
-        return sum("discovery" in row["role"].split("+") for row in usable)
-    wanted = SETTINGS.roles.discovery
-    if isinstance(wanted, list):
-        return len(wanted)
-    return role_counts(SETTINGS.roles, SETTINGS.source.phantom.patients)["discovery"]
+        return sum(DISCOVERY in roles_of(row["role"]) for row in usable)
+    return SETTINGS.roles.counts(SETTINGS.source.phantom.patients)[DISCOVERY]
 
 
 def tables_of_cases(_wildcards):
@@ -217,6 +213,13 @@ def sampling_of(generator):
     """How a generator samples; None where it has no denoiser."""
     denoiser = DENOISERS.get(generator)
     return denoiser and denoiser.diffusion.sampling.model_dump(mode="json")
+
+
+def code_of_synthesis(generator):
+    """The fingerprint of the code that makes a generator's samples, or takes them from a folder."""
+    if generator in SETTINGS.arms.external:
+        return stage_fingerprint("import_external")
+    return stage_fingerprint("synthesize", generator)
 
 
 def plans_of(wildcards):

@@ -32,7 +32,7 @@ rule train_denoiser:
                 SETTINGS.workflow.denoiser_processes
             ),
         ),
-        code=code_fingerprint("models"),
+        code=stage_fingerprint("train"),
         # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
         launcher=denoiser_launcher,
         threads_each=lambda wildcards, threads: max(

@@ -22,7 +22,7 @@ rule plan:
         settings=settings_of(
             network=SEGMENTER["network"], batch_size=SEGMENTER["batch_size"]
         ),
-        code=code_fingerprint("segmentation"),
+        code=stage_fingerprint("plan"),
     shell:
         "lungddpm --log {log:q} segment plan --config results/config.json --arm-folder {params.folder:q}"
         " --plans-from results/arms/real --threads {threads}"
@@ -47,7 +47,7 @@ rule train_segmenter:
     params:
         folder=subpath(input.plan, parent=True),
         settings=settings_of(**SEGMENTER),
-        code=code_fingerprint("segmentation"),
+        code=stage_fingerprint("train_segmenter"),
     shell:
         "lungddpm --log {log:q} segment train --config results/config.json --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
@@ -73,7 +73,7 @@ rule predict:
         gpu=1,
     params:
         folder=subpath(input.plan, parent=True),
-        code=code_fingerprint("segmentation"),
+        code=stage_fingerprint("predict"),
     shell:
         "lungddpm --log {log:q} segment predict --config results/config.json --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases} --output {output:q}"

@@ -36,7 +36,7 @@ rule synthesize:
             run=SETTINGS.diffusion.run,
             window=SETTINGS.grid.window_hu,
         ),
-        code=code_fingerprint("layouts", "models", "generators"),
+        code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
         "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
         " --dose {wildcards.dose} --cases {input.cases} {params.weights} {params.external}"

@@ -4,28 +4,28 @@
 rule evaluate:
     input:
         cases="results/cases/cases.tsv",
-        predictions="results/segmentation/{arm}/fold{fold}_seed{seed}/predictions",
+        predictions="results/segmentation/{arm}/{replicate}/predictions",
     output:
         metrics=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/metrics.csv",
+            "results/segmentation/{arm}/{replicate}/metrics.csv",
             non_empty=True,
         ),
         lesions=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/lesions.csv",
+            "results/segmentation/{arm}/{replicate}/lesions.csv",
             non_empty=True,
         ),
         candidates=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/candidates.csv",
+            "results/segmentation/{arm}/{replicate}/candidates.csv",
             non_empty=True,
         ),
         evaluation=ensure(
-            "results/segmentation/{arm}/fold{fold}_seed{seed}/evaluation.json",
+            "results/segmentation/{arm}/{replicate}/evaluation.json",
             non_empty=True,
         ),
     log:
-        "results/logs/evaluate-{arm}-fold{fold}_seed{seed}.log",
+        "results/logs/evaluate-{arm}-{replicate}.log",
     benchmark:
-        "results/benchmarks/evaluate-{arm}-fold{fold}_seed{seed}.tsv"
+        "results/benchmarks/evaluate-{arm}-{replicate}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
     threads: 1
@@ -34,7 +34,7 @@ rule evaluate:
         runtime=60,
     params:
         folder=subpath(output.metrics, parent=True),
-        code=code_fingerprint("evaluation"),
+        code=stage_fingerprint("evaluate"),
     shell:
         "lungddpm --log {log:q} evaluate --config results/config.json --cases {input.cases}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
@@ -60,7 +60,7 @@ rule quality:
     params:
         samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
-        code=code_fingerprint("quality"),
+        code=stage_fingerprint("quality"),
     shell:
         "lungddpm --log {log} quality {params.samples} --config results/config.json --generator {wildcards.generator}"
         " --cases {input.cases} --output {output.samples} --threads {threads}"
@@ -119,7 +119,7 @@ rule write_report:
         runtime=60,
     params:
         settings=settings_of("verdict", arms=ARMS),
-        code=code_fingerprint("verdict", "report"),
+        code=stage_fingerprint("report"),
     shell:
         "lungddpm --log {log} report --config results/config.json --results results"
 
@@ -141,6 +141,6 @@ rule checksums:
         mem_mb=1000,
         runtime=240,
     params:
-        code=code_fingerprint(),
+        code=stage_fingerprint("checksums"),
     shell:
         "lungddpm --log {log} checksums --results results"

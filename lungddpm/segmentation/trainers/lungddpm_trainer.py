@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from lungddpm.core.files import atomic_path, seed_from
+from lungddpm.core.files import atomic_path, read_json, seed_from
 from lungddpm.core.progress import Progress, shorten_paths
 
 SETTINGS_FILE = "training.json"
@@ -31,7 +30,7 @@ class LungDDPMTrainer(nnUNetTrainer):
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device):
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings_file = Path(self.output_folder) / SETTINGS_FILE
-        settings = json.loads(settings_file.read_text(encoding="utf-8")) if settings_file.exists() else {}
+        settings = read_json(settings_file) if settings_file.exists() else {}
         self.seed = settings.get("seed", 0)
         self.optimizer_name = settings.get("optimizer", "sgd")
         self.initial_lr = settings.get("learning_rate", self.initial_lr)

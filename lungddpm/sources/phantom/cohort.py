@@ -3,7 +3,6 @@ marks, and `phantom.json`, which records the recipe and thereby tells whether th
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -14,7 +13,9 @@ import numpy as np
 
 from lungddpm import __version__
 from lungddpm.config.models import Config, Phantom
-from lungddpm.core.files import code_fingerprint, exclusive_lock, fingerprint, seed_from, write_json
+from lungddpm.core.code import stage_fingerprint
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import exclusive_lock, fingerprint, read_json, seed_from, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import Volume
 from lungddpm.sources.phantom.nodules import Nodule
@@ -89,7 +90,7 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
     }
     # The UIDs are of the recipe alone: other seeds hang on them, which changed code is not to move.
     uids_from = fingerprint(recipe)
-    record = {"fingerprint": fingerprint([recipe, code_fingerprint("sources/phantom")]), **recipe}
+    record = {"fingerprint": fingerprint([recipe, stage_fingerprint("phantom")]), **recipe}
     if _is_written(folder, record["fingerprint"]):
         return
     truth = thorax(parameters, seed)
@@ -111,8 +112,8 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
 
 def _is_written(folder: Path, expected: str) -> bool:
     try:
-        return json.loads((folder / "phantom.json").read_text(encoding="utf-8"))["fingerprint"] == expected
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError):
+        return read_json(folder / "phantom.json")["fingerprint"] == expected
+    except (InputError, KeyError):
         return False
 
 

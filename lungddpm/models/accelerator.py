@@ -1,0 +1,79 @@
+"""Accelerate set up for the denoiser: device, precision and processes; and what goes with them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+
+from lungddpm.core.device import log_device
+from lungddpm.core.errors import ConfigError
+from lungddpm.core.torch_device import device_name, select_device
+
+_ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+# Parameters of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Accelerator:
+    """Choose device and precision, join the other processes if torchrun or accelerate started several, and say so.
+
+    Args:
+        device: see `select_device`. Which GPUs are visible, `core.device.claim_device` has decided.
+        precision: `auto` (bf16 on a GPU that has it, else fp32), `fp32`, `bf16` or `fp16`.
+        accumulation: forward passes an optimizer step.
+
+    Raises:
+        ConfigError: see `select_device`; or the device has no fp16.
+    """
+    chosen = select_device(device)
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)
+    if precision == "auto":
+        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp16" and chosen.type == "cpu":
+        raise ConfigError("diffusion.training.precision", "fp16 needs a GPU", "Use auto, bf16 or fp32.")
+    if chosen.type == "cpu":
+        keep_freed_memory()
+    accelerator = Accelerator(
+        cpu=chosen.type == "cpu", mixed_precision=_ACCELERATE_NAMES[precision], gradient_accumulation_steps=accumulation
+    )
+    processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
+    log_device(str(accelerator.device), f"{device_name(accelerator.device)}, {precision}{processes}")
+    return accelerator
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for its next arrays; where the C library is not glibc, do nothing.
+
+    By default every large array is fresh memory from the kernel, which hands it out page by page.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_MAX, 0)
+        set_option(_M_TRIM_THRESHOLD, -1)
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor from the CPU to a device, without waiting until a GPU has done what it was told before."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+@contextmanager
+def explain_out_of_memory(remedy: str) -> Iterator[None]:
+    """Turn a device's or the machine's lack of memory into a message that names the options.
+
+    Raises:
+        ConfigError: memory ran out inside the block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+        if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+            raise
+        problem = f"the memory of {'the GPU' if on_gpu else 'this machine'} does not suffice"
+        raise ConfigError("diffusion", problem, remedy) from None

@@ -1,0 +1,99 @@
+"""What a change of the source reruns, by doing: a dry run of the finished tiny benchmark with a changed package."""
+
+import os
+import shutil
+import subprocess
+
+import pytest
+from tiny import rules_of
+
+pytestmark = pytest.mark.workflow
+
+LAST = {"write_report": 1, "checksums": 1}
+SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
+ARMS = {"compose": 4, "plan": 4, **SEGMENTERS}
+# Of the four arms, two take samples of lung_ddpm.
+SAMPLES = {"synthesize": 1, "quality": 1, **dict.fromkeys(ARMS, 2)}
+MODEL = {"train_denoiser": 1, **SAMPLES}
+CASES = {"prepare": 1, "collect": 1, "qc": 1, **MODEL, **ARMS}
+
+CHANGES = [
+    pytest.param(
+        [
+            ("layouts/lungs.py", '"""', '"""Changed: '),
+            ("layouts/compose.py", "LUNG_OCCUPANCY = 0.5", "LUNG_OCCUPANCY = 0.5  # Changed."),
+            ("models/optimization.py", "\ndef learning_rate", "\n# Changed.\ndef learning_rate"),
+            ("generators/copy_paste.py", "FEATHER_VOXELS = ", "FEATHER_VOXELS = 1 + "),
+            ("generators/lung_ddpm_plus.py", "import numpy as np", "import numpy as np\n\nCHANGED = 1"),
+            ("operations/bench.py", "from __future__ import annotations", "from __future__ import annotations\nX = 1"),
+            ("operations/plan.py", "from __future__ import annotations", "from __future__ import annotations\nX = 1"),
+            ("core/progress.py", "from __future__ import annotations", "from __future__ import annotations\nX = 1"),
+            ("cli.py", "from __future__ import annotations", "from __future__ import annotations\nX = 1"),
+        ],
+        {},
+        id="comments, docstrings, another generator, tools",
+    ),
+    pytest.param(
+        [("report/templates/report.html.jinja", "</h1>", "!</h1>")], {"qc": 1, **LAST}, id="template of a page"
+    ),
+    pytest.param([("verdict/published.csv", "\n", "\n\n")], LAST, id="published figures"),
+    pytest.param(
+        [("sources/phantom/scanner.py", "PADDING_HU = ", "PADDING_HU = -1 + ")],
+        {"phantom": 1, "index": 1, **CASES, **LAST},
+        id="phantom",
+    ),
+    pytest.param(
+        [("arms/splits.py", 'seed, "roles")', 'seed, "other roles")')],
+        {"index": 1, **CASES, **LAST},
+        id="assignment of roles",
+    ),
+    pytest.param(
+        [("layouts/compose.py", "VESSEL_OCCUPANCY = 0.25", "VESSEL_OCCUPANCY = 0.3")],
+        {**CASES, **LAST},
+        id="constant of layouts",
+    ),
+    pytest.param([("core/labels.py", "VESSEL = 3", "VESSEL = 4")], {**CASES, **LAST}, id="label numbers"),
+    # The pictures of the cases are made with them.
+    pytest.param(
+        [("core/drawing.py", "LUNG_WINDOW_HU = (", "LUNG_WINDOW_HU = (1 + ")], {**CASES, **LAST}, id="drawing"
+    ),
+    pytest.param(
+        [("models/optimization.py", "math.pi * step", "math.pi * (step + 1)")], {**MODEL, **LAST}, id="training"
+    ),
+    pytest.param(
+        [("models/sampling.py", "implied.clamp(-1, 1)", "implied.clamp(-1, 1.5)")], {**SAMPLES, **LAST}, id="sampling"
+    ),
+    pytest.param(
+        [("segmentation/trainers/lungddpm_trainer.py", "self.save_every = 1", "self.save_every = 2")],
+        {**SEGMENTERS, **LAST},
+        id="trainer of the segmenter",
+    ),
+    pytest.param(
+        [("evaluation/segmentation.py", "def run_evaluate(", "def run_evaluate(*, changed=1, ")],
+        {"evaluate": 4, **LAST},
+        id="measures of segmenters",
+    ),
+    pytest.param(
+        [("quality/similarity.py", "def ", "def changed():\n    pass\n\n\ndef ")], {}, id="a function that nothing uses"
+    ),
+]
+
+
+@pytest.mark.parametrize(("edits", "rerun"), CHANGES)
+def test_changed_code_reruns_what_depends_on_it(tiny_benchmark, tmp_path, edits, rerun):
+    copy = tmp_path / "repository"
+    for name in ("lungddpm", "workflow", "profiles", "envs"):
+        shutil.copytree(tiny_benchmark.repository / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Snakefile", "config.yaml"):
+        shutil.copyfile(tiny_benchmark.repository / name, copy / name)
+    for name, old, new in edits:
+        path = copy / "lungddpm" / name
+        text = path.read_text(encoding="utf-8")
+        assert old in text, f"{name} holds {old!r}"
+        path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    run = subprocess.run(
+        tiny_benchmark.command("--dry-run"), cwd=copy, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "NO_COLOR": "1", "PYTHONPATH": str(copy)}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert rules_of(run.stdout) == rerun, run.stdout[-3000:]
