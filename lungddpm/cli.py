@@ -11,16 +11,17 @@ from typing import Annotated
 
 import typer
 
+from lungddpm import __version__
 from lungddpm.core.device import claim_device
 from lungddpm.core.errors import UserError, from_os_error
 from lungddpm.core.progress import LOG, adapt_terminal, start_logging
+from lungddpm.core.shipped import default_config
 
 app = typer.Typer(
     name="lungddpm",
     help="Does synthetic CT from a layout-guided diffusion model make a lung-nodule segmenter better?\n\n"
     "'lungddpm run' does everything through Snakemake; the other verbs are its stages, in the order of the work.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 segment_app = typer.Typer(no_args_is_help=True, help="nnU-Net: plan, train, predict (one arm at a time).")
@@ -29,8 +30,15 @@ app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
-    list[Path], typer.Option("--config", "-c", help="YAML or JSON file; several are merged from left to right.")
+    list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; several are merged from left to right.")
 ]
+ConfigOfRun = Annotated[
+    list[str],
+    typer.Option(
+        "--config", "-c", default_factory=lambda: [str(default_config())], show_default="config.yaml, or the demo's",
+        help="YAML or JSON file, or JSON; several are merged from left to right.",
+    ),
+]  # fmt: skip
 CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
 SampleTables = Annotated[
     list[Path] | None, typer.Argument(help="Tables of synthetic cases, in order of shards (none for real arms).")
@@ -47,14 +55,25 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all core
 Fold = Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
 ArmFolder = Annotated[Path, typer.Option("--arm-folder", help="Folder of the arm (results/arms/<arm>).")]
-DEFAULT_CONFIG = [Path("config.yaml")]
+DEFAULT_CONFIG = ["config.yaml"]
 RESULTS = Path("results")
 CASES = RESULTS / "cases" / "cases.tsv"
 STAGES, TOOLS = "Stages", "Tools"
 
 
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"lungddpm {__version__}")
+        raise typer.Exit()
+
+
 @app.callback()
-def _common(log: Annotated[Path | None, typer.Option(help="Also write what is said to this file.")] = None) -> None:
+def _common(
+    log: Annotated[Path | None, typer.Option(help="Also write what is said to this file.")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
     start_logging(log)
 
 
@@ -63,12 +82,25 @@ def run(context: typer.Context) -> None:
     """Run the whole benchmark: Snakemake with a lock of its own; all arguments are passed on to snakemake.
 
     The same command continues an interrupted run; a second run in the same folder is refused.
-    Inputs: config.yaml and --configfile overlays. Outputs: results/ in the working directory (or --directory).
+    Inputs: config.yaml (the demo's, where there is none) and --configfile overlays.
+    Outputs: results/ in the working directory (or --directory).
     Example: lungddpm run --cores all --configfile config/lidc.yaml my_paths.yaml
     """
     from lungddpm.operations.run import run_snakemake
 
     raise typer.Exit(run_snakemake(context.args))
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to copy to; made if it does not exist.")] = Path(),
+) -> None:
+    """Copy config.yaml, the overlays (config/) and the profiles (profiles/) into a folder, for editing."""
+    from lungddpm.core.shipped import copy_to_edit
+
+    for path in copy_to_edit(folder):
+        typer.echo(folder / path)
+    typer.echo("Edit config.yaml, then start 'lungddpm run' in that folder.")
 
 
 @app.command(rich_help_panel=STAGES)
@@ -150,28 +182,29 @@ def qc(
 
 @app.command(rich_help_panel=STAGES)
 def train(
+    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/ that is trained.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
-    section: Annotated[
-        str, typer.Option(help="Section of the config that describes the denoiser: diffusion, or lung_ddpm_plus.")
-    ] = "diffusion",
-    output: Annotated[Path | None, typer.Option(help="Folder; default results/diffusion/<run>.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default results/models/<generator>/<run>.")] = None,
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again; by default it goes on where it was.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = 0,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only tell memory, time and disk; writes nothing.")
+        bool, typer.Option("--estimate", help="Only estimate memory, time and disk; writes nothing.")
     ] = False,
 ) -> None:
-    """Train a denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
+    """Train a generator on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
 
     On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
     """
     from lungddpm.config.loading import load_config
 
-    settings = load_config(*config).for_denoiser(section)
+    settings = load_config(*config).for_training(generator)
     _set_threads(threads)
     with claim_device(device) as claimed:
         if estimate:
@@ -181,7 +214,7 @@ def train(
             return
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / "diffusion" / settings.diffusion.run, claimed, initial)
+        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -190,7 +223,7 @@ def synthesize(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     weights: Annotated[
-        Path | None, typer.Option(help="Denoiser, for generators that need one: model.safetensors, or a published .pt.")
+        Path | None, typer.Option(help="Weights, for generators that need them: model.safetensors, or a published .pt.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>.")] = None,
     dose: Annotated[
@@ -216,9 +249,11 @@ def synthesize(
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
     # Generators without a network need no GPU.
     with claim_device(device if weights else "cpu") as claimed:
-        from lungddpm.generators import run_synthesize
+        from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
-        run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, claimed, dose, external)
+        run_synthesize(
+            settings, SynthesisJob(generator, cases, folder, samples, shard, shards, dose, weights, external, claimed)
+        )
 
 
 @app.command(rich_help_panel=STAGES)
@@ -393,12 +428,12 @@ def export(
 
 @app.command(rich_help_panel=TOOLS)
 def plan(
-    config: ConfigFiles = DEFAULT_CONFIG,
+    config: ConfigOfRun,
     cases: Annotated[int | None, typer.Option(min=1, help="Scans of the source, where no table tells.")] = None,
     index: Annotated[Path | None, typer.Option(help="Table of the scans; default: that of this run, if any.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or a GPU such as a100, h100.")] = "cpu",
     step_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of a denoiser step there, as 'train --estimate' tells.")
+        float | None, typer.Option(help="Seconds of an optimizer step there, as 'train --estimate' shows it.")
     ] = None,
     bench: Annotated[Path | None, typer.Option(help="What 'lungddpm bench' wrote there, instead of a name.")] = None,
 ) -> None:
@@ -430,7 +465,7 @@ def bench(
 
 
 @config_app.command("show")
-def config_show(config: ConfigFiles = DEFAULT_CONFIG) -> None:
+def config_show(config: ConfigOfRun) -> None:
     """Print the complete configuration, defaults included, as YAML."""
     import yaml
 
@@ -440,7 +475,7 @@ def config_show(config: ConfigFiles = DEFAULT_CONFIG) -> None:
 
 
 @config_app.command("validate")
-def config_validate(config: ConfigFiles = DEFAULT_CONFIG) -> None:
+def config_validate(config: ConfigOfRun) -> None:
     """Check names, types, limits and combinations; say which arms and replicates will be run."""
     from lungddpm.config.loading import load_config
 

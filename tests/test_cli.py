@@ -28,7 +28,7 @@ def config_for(folder, **values):
 
 
 VERBS = [
-    "run", "phantom", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
+    "run", "init", "phantom", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
     "segment train", "segment predict", "evaluate", "quality", "report", "verdict", "export", "config show",
     "config validate", "config schema", "doctor", "bench",
 ]  # fmt: skip
@@ -44,6 +44,14 @@ def test_every_verb_explains_itself(verb, tmp_path):
 def test_help_lists_every_verb(tmp_path):
     shown = lungddpm("--help", cwd=tmp_path).stdout
     assert all(verb.split()[0] in shown for verb in VERBS)
+
+
+def test_a_shell_completes_verbs_and_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("_LUNGDDPM_COMPLETE", "complete_bash")
+    for typed, completed in (("lungddpm ini", ["init"]), ("lungddpm segment tra", ["train"])):
+        monkeypatch.setenv("COMP_WORDS", typed)
+        monkeypatch.setenv("COMP_CWORD", str(len(typed.split()) - 1))
+        assert lungddpm(cwd=tmp_path).stdout.split() == completed
 
 
 VERDICT = """arm,metric,mean,difference,ci_low,ci_high,p_holm,verdict,sentence
@@ -214,7 +222,7 @@ def prepare_pairs(folder, test_patient):
         source={"kind": "nifti", "path": str(folder / "data")},
         roles={"discovery": ["good1"], "reference": ["good2"], "test": [test_patient]},
         grid={"size": [32, 32, 32]},
-        diffusion={"denoiser": {"attention": False}},
+        generators={"lung_ddpm": {"denoiser": {"attention": False}}},
     )
     for arguments in (
         ["index", "--output", "cases/index.tsv"],

@@ -1,14 +1,11 @@
 """What is written in several places agrees: versions in constraints, conda environment and package."""
 
 import os
+import pty
 import re
-import shutil
 import subprocess
-import sys
 import tomllib
-import zipfile
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 import yaml
@@ -41,29 +38,6 @@ def test_the_conda_environment_has_the_pinned_versions(repository):
     assert set(listed) == set(direct_dependencies(repository))
 
 
-def test_a_folder_of_the_packages_name_does_not_hide_an_editable_install(repository, tmp_path):
-    pytest.importorskip("setuptools")
-    source, installed, working = (tmp_path / name for name in ("source", "installed", "working"))
-    shutil.copytree(repository / "lungddpm", source / "lungddpm", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(repository / name, source / name)
-    build = f"import setuptools.build_meta as backend; backend.build_editable({str(tmp_path)!r})"
-    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    zipfile.ZipFile(wheel).extractall(installed)
-    # A clone is a folder called lungddpm, with the package in another one of that name.
-    shutil.copytree(source, working / "lungddpm")
-    find = f"import site; site.addsitedir({str(installed)!r}); import lungddpm.config as c; print(c.__file__)"
-    # As `python -m snakemake` does, and a PYTHONPATH that leads to where clones lie.
-    for python in ([sys.executable, "-S", "-c"], [sys.executable, "-S", "-P", "-c"]):
-        libraries = [path for path in sys.path if path.endswith("site-packages")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(working), *libraries])}
-        found = subprocess.run(
-            [*python, find], cwd=working, env=environment, check=True, capture_output=True, text=True
-        )
-        assert Path(found.stdout.strip()) == source / "lungddpm/config/__init__.py"
-
-
 def test_every_rule_has_an_environment_that_exists(repository):
     for rules in (repository / "workflow/rules").glob("*.smk"):
         text = rules.read_text()
@@ -78,6 +52,31 @@ def test_container_and_conda_environment_have_one_python(repository):
         r"^FROM .*python:([\d.]+)", (repository / "envs/Containerfile").read_text(), re.MULTILINE
     )
     assert of_conda == of_container
+
+
+PYTHON_THAT_MAKES_A_PIP = """#!/bin/sh
+if [ "$1" = -m ]; then
+    mkdir -p "$3/bin"
+    printf '#!/bin/sh\\necho "$*" > "$0.arguments"\\n' > "$3/bin/pip"
+    chmod +x "$3/bin/pip"
+fi
+"""
+
+
+@pytest.mark.parametrize("on_terminal", [True, False])
+def test_set_up_shows_progress_on_a_terminal_and_is_quiet_in_a_log(repository, tmp_path, on_terminal):
+    python = tmp_path / "python"
+    python.write_text(PYTHON_THAT_MAKES_A_PIP)
+    python.chmod(0o755)
+    environment = tmp_path / "environment"
+    command = ["make", f"VENV={environment}", f"PYTHON={python}", f"{environment}/.ready"]
+    reader, writer = pty.openpty() if on_terminal else os.pipe()
+    subprocess.run(command, cwd=repository, stdout=writer, check=True)
+    os.close(writer)
+    os.close(reader)
+    arguments = (environment / "bin/pip.arguments").read_text().split()
+    assert ("--quiet" in arguments) is not on_terminal
+    assert arguments[-4:] == ["--constraint", "constraints.txt", "--editable", ".[test]"]
 
 
 # What metadata call the licences, by their names in SPDX.

@@ -10,9 +10,18 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from lungddpm.config.models import Config
+from lungddpm.config.models import Config, Generators
 from lungddpm.core.errors import ConfigError
+
+_MOVED = {
+    "diffusion": "generators.lung_ddpm",
+    "lung_ddpm_plus": "generators.lung_ddpm_plus",
+    "workflow.denoiser_gpus": "workflow.training_gpus",
+    "workflow.denoiser_nodes": "workflow.training_nodes",
+}
+"""Keys of earlier versions and what they are now."""
 
 
 def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
@@ -35,40 +44,56 @@ def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Confi
         ) from None
 
 
-def load_config(*paths: Path, needs_source: bool = True) -> Config:
+def load_config(*sources: Path | str, needs_source: bool = True) -> Config:
     """Read, merge and validate configuration files (see `read_values`).
 
     Args:
-        paths: files of the config, later ones over earlier ones.
+        sources: files of the config, or JSON texts, later ones over earlier ones.
         needs_source: whether `source.path` must be there; where it need not be, it may be wrong as well.
 
     Raises:
         ConfigError: a file is missing, is not YAML, or the merged values are wrong.
     """
-    values = read_values(*paths)
+    values = read_values(*sources)
     if not needs_source and isinstance(source := values.get("source", {}), dict):
         values["source"] = {**source, "path": source.get("path") or "."}
-    return parse_config(values, " + ".join(map(str, paths)))
+    return parse_config(values, " + ".join(map(_name_of, sources)))
 
 
-def read_values(*paths: Path) -> dict[str, Any]:
+def read_values(*sources: Path | str) -> dict[str, Any]:
     """Read and deep-merge YAML (or JSON) files from left to right; lists are replaced, as Snakemake does.
+
+    Args:
+        sources: paths of files, or mappings as JSON text.
 
     Raises:
         ConfigError: a file is missing, or is not YAML.
     """
     merged: dict[str, Any] = {}
-    for path in paths:
-        try:
-            values = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
-        except FileNotFoundError:
-            raise ConfigError(path, "does not exist", "Give the path of a YAML file.") from None
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(path, f"cannot be read as YAML ({error})", "Fix the file.") from None
+    for source in sources:
+        name = _name_of(source)
+        values = parse_yaml(str(source) if _is_text(source) else _read_text(Path(source)), name)
         if not isinstance(values or {}, dict):
-            raise ConfigError(path, "is not a mapping of keys to values", "Start from config.yaml.")
+            raise ConfigError(name, "is not a mapping of keys to values", "Start from config.yaml.")
         merged = _merge(merged, values or {})
     return merged
+
+
+def _is_text(source: Path | str) -> bool:
+    return isinstance(source, str) and source.startswith("{")
+
+
+def _name_of(source: Path | str) -> str:
+    return "--config" if _is_text(source) else str(source)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(path, "does not exist", "Give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(path, f"cannot be read as YAML ({error})", "Fix the file.") from None
 
 
 def parse_yaml(text: str, origin: str | Path) -> Any:
@@ -137,9 +162,14 @@ def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: ErrorDetails) -> str:
     # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
     path = ".".join(str(part) for part in problem["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
+    if problem["type"] == "extra_forbidden" and path in _MOVED:
+        return f"{path}: is now {_MOVED[path]}"
+    if problem["type"] == "extra_forbidden" and problem["loc"][:-1] == ("generators",):
+        known = ", ".join(Generators.model_fields)
+        return f"generators: there is no generator '{problem['loc'][-1]}'; known are {known}"
     if problem["type"] == "extra_forbidden":
         return f"{path}: there is no such key"
     message = problem["msg"].removeprefix("Value error, ")

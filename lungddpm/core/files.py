@@ -64,7 +64,7 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
 
     Args:
         path: the lock file; it is made and stays.
-        work: what the other process is doing, for the message ("training into results/diffusion/main").
+        work: what the other process is doing, for the message ("training into results/models/lung_ddpm/main").
     """
     lock = FileLock(path)
     # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.
@@ -80,7 +80,7 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """Hold a lock file while the block runs, unless another process does; tells whether this one holds it."""
+    """Hold a lock file while the block runs, unless another process does; yields whether this one holds it."""
     lock = FileLock(path)
     try:
         yield lock.take()

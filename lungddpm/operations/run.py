@@ -18,15 +18,21 @@ from contextlib import contextmanager, suppress
 from itertools import chain
 from pathlib import Path
 
+from lungddpm import __version__
 from lungddpm.config.loading import parse_yaml, read_values
 from lungddpm.core.errors import ConfigError, OutputError, UserError, from_os_error
 from lungddpm.core.locks import FileLock
 from lungddpm.core.progress import LOG
+from lungddpm.core.shipped import default_config, shipped_folder
 from lungddpm.operations.verify import outputs_to_make_again
 
 FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
 """Names a file to which stages append the user's faults, so that `run` can repeat them where they are seen: last."""
 
+SNAKEFILES = [Path("Snakefile"), Path("snakefile"), Path("workflow/Snakefile"), Path("workflow/snakefile")]
+"""Where Snakemake looks for the workflow."""
+
+CONFIG_OPTIONS = ("--configfile", "--configfiles")
 
 _LEAST_FREE_BYTES = 100 * 2**20
 """Below this Snakemake itself could not keep its records."""
@@ -45,10 +51,10 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     directory = _option(arguments, "--directory", "-d") or Path(".")
     if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
         arguments = [*arguments, "--cores", "all"]
-    if not _option(arguments, "--snakefile", "-s") and not Path("Snakefile").exists():
-        raise UserError("Snakefile", "is not in this folder", "Run from the repository's root, or give --snakefile.")
+    if not _option(arguments, "--snakefile", "-s") and not any(map(Path.exists, SNAKEFILES)):
+        arguments = _with_shipped_workflow(arguments, directory)
     _check_names(directory)
-    _check_configs(arguments)
+    _check_configs(arguments, directory)
     with (
         _lock(directory / "results") as lock,
         tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as faults,
@@ -68,6 +74,30 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     for message in messages:
         LOG.error("error: %s", message)
     return 2 if messages else code
+
+
+def _with_shipped_workflow(arguments: Sequence[str], directory: Path) -> list[str]:
+    """The arguments, with the workflow and the default profile that come with the package, and this folder's config."""
+    shipped, own = shipped_folder(), Path("config.yaml")
+    LOG.info("No Snakefile in this folder: running the workflow of lungddpm %s", __version__)
+    added = ["--snakefile", str(shipped / "workflow" / "Snakefile")]
+    if _option(arguments, "--workflow-profile") is None and not Path("profiles/default").exists():
+        added += ["--workflow-profile", str(shipped / "profiles" / "default")]
+    arguments = [*added, *arguments]
+    if not own.exists():
+        LOG.info("Config: %s; 'lungddpm init' copies it for editing", default_config(directory))
+    elif directory.resolve() != Path.cwd():
+        # Snakemake looks for it in its working folder only.
+        return _with_config_first(own, arguments)
+    return arguments
+
+
+def _with_config_first(path: Path, arguments: list[str]) -> list[str]:
+    """The arguments, the first of which is an option, with a config file before those that are given."""
+    for place, word in enumerate(arguments, start=1):
+        if word in CONFIG_OPTIONS:
+            return [*arguments[:place], str(path), *arguments[place:]]
+    return [CONFIG_OPTIONS[0], str(path), *arguments]
 
 
 def report_fault(error: UserError) -> None:
@@ -158,13 +188,13 @@ def _check_names(directory: Path) -> None:
             )
 
 
-def _check_configs(arguments: Sequence[str]) -> None:
+def _check_configs(arguments: Sequence[str], directory: Path) -> None:
     """Refuse what Snakemake would drop in silence, and config files that it would evaluate.
 
     A file from somebody else may say what, not run it.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--configfile", "--configfiles", nargs="+", action="append", default=[], type=Path)
+    parser.add_argument(*CONFIG_OPTIONS, nargs="+", action="append", default=[], type=Path)
     parser.add_argument("--config", "-C", nargs="*", action="append", default=[])
     given = parser.parse_known_args(list(arguments))[0]
     for option in ("configfile", "config"):
@@ -172,7 +202,7 @@ def _check_configs(arguments: Sequence[str]) -> None:
             raise ConfigError(
                 f"--{option}", "is given twice, and Snakemake takes only the last", f"Put all after one --{option}."
             )
-    for path in [Path("config.yaml"), *chain(*given.configfile)]:
+    for path in [Path("config.yaml"), directory / "config.yaml", *chain(*given.configfile)]:
         if path.is_file() and "__use_yte__" in read_values(path):
             raise ConfigError(
                 path, "has the key __use_yte__, with which Snakemake runs code in the file", "Write plain values."

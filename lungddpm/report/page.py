@@ -9,7 +9,6 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
 from lungddpm.core.arms import BASELINE
@@ -24,6 +23,7 @@ from lungddpm.report.html import render, show_excluded
 from lungddpm.report.manifest import arm_files, describe_run
 from lungddpm.report.sections import (
     extractors_of,
+    generators_of,
     limits_of,
     show_arms,
     show_calibration,
@@ -106,9 +106,10 @@ def draw_figures(
         sample = one.sample
         title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
         drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
-    history = results / "diffusion" / config.diffusion.run / "history.csv"
-    if history.exists():
-        drawn["training"] = figures.denoiser_curve(read_csv(history))
+    for trained in config.trained_generators():
+        history = results / trained.model_folder / "history.csv"
+        if history.exists():
+            drawn[f"training-{trained.name}"] = figures.denoiser_curve(read_csv(history))
     if len(curves := segmenter_training(config, results)):
         drawn["segmenter_training"] = figures.segmenter_curves(curves)
     paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
@@ -197,9 +198,7 @@ def render_report(
         compared=show_published(tables["published_comparison"].query("arm != ''")),
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
-        generator_notes={
-            name: generators.module_of(name, config).__doc__.splitlines()[0] for name in config.arms.largest_doses()
-        },
+        generators_in_use=generators_of(config),
         arm_cases={
             arm: [case["name"] for case in content["cases"] if case["trained_on"]] for arm, content in arms.items()
         },

@@ -14,6 +14,7 @@ from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, count, format_duration, format_number, format_p, format_spread
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
+from lungddpm.generators import plugin
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD
 from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOLE
 from lungddpm.verdict.statistics import caveats, minimum_cases
@@ -257,6 +258,22 @@ def show_sets(quality: pd.DataFrame) -> DisplayTable:
         rows.append([generator, image, *cells])
     heads = ["generator", "images", *(head for head, _ in columns.values())]
     return DisplayTable(heads, rows, [False, False, *[True] * len(columns)])
+
+
+def generators_of(config: Config) -> list[tuple[str, str, str]]:
+    """Name, title and citation of every generator in use.
+
+    The citation is empty for what another system made, and for controls that say there is none.
+    """
+    described = []
+    for name in config.arms.largest_doses():
+        if name in config.arms.external:
+            described.append((name, "external: made by another system", ""))
+        else:
+            declared = plugin(name)
+            cited = "" if declared.citation.startswith("None") else declared.citation
+            described.append((name, declared.title, cited))
+    return described
 
 
 def extractors_of(quality: pd.DataFrame) -> list[str]:

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from lungddpm.operations import run as runner
 
@@ -245,11 +247,27 @@ def test_braces_in_the_folder_are_refused(folder):
     assert "has '{' in its path" in output
 
 
-def test_no_snakefile_is_told(tmp_path):
-    run = start(tmp_path)
-    output, _ = run.communicate()
-    assert run.returncode == 2
-    assert "Run from the repository's root" in output
+def test_without_a_snakefile_the_shipped_workflow_runs_with_the_demos_config(tmp_path):
+    code, output = end_of(start(tmp_path, "--dry-run"))
+    assert code == 0, output
+    assert "No Snakefile in this folder: running the workflow of lungddpm" in output
+    assert "'lungddpm init' copies it" in output
+    assert re.search(r"^train_segmenter +8$", output, re.MULTILINE)
+    assert "/profiles/default for setting default" in output
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+@pytest.mark.parametrize("overlays", [0, 1])
+def test_without_a_snakefile_the_folders_own_config_is_used(repository, tmp_path, overlays, elsewhere):
+    values = yaml.safe_load((repository / "config.yaml").read_text())
+    values.setdefault("segmentation", {})["seeds"] = [0, 1, 2]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    (tmp_path / "mine.yaml").write_text("segmentation: {seeds: [0]}\n")
+    options = ["--configfile", "mine.yaml"] if overlays else []
+    options += ["--directory", str(tmp_path / "else/where")] if elsewhere else []
+    code, output = end_of(start(tmp_path, "--dry-run", *options))
+    assert code == 0, output
+    assert re.search(rf"^train_segmenter +{4 if overlays else 12}$", output, re.MULTILINE)
 
 
 def test_missing_locks_are_told_once_and_leave_nothing(folder, monkeypatch):

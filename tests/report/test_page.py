@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
 from lungddpm.report.page import run_report
 from lungddpm.report.sections import extractors_of, p_text, show_sets
@@ -63,6 +64,7 @@ def test_full_report(make_results, read_manifest):
     assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
     assert "computed phantoms" in page.text
     assert "anatomically aware sampling" in page.text
+    assert "Cite: Lung-DDPM: Semantic Layout-guided Diffusion Models" in page.text
     assert "several roles" not in page.text
     assert 'class="notes"' not in html
     assert "HU calibration: lung_ddpm within limits." in page.text
@@ -82,6 +84,16 @@ def test_nothing_names_the_machine(make_results, tmp_path):
         text = re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8"))
         assert str(tmp_path) not in text
         assert str(tmp_path.home()) + "/" not in text
+
+
+def test_synthetic_ct_of_other_systems_is_called_so(make_results, tmp_path):
+    arms = {"generators": ["maisi"], "external": {"maisi": str(tmp_path)}, "controls": ["paste_constant"]}
+    config, results = make_results(n_test=2, n_replicates=1, extras=False, arms=arms)
+    run_report(config, results)
+    text = page_of(results).text
+    assert "maisi . external: made by another system." in text
+    assert "paste_constant . Control: lungs of one constant HU in the reference." in text
+    assert "Cite:" not in text
 
 
 def test_two_cases_one_replicate_and_nothing_else(make_results):
@@ -173,9 +185,7 @@ def test_samples_to_show_are_ranked_by_their_error(make_results):
     assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
     assert sorted(by_error) == ["sample-0", "sample-1"]
     quality.unlink()
-    assert [folder.path for folder in ranked_samples(results, "lung_ddpm")] == [
-        results / "synthetic/lung_ddpm/sample-0"
-    ]
+    assert ranked_samples(results, "lung_ddpm") == [CaseFolder(results / "synthetic" / "lung_ddpm" / "sample-0")]
     assert ranked_samples(results, "reference") == []
 
 

@@ -66,7 +66,16 @@ def parsed_words(command):
 
 def check_quoted(words, cohort):
     for each in words:
-        assert all(re.fullmatch(r"[\w./+@:=-]*", word) for word in each if word != str(cohort)), each
+        others = [word for word in each if word != str(cohort) and not is_config(word)]
+        assert all(re.fullmatch(r"[\w./+@:=-]*", word) for word in others), each
+
+
+def is_config(word):
+    """Whether a word is the merged config, whole: a quote out of place would leave no JSON of these patients."""
+    if not word.startswith("{"):
+        return False
+    roles = json.loads(word)["roles"]
+    return roles["discovery"] + roles["reference"] + roles["test"] == PATIENTS
 
 
 def test_commands_quote_what_is_not_ours(benchmark, cohort):

@@ -18,10 +18,11 @@ rule compose:
         mem_mb=4000,
         runtime=60,
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("roles", n_folds=SETTINGS.segmentation.n_folds),
         code=stage_fingerprint("compose"),
     shell:
-        "lungddpm --log {log:q} compose {params.samples} --config results/config.json"
-        " --arm {wildcards.arm:q} --cases {input.cases} --output {params.folder:q}"
+        "lungddpm --log {log:q} compose {params.samples} --config {params.config:q}"
+        " --arm {wildcards.arm:q} --cases {input.cases:q} --output {params.folder:q}"

@@ -1,6 +1,24 @@
 # Scans -> cases: CT in HU and layout on the model grid.
 
 
+# For the record, and to start a stage by hand. It is nobody's input: each job has the keys it depends on in
+# `params.settings`. (As an `ancient` input it would hide them: where a job is to run, Snakemake does not look for
+# reasons of the jobs behind it, as these run anyway, and then finds that for `ancient` they need not.)
+rule merge_config:
+    output:
+        MERGED_CONFIG,
+    log:
+        "results/logs/merge_config.log",
+    localrule: True
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: 1
+    params:
+        **SETTINGS.without_folders().model_dump(mode="json"),
+    script:
+        "../scripts/merge_config.py"
+
+
 rule phantom:
     output:
         touch("results/source/.complete"),
@@ -15,10 +33,12 @@ rule phantom:
         mem_mb=2000,
         runtime=60,
     params:
+        config=config_of_jobs,
+        folder=subpath(output[0], parent=True),
         settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
         code=stage_fingerprint("phantom"),
     shell:
-        "lungddpm --log {log} phantom --config results/config.json --output results/source"
+        "lungddpm --log {log:q} phantom --config {params.config:q} --output {params.folder:q}"
 
 
 rule index:
@@ -37,15 +57,17 @@ rule index:
         mem_mb=2000,
         runtime=120,
     params:
+        config=config_of_jobs,
         source=source_option,
         settings=settings_of("roles", source=SETTINGS.source.kind),
         code=stage_fingerprint("index", SETTINGS.source.kind),
     shell:
-        "lungddpm --log {log} index --config results/config.json --source {params.source:q} --output {output}"
+        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} --output {output:q}"
 
 
 rule prepare:
     input:
+        cohort=phantom_cohort,
         index="results/cases/index.tsv",
     output:
         ensure("results/cases/cases-{shard}.tsv", non_empty=True),
@@ -62,13 +84,15 @@ rule prepare:
         runtime=600,
         gpu=int(SETTINGS.layouts.lungs != "classical"),
     params:
+        config=config_of_jobs,
         source=source_option,
+        folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
         code=stage_fingerprint("prepare", SETTINGS.source.kind),
     shell:
-        "lungddpm --log {log} prepare --config results/config.json --index {input.index} --source {params.source:q}"
-        " --output results/cases --shard {wildcards.shard} --shards {params.shards} --table {output}"
+        "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"
+        " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
 # How many scans there are tells how many jobs share them, and how many cases, how many samples a dose takes.
@@ -85,7 +109,7 @@ checkpoint count_cases:
         "../../envs/lungddpm.yaml"
     threads: 1
     shell:
-        "true > {log}"
+        "true > {log:q}"
 
 
 # With checksums, so that it changes with the tables.
@@ -101,7 +125,7 @@ rule list_case_tables:
         "../../envs/lungddpm.yaml"
     threads: 1
     shell:
-        "cksum {input} > {output} 2> {log}"
+        "cksum {input:q} > {output:q} 2> {log:q}"
 
 
 rule collect:
@@ -121,11 +145,12 @@ rule collect:
         mem_mb=2000,
         runtime=10,
     params:
+        config=config_of_jobs,
         tables=lambda wildcards, input: named_tables(input.tables),
         settings=settings_of("roles"),
         code=stage_fingerprint("collect"),
     shell:
-        "lungddpm --log {log} collect {params.tables} --config results/config.json --output {output.cases}"
+        "lungddpm --log {log:q} collect {params.tables} --config {params.config:q} --output {output.cases:q}"
 
 
 rule qc:
@@ -144,8 +169,9 @@ rule qc:
         mem_mb=2000,
         runtime=30,
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         settings=settings_of("layouts"),
         code=stage_fingerprint("qc"),
     shell:
-        "lungddpm --log {log} qc --config results/config.json --cases {input.cases} --output {params.folder}"
+        "lungddpm --log {log:q} qc --config {params.config:q} --cases {input.cases:q} --output {params.folder:q}"

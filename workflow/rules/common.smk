@@ -20,25 +20,25 @@ if package.origin is None:
 from lungddpm.config.loading import parse_config, read_values
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.code import stage_fingerprint
-from lungddpm.core.errors import UserError, from_os_error
-from lungddpm.core.files import write_json
+from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
-from lungddpm.generators import module_of
+from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
 from lungddpm.segmentation.nnunet import weights_file
 
 try:
-    # Snakemake has read them already, but of a key that a file has twice it drops the first.
-    for path in workflow.configfiles:
-        read_values(path)
+    # Snakemake has read them already, but of a key that a file has twice it drops the first. As a module, the workflow
+    # is given values; the files are those of another workflow.
+    if workflow.modifier.is_main_snakefile():
+        for path in workflow.configfiles:
+            read_values(path)
     SETTINGS = parse_config(config, "config.yaml and its overlays")
     GENERATORS = list(SETTINGS.arms.largest_doses())
-    # The config of the denoiser that a generator needs, if it needs one.
-    DENOISERS = {
-        name: SETTINGS.for_denoiser(section)
-        for name in GENERATORS
-        if (section := module_of(name, SETTINGS).DENOISER)
-    }
+    PLUGINS = [name for name in GENERATORS if name not in SETTINGS.arms.external]
+    # Generators that are trained, each with its part of the config.
+    TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
+    # Those that draw with weights, each with the generator whose weights these are.
+    WEIGHTS_OF = {name: owner for name in PLUGINS if (owner := plugin(name).weights_of)}
 except UserError as error:
     report_fault(error)
     raise WorkflowError(str(error)) from None
@@ -47,24 +47,20 @@ offer_own_programs()
 
 IS_PHANTOM = SETTINGS.source.kind == "phantom"
 ARMS = SETTINGS.arms.names()
-SECTION_OF_RUN = {
-    denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
-}
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
+# The merged config; see rule `merge_config`.
+MERGED_CONFIG = "results/config.json"
 CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
 
 
-# Stages read the merged config from this file. It is nobody's input: each job's `params.settings` holds the parts that
-# decide its result, so that a change of the others leaves it alone.
+# The hashes of a run under way would be wrong. (Not called where this workflow is a module of another.)
 onstart:
-    write_merged_config()
-    # The hashes of a run under way would be wrong.
     Path("results/SHA256SUMS").unlink(missing_ok=True)
 
 
 wildcard_constraints:
     arm="|".join(map(re.escape, ARMS)),
-    run="|".join(SECTION_OF_RUN),
+    run=r"[A-Za-z0-9_]+",
     generator=r"[A-Za-z0-9_]+",
     dose=r"[0-9.e+-]+",
     shard=r"\d+",
@@ -74,15 +70,12 @@ wildcard_constraints:
     replicate=SETTINGS.segmentation.replicate_name(r"\d+", r"\d+"),
 
 
-def write_merged_config():
-    """Write the config that stages read; a disk that cannot take it is the user's to mend."""
-    try:
-        write_json(Path("results/config.json"), SETTINGS.without_folders())
-    except OSError as error:
-        if (fault := from_os_error(error)) is None:
-            raise
-        report_fault(fault)
-        raise WorkflowError(str(fault)) from None
+def config_of_jobs(_wildcards, threads):
+    """What a job's stage gets as its config: JSON of all that is not a default.
+
+    As it depends on `threads`, Snakemake does not count it among what makes the job run again: `settings` does that.
+    """
+    return SETTINGS.without_folders().model_dump_json(exclude_defaults=True)
 
 
 def settings_of(*sections, **values):
@@ -95,9 +88,17 @@ def settings_of(*sections, **values):
     return re.sub(r"\{(?=\s*\w)", r"\\u007b", text)
 
 
-def source_option(_wildcards):
-    """Where the scans lie: the phantom cohort that the workflow makes, or the user's folder."""
-    return "results/source" if IS_PHANTOM else str(SETTINGS.source.path)
+def source_of_phantom(_wildcards, input):
+    """The folder of the phantom cohort that the workflow makes."""
+    return str(Path(input.cohort[0]).parent)
+
+
+def source_of_user(_wildcards):
+    """The folder of the user's scans; of this one a change makes jobs run again."""
+    return str(SETTINGS.source.path)
+
+
+source_option = source_of_phantom if IS_PHANTOM else source_of_user
 
 
 def phantom_cohort(_wildcards):
@@ -121,8 +122,9 @@ def sample_tables(generator, dose=None):
 
 def named_tables(tables):
     """Tables of shards as words of a shell command; where the input is a list of them, they are read from it."""
+    quoted = map(shlex.quote, tables)
     return " ".join(
-        table if IS_PHANTOM else f"$(cut -d ' ' -f 3 {table})" for table in tables
+        table if IS_PHANTOM else f"$(cut -d ' ' -f 3 {table})" for table in quoted
     )
 
 
@@ -178,8 +180,8 @@ def prepare_jobs(index):
 
 def counted(table):
     """A table of cases, as soon as it is there."""
-    checkpoints.count_cases.get(table=table)
-    return f"results/cases/{table}.tsv"
+    marker = checkpoints.count_cases.get(table=table).output[0]
+    return str(Path(marker).with_name(f"{table}.tsv"))
 
 
 def rows_of(table):
@@ -188,11 +190,11 @@ def rows_of(table):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def denoiser_of(generator):
-    """The trained denoiser, for generators that use one."""
-    if generator not in DENOISERS:
+def weights_of(generator):
+    """The trained weights, for generators that draw with some."""
+    if generator not in WEIGHTS_OF:
         return []
-    return [f"results/diffusion/{DENOISERS[generator].diffusion.run}/model.safetensors"]
+    return [f"results/{TRAINED[WEIGHTS_OF[generator]].model_folder}/model.safetensors"]
 
 
 def files_of_external(generator):
@@ -200,7 +202,9 @@ def files_of_external(generator):
     if generator not in SETTINGS.arms.external:
         return []
     folder = SETTINGS.arms.external[generator]
-    return sorted(map(str, [*folder.glob("samples.json"), *folder.glob("*/*.nii.gz")]))
+    files = [*folder.glob("samples.json"), *folder.glob("*/*.nii.gz")]
+    # `local`: the prefix of a module is not theirs.
+    return [local(str(path)) for path in sorted(files)]
 
 
 def external_option(wildcards):
@@ -209,10 +213,13 @@ def external_option(wildcards):
     return f"--external {shlex.quote(str(folder))}" if folder else ""
 
 
-def sampling_of(generator):
-    """How a generator samples; None where it has no denoiser."""
-    denoiser = DENOISERS.get(generator)
-    return denoiser and denoiser.diffusion.sampling.model_dump(mode="json")
+def synthesis_settings(generator):
+    """What decides the samples of a generator, besides its inputs."""
+    if generator not in PLUGINS:
+        return {}
+    config = SETTINGS.for_generator(generator)
+    window = SETTINGS.grid.window_hu if generator in WEIGHTS_OF else None
+    return {"run": config.run, "generator": config.decides_samples(), "window": window}
 
 
 def code_of_synthesis(generator):
@@ -227,14 +234,19 @@ def plans_of(wildcards):
     return [] if wildcards.arm == BASELINE else ["results/arms/real/plan.json"]
 
 
+def folder_of_plans(_wildcards, input, output):
+    """The folder of the arm `real`, which makes the plans."""
+    return str(Path((input.plans or output)[0]).parent)
+
+
 def several_nodes(value):
     """A resource that only a training on several nodes has."""
-    return value if SETTINGS.workflow.denoiser_nodes > 1 else None
+    return value if SETTINGS.workflow.training_nodes > 1 else None
 
 
-def denoiser_launcher(_wildcards, threads):
-    """What starts the processes that share the training of a denoiser; nothing, where it is only one."""
-    nodes, gpus = SETTINGS.workflow.denoiser_nodes, SETTINGS.workflow.denoiser_gpus
+def training_launcher(_wildcards, threads):
+    """What starts the processes that share a training; nothing, where it is only one."""
+    nodes, gpus = SETTINGS.workflow.training_nodes, SETTINGS.workflow.training_gpus
     if nodes == gpus == 1:
         return ""
     if nodes == 1:

@@ -18,14 +18,16 @@ rule plan:
         mem_mb=8000,
         runtime=240,
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
+        plans_from=folder_of_plans,
         settings=settings_of(
             network=SEGMENTER["network"], batch_size=SEGMENTER["batch_size"]
         ),
         code=stage_fingerprint("plan"),
     shell:
-        "lungddpm --log {log:q} segment plan --config results/config.json --arm-folder {params.folder:q}"
-        " --plans-from results/arms/real --threads {threads}"
+        "lungddpm --log {log:q} segment plan --config {params.config:q} --arm-folder {params.folder:q}"
+        " --plans-from {params.plans_from:q} --threads {threads}"
 
 
 rule train_segmenter:
@@ -45,11 +47,12 @@ rule train_segmenter:
         runtime=1440,
         gpu=1,
     params:
+        config=config_of_jobs,
         folder=subpath(input.plan, parent=True),
         settings=settings_of(**SEGMENTER),
         code=stage_fingerprint("train_segmenter"),
     shell:
-        "lungddpm --log {log:q} segment train --config results/config.json --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment train --config {params.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
 
 
@@ -72,9 +75,10 @@ rule predict:
         runtime=480,
         gpu=1,
     params:
+        config=config_of_jobs,
         folder=subpath(input.plan, parent=True),
         code=stage_fingerprint("predict"),
     shell:
-        "lungddpm --log {log:q} segment predict --config results/config.json --arm-folder {params.folder:q}"
-        " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases} --output {output:q}"
+        "lungddpm --log {log:q} segment predict --config {params.config:q} --arm-folder {params.folder:q}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {output:q}"
         " --threads {threads}"

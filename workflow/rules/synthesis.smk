@@ -4,7 +4,7 @@
 rule synthesize:
     input:
         cases="results/cases/cases.tsv",
-        weights=lambda wildcards: denoiser_of(wildcards.generator),
+        weights=lambda wildcards: weights_of(wildcards.generator),
         external=lambda wildcards: files_of_external(wildcards.generator),
     output:
         ensure(
@@ -20,27 +20,25 @@ rule synthesize:
     resources:
         mem_mb=16000,
         runtime=1440,
-        gpu=lambda wildcards: len(denoiser_of(wildcards.generator)),
+        gpu=lambda wildcards: len(weights_of(wildcards.generator)),
     params:
+        config=config_of_jobs,
         folder=subpath(output[0], parent=True),
         weights=lambda wildcards, input: (
-            f"--weights {input.weights}" if input.weights else ""
+            f"--weights {shlex.quote(str(input.weights))}" if input.weights else ""
         ),
         shards=lambda wildcards, input: synthesize_jobs(
             wildcards.generator, wildcards.dose, input.cases
         ),
         external=external_option,
         settings=lambda wildcards: settings_of(
-            "synthesis",
-            sampling=sampling_of(wildcards.generator),
-            run=SETTINGS.diffusion.run,
-            window=SETTINGS.grid.window_hu,
+            "synthesis", **synthesis_settings(wildcards.generator)
         ),
         code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
-        "lungddpm --log {log} synthesize --config results/config.json --generator {wildcards.generator}"
-        " --dose {wildcards.dose} --cases {input.cases} {params.weights} {params.external}"
-        " --output {params.folder} --shard {wildcards.shard} --shards {params.shards} --table {output} --threads {threads}"
+        "lungddpm --log {log:q} synthesize --config {params.config:q} --generator {wildcards.generator}"
+        " --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"
+        " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q} --threads {threads}"
 
 
 # See `list_case_tables`.
@@ -48,7 +46,7 @@ rule list_sample_tables:
     input:
         tables=lambda wildcards: samples_of(wildcards.generator, wildcards.dose),
         # The training is part of the run before samples can be counted.
-        weights=lambda wildcards: denoiser_of(wildcards.generator),
+        weights=lambda wildcards: weights_of(wildcards.generator),
     output:
         "results/synthetic/{generator}/.samples-{dose}",
     log:
@@ -58,4 +56,4 @@ rule list_sample_tables:
         "../../envs/lungddpm.yaml"
     threads: 1
     shell:
-        "cksum {input.tables} > {output} 2> {log}"
+        "cksum {input.tables:q} > {output:q} 2> {log:q}"

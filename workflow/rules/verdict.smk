@@ -33,10 +33,11 @@ rule evaluate:
         mem_mb=4000,
         runtime=60,
     params:
+        config=config_of_jobs,
         folder=subpath(output.metrics, parent=True),
         code=stage_fingerprint("evaluate"),
     shell:
-        "lungddpm --log {log:q} evaluate --config results/config.json --cases {input.cases}"
+        "lungddpm --log {log:q} evaluate --config {params.config:q} --cases {input.cases:q}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
 
 
@@ -58,12 +59,13 @@ rule quality:
         mem_mb=8000,
         runtime=480,
     params:
+        config=config_of_jobs,
         samples=lambda wildcards, input: named_tables(input.samples),
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
         code=stage_fingerprint("quality"),
     shell:
-        "lungddpm --log {log} quality {params.samples} --config results/config.json --generator {wildcards.generator}"
-        " --cases {input.cases} --output {output.samples} --threads {threads}"
+        "lungddpm --log {log:q} quality {params.samples} --config {params.config:q} --generator {wildcards.generator}"
+        " --cases {input.cases:q} --output {output.samples:q} --threads {threads}"
 
 
 rule write_report:
@@ -118,15 +120,18 @@ rule write_report:
         mem_mb=4000,
         runtime=60,
     params:
+        config=config_of_jobs,
+        folder=subpath(output.page, parent=True),
         settings=settings_of("verdict", arms=ARMS),
         code=stage_fingerprint("report"),
     shell:
-        "lungddpm --log {log} report --config results/config.json --results results"
+        "lungddpm --log {log:q} report --config {params.config:q} --results {params.folder:q}"
 
 
 # Last: whatever a run does, it ends with this.
 rule checksums:
     input:
+        config=MERGED_CONFIG,
         page="results/report.html",
     output:
         ensure("results/SHA256SUMS", non_empty=True),
@@ -141,6 +146,7 @@ rule checksums:
         mem_mb=1000,
         runtime=240,
     params:
+        folder=subpath(output[0], parent=True),
         code=stage_fingerprint("checksums"),
     shell:
-        "lungddpm --log {log} checksums --results results"
+        "lungddpm --log {log:q} checksums --results {params.folder:q}"

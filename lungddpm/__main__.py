@@ -1,0 +1,5 @@
+"""`python -m lungddpm`: the command line."""
+
+from lungddpm.cli import main
+
+main()

@@ -1,0 +1,108 @@
+"""The workflow as a module of another one: Snakemake's `module` with and without `prefix`, in the other's folder."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+from test_dry_run import SNAKEMAKE, jobs
+from tiny import TINY, TWO_ARMS, merged
+
+OUTER = """
+configfile: "benchmark.yaml"
+
+rule all:
+    input: "summary.txt"
+
+module lungddpm:
+    snakefile: "{snakefile}"
+    config: config
+    {prefix}
+
+use rule * from lungddpm as lungddpm_*
+
+rule summary:
+    input: "{folder}results/tables/verdict.csv", "{folder}results/SHA256SUMS"
+    output: "summary.txt"
+    shell: "cp {{input[0]}} {{output}}"
+"""
+
+
+@pytest.fixture
+def outer(repository, tmp_path):
+    """A function that writes another workflow which uses ours, and runs Snakemake in its folder."""
+
+    def run(*arguments, prefix="bench", overlay=None):
+        line, folder = (f'prefix: "{prefix}"', f"{prefix}/") if prefix else ("", "")
+        snakefile = OUTER.format(snakefile=repository / "workflow/Snakefile", prefix=line, folder=folder)
+        (tmp_path / "Snakefile").write_text(snakefile)
+        demo = yaml.safe_load((repository / "config.yaml").read_text())
+        (tmp_path / "benchmark.yaml").write_text(yaml.safe_dump(merged(merged(demo, TINY), overlay or {})))
+        return subprocess.run(
+            [SNAKEMAKE, "--cores", "2", *arguments], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, env={**os.environ, "NO_COLOR": "1"}, check=False,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("prefix", ["bench", ""])
+def test_all_rules_are_planned(outer, tmp_path, prefix):
+    run = outer("--dry-run", "--printshellcmds", prefix=prefix)
+    assert run.returncode == 0, run.stdout[-3000:]
+    planned = jobs(run.stdout)
+    assert (planned["lungddpm_train_segmenter"], planned["lungddpm_checksums"]) == (4, 1)
+    assert planned["summary"] == planned["all"] == 1, "the default target is the other workflow's"
+    commands = re.findall(r"^Shell command: (.*lungddpm .*)$", run.stdout, re.MULTILINE)
+    assert len(commands) > 25
+    for command in commands:
+        paths = [Path(word) for word in command.split() if "results" in word and not word.startswith("-")]
+        assert all(path.is_relative_to(Path(prefix, "results")) for path in paths), command
+    assert not (tmp_path / "results").exists()
+
+
+def test_external_folders_have_no_prefix(outer, tmp_path):
+    case = tmp_path / "theirs/synthetic-1"
+    case.mkdir(parents=True)
+    (case / "ct.nii.gz").touch()
+    arms = {"generators": ["theirs"], "external": {"theirs": "theirs"}, "synthetic_only": [], "controls": []}
+    run = outer("--dry-run", "--printshellcmds", overlay={"arms": arms})
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "--external theirs " in run.stdout
+    assert re.search(r"input: .*, theirs/synthetic-1/ct\.nii\.gz", run.stdout)
+
+
+def test_a_wrong_key_is_named(outer):
+    run = outer("--dry-run", overlay={"grdi": {}})
+    assert run.returncode != 0
+    assert "grdi: there is no such key" in run.stdout
+
+
+@pytest.mark.workflow
+def test_it_runs_below_its_prefix_to_the_verdict_of_a_run_of_its_own(outer, tiny_benchmark, tmp_path):
+    run = outer(overlay=TWO_ARMS)
+    assert run.returncode == 0, run.stdout[-5000:]
+    ours = pd.read_csv(tmp_path / "bench/results/tables/cases.csv")
+    alone = tiny_benchmark.table("cases.csv")
+    pd.testing.assert_frame_equal(ours, alone[alone["arm"].isin(ours["arm"])].reset_index(drop=True))
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"Snakefile", "benchmark.yaml", "bench", "summary.txt", ".snakemake"}
+    assert "Nothing to be done" in outer("--dry-run", overlay=TWO_ARMS).stdout
+
+
+@pytest.mark.workflow
+def test_scans_are_counted_below_the_prefix(outer, tiny_benchmark, tmp_path):
+    scans = tiny_benchmark.results / "source"
+    no_networks = {"arms": {"generators": ["paste_constant"], "controls": [], "synthetic_only": []}}
+    source = {"source": {"kind": "lidc", "path": str(scans)}, "workflow": {"case_shards": 3, "synthesis_shards": 2}}
+    overlay = {**no_networks, **source}
+    targets = [f"bench/results/arms/{arm}/arm.json" for arm in ("real", "real+paste_constant@1.0")]
+    run = outer(*targets, overlay=overlay)
+    assert run.returncode == 0, run.stdout[-5000:]
+    cases = tmp_path / "bench/results/cases"
+    assert len(list(cases.glob("cases-*.tsv"))) == 3
+    assert len(list((tmp_path / "bench/results/synthetic/paste_constant").glob("samples-*.tsv"))) == 2
+    assert "Nothing to be done" in outer("--dry-run", *targets, overlay=overlay).stdout
