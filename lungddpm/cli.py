@@ -413,7 +413,7 @@ def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
 ) -> None:
     """Print the verdict of a finished run and where its report lies."""
-    from lungddpm.report.page import verdict_table_text
+    from lungddpm.report.terminal import verdict_table_text
 
     typer.echo(verdict_table_text(results))
 

@@ -24,12 +24,12 @@ from lungddpm.core.files import read_json, sha256_of, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import Progress
 from lungddpm.core.roles import DISCOVERY, REFERENCE
+from lungddpm.core.text import count
 from lungddpm.core.volume import Volume, to_model_range
 from lungddpm.quality.calibration import compare_hu
 from lungddpm.quality.diversity import memorisation, nearest_case, pairwise_similarity
 from lungddpm.quality.feature_distances import distances_of_sets
 from lungddpm.quality.similarity import n_scales, similarities
-from lungddpm.verdict.statistics import count
 
 if TYPE_CHECKING:
     from lungddpm.quality.medicalnet import Extractor

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lungddpm.verdict.statistics import POWER, count
+from lungddpm.core.text import count
+from lungddpm.verdict.statistics import POWER
 
 
 @dataclass(frozen=True)
