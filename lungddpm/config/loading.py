@@ -6,14 +6,16 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lungddpm.config.models import Config, Generators
 from lungddpm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lungddpm.config.models import Config
 
 _MOVED = {
     "diffusion": "generators.lung_ddpm",
@@ -34,6 +36,9 @@ def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Confi
     Raises:
         ConfigError: naming every wrong key and what it should be.
     """
+    # Here, as it reads all generators' modules: one that cannot be read is an error of the config as well.
+    from lungddpm.config.models import Config
+
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -168,6 +173,8 @@ def _explain(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden" and path in _MOVED:
         return f"{path}: is now {_MOVED[path]}"
     if problem["type"] == "extra_forbidden" and problem["loc"][:-1] == ("generators",):
+        from lungddpm.config.models import Generators
+
         known = ", ".join(Generators.model_fields)
         return f"generators: there is no generator '{problem['loc'][-1]}'; known are {known}"
     if problem["type"] == "extra_forbidden":

@@ -492,7 +492,7 @@ class Config(Section):
         owners = [owner for name in names if (owner := _generators().plugin(name).weights_of) is not None]
         return list(dict.fromkeys([*names, *owners]))
 
-    def for_generator(self, name: str) -> GeneratorConfig[GeneratorSettings]:
+    def for_generator(self, name: str) -> GeneratorConfig[Any]:
         """What a generator is given of this config.
 
         Raises:

@@ -19,13 +19,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 
 
-def _check_classes(classes: list[str]) -> list[str]:
+Layer = Literal["lung", "nodule", "vessel"]
+
+
+def _check_classes(classes: list[Layer]) -> list[Layer]:
     if classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
         raise ValueError("classes is [lung, nodule] or [lung, nodule, vessel]")
     return classes
 
 
-Classes = Annotated[list[Literal["lung", "nodule", "vessel"]], AfterValidator(_check_classes)]
+Classes = Annotated[list[Layer], AfterValidator(_check_classes)]
 
 SHARED_RUN = "main"
 """Stands for the run's name in seeds that no training decides: layouts are the same for all generators, whatever their
@@ -294,7 +297,20 @@ class GeneratorConfig(Generic[S]):
     settings: S
     grid: Grid
     seed: int
-    weights_from: GeneratorConfig[TrainedSettings] | None = None
+    weights_from: GeneratorConfig[Any] | None = None
+
+    @property
+    def of_weights(self) -> GeneratorConfig[Any]:
+        """The same of the generator whose weights it draws with: its own, or another's.
+
+        Raises:
+            ValueError: it draws with none.
+        """
+        if isinstance(self.settings, TrainedSettings):
+            return self
+        if self.weights_from is None:
+            raise ValueError(f"{self.name} draws without weights")
+        return self.weights_from
 
     @property
     def run(self) -> str:

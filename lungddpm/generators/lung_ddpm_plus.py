@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lungddpm.config.sections import (
     Denoiser,
     DiffusionSettings,
     GeneratorConfig,
     Grid,
+    Layer,
     Name,
     PositiveInt,
     Sampling,
@@ -75,12 +76,18 @@ class PlusSampling(Sampling):
     that do not count in the result keep to the reference at all noise levels."""
 
 
+def _nodules_only(classes: list[Layer]) -> list[Layer]:
+    if classes != ["nodule"]:
+        raise ValueError("classes is [nodule]")
+    return classes
+
+
 class Settings(DiffusionSettings):
     """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
 
     run: Name = "plus"
     """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
-    classes: Annotated[list[Literal["nodule"]], Field(min_length=1, max_length=1)] = ["nodule"]
+    classes: Annotated[list[Layer], AfterValidator(_nodules_only)] = ["nodule"]
     """Layout classes that condition the denoiser: nodules alone."""
     denoiser: PlusDenoiser = PlusDenoiser()
     training: PlusTraining = PlusTraining()

@@ -311,7 +311,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     light = []
     for name, number in samples.items():
         declared = None if name in config.arms.external else plugin(name)
-        if declared is None or declared.drawing is None:
+        if declared is None or declared.drawing is None or declared.weights_of is None:
             light.append(name)
         else:
             drawing = declared.drawing(config.for_generator(name))

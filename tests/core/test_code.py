@@ -287,7 +287,9 @@ ROOMS = ["core", "config", "sources", "layouts", "models", "generators", "synthe
 ROOMS += ["evaluation", "quality", "verdict", "report", "operations"]
 SOURCES = ["phantom", "lidc", "nifti"]
 GENERATORS = generators.names()
+TRAINED = [name for name in GENERATORS if generators.plugin(name).recipe is not None]
 NAMES = {"find_series": SOURCES, "index": SOURCES, "prepare": SOURCES, "synthesize": GENERATORS, "draw": GENERATORS}
+NAMES["train"] = TRAINED
 STAGES_AND_NAMES = [(stage, name) for stage in STAGES for name in NAMES.get(stage, [""])]
 
 
@@ -318,8 +320,16 @@ def test_what_is_left_out_is_there():
     ("stage", "name", "but_not"),
     [
         # Neither drawing pictures, nor drawing samples, nor the loop around the steps retrains a model.
-        ("train", "", ["core.drawing", "models.sampling", "models.monitoring", "models.training_states", "report"]),
-        ("train", "", ["generators.copy_paste", "layouts", "operations", "segmentation", "evaluation", "quality"]),
+        (
+            "train",
+            "lung_ddpm",
+            ["core.drawing", "models.sampling", "models.monitoring", "models.training_states", "report"],
+        ),
+        (
+            "train",
+            "lung_ddpm",
+            ["generators.copy_paste", "layouts", "operations", "segmentation", "evaluation", "quality"],
+        ),
         ("train_segmenter", "", ["segmentation.nnunet", "models", "generators", "layouts", "arms", "core.drawing"]),
         ("synthesize", "lung_ddpm", ["models.training", "models.optimization", "models.data", "generators.copy_paste"]),
         ("synthesize", "reference", ["models", "generators.lung_ddpm", "generators.copy_paste", "core.drawing"]),
@@ -348,8 +358,8 @@ def test_a_stage_does_not_depend_on(stage, name, but_not):
         ("index", "lidc", {"arms.splits:assign_roles", "sources.lidc:find_series"}),
         ("prepare", "phantom", {"layouts.lungs:segment_lungs", "core.labels:Label", "core.drawing:LABELS"}),
         ("prepare", "phantom", {"sources.lidc:load_scan", "layouts.compose:build_case"}),
-        ("train", "", {"models.denoiser:UNet", "models.data:SampleStream", "models.augmentation:augment"}),
-        ("train", "", {"models.schedule:cosine_betas", "core.labels:Label", "core.files:seed_from"}),
+        ("train", "lung_ddpm", {"models.denoiser:UNet", "models.data:SampleStream", "models.augmentation:augment"}),
+        ("train", "lung_ddpm", {"models.schedule:cosine_betas", "core.labels:Label", "core.files:seed_from"}),
         ("synthesize", "med_ddpm", {"generators.lung_ddpm:load_sampler", "models.sampling:sample_free"}),
         ("make_layout", "", {"layouts.placement:jitter"}),
         ("compose", "", {"arms.splits:check_leaks", "arms.splits:folds"}),
