@@ -464,11 +464,11 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
 
     Raises:
-        InputError: the arm is not planned, was composed anew since, or has no such fold.
+        InputError: the arm is not planned, was composed again since, or has no such fold.
     """
     plan, arm = _read_plan(arm_dir), _read_arm(arm_dir)
     if plan["arm_fingerprint"] != arm["fingerprint"]:
-        raise InputError(arm_dir, "was composed anew since it was planned", "Run 'lungddpm segment plan' again.")
+        raise InputError(arm_dir, "was composed again since it was planned", "Run 'lungddpm segment plan' again.")
     if fold >= (n_folds := len(arm["folds"])):
         raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation

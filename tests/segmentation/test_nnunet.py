@@ -146,7 +146,7 @@ def test_the_training_curve_is_read_from_the_logs(run):
     assert steps == (2, 4, 6, 8)
     logged = torch.load(nnunet.fold_folder(real, 0, 3) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert losses == pytest.approx(logged["train_losses"], abs=5e-5)
-    # A resumed training logs anew what it had not saved.
+    # A resumed training logs again what it had not saved.
     again = nnunet.fold_folder(real, 0, 3) / "training_log_9999.txt"
     again.write_text("9: Epoch 3 \n9: Current learning rate: 0.1 \n9: train_loss -0.7500, pseudo Dice 0.1 \n")
     assert nnunet.training_curve(real, 0, 3, save_every=2) == [*zip(steps[:3], losses[:3], strict=True), (8, -0.75)]
@@ -381,7 +381,7 @@ def test_what_is_missing_is_named(run, tmp_path):
         nnunet.run_plan(CONFIG, tmp_path)
     with pytest.raises(InputError, match=r"plan\.json.*segment plan"):
         nnunet.run_train(CONFIG, tmp_path, 0, 0)
-    with pytest.raises(InputError, match="composed anew since"):
+    with pytest.raises(InputError, match="composed again since"):
         nnunet.run_train(CONFIG, recomposed, 0, 0)
     with pytest.raises(InputError, match="not fold 2"):
         nnunet.run_train(CONFIG, arm, 2, 0)
