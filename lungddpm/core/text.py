@@ -44,7 +44,7 @@ def format_p(p: float, level: float = 0.05) -> str:
     return f"= {p:.{digits}f}"
 
 
-def count(number: int, noun: str) -> str:
+def plural(number: int, noun: str) -> str:
     """ "1 case", "2 cases"."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 

@@ -62,7 +62,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     objective = VelocityPrediction(settings.times, settings.lesion_weight, settings.classes.index("nodule"))
     return Recipe(
         build=lambda: build_denoiser(config),
-        load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, by_planes=False),
+        load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, winograd=False),
         objective=lambda device: objective,
         inputs=lambda shape: unet_inputs(config, shape),
     )
@@ -114,6 +114,6 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 
 def _load_network(weights: Path, config: GeneratorConfig[Settings], device: str | torch.device) -> UNet:
     from lungddpm.models.checkpoint import load_network
-    from lungddpm.models.denoiser import build_denoiser, place
+    from lungddpm.models.denoiser import build_denoiser, place_on_device
 
-    return place(load_network(weights, config, lambda: build_denoiser(config), device), device)
+    return place_on_device(load_network(weights, config, lambda: build_denoiser(config), device), device)

@@ -52,7 +52,7 @@ def diffusion_recipe(
 
     def load(path: Path) -> UNet:
         # Gradients by planes take half as much memory again, and no less time.
-        return load_denoiser(path, config).arrange(channels_last=False, by_planes=False)
+        return load_denoiser(path, config).arrange(channels_last=False, winograd=False)
 
     return Recipe(
         build=lambda: build_denoiser(config),

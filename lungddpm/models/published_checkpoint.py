@@ -26,7 +26,14 @@ from lungddpm.models.checkpoint import (
     read_weights,
     refuse_unfit,
 )
-from lungddpm.models.denoiser import ATTENTION_EDGE, UNet, build_denoiser, inferred_arguments, network_arguments, place
+from lungddpm.models.denoiser import (
+    ATTENTION_EDGE,
+    UNet,
+    build_denoiser,
+    inferred_arguments,
+    network_arguments,
+    place_on_device,
+)
 from lungddpm.models.schedule import cosine_betas, published_buffers
 
 _PREFIX = "denoise_fn."
@@ -62,7 +69,7 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
         weights = _read_published(path, config)
         _explain_other_network(path, weights, config)
         denoiser = fill(path, build, weights, device, _PREFIX)
-    return place(denoiser, device)
+    return place_on_device(denoiser, device)
 
 
 def export_published(weights: Path, output: Path) -> None:

@@ -40,7 +40,7 @@ from lungddpm.models.optimization import Optimization, learning_rate
 from lungddpm.models.recipe import Preview, Recipe
 from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
 
-MEMORY_LEVERS = (
+MEMORY_OPTIONS = (
     "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
     "or lower denoiser.base_channels; 'lungddpm train --estimate' shows what is needed. A saved state is intact."
 )
@@ -99,7 +99,7 @@ def run_train(
         data_fingerprint=fingerprint(hashes),
         code=code_of_steps([], 0, stage_fingerprint("train", config.name)),
     )
-    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_LEVERS):
+    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
         if restart or not _is_complete(output / "model.safetensors", metadata):
             data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config.grid.size)
             model = initial_network(config, recipe, initial)

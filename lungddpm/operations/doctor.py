@@ -11,7 +11,7 @@ from lungddpm.core.versions import LIBRARIES, installed_versions
 
 
 def describe() -> list[str]:
-    """One line a fact: versions, devices, cores, memory, disk."""
+    """One line per fact: versions, devices, cores, memory, disk."""
     import psutil
 
     memory = psutil.virtual_memory()

@@ -18,7 +18,7 @@ from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import Optimization, checkpoint_stages
 from lungddpm.models.recipe import Recipe
-from lungddpm.models.training import MEMORY_LEVERS, initial_network
+from lungddpm.models.training import MEMORY_OPTIONS, initial_network
 
 _BYTES_A_WEIGHT = 4
 _KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
@@ -40,7 +40,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     processes = accelerator.num_processes
     operations = whole_pass * training.accumulation * processes
     LOG.info("Taking two steps of %s each", _flop(operations))
-    with explain_out_of_memory(MEMORY_LEVERS):
+    with explain_out_of_memory(MEMORY_OPTIONS):
         recipe = recipe_of(config)
         optimization = Optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         _, seconds = (_timed_step(optimization, step) for step in range(2))

@@ -14,7 +14,7 @@ from lungddpm.core import cases, drawing
 from lungddpm.core.arms import BASELINE
 from lungddpm.core.files import read_json, sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
-from lungddpm.core.text import count
+from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
 from lungddpm.quality.calibration import calibration_summary
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -42,8 +42,8 @@ from lungddpm.report.sections import (
     show_unscored,
     show_verdict,
 )
-from lungddpm.report.viewer import DisplaySample, first_samples, samples_to_show, viewer_values
-from lungddpm.segmentation.nnunet import training_curve
+from lungddpm.report.viewer import DisplaySample, first_of_generators, samples_to_show, viewer_values
+from lungddpm.segmentation.nnunet import segmenter_curve
 from lungddpm.verdict.statistics import MINIMUM_CASES, MINIMUM_RUN_DF, POWER
 from lungddpm.verdict.tables import read_csv, write_tables
 
@@ -102,7 +102,7 @@ def draw_figures(
         drawn["froc"] = figures.froc_plot(tables["froc_band"], BASELINE, config.verdict.confidence)
     if "image_quality" in tables:
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
-    for one in first_samples(shown):
+    for one in first_of_generators(shown):
         sample = one.sample
         title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
         drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
@@ -124,7 +124,7 @@ def segmenter_training(config: Config, results: Path) -> pd.DataFrame:
     for arm in config.arms.names():
         for fold in config.segmentation.folds:
             for seed in config.segmentation.seeds:
-                curve = training_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
+                curve = segmenter_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
                 rows += [(arm, config.segmentation.replicate_name(fold, seed), step, loss) for step, loss in curve]
     return pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"])
 
@@ -164,7 +164,9 @@ def render_report(
         "report.html.jinja",
         generators=config.arms.generators,
         shared_patients=config.roles.allow_shared_patients,
-        phantom=config.source.kind == "phantom",
+        simulated=config.source.is_simulated,
+        source=config.source.kind,
+        source_note=f"{config.source.declared.title}. {config.source.declared.citation}",
         warnings=tables["notes"].query("warning")["note"].tolist(),
         notes=tables["notes"].query("not warning")["note"].tolist(),
         run_spread=show_run_spread(tables["run_spread"], significance),
@@ -176,12 +178,12 @@ def render_report(
         supports=verdict[(verdict["metric"] != decisive.column) & (verdict["arm"] != BASELINE)].to_dict("records"),
         controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],
         images=images,
-        montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_samples(shown)],
+        montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_of_generators(shown)],
         viewer=viewer_values(shown),
         numbers=[show_verdict(verdict, measure, confidence, significance) for measure in verdict_measures()],
         description=[show_description(verdict, measure, confidence, significance) for measure in verdict_measures()],
         cases_and_replicates=", ".join(
-            (count(verdict["n_cases"].max(), "test case"), count(verdict["n_replicates"].max(), "replicate"))
+            (plural(verdict["n_cases"].max(), "test case"), plural(verdict["n_replicates"].max(), "replicate"))
         ),
         dose_response=(
             show_dose_response(tables["dose_response"], confidence, significance) if "dose_response" in tables else None

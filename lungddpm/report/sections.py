@@ -12,7 +12,7 @@ from lungddpm.core import cases
 from lungddpm.core.arms import BASELINE
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
-from lungddpm.core.text import bound, count, format_duration, format_number, format_p, format_spread
+from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import plugin
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD
@@ -40,8 +40,8 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     limits += caveats(n_cases, n_independent, run_df, needed)
     if n_independent < n_replicates:
         limits.append(
-            f"{n_replicates} replicates in {count(n_independent, 'fold')}: seeds of a fold share its luck, so they are "
-            "averaged, and folds are counted."
+            f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its luck, so they "
+            "are averaged, and folds are counted."
         )
     elif len(config.segmentation.folds) == 1:
         limits.append("All replicates share one fold: the luck of that split of the training cases is not covered.")

@@ -68,7 +68,7 @@ def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
     ]
 
 
-def first_samples(shown: list[DisplaySample]) -> list[DisplaySample]:
+def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
     """The first sample of each generator, of those that have a reference to stand beside."""
     first = {}
     for one in shown:

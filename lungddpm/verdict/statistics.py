@@ -41,7 +41,7 @@ from typing import Literal
 import numpy as np
 from scipy import special, stats
 
-from lungddpm.core.text import bound, count, format_p, signed
+from lungddpm.core.text import bound, format_p, plural, signed
 
 Outcome = Literal["baseline", "better", "worse", "no difference shown", "cannot tell", "not measured"]
 POWER = 0.8
@@ -533,9 +533,9 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
                 else "none of its replicates was evaluated"
             )
         return f"{arm}: {measure} was not measured, {why}."
-    size = f"{count(c.n_cases, 'case')}, {count(c.n_replicates, 'replicate')}"
+    size = f"{plural(c.n_cases, 'case')}, {plural(c.n_replicates, 'replicate')}"
     if c.n_independent < c.n_replicates:
-        size += f" in {count(c.n_independent, 'fold')}"
+        size += f" in {plural(c.n_independent, 'fold')}"
     if c.verdict == "baseline":
         spread = "" if math.isnan(c.sd) else f" (sd over cases {c.sd:.3f})"
         return f"{arm}: mean {measure} {c.mean:.3f}{spread}; {size}. The other arms are compared with this one."
@@ -574,7 +574,7 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
     warnings = []
     if n_cases < needed_cases:
         warnings.append(
-            f"With {count(n_cases, 'test case')} nothing can be decided: fewer than {needed_cases} agree too easily."
+            f"With {plural(n_cases, 'test case')} nothing can be decided: fewer than {needed_cases} agree too easily."
         )
     elif n_cases < SMALL_TEST_SET:
         warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")
@@ -585,7 +585,7 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
         )
     elif run_df < MINIMUM_RUN_DF:
         warnings.append(
-            f"The scatter of training runs is estimated with {count(run_df, 'degree')} of freedom. With fewer than "
+            f"The scatter of training runs is estimated with {plural(run_df, 'degree')} of freedom. With fewer than "
             f"{MINIMUM_RUN_DF} it comes out too small too often, so the test is stricter. More replicates would help."
         )
     elif n_independent == 1:

@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from lungddpm import generators
+from lungddpm import generators, sources
 from lungddpm.core.code import LEFT_OUT, PACKAGE, STAGES, Code, code_of_steps, stage_fingerprint
 
 MADE_UP = {
@@ -285,11 +285,17 @@ def test_the_code_of_a_training_is_recorded_from_the_step_that_it_took(caplog):
 
 ROOMS = ["core", "config", "sources", "layouts", "models", "generators", "synthesis", "arms", "segmentation"]
 ROOMS += ["evaluation", "quality", "verdict", "report", "operations"]
-SOURCES = ["phantom", "lidc", "nifti"]
+SOURCES = sources.names()
 GENERATORS = generators.names()
-TRAINED = [name for name in GENERATORS if generators.plugin(name).recipe is not None]
-NAMES = {"find_series": SOURCES, "index": SOURCES, "prepare": SOURCES, "synthesize": GENERATORS, "draw": GENERATORS}
-NAMES["train"] = TRAINED
+NAMES = {
+    "simulate": ["phantom"],
+    "find_series": SOURCES,
+    "index": SOURCES,
+    "prepare": SOURCES,
+    "train": [name for name in GENERATORS if generators.plugin(name).recipe is not None],
+    "synthesize": GENERATORS,
+    "draw": GENERATORS,
+}
 STAGES_AND_NAMES = [(stage, name) for stage in STAGES for name in NAMES.get(stage, [""])]
 
 
@@ -340,7 +346,7 @@ def test_what_is_left_out_is_there():
         ("prepare", "nifti", ["sources.lidc", "sources.phantom", "models", "arms", "layouts.placement", "report"]),
         ("prepare", "lidc", ["sources.phantom", "sources.nifti"]),
         ("find_series", "lidc", ["arms", "layouts"]),
-        ("phantom", "", ["sources.lidc", "layouts", "core.cases"]),
+        ("simulate", "phantom", ["sources.lidc", "layouts", "core.cases"]),
         ("evaluate", "", ["quality", "verdict", "report", "segmentation"]),
         ("qc", "", ["verdict", "quality", "models", "core.drawing"]),
         ("checksums", "", ["report", "operations.doctor", "operations.plan", "operations.bench"]),
@@ -374,6 +380,6 @@ def test_a_stage_depends_on(stage, name, expected):
 
 @pytest.mark.parametrize(("stage", "name"), STAGES_AND_NAMES)
 def test_a_stage_reaches_no_room_after_its_own(stage, name):
-    own = [ROOMS.index(entry.split(".")[1].partition(":")[0]) for entry in STAGES[stage]]
+    own = [ROOMS.index(entry.format(name=name).split(".")[1].partition(":")[0]) for entry in STAGES[stage]]
     found = {m.partition(".")[0] for m in modules(stage, name)} - set(ROOMS[: max(own) + 1])
     assert not found

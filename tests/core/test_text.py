@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lungddpm.core.text import bound, count, format_duration, format_number, format_p, format_spread, signed
+from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural, signed
 
 
 def test_numbers_in_prose():
@@ -39,4 +39,4 @@ def test_spreads_durations_and_counts():
     assert format_spread(-35.2, 4.06, "+.1f") == "−35.2 ± 4.1"
     assert format_spread(0.5, math.nan, ".2f") == "0.50"
     assert [format_duration(seconds) for seconds in (0.4, 61.5, 3725)] == ["0:00:00", "0:01:02", "1:02:05"]
-    assert [count(number, "case") for number in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
+    assert [plural(number, "case") for number in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]

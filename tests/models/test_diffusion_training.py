@@ -479,7 +479,7 @@ def test_bf16_stays_close_and_keeps_weights_in_fp32(uninterrupted, tiny_cohort, 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] can't allocate memory: you tried ...")]
 )
-def test_out_of_memory_names_the_levers(tiny_cohort, training_config, tmp_path, monkeypatch, error):
+def test_out_of_memory_names_the_options(tiny_cohort, training_config, tmp_path, monkeypatch, error):
     def fail(_optimization):
         raise error
 

@@ -74,7 +74,7 @@ def test_a_stale_or_damaged_cache_is_ignored_and_removed(discovery, training_con
 
 
 def test_processes_that_build_the_cache_at_once_decode_once(discovery, training_config, tmp_path, read_count):
-    # Threads of one process hold locks of their own, as processes do, because each opens the lock file anew.
+    # Threads of one process hold locks of their own, as processes do, because each opens the lock file again.
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(lambda _: open_cache(tmp_path, *discovery, training_config().grid.size), range(4)))
     assert len(read_count) == 3

@@ -79,7 +79,7 @@ def test_full_report(make_results, read_manifest):
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
     assert "real+lung_ddpm@1.0: better than real." in page.text
     assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
-    assert "computed phantoms" in page.text
+    assert "patients are simulated" in page.text
     assert "anatomically aware sampling" in page.text
     assert "Cite: Lung-DDPM: Semantic Layout-guided Diffusion Models" in page.text
     assert "several roles" not in page.text

@@ -19,8 +19,8 @@ from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.models.checkpoint import Metadata, save_network
 from lungddpm.models.denoiser import build_denoiser
-from lungddpm.sources import index_source, write_index
-from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources.index import index_source, write_index
+from lungddpm.sources.phantom.cohort import write_cohort
 from lungddpm.synthesis import run as running
 from lungddpm.synthesis.plan import plan_samples
 from lungddpm.synthesis.run import SynthesisJob, run_synthesize
@@ -402,7 +402,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
         seed=5, source={"phantom": phantom}, grid={"size": [32, 32, 32], "extent": "lungs"},
         arms={"generators": ["paste_constant"], "doses": [1.0], "controls": []},
     )  # fmt: skip
-    run_phantom(config, tmp_path / "source")
+    write_cohort(config.source.phantom, config.seed, tmp_path / "source")
     write_index(tmp_path / "index.tsv", index_source("phantom", tmp_path / "source"))
     folder = tmp_path / "cases"
     run_prepare(config, tmp_path / "index.tsv", tmp_path / "source", folder, 0, 1, folder / "cases-0.tsv")
