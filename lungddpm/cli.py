@@ -182,28 +182,26 @@ def qc(
 
 @app.command(rich_help_panel=STAGES)
 def train(
+    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/ that is trained.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
-    section: Annotated[
-        str, typer.Option(help="Section of the config that describes the denoiser: diffusion, or lung_ddpm_plus.")
-    ] = "diffusion",
-    output: Annotated[Path | None, typer.Option(help="Folder; default results/diffusion/<run>.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Folder; default results/models/<generator>/<run>.")] = None,
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
     device: Device = "auto",
     threads: Threads = 0,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Only tell memory, time and disk; writes nothing.")
+        bool, typer.Option("--estimate", help="Only estimate memory, time and disk; writes nothing.")
     ] = False,
 ) -> None:
-    """Train a denoiser on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
+    """Train a generator on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
 
     On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
     """
     from lungddpm.config.loading import load_config
 
-    settings = load_config(*config).for_denoiser(section)
+    settings = load_config(*config).for_training(generator)
     _set_threads(threads)
     with claim_device(device) as claimed:
         if estimate:
@@ -213,7 +211,7 @@ def train(
             return
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / "diffusion" / settings.diffusion.run, claimed, initial)
+        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -222,7 +220,7 @@ def synthesize(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     weights: Annotated[
-        Path | None, typer.Option(help="Denoiser, for generators that need one: model.safetensors, or a published .pt.")
+        Path | None, typer.Option(help="Weights, for generators that need them: model.safetensors, or a published .pt.")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>.")] = None,
     dose: Annotated[
@@ -248,9 +246,11 @@ def synthesize(
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
     # Generators without a network need no GPU.
     with claim_device(device if weights else "cpu") as claimed:
-        from lungddpm.generators import run_synthesize
+        from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
-        run_synthesize(settings, generator, cases, weights, folder, shard, shards, samples, claimed, dose, external)
+        run_synthesize(
+            settings, SynthesisJob(generator, cases, folder, samples, shard, shards, dose, weights, external, claimed)
+        )
 
 
 @app.command(rich_help_panel=STAGES)
@@ -430,7 +430,7 @@ def plan(
     index: Annotated[Path | None, typer.Option(help="Table of the scans; default: that of this run, if any.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or a GPU such as a100, h100.")] = "cpu",
     step_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of a denoiser step there, as 'train --estimate' tells.")
+        float | None, typer.Option(help="Seconds of an optimizer step there, as 'train --estimate' shows it.")
     ] = None,
     bench: Annotated[Path | None, typer.Option(help="What 'lungddpm bench' wrote there, instead of a name.")] = None,
 ) -> None:

@@ -89,7 +89,9 @@ def _write_extras(config, results, rng):
     output = results / "quality" / "lung_ddpm.csv"
     run_quality(config, results / "cases" / "cases.tsv", tables, "lung_ddpm", output)
     steps = np.arange(1, 101)
-    write_table(results / "diffusion" / "main" / "history.csv", pd.DataFrame({"step": steps, "loss": 1 / steps}))
+    write_table(
+        results / "models" / "lung_ddpm" / "main" / "history.csv", pd.DataFrame({"step": steps, "loss": 1 / steps})
+    )
     for arm in config.arms.names():
         entry = {"name": "case-00", "case_id": "case-00", "patient_id": "patient-00", "source": "phantom"}
         entry["trained_on"] = True

@@ -1,5 +1,6 @@
 """The golden denoiser: its weights are a formula of the key names (see the design page)."""
 
+import json
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from lungddpm.config.loading import parse_config
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.models.denoiser import UNet
 
 
@@ -45,10 +46,10 @@ def golden_denoiser() -> UNet:
 
 
 @pytest.fixture(scope="session")
-def training_config() -> Callable[..., Config]:
-    """Makes a config that trains on the tiny cohort within a second; keywords change `diffusion.training`."""
+def training_config() -> Callable[..., GeneratorConfig[DiffusionSettings]]:
+    """Makes a config that trains on the tiny cohort within a second; keywords change `training`."""
 
-    def make(seed: int = 1, **changes) -> Config:
+    def make(seed: int = 1, **changes) -> GeneratorConfig[DiffusionSettings]:
         settings = {
             "steps": 6, "batch_size": 2, "accumulation": 2, "learning_rate": 2e-3, "learning_rate_schedule": "cosine",
             "gradient_clip": 1.0, "crop": 8, "ema_decay": 0.5, "ema_every": 2, "ema_start": 3, "precision": "fp32",
@@ -61,6 +62,18 @@ def training_config() -> Callable[..., Config]:
             "training": {**settings, **changes},
             "sampling": {"steps": 20},
         }
-        return parse_config({"seed": seed, "grid": {"size": [16, 16, 16]}, "diffusion": diffusion})
+        values = {"seed": seed, "grid": {"size": [16, 16, 16]}, "generators": {"lung_ddpm": diffusion}}
+        return parse_config(values).for_training("lung_ddpm")
 
     return make
+
+
+@pytest.fixture(scope="session")
+def write_config() -> Callable[[Path, GeneratorConfig[DiffusionSettings]], None]:
+    """Writes a config file that has one generator's part of it."""
+
+    def write(path: Path, config: GeneratorConfig[DiffusionSettings]) -> None:
+        settings, grid = (section.model_dump(mode="json") for section in (config.settings, config.grid))
+        path.write_text(json.dumps({"seed": config.seed, "grid": grid, "generators": {config.name: settings}}))
+
+    return write

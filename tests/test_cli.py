@@ -222,7 +222,7 @@ def prepare_pairs(folder, test_patient):
         source={"kind": "nifti", "path": str(folder / "data")},
         roles={"discovery": ["good1"], "reference": ["good2"], "test": [test_patient]},
         grid={"size": [32, 32, 32]},
-        diffusion={"denoiser": {"attention": False}},
+        generators={"lung_ddpm": {"denoiser": {"attention": False}}},
     )
     for arguments in (
         ["index", "--output", "cases/index.tsv"],

@@ -11,8 +11,16 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from lungddpm.config.models import Config
+from lungddpm.config.models import Config, Generators
 from lungddpm.core.errors import ConfigError
+
+_MOVED = {
+    "diffusion": "generators.lung_ddpm",
+    "lung_ddpm_plus": "generators.lung_ddpm_plus",
+    "workflow.denoiser_gpus": "workflow.training_gpus",
+    "workflow.denoiser_nodes": "workflow.training_nodes",
+}
+"""Keys of earlier versions and what they are now."""
 
 
 def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
@@ -156,6 +164,11 @@ def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
 def _explain(problem: dict[str, Any]) -> str:
     # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
     path = ".".join(str(part) for part in problem["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
+    if problem["type"] == "extra_forbidden" and path in _MOVED:
+        return f"{path}: is now {_MOVED[path]}"
+    if problem["type"] == "extra_forbidden" and problem["loc"][:-1] == ("generators",):
+        known = ", ".join(Generators.model_fields)
+        return f"generators: there is no generator '{problem['loc'][-1]}'; known are {known}"
     if problem["type"] == "extra_forbidden":
         return f"{path}: there is no such key"
     message = problem["msg"].removeprefix("Value error, ")

@@ -7,31 +7,46 @@ every leaf as a string. `config/README.md` and `workflow/schemas/config.schema.j
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import pkgutil
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import ModuleType
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
 
+from lungddpm.config.sections import (
+    GeneratorConfig,
+    GeneratorSettings,
+    Grid,
+    Name,
+    PositiveFloat,
+    PositiveInt,
+    Range,
+    Section,
+    Size3,
+    TrainedSettings,
+    is_trained,
+)
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.roles import ROLES
 
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
-Range = tuple[float, float]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
-Orientation = Literal["published", "ras"]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
 """A path of the user's, in which `~` is the home folder, as in a shell."""
 
 
-def _modules(package: str) -> set[str]:
-    return {module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / package)])}
+def _sources() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "sources")])}
+
+
+def _generators() -> ModuleType:
+    """The contract of generators. Rooms import only rooms before them: this one comes to know the plug-ins at run time
+    alone, which import their sections from here."""
+    return importlib.import_module("lungddpm.generators")
 
 
 def _check_known(name: str, known: set[str], key: str) -> None:
@@ -39,11 +54,7 @@ def _check_known(name: str, known: set[str], key: str) -> None:
         raise ValueError(f"{key}: there is no '{name}'; known are {', '.join(sorted(known))}")
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class Phantom(_Section):
+class Phantom(Section):
     """The procedural thorax cohort. Used when `source.kind` is `phantom`."""
 
     patients: PositiveInt = 24
@@ -74,7 +85,7 @@ class Phantom(_Section):
         return self
 
 
-class Source(_Section):
+class Source(Section):
     """Where the scans come from."""
 
     kind: Name = "phantom"
@@ -86,13 +97,13 @@ class Source(_Section):
 
     @model_validator(mode="after")
     def _known(self) -> Source:
-        _check_known(self.kind, _modules("sources"), "source.kind")
+        _check_known(self.kind, _sources(), "source.kind")
         if self.kind != "phantom" and self.path is None:
             raise ValueError(f"source.path is needed for source.kind '{self.kind}'")
         return self
 
 
-class Roles(_Section):
+class Roles(Section):
     """Which patients do what. A number below 1 is a share of all patients, 1 or more a count, a list names patients."""
 
     discovery: Share | PositiveInt | list[str] = 0.5
@@ -153,26 +164,7 @@ class Roles(_Section):
         return {role: (counts | named)[role] for role in ROLES}
 
 
-class Grid(_Section):
-    """The model grid: what every CT and layout is resampled to."""
-
-    size: Size3 = (64, 64, 64)
-    """Voxels along x (left to right), y (posterior to anterior), z (feet to head)."""
-    extent: Literal["full", "lungs"] = "full"
-    """`full`: the whole field of view (as published); `lungs`: the lungs' bounding box plus `margin_mm`."""
-    margin_mm: Annotated[float, Field(ge=0)] = 10.0
-    """Margin around the lungs for `extent: lungs`, in mm."""
-    window_hu: Range = (-1024.0, 600.0)
-    """HU range that maps linearly to the model's [-1, 1]; values outside are clipped."""
-
-    @model_validator(mode="after")
-    def _window(self) -> Grid:
-        if self.window_hu[0] >= self.window_hu[1]:
-            raise ValueError(f"grid.window_hu: the lower bound comes first, got {self.window_hu}")
-        return self
-
-
-class LayoutLimits(_Section):
+class LayoutLimits(Section):
     """What a scan's layout has to keep within; outside it the case is excluded, with the figure as the reason."""
 
     lung_litres: Range = (1.0, 12.0)
@@ -199,7 +191,7 @@ class LayoutLimits(_Section):
         return self
 
 
-class Layouts(_Section):
+class Layouts(Section):
     """From CT and readers' contours to label volumes."""
 
     consensus: Annotated[float, Field(gt=0, le=1)] = 0.5
@@ -211,7 +203,7 @@ class Layouts(_Section):
     limits: LayoutLimits = LayoutLimits()
 
 
-class Synthesis(_Section):
+class Synthesis(Section):
     """Which layouts the synthetic CT is made from."""
 
     place_nodules: bool = True
@@ -232,206 +224,7 @@ class Synthesis(_Section):
         return self
 
 
-class Denoiser(_Section):
-    """The published 3-D U-Net; its defaults give the published network."""
-
-    base_channels: PositiveInt = 64
-    """Channels of the first level."""
-    multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 1, 2, 3, 4]
-    """Channels of each level as multiples of `base_channels`; each level but the last halves the grid."""
-    norm_groups: PositiveInt = 32
-    """Groups of every GroupNorm; must divide every level's channels."""
-    attention: bool = True
-    """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops, unless
-    sampling sees the same crops."""
-
-    @model_validator(mode="after")
-    def _groups(self) -> Denoiser:
-        for multiplier in self.multipliers:
-            if self.base_channels * multiplier % self.norm_groups:
-                raise ValueError(
-                    f"norm_groups {self.norm_groups} does not divide {self.base_channels} x {multiplier} channels"
-                )
-        return self
-
-    @property
-    def reduction(self) -> int:
-        """How many times smaller the deepest feature map is than the grid."""
-        return 2 ** (len(self.multipliers) - 1)
-
-
-class Training(_Section):
-    """Training of the denoiser; the defaults are the published recipe."""
-
-    steps: PositiveInt = 100_000
-    """Optimizer steps."""
-    batch_size: PositiveInt = 1
-    """Volumes (or crops) a forward pass."""
-    accumulation: PositiveInt = 2
-    """Forward passes an optimizer step, on each process where several share the training."""
-    learning_rate: PositiveFloat = 1e-5
-    """Peak learning rate of Adam."""
-    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` decays to zero over `steps`."""
-    gradient_clip: PositiveFloat | None = None
-    """Largest gradient norm; null does not clip (as published)."""
-    crop: PositiveInt | None = None
-    """Edge of random cubic crops in voxels; null trains on whole volumes (as published)."""
-    augmentation: Literal["none", "mild", "standard"] = "none"
-    """`none`: as published; `mild`: left and right swapped in half of the samples, HU changed a little; `standard`:
-    half of them turned, scaled and shifted a little as well, which blurs, and dims small nodules on coarse grids."""
-    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
-    """Decay of the exponential moving average of the weights."""
-    ema_every: PositiveInt = 10
-    """Steps between updates of the average."""
-    ema_start: Annotated[int, Field(ge=0)] = 2000
-    """The average is a plain copy before this step."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 on a GPU that has it, else fp32."""
-    gradient_checkpointing: bool = False
-    """Compute activations once more in the backward pass instead of keeping them: less memory, more time."""
-    compile: bool = False
-    """Compile the denoiser (torch.compile): minutes at the start, faster steps."""
-    save_every: PositiveInt = 1000
-    """Steps between saved states, from which an interrupted training goes on."""
-    sample_every: PositiveInt = 5000
-    """Steps between grids of samples; one is drawn at the end in any case."""
-
-
-class Sampling(_Section):
-    """From noise to CT: solver, steps, and anatomically aware sampling (AAS)."""
-
-    sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddpm"
-    """`ddpm`: ancestral, as published; `ddim`: first order; `dpmsolver++`, `unipc`: multistep, 20 steps will do."""
-    order: Annotated[int, Field(ge=2, le=3)] = 2
-    """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
-    steps: PositiveInt = 250
-    """Noise levels visited, at most `diffusion.timesteps`; as published, `ddpm` visits all."""
-    resampling: PositiveInt = 1
-    """Times that the noise levels are visited, two at a time, with fresh noise in between (RePaint): n times the cost
-    for a better seam between what is generated and what the reference fills."""
-    aas: Literal["corrected", "published"] = "corrected"
-    """`published` pastes the reference one noise level late and leaves its noise in the background."""
-    intensities: Literal["corrected", "published"] = "corrected"
-    """How the reference is scaled for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
-    axial slice by its own minimum and maximum, for published weights only."""
-    times: Literal["corrected", "published"] = "corrected"
-    """`published`: the denoiser is told its times on a scale of 1000 whatever `diffusion.timesteps` (Lung-DDPM+)."""
-    levels: Literal["corrected", "published"] = "corrected"
-    """`corrected`: timesteps even in the log signal-to-noise ratio, to the clean CT; `published`: even in time, with
-    fractions, where sampling ends at timestep 0; dynamic thresholding (Lung-DDPM+, sampler `dpmsolver++`)."""
-    batch_size: PositiveInt = 1
-    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
-
-    @model_validator(mode="after")
-    def _resampling(self) -> Sampling:
-        if self.resampling > 1 and self.aas == "published":
-            raise ValueError("resampling above 1 needs aas: corrected")
-        return self
-
-    @model_validator(mode="after")
-    def _levels(self) -> Sampling:
-        if self.levels == "published" and self.sampler != "dpmsolver++":
-            raise ValueError("levels: published needs sampler: dpmsolver++")
-        return self
-
-
-class Diffusion(_Section):
-    """Lung-DDPM: denoiser, schedule, training, sampling."""
-
-    run: Name = "main"
-    """Name of the run: the folder under `results/diffusion/`, part of every sample's seed."""
-    classes: list[Literal["lung", "nodule", "vessel"]] = ["lung", "nodule"]
-    """Layout classes that condition the denoiser, in channel order. Without `vessel`, vessels count as lung."""
-    timesteps: PositiveInt = 250
-    """Noise levels T of the cosine schedule."""
-    orientation: Orientation = "published"
-    """How the denoiser sees the chest, in training and in sampling. `published`: turned in plane, as published weights
-    do (an inference, see docs/explanation/diffusion.md); `ras`: as the grid lies, as weights of earlier versions do. It
-    must be that of the weights; only weights of `published` can be exported."""
-    denoiser: Denoiser = Denoiser()
-    training: Training = Training()
-    sampling: Sampling = Sampling()
-
-    @property
-    def nodule_centred(self) -> bool:
-        """Whether the denoiser sees nothing but crops around nodules, in training and sampling alike (Lung-DDPM+)."""
-        return self.classes == ["nodule"]
-
-    def decides_weights(self, processes: int) -> dict[str, Any]:
-        """The keys that decide the weights of a trained denoiser, as JSON-like values.
-
-        `accumulation` counts the forward passes of all processes together: n take n times those of one.
-        """
-        only_how = {"gradient_checkpointing", "compile", "save_every", "sample_every"}
-        decisive = self.model_dump(mode="json", exclude={"sampling": True, "training": only_how})
-        decisive["training"]["accumulation"] *= processes
-        return decisive
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Diffusion:
-        if not self.nodule_centred and self.classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
-            raise ValueError("classes is [lung, nodule] or [lung, nodule, vessel]; lung_ddpm_plus has [nodule]")
-        if self.sampling.steps > self.timesteps:
-            raise ValueError(f"sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
-        crop = self.training.crop
-        if crop is None:
-            if self.nodule_centred:
-                raise ValueError("classes [nodule] needs training.crop, the edge of the crops around nodules")
-        else:
-            if self.denoiser.attention and not self.nodule_centred:
-                raise ValueError(
-                    "training.crop needs denoiser.attention: false "
-                    "(attention sits at a fixed map size, which crops do not have)"
-                )
-            if crop % self.denoiser.reduction:
-                raise ValueError(f"training.crop {crop} is not divisible by {self.denoiser.reduction}")
-        return self
-
-
-class PlusDenoiser(Denoiser):
-    """The published network of Lung-DDPM+ (39.0 million parameters): one level less than that of Lung-DDPM."""
-
-    multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 2, 3, 4]
-    """Channels of each level as multiples of `base_channels`; each level but the last halves the crop."""
-
-
-class PlusTraining(Training):
-    """Training on crops around nodules; what is published of the recipe is that of Lung-DDPM."""
-
-    crop: Annotated[int, Field(ge=8)] = 64
-    """Edge of the cubic crops in voxels, each around a voxel of a nodule; sampling works on crops of this edge, too."""
-
-
-class PlusSampling(Sampling):
-    """From the inverted reference to CT: the solver, which inverts as well (the same number of steps once more)."""
-
-    sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
-    """`ddim`: first order; `dpmsolver++` (as published), `unipc`: multistep."""
-    order: Annotated[int, Field(ge=2, le=3)] = 3
-    """Order of `dpmsolver++` and `unipc`."""
-    steps: PositiveInt = 50
-    """Noise levels visited, at most `timesteps`: on the way to the noise and on the way back."""
-    resampling: Annotated[int, Field(ge=1, le=1)] = 1
-    """There is none: fresh noise on the way would undo the inversion."""
-    aas: Literal["corrected", "published"] = "corrected"
-    """`published`: a crop starts from the reference's noise and is then drawn freely; `corrected`: voxels of the crop
-    that do not count in the result keep to the reference at all noise levels."""
-
-
-class LungDDPMPlus(Diffusion):
-    """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
-
-    run: Name = "plus"
-    """Name of the run: its folder under `results/diffusion/`; another one than `diffusion.run`."""
-    classes: list[Literal["nodule"]] = ["nodule"]
-    """Layout classes that condition the denoiser: nodules alone."""
-    denoiser: PlusDenoiser = PlusDenoiser()
-    training: PlusTraining = PlusTraining()
-    sampling: PlusSampling = PlusSampling()
-
-
-class Arms(_Section):
+class Arms(Section):
     """The training sets that are compared. `real` is always there; the others are named after what they add."""
 
     generators: list[Name] = ["lung_ddpm"]
@@ -452,8 +245,8 @@ class Arms(_Section):
 
     @model_validator(mode="after")
     def _known(self) -> Arms:
-        modules = _modules("generators") - {"external"}
-        if taken := sorted(set(self.external) & {*modules, "external", BASELINE}):
+        modules = set(_generators().names())
+        if taken := sorted(set(self.external) & {*modules, BASELINE}):
             raise ValueError(f"arms.external: the name {taken[0]} is taken, use another one")
         controls = [name for name in self.controls if name != BASELINE]
         lists = {"generators": self.generators, "controls": controls, "synthetic_only": self.synthetic_only}
@@ -496,7 +289,7 @@ class Arms(_Section):
         return [arm.name for arm in self.all()]
 
 
-class Network(_Section):
+class Network(Section):
     """A smaller nnU-Net than the planned one: for small grids and for CPUs."""
 
     patch: Size3 = (32, 32, 32)
@@ -520,7 +313,7 @@ class Network(_Section):
         return self
 
 
-class Segmentation(_Section):
+class Segmentation(Section):
     """nnU-Net: every arm gets the plans made on `real` and the same number of optimizer steps."""
 
     network: Network | None = None
@@ -565,7 +358,7 @@ class Segmentation(_Section):
         return f"fold{fold}_seed{seed}"
 
 
-class ImageQuality(_Section):
+class ImageQuality(Section):
     """How synthetic CT is compared with real CT; FID and MMD need a feature network."""
 
     weights: Literal["hub"] | UserPath | None = None
@@ -573,15 +366,15 @@ class ImageQuality(_Section):
     weights, whose distances tell sets apart but compare with no publication."""
 
 
-class Calibration(_Section):
+class Calibration(Section):
     """Limits of the calibration check: how far the HU of a generator's samples may be from those of their references,
     on average over samples. Outside them the check fails, and the page says so first."""
 
     lungs_hu: PositiveFloat = 10.0
     """Largest mean difference in the lungs, nodules left out, in HU, to either side."""
     vessels_hu: PositiveFloat | None = None
-    """The same in the vessels; null shows it without a limit, as denoisers that are not told where the vessels are
-    (`diffusion.classes`) draw them elsewhere."""
+    """The same in the vessels; null shows it without a limit, as generators that do not see where the vessels are
+    (`classes`) draw them elsewhere."""
     nodules_hu: PositiveFloat = 40.0
     """The same in the nodules, of samples with the reference's own layout."""
     spread_ratio: Range = (0.9, 1.1)
@@ -596,7 +389,7 @@ class Calibration(_Section):
         return self
 
 
-class Verdict(_Section):
+class Verdict(Section):
     """Statistics of the comparison, and what its page warns of."""
 
     bootstraps: Annotated[int, Field(ge=100)] = 10_000
@@ -606,18 +399,18 @@ class Verdict(_Section):
     calibration: Calibration = Calibration()
 
 
-class Workflow(_Section):
-    """How the work is cut into jobs and processes. Results depend only on the processes that train a denoiser."""
+class Workflow(Section):
+    """How the work is cut into jobs and processes. Results depend only on the processes that share a training."""
 
     case_shards: PositiveInt = 4
     """Jobs that share the preparation of cases; never more than there are scans."""
     synthesis_shards: PositiveInt = 2
     """Jobs per generator that share its synthesis; each loads the model once. Never more than there are samples."""
-    denoiser_gpus: PositiveInt = 1
-    """GPUs of a node that share the training of a denoiser, in one job and a process each. n processes take n times
-    `training.accumulation` forward passes a step: divide that by n to keep the recipe."""
-    denoiser_nodes: PositiveInt = 1
-    """Nodes that share it, with `denoiser_gpus` each; more than one needs Slurm."""
+    training_gpus: PositiveInt = 1
+    """GPUs of a node that share the training of a generator, in one job and a process each. n processes take n times
+    `training.accumulation` forward passes per step: divide that by n to keep the recipe."""
+    training_nodes: PositiveInt = 1
+    """Nodes that share it, with `training_gpus` each; more than one needs Slurm."""
 
     def prepare_jobs(self, scans: int) -> int:
         """Jobs that share the preparation of so many scans; at least one, which says why there is none."""
@@ -628,12 +421,32 @@ class Workflow(_Section):
         return max(1, min(self.synthesis_shards, samples))
 
     @property
-    def denoiser_processes(self) -> int:
-        """Processes that share the training of a denoiser."""
-        return self.denoiser_gpus * self.denoiser_nodes
+    def training_processes(self) -> int:
+        """Processes that share the training of a generator."""
+        return self.training_gpus * self.training_nodes
 
 
-class Config(_Section):
+def _generators_section() -> type[Section]:
+    """One section for each plug-in in `lungddpm/generators/`, of its settings with their defaults."""
+    fields: dict[str, Any] = {}
+    for name in _generators().names():
+        plugin = _generators().plugin(name)
+        fields[name] = (plugin.settings, Field(default=plugin.settings(), description=plugin.title))
+    return create_model(
+        "Generators", __base__=Section, __doc__="Settings of the generators, each by its name.", **fields
+    )
+
+
+if TYPE_CHECKING:
+
+    class Generators(Section):
+        """See below: the fields are known once the plug-ins are."""
+
+else:
+    Generators = _generators_section()
+
+
+class Config(Section):
     """Everything that decides what a run computes."""
 
     seed: Annotated[int, Field(ge=0)] = 1
@@ -642,9 +455,7 @@ class Config(_Section):
     roles: Roles = Roles()
     grid: Grid = Grid()
     layouts: Layouts = Layouts()
-    diffusion: Diffusion = Diffusion()
-    lung_ddpm_plus: LungDDPMPlus | None = None
-    """The denoiser that the generator `lung_ddpm_plus` needs; `{}` is the published one, null none."""
+    generators: Generators = Generators()
     synthesis: Synthesis = Synthesis()
     arms: Arms = Arms()
     segmentation: Segmentation = Segmentation()
@@ -654,28 +465,11 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _grid_fits(self) -> Config:
-        for section, diffusion in self.denoisers().items():
-            reduction, crop = diffusion.denoiser.reduction, diffusion.training.crop
-            if crop is not None and crop > min(self.grid.size):
-                raise ValueError(f"{section}.training.crop {crop} is larger than grid.size {list(self.grid.size)}")
-            if diffusion.nodule_centred:
-                continue  # it never sees the whole grid
-            if any(edge % reduction for edge in self.grid.size):
-                raise ValueError(
-                    f"grid.size {list(self.grid.size)} is not divisible by {reduction}, "
-                    f"as {len(diffusion.denoiser.multipliers)} denoiser levels need"
-                )
-            if diffusion.denoiser.attention and len(set(self.grid.size)) != 1:
-                raise ValueError(f"{section}.denoiser.attention needs a cubic grid.size (it sits at 16 voxels an edge)")
+        for name in self.generators_in_use():
+            self._check(name)
         network = self.segmentation.network
         if network is not None and any(p > g for p, g in zip(network.patch, self.grid.size, strict=True)):
             raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
-        return self
-
-    @model_validator(mode="after")
-    def _runs(self) -> Config:
-        if self.lung_ddpm_plus is not None and self.lung_ddpm_plus.run == self.diffusion.run:
-            raise ValueError(f"diffusion.run and lung_ddpm_plus.run are both '{self.diffusion.run}': rename one")
         return self
 
     def without_folders(self) -> Config:
@@ -692,23 +486,54 @@ class Config(_Section):
             }
         )
 
-    def denoisers(self) -> dict[str, Diffusion]:
-        """What describes a denoiser, by the name of its section."""
-        plus = {} if self.lung_ddpm_plus is None else {"lung_ddpm_plus": self.lung_ddpm_plus}
-        return {"diffusion": self.diffusion, **plus}
+    def generators_in_use(self) -> list[str]:
+        """Plug-ins that the arms name, and those whose weights they draw with."""
+        names = [name for name in self.arms.largest_doses() if name not in self.arms.external]
+        owners = [owner for name in names if (owner := _generators().plugin(name).weights_of) is not None]
+        return list(dict.fromkeys([*names, *owners]))
 
-    def for_denoiser(self, section: str) -> Config:
-        """The config of one denoiser: the same with its section in the place of `diffusion`.
+    def for_generator(self, name: str) -> GeneratorConfig[GeneratorSettings]:
+        """What a generator is given of this config.
 
         Raises:
-            ConfigError: there is no such section, or it is not set; or `diffusion` has the classes of Lung-DDPM+.
+            ConfigError: there is no such generator, or it cannot work on this grid.
         """
-        denoisers = self.denoisers()
-        if section not in denoisers:
-            remedy = "Known are diffusion and lung_ddpm_plus; 'lung_ddpm_plus: {}' takes what is published."
-            raise ConfigError("config", f"no section '{section}' describes a denoiser", remedy)
-        if section == "diffusion" and self.diffusion.nodule_centred:
-            raise ConfigError(
-                "diffusion.classes", "[nodule] does not suit a denoiser of whole volumes", "Use lung_ddpm_plus for it."
-            )
-        return self.model_copy(update={"diffusion": denoisers[section], "lung_ddpm_plus": None})
+        try:
+            self._check(name)
+        except ValueError as error:
+            raise ConfigError("config", str(error), "See config/README.md.") from None
+        owner = _generators().plugin(name).weights_of
+        weights_from = self.for_generator(owner) if owner not in (None, name) else None
+        return GeneratorConfig(name, getattr(self.generators, name), self.grid, self.seed, weights_from)
+
+    def for_training(self, name: str) -> GeneratorConfig[TrainedSettings]:
+        """The same for a generator that is trained.
+
+        Raises:
+            ConfigError: see `for_generator`, or it is not trained.
+        """
+        config = self.for_generator(name)
+        if is_trained(config):
+            return config
+        known = [each for each, settings in self.generators if isinstance(settings, TrainedSettings)]
+        raise ConfigError("--generator", f"'{name}' is not trained", f"Generators that are: {', '.join(known)}.")
+
+    def trained_generators(self) -> list[GeneratorConfig[TrainedSettings]]:
+        """Those of the generators in use that are trained."""
+        return [each for name in self.generators_in_use() if is_trained(each := self.for_generator(name))]
+
+    def _check(self, name: str) -> None:
+        """Make sure that a generator can work with the config.
+
+        Raises:
+            ConfigError: there is no such generator.
+            ValueError: it cannot.
+        """
+        owner = _generators().plugin(name).weights_of
+        settings: GeneratorSettings = getattr(self.generators, name)
+        try:
+            settings.check_grid(self.grid)
+            if owner not in (None, name):
+                settings.check_weights(getattr(self.generators, owner))
+        except ValueError as error:
+            raise ValueError(f"generators.{name}: {error}") from None

@@ -31,6 +31,8 @@ def markdown_reference() -> str:
 
 def _section(root: dict, node: dict, prefix: str) -> list[str]:
     title = f"`{prefix.rstrip('.')}`" if prefix else "Top level"
+    if not node.get("properties"):  # a generator without settings
+        return []
     lines = [
         f"\n## {title}\n",
         f"\n{node['description']}\n" if prefix else "",

@@ -38,8 +38,8 @@ STAGES: dict[str, tuple[str, ...]] = {
         "lungddpm.models.training:initial_denoiser",
         "lungddpm.models.optimization:Optimization",
     ),
-    "synthesize": ("lungddpm.generators:run_synthesize", "lungddpm.generators.{name}:load"),
-    "import_external": ("lungddpm.generators:run_synthesize", "lungddpm.generators.external:take_in"),
+    "synthesize": ("lungddpm.synthesis.run:run_synthesize", "lungddpm.generators.{name}:load"),
+    "import_external": ("lungddpm.synthesis.run:run_synthesize", "lungddpm.synthesis.external:import_external"),
     # What one sample depends on beside its layout, and what a made layout does.
     "draw": ("lungddpm.generators.{name}:load", "lungddpm.core.volume:write_volume"),
     "make_layout": (
@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "lungddpm.layouts.placement:jitter",
         "lungddpm.layouts.placement:place",
     ),
-    "copy_external": ("lungddpm.generators.external:take_in",),
+    "copy_external": ("lungddpm.synthesis.external:import_external",),
     "compose": ("lungddpm.arms.compose:run_compose",),
     "plan": ("lungddpm.segmentation.nnunet:run_plan",),
     # As for the denoiser: not `run_train`.

@@ -64,7 +64,7 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
 
     Args:
         path: the lock file; it is made and stays.
-        work: what the other process is doing, for the message ("training into results/diffusion/main").
+        work: what the other process is doing, for the message ("training into results/models/lung_ddpm/main").
     """
     lock = FileLock(path)
     # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.

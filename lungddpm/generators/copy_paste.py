@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import AIR_HU, Volume, bounding_box
@@ -18,11 +18,12 @@ from lungddpm.generators import ADDED, Generator, Task
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import PlacedNodule
 
+TITLE = "Control: nodules of other patients blended into the reference"
 CITATION = (
     "Pezeshk, Petrick, Chen, Sahiner: Seamless Lesion Insertion for Data Augmentation in CAD Training, "
     "IEEE Transactions on Medical Imaging 36:1005, 2017 (the idea; the blending here is simpler)."
 )
-DENOISER = None
+Settings = GeneratorSettings
 LAYOUTS = ADDED, ADDED
 FEATHER_VOXELS = 3
 """Distance from a pasted nodule at which nothing but the reference is left."""
@@ -49,7 +50,7 @@ class Original:
     mean_hu: float
 
 
-def load(config: Config, weights: Path | None, device: str) -> Generator:
+def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -> Generator:
     """Ready at once; needs nothing but the donors' cases."""
     # Neighbouring samples share donors, but a cohort of them would not fit into memory.
     read = lru_cache(maxsize=16)(read_original)

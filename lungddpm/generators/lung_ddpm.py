@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Grid, Solving
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
-from lungddpm.generators import JITTERED, OWN, Generator, Task
+from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
 
+TITLE = "Lung-DDPM: a diffusion model draws the lungs, the reference fills the rest (anatomically aware sampling)"
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
-DENOISER = "diffusion"
+PUBLISHED_AS = "Lung-DDPM"
 LAYOUTS = OWN, JITTERED
 
 
-def load(config: Config, weights: Path, device: str) -> Generator:
+class Settings(DiffusionSettings):
+    """Lung-DDPM: network, schedule, training, sampling; the defaults are what is published."""
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
     In the mode `published` of AAS, open voxels keep the noise that this mode leaves in them.
@@ -24,11 +30,34 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     Raises:
         InputError: see `load_denoiser`.
     """
-    return load_sampler(config, weights, device, aas=True)
+    sampling = config.settings.sampling
+    return load_sampler(config, sampling, weights, device, resampling=sampling.resampling, aas=sampling.aas)
 
 
-def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Generator:
-    """Load the denoiser of whole volumes; without AAS it draws the open voxels as well.
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """One pass per noise level and visit."""
+    sampling = config.settings.sampling
+    return Drawing(sampling.steps * sampling.resampling, sampling.batch_size)
+
+
+def load_sampler(
+    config: GeneratorConfig[DiffusionSettings],
+    solving: Solving,
+    weights: Path,
+    device: str,
+    *,
+    resampling: int = 1,
+    aas: Literal["corrected", "published"] | None,
+) -> Generator:
+    """Load the denoiser of whole volumes.
+
+    Args:
+        config: of the generator that the denoiser was trained for.
+        solving: how to get from noise to CT.
+        weights: of the denoiser.
+        device: see `make_accelerator`.
+        resampling: see `Sampling`.
+        aas: see `Sampling`; None draws the open voxels as well.
 
     Raises:
         InputError: see `load_denoiser`.
@@ -42,26 +71,25 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
     from lungddpm.models.sampling import sample_aas, sample_free
     from lungddpm.models.schedule import cosine_betas
 
-    accelerator = make_accelerator(device, config.diffusion.training.precision)
+    accelerator = make_accelerator(device, config.settings.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
-    sampling = config.diffusion.sampling
-    betas = cosine_betas(config.diffusion.timesteps)
-    solver = choose_solver(sampling.sampler, sampling.order, betas, sampling.steps, sampling.times, sampling.levels)
+    betas = cosine_betas(config.settings.timesteps)
+    solver = choose_solver(solving.sampler, solving.order, betas, solving.steps, solving.times, solving.levels)
 
     def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        if not aas:
+        if aas is None:
             return sample_free(denoiser, solver, condition, generators)
-        if sampling.aas == "published":
+        if aas == "published":
             return sample_published_aas(denoiser, solver, condition, reference, generators)
-        return sample_aas(denoiser, solver, condition, reference, generators, sampling.resampling)
+        return sample_aas(denoiser, solver, condition, reference, generators, resampling)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [window_of(task.reference.array, config) for task in tasks]
+        windows = [window_of(task.reference.array, solving, config.grid) for task in tasks]
         references = [
             to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
             for task, window in zip(tasks, windows, strict=True)
         ]
-        conditions = [condition_channels(task.layout.array, config.diffusion.classes) for task in tasks]
+        conditions = [condition_channels(task.layout.array, config.settings.classes) for task in tasks]
         with accelerator.autocast():
             drawn = sample(
                 torch.from_numpy(np.stack(conditions)).to(accelerator.device),
@@ -72,17 +100,16 @@ def load_sampler(config: Config, weights: Path, device: str, *, aas: bool) -> Ge
             to_hu(volume[0].transpose(2, 1, 0), window)
             for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
         ]
-        if not aas or sampling.aas == "published":
+        if aas != "corrected":
             return volumes
         return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
 
-    return Generator(make, str(accelerator.device))
+    return Generator(make, str(accelerator.device), solving.batch_size)
 
 
-def window_of(hu: np.ndarray, config: Config) -> Window:
-    """The HU range that the denoiser knows as [-1, 1], for an (x, y, z) CT; see `sampling.intensities`."""
-    published = config.diffusion.sampling.intensities == "published"
-    return slice_windows(hu, axis=2) if published else config.grid.window_hu
+def window_of(hu: np.ndarray, solving: Solving, grid: Grid) -> Window:
+    """The HU range that the denoiser knows as [-1, 1], for an (x, y, z) CT; see `Solving.intensities`."""
+    return slice_windows(hu, axis=2) if solving.intensities == "published" else grid.window_hu
 
 
 def fill_open_voxels(task: Task, hu: np.ndarray) -> np.ndarray:

@@ -10,21 +10,91 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import (
+    Denoiser,
+    DiffusionSettings,
+    GeneratorConfig,
+    Grid,
+    Name,
+    PositiveInt,
+    Sampling,
+    Size3,
+    Training,
+)
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
-from lungddpm.generators import ADDED, OWN, Generator, Task
+from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
 
+TITLE = "Lung-DDPM+: a diffusion model redraws crops around nodules of the reference"
 CITATION = (
     "Lung-DDPM+: Efficient Thoracic CT Image Synthesis using Diffusion Probabilistic Model, arXiv 2508.09327, 2025."
 )
-DENOISER = "lung_ddpm_plus"
+PUBLISHED_AS = "Lung-DDPM+"
 LAYOUTS = OWN, ADDED
+NODULES_PER_CASE = 2.5
+"""On average (LIDC-IDRI: 2.6 in 1,018 scans)."""
+
+
+class PlusDenoiser(Denoiser):
+    """The published network of Lung-DDPM+ (39.0 million parameters): one level less than that of Lung-DDPM."""
+
+    multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 2, 3, 4]
+    """Channels of each level as multiples of `base_channels`; each level but the last halves the crop."""
+
+
+class PlusTraining(Training):
+    """Training on crops around nodules; what is published of the recipe is that of Lung-DDPM."""
+
+    crop: Annotated[int, Field(ge=8)] = 64
+    """Edge of the cubic crops in voxels, each around a voxel of a nodule; sampling works on crops of this edge, too."""
+
+
+class PlusSampling(Sampling):
+    """From the inverted reference to CT: the solver, which inverts as well (the same number of steps once more)."""
+
+    sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
+    """`ddim`: first order; `dpmsolver++` (as published), `unipc`: multistep."""
+    order: Annotated[int, Field(ge=2, le=3)] = 3
+    """Order of `dpmsolver++` and `unipc`."""
+    steps: PositiveInt = 50
+    """Noise levels visited, at most `timesteps`: on the way to the noise and on the way back."""
+    resampling: Annotated[int, Field(ge=1, le=1)] = 1
+    """There is none: fresh noise on the way would undo the inversion."""
+    aas: Literal["corrected", "published"] = "corrected"
+    """`published`: a crop starts from the reference's noise and is then drawn freely; `corrected`: voxels of the crop
+    that do not count in the result keep to the reference at all noise levels."""
+
+
+class Settings(DiffusionSettings):
+    """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
+
+    needs_nodule = True
+    crop_centres = (Label.NODULE,)
+
+    run: Name = "plus"
+    """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
+    classes: Annotated[list[Literal["nodule"]], Field(min_length=1, max_length=1)] = ["nodule"]
+    """Layout classes that condition the denoiser: nodules alone."""
+    denoiser: PlusDenoiser = PlusDenoiser()
+    training: PlusTraining = PlusTraining()
+    sampling: PlusSampling = PlusSampling()
+
+    def drawn_size(self, grid: Grid) -> Size3:
+        """That of a crop."""
+        return (self.training.crop,) * 3
+
+    def decides_samples(self) -> dict[str, Any]:
+        return {**super().decides_samples(), "training.crop": self.training.crop}
+
+    def decides_fit(self) -> dict[str, Any]:
+        return {**super().decides_fit(), "training.crop": self.training.crop}
 
 
 @dataclass(frozen=True)
@@ -43,11 +113,10 @@ class Crop:
     weight: np.ndarray
 
 
-def load(config: Config, weights: Path, device: str) -> Generator:
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
     Raises:
-        ConfigError: the config has no section `lung_ddpm_plus`.
         InputError: see `load_denoiser`.
     """
     import torch
@@ -59,11 +128,10 @@ def load(config: Config, weights: Path, device: str) -> Generator:
     from lungddpm.models.sampling import invert, redraw, sample_free
     from lungddpm.models.schedule import cosine_betas
 
-    config = config.for_denoiser(DENOISER)
-    accelerator = make_accelerator(device, config.diffusion.training.precision)
+    accelerator = make_accelerator(device, config.settings.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
-    sampling, classes = config.diffusion.sampling, config.diffusion.classes
-    betas = cosine_betas(config.diffusion.timesteps)
+    sampling, classes = config.settings.sampling, config.settings.classes
+    betas = cosine_betas(config.settings.timesteps)
     solver = choose_solver(sampling.sampler, sampling.order, betas, sampling.steps, sampling.times, sampling.levels)
 
     def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
@@ -91,14 +159,14 @@ def load(config: Config, weights: Path, device: str) -> Generator:
         return made[:, 0].cpu().numpy().transpose(0, 3, 2, 1)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
-        crops = [plan_crops(task.layout.array, config.diffusion.training.crop) for task in tasks]
+        crops = [plan_crops(task.layout.array, config.settings.training.crop) for task in tasks]
         generators = [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks]
         volumes = [task.reference.array.astype(np.float32) for task in tasks]
         for turn in range(max(map(len, crops))):
             busy = [place for place, planned in enumerate(crops) if turn < len(planned)]
             chosen = [crops[place][turn] for place in busy]
             before = [volumes[place][crop.where] for place, crop in zip(busy, chosen, strict=True)]
-            windows = [window_of(hu, config) for hu in before]
+            windows = [window_of(hu, sampling, config.grid) for hu in before]
             made = draw(
                 [to_model_range(hu, window) for hu, window in zip(before, windows, strict=True)],
                 [tasks[place].layout.array[crop.where] for place, crop in zip(busy, chosen, strict=True)],
@@ -110,7 +178,13 @@ def load(config: Config, weights: Path, device: str) -> Generator:
         rounded = [np.rint(volume).astype(np.int16) for volume in volumes]
         return [fill_open_voxels(task, hu) for task, hu in zip(tasks, rounded, strict=True)]
 
-    return Generator(make, str(accelerator.device))
+    return Generator(make, str(accelerator.device), sampling.batch_size)
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """Passes to the noise and back, for each nodule."""
+    sampling = config.settings.sampling
+    return Drawing(2 * sampling.steps * NODULES_PER_CASE, sampling.batch_size)
 
 
 def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
@@ -130,7 +204,7 @@ def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
 
     numbers, count = ndimage.label(layout == Label.NODULE, np.ones((3, 3, 3)))
     if not count:
-        raise InputError(DENOISER, "got a layout without a nodule", "Exclude the reference, or fix its layout.")
+        raise InputError("lung_ddpm_plus", "got a layout without a nodule", "Exclude the reference, or fix its layout.")
     # Where a crop is as long as the volume, it does not meet any rest of it.
     longest = [edge if size == edge else edge - 2 * (edge // 4) for size in layout.shape]
     crops = []

@@ -4,22 +4,41 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lungddpm.config.models import Config
-from lungddpm.generators import JITTERED, OWN, Generator
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, GeneratorSettings, Solving, TrainedSettings
+from lungddpm.generators import JITTERED, OWN, Drawing, Generator
 from lungddpm.generators.lung_ddpm import load_sampler
 
+TITLE = "Med-DDPM: the diffusion model of Lung-DDPM draws the whole volume"
 CITATION = (
     "Conditional Diffusion Models for Semantic 3D Brain MRI Synthesis, IEEE Journal of Biomedical and Health "
     "Informatics 28:4084, 2024 (here with the denoiser of Lung-DDPM)."
 )
-DENOISER = "diffusion"
+PUBLISHED_AS = "Med-DDPM"
+WEIGHTS_OF = "lung_ddpm"
 LAYOUTS = OWN, JITTERED
 
 
-def load(config: Config, weights: Path, device: str) -> Generator:
-    """Load the denoiser onto the device; `aas` and `resampling` of `diffusion.sampling` have no meaning here.
+class Settings(GeneratorSettings):
+    """Med-DDPM: how it samples. Its network is that of `lung_ddpm`."""
+
+    sampling: Solving = Solving()
+
+    def check_weights(self, trained: TrainedSettings) -> None:
+        if isinstance(trained, DiffusionSettings) and self.sampling.steps > trained.timesteps:
+            raise ValueError(
+                f"sampling.steps {self.sampling.steps} exceeds timesteps {trained.timesteps} of {WEIGHTS_OF}"
+            )
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
+    """Load the denoiser of Lung-DDPM onto the device.
 
     Raises:
         InputError: see `load_denoiser`.
     """
-    return load_sampler(config, weights, device, aas=False)
+    return load_sampler(config.weights_from, config.settings.sampling, weights, device, aas=None)
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """One pass per noise level."""
+    return Drawing(config.settings.sampling.steps, config.settings.sampling.batch_size)

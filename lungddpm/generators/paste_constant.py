@@ -6,17 +6,18 @@ from pathlib import Path
 
 import numpy as np
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.generators import JITTERED, OWN, Generator, Task
 
+TITLE = "Control: lungs of one constant HU in the reference"
 CITATION = "None: the reference's background around lungs of constant HU."
-DENOISER = None
+Settings = GeneratorSettings
 LAYOUTS = OWN, JITTERED
 
 
-def load(config: Config, weights: Path | None, device: str) -> Generator:
+def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -> Generator:
     """Ready at once; needs nothing."""
     return Generator(make=lambda tasks: [fill_with_mean_lung(task) for task in tasks])
 
@@ -33,5 +34,5 @@ def fill_with_mean_lung(task: Task) -> np.ndarray:
     layout, hu = task.layout.array, task.reference.array.astype(np.int16)
     lung = hu[layout == Label.LUNG]
     if not lung.size:
-        raise InputError("paste_constant", "got a layout without lung", "Exclude the reference, or mend its layout.")
+        raise InputError("paste_constant", "got a layout without lung", "Exclude the reference, or fix its layout.")
     return np.where(layout == Label.BACKGROUND, hu, np.int16(np.rint(lung.mean(dtype=np.float64))))

@@ -6,15 +6,16 @@ from pathlib import Path
 
 import numpy as np
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
 from lungddpm.generators import OWN, Generator, Task
 
+TITLE = "Control: the reference's own CT"
 CITATION = "None: the reference CT itself, unchanged."
-DENOISER = None
+Settings = GeneratorSettings
 LAYOUTS = OWN, OWN
 
 
-def load(config: Config, weights: Path | None, device: str) -> Generator:
+def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -> Generator:
     """Ready at once; needs nothing."""
     return Generator(make=lambda tasks: [copy_reference(task) for task in tasks])
 

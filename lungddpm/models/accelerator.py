@@ -35,7 +35,7 @@ def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Acce
     if precision == "auto":
         precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
     if precision == "fp16" and chosen.type == "cpu":
-        raise ConfigError("diffusion.training.precision", "fp16 needs a GPU", "Use auto, bf16 or fp32.")
+        raise ConfigError("training.precision", "fp16 needs a GPU", "Use auto, bf16 or fp32.")
     if chosen.type == "cpu":
         keep_freed_memory()
     accelerator = Accelerator(
@@ -76,4 +76,4 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
         problem = f"the memory of {'the GPU' if on_gpu else 'this machine'} does not suffice"
-        raise ConfigError("diffusion", problem, remedy) from None
+        raise ConfigError("training", problem, remedy) from None

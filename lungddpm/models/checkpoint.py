@@ -1,9 +1,9 @@
 """Trained denoisers on disk, in two formats that this module reads and writes.
 
-Ours is `model.safetensors`: EMA weights, with the config that made them in the metadata. The published one is a `.pt`
-file of torch: {step, model, ema}, the last two holding the network under the prefix `denoise_fn.` beside the
+Ours is `model.safetensors`: EMA weights, with the generator's config that made them in the metadata. The published one
+is a `.pt` file of torch: {step, model, ema}, the last two holding the network under the prefix `denoise_fn.` beside the
 coefficients of the diffusion process. It does not say how its network sees the chest; the config does
-(`diffusion.orientation`).
+(`orientation`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from lungddpm.config.loading import parse_config
-from lungddpm.config.models import Config, Denoiser
-from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
+from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path
 from lungddpm.core.progress import LOG
 from lungddpm.core.torch_files import fault_of, load_checked, unwrapped
 from lungddpm.models.denoiser import ATTENTION_EDGE, UNet, build_denoiser, inferred_arguments, network_arguments, place
 from lungddpm.models.schedule import cosine_betas, published_buffers
 
-_FORMAT = "lungddpm-denoiser-2"
+_FORMAT = "lungddpm-model-3"
+_EARLIER_FORMATS = "lungddpm-denoiser"
 _PREFIX = "denoise_fn."
-_RETRAIN = "Train the denoiser again (lungddpm train), or give the path of its model.safetensors."
+_RETRAIN = "Train the generator again (lungddpm train), or give the path of its model.safetensors."
 _COPY_AGAIN = "Copy or download the published checkpoint again."
 _ADAPT = "Set the config to what the weights were trained with, or give other weights."
-# Keys of the denoiser's section, be it `diffusion` or `lung_ddpm_plus`, and of `grid`.
+# Keys of the generator's settings, and of `grid`.
 _CONFIG_KEYS = {
     "in_channels": "classes",
     "base_channels": "denoiser.base_channels",
@@ -48,28 +48,30 @@ class Metadata:
     """What is written beside the weights.
 
     Attributes:
-        config: the whole config of the training run.
+        config: of the generator (see `GeneratorConfig.dump`).
+        fit: what their use must agree with (see `GeneratorConfig.decides_fit`).
         steps: optimizer steps taken.
         config_fingerprint: of the keys that decide what training computes.
         data_fingerprint: of the cases that it saw.
     """
 
-    config: Config
+    config: dict[str, Any]
+    fit: dict[str, Any]
     steps: int
     config_fingerprint: str
     data_fingerprint: str
 
+    @classmethod
+    def of(
+        cls, config: GeneratorConfig[TrainedSettings], steps: int, config_fingerprint: str, data_fingerprint: str
+    ) -> Metadata:
+        """What a generator's training writes."""
+        return cls(config.dump(), config.decides_fit(), steps, config_fingerprint, data_fingerprint)
+
 
 def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:
     """Write weights and metadata, atomically."""
-    description = {
-        "classes": metadata.config.diffusion.classes,
-        "schedule": {"kind": "cosine", "timesteps": metadata.config.diffusion.timesteps},
-        "steps": metadata.steps,
-        "config_fingerprint": metadata.config_fingerprint,
-        "data_fingerprint": metadata.data_fingerprint,
-        "config": metadata.config.without_folders().model_dump(mode="json"),
-    }
+    description = asdict(metadata)
     weights = {name: tensor.cpu().contiguous() for name, tensor in denoiser.state_dict().items()}
     # One key: safetensors writes several in an order that changes, and equal weights would not be equal files.
     texts = {_FORMAT: json.dumps({**description, "sha256": _checksum(description, weights)})}
@@ -81,17 +83,13 @@ def read_metadata(path: Path) -> Metadata:
     """Read what is written beside the weights of our format; cheap.
 
     Raises:
-        InputError: missing, cut short, or not a denoiser of ours.
+        InputError: missing, cut short, or not weights of ours.
     """
     held = _read_description(path)
     try:
-        held["config"]["diffusion"].setdefault("orientation", "ras")  # earlier versions had nothing else
-        config = parse_config(held["config"], path)
-        return Metadata(config, held["steps"], held["config_fingerprint"], held["data_fingerprint"])
-    except ConfigError as error:
-        raise InputError(path, f"was trained by another version ({error.problem})", _RETRAIN) from None
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(path, f"has damaged metadata ({error})", _RETRAIN) from None
+        return Metadata(**{each.name: held[each.name] for each in fields(Metadata)})
+    except KeyError as error:
+        raise InputError(path, f"has damaged metadata (no {error})", _RETRAIN) from None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -106,18 +104,17 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     except (OSError, SafetensorError) as error:
         raise InputError(path, f"is cut short or damaged ({error})", _RETRAIN) from None
     _refuse_unfit(path, weights, _RETRAIN)
-    checksum = held.pop("sha256", None)  # earlier versions wrote none
-    if checksum is not None and checksum != _checksum(held, weights):
+    if held.pop("sha256", None) != _checksum(held, weights):
         raise InputError(path, "is damaged: it differs from the checksum that was written with it", _RETRAIN)
     return weights
 
 
-def load_denoiser(path: Path, config: Config, device: str | torch.device = "cpu") -> UNet:
+def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device: str | torch.device = "cpu") -> UNet:
     """Build the denoiser of a config with the EMA weights of a file, ready to predict.
 
     Args:
         path: `.safetensors`: ours; anything else: the published format. No code in it is run.
-        config: what the denoiser is to be used for: classes, grid, noise levels, size.
+        config: of the generator that the denoiser is of: classes, grid, noise levels, size.
         device: where the denoiser goes.
 
     Raises:
@@ -149,33 +146,21 @@ def export_published(weights: Path, output: Path) -> None:
     if output.suffix != ".pt":
         raise InputError(output, "is no name for a published checkpoint", "End it in .pt.")
     metadata = read_metadata(weights)
-    if (orientation := metadata.config.diffusion.orientation) != "published":
+    settings = metadata.config["settings"]
+    if (orientation := settings["orientation"]) != "published":
         problem = f"was trained with orientation {orientation}: the published code would show it every chest turned"
         raise InputError(weights, problem, "Train it with orientation: published, then export it.")
-    process = published_buffers(cosine_betas(metadata.config.diffusion.timesteps))
+    process = published_buffers(cosine_betas(settings["timesteps"]))
     network = {_PREFIX + name: tensor for name, tensor in read_weights(weights).items()}
     with atomic_path(output) as temporary:
         torch.save({"step": metadata.steps, "model": process | network, "ema": process | network}, temporary)
 
 
-def _check_fits(path: Path, metadata: Metadata, config: Config) -> None:
-    def decisive(chosen: Config) -> dict[str, Any]:
-        diffusion, grid = chosen.diffusion, chosen.grid
-        return {
-            "classes": diffusion.classes,
-            "timesteps": diffusion.timesteps,
-            "orientation": diffusion.orientation,
-            **{f"denoiser.{name}": getattr(diffusion.denoiser, name) for name in Denoiser.model_fields},
-            **({"training.crop": diffusion.training.crop} if diffusion.nodule_centred else {}),
-            "grid.size": list(grid.size),
-            "grid.extent": grid.extent,
-            "grid.window_hu": list(grid.window_hu),
-        }
-
-    asked = decisive(config)
-    for key, trained in decisive(metadata.config).items():
-        if trained != asked[key]:
-            raise InputError(path, f"was trained with {key} {trained}, the config says {asked[key]}", _ADAPT)
+def _check_fits(path: Path, metadata: Metadata, config: GeneratorConfig[TrainedSettings]) -> None:
+    asked = config.decides_fit()
+    for key in dict.fromkeys([*metadata.fit, *asked]):
+        if (trained := metadata.fit.get(key)) != asked.get(key):
+            raise InputError(path, f"was trained with {key} {trained}, the config says {asked.get(key)}", _ADAPT)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
@@ -189,8 +174,10 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(path, "does not exist", _RETRAIN) from None
     except (OSError, SafetensorError) as error:
         raise InputError(path, f"is cut short or not a safetensors file ({error})", _RETRAIN) from None
+    if any(name.startswith(_EARLIER_FORMATS) for name in texts):
+        raise InputError(path, "was trained by an earlier version, whose weights are not read any more", _RETRAIN)
     if _FORMAT not in texts:
-        raise InputError(path, "holds no denoiser trained by lungddpm", _RETRAIN)
+        raise InputError(path, "holds no weights trained by lungddpm", _RETRAIN)
     try:
         return dict(json.loads(texts[_FORMAT]))
     except (ValueError, TypeError) as error:
@@ -206,7 +193,7 @@ def _checksum(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor
     return digest.hexdigest()
 
 
-def _read_published(path: Path, config: Config) -> dict[str, torch.Tensor]:
+def _read_published(path: Path, config: GeneratorConfig[DiffusionSettings]) -> dict[str, torch.Tensor]:
     """The EMA weights of a published checkpoint, float32, by their keys without the prefix."""
     try:
         content = load_checked(path)
@@ -238,8 +225,8 @@ def _refuse_unfit(path: Path, weights: Mapping[str, Any], remedy: str) -> None:
             raise InputError(path, f"key {key} {fault}", remedy)
 
 
-def _check_schedule(path: Path, betas: torch.Tensor, config: Config) -> None:
-    timesteps = config.diffusion.timesteps
+def _check_schedule(path: Path, betas: torch.Tensor, config: GeneratorConfig[DiffusionSettings]) -> None:
+    timesteps = config.settings.timesteps
     if betas.shape != (timesteps,):
         trained = betas.numel()
         raise InputError(path, f"was trained with timesteps {trained}, the config says {timesteps}", _ADAPT)
@@ -248,7 +235,13 @@ def _check_schedule(path: Path, betas: torch.Tensor, config: Config) -> None:
         raise InputError(path, "was trained with another noise schedule than the cosine one", "Give other weights.")
 
 
-def _check_keys(path: Path, weights: Mapping[str, torch.Tensor], denoiser: UNet, config: Config, prefix: str) -> None:
+def _check_keys(
+    path: Path,
+    weights: Mapping[str, torch.Tensor],
+    denoiser: UNet,
+    config: GeneratorConfig[DiffusionSettings],
+    prefix: str,
+) -> None:
     """Refuse weights whose keys or shapes are not those of the config's network."""
     faults = _faults(weights, denoiser)
     if not faults:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Size3
 from lungddpm.core import cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path, exclusive_lock, fingerprint, seed_from
@@ -26,7 +26,6 @@ from lungddpm.models.augmentation import augment, draw_augmentation
 from lungddpm.models.denoiser import condition_channels
 
 _CACHE_FORMAT = "z y x, int16 HU, uint8 labels"
-_NOT_OPEN = [label for label in Label if label != Label.BACKGROUND]
 _ALL_HU = np.arange(-(2**15), 2**15, dtype=np.int16)
 
 
@@ -67,7 +66,7 @@ def open_cache(
     case_ids: Sequence[str],
     case_folders: Sequence[cases.CaseFolder],
     hashes: Sequence[str],
-    config: Config,
+    size: Size3,
 ) -> TrainingData:
     """All cases as memory-mapped arrays, decoded on the first call; later calls read nothing but what they use.
 
@@ -79,13 +78,13 @@ def open_cache(
         case_ids: name of each case.
         case_folders: folder of each case.
         hashes: `cases.hash_case` of each of them.
-        config: `grid.size` is the shape that all cases must have.
+        size: voxels along x, y, z that all cases must have.
 
     Raises:
         InputError: a case is unreadable, breaks its contract, or lies on another grid.
     """
     name = fingerprint([_CACHE_FORMAT, *hashes])[:32]
-    shape = (len(hashes), *reversed(config.grid.size))
+    shape = (len(hashes), *reversed(size))
     paths = {kind: folder / f"{name}-{kind}.npy" for kind in ("ct", "layout")}
     with exclusive_lock(folder / ".lock", f"decoding cases into {folder}"):
         for other in folder.iterdir():
@@ -103,18 +102,18 @@ class SampleStream:
 
     Args:
         data: the cases.
-        config: `diffusion`, `grid.window_hu` and `seed` count.
+        config: of the generator.
         device: where the tensors go. Voxels are computed there; the few numbers that steer it are drawn on the CPU.
     """
 
-    def __init__(self, data: TrainingData, config: Config, device: torch.device):
+    def __init__(self, data: TrainingData, config: GeneratorConfig[DiffusionSettings], device: torch.device):
         self.data, self.device = data, device
-        self.training, self.timesteps = config.diffusion.training, config.diffusion.timesteps
-        self.seed, self.run = config.seed, config.diffusion.run
-        self.centres = [Label.NODULE] if config.diffusion.nodule_centred else _NOT_OPEN
+        self.training, self.timesteps = config.settings.training, config.settings.timesteps
+        self.seed, self.run = config.seed, config.run
+        self.centres = config.settings.crop_centres
         # What `to_model_range` makes of every HU, and `condition_channels` of every label, looked up on the device.
         labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
-        channels = condition_channels(labels, config.diffusion.classes).reshape(-1, len(Label))
+        channels = condition_channels(labels, config.settings.classes).reshape(-1, len(Label))
         self.range_of_hu = torch.from_numpy(to_model_range(_ALL_HU, config.grid.window_hu)).to(device)
         self.channels_of_label = torch.from_numpy(channels).to(device)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lungddpm.config.models import Config, Orientation
+from lungddpm.config.sections import GeneratorConfig, Orientation, UNetSettings
 from lungddpm.core.labels import Label
 
 ATTENTION_EDGE = 16
@@ -39,25 +39,24 @@ def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray
     return np.stack(masks).astype(np.float32) * 2 - 1
 
 
-def build_denoiser(config: Config) -> UNet:
+def build_denoiser(config: GeneratorConfig[UNetSettings]) -> UNet:
     """The denoiser that a config describes, with fresh weights from torch's global generator."""
     return UNet(**network_arguments(config))
 
 
-def network_arguments(config: Config) -> dict[str, Any]:
+def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
     """The arguments of `UNet` that a config describes."""
-    settings = config.diffusion.denoiser
-    seen_edge = config.diffusion.training.crop if config.diffusion.nodule_centred else config.grid.size[0]
-    factor = seen_edge / ATTENTION_EDGE
+    settings = config.settings.denoiser
+    factor = config.settings.drawn_size(config.grid)[0] / ATTENTION_EDGE
     # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
     is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
-        "in_channels": 1 + len(config.diffusion.classes),
+        "in_channels": 1 + len(config.settings.classes),
         "base_channels": settings.base_channels,
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
         "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
-        "orientation": config.diffusion.orientation,
+        "orientation": config.settings.orientation,
     }
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core import drawing
 from lungddpm.core.files import seed_from, write_table
 from lungddpm.core.labels import Label
@@ -104,29 +104,34 @@ def grid_cases(data: TrainingData) -> list[int]:
 
 
 def draw_grid(
-    denoiser: UNet, data: TrainingData, chosen: Sequence[int], config: Config, accelerator: Accelerator
+    denoiser: UNet,
+    data: TrainingData,
+    chosen: Sequence[int],
+    config: GeneratorConfig[DiffusionSettings],
+    accelerator: Accelerator,
 ) -> tuple[list[float], Figure]:
     """Sample cases (DPM-Solver++, 20 steps, noise of its own for each case, the same at each call) and show them.
 
-    Of Lung-DDPM+ it is a crop around a nodule, in which the nodule is drawn and the rest pasted.
+    A network that draws crops gets one around a voxel that its training crops may have as their centre.
 
     Returns:
         Mean squared error of each sample where it was drawn, in the lungs or the nodule, on [0, 1] over
         `grid.window_hu`; and a figure with reference, layout and sample side by side, axial, at the middle of the
         largest nodule.
     """
-    timesteps = config.diffusion.timesteps
+    timesteps = config.settings.timesteps
     solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(_GRID_STEPS, timesteps))
     clean, layouts, drawn, errors = [], [], [], []
     for case in chosen:
-        seed = seed_from(config.seed, config.diffusion.run, "grid", data.case_ids[case])
+        seed = seed_from(config.seed, config.run, "grid", data.case_ids[case])
         where: tuple[slice, ...] = ()
-        if config.diffusion.nodule_centred:
+        edge = config.settings.drawn_size(config.grid)[0]
+        if edge < min(data.layout[case].shape):
             chooser = torch.Generator().manual_seed(seed)
-            where = draw_crop(data.layout[case], config.diffusion.training.crop, [Label.NODULE], chooser)
+            where = draw_crop(data.layout[case], edge, config.settings.crop_centres, chooser)
         layout = data.layout[case][where]
         reference = to_model_range(data.ct[case][where], config.grid.window_hu)
-        channels = condition_channels(layout.transpose(2, 1, 0), config.diffusion.classes)
+        channels = condition_channels(layout.transpose(2, 1, 0), config.settings.classes)
         with accelerator.autocast():
             volume = sample_aas(
                 denoiser,

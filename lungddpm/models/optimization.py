@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.models import Config, Training
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Training
 from lungddpm.models.data import SampleStream, TrainingData
 from lungddpm.models.denoiser import Stage, UNet
 from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
@@ -26,20 +26,22 @@ class Optimization:
     compute what one does with n times the accumulation, up to rounding.
 
     Args:
-        config: `diffusion`, `grid.window_hu` and `seed` count.
+        config: of the generator.
         model: the denoiser with its initial weights; it is trained in place.
         data: the cases.
         accelerator: device, precision and processes; made with the config's `accumulation`.
     """
 
-    def __init__(self, config: Config, model: UNet, data: TrainingData, accelerator: Accelerator):
-        self.training, self.accelerator = config.diffusion.training, accelerator
+    def __init__(
+        self, config: GeneratorConfig[DiffusionSettings], model: UNet, data: TrainingData, accelerator: Accelerator
+    ):
+        self.training, self.accelerator = config.settings.training, accelerator
         # Gradients by planes take half as much memory again, and no less time.
         self.model = model.to(accelerator.device).arrange(channels_last=False, by_planes=False)
         self.average: UNet = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.samples = SampleStream(data, config, accelerator.device)
         exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has nothing finer
-        self.signal = alphas_cumprod(cosine_betas(config.diffusion.timesteps)).to(accelerator.device, exact)
+        self.signal = alphas_cumprod(cosine_betas(config.settings.timesteps)).to(accelerator.device, exact)
         if self.training.gradient_checkpointing:
             checkpoint_stages(self.model)
         if self.training.compile:

@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core import cases
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
@@ -39,21 +39,25 @@ from lungddpm.models.training_states import keep_states, load_state, newest_stat
 
 MEMORY_LEVERS = (
     "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
-    "or lower denoiser.base_channels; 'lungddpm train --estimate' tells what is needed. A saved state is intact."
+    "or lower denoiser.base_channels; 'lungddpm train --estimate' shows what is needed. A saved state is intact."
 )
 
 
 def run_train(
-    config: Config, cases_table: Path, output: Path, device: str = "auto", initial: Path | None = None
+    config: GeneratorConfig[DiffusionSettings],
+    cases_table: Path,
+    output: Path,
+    device: str = "auto",
+    initial: Path | None = None,
 ) -> None:
-    """Train a denoiser on the usable discovery cases (Lung-DDPM+: those with a nodule); write `model.safetensors`.
+    """Train a generator on the usable discovery cases; write `model.safetensors`.
 
     A training of the same config on the same cases is continued from its last saved state; on a CPU it ends
     bit-identical to one that was never interrupted. One that is complete is left as it is. Started by torchrun or
     `accelerate launch`, all processes share the training and the first one writes.
 
     Args:
-        config: the denoiser's (see `Config.for_denoiser`); `diffusion`, `grid` and `seed` decide what is trained.
+        config: of the generator.
         cases_table: table of cases.
         output: folder of the run.
         device: see `make_accelerator`.
@@ -66,26 +70,26 @@ def run_train(
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
     rows = cases.usable(cases.read_cases(cases_table), DISCOVERY)
-    if config.diffusion.nodule_centred:
+    if config.settings.needs_nodule:
         rows = rows[rows["n_nodules"] > 0]
     if rows.empty:
-        what = "discovery case with a nodule" if config.diffusion.nodule_centred else "discovery case"
+        what = "discovery case with a nodule" if config.settings.needs_nodule else "discovery case"
         raise InputError(cases_table, f"has no usable {what}", "See its columns role, status and reason.")
     if initial is not None and not initial.exists():
         raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
     folders = [cases.folder_of(cases_table, row) for _, row in rows.iterrows()]
     hashes = [folder.hash() for folder in folders]
-    training = config.diffusion.training
+    training = config.settings.training
     accelerator = make_accelerator(device, training.precision, training.accumulation)
-    metadata = Metadata(
-        config=config,
+    metadata = Metadata.of(
+        config,
         steps=training.steps,
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
     )
     with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_LEVERS):
         if not _is_complete(output / "model.safetensors", metadata):
-            data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config)
+            data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config.grid.size)
             run = _Run(config, metadata, data, output, accelerator, initial_denoiser(config, initial))
             run.resume()
             run.train()
@@ -93,14 +97,14 @@ def run_train(
     accelerator.end_training()
 
 
-def fresh_denoiser(config: Config) -> UNet:
+def fresh_denoiser(config: GeneratorConfig[DiffusionSettings]) -> UNet:
     """The denoiser with the initial weights that belong to the config's seed."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_from(config.seed, config.diffusion.run, "weights"))
+        torch.manual_seed(seed_from(config.seed, config.run, "weights"))
         return build_denoiser(config)
 
 
-def initial_denoiser(config: Config, weights: Path | None) -> UNet:
+def initial_denoiser(config: GeneratorConfig[DiffusionSettings], weights: Path | None) -> UNet:
     """The denoiser that training starts from: with these weights, or a fresh one."""
     if weights is None:
         return fresh_denoiser(config)
@@ -112,14 +116,14 @@ class _Run:
 
     def __init__(
         self,
-        config: Config,
+        config: GeneratorConfig[DiffusionSettings],
         metadata: Metadata,
         data: TrainingData,
         output: Path,
         accelerator: Accelerator,
         model: UNet,
     ):
-        self.config, self.training = config, config.diffusion.training
+        self.config, self.training = config, config.settings.training
         self.data, self.output, self.accelerator = data, output, accelerator
         self.metadata = metadata
         self.fingerprints = {
@@ -138,7 +142,7 @@ class _Run:
         found = newest_state(self.output / "state", self.fingerprints) if self.accelerator.is_main_process else None
         (self.saved,) = broadcast_object_list([found])
         if self.saved is None:
-            LOG.info("Starting anew: no saved state of this training in %s", self.output)
+            LOG.info("Starting from the beginning: no saved state of this training in %s", self.output)
         else:
             state = load_state(self.saved)
             self.optimization.load_state_dict(state)
@@ -154,7 +158,7 @@ class _Run:
         with (
             closing(self.monitor) if self.monitor else nullcontext(),
             _sigterm_noted() as asked_to_stop,
-            Progress("denoiser", self.training.steps, start=len(self.history)) as progress,
+            Progress(f"training of {self.config.name}", self.training.steps, start=len(self.history)) as progress,
         ):
             for step in progress.steps():
                 self.under_way.append(self.optimization.take_step(step, asked_to_stop))
@@ -228,12 +232,13 @@ class _Run:
         )
 
 
-def _config_fingerprint(config: Config, processes: int, initial: Path | None) -> str:
+def _config_fingerprint(config: GeneratorConfig[DiffusionSettings], processes: int, initial: Path | None) -> str:
     """Of all that decides what training computes."""
     decisive = {
         "seed": config.seed,
         "window_hu": config.grid.window_hu,
-        "diffusion": config.diffusion.decides_weights(processes),
+        "generator": config.name,
+        "settings": config.settings.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
         "code": stage_fingerprint("train"),
     }

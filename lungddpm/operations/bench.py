@@ -24,7 +24,7 @@ import torch
 from accelerate import Accelerator
 
 from lungddpm.config.loading import parse_config
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
 from lungddpm.core.progress import LOG
@@ -180,7 +180,7 @@ class Problem:
         """`cpu` or `cuda`."""
         return self.device.partition(":")[0]
 
-    def config(self, lever: Lever = BASE) -> Config:
+    def config(self, lever: Lever = BASE) -> GeneratorConfig[DiffusionSettings]:
         """The published network and recipe, an optimizer step a forward pass."""
         training = {
             "batch_size": lever.batch,
@@ -188,8 +188,9 @@ class Problem:
             "precision": "bf16" if lever.bf16 else "fp32",
             "compile": lever.compile,
         }
-        diffusion = {"denoiser": {"base_channels": self.base_channels}, "training": training}
-        return parse_config({"grid": {"size": [self.size] * 3}, "diffusion": diffusion})
+        settings = {"denoiser": {"base_channels": self.base_channels}, "training": training}
+        values = {"grid": {"size": [self.size] * 3}, "generators": {"lung_ddpm": settings}}
+        return parse_config(values).for_generator("lung_ddpm")
 
 
 def run_bench(
@@ -364,7 +365,7 @@ class Workbench:
         if lever.compile:
             self.denoiser.compile(dynamic=False)
         generator = torch.Generator().manual_seed(0)
-        shape = (1, 1 + len(self.config.diffusion.classes), *[problem.size] * 3)
+        shape = (1, 1 + len(self.config.settings.classes), *[problem.size] * 3)
         self.noisy = torch.randn(shape, generator=generator).repeat(lever.batch, 1, 1, 1, 1).to(self.device)
         self.timesteps = torch.full((lever.batch,), 100, device=self.device)
         self.predict: Predictor = self.denoiser
@@ -398,7 +399,7 @@ class Workbench:
         condition = self.noisy[:, 1:].sign()
         reference = self.noisy[:, :1].clamp(-1, 1)
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(self.lever.batch)]
-        solver = make_solver(sampler, 2, cosine_betas(self.config.diffusion.timesteps), steps)
+        solver = make_solver(sampler, 2, cosine_betas(self.config.settings.timesteps), steps)
 
         def draw() -> torch.Tensor:
             with self.accelerator.autocast():

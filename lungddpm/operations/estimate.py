@@ -1,4 +1,4 @@
-"""What a training will cost, told before it is spent."""
+"""What a training will cost, estimated before it starts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lungddpm.config.models import Config
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
@@ -23,17 +23,17 @@ _BYTES_A_WEIGHT = 4
 _KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
 
 
-def run_estimate(config: Config, device: str = "auto") -> None:
+def run_estimate(config: GeneratorConfig[DiffusionSettings], device: str = "auto") -> None:
     """Count parameters and operations, take two steps on made-up volumes, extrapolate, and print. Writes nothing.
 
     Args:
-        config: the whole config; no case needs to exist.
+        config: of the generator; no case needs to exist.
         device: see `make_accelerator`.
 
     Raises:
         ConfigError: the device is not there, or its memory does not suffice.
     """
-    training = config.diffusion.training
+    training = config.settings.training
     parameters, forward, whole_pass = count(config)
     accelerator = make_accelerator(device, training.precision, training.accumulation)
     processes = accelerator.num_processes
@@ -57,20 +57,27 @@ def run_estimate(config: Config, device: str = "auto") -> None:
     accelerator.print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))
 
 
-def count(config: Config) -> tuple[int, int, int]:
+def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:
+    """(N, D, H, W) of what a forward pass in training sees."""
+    crop, batch_size = config.settings.training.crop, config.settings.training.batch_size
+    return (batch_size, *(config.grid.size[::-1] if crop is None else (crop,) * 3))
+
+
+def count(config: GeneratorConfig[DiffusionSettings], shape: tuple[int, ...] | None = None) -> tuple[int, int, int]:
     """Parameters, floating point operations of a forward pass, and of a pass forward and backward.
 
     Multiplications and additions count apart, and only those of convolutions and matrix products do. Nothing is
     computed: the tensors are empty.
+
+    Args:
+        config: of the generator.
+        shape: (N, D, H, W) of the input; by default `training_shape`.
     """
+    size, *edges = shape or training_shape(config)
     with torch.device("meta"):
         model: UNet = build_denoiser(config)
-        edges = config.grid.size[::-1]
-        if config.diffusion.training.crop is not None:
-            edges = (config.diffusion.training.crop,) * 3
-        size = config.diffusion.training.batch_size
-        noisy, timesteps = torch.zeros(size, 1 + len(config.diffusion.classes), *edges), torch.zeros(size).long()
-    if config.diffusion.training.gradient_checkpointing:
+        noisy, timesteps = torch.zeros(size, 1 + len(config.settings.classes), *edges), torch.zeros(size).long()
+    if config.settings.training.gradient_checkpointing:
         checkpoint_stages(model)
     with FlopCounterMode(display=False) as forward:
         predicted = model(noisy, timesteps)
@@ -80,7 +87,7 @@ def count(config: Config) -> tuple[int, int, int]:
     return parameters, forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-def made_up(config: Config) -> TrainingData:
+def made_up(config: GeneratorConfig[DiffusionSettings]) -> TrainingData:
     """One case of noise, with every label."""
     random = np.random.default_rng(0)
     shape = (1, *config.grid.size[::-1])

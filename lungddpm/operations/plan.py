@@ -1,4 +1,4 @@
-"""What a run will cost, told before anything is spent: jobs, hours, memory and disk of every stage."""
+"""What a run will cost, estimated before anything is spent: jobs, hours, memory and disk of every stage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lungddpm.config.loading import load_config
-from lungddpm.config.models import Config, Segmentation
+from lungddpm.config.models import Config, Segmentation, Workflow
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
 from lungddpm.core.arms import Arm
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
@@ -18,6 +19,8 @@ from lungddpm.core.roles import ROLES
 
 if TYPE_CHECKING:
     import torch
+
+    from lungddpm.generators import Drawing
 
 GIB = 2**30
 PEAK_TFLOP_PER_S = {
@@ -34,14 +37,12 @@ CORE_FLOP_PER_S = 40e9
 LIDC_SCANS, LIDC_SLICES = 1018, 244_527
 
 _CACHE_BYTES = 3
-"""A voxel and case of the denoiser's cache."""
+"""Per voxel and case of a training's cache."""
 _LARGEST_PATCH = 128
 """An edge of what nnU-Net plans for 8 GB of GPU memory and isotropic voxels."""
 _TORCH_GIB, _CUDA_HOST_GIB = 1.2, 8.0
 """Of a process with torch, beside what its network takes; with a GPU, CUDA's libraries and nnU-Net's loading processes
 come on top, which was not measured."""
-_NODULES = 2.5
-"""Of a case, on average (LIDC-IDRI: 2.6 in 1,018 scans)."""
 _START_S, _TORCH_START_S = 1.0, 5.0
 """Of each job: Python and its libraries."""
 
@@ -142,8 +143,10 @@ class NetworkCost:
     """In training: weights, their gradients, averages and moments, and what a forward pass keeps for the backward pass,
     in fp32. The savings of mixed precision go into what libraries need besides: nnU-Net's default network, 7.2 GiB by
     this count, takes 7.7 GB (see `UTILISATION`)."""
+    weights_bytes: int
     drawing_bytes: int
-    """To apply it: weights, and about a quarter of what a forward pass in training keeps."""
+    """To apply it to one volume (or patch), besides the weights: about a quarter of what a forward pass in training
+    keeps."""
 
 
 def run_plan(
@@ -161,7 +164,7 @@ def run_plan(
         tables: tables that may list the scans; the first that exists is taken.
         scans: number of scans, whatever tables say; None where a table or the config tells.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
-        step_seconds: of an optimizer step of the denoiser on that device (of one core, on a CPU).
+        step_seconds: of an optimizer step on that device (of one core, on a CPU); see `measured_speed`.
         bench: what `lungddpm bench` has written; then the device is the one that it measured.
 
     Raises:
@@ -228,15 +231,21 @@ def known_speed(device: str) -> Speed:
 
 
 def measured_speed(config: Config, device: str, step_seconds: float) -> Speed:
-    """The speed of a device on which one optimizer step of the denoiser was timed (`lungddpm train --estimate`).
+    """The speed of a device on which one optimizer step was timed (`lungddpm train --estimate`).
 
     Args:
-        config: the one that was timed.
+        config: the one that was timed; of several generators that are trained, the first one in use.
         device: what it ran on; for `cpu`, on one core.
         step_seconds: of one optimizer step.
+
+    Raises:
+        ConfigError: the config trains no generator.
     """
-    rate = denoiser_cost(config).step_flop / step_seconds
-    return Speed(device, rate, f"{rate / 1e12:.3g} TFLOP/s, from {step_seconds:g} s a step of the denoiser")
+    trained = config.trained_generators()
+    if not trained:
+        raise ConfigError("--step-seconds", "no generator of the config is trained", "Name a device.")
+    rate = network_cost(trained[0]).step_flop / step_seconds
+    return Speed(device, rate, f"{rate / 1e12:.3g} TFLOP/s, from {step_seconds:g} s per step of {trained[0].name}")
 
 
 def benchmarked_speed(path: Path) -> Speed:
@@ -270,11 +279,10 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     Hours of networks are their operations at the given speed; those of the other stages were measured on the demo and
     on scans of LIDC-IDRI, on one core.
     """
-    from lungddpm.generators import module_of
+    from lungddpm.generators import plugin
 
     grid = math.prod(config.grid.size)
     samples = {name: round(dose * cohort.discovery) for name, dose in config.arms.largest_doses().items()}
-    section_of = {name: module_of(name, config).DENOISER for name in samples}
     # Doses share samples, but each is a job of its own.
     jobs_of = {
         name: len(doses)
@@ -296,15 +304,22 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     ]
     if config.source.kind == "phantom":
         stages.insert(0, _light("phantom", 1, cohort.scans, cohort.voxels))
-    for section in dict.fromkeys(filter(None, section_of.values())):
-        own = config.for_denoiser(section)
-        cost = denoiser_cost(own)
-        drawn = [name for name in samples if section_of[name] == section]
-        stages.append(_train_denoiser(own, cost, grid * cohort.discovery, speed))
-        stages.append(_draw(own, cost, sum(map(jobs_of.get, drawn)), sum(samples[name] for name in drawn), speed))
-    if others := [name for name in samples if section_of[name] is None]:
-        made = sum(samples[name] for name in others)
-        stages.append(_light("synthesize", sum(map(jobs_of.get, others)), made, grid, grid * _CASE_BYTES_PER_VOXEL))
+    costs = {}
+    for trained in config.trained_generators():
+        cost = costs[trained.name] = network_cost(trained)
+        stages.append(_train_generator(trained, config.workflow, cost, grid * cohort.discovery, speed))
+    light = []
+    for name, number in samples.items():
+        declared = None if name in config.arms.external else plugin(name)
+        if declared is None or declared.drawing is None:
+            light.append(name)
+        else:
+            drawing = declared.drawing(config.for_generator(name))
+            stages.append(_draw(drawing, costs[declared.weights_of], jobs_of[name], number, grid, speed))
+    if light:
+        made = sum(samples[name] for name in light)
+        jobs = sum(jobs_of[name] for name in light)
+        stages.append(_light("synthesize", jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
     if samples:
         stages.append(_light("quality", len(samples), sum(samples.values()), grid))
     segmenter = segmenter_cost(config)
@@ -320,27 +335,24 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     ]
 
 
-def denoiser_cost(config: Config) -> NetworkCost:
-    """Operations and memory of the denoiser in `diffusion`.
+def network_cost(config: GeneratorConfig[DiffusionSettings]) -> NetworkCost:
+    """Operations and memory of the network of a generator that is trained.
 
-    A step's are those of its crops, if any; a forward pass is over what sampling works on: the whole grid, or a crop
-    around a nodule.
+    A step's are those of its crops, if any; a forward pass is over what the network sees when it draws.
     """
-    from lungddpm.operations.estimate import count
+    from lungddpm.operations.estimate import count, training_shape
 
-    diffusion = config.diffusion
-    volumes = {"batch_size": 1} if diffusion.nodule_centred else {"batch_size": 1, "crop": None}
-    drawing = diffusion.model_copy(update={"training": diffusion.training.model_copy(update=volumes)})
-    of_drawing = config.model_copy(update={"diffusion": drawing})
+    drawn = (1, *config.settings.drawn_size(config.grid)[::-1])
     parameters, _, whole_pass = count(config)
-    _, forward, _ = count(of_drawing)
+    _, forward, _ = count(config, drawn)
     return NetworkCost(
         parameters,
         forward,
-        whole_pass * diffusion.training.accumulation,
+        whole_pass * config.settings.training.accumulation,
         # Weight, gradient, average and two moments of Adam.
-        5 * 4 * parameters + _kept_by_denoiser(config),
-        4 * parameters + diffusion.sampling.batch_size * _kept_by_denoiser(of_drawing) // 4,
+        5 * 4 * parameters + _kept_by_network(config, training_shape(config)),
+        4 * parameters,
+        _kept_by_network(config, drawn) // 4,
     )
 
 
@@ -374,8 +386,10 @@ def segmenter_cost(config: Config) -> NetworkCost:
     kept = _kept_bytes(network, lambda: network(patches))
     # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
-    drawing = 4 * parameters + kept // segmentation.batch_size // 4
-    return NetworkCost(parameters, one_pass // segmentation.batch_size, step, kept + 4 * 4 * parameters, drawing)
+    volume = segmentation.batch_size
+    return NetworkCost(
+        parameters, one_pass // volume, step, kept + 4 * 4 * parameters, 4 * parameters, kept // volume // 4
+    )
 
 
 def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
@@ -438,23 +452,21 @@ def _heavy(
     return Stage(name, jobs, 0.0, hours, processes * (_TORCH_GIB + network), None, disk_bytes / GIB)
 
 
-def _train_denoiser(config: Config, cost: NetworkCost, voxels: int, speed: Speed) -> Stage:
+def _train_generator(
+    config: GeneratorConfig[TrainedSettings], workflow: Workflow, cost: NetworkCost, voxels: int, speed: Speed
+) -> Stage:
     # Three states of weights, average and moments while one is written, and the result.
     disk = 13 * 4 * cost.parameters + _CACHE_BYTES * voxels
     # Each of several processes takes the forward passes of one.
-    flop = config.diffusion.training.steps * cost.step_flop * config.workflow.denoiser_processes
-    return _heavy("train_denoiser", 1, flop, cost.memory_bytes, disk, speed, config.workflow.denoiser_gpus)
+    flop = config.settings.training.steps * cost.step_flop * workflow.training_processes
+    return _heavy("train_generator", 1, flop, cost.memory_bytes, disk, speed, workflow.training_gpus)
 
 
-def _draw(config: Config, cost: NetworkCost, jobs: int, samples: int, speed: Speed) -> Stage:
-    sampling = config.diffusion.sampling
-    passes = sampling.steps * sampling.resampling
-    if config.diffusion.nodule_centred:
-        # To the noise and back, for each nodule.
-        passes = 2 * sampling.steps * _NODULES
-    flop = samples * passes * cost.forward_flop
-    disk = samples * (_RATES["synthesize"].disk_bytes + _CASE_BYTES_PER_VOXEL * math.prod(config.grid.size))
-    return _heavy("synthesize", jobs, flop, cost.drawing_bytes, disk, speed)
+def _draw(drawing: Drawing, cost: NetworkCost, jobs: int, samples: int, grid: int, speed: Speed) -> Stage:
+    flop = samples * drawing.passes * cost.forward_flop
+    disk = samples * (_RATES["synthesize"].disk_bytes + _CASE_BYTES_PER_VOXEL * grid)
+    memory = cost.weights_bytes + drawing.batch_size * cost.drawing_bytes
+    return _heavy("synthesize", jobs, flop, memory, disk, speed)
 
 
 def _train_segmenter(segmentation: Segmentation, cost: NetworkCost, runs: int, speed: Speed) -> Stage:
@@ -471,7 +483,7 @@ def _predict(config: Config, cost: NetworkCost, runs: int, predictions: int, spe
     )
     flop = predictions * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
     disk = predictions * _PREDICTION_BYTES_PER_VOXEL * math.prod(config.grid.size)
-    return _heavy("predict", runs, flop, cost.drawing_bytes, disk, speed)
+    return _heavy("predict", runs, flop, cost.weights_bytes + cost.drawing_bytes, disk, speed)
 
 
 def _training_cases(arm: Arm, discovery: int) -> int:
@@ -485,17 +497,16 @@ def _patch(config: Config) -> tuple[int, int, int]:
     return network.patch if network is not None else tuple(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
 
 
-def _kept_by_denoiser(config: Config) -> int:
-    """Bytes that a training pass keeps, `gradient_checkpointing` apart."""
+def _kept_by_network(config: GeneratorConfig[DiffusionSettings], shape: tuple[int, ...]) -> int:
+    """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
     import torch
 
     from lungddpm.models.denoiser import build_denoiser
 
-    training = config.diffusion.training
-    edges = config.grid.size[::-1] if training.crop is None else (training.crop,) * 3
+    size, *edges = shape
     with torch.device("meta"):
-        noisy = torch.zeros(training.batch_size, 1 + len(config.diffusion.classes), *edges)
-        denoiser, timesteps = build_denoiser(config), torch.zeros(training.batch_size).long()
+        noisy = torch.zeros(size, 1 + len(config.settings.classes), *edges)
+        denoiser, timesteps = build_denoiser(config), torch.zeros(size).long()
     return _kept_bytes(denoiser, lambda: denoiser(noisy, timesteps))
 
 

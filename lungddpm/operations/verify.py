@@ -23,7 +23,7 @@ _TO_MAKE_AGAIN = ".damaged"
 # What the manifest lists, what every run writes anew, and what only a training under way needs.
 _NOT_SUMMED = re.compile(
     rf"(tables|figures|logs|benchmarks)/|report\.html$|{MANIFEST}$|{SUMS}$|config\.json$|cases/index\.cache\.json$"
-    r"|diffusion/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"
+    r"|models/[^/]+/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"
 )
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -138,8 +138,8 @@ def _outputs(results: Path, file: PurePosixPath) -> list[PurePosixPath]:
             return _tables_that_list(case, results, "cases/cases-*.tsv")
         case ("synthetic", generator, sample, _):
             return _tables_that_list(sample, results, f"synthetic/{generator}/samples-*.tsv")
-        case ("diffusion", run, *_):
-            return [PurePosixPath("diffusion", run, "model.safetensors")]
+        case ("models", generator, run, *_):
+            return [PurePosixPath("models", generator, run, "model.safetensors")]
         case ("arms", arm, "nnUNet_raw", *_):
             return [PurePosixPath("arms", arm, "arm.json")]
         case ("arms", arm, "nnUNet_preprocessed", *_):

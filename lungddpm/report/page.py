@@ -158,9 +158,10 @@ def draw_figures(
         sample = one.sample
         title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
         drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
-    history = results / "diffusion" / config.diffusion.run / "history.csv"
-    if history.exists():
-        drawn["training"] = figures.training_curve(read_csv(history))
+    for trained in config.trained_generators():
+        history = results / trained.model_folder / "history.csv"
+        if history.exists():
+            drawn[f"training-{trained.name}"] = figures.training_curve(read_csv(history))
     if len(curves := segmenter_training(config, results)):
         drawn["segmenter_training"] = figures.segmenter_curves(curves)
     paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
@@ -251,6 +252,14 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
     }
 
 
+def describe_generator(name: str, config: Config) -> str:
+    """What a generator is and whom to cite for it, as sentences."""
+    if name in config.arms.external:
+        return "Synthetic CT that another system made. Cite that system."
+    declared = generators.plugin(name)
+    return f"{declared.title}. {declared.citation}"
+
+
 def render_report(
     config: Config,
     case_table: pd.DataFrame,
@@ -320,9 +329,7 @@ def render_report(
         compared=show_published(tables["published_comparison"].query("arm != ''")),
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
-        generator_notes={
-            name: generators.module_of(name, config).__doc__.splitlines()[0] for name in config.arms.largest_doses()
-        },
+        generator_notes={name: describe_generator(name, config) for name in config.arms.largest_doses()},
         arm_cases={
             arm: [case["name"] for case in content["cases"] if case["trained_on"]] for arm, content in arms.items()
         },

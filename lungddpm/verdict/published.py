@@ -10,14 +10,13 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
+from lungddpm import generators
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.quality.image_quality import SYNTHETIC, WHOLE
 
 REAL_CASES = 800
 """Real training cases in the published segmentation experiment."""
-_GENERATORS = {"Lung-DDPM": "lung_ddpm", "Lung-DDPM+": "lung_ddpm_plus", "Med-DDPM": "med_ddpm"}
-"""Published methods that this benchmark has, by their module in `lungddpm/generators/`."""
 _QUALITY_METRICS = {"MSE": "mse", "FID": "fid", "MMD": "mmd_squared"}
 _SEGMENTATION = (
     "its 249 test patients are private, and what its sd is taken over is not stated: "
@@ -51,6 +50,12 @@ def published_figures() -> pd.DataFrame:
             .astype({"mean": float})
             .assign(sd=lambda table: pd.to_numeric(table["sd"]))
         )
+
+
+def published_generators() -> dict[str, str]:
+    """Published methods that this benchmark has -> their generators."""
+    declared = (generators.plugin(name) for name in generators.names())
+    return {each.published_as: each.name for each in declared if each.published_as is not None}
 
 
 def published_gain(metric: str) -> float:
@@ -108,9 +113,9 @@ def published_comparison(
 def _segmentation(figure: dict, verdict: pd.DataFrame) -> dict:
     if figure["method"] == "real only":
         arm = BASELINE
-    elif figure["method"] in _GENERATORS:
+    elif figure["method"] in published_generators():
         dose = int(figure["training_set"].split("+")[1].split()[0]) / REAL_CASES
-        arm = _arm_of_dose(verdict["arm"], _GENERATORS[figure["method"]], dose)
+        arm = _arm_of_dose(verdict["arm"], published_generators()[figure["method"]], dose)
         if not arm:
             return {"comparable": "no", "why_not": f"this run has no arm with a dose of about {dose:.2g}"}
     else:
@@ -141,9 +146,9 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
 
 
 def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
-    if figure["method"] not in _GENERATORS:
+    if figure["method"] not in published_generators():
         return _absent(figure)
-    generator = _GENERATORS[figure["method"]]
+    generator = published_generators()[figure["method"]]
     if image_quality is not None:
         rows = image_quality[
             (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
@@ -162,7 +167,7 @@ def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
 
 
 def _sampling(figure: dict, seconds_per_volume: dict[str, float]) -> dict:
-    generator = _GENERATORS.get(figure["method"])
+    generator = published_generators().get(figure["method"])
     if generator is None:
         return _absent(figure)
     if generator not in seconds_per_volume:

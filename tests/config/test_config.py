@@ -34,7 +34,7 @@ def test_overlays_are_valid_with_a_path(repository, tmp_path, overlay):
     mine = tmp_path / "mine.yaml"
     mine.write_text("source: {path: /data/LIDC-IDRI}\n")
     config = load_config(repository / "config.yaml", repository / f"config/{overlay}.yaml", mine)
-    assert (config.grid.size, config.diffusion.denoiser.base_channels) == ((128, 128, 128), 64)
+    assert (config.grid.size, config.generators.lung_ddpm.denoiser.base_channels) == ((128, 128, 128), 64)
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -83,7 +83,10 @@ def test_what_is_not_a_default_is_the_whole_config(repository, overlay):
 
 FAULTS = {
     "typo": ({"grdi": {}}, "grdi: there is no such key"),
-    "nested typo": ({"diffusion": {"training": {"stpes": 3}}}, "diffusion.training.stpes"),
+    "nested typo": (
+        {"generators": {"lung_ddpm": {"training": {"stpes": 3}}}},
+        "generators.lung_ddpm.training.stpes: there is no",
+    ),
     "wrong type": ({"segmentation": {"steps": "many"}}, "segmentation.steps"),
     "unknown source": ({"source": {"kind": "pacs"}}, "there is no 'pacs'"),
     "source without path": ({"source": {"kind": "lidc"}}, "source.path"),
@@ -106,31 +109,58 @@ FAULTS = {
         "roles.reference: a patient is read",
     ),
     "shares above all": ({"roles": {"discovery": 0.8, "test": 0.5, "reference": 0.2}}, "more than all patients"),
-    "groups do not divide": ({"diffusion": {"denoiser": {"base_channels": 20}}}, "does not divide"),
-    "crop with attention": ({"diffusion": {"training": {"crop": 32}}}, "attention: false"),
-    "more steps than timesteps": ({"diffusion": {"timesteps": 20}}, "steps 250 exceeds timesteps 20"),
-    "resampling as published": ({"diffusion": {"sampling": {"aas": "published", "resampling": 2}}}, "aas: corrected"),
+    "groups do not divide": ({"generators": {"lung_ddpm": {"denoiser": {"base_channels": 20}}}}, "does not divide"),
+    "crop with attention": ({"generators": {"lung_ddpm": {"training": {"crop": 32}}}}, "attention: false"),
+    "more steps than timesteps": ({"generators": {"lung_ddpm": {"timesteps": 20}}}, "steps 250 exceeds timesteps 20"),
+    "resampling as published": (
+        {"generators": {"lung_ddpm": {"sampling": {"aas": "published", "resampling": 2}}}},
+        "aas: corrected",
+    ),
     "fold that does not exist": ({"segmentation": {"folds": [5]}}, "names fold 5"),
     "steps between saves": ({"segmentation": {"steps": 100, "save_every": 30}}, "not a multiple"),
-    "plus without crop": ({"lung_ddpm_plus": {"training": {"crop": None}}}, "lung_ddpm_plus.training.crop"),
-    "plus with a small crop": ({"lung_ddpm_plus": {"training": {"crop": 4}}}, "lung_ddpm_plus.training.crop"),
+    "plus without crop": (
+        {"generators": {"lung_ddpm_plus": {"training": {"crop": None}}}},
+        "generators.lung_ddpm_plus.training.crop",
+    ),
+    "plus with a small crop": (
+        {"generators": {"lung_ddpm_plus": {"training": {"crop": 4}}}},
+        "generators.lung_ddpm_plus.training.crop",
+    ),
     "plus larger than grid": (
-        {"lung_ddpm_plus": {"training": {"crop": 128}}},
-        "lung_ddpm_plus.training.crop 128 is larger than grid.size",
+        {"generators": {"lung_ddpm_plus": {"training": {"crop": 128}}}, "arms": {"controls": ["lung_ddpm_plus"]}},
+        "generators.lung_ddpm_plus: training.crop 128 is larger than grid.size",
     ),
     "plus by an ancestral sampler": (
-        {"lung_ddpm_plus": {"sampling": {"sampler": "ddpm"}}},
-        "lung_ddpm_plus.sampling.sampler",
+        {"generators": {"lung_ddpm_plus": {"sampling": {"sampler": "ddpm"}}}},
+        "generators.lung_ddpm_plus.sampling.sampler",
     ),
-    "plus with resampling": ({"lung_ddpm_plus": {"sampling": {"resampling": 2}}}, "lung_ddpm_plus.sampling.resampling"),
-    "plus with lungs": ({"lung_ddpm_plus": {"classes": ["lung", "nodule"]}}, "lung_ddpm_plus.classes"),
-    "plus without classes": ({"lung_ddpm_plus": {"classes": []}}, "lung_ddpm_plus: classes is"),
-    "two runs of one name": ({"lung_ddpm_plus": {"run": "main"}}, "are both 'main'"),
+    "plus with resampling": (
+        {"generators": {"lung_ddpm_plus": {"sampling": {"resampling": 2}}}},
+        "lung_ddpm_plus.sampling.resampling",
+    ),
+    "plus with lungs": ({"generators": {"lung_ddpm_plus": {"classes": ["lung", "nodule"]}}}, "lung_ddpm_plus.classes"),
+    "plus without classes": ({"generators": {"lung_ddpm_plus": {"classes": []}}}, "lung_ddpm_plus.classes"),
     "published levels of another sampler": (
-        {"diffusion": {"sampling": {"levels": "published"}}},
+        {"generators": {"lung_ddpm": {"sampling": {"levels": "published"}}}},
         "levels: published needs",
     ),
-    "nodules alone without crop": ({"diffusion": {"classes": ["nodule"]}}, "diffusion: classes [nodule] needs"),
+    "nodules alone": ({"generators": {"lung_ddpm": {"classes": ["nodule"]}}}, "classes is [lung, nodule] or"),
+    "settings of an unknown generator": (
+        {"generators": {"GAN": {"steps": 3}}},
+        "generators: there is no generator 'GAN'; known are copy_paste, lung_ddpm,",
+    ),
+    "settings of a generator that has none": ({"generators": {"reference": {"run": "a"}}}, "generators.reference.run"),
+    "weights of a generator that does not fit": (
+        {"arms": {"generators": ["med_ddpm"]}, "grid": {"size": [40, 40, 40]}},
+        "generators.lung_ddpm: grid.size [40, 40, 40] is not divisible by 16",
+    ),
+    "former section": ({"diffusion": {"run": "a"}}, "diffusion: is now generators.lung_ddpm"),
+    "former section of plus": ({"lung_ddpm_plus": None}, "lung_ddpm_plus: is now generators.lung_ddpm_plus"),
+    "former key of GPUs": ({"workflow": {"denoiser_gpus": 2}}, "workflow.denoiser_gpus: is now workflow.training_gpus"),
+    "former key of nodes": (
+        {"workflow": {"denoiser_nodes": 2}},
+        "workflow.denoiser_nodes: is now workflow.training_nodes",
+    ),
     "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),
 }
 
@@ -157,28 +187,46 @@ def test_faults_are_named(values, message):
     assert message in str(caught.value)
 
 
-def test_a_denoiser_has_a_config_of_its_own():
-    config = parse_config({"diffusion": {"timesteps": 1000}, "lung_ddpm_plus": {"sampling": {"steps": "20"}}})
-    assert config.for_denoiser("diffusion").diffusion.timesteps == 1000
-    plus = config.for_denoiser("lung_ddpm_plus")
-    assert (plus.diffusion.run, plus.diffusion.timesteps, plus.diffusion.sampling.steps) == ("plus", 250, 20)
-    assert (plus.diffusion.sampling.sampler, plus.diffusion.sampling.order) == ("dpmsolver++", 3)
-    assert plus.seed == config.seed
-    # As the weights' metadata keep it.
-    assert parse_config(plus.model_dump(mode="json")).diffusion.model_dump() == plus.diffusion.model_dump()
+def test_a_generator_gets_its_own_part_of_the_config():
+    settings = {"lung_ddpm": {"timesteps": 1000}, "lung_ddpm_plus": {"sampling": {"steps": "20"}}}
+    config = parse_config({"generators": settings, "seed": 7})
+    plus = config.for_training("lung_ddpm_plus")
+    assert (plus.run, plus.settings.timesteps, plus.settings.sampling.steps) == ("plus", 250, 20)
+    assert (plus.settings.sampling.sampler, plus.settings.sampling.order) == ("dpmsolver++", 3)
+    assert (plus.seed, plus.grid, plus.weights_from) == (7, config.grid, None)
+    med = config.for_generator("med_ddpm")
+    assert (med.weights_from, med.run) == (config.for_training("lung_ddpm"), "main")
+    assert med.weights_from.settings.timesteps == 1000
+
+
+def test_grids_are_checked_for_generators_in_use_only():
+    # The crops of lung_ddpm_plus have 64 voxels an edge.
+    config = parse_config({"grid": {"size": [48, 48, 48]}})
+    with pytest.raises(ConfigError, match=r"generators.lung_ddpm_plus: training.crop 64 is larger than grid.size"):
+        config.for_generator("lung_ddpm_plus")
+
+
+def test_a_generator_that_is_not_trained_is_refused():
+    with pytest.raises(ConfigError, match=r"'med_ddpm' is not trained. Generators that are: lung_ddpm, lung_ddpm_plus"):
+        parse_config({}).for_training("med_ddpm")
 
 
 @pytest.mark.parametrize(
-    ("values", "section"),
+    ("changes", "changed"),
     [
-        ({}, "lung_ddpm_plus"),
-        ({}, "grid"),
-        ({"diffusion": {"classes": ["nodule"], "training": {"crop": 64}}}, "diffusion"),
+        ({"lung_ddpm": {"sampling": {"steps": 9}}}, {"lung_ddpm"}),
+        ({"lung_ddpm": {"sampling": {"batch_size": 9}}}, set()),
+        ({"lung_ddpm": {"training": {"steps": 9}}}, set()),  # the weights say it
+        ({"lung_ddpm": {"orientation": "ras"}}, {"lung_ddpm", "med_ddpm"}),
+        ({"med_ddpm": {"sampling": {"sampler": "ddim"}}}, {"med_ddpm"}),
+        ({"lung_ddpm_plus": {"training": {"crop": 32}}}, {"lung_ddpm_plus"}),
     ],
 )
-def test_sections_that_describe_no_denoiser_are_refused(values, section):
-    with pytest.raises(ConfigError, match="lung_ddpm_plus"):
-        parse_config(values).for_denoiser(section)
+def test_what_decides_samples(changes, changed):
+    usual, other = parse_config({}), parse_config({"generators": changes})
+    names = type(usual.generators).model_fields
+    decisive = [{name: each.for_generator(name).decides_samples() for name in names} for each in (usual, other)]
+    assert {name for name in names if decisive[0][name] != decisive[1][name]} == changed
 
 
 def test_shared_patients_need_the_switch():
@@ -275,9 +323,9 @@ def test_schema_and_reference_are_in_step_with_the_models(repository):
 
 def test_every_key_has_a_meaning():
     rows = [line for line in markdown_reference().splitlines() if line.startswith("| `")]
-    optional = {"lung_ddpm_plus": {}, "segmentation": {"network": {}}}
-    # These two sections have a row of their own; the empty mapping `arms.external` is a leaf, too.
-    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 3
+    optional = {"segmentation": {"network": {}}}
+    # This section has a row of its own; the empty mapping `arms.external` is a leaf, too.
+    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 2
     assert all(len(row.split("|")[4].strip()) > 10 for row in rows)
 
 

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lungddpm import generators
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Synthesis
 from lungddpm.core import cases
@@ -15,6 +14,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Task, copy_paste
 from lungddpm.layouts.placement import open_bank, place
+from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
 SIZE = (40, 36, 32)
 AFFINE = np.diag([3.0, 3.0, 4.0, 1.0])
@@ -64,7 +64,7 @@ def scene(tmp_path, write_nodules):
 
 
 def paste(task):
-    (made,) = copy_paste.load(parse_config({}), None, "cpu").make([task])
+    (made,) = copy_paste.load(parse_config({}).for_generator("copy_paste"), None, "cpu").make([task])
     assert made.dtype == np.int16
     return made
 
@@ -168,7 +168,7 @@ def test_a_nodule_turns_as_its_layout_does(scene, tmp_path, write_nodules):
 def test_samples_tell_whose_nodules_they_show(tiny_cohort, tmp_path):
     config = parse_config({"arms": {"generators": ["copy_paste"]}, "grid": {"size": [16, 16, 16]}})
     out = tmp_path / "out"
-    generators.run_synthesize(config, "copy_paste", tiny_cohort, None, out, 0, 1, out / "samples.tsv")
+    run_synthesize(config, SynthesisJob("copy_paste", tiny_cohort, out, out / "samples.tsv"))
     table = cases.read_cases(out / "samples.tsv")
     assert len(table) == 3
     for _, row in table.iterrows():

@@ -18,14 +18,16 @@ def make_config(**sampling):
     settings = {"sampler": "dpmsolver++", "steps": 3, **sampling}
     denoiser = {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False}
     diffusion = {"timesteps": 20, "denoiser": denoiser, "sampling": settings}
-    return parse_config({"grid": {"size": [16, 16, 16]}, "diffusion": diffusion})
+    return parse_config({"grid": {"size": [16, 16, 16]}, "generators": {"lung_ddpm": diffusion}}).for_generator(
+        "lung_ddpm"
+    )
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_denoiser(path, build_denoiser(make_config()), Metadata(make_config(), 1, "config", "data"))
+    save_denoiser(path, build_denoiser(make_config()), Metadata.of(make_config(), 1, "config", "data"))
     return path
 
 

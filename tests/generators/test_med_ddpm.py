@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lungddpm.config.loading import parse_config
+from lungddpm.core.errors import ConfigError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.generators import Task, lung_ddpm, med_ddpm
@@ -16,16 +17,23 @@ def make_config(**sampling):
     diffusion = {
         "timesteps": 20,
         "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
-        "sampling": {"sampler": "dpmsolver++", "steps": 3, **sampling},
+        "sampling": {"sampler": "dpmsolver++", "steps": 3},
     }
-    return parse_config({"grid": {"size": [16, 16, 16]}, "diffusion": diffusion})
+    settings = {"lung_ddpm": diffusion, "med_ddpm": {"sampling": {"sampler": "dpmsolver++", "steps": 3, **sampling}}}
+    return parse_config({"grid": {"size": [16, 16, 16]}, "generators": settings})
+
+
+def load(module, weights, **sampling):
+    name = module.__name__.rpartition(".")[2]
+    return module.load(make_config(**sampling).for_generator(name), weights, "cpu")
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_denoiser(path, build_denoiser(make_config()), Metadata(make_config(), 1, "config", "data"))
+    config = make_config().for_generator("lung_ddpm")
+    save_denoiser(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
     return path
 
 
@@ -37,7 +45,7 @@ def task_of(background_hu):
 
 
 def test_nothing_of_the_reference_is_seen(weights):
-    generator = med_ddpm.load(make_config(), weights, "cpu")
+    generator = load(med_ddpm, weights)
     one, other = (generator.make([task_of(hu)])[0] for hu in (900, -700))
     assert one.dtype == np.int16
     assert np.array_equal(one, other)
@@ -46,19 +54,23 @@ def test_nothing_of_the_reference_is_seen(weights):
     assert one[outside].std() > 100
 
 
-def test_modes_of_aas_and_resampling_do_nothing(weights):
+def test_it_samples_as_its_own_settings_say(weights):
     task = task_of(40)
-    made = [
-        med_ddpm.load(make_config(**modes), weights, "cpu").make([task])[0]
-        for modes in ({}, {"resampling": 2}, {"aas": "published"})
-    ]
-    assert np.array_equal(made[0], made[1])
-    assert np.array_equal(made[0], made[2])
+    drawn = [load(med_ddpm, weights, sampler=sampler).make([task])[0] for sampler in ("dpmsolver++", "ddpm")]
+    assert not np.array_equal(*drawn)
+    for mode in ("aas", "resampling"):  # without a pasted reference, these have no meaning
+        with pytest.raises(ConfigError, match=f"generators.med_ddpm.sampling.{mode}: there is no such key"):
+            make_config(**{mode: 2})
+
+
+def test_more_steps_than_the_network_has_timesteps():
+    with pytest.raises(ConfigError, match=r"generators.med_ddpm: sampling.steps 21 exceeds timesteps 20 of lung_ddpm"):
+        make_config(steps=21).for_generator("med_ddpm")
 
 
 def test_lung_ddpm_differs_by_what_it_pastes(weights):
     task = task_of(40)
-    (drawn,), (filled,) = (module.load(make_config(), weights, "cpu").make([task]) for module in (med_ddpm, lung_ddpm))
+    (drawn,), (filled,) = (load(module, weights).make([task]) for module in (med_ddpm, lung_ddpm))
     outside = task.layout.array == Label.BACKGROUND
     assert (filled[outside] == 40).all()
     assert (drawn[outside] != 40).mean() > 0.9

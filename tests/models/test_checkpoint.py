@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.errors import InputError
@@ -16,10 +16,8 @@ from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.schedule import cosine_betas
 from lungddpm.operations.bench import with_numbers
 
-VALUES = {
-    "grid": {"size": [32, 32, 32]},
-    "diffusion": {"denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2}},
-}
+GRID = {"size": [32, 32, 32]}
+SETTINGS = {"denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2}}
 CONVOLUTION = "denoise_fn.input_blocks.0.0.weight"
 # What the published code registers beside the network; its strict loading wants these and no others.
 BUFFERS = [
@@ -29,26 +27,32 @@ BUFFERS = [
 ]  # fmt: skip
 
 
-def changed(section, **values):
-    return parse_config({**VALUES, section: {**VALUES[section], **values}})
+def with_grid(**values):
+    config = parse_config({"grid": {**GRID, **values}, "generators": {"lung_ddpm": SETTINGS}})
+    return config.for_training("lung_ddpm")
 
 
-RAS = changed("diffusion", orientation="ras")
+def changed(**values):
+    config = parse_config({"grid": GRID, "generators": {"lung_ddpm": {**SETTINGS, **values}}})
+    return config.for_training("lung_ddpm")
+
+
+PLAIN = changed()
+RAS = changed(orientation="ras")
 
 
 def resized(**values):
-    return changed("diffusion", denoiser={**VALUES["diffusion"]["denoiser"], **values})
+    return changed(denoiser={**SETTINGS["denoiser"], **values})
 
 
 @pytest.fixture
 def saved(tmp_path):
     torch.manual_seed(0)
-    config = parse_config(VALUES)
-    denoiser = build_denoiser(config)
+    denoiser = build_denoiser(PLAIN)
     for parameter in denoiser.parameters():  # a fresh denoiser predicts zero
         torch.nn.init.normal_(parameter, std=0.1)
     path = tmp_path / "model.safetensors"
-    save_denoiser(path, denoiser, Metadata(config, 7, "config", "data"))
+    save_denoiser(path, denoiser, Metadata.of(PLAIN, 7, "config", "data"))
     return path, denoiser
 
 
@@ -68,7 +72,7 @@ def change(path, edit):
 @pytest.mark.parametrize("kind", ["ours", "published"])
 def test_round_trip(saved, published, kind):
     path, denoiser = saved
-    loaded = load_denoiser(path if kind == "ours" else published, parse_config(VALUES))
+    loaded = load_denoiser(path if kind == "ours" else published, PLAIN)
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     for name, tensor in denoiser.state_dict().items():
@@ -80,11 +84,11 @@ def test_round_trip(saved, published, kind):
 
 def test_metadata(saved):
     path, _ = saved
-    assert read_metadata(path) == Metadata(parse_config(VALUES), 7, "config", "data")
+    assert read_metadata(path) == Metadata.of(PLAIN, 7, "config", "data")
     with safe_open(path, framework="pt") as file:
         (text,) = file.metadata().values()
     held = json.loads(text)
-    assert held["schedule"] == {"kind": "cosine", "timesteps": 250}
+    assert (held["config"]["generator"], held["config"]["settings"]["timesteps"]) == ("lung_ddpm", 250)
     assert held["data_fingerprint"] == "data"
 
 
@@ -126,7 +130,7 @@ def test_published_format(saved, published):
 @pytest.mark.parametrize("name", ["model.safetensors", "published.pt"])
 def test_missing_file(tmp_path, name):
     with pytest.raises(InputError, match="does not exist"):
-        load_denoiser(tmp_path / name, parse_config(VALUES))
+        load_denoiser(tmp_path / name, PLAIN)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
@@ -136,22 +140,22 @@ def test_file_cut_short(saved, published, kind, kept):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
     with pytest.raises(InputError, match="cut short"):
-        load_denoiser(path, parse_config(VALUES))
+        load_denoiser(path, PLAIN)
 
 
 def test_file_of_others(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(InputError, match="holds no denoiser trained by lungddpm"):
-        load_denoiser(path, parse_config(VALUES))
+    with pytest.raises(InputError, match="holds no weights trained by lungddpm"):
+        load_denoiser(path, PLAIN)
     path = tmp_path / "state.pt"
     torch.save({"weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match="has no entry 'ema'"):
-        load_denoiser(path, parse_config(VALUES))
+        load_denoiser(path, PLAIN)
     for content in (b"no checkpoint at all", b"\x80\x02garbage", b"\x00" * 64):
         path.write_bytes(content)
         with pytest.raises(InputError, match="not a checkpoint of torch"):
-            load_denoiser(path, parse_config(VALUES))
+            load_denoiser(path, PLAIN)
 
 
 class Intruder:
@@ -173,7 +177,7 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, archive):
     else:
         path.write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(InputError, match=r"holds code \(io.open\), which is never run") as refused:
-        load_denoiser(path, parse_config(VALUES))
+        load_denoiser(path, PLAIN)
     assert not trace.exists()
     # Torch advises to run it.
     assert not re.search(r"weights.only|safe_globals|trust|\x1b", str(refused.value))
@@ -234,14 +238,14 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path, archive):
 def test_wrong_key_is_named(published, edit, message):
     change(published, lambda content: edit(content["ema"]))
     with pytest.raises(InputError, match=message):
-        load_denoiser(published, parse_config(VALUES))
+        load_denoiser(published, PLAIN)
 
 
 def test_only_a_few_wrong_keys_are_shown(saved):
     path, _ = saved
     save_denoiser(path, torch.nn.Linear(2, 2), read_metadata(path))
     with pytest.raises(InputError, match=r"(key \S+ is missing, ){2}key \S+ is missing and \d+ more"):
-        load_denoiser(path, parse_config(VALUES))
+        load_denoiser(path, PLAIN)
 
 
 @pytest.mark.parametrize(
@@ -253,12 +257,12 @@ def test_only_a_few_wrong_keys_are_shown(saved):
             resized(attention=False),
             r"denoiser.attention: attention for 32 voxels an edge \(the config says no attention\)",
         ),
-        (changed("grid", size=[16, 16, 16]), "grid.size .* 32 voxels an edge .the config says .* 16 voxels an edge"),
+        (with_grid(size=[16, 16, 16]), "grid.size .* 32 voxels an edge .the config says .* 16 voxels an edge"),
         (
-            changed("diffusion", classes=["lung", "nodule", "vessel"]),
+            changed(classes=["lung", "nodule", "vessel"]),
             r"classes: 2 classes \(the config says 3 classes\)",
         ),
-        (changed("diffusion", timesteps=1000), "timesteps 250, the config says 1000"),
+        (changed(timesteps=1000), "timesteps 250, the config says 1000"),
     ],
 )
 def test_published_weights_of_another_network_are_refused(published, config, message):
@@ -269,9 +273,9 @@ def test_published_weights_of_another_network_are_refused(published, config, mes
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed("diffusion", classes=["lung", "nodule", "vessel"]), r"classes \['lung', 'nodule'\]"),
-        (changed("grid", size=[64, 64, 64]), r"grid.size \[32, 32, 32\]"),
-        (changed("grid", window_hu=[-1000, 500]), "grid.window_hu"),
+        (changed(classes=["lung", "nodule", "vessel"]), r"classes \['lung', 'nodule'\]"),
+        (with_grid(size=[64, 64, 64]), r"grid.size \[32, 32, 32\]"),
+        (with_grid(window_hu=[-1000, 500]), "grid.window_hu"),
         (resized(norm_groups=4), "denoiser.norm_groups 2, the config says 4"),
     ],
 )
@@ -285,7 +289,7 @@ def test_exported_network_is_right_in_the_published_orientation(tmp_path):
     torch.manual_seed(0)
     config = resized(attention=False)
     trained = with_numbers(build_denoiser(config))
-    save_denoiser(tmp_path / "ours.safetensors", trained, Metadata(config, 1, "", ""))
+    save_denoiser(tmp_path / "ours.safetensors", trained, Metadata.of(config, 1, "", ""))
     export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
     exported = torch.load(tmp_path / "theirs.pt", weights_only=True)["ema"]
     theirs = UNet(3, 4, [1, 2], 2, None)  # as it comes, without any turning
@@ -305,28 +309,27 @@ def test_exported_network_is_right_in_the_published_orientation(tmp_path):
 
 def test_orientation_of_published_weights_can_be_set(published):
     inputs, timesteps = torch.randn(1, 3, 32, 32, 32), torch.tensor([5])
-    usual, other = (load_denoiser(published, config) for config in (parse_config(VALUES), RAS))
+    usual, other = (load_denoiser(published, config) for config in (PLAIN, RAS))
     with torch.inference_mode():
         turned = usual(inputs.transpose(-2, -1).flip(-2, -1), timesteps).transpose(-2, -1).flip(-2, -1)
         torch.testing.assert_close(other(inputs, timesteps), turned, rtol=0, atol=1e-5)
 
 
-def test_weights_of_earlier_versions_see_the_grid_as_it_lies(saved, tmp_path):
+def test_weights_of_earlier_versions_are_named_as_such(saved):
     path, denoiser = saved
-    save_denoiser(path, denoiser, Metadata(RAS, 7, "", ""))
-    with safe_open(path, framework="pt") as file:
-        ((name, text),) = file.metadata().items()
-    description = {key: value for key, value in json.loads(text).items() if key != "sha256"}
-    del description["config"]["diffusion"]["orientation"]
     save_file(
-        {key: tensor.contiguous() for key, tensor in denoiser.state_dict().items()},
-        path,
-        {name: json.dumps(description)},
+        {key: tensor.contiguous() for key, tensor in denoiser.state_dict().items()}, path, {"lungddpm-denoiser-2": "{}"}
     )
-    assert read_metadata(path).config.diffusion.orientation == "ras"
+    with pytest.raises(InputError, match="was trained by an earlier version.*Train the generator again"):
+        load_denoiser(path, PLAIN)
+
+
+def test_weights_of_the_other_orientation_are_refused(saved, tmp_path):
+    path, denoiser = saved
+    save_denoiser(path, denoiser, Metadata.of(RAS, 7, "", ""))
     assert load_denoiser(path, RAS).orientation == "ras"
     with pytest.raises(InputError, match="was trained with orientation ras, the config says published"):
-        load_denoiser(path, parse_config(VALUES))
+        load_denoiser(path, PLAIN)
     with pytest.raises(InputError, match="was trained with orientation ras"):
         export_published(path, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
@@ -345,11 +348,12 @@ def test_only_what_differs_is_named(tmp_path, edge, attention):
     """Where no map is 16 voxels wide, attention sits in the middle alone, whatever the classes."""
 
     def config(classes):
-        denoiser = {**VALUES["diffusion"]["denoiser"], "attention": attention}
-        return parse_config({"grid": {"size": [edge] * 3}, "diffusion": {"classes": classes, "denoiser": denoiser}})
+        settings = {"classes": classes, "denoiser": {**SETTINGS["denoiser"], "attention": attention}}
+        values = {"grid": {"size": [edge] * 3}, "generators": {"lung_ddpm": settings}}
+        return parse_config(values).for_training("lung_ddpm")
 
     trained, asked = config(["lung", "nodule"]), config(["lung", "nodule", "vessel"])
-    save_denoiser(tmp_path / "ours.safetensors", build_denoiser(trained), Metadata(trained, 1, "", ""))
+    save_denoiser(tmp_path / "ours.safetensors", build_denoiser(trained), Metadata.of(trained, 1, "", ""))
     export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
     load_denoiser(tmp_path / "theirs.pt", trained)
     with pytest.raises(InputError) as refused:
@@ -367,7 +371,7 @@ def test_only_what_differs_is_named(tmp_path, edge, attention):
 )
 def test_names_of_wrapped_networks_are_understood(saved, published, rename):
     change(published, lambda content: content.update(ema={rename(key): v for key, v in content["ema"].items()}))
-    loaded = load_denoiser(published, parse_config(VALUES)).state_dict()
+    loaded = load_denoiser(published, PLAIN).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved[1].state_dict().items())
 
 
@@ -375,7 +379,7 @@ def test_names_of_wrapped_networks_are_understood(saved, published, rename):
 def test_other_precisions_are_understood(saved, published, dtype, caplog):
     caplog.set_level("INFO", logger="lungddpm")
     change(published, lambda content: content.update(ema={k: v.to(dtype) for k, v in content["ema"].items()}))
-    loaded = load_denoiser(published, parse_config(VALUES)).state_dict()
+    loaded = load_denoiser(published, PLAIN).state_dict()
     for name, tensor in saved[1].state_dict().items():
         assert torch.equal(loaded[name], tensor.to(dtype).float())
     assert f"holds weights in {str(dtype).removeprefix('torch.')}" in caplog.text
@@ -385,7 +389,7 @@ def test_a_half_precise_schedule_must_be_the_cosine_one_still(published):
     linear = torch.linspace(1e-4, 0.02, 250).half()
     change(published, lambda content: content["ema"].update(betas=linear))
     with pytest.raises(InputError, match="another noise schedule"):
-        load_denoiser(published, parse_config(VALUES))
+        load_denoiser(published, PLAIN)
 
 
 @pytest.mark.parametrize("kind", ["ours", "published"])
@@ -398,7 +402,7 @@ def test_a_flipped_bit_is_noticed(saved, published, kind):
         damaged[chooser.randrange(len(whole))] ^= 1 << chooser.randrange(8)
         path.write_bytes(damaged)
         try:
-            loaded = load_denoiser(path, parse_config(VALUES)).state_dict()
+            loaded = load_denoiser(path, PLAIN).state_dict()
         except InputError as error:
             refused.append(str(error))
         else:
@@ -417,32 +421,21 @@ def test_damage_among_the_weights_is_named(saved, published, kind):
         content[place] ^= 0x10
     path.write_bytes(content)
     with pytest.raises(InputError, match="differs from (its|the) checksum|damaged"):
-        load_denoiser(path, parse_config(VALUES))
+        load_denoiser(path, PLAIN)
     with pytest.raises(InputError):
         export_published(path, path.with_name("exported.pt"))
-
-
-def test_weights_without_a_checksum_are_still_read(saved):
-    """Those that earlier versions wrote."""
-    path, denoiser = saved
-    with safe_open(path, framework="pt") as file:
-        ((name, text),) = file.metadata().items()
-    description = {key: value for key, value in json.loads(text).items() if key != "sha256"}
-    save_file(load_file(path), path, {name: json.dumps(description)})
-    loaded = load_denoiser(path, parse_config(VALUES)).state_dict()
-    assert all(torch.equal(loaded[key], tensor) for key, tensor in denoiser.state_dict().items())
 
 
 def test_a_folder_is_not_a_checkpoint(tmp_path):
     for name in ("model.safetensors", "published.pt"):
         (tmp_path / name).mkdir()
         with pytest.raises(InputError, match="is a folder"):
-            load_denoiser(tmp_path / name, parse_config(VALUES))
+            load_denoiser(tmp_path / name, PLAIN)
 
 
 def test_the_format_of_old_torch_has_no_checksums_and_says_so(saved, published, caplog):
     content = torch.load(published, weights_only=True)
     torch.save(content, published, _use_new_zipfile_serialization=False)
-    loaded = load_denoiser(published, parse_config(VALUES)).state_dict()
+    loaded = load_denoiser(published, PLAIN).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in saved[1].state_dict().items())
     assert "without checksums" in caplog.text

@@ -21,7 +21,8 @@ PUBLISHED = [
 def published(request):
     """A published network without memory, with its grid, width, number of parameters and fingerprint."""
     edge, base, *_ = request.param
-    config = parse_config({"grid": {"size": [edge] * 3}, "diffusion": {"denoiser": {"base_channels": base}}})
+    values = {"grid": {"size": [edge] * 3}, "generators": {"lung_ddpm": {"denoiser": {"base_channels": base}}}}
+    config = parse_config(values).for_training("lung_ddpm")
     with torch.device("meta"):
         return build_denoiser(config), *request.param
 
@@ -50,7 +51,7 @@ def test_arguments_are_inferred_from_the_weights(published):
 
 def test_lung_ddpm_plus_has_the_published_size():
     """39.0 million parameters (arXiv 2508.09327), with attention where the map of a crop is 16 voxels wide."""
-    config = parse_config({"lung_ddpm_plus": {}}).for_denoiser("lung_ddpm_plus")
+    config = parse_config({}).for_training("lung_ddpm_plus")
     with torch.device("meta"):
         denoiser = build_denoiser(config)
     assert sum(parameter.numel() for parameter in denoiser.parameters()) == 39_051_393
@@ -145,7 +146,8 @@ def small_denoiser():
     torch.manual_seed(0)
     settings = {"base_channels": 4, "multipliers": [1, 2, 4], "norm_groups": 2, "attention": False}
     classes = ["lung", "nodule", "vessel"]
-    return build_denoiser(parse_config({"diffusion": {"classes": classes, "denoiser": settings}}))
+    values = {"generators": {"lung_ddpm": {"classes": classes, "denoiser": settings}}}
+    return build_denoiser(parse_config(values).for_training("lung_ddpm"))
 
 
 def test_without_attention_any_divisible_size_fits(small_denoiser):

@@ -42,7 +42,7 @@ def save_or_die(state, file):
 
 training_states.torch.save = save_or_die
 config, cohort, output = map(Path, sys.argv[1:])
-training.run_train(load_config(config), cohort, output, "cpu")
+training.run_train(load_config(config).for_training("lung_ddpm"), cohort, output, "cpu")
 """
 
 
@@ -114,7 +114,7 @@ def test_writes_all_outputs(uninterrupted, training_config):
     assert states_of(uninterrupted) == ["step-00000006.pt"]
     assert not (uninterrupted / "cache").exists()
     metadata = read_metadata(uninterrupted / "model.safetensors")
-    assert metadata.config == training_config()
+    assert metadata.config == training_config().dump()
     assert metadata.steps == 6
 
 
@@ -159,8 +159,8 @@ def test_interrupted_training_ends_bit_identical(
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, tmp_path, log):
-    (tmp_path / "config.json").write_text(training_config().model_dump_json())
+def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, write_config, tmp_path, log):
+    write_config(tmp_path / "config.json", training_config())
     output = tmp_path / "run"
     arguments = [sys.executable, "-c", KILLED_WHILE_SAVING, tmp_path / "config.json", tiny_cohort, output]
     assert subprocess.run(arguments, check=False).returncode == -signal.SIGKILL
@@ -342,7 +342,7 @@ def test_a_batch_is_as_good_as_an_accumulation(uninterrupted, tiny_cohort, train
 
 
 def test_compiled_training_keeps_losses_and_names_of_weights(
-    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch
+    uninterrupted, tiny_cohort, training_config, write_config, tmp_path, monkeypatch
 ):
     compile_module, compiled = torch.nn.Module.compile, []
 
@@ -405,18 +405,19 @@ def test_no_fp16_on_a_cpu(tiny_cohort, training_config, tmp_path):
 
 
 def test_two_processes_go_on_as_one_with_twice_the_accumulation(
-    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch
+    uninterrupted, tiny_cohort, training_config, write_config, tmp_path, monkeypatch
 ):
     shared = tmp_path / "shared"
     with monkeypatch.context() as patch:
         at_step(patch, 3, stop)
         with pytest.raises(KeyboardInterrupt):
             training.run_train(training_config(), tiny_cohort, shared, "cpu")
-    half = training_config(accumulation=training_config().diffusion.training.accumulation // 2)
-    (tmp_path / "config.json").write_text(half.model_dump_json())
+    half = training_config(accumulation=training_config().settings.training.accumulation // 2)
+    write_config(tmp_path / "config.json", half)
     launched = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"),
-        *(Path(sys.executable).with_name("lungddpm"), "--log", tmp_path / "log", "train", "--threads", "2"),
+        *(Path(sys.executable).with_name("lungddpm"), "--log", tmp_path / "log", "train", "--generator", "lung_ddpm"),
+        *("--threads", "2"),
         *("--config", tmp_path / "config.json", "--cases", tiny_cohort, "--output", shared, "--device", "cpu"),
     ]
     subprocess.run(launched, check=True, capture_output=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})

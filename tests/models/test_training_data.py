@@ -38,7 +38,7 @@ def read_count(monkeypatch):
 
 def test_the_cache_holds_the_cases_and_is_read_once(discovery, training_config, tmp_path, read_count):
     for _ in range(2):
-        data = open_cache(tmp_path, *discovery, training_config())
+        data = open_cache(tmp_path, *discovery, training_config().grid.size)
     assert read_count == discovery[1]
     assert isinstance(data.ct, np.memmap)
     assert (data.ct.dtype, data.layout.dtype) == (np.int16, np.uint8)
@@ -52,10 +52,10 @@ def test_the_cache_holds_the_cases_and_is_read_once(discovery, training_config, 
 
 def test_a_stale_or_damaged_cache_is_ignored_and_removed(discovery, training_config, tmp_path, read_count, caplog):
     names, folders, hashes = discovery
-    open_cache(tmp_path, names, folders, ["another scan", *hashes[1:]], training_config())
+    open_cache(tmp_path, names, folders, ["another scan", *hashes[1:]], training_config().grid.size)
     stale = set(tmp_path.glob("*.npy"))
     (tmp_path / ".half-written.npy").write_bytes(b"left by a killed process")
-    data = open_cache(tmp_path, names, folders, hashes, training_config())
+    data = open_cache(tmp_path, names, folders, hashes, training_config().grid.size)
     assert len(read_count) == 6
     files = set(tmp_path.iterdir()) - {tmp_path / ".lock"}
     assert len(files) == 2
@@ -68,23 +68,21 @@ def test_a_stale_or_damaged_cache_is_ignored_and_removed(discovery, training_con
     for damaged in (b"", whole[:5], whole[:80], whole[:-100], b"garbage" * 100):
         path.write_bytes(damaged)
         caplog.clear()
-        assert np.array_equal(open_cache(tmp_path, names, folders, hashes, training_config()).ct, expected)
+        assert np.array_equal(open_cache(tmp_path, names, folders, hashes, training_config().grid.size).ct, expected)
         assert "is damaged and is made again" in caplog.text
 
 
 def test_processes_that_build_the_cache_at_once_decode_once(discovery, training_config, tmp_path, read_count):
     # Threads of one process hold locks of their own, as processes do, because each opens the lock file anew.
     with ThreadPoolExecutor(4) as pool:
-        opened = list(pool.map(lambda _: open_cache(tmp_path, *discovery, training_config()), range(4)))
+        opened = list(pool.map(lambda _: open_cache(tmp_path, *discovery, training_config().grid.size), range(4)))
     assert len(read_count) == 3
     assert all(np.array_equal(data.ct, opened[0].ct) for data in opened)
 
 
-def test_a_case_on_another_grid_is_refused(discovery, training_config, tmp_path):
-    config = training_config(crop=8)
-    other = parse_config({**config.model_dump(), "grid": {"size": [16, 16, 32]}})
+def test_a_case_on_another_grid_is_refused(discovery, tmp_path):
     with pytest.raises(InputError, match=r"case00.*\(16, 16, 16\) voxels, grid.size is \(16, 16, 32\)"):
-        open_cache(tmp_path, *discovery, other)
+        open_cache(tmp_path, *discovery, (16, 16, 32))
     assert not list(tmp_path.glob("*.npy"))
 
 
@@ -109,7 +107,7 @@ def test_plain_samples_are_the_cases_themselves(asymmetric, training_config):
     expected = to_model_range(asymmetric.ct[0], config.grid.window_hu)
     assert batch.clean.shape == batch.noise.shape == (3, 1, 12, 14, 16)
     assert all(np.array_equal(clean[0], expected) for clean in batch.clean.numpy())
-    channels = condition_channels(asymmetric.layout[0].transpose(2, 1, 0), config.diffusion.classes)
+    channels = condition_channels(asymmetric.layout[0].transpose(2, 1, 0), config.settings.classes)
     assert all(np.array_equal(condition, channels) for condition in batch.condition.numpy())
     assert batch.clean.dtype == batch.condition.dtype == batch.noise.dtype == torch.float32
 
@@ -175,7 +173,8 @@ def test_crops_of_lung_ddpm_plus_lie_around_nodule_voxels():
     layout = np.full((1, 16, 16, 16), Label.LUNG, np.uint8)
     layout[0, 10:12, 7, 5] = Label.NODULE
     plus = {"denoiser": {"attention": False, "multipliers": [1, 2]}, "training": {"crop": 8, "batch_size": 30}}
-    config = parse_config({"grid": {"size": [16, 16, 16]}, "lung_ddpm_plus": plus}).for_denoiser("lung_ddpm_plus")
+    values = {"grid": {"size": [16, 16, 16]}, "generators": {"lung_ddpm_plus": plus}}
+    config = parse_config(values).for_training("lung_ddpm_plus")
     batch = SampleStream(TrainingData(["a"], np.zeros((1, 16, 16, 16), np.int16), layout), config, CPU).batch(0)
     assert batch.condition.shape == (30, 1, 8, 8, 8)
     # The crop's middle is one of the two voxels, but where that would lead out of the volume.

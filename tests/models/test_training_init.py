@@ -17,7 +17,7 @@ def weights(training_config, tmp_path, monkeypatch):
     denoiser = training.fresh_denoiser(config)
     torch.nn.init.normal_(denoiser.out[2].weight, std=0.1)
     ours, published = tmp_path / "given.safetensors", tmp_path / "given.pt"
-    save_denoiser(ours, denoiser, Metadata(config, 1, "config", "data"))
+    save_denoiser(ours, denoiser, Metadata.of(config, 1, "config", "data"))
     export_published(ours, published)
     return ours, published
 

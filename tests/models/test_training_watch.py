@@ -82,7 +82,7 @@ def test_what_lies_beyond_the_step_is_forgotten(tmp_path):
 
 
 def test_the_published_network_costs_what_the_design_page_says():
-    parameters, forward, both = count(parse_config({"grid": {"size": [128, 128, 128]}}))
+    parameters, forward, both = count(parse_config({"grid": {"size": [128, 128, 128]}}).for_training("lung_ddpm"))
     assert parameters == 40_226_433
     assert forward / 1e12 == pytest.approx(5.54, abs=0.005)
     assert both / forward == pytest.approx(3, abs=0.02)  # two gradients, of inputs and of weights

@@ -24,7 +24,7 @@ TABLES = ["cases.csv", "verdict.csv", "lesions.csv", "image_quality.csv"]
 COHORT = {
     "source": {"phantom": {"patients": 24}},
     "roles": {"discovery": 12, "reference": 4, "test": 8},
-    "diffusion": {"training": {"steps": 240, "save_every": 10}},
+    "generators": {"lung_ddpm": {"training": {"steps": 240, "save_every": 10}}},
     "segmentation": {"steps": 80, "save_every": 5, "seeds": [0, 1]},
     "workflow": {"case_shards": 4, "synthesis_shards": 3},
 }  # fmt: skip

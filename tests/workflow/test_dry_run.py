@@ -33,8 +33,8 @@ def test_the_demo(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2")
     assert run.returncode == 0, run.stderr
     counts = jobs(run.stdout + run.stderr)
-    assert {name: counts[name] for name in ("phantom", "train_denoiser", "compose", "plan")} == {
-        "phantom": 1, "train_denoiser": 1, "compose": 4, "plan": 4,
+    assert {name: counts[name] for name in ("phantom", "train_generator", "compose", "plan")} == {
+        "phantom": 1, "train_generator": 1, "compose": 4, "plan": 4,
     }  # fmt: skip
     assert counts["train_segmenter"] == counts["evaluate"] == counts["predict"]
     assert counts["train_segmenter"] % 4 == 0
@@ -53,7 +53,7 @@ def test_overlays(repository, tmp_path, overlay_with_path, overlay, arms, replic
 def test_slurm_profile(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--workflow-profile", "profiles/slurm")
     assert run.returncode == 0, run.stderr
-    training = re.search(r"rule train_denoiser:.*?resources: ([^\n]*)", run.stdout + run.stderr, re.DOTALL)[1]
+    training = re.search(r"rule train_generator:.*?resources: ([^\n]*)", run.stdout + run.stderr, re.DOTALL)[1]
     assert {"mem_mb=32000", "runtime=2880", "gpu=1", "slurm_partition=main"} <= set(training.replace(",", "").split())
 
 
@@ -71,19 +71,26 @@ def test_nested_values_on_the_command_line(repository, tmp_path):
     assert jobs(run.stdout + run.stderr)["train_segmenter"] == 4
 
 
-def test_lung_ddpm_plus_needs_a_denoiser_of_its_own(repository, tmp_path):
-    generators = "arms={'generators': ['lung_ddpm_plus'], 'controls': ['lung_ddpm']}"
+def test_every_trained_generator_has_weights_of_its_own(repository, tmp_path):
+    generators = "arms={'generators': ['lung_ddpm_plus'], 'controls': ['med_ddpm']}"
     run = dry_run(repository, tmp_path, "--cores", "2", "--config", generators)
     assert run.returncode != 0
-    assert "no section 'lung_ddpm_plus' describes a denoiser" in run.stdout + run.stderr
-    section = "lung_ddpm_plus={'training': {'crop': 16}}"
-    run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--config", generators, section)
+    assert "generators.lung_ddpm_plus: training.crop 64 is larger than grid.size" in run.stdout + run.stderr
+    settings = "generators={'lung_ddpm_plus': {'training': {'crop': 16}}}"
+    run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--config", generators, settings)
     assert run.returncode == 0, run.stderr
-    assert jobs(run.stdout + run.stderr)["train_denoiser"] == 2
+    assert jobs(run.stdout + run.stderr)["train_generator"] == 2
     shown = run.stdout + run.stderr
-    for name, denoiser, folder in (("lung_ddpm", "diffusion", "main"), ("lung_ddpm_plus", "lung_ddpm_plus", "plus")):
-        assert re.search(f"--section {denoiser} .*--output results/diffusion/{folder} ", shown)
-        assert re.search(f"--generator {name} .*--weights results/diffusion/{folder}/model.safetensors ", shown)
+    for name, folder in (("lung_ddpm", "lung_ddpm/main"), ("lung_ddpm_plus", "lung_ddpm_plus/plus")):
+        assert re.search(f"train .*--generator {name} .*--output results/models/{folder} ", shown)
+    for name, folder in (("med_ddpm", "lung_ddpm/main"), ("lung_ddpm_plus", "lung_ddpm_plus/plus")):
+        assert re.search(f"--generator {name} .*--weights results/models/{folder}/model.safetensors ", shown)
+
+
+def test_a_key_of_an_earlier_version_names_the_new_one(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", "diffusion={'sampling': {'steps': 5}}")
+    assert run.returncode != 0
+    assert "diffusion: is now generators.lung_ddpm" in run.stdout + run.stderr
 
 
 def test_a_typo_is_refused_by_name(repository, tmp_path):

@@ -53,7 +53,7 @@ def assert_same_tables(benchmark, other):
 
 
 PREPARE = "prepare --index results/cases/index.tsv --source results/source --table results/cases/cases-0.tsv"
-TRAIN = "train --cases results/cases/cases.tsv --output results/diffusion/main --threads 1"
+TRAIN = "train --generator lung_ddpm --cases results/cases/cases.tsv --threads 1"
 SEGMENT = "segment train --arm-folder results/arms/real --fold 0 --seed 0 --threads 1"
 REPLICATE = "results/segmentation/real/fold0_seed0"
 EVALUATE = f"evaluate --cases results/cases/cases.tsv --predictions {REPLICATE}/predictions --output {REPLICATE}"
@@ -63,8 +63,8 @@ EVALUATE = f"evaluate --cases results/cases/cases.tsv --predictions {REPLICATE}/
     ("stage", "made", "free_kib"),
     [
         (PREPARE, "cases/PHANTOM-0001/ct.nii.gz", 16),
-        (TRAIN, "diffusion/main/model.safetensors", 16),  # while it decodes the cases
-        (TRAIN, "diffusion/main/model.safetensors", 600),  # while it saves its state
+        (TRAIN, "models/lung_ddpm/main/model.safetensors", 16),  # while it decodes the cases
+        (TRAIN, "models/lung_ddpm/main/model.safetensors", 600),  # while it saves its state
         (SEGMENT, f"arms/real/{FOLD}/checkpoint_final.pth", 64),
         (EVALUATE, "segmentation/real/fold0_seed0/metrics.csv", 0),
     ],
@@ -111,7 +111,7 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
         "cases/PHANTOM-0001/ct.nii.gz",
         "cases/PHANTOM-0002/layout.nii.gz",
         "cases/PHANTOM-0003/qc.png",
-        "diffusion/main/model.safetensors",
+        "models/lung_ddpm/main/model.safetensors",
         "qc/cases/PHANTOM-0004.html",
         "quality/lung_ddpm.csv",
         "segmentation/real+real/fold0_seed0/metrics.csv",
@@ -135,7 +135,7 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
     run = copied.run()
     assert run.returncode == 0, run.stdout[-5000:]
     done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
-    assert {"prepare", "train_denoiser", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"} <= done
+    assert {"prepare", "train_generator", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"} <= done
     assert not {"phantom", "index"} & done
     assert_same_tables(copied, tiny_benchmark)
     assert sums_of(copied.results) == sums_of(tiny_benchmark.results)

@@ -26,12 +26,12 @@ ON_ONE_CPU = {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_T
     [
         ("{}", "", {"gpu=1"}),
         (
-            "{'denoiser_gpus': 4}",
+            "{'training_gpus': 4}",
             "torchrun --standalone --nproc-per-node 4 --no-python --",
             {"gpu=4"},
         ),
         (
-            "{'denoiser_gpus': 4, 'denoiser_nodes': 2}",
+            "{'training_gpus': 4, 'training_nodes': 2}",
             "srun --nodes 2 --ntasks 2 --cpus-per-task 8 --kill-on-bad-exit=1 torchrun --nnodes 2 --nproc-per-node 4 "
             '--rdzv-backend c10d --rdzv-endpoint "$(hostname):$((20000 + SLURM_JOB_ID % 10000))" '
             '--rdzv-id "$SLURM_JOB_ID" --no-python --',
@@ -43,7 +43,7 @@ def test_the_job_asks_for_its_gpus_and_starts_a_process_on_each(repository, tmp_
     arguments = ["--workflow-profile", "profiles/slurm", "--cores", "8", "--printshellcmds"]
     run = dry_run(repository, tmp_path, *arguments, "--config", f"workflow={keys}")
     assert run.returncode == 0, run.stderr
-    told = re.search(r"rule train_denoiser:.*?resources: (.*?)\nShell command: (.*?)\n", run.stdout, re.DOTALL)
+    told = re.search(r"rule train_generator:.*?resources: (.*?)\nShell command: (.*?)\n", run.stdout, re.DOTALL)
     resources = set(told[1].split(", "))
     of_launch = re.compile("gpu|nodes|tasks|gres|mpi")
     assert {resource for resource in resources if of_launch.match(resource)} == asked
@@ -64,26 +64,29 @@ def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path
     def benchmark_with(nodes, accumulation):
         training = {"steps": 3, "accumulation": accumulation}
         cohort = {"source": {"phantom": {"patients": 3}}, "roles": {"discovery": 1, "reference": 1, "test": 1}}
-        overlay = {"workflow": {"denoiser_nodes": nodes}, "diffusion": {"training": training}}
+        overlay = {"workflow": {"training_nodes": nodes}, "generators": {"lung_ddpm": {"training": training}}}
         return make_benchmark(tmp_path / "run", {**cohort, **overlay})
 
     benchmark = benchmark_with(nodes=2, accumulation=1)
-    run = benchmark.run("--until", "train_denoiser", "merge_config")
+    run = benchmark.run("--until", "train_generator", "merge_config")
     assert run.returncode == 0, run.stdout[-5000:]
     assert (tmp_path / "asked").read_text().startswith("--nodes 2 --ntasks 2 ")
-    assert "2 processes" in (benchmark.results / "logs/train_denoiser-main.log").read_text()
+    assert "2 processes" in (benchmark.results / "logs/train_generator-lung_ddpm-main.log").read_text()
 
     standalone = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "--", BIN / "lungddpm"]
     files = ["--config", "results/config.json", "--cases", "results/cases/cases.tsv", "--output", tmp_path / "one"]
-    subprocess.run([*standalone, "train", *files, "--threads", "1"], cwd=benchmark.folder, check=True)
+    subprocess.run(
+        [*standalone, "train", "--generator", "lung_ddpm", *files, "--threads", "1"], cwd=benchmark.folder, check=True
+    )
     histories = [
-        pd.read_csv(folder / "history.csv") for folder in (benchmark.results / "diffusion/main", tmp_path / "one")
+        pd.read_csv(folder / "history.csv")
+        for folder in (benchmark.results / "models/lung_ddpm/main", tmp_path / "one")
     ]
     assert len(histories[0]) == 3
     np.testing.assert_allclose(*(history["loss"] for history in histories), atol=1e-4, rtol=0)
 
     # One process with twice the accumulation computes the same; with the same accumulation it does not.
     for accumulation, to_train in ((2, 0), (1, 1)):
-        planned = benchmark_with(nodes=1, accumulation=accumulation).run("--until", "train_denoiser", "--dry-run")
+        planned = benchmark_with(nodes=1, accumulation=accumulation).run("--until", "train_generator", "--dry-run")
         assert planned.returncode == 0, planned.stdout
-        assert jobs(planned.stdout).get("train_denoiser", 0) == to_train
+        assert jobs(planned.stdout).get("train_generator", 0) == to_train

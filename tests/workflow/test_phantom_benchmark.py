@@ -30,7 +30,12 @@ def test_every_contract_is_kept(tiny_benchmark):
         assert np.allclose(ct.affine, layout.affine)
         assert (ct.get_data_dtype(), layout.get_data_dtype()) == (np.int16, np.uint8)
         assert set(np.unique(layout.dataobj)) == {0, 1, 2, 3}
-    for path in ("diffusion/main/model.safetensors", "diffusion/main/history.csv", "report.html", "manifest.json"):
+    for path in (
+        "models/lung_ddpm/main/model.safetensors",
+        "models/lung_ddpm/main/history.csv",
+        "report.html",
+        "manifest.json",
+    ):
         assert (results / path).stat().st_size > 0, path
     assert {path.name for path in (results / "arms").iterdir()} == set(ARMS)
 
@@ -92,7 +97,11 @@ SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
         ("workflow={'case_shards': 1}", None),  # as it was
         ("segmentation={'steps': 25}", SEGMENT_ALL_ARMS),
         ("segmentation={'seeds': [0, 1]}", SEGMENT_ALL_ARMS),  # the replicates of seed 0 stay
-        ("diffusion={'sampling': {'steps': 5}}", {"synthesize": 1, "quality": 1, **BOTH_ARMS_OF_A_GENERATOR}),
+        (
+            "generators={'lung_ddpm': {'sampling': {'steps': 5}}}",
+            {"synthesize": 1, "quality": 1, **BOTH_ARMS_OF_A_GENERATOR},
+        ),
+        ("generators={'med_ddpm': {'sampling': {'steps': 5}}}", {}),  # in no arm
         # One more of anything leaves alone what is there: a smaller dose only lists samples, a larger one makes more.
         ("arms={'doses': [0.5, 1.0]}", {"synthesize": 1, **ONE_ARM}),
         ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
@@ -123,19 +132,20 @@ def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchma
         "sampling": {"steps": 4},
     }
     benchmark = make_benchmark(
-        tmp_path / "plus", {"lung_ddpm_plus": plus, "arms": {"generators": ["lung_ddpm_plus"], "controls": []}}
+        tmp_path / "plus",
+        {"generators": {"lung_ddpm_plus": plus}, "arms": {"generators": ["lung_ddpm_plus"], "controls": []}},
     )
     for name in ("results", ".snakemake"):
         shutil.copytree(tiny_benchmark.folder / name, benchmark.folder / name)
     run = benchmark.run("--until", "synthesize")
     assert run.returncode == 0, run.stdout[-5000:]
     done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
-    assert {"train_denoiser", "synthesize"} <= done
+    assert {"train_generator", "synthesize"} <= done
     assert not {"phantom", "index", "prepare"} & done
     samples = benchmark.results / "synthetic/lung_ddpm_plus"
     records = [json.loads(path.read_text()) for path in samples.glob("*/sample.json")]
     assert {record["layout_origin"] for record in records} == {"reference", "added"}
-    assert {record["steps"] for record in records} == {4}
+    assert {record["settings"]["sampling"]["steps"] for record in records} == {4}
 
 
 def kill_during(process, log):
@@ -155,7 +165,7 @@ def kill_during(process, log):
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_tables(tiny_benchmark, make_benchmark, tmp_path):
     benchmark = make_benchmark(tmp_path, TWO_ARMS)
-    for log in ("train_denoiser-main.log", "train_segmenter-real-fold0_seed0.log"):
+    for log in ("train_generator-lung_ddpm-main.log", "train_segmenter-real-fold0_seed0.log"):
         with open(os.devnull, "w") as nowhere:
             process = subprocess.Popen(
                 benchmark.command(), cwd=benchmark.repository, stdout=nowhere, stderr=subprocess.STDOUT

@@ -16,9 +16,8 @@ from lungddpm.operations import plan as planning
 
 PAPER = ["config.yaml", "config/paper.yaml"]
 EVERYTHING = {
-    "lung_ddpm_plus": {},
     "grid": {"size": [64, 64, 64]},
-    "diffusion": {"training": {"gradient_checkpointing": True}},
+    "generators": {"lung_ddpm": {"training": {"gradient_checkpointing": True}}},
     "arms": {
         "generators": ["lung_ddpm", "lung_ddpm_plus", "maisi"],
         "doses": [0.5, 1.0],
@@ -76,7 +75,7 @@ def test_jobs_ask_for_a_gpu_where_one_is_planned(repository, tmp_path):
 def test_the_protocol_costs_what_its_networks_are_known_to(repository):
     stages = plan(repository, *PAPER)
     # 16.6 TFLOP forward and backward (5.54 forward), two passes a step, 100,000 steps.
-    assert stage(stages, "train_denoiser").gpu_hours * 3600 == pytest.approx(
+    assert stage(stages, "train_generator").gpu_hours * 3600 == pytest.approx(
         2 * 16.6e12 * 1e5 / (0.15 * 312e12), rel=0.01
     )
     # nnU-Net's own documentation: 9 hours on an A100, 7.7 GB. Ours validates half as often.
@@ -87,8 +86,8 @@ def test_the_protocol_costs_what_its_networks_are_known_to(repository):
 
 def test_processes_that_share_a_training_take_a_gpu_each(repository, tmp_path):
     mine = tmp_path / "mine.yaml"
-    mine.write_text("workflow: {denoiser_gpus: 4, denoiser_nodes: 2}")
-    alone, shared = (stage(plan(repository, *files), "train_denoiser") for files in (PAPER, [*PAPER, mine]))
+    mine.write_text("workflow: {training_gpus: 4, training_nodes: 2}")
+    alone, shared = (stage(plan(repository, *files), "train_generator") for files in (PAPER, [*PAPER, mine]))
     # Each takes the forward passes of one, and has the memory of its GPU and a fourth of its node's.
     assert shared.gpu_hours == pytest.approx(8 * alone.gpu_hours, rel=0.01)
     assert (shared.jobs, shared.memory_gib, shared.gpu_memory_gib) == (1, 4 * alone.memory_gib, alone.gpu_memory_gib)
@@ -105,7 +104,7 @@ def test_a_measured_step_is_taken_as_it_is(repository):
     config = planning.load_plan_config(*(repository / file for file in PAPER))
     speed = planning.measured_speed(config, "h200", 0.9)
     cohort = planning.count_cohort(config, None, None)
-    training = stage(planning.plan_run(config, cohort, speed), "train_denoiser")
+    training = stage(planning.plan_run(config, cohort, speed), "train_generator")
     assert training.gpu_hours == pytest.approx(100_000 * 0.9 / 3600, rel=1e-3)
 
 

@@ -14,7 +14,7 @@ SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
 ARMS = {"compose": 4, "plan": 4, **SEGMENTERS}
 # Of the four arms, two take samples of lung_ddpm.
 SAMPLES = {"synthesize": 1, "quality": 1, **dict.fromkeys(ARMS, 2)}
-MODEL = {"train_denoiser": 1, **SAMPLES}
+MODEL = {"train_generator": 1, **SAMPLES}
 CASES = {"prepare": 1, "collect": 1, "qc": 1, **MODEL, **ARMS}
 
 CHANGES = [

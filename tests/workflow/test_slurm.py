@@ -148,7 +148,7 @@ def slurm(tmp_path_factory):
         cluster.stop()
 
 
-GPU_RULES = {"train_denoiser", "synthesize", "train_segmenter", "predict"}
+GPU_RULES = {"train_generator", "synthesize", "train_segmenter", "predict"}
 # The profile's threads and memory are for a cluster's nodes; everything else is the profile's.
 ON_TWO_CORES = [
     "--workflow-profile", "profiles/slurm", "--jobs", "4", "--latency-wait", "10",
@@ -174,12 +174,12 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
             benchmark.command(*ON_TWO_CORES), cwd=benchmark.repository, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "NO_COLOR": "1"},
         )  # fmt: skip
-    state = benchmark.results / "diffusion/main/state"
+    state = benchmark.results / "models/lung_ddpm/main/state"
     wait_for(lambda: state.exists() and any(state.glob("step-*.pt")), run)
     slurm.kill_node_daemon()
     wait_for(slurm.is_up, run)
     # What follows a time limit or a lost node: SIGTERM, and the same job once more.
-    slurm.requeue(slurm.running("train_denoiser")["JobId"])
+    slurm.requeue(slurm.running("train_generator")["JobId"])
     wait_for(lambda: slurm.running("train_segmenter"), run)
     subprocess.run(["scancel", "--signal=KILL", "--full", slurm.running("train_segmenter")["JobId"]], check=True)
     assert run.wait() == 0, said.read_text()[-5000:]
@@ -188,12 +188,12 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
     assert set(benchmark.table("verdict.csv")["arm"]) == {"real", "real+lung_ddpm@1.0"}
     jobs = [(re.match("rule_(.+?)(_wildcards.*)?$", job["Comment"])[1], job) for job in slurm.jobs()]
     assert {rule for rule, _ in jobs} >= {"phantom", "prepare", *GPU_RULES, "evaluate", "write_report"}
-    assert [rule for rule, job in jobs if job["Restarts"] != "0"] == ["train_denoiser"]
+    assert [rule for rule, job in jobs if job["Restarts"] != "0"] == ["train_generator"]
     assert [rule for rule, job in jobs if job["JobState"] != "COMPLETED"] == ["train_segmenter"]
     for rule, job in jobs:
         assert (job.get("TresPerJob") == "gres:gpu:1") == (rule in GPU_RULES), rule
         assert job["Partition"] == "main"
     asked = {rule: (job["TimeLimit"], job["MinMemoryNode"]) for rule, job in jobs}
     # Time from the profile, memory from the command line, and both from the rule.
-    assert asked["train_denoiser"] == ("2-00:00:00", "3000M")
+    assert asked["train_generator"] == ("2-00:00:00", "3000M")
     assert asked["evaluate"] == ("01:00:00", "4000M")

@@ -16,10 +16,12 @@ TINY = {
     },
     "roles": {"discovery": 3, "reference": 1, "test": 2},
     "grid": {"size": [32, 32, 32], "extent": "lungs"},
-    "diffusion": {
-        "denoiser": {"base_channels": 8, "multipliers": [1, 2], "norm_groups": 4},
-        "training": {"steps": 20, "crop": 16, "save_every": 5},
-        "sampling": {"steps": 4},
+    "generators": {
+        "lung_ddpm": {
+            "denoiser": {"base_channels": 8, "multipliers": [1, 2], "norm_groups": 4},
+            "training": {"steps": 20, "crop": 16, "save_every": 5},
+            "sampling": {"steps": 4},
+        },
     },
     "arms": {"doses": [1.0], "synthetic_only": ["lung_ddpm"]},
     "segmentation": {

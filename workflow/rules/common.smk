@@ -22,7 +22,7 @@ from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
-from lungddpm.generators import module_of
+from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
 from lungddpm.segmentation.nnunet import weights_file
 
@@ -34,12 +34,11 @@ try:
             read_values(path)
     SETTINGS = parse_config(config, "config.yaml and its overlays")
     GENERATORS = list(SETTINGS.arms.largest_doses())
-    # The config of the denoiser that a generator needs, if it needs one.
-    DENOISERS = {
-        name: SETTINGS.for_denoiser(section)
-        for name in GENERATORS
-        if (section := module_of(name, SETTINGS).DENOISER)
-    }
+    PLUGINS = [name for name in GENERATORS if name not in SETTINGS.arms.external]
+    # Generators that are trained, each with its part of the config.
+    TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
+    # Those that draw with weights, each with the generator whose weights these are.
+    WEIGHTS_OF = {name: owner for name in PLUGINS if (owner := plugin(name).weights_of)}
 except UserError as error:
     report_fault(error)
     raise WorkflowError(str(error)) from None
@@ -48,9 +47,6 @@ offer_own_programs()
 
 IS_PHANTOM = SETTINGS.source.kind == "phantom"
 ARMS = SETTINGS.arms.names()
-SECTION_OF_RUN = {
-    denoiser.run: section for section, denoiser in SETTINGS.denoisers().items()
-}
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # The merged config; see rule `merge_config`.
 MERGED_CONFIG = "results/config.json"
@@ -64,7 +60,7 @@ onstart:
 
 wildcard_constraints:
     arm="|".join(map(re.escape, ARMS)),
-    run="|".join(SECTION_OF_RUN),
+    run=r"[A-Za-z0-9_]+",
     generator=r"[A-Za-z0-9_]+",
     dose=r"[0-9.e+-]+",
     shard=r"\d+",
@@ -194,11 +190,11 @@ def rows_of(table):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def denoiser_of(generator):
-    """The trained denoiser, for generators that use one."""
-    if generator not in DENOISERS:
+def weights_of(generator):
+    """The trained weights, for generators that draw with some."""
+    if generator not in WEIGHTS_OF:
         return []
-    return [f"results/diffusion/{DENOISERS[generator].diffusion.run}/model.safetensors"]
+    return [f"results/{TRAINED[WEIGHTS_OF[generator]].model_folder}/model.safetensors"]
 
 
 def files_of_external(generator):
@@ -217,10 +213,13 @@ def external_option(wildcards):
     return f"--external {shlex.quote(str(folder))}" if folder else ""
 
 
-def sampling_of(generator):
-    """How a generator samples; None where it has no denoiser."""
-    denoiser = DENOISERS.get(generator)
-    return denoiser and denoiser.diffusion.sampling.model_dump(mode="json")
+def synthesis_settings(generator):
+    """What decides the samples of a generator, besides its inputs."""
+    if generator not in PLUGINS:
+        return {}
+    config = SETTINGS.for_generator(generator)
+    window = SETTINGS.grid.window_hu if generator in WEIGHTS_OF else None
+    return {"run": config.run, "generator": config.decides_samples(), "window": window}
 
 
 def code_of_synthesis(generator):
@@ -242,12 +241,12 @@ def folder_of_plans(_wildcards, input, output):
 
 def several_nodes(value):
     """A resource that only a training on several nodes has."""
-    return value if SETTINGS.workflow.denoiser_nodes > 1 else None
+    return value if SETTINGS.workflow.training_nodes > 1 else None
 
 
-def denoiser_launcher(_wildcards, threads):
-    """What starts the processes that share the training of a denoiser; nothing, where it is only one."""
-    nodes, gpus = SETTINGS.workflow.denoiser_nodes, SETTINGS.workflow.denoiser_gpus
+def training_launcher(_wildcards, threads):
+    """What starts the processes that share a training; nothing, where it is only one."""
+    nodes, gpus = SETTINGS.workflow.training_nodes, SETTINGS.workflow.training_gpus
     if nodes == gpus == 1:
         return ""
     if nodes == 1:

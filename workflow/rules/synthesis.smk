@@ -4,7 +4,7 @@
 rule synthesize:
     input:
         cases="results/cases/cases.tsv",
-        weights=lambda wildcards: denoiser_of(wildcards.generator),
+        weights=lambda wildcards: weights_of(wildcards.generator),
         external=lambda wildcards: files_of_external(wildcards.generator),
     output:
         ensure(
@@ -20,7 +20,7 @@ rule synthesize:
     resources:
         mem_mb=16000,
         runtime=1440,
-        gpu=lambda wildcards: len(denoiser_of(wildcards.generator)),
+        gpu=lambda wildcards: len(weights_of(wildcards.generator)),
     params:
         config=config_of_jobs,
         folder=subpath(output[0], parent=True),
@@ -32,10 +32,7 @@ rule synthesize:
         ),
         external=external_option,
         settings=lambda wildcards: settings_of(
-            "synthesis",
-            sampling=sampling_of(wildcards.generator),
-            run=SETTINGS.diffusion.run,
-            window=SETTINGS.grid.window_hu,
+            "synthesis", **synthesis_settings(wildcards.generator)
         ),
         code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
@@ -49,7 +46,7 @@ rule list_sample_tables:
     input:
         tables=lambda wildcards: samples_of(wildcards.generator, wildcards.dose),
         # The training is part of the run before samples can be counted.
-        weights=lambda wildcards: denoiser_of(wildcards.generator),
+        weights=lambda wildcards: weights_of(wildcards.generator),
     output:
         "results/synthetic/{generator}/.samples-{dose}",
     log:

@@ -1,8 +1,8 @@
-"""Synthetic CT that another system made, taken in from a folder (`arms.external`) once it keeps the contract.
+"""Synthetic CT that another system made, imported from a folder (`arms.external`) once it keeps the contract.
 
 <folder>/samples.json             see `Declaration`
 <folder>/<sample>/ct.nii.gz       HU, on the grid of its reference
-<folder>/<sample>/layout.nii.gz   labels (see `lungddpm.layouts.Label`), same grid
+<folder>/<sample>/layout.nii.gz   labels (see `lungddpm.core.labels.Label`), same grid
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
-from lungddpm.generators import is_complete
 from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
+from lungddpm.synthesis.records import is_complete
 
 if TYPE_CHECKING:
     import pandas as pd
 
-CITATION = "The system that made the folder."
-DENOISER = None
 NOBODY = "none"
 """What a declaration says where no patient of this run went in; an empty list is refused."""
 SPACING_FACTOR = 1.5
@@ -69,7 +67,7 @@ class Declaration(_Entry):
     """A smaller dose takes the first ones."""
 
 
-def take_in(
+def import_external(
     config: Config,
     root: Path,
     generator: str,
@@ -182,7 +180,7 @@ def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mappi
             faults.append((name, error.problem))
     ct, layout = (volumes.get(name) for name in _FILES)
     if entry.reference != NOBODY and entry.reference not in grids:
-        faults.append((_CT, f"is made from {entry.reference}, which is no usable case of this run"))
+        faults.append((_CT, f"is made from {entry.reference}, which is not a usable case of this run"))
     elif ct is not None:
         faults += [(_CT, fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 
-from lungddpm import generators
 from lungddpm.arms.compose import run_compose
 from lungddpm.config.loading import parse_config
 from lungddpm.core import cases
@@ -13,6 +12,7 @@ from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import read_volume, write_volume
+from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
 
 @pytest.fixture
@@ -20,7 +20,6 @@ def config(tmp_path):
     return parse_config(
         {
             "grid": {"size": [16, 16, 16]},
-            "diffusion": {"denoiser": {"multipliers": [1, 2], "attention": False}},
             "arms": {
                 "external": {"gan": tmp_path / "gan"},
                 "generators": ["gan"],
@@ -53,7 +52,7 @@ def folder(tiny_cohort, tmp_path):
 def take(config, tiny_cohort, tmp_path):
     def take(dose=1.0, table="samples.tsv"):
         out = tmp_path / "out"
-        generators.run_synthesize(config, "gan", tiny_cohort, None, out, 0, 1, out / table, "cpu", dose)
+        run_synthesize(config, SynthesisJob("gan", tiny_cohort, out, out / table, dose=dose))
         return cases.read_cases(out / table)
 
     return take

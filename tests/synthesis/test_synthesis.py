@@ -1,14 +1,11 @@
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import ExitStack
 
 import numpy as np
 import pytest
 import torch
 
-from lungddpm import generators
 from lungddpm.arms import splits
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Synthesis
@@ -17,34 +14,29 @@ from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import lock_if_free, read_json, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
-from lungddpm.generators import Task, lung_ddpm, paste_constant, reference
+from lungddpm.generators import Generator, Task, lung_ddpm, paste_constant, reference
 from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
 from lungddpm.models.checkpoint import Metadata, save_denoiser
 from lungddpm.models.denoiser import build_denoiser
 from lungddpm.sources import index_source, write_index
 from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.synthesis import run as running
+from lungddpm.synthesis.plan import plan_samples
+from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
 NAMES = ["lung_ddpm", "reference", "paste_constant"]
-EXPECTED = {
-    "lung_ddpm": ("diffusion", "reference", "jittered"),
-    "lung_ddpm_plus": ("lung_ddpm_plus", "reference", "added"),
-    "med_ddpm": ("diffusion", "reference", "jittered"),
-    "reference": (None, "reference", "reference"),
-    "paste_constant": (None, "reference", "jittered"),
-    "copy_paste": (None, "added", "added"),
+LUNG_DDPM = {
+    "timesteps": 20,
+    "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
+    "sampling": {"sampler": "dpmsolver++", "steps": 3, "batch_size": 2},
 }
-"""Generator -> denoiser, and where the layouts are from when a reference is used first, and again."""
 
 
 def make_config(**changes):
     values = {
         "grid": {"size": [16, 16, 16]},
-        "diffusion": {
-            "timesteps": 20,
-            "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
-            "sampling": {"sampler": "dpmsolver++", "steps": 3, "batch_size": 2},
-        },
+        "generators": {"lung_ddpm": LUNG_DDPM},
         "arms": {"generators": NAMES, "doses": [0.5, 1.0], "controls": []},
     }
     return parse_config({**values, **changes})
@@ -54,9 +46,9 @@ def make_config(**changes):
 def weights(tmp_path_factory):
     """An untrained denoiser."""
     torch.manual_seed(0)
-    config = make_config()
+    config = make_config().for_generator("lung_ddpm")
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_denoiser(path, build_denoiser(config), Metadata(config, 1, "config", "data"))
+    save_denoiser(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
     return path
 
 
@@ -66,33 +58,21 @@ def synthesize(tiny_cohort, weights, tmp_path):
 
     def run(name, shard=0, shards=1, folder="out", dose=None, **changes):
         table = tmp_path / folder / f"samples-{shard}.tsv"
-        arguments = (name, tiny_cohort, weights, tmp_path / folder, shard, shards, table, "cpu", dose)
-        generators.run_synthesize(make_config(**changes), *arguments)
+        job = SynthesisJob(name, tiny_cohort, tmp_path / folder, table, shard, shards, dose, weights, device="cpu")
+        run_synthesize(make_config(**changes), job)
         return cases.read_cases(table)
 
     return run
 
 
-def test_light_import_of_every_generator():
-    code = (
-        "import sys, lungddpm.generators as g\n"
-        "from lungddpm.config.models import Config\n"
-        f"modules = [g.module_of(name, Config()) for name in {[*EXPECTED]}]\n"
-        f"assert [(m.DENOISER, *m.LAYOUTS) for m in modules] == {[*EXPECTED.values()]}\n"
-        "assert all(m.CITATION and m.__doc__ and m.load for m in modules)\n"
-        "assert not {'torch', 'scipy', 'matplotlib'} & set(sys.modules)"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
-
-
 def test_plan_takes_references_in_turn(tiny_cohort):
     table = cases.read_cases(tiny_cohort)
-    plan = generators.plan_samples(make_config(), "lung_ddpm", table)
+    plan = plan_samples(make_config(), "lung_ddpm", table)
     assert [sample.sample_id for sample in plan] == ["case03_s000", "case04_s000", "case03_s001"]
     assert len({sample.seed for sample in plan}) == 3
-    assert [s.seed for s in plan] == [s.seed for s in generators.plan_samples(make_config(), "lung_ddpm", table)]
-    assert plan[0].seed != generators.plan_samples(make_config(), "reference", table)[0].seed
-    assert plan[0].seed != generators.plan_samples(make_config(seed=2), "lung_ddpm", table)[0].seed
+    assert [s.seed for s in plan] == [s.seed for s in plan_samples(make_config(), "lung_ddpm", table)]
+    assert plan[0].seed != plan_samples(make_config(), "reference", table)[0].seed
+    assert plan[0].seed != plan_samples(make_config(seed=2), "lung_ddpm", table)[0].seed
 
 
 def origins(plan):
@@ -103,7 +83,7 @@ def test_plan_says_where_layouts_are_from(tiny_cohort):
     table = cases.read_cases(tiny_cohort)
     table.loc[table["case_id"] == "case03", "n_nodules"] = 0
     doses = {"arms": {"generators": NAMES, "doses": [1.67], "controls": []}}
-    plan = generators.plan_samples(make_config(**doses), "lung_ddpm", table)
+    plan = plan_samples(make_config(**doses), "lung_ddpm", table)
     assert origins(plan) == [
         ("case03_s000", "placed"), ("case04_s000", "reference"), ("case03_s001", "placed"),
         ("case04_s001", "jittered"), ("case03_s002", "placed"),
@@ -111,12 +91,12 @@ def test_plan_says_where_layouts_are_from(tiny_cohort):
     seeds = [sample.layout_seed for sample in plan]
     assert seeds[1] is None
     assert len(set(seeds)) == 5
-    others = generators.plan_samples(make_config(**doses), "paste_constant", table)
+    others = plan_samples(make_config(**doses), "paste_constant", table)
     assert [sample.layout_seed for sample in others] == seeds
     assert not {sample.seed for sample in others} & {sample.seed for sample in plan}
 
     calm = make_config(**doses, synthesis={"jitter_repeats": False})
-    plan = generators.plan_samples(calm, "lung_ddpm", table)
+    plan = plan_samples(calm, "lung_ddpm", table)
     assert [origin for _, origin in origins(plan)] == ["placed", "reference"] * 2 + ["placed"]
     assert [sample.layout_seed for sample in plan] == [seeds[0], None] * 2 + [seeds[0]]
     assert len({sample.seed for sample in plan}) == 5
@@ -126,16 +106,16 @@ def test_plan_adds_nodules_for_generators_that_keep_the_own_ones(tiny_cohort):
     table = cases.read_cases(tiny_cohort)
     table.loc[table["case_id"] == "case03", "n_nodules"] = 0
     names = ["copy_paste", "lung_ddpm_plus", "lung_ddpm"]
-    plus_section = {"training": {"crop": 16}}
-    config = make_config(arms={"generators": names, "doses": [4 / 3], "controls": []}, lung_ddpm_plus=plus_section)
-    pasted, plus, drawn = (generators.plan_samples(config, name, table) for name in names)
+    settings = {"lung_ddpm": LUNG_DDPM, "lung_ddpm_plus": {"training": {"crop": 16}}}
+    config = make_config(arms={"generators": names, "doses": [4 / 3], "controls": []}, generators=settings)
+    pasted, plus, drawn = (plan_samples(config, name, table) for name in names)
     assert [origin for _, origin in origins(pasted)] == ["placed", "added", "placed", "added"]
     assert [origin for _, origin in origins(plus)] == ["placed", "reference", "placed", "added"]
     assert (
         [s.layout_seed for s in pasted][2:] == [s.layout_seed for s in plus][2:] == [s.layout_seed for s in drawn][2:]
     )
     calm = config.model_copy(update={"synthesis": Synthesis(place_nodules=False, jitter_repeats=False)})
-    pasted, plus, _ = (generators.plan_samples(calm, name, table) for name in names)
+    pasted, plus, _ = (plan_samples(calm, name, table) for name in names)
     assert {sample_id for sample_id, _ in origins(pasted)} == {f"case04_s00{repeat}" for repeat in range(4)}
     assert {origin for _, origin in origins(pasted)} == {"added"}
     assert {origin for _, origin in origins(plus)} == {"reference"}
@@ -147,17 +127,15 @@ def test_plan_leaves_out_references_without_nodules_where_none_are_placed(tiny_c
     table.loc[table["case_id"] == "case03", "n_nodules"] = 0
     without = make_config(synthesis={"place_nodules": False})
     for config, name in ((without, "lung_ddpm"), (make_config(), "reference")):
-        assert {sample.reference["case_id"] for sample in generators.plan_samples(config, name, table)} == {"case04"}
-    assert {origin for _, origin in origins(generators.plan_samples(make_config(), "reference", table))} == {
-        "reference"
-    }
+        assert {sample.reference["case_id"] for sample in plan_samples(config, name, table)} == {"case04"}
+    assert {origin for _, origin in origins(plan_samples(make_config(), "reference", table))} == {"reference"}
     table.loc[table["case_id"] == "case04", "status"] = "excluded"
     for config, name in ((without, "lung_ddpm"), (make_config(), "reference")):
         with pytest.raises(InputError, match="no usable reference case with a nodule"):
-            generators.plan_samples(config, name, table)
+            plan_samples(config, name, table)
     table.loc[table["case_id"] == "case03", "status"] = "excluded"
     with pytest.raises(InputError, match="no usable reference case for"):
-        generators.plan_samples(make_config(), "lung_ddpm", table)
+        plan_samples(make_config(), "lung_ddpm", table)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -186,9 +164,9 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         assert record["layout_origin"] == ("reference" if own else "jittered")
         assert (record["weights_sha256"] is None) == (name != "lung_ddpm")
         modes = {"sampler": "dpmsolver++", "order": 2, "steps": 3, "resampling": 1} | dict.fromkeys(
-            ["aas", "intensities", "times"], "corrected"
+            ["aas", "intensities", "times", "levels"], "corrected"
         )
-        assert {key: record[key] for key in modes} == (modes if name == "lung_ddpm" else dict.fromkeys(modes))
+        assert record["settings"].get("sampling") == (modes if name == "lung_ddpm" else None)
 
 
 def test_same_reference_and_layout_give_new_lungs_each_time(synthesize, tmp_path):
@@ -211,7 +189,11 @@ def test_shards_make_the_same_samples_as_one_job(synthesize, tmp_path):
 def test_complete_samples_are_kept_and_broken_ones_made_again(synthesize, tmp_path, monkeypatch):
     synthesize("lung_ddpm")
     made = []
-    monkeypatch.setattr(generators, "_make", lambda batch, *_: made.extend(sample.sample_id for sample, _ in batch))
+
+    def note(_synthesis, batch, _generator):
+        made.extend(each.sample.sample_id for each in batch)
+
+    monkeypatch.setattr(running._Synthesis, "_make", note)
     synthesize("lung_ddpm")
     assert made == []
     ct = tmp_path / "out/case04_s000/ct.nii.gz"
@@ -225,7 +207,7 @@ def test_complete_samples_are_kept_and_broken_ones_made_again(synthesize, tmp_pa
     assert made == ["case04_s000", "case03_s001"], "only the jittered one, beside the one that is broken still"
     made.clear()
     steps = {"sampler": "dpmsolver++", "steps": 4}
-    synthesize("lung_ddpm", diffusion={**make_config().diffusion.model_dump(), "sampling": steps})
+    synthesize("lung_ddpm", generators={"lung_ddpm": {**LUNG_DDPM, "sampling": steps}})
     assert len(made) == 3
 
 
@@ -245,7 +227,7 @@ def test_a_cpu_takes_samples_one_by_one(synthesize, monkeypatch, device, sizes):
         taken.append(len(tasks))
         return [paste_constant.fill_with_mean_lung(task) for task in tasks]
 
-    monkeypatch.setattr(paste_constant, "load", lambda *_: generators.Generator(make, device))
+    monkeypatch.setattr(paste_constant, "load", lambda *_: Generator(make, device, 2))
     synthesize("paste_constant")
     assert taken == sizes
 
@@ -267,8 +249,8 @@ def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
             shutil.copytree(tmp_path / "whole/case03_s000", first, dirs_exist_ok=True)
             other_job.close()
 
-        patch.setattr(paste_constant, "load", lambda *_: generators.Generator(make))
-        patch.setattr(generators.time, "sleep", finish)
+        patch.setattr(paste_constant, "load", lambda *_: Generator(make))
+        patch.setattr(running.time, "sleep", finish)
         table = synthesize("paste_constant")
     assert len(made) == 2
     assert table["sha256"].tolist() == whole["sha256"].tolist()
@@ -282,9 +264,8 @@ def test_generator_that_no_arm_uses(synthesize):
 def test_denoiser_is_asked_for(tiny_cohort, tmp_path):
     for weights, message in ((None, "needs the weights"), (tmp_path / "none.safetensors", "does not exist")):
         with pytest.raises(InputError, match=message):
-            generators.run_synthesize(
-                make_config(), "lung_ddpm", tiny_cohort, weights, tmp_path, 0, 1, tmp_path / "samples.tsv"
-            )
+            job = SynthesisJob("lung_ddpm", tiny_cohort, tmp_path, tmp_path / "samples.tsv", weights=weights)
+            run_synthesize(make_config(), job)
 
 
 def test_constant_is_the_mean_of_lung_voxels():
@@ -317,7 +298,7 @@ def partly_bare_cohort(tiny_cohort, write_nodules, tmp_path):
 def run(cohort, folder, name="paste_constant", shard=0, shards=1, **changes):
     table = folder / f"samples-{shard}.tsv"
     doses = {"arms": {"generators": NAMES, "doses": [4 / 3], "controls": []}}
-    generators.run_synthesize(make_config(**doses, **changes), name, cohort, None, folder, shard, shards, table, "cpu")
+    run_synthesize(make_config(**doses, **changes), SynthesisJob(name, cohort, folder, table, shard, shards))
     return cases.read_cases(table)
 
 
@@ -377,7 +358,11 @@ def test_the_leak_guard_finds_who_lent_a_nodule(partly_bare_cohort, tmp_path):
 def test_layouts_are_made_again_when_what_decides_them_changes(partly_bare_cohort, tmp_path, monkeypatch):
     run(partly_bare_cohort, tmp_path / "out")
     made = []
-    monkeypatch.setattr(generators, "_make", lambda batch, *_: made.extend(sample.sample_id for sample, _ in batch))
+
+    def note(_synthesis, batch, _generator):
+        made.extend(each.sample.sample_id for each in batch)
+
+    monkeypatch.setattr(running._Synthesis, "_make", note)
     run(partly_bare_cohort, tmp_path / "out")
     assert made == []
     run(partly_bare_cohort, tmp_path / "out", synthesis={"scale": [1, 1.2]})
@@ -428,7 +413,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
     cases.write_cases(folder / "cases-0.tsv", table)
     run_collect(config, [folder / "cases-0.tsv"], folder / "cases.tsv")
     out = tmp_path / "out"
-    generators.run_synthesize(config, "paste_constant", folder / "cases.tsv", None, out, 0, 1, out / "s.tsv", "cpu")
+    run_synthesize(config, SynthesisJob("paste_constant", folder / "cases.tsv", out, out / "s.tsv"))
     samples = cases.read_cases(out / "s.tsv")
     assert samples[["case_id", "n_nodules"]].to_numpy().tolist() == [["PHANTOM-0002_s000", 1]]
     ct, layout = cases.CaseFolder(out / "PHANTOM-0002_s000").read()

@@ -1,0 +1,339 @@
+"""Sections of the configuration that generators and the models behind them share, and what a generator is given of it.
+
+A plug-in in `lungddpm/generators/` builds its own settings from these classes; `config.models` puts the settings of all
+plug-ins together.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Generic, Literal, TypeGuard, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from lungddpm.core.labels import Label
+
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
+Range = tuple[float, float]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+Orientation = Literal["published", "ras"]
+
+
+def _check_classes(classes: list[str]) -> list[str]:
+    if classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
+        raise ValueError("classes is [lung, nodule] or [lung, nodule, vessel]")
+    return classes
+
+
+Classes = Annotated[list[Literal["lung", "nodule", "vessel"]], AfterValidator(_check_classes)]
+
+SHARED_RUN = "main"
+"""Stands for the run's name in seeds that no training decides: layouts are the same for all generators, whatever their
+runs are called."""
+
+
+class Section(BaseModel):
+    """A mapping of keys; unknown ones are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class Grid(Section):
+    """The model grid: what every CT and layout is resampled to."""
+
+    size: Size3 = (64, 64, 64)
+    """Voxels along x (left to right), y (posterior to anterior), z (feet to head)."""
+    extent: Literal["full", "lungs"] = "full"
+    """`full`: the whole field of view (as published); `lungs`: the lungs' bounding box plus `margin_mm`."""
+    margin_mm: Annotated[float, Field(ge=0)] = 10.0
+    """Margin around the lungs for `extent: lungs`, in mm."""
+    window_hu: Range = (-1024.0, 600.0)
+    """HU range that maps linearly to the model's [-1, 1]; values outside are clipped."""
+
+    @model_validator(mode="after")
+    def _window(self) -> Grid:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"grid.window_hu: the lower bound comes first, got {self.window_hu}")
+        return self
+
+
+class Denoiser(Section):
+    """The published 3-D U-Net; its defaults give the published network."""
+
+    base_channels: PositiveInt = 64
+    """Channels of the first level."""
+    multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 1, 2, 3, 4]
+    """Channels of each level as multiples of `base_channels`; each level but the last halves the grid."""
+    norm_groups: PositiveInt = 32
+    """Groups of every GroupNorm; must divide every level's channels."""
+    attention: bool = True
+    """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops, unless
+    sampling sees the same crops."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> Denoiser:
+        for multiplier in self.multipliers:
+            if self.base_channels * multiplier % self.norm_groups:
+                raise ValueError(
+                    f"norm_groups {self.norm_groups} does not divide {self.base_channels} x {multiplier} channels"
+                )
+        return self
+
+    @property
+    def reduction(self) -> int:
+        """How many times smaller the deepest feature map is than the grid."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+class Training(Section):
+    """Training of the network; the defaults are the published recipe."""
+
+    steps: PositiveInt = 100_000
+    """Optimizer steps."""
+    batch_size: PositiveInt = 1
+    """Volumes (or crops) per forward pass."""
+    accumulation: PositiveInt = 2
+    """Forward passes per optimizer step, on each process where several share the training."""
+    learning_rate: PositiveFloat = 1e-5
+    """Peak learning rate of Adam."""
+    learning_rate_schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` decays to zero over `steps`."""
+    gradient_clip: PositiveFloat | None = None
+    """Largest gradient norm; null does not clip (as published)."""
+    crop: PositiveInt | None = None
+    """Edge of random cubic crops in voxels; null trains on whole volumes (as published)."""
+    augmentation: Literal["none", "mild", "standard"] = "none"
+    """`none`: as published; `mild`: left and right swapped in half of the samples, HU changed a little; `standard`:
+    half of them turned, scaled and shifted a little as well, which blurs, and dims small nodules on coarse grids."""
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
+    """Decay of the exponential moving average of the weights."""
+    ema_every: PositiveInt = 10
+    """Steps between updates of the average."""
+    ema_start: Annotated[int, Field(ge=0)] = 2000
+    """The average is a plain copy before this step."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 on a GPU that has it, else fp32."""
+    gradient_checkpointing: bool = False
+    """Compute activations once more in the backward pass instead of keeping them: less memory, more time."""
+    compile: bool = False
+    """Compile the network (torch.compile): minutes at the start, faster steps."""
+    save_every: PositiveInt = 1000
+    """Steps between saved states, from which an interrupted training goes on."""
+    sample_every: PositiveInt = 5000
+    """Steps between grids of samples; one is drawn at the end in any case."""
+
+
+class Solving(Section):
+    """From noise to CT: solver and steps."""
+
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddpm"
+    """`ddpm`: ancestral, as published; `ddim`: first order; `dpmsolver++`, `unipc`: multistep, 20 steps will do."""
+    order: Annotated[int, Field(ge=2, le=3)] = 2
+    """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
+    steps: PositiveInt = 250
+    """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
+    intensities: Literal["corrected", "published"] = "corrected"
+    """How the reference is scaled for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
+    axial slice by its own minimum and maximum, for published weights only."""
+    times: Literal["corrected", "published"] = "corrected"
+    """`published`: the denoiser gets its times on a scale of 1000 whatever `timesteps` (Lung-DDPM+)."""
+    levels: Literal["corrected", "published"] = "corrected"
+    """`corrected`: timesteps even in the log signal-to-noise ratio, to the clean CT; `published`: even in time, with
+    fractions, where sampling ends at timestep 0; dynamic thresholding (Lung-DDPM+, sampler `dpmsolver++`)."""
+    batch_size: PositiveInt = 1
+    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
+
+    @model_validator(mode="after")
+    def _levels(self) -> Solving:
+        if self.levels == "published" and self.sampler != "dpmsolver++":
+            raise ValueError("levels: published needs sampler: dpmsolver++")
+        return self
+
+
+class Sampling(Solving):
+    """From noise to CT: solver, steps, and anatomically aware sampling (AAS)."""
+
+    resampling: PositiveInt = 1
+    """Times that the noise levels are visited, two at a time, with fresh noise in between (RePaint): n times the cost
+    for a better seam between what is generated and what the reference fills."""
+    aas: Literal["corrected", "published"] = "corrected"
+    """`published` pastes the reference one noise level late and leaves its noise in the background."""
+
+    @model_validator(mode="after")
+    def _resampling(self) -> Sampling:
+        if self.resampling > 1 and self.aas == "published":
+            raise ValueError("resampling above 1 needs aas: corrected")
+        return self
+
+
+class GeneratorSettings(Section):
+    """Settings of a generator that has none."""
+
+    def decides_samples(self) -> dict[str, Any]:
+        """The keys that decide a sample besides its inputs, weights and seed, as JSON-like values."""
+        return self.model_dump(mode="json", exclude={"run": True, "training": True, "sampling": {"batch_size"}})
+
+    def check_grid(self, grid: Grid) -> None:
+        """Make sure that the generator can work on a grid.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+    def check_weights(self, trained: TrainedSettings) -> None:
+        """Make sure that it can draw with the weights of another generator, where it does.
+
+        Raises:
+            ValueError: it cannot.
+        """
+
+
+class TrainedSettings(GeneratorSettings):
+    """Settings of a generator that is trained."""
+
+    needs_nodule: ClassVar[bool] = False
+    """Whether it trains on cases with a nodule only."""
+    crop_centres: ClassVar[tuple[Label, ...]] = (Label.LUNG, Label.NODULE, Label.VESSEL)
+    """Labels that the centre of a training crop may have."""
+
+    run: Name = "main"
+    """Name of the run: the folder under `results/models/<generator>/`, part of every sample's seed."""
+    classes: Classes = ["lung", "nodule"]
+    """Layout classes that condition the network, in channel order. Without `vessel`, vessels count as lung."""
+    orientation: Orientation = "published"
+    """How the network sees the chest, in training and in sampling. `published`: turned in plane, as published weights
+    do (an inference, see docs/explanation/diffusion.md); `ras`: as the grid lies, as weights of earlier versions do. It
+    must be that of the weights; only weights of `published` can be exported."""
+    training: Training = Training()
+
+    def decides_weights(self, processes: int) -> dict[str, Any]:
+        """The keys that decide the weights of the trained network, as JSON-like values.
+
+        `accumulation` counts the forward passes of all processes together: n take n times those of one.
+        """
+        only_how = {"gradient_checkpointing", "compile", "save_every", "sample_every"}
+        decisive = self.model_dump(mode="json", exclude={"sampling": True, "training": only_how})
+        decisive["training"]["accumulation"] *= processes
+        return decisive
+
+    def decides_fit(self) -> dict[str, Any]:
+        """The keys on which weights and their use must agree, as JSON-like values; nested ones by their dotted path."""
+        return self.model_dump(mode="json", include={"classes", "orientation"})
+
+    def drawn_size(self, grid: Grid) -> Size3:
+        """Voxels along x, y, z that the network sees at once when it draws."""
+        return grid.size
+
+    def check_grid(self, grid: Grid) -> None:
+        crop = self.training.crop
+        if crop is not None and crop > min(grid.size):
+            raise ValueError(f"training.crop {crop} is larger than grid.size {list(grid.size)}")
+
+
+class UNetSettings(TrainedSettings):
+    """Settings of a generator whose network is the published U-Net."""
+
+    denoiser: Denoiser = Denoiser()
+
+    @model_validator(mode="after")
+    def _crop(self) -> UNetSettings:
+        crop = self.training.crop
+        if crop is not None and crop % self.denoiser.reduction:
+            raise ValueError(f"training.crop {crop} is not divisible by {self.denoiser.reduction}")
+        return self
+
+    def decides_fit(self) -> dict[str, Any]:
+        denoiser = self.denoiser.model_dump(mode="json")
+        return super().decides_fit() | {f"denoiser.{key}": value for key, value in denoiser.items()}
+
+    def check_grid(self, grid: Grid) -> None:
+        super().check_grid(grid)
+        crop, reduction, drawn = self.training.crop, self.denoiser.reduction, self.drawn_size(grid)
+        if any(edge % reduction for edge in drawn):
+            raise ValueError(
+                f"grid.size {list(grid.size)} is not divisible by {reduction}, "
+                f"as {len(self.denoiser.multipliers)} denoiser levels need"
+            )
+        if self.denoiser.attention and len(set(drawn)) != 1:
+            raise ValueError("denoiser.attention needs a cubic grid.size (it sits at 16 voxels an edge)")
+        if self.denoiser.attention and crop is not None and drawn != (crop,) * 3:
+            raise ValueError(
+                "training.crop needs denoiser.attention: false "
+                "(attention sits at a fixed map size, which crops do not have)"
+            )
+
+
+class DiffusionSettings(UNetSettings):
+    """Settings of a diffusion model: network, schedule, training, sampling."""
+
+    timesteps: PositiveInt = 250
+    """Noise levels T of the cosine schedule."""
+    sampling: Sampling = Sampling()
+
+    @model_validator(mode="after")
+    def _steps(self) -> DiffusionSettings:
+        if self.sampling.steps > self.timesteps:
+            raise ValueError(f"sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
+        return self
+
+    def decides_fit(self) -> dict[str, Any]:
+        return {"timesteps": self.timesteps, **super().decides_fit()}
+
+
+S = TypeVar("S", bound=GeneratorSettings, covariant=True)
+
+
+@dataclass(frozen=True)
+class GeneratorConfig(Generic[S]):
+    """What a generator is given of the configuration.
+
+    Attributes:
+        name: its module in `lungddpm/generators/`.
+        settings: its own settings.
+        grid: the grid of all cases.
+        seed: root of every random number.
+        weights_from: the other generator whose weights it draws with, if it does.
+    """
+
+    name: str
+    settings: S
+    grid: Grid
+    seed: int
+    weights_from: GeneratorConfig[TrainedSettings] | None = None
+
+    @property
+    def run(self) -> str:
+        """The name that enters its seeds."""
+        return self.settings.run if isinstance(self.settings, TrainedSettings) else SHARED_RUN
+
+    @property
+    def model_folder(self) -> str:
+        """Where a run keeps what was trained, within its results."""
+        return f"models/{self.name}/{self.run}"
+
+    def decides_samples(self) -> dict[str, Any]:
+        """What decides a sample besides its inputs, weights and seed, as JSON-like values."""
+        own = self.settings.decides_samples()
+        if self.weights_from is None:
+            return own
+        return {
+            **own,
+            "weights_from": {"generator": self.weights_from.name, **self.weights_from.settings.decides_fit()},
+        }
+
+    def decides_fit(self: GeneratorConfig[TrainedSettings]) -> dict[str, Any]:
+        """What weights were trained for, by dotted key, as JSON-like values: their use must agree on all of it."""
+        grid = self.grid.model_dump(mode="json", include={"size", "extent", "window_hu"})
+        return {"generator": self.name, **self.settings.decides_fit(), **{f"grid.{k}": v for k, v in grid.items()}}
+
+    def dump(self) -> dict[str, Any]:
+        """All of it as JSON-like values."""
+        settings, grid = (section.model_dump(mode="json") for section in (self.settings, self.grid))
+        return {"generator": self.name, "settings": settings, "grid": grid, "seed": self.seed}
+
+
+def is_trained(config: GeneratorConfig[GeneratorSettings]) -> TypeGuard[GeneratorConfig[TrainedSettings]]:
+    """Whether it is that of a generator that is trained."""
+    return isinstance(config.settings, TrainedSettings)

@@ -1,0 +1,106 @@
+"""Which samples a generator makes: of which reference, with which layout and which seeds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.config.sections import SHARED_RUN
+from lungddpm.core import cases
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import seed_from
+from lungddpm.core.roles import DISCOVERY, REFERENCE
+from lungddpm.generators import OWN, PLACED, plugin
+
+
+@dataclass(frozen=True)
+class PlannedSample:
+    """One entry of the plan.
+
+    Attributes:
+        sample_id: its name and folder.
+        reference: row of the case table.
+        repeat: how many times the reference was used before.
+        seed: of every random number in the CT.
+        layout_origin: `OWN`, `PLACED`, `JITTERED` or `ADDED`.
+        layout_seed: of every random number in the layout; None for `OWN`. The same for all generators of a run, so that
+            those that can show the same layouts get the same ones.
+    """
+
+    sample_id: str
+    reference: pd.Series
+    repeat: int
+    seed: int
+    layout_origin: str
+    layout_seed: int | None
+
+
+def samples_wanted(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> int:
+    """How many samples make up a dose (by default the largest): that times the usable discovery cases, rounded.
+
+    Raises:
+        ConfigError: no arm uses the generator.
+    """
+    doses = config.arms.largest_doses()
+    if generator not in doses:
+        raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
+    return round((dose or doses[generator]) * len(cases.usable(table, DISCOVERY)))
+
+
+def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> list[PlannedSample]:
+    """The samples of a dose (by default the largest), in order; a smaller dose is the first ones of a larger one.
+
+    References take turns, in table order, until there are `samples_wanted`. Those with nodules get layouts as
+    the generator's `LAYOUTS` says, those without get placed nodules; without `synthesis.place_nodules`, and for
+    generators that show own layouts only, they are left out. Without `synthesis.jitter_repeats`, the layout stays the
+    same each time.
+
+    Args:
+        config: doses, root seed, `synthesis`, and the generator's own settings.
+        generator: a plug-in that the config uses.
+        table: all cases.
+        dose: as a multiple of the real training cases.
+
+    Raises:
+        ConfigError: no arm uses the generator.
+        InputError: there is no reference to use.
+    """
+    number = samples_wanted(config, generator, table, dose)
+    first, again = plugin(generator).layouts
+    run = config.for_generator(generator).run
+    references = _references(config, generator, table, needs_nodule=first == again == OWN)
+    plan = []
+    for index in range(number):
+        repeat, place = divmod(index, len(references))
+        reference, case_id = references[place], references[place]["case_id"]
+        varies = repeat > 0 and config.synthesis.jitter_repeats
+        origin = PLACED if reference["n_nodules"] == 0 else again if varies else first
+        # Where repeats are not to differ, all of them take the layout of the first.
+        layout_seed = seed_from(config.seed, SHARED_RUN, "layout", case_id, repeat if varies else 0)
+        plan.append(
+            PlannedSample(
+                sample_id=f"{case_id}_s{repeat:03d}",
+                reference=reference,
+                repeat=repeat,
+                seed=seed_from(config.seed, run, generator, case_id, repeat),
+                layout_origin=origin,
+                layout_seed=None if origin == OWN else layout_seed,
+            )
+        )
+    return plan
+
+
+def _references(config: Config, generator: str, table: pd.DataFrame, needs_nodule: bool) -> list[pd.Series]:
+    """The references that take turns."""
+    usable = cases.usable(table, REFERENCE)
+    if with_nodule := needs_nodule or not config.synthesis.place_nodules:
+        usable = usable[usable["n_nodules"] > 0]
+    if usable.empty and samples_wanted(config, generator, table):
+        raise InputError(
+            cases.CASES,
+            f"has no usable reference case{' with a nodule' if with_nodule else ''} for the generator '{generator}'",
+            "Give more patients the role reference.",
+        )
+    return [row for _, row in usable.iterrows()]

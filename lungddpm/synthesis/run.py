@@ -1,0 +1,269 @@
+"""Synthesis of a cohort, by several jobs at once: what is complete stays, what is missing is made once."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
+from lungddpm.core import cases
+from lungddpm.core.cases import CaseFolder
+from lungddpm.core.code import stage_fingerprint
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
+from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import SYNTHETIC
+from lungddpm.core.volume import write_volume
+from lungddpm.generators import JITTERED, OWN, Generator, Plugin, Task, plugin
+from lungddpm.synthesis.external import import_external
+from lungddpm.synthesis.plan import PlannedSample, plan_samples, samples_wanted
+from lungddpm.synthesis.records import is_complete
+
+if TYPE_CHECKING:
+    from lungddpm.layouts.placement import Bank
+
+
+@dataclass(frozen=True)
+class SynthesisJob:
+    """One job's share of the synthesis with a generator.
+
+    Attributes:
+        generator: a plug-in, or a name in `arms.external`.
+        cases_table: table of the real cases.
+        output: folder of this generator's samples.
+        table: the table to write.
+        shard: 0-based number of this share of the work.
+        shards: how many shares there are.
+        dose: as a multiple of the real training cases; by default the largest that an arm takes.
+        weights: of the trained network, for generators that need one.
+        external: folder of what another system made; by default the one in `arms.external`.
+        device: see `lungddpm.models.accelerator.make_accelerator`.
+    """
+
+    generator: str
+    cases_table: Path
+    output: Path
+    table: Path
+    shard: int = 0
+    shards: int = 1
+    dose: float | None = None
+    weights: Path | None = None
+    external: Path | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class _Missing:
+    """A sample that is still to be made, and what its record will say of its origin."""
+
+    sample: PlannedSample
+    provenance: dict[str, Any]
+
+    def is_made(self, output: Path) -> bool:
+        return is_complete(CaseFolder(output / self.sample.sample_id), self.provenance["fingerprint"])
+
+
+def run_synthesize(config: Config, job: SynthesisJob) -> None:
+    """Make the samples `shard`, `shard + shards`, ... of a dose and the table that lists them.
+
+    Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}` and one row per sample, in the order of the plan:
+    row k of shard s is number k * shards + s of the dose. `path` in the table is relative to `output`. Samples that
+    are complete and were made from the same inputs with the same settings are left as they are; what another process
+    is making for another dose is left to it.
+
+    Raises:
+        ConfigError: no arm uses the generator, or it cannot work with this config.
+        InputError: no usable reference, missing or unfit weights, a case that breaks its contract, or one in whose
+            lungs no nodule can be placed.
+    """
+    real_cases = cases.read_cases(job.cases_table)
+    if job.generator in config.arms.external:
+        wanted = samples_wanted(config, job.generator, real_cases, job.dose)
+        folder = job.external or config.arms.external[job.generator]
+        rows = import_external(config, folder, job.generator, wanted, job.cases_table, real_cases, job.output)
+        cases.write_cases(job.table, rows[job.shard :: job.shards])
+        return
+    planned = plan_samples(config, job.generator, real_cases, job.dose)[job.shard :: job.shards]
+    _Synthesis(config, job, real_cases, planned).make_missing()
+    cases.write_cases(job.table, [_row(sample, job.generator, job.output) for sample in planned])
+
+
+class _Synthesis:
+    """The samples of one job under way."""
+
+    def __init__(self, config: Config, job: SynthesisJob, real_cases: pd.DataFrame, planned: list[PlannedSample]):
+        self.config, self.job, self.planned = config, job, planned
+        self.plugin, self.of_generator = plugin(job.generator), config.for_generator(job.generator)
+        self.weights = _weights_for(self.plugin, job.weights)
+        self.bank: Bank | None = None
+        if any(sample.layout_origin != OWN for sample in planned):
+            # Placement imports scipy, which light commands do without.
+            from lungddpm.layouts.placement import open_bank
+
+            self.bank = open_bank(job.cases_table, real_cases, config.roles.allow_shared_patients)
+
+    def make_missing(self) -> None:
+        """Make what is not complete already."""
+        missing = self._missing()
+        if len(missing) < len(self.planned):
+            LOG.info("%d of %d samples are complete already", len(self.planned) - len(missing), len(self.planned))
+        if not missing:
+            return
+        generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
+        # On a CPU, batches bring nothing, and a volume's sums would depend on its batch by a last digit.
+        size = 1 if generator.device == "cpu" else generator.batch_size
+        with Progress(f"synthesis with {self.job.generator}", len(missing)) as progress:
+            while missing:
+                with ExitStack() as locks:
+                    batch, left = _claim(missing, size, self.job.output, locks)
+                    if batch:
+                        self._make(batch, generator)
+                for _ in range(len(missing) - len(left)):
+                    progress.advance()
+                if len(left) == len(missing):
+                    time.sleep(1)
+                missing = left
+
+    def _missing(self) -> list[_Missing]:
+        settings = _settings(self.of_generator, self.weights)
+        wanted = [_Missing(sample, self._provenance(sample, settings)) for sample in self.planned]
+        return [each for each in wanted if not each.is_made(self.job.output)]
+
+    def _provenance(self, sample: PlannedSample, settings: dict[str, Any]) -> dict[str, Any]:
+        folder = cases.folder_of(self.job.cases_table, sample.reference)
+        provenance = {
+            "sample_id": sample.sample_id,
+            "reference_case_id": sample.reference["case_id"],
+            "reference_patient_id": sample.reference["patient_id"],
+            "reference_sha256": folder.hash(),
+            "layout_origin": sample.layout_origin,
+            "layout_seed": sample.layout_seed,
+            "layout_inputs": self._layout_inputs(sample, folder),
+            "repeat": sample.repeat,
+            "seed": sample.seed,
+            **settings,
+        }
+        return {**provenance, "fingerprint": fingerprint(provenance)}
+
+    def _layout_inputs(self, sample: PlannedSample, reference: CaseFolder) -> str | None:
+        """Fingerprint of what decides a made layout besides its seed and the reference's own; None for `OWN`."""
+        if sample.layout_origin == OWN or self.bank is None:
+            return None
+        inputs = {
+            "synthesis": self.config.synthesis,
+            "code": stage_fingerprint("make_layout"),
+            "bank": self.bank.fingerprint,
+        }
+        if sample.layout_origin == JITTERED:
+            inputs["nodules"] = _hash_nodules(reference.nodules)
+        return fingerprint(inputs)
+
+    def _make(self, batch: list[_Missing], generator: Generator) -> None:
+        tasks = [self._task_of(each.sample) for each in batch]
+        began = time.monotonic()
+        made = generator.make(tasks)
+        seconds = (time.monotonic() - began) / len(batch)
+        for each, task, hu in zip(batch, tasks, made, strict=True):
+            sample, folder = each.sample, CaseFolder(self.job.output / each.sample.sample_id)
+            write_volume(folder.ct, task.reference.like(hu))
+            write_volume(folder.layout, task.layout)
+            nodules = task.made.nodules if task.made else ()
+            kept = 0 if sample.layout_origin == JITTERED else int(sample.reference["n_nodules"])
+            record = {
+                "n_nodules": kept + len(nodules),
+                "nodules": [asdict(nodule) for nodule in nodules],
+                "seconds": round(seconds, 3),
+                "device": generator.device,
+                "sha256": folder.hash(),
+            }
+            write_json(folder.sample_record, {**each.provenance, **record})
+
+    def _task_of(self, sample: PlannedSample) -> Task:
+        """What the plan asks for, its layout made."""
+        folder = cases.folder_of(self.job.cases_table, sample.reference)
+        ct, own = folder.read()
+        if sample.layout_origin == OWN or self.bank is None:
+            return Task(ct, own, sample.seed)
+        from lungddpm.layouts.placement import jitter, place, read_shapes
+
+        rng, case_id = np.random.default_rng(sample.layout_seed), sample.reference["case_id"]
+        if sample.layout_origin == JITTERED:
+            shapes = read_shapes(folder, case_id, sample.reference["patient_id"])
+            made = jitter(own, shapes, self.bank, self.config.synthesis, rng)
+        else:
+            made = place(own, self.bank, self.config.synthesis, rng)
+        if not made.nodules:
+            raise InputError(
+                folder.layout,
+                "has no room in its lungs for any nodule of the discovery cases",
+                "Lower synthesis.scale, or name other patients in roles.reference.",
+            )
+        return Task(ct, made.layout, sample.seed, made, {**self.bank.folders, case_id: folder})
+
+
+def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -> tuple[list[_Missing], list[_Missing]]:
+    """Lock the next `size` missing samples; returns them, and those that are missing still.
+
+    What another process holds stays missing for now; what one has made meanwhile does not.
+    """
+    batch: list[_Missing] = []
+    left: list[_Missing] = []
+    for place, each in enumerate(missing):
+        if len(batch) == size:
+            return batch, left + missing[place:]
+        if not locks.enter_context(lock_if_free(output / each.sample.sample_id / ".lock")):
+            left.append(each)
+        elif not each.is_made(output):
+            batch.append(each)
+    return batch, left
+
+
+def _weights_for(generator: Plugin, given: Path | None) -> Path | None:
+    """The weights that a generator draws with; None where it needs none, whatever is given."""
+    if generator.weights_of is None:
+        return None
+    if given is None:
+        problem = f"needs the weights of a trained {generator.weights_of}"
+        raise InputError(f"generator '{generator.name}'", problem, "Give --weights.")
+    if not given.exists():
+        remedy = f"Train it first (lungddpm train --generator {generator.weights_of})."
+        raise InputError(given, "does not exist", remedy)
+    return given
+
+
+def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) -> dict[str, Any]:
+    """What decides a sample besides its reference, its layout and its seed."""
+    return {
+        "generator": config.name,
+        "code": stage_fingerprint("draw", config.name),
+        "settings": config.decides_samples(),
+        "weights_sha256": None if weights is None else sha256_of(weights),
+    }
+
+
+def _hash_nodules(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", "Delete the case's folder and prepare it again.") from None
+
+
+def _row(sample: PlannedSample, generator: str, output: Path) -> dict[str, Any]:
+    folder = CaseFolder(output / sample.sample_id)
+    record = read_json(folder.sample_record)
+    return {
+        **sample.reference,
+        "case_id": sample.sample_id,
+        "source": generator,
+        "role": SYNTHETIC,
+        "n_nodules": record["n_nodules"],
+        "path": sample.sample_id,
+        "sha256": folder.hash(),
+    }

@@ -1,0 +1,43 @@
+# Cases -> weights of every generator in use that is trained.
+
+
+rule train_generator:
+    input:
+        cases="results/cases/cases.tsv",
+    output:
+        ensure("results/models/{generator}/{run}/model.safetensors", non_empty=True),
+    log:
+        "results/logs/train_generator-{generator}-{run}.log",
+    benchmark:
+        "results/benchmarks/train_generator-{generator}-{run}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: half_the_cores
+    resources:
+        mem_mb=16000,
+        runtime=2880,
+        gpu=SETTINGS.workflow.training_processes,
+        # What the Slurm plugin needs to leave several nodes to the launcher: a task and `gres` on each.
+        nodes=several_nodes(SETTINGS.workflow.training_nodes),
+        tasks=several_nodes(SETTINGS.workflow.training_nodes),
+        tasks_per_gpu=several_nodes(0),
+        gres=several_nodes(f"gpu:{SETTINGS.workflow.training_gpus}"),
+        mpi=several_nodes("srun"),
+    params:
+        config=config_of_jobs,
+        folder=subpath(output[0], parent=True),
+        settings=lambda wildcards: settings_of(
+            window=SETTINGS.grid.window_hu,
+            **TRAINED[wildcards.generator].settings.decides_weights(
+                SETTINGS.workflow.training_processes
+            ),
+        ),
+        code=stage_fingerprint("train"),
+        # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
+        launcher=training_launcher,
+        threads_each=lambda wildcards, threads: max(
+            1, threads // SETTINGS.workflow.training_gpus
+        ),
+    shell:
+        "{params.launcher} lungddpm --log {log:q} train --config {params.config:q} --generator {wildcards.generator}"
+        " --cases {input.cases:q} --output {params.folder:q} --threads {params.threads_each}"
