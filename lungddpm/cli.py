@@ -189,6 +189,9 @@ def train(
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin again; by default it goes on where it was.")
+    ] = False,
     device: Device = "auto",
     threads: Threads = 0,
     estimate: Annotated[
@@ -211,7 +214,7 @@ def train(
             return
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial)
+        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)

@@ -17,10 +17,10 @@ from lungddpm.core.errors import ConfigError
 A, B = (f"GPU-{letter * 8}-0000-0000-0000-000000000000" for letter in "ab")
 ARM = ["--arm-folder", "results/arms/real"]
 STAGES = {
-    "train": ("lungddpm.models.training.run_train", ["train"]),
-    "estimate": ("lungddpm.operations.estimate.run_estimate", ["train", "--estimate"]),
+    "train": ("lungddpm.models.training.run_train", ["train", "--generator", "lung_ddpm"]),
+    "estimate": ("lungddpm.operations.estimate.run_estimate", ["train", "--generator", "lung_ddpm", "--estimate"]),
     "synthesize": (
-        "lungddpm.generators.run_synthesize",
+        "lungddpm.synthesis.run.run_synthesize",
         ["synthesize", "--generator", "lung_ddpm", "--weights", "model.safetensors"],
     ),
     "segment train": ("lungddpm.segmentation.nnunet.run_train", ["segment", "train", *ARM]),
@@ -50,9 +50,12 @@ def run(two_gpus, monkeypatch):
 
     def run_verb(stage, *arguments):
         seen = []
-        monkeypatch.setattr(
-            stage, lambda *given, **_: seen.extend([g for g in given if g in ("auto", "cpu", "cuda")] + [visible()])
-        )
+
+        def run_stage(*given, **options):
+            devices = [getattr(value, "device", value) for value in given]
+            seen.extend([device for device in devices if device in ("auto", "cpu", "cuda")] + [visible()])
+
+        monkeypatch.setattr(stage, run_stage)
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert result.exit_code == 0, result.output
         return seen

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from lungddpm.config.models import Config, Generators
 from lungddpm.core.errors import ConfigError
@@ -169,7 +170,7 @@ def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _explain(problem: dict[str, Any]) -> str:
+def _explain(problem: ErrorDetails) -> str:
     # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
     path = ".".join(str(part) for part in problem["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
     if problem["type"] == "extra_forbidden" and path in _MOVED:

@@ -58,7 +58,7 @@ NODULE_COLUMNS = [
     "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
 ]  # fmt: skip
 """`nodule` is its value in `nodules.nii.gz`; the position is in patient coordinates, RAS+; characteristics are medians
-over the readers, empty where nobody rated; `notes` tells what was untidy about their contours."""
+over the readers, empty where nobody rated; `notes` reports what was untidy about their contours."""
 
 
 def read_cases(path: Path) -> pd.DataFrame:
@@ -81,7 +81,7 @@ def read_cases(path: Path) -> pd.DataFrame:
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(path, f"lacks the columns {', '.join(missing)}", "Delete it and run again.")
     table["n_nodules"] = table["n_nodules"].replace("", "0")
-    numbers = {column: float for column in COLUMNS if column.startswith("spacing")}
+    numbers: dict[str, type] = {column: float for column in COLUMNS if column.startswith("spacing")}
     numbers |= {column: int for column in COLUMNS if column.startswith("size") or column == "n_nodules"}
     try:
         return table.astype(numbers)

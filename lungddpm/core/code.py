@@ -1,9 +1,10 @@
 """What code a stage's result depends on: computed from the syntax trees, so that it is neither listed nor forgotten.
 
 A stage starts at its entries in `STAGES`. From there every name is followed to the definition of the package that it
-stands for, through imports in modules and in functions. Comments, docstrings, annotations of functions, type-only
-imports, the order of definitions and what is only said to the user do not count, nor does what no name leads to: a
-module that `importlib` loads has to be named by the table, with `{name}` in the place of its name.
+stands for, through imports in modules and in functions. Comments, docstrings, type-only imports, the order of
+definitions and what is only said to the user do not count. Annotations of functions do not either, but they are
+followed, as methods are called on the values that they describe. What no name leads to does not count: a module that
+`importlib` loads has to be named by the table, with `{name}` in the place of its name.
 """
 
 from __future__ import annotations
@@ -71,6 +72,8 @@ LEFT_OUT = {
     "lungddpm.core.files.lock_if_free": "waits only",
     "lungddpm.core.locks": "waits only",
     "lungddpm.core.progress": "speaks only",
+    "lungddpm.core.torch_device": "where something is computed, not what",
+    "lungddpm.models.accelerator": "where something is computed, and how precisely as far as config leaves it open",
 }
 """Modules, packages and definitions that decide no result, and why."""
 
@@ -108,7 +111,9 @@ class CodeFromStep(TypedDict):
     code: str
 
 
-def code_of_steps(before: Iterable[CodeFromStep], steps_taken: int, code: str, begin_again: str) -> list[CodeFromStep]:
+def code_of_steps(
+    before: Iterable[CodeFromStep], steps_taken: int, code: str, begin_again: str = ""
+) -> list[CodeFromStep]:
     """Which code takes which steps of a training that goes on; a warning where it is not the code so far.
 
     Args:
@@ -325,26 +330,36 @@ class _Reader:
             # Libraries read the annotations of a class, such as dataclasses.
             body = [self._fields(n) if isinstance(n, ast.AnnAssign) else self.tree(n) for n in _counting(node.body)]
             return [body, *self._fields(node, "body")]
-        if isinstance(node, ast.AnnAssign) and node.value is not None:
-            return self.tree(ast.Assign([node.target], node.value))
-        return self._fields(node, "annotation") if isinstance(node, ast.AST) else node
+        if isinstance(node, ast.AnnAssign):
+            self._follow_types([node.annotation])
+            return self.tree(ast.Assign([node.target], node.value)) if node.value is not None else []
+        return self._fields(node) if isinstance(node, ast.AST) else node
 
-    def _fields(self, node: ast.AST, *without: str) -> list[Any]:
-        fields = [(name, value) for name, value in ast.iter_fields(node) if name not in (*_NO_CODE, *without)]
+    def _fields(self, node: ast.AST, without: str = "") -> list[Any]:
+        fields = [(name, value) for name, value in ast.iter_fields(node) if name not in (*_NO_CODE, without)]
         # Python's versions differ in the fields that they have, but leave empty.
         fields = [(name, self.tree(value)) for name, value in fields if value is not None and value != []]
         return [type(node).__name__, *fields]
 
     def _function(self, node: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> list[Any]:
         arguments, body = node.args, node.body if isinstance(node.body, list) else [node.body]
-        outside = [self.trees(getattr(node, "decorator_list", [])), self.trees(arguments.defaults)]
+        outside: list[Any] = [self.trees(getattr(node, "decorator_list", [])), self.trees(arguments.defaults)]
         outside += [None if default is None else self.tree(default) for default in arguments.kw_defaults]
         kinds = (arguments.posonlyargs, arguments.args, [arguments.vararg], arguments.kwonlyargs, [arguments.kwarg])
         names = [[argument.arg for argument in kind if argument is not None] for kind in kinds]
+        self._follow_types([a.annotation for kind in kinds for a in kind if a is not None])
+        self._follow_types([getattr(node, "returns", None)])
         bound = {*_bound_in(body), *(name for kind in names for name in kind)}
         bound -= {name for inner in _statements_in(body) if isinstance(inner, ast.Global) for name in inner.names}
         scope = dict.fromkeys(bound, "") | _imports_in(body, self.module.package)
         return [type(node).__name__, getattr(node, "name", ""), names, outside, self._within(scope, body)]
+
+    def _follow_types(self, annotations: Iterable[ast.expr | None]) -> None:
+        """Take what annotations name for used: methods are called on such values. They do not count as text."""
+        elsewhere = set(self.elsewhere)
+        for annotation in annotations:
+            self.tree(annotation)
+        self.elsewhere = elsewhere
 
     def _within(self, scope: dict[str, str], node: list[Any] | ast.AST) -> list[Any]:
         self.scopes.append(scope)

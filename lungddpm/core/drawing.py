@@ -1,6 +1,6 @@
 """What every picture of a scan shares: planes in radiological convention, windows, colours, and how a figure is saved.
 
-Colours are those of Okabe & Ito (2008), told apart with any colour vision.
+Colours are those of Okabe & Ito (2008), which any colour vision can distinguish.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from matplotlib.patheffects import withStroke
 
 from lungddpm.core.files import atomic_path
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import Volume
+from lungddpm.core.volume import Volume, per_axis
 
 LUNG_WINDOW_HU = (-1350.0, 150.0)
 """Level -600, width 1500: the radiologist's lung window."""
@@ -85,7 +85,7 @@ def oriented_slice(array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
 def largest_nodule(layout: Volume) -> tuple[int, int, int]:
     """A voxel inside the layout's largest nodule, nearest its centre of mass; the grid's centre if there is none."""
     largest = cc3d.largest_k(layout.array == Label.NODULE, k=1, connectivity=26)
-    return inner_voxel(largest, layout.spacing_mm) if largest.any() else tuple(edge // 2 for edge in layout.shape)
+    return inner_voxel(largest, layout.spacing_mm) if largest.any() else per_axis(edge // 2 for edge in layout.shape)
 
 
 def inner_voxel(mask: np.ndarray, spacing_mm: np.ndarray) -> tuple[int, int, int]:
@@ -103,14 +103,15 @@ def difference_limit(difference_hu: np.ndarray, layout: np.ndarray) -> int:
 
 def size_mm(volume: Volume, plane: Plane) -> tuple[float, float]:
     """Width and height of a volume's picture in that plane."""
-    horizontal, vertical = (axis for axis in range(3) if axis != plane.axis)
-    return tuple(float(volume.shape[axis] * volume.spacing_mm[axis]) for axis in (horizontal, vertical))
+    sizes = np.array(volume.shape) * volume.spacing_mm
+    width, height = (float(sizes[axis]) for axis in range(3) if axis != plane.axis)
+    return width, height
 
 
 def mark_sides(axis: plt.Axes, plane: Plane) -> None:
     """Letter the four edges of a picture with what lies there."""
-    places = ((0.03, 0.5, "left", "center"), (0.97, 0.5, "right", "center"))
-    places += ((0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom"))
+    left_and_right = ((0.03, 0.5, "left", "center"), (0.97, 0.5, "right", "center"))
+    places = (*left_and_right, (0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom"))
     for side, (x, y, horizontal, vertical) in zip(plane.sides, places, strict=True):
         axis.text(
             x, y, side, transform=axis.transAxes, ha=horizontal, va=vertical, color="white", fontsize=7.5,

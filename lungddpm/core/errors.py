@@ -15,7 +15,7 @@ def printable(text: str) -> str:
 
 
 class UserError(Exception):
-    """Something the user can mend: the command ends with exit code 2 and this message, without a traceback.
+    """Something the user can fix: the command ends with exit code 2 and this message, without a traceback.
 
     Args:
         what: the file, folder or config key concerned.

@@ -80,7 +80,7 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
 
 @contextmanager
 def lock_if_free(path: Path) -> Iterator[bool]:
-    """Hold a lock file while the block runs, unless another process does; tells whether this one holds it."""
+    """Hold a lock file while the block runs, unless another process does; yields whether this one holds it."""
     lock = FileLock(path)
     try:
         yield lock.take()

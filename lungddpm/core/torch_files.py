@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lungddpm.core.files import check_archive
@@ -16,10 +17,12 @@ from lungddpm.core.progress import LOG
 _ZIP_START = b"PK\x03\x04"
 # What DataParallel and torch.compile put into the names of what they wrap.
 _WRAPPERS = {"module", "_orig_mod"}
+# Single numbers of numpy, which nnU-Net logs into its checkpoints: torch reads only tensors and plain Python unasked.
+_NUMPY_NUMBERS: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in "efdilq")]
 
 
 def load_checked(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU, its checksums compared.
+    """What `torch.save` wrote of tensors, numbers, text and containers, on the CPU, its checksums compared.
 
     Files that torch wrote before version 1.6 are not zip archives and have no checksums, which is logged.
 
@@ -34,7 +37,8 @@ def load_checked(path: Path) -> Any:
             is_archive = file.read(len(_ZIP_START)) == _ZIP_START
         if is_archive:
             check_archive(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_NUMPY_NUMBERS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, MemoryError):
         raise
     except Exception as error:  # damaged bytes make torch and zipfile fail in any of their functions

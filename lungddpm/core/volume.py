@@ -7,9 +7,10 @@ nibabel is imported where it is used: it takes a quarter of a second, which comm
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -17,7 +18,8 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path
 
 if TYPE_CHECKING:
-    import nibabel
+    from nibabel import Nifti1Header
+    from nibabel.spatialimages import SpatialImage
 
 AIR_HU = -1024
 LABEL_TOLERANCE = 1e-3
@@ -30,6 +32,9 @@ _DISAGREE_MM = 0.1
 
 Window = tuple[float, float] | tuple[np.ndarray, np.ndarray]
 """Lowest and highest HU: of a whole volume, or arrays that broadcast over it."""
+Box = tuple[slice, slice, slice]
+"""Voxels along x, y, z, each from a start to a stop."""
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,7 @@ class Volume:
         """Another array on the same grid."""
         return Volume(array, self.affine)
 
-    def crop(self, box: tuple[slice, slice, slice]) -> Volume:
+    def crop(self, box: Box) -> Volume:
         """A box of the volume, with non-negative starts, at its place in the patient."""
         to_box = np.eye(4)
         to_box[:3, 3] = [side.start for side in box]
@@ -164,7 +169,7 @@ def read_header(path: Path) -> Header:
     return _open_image(path)[1]
 
 
-def _open_image(path: Path) -> tuple[nibabel.spatialimages.SpatialImage, Header]:
+def _open_image(path: Path) -> tuple[SpatialImage, Header]:
     """A NIfTI file whose header is that of a volume."""
     import nibabel
 
@@ -197,9 +202,7 @@ def _open_image(path: Path) -> tuple[nibabel.spatialimages.SpatialImage, Header]
     return image, Header(shape, affines, notes)
 
 
-def _affines(
-    image: nibabel.spatialimages.SpatialImage, shape: tuple[int, int, int]
-) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
+def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
     """The affines of a header that can be inverted, the one that holds first; and notes on them."""
     sform, qform = (_coded(image.header, kind) for kind in ("sform", "qform"))
     if sform is None and qform is None:
@@ -218,7 +221,7 @@ def _affines(
     return usable, ()
 
 
-def _coded(header: nibabel.Nifti1Header, kind: str) -> np.ndarray | None:
+def _coded(header: Nifti1Header, kind: str) -> np.ndarray | None:
     """The sform or qform of a header; None where its code is 0, or its numbers make no affine."""
     try:
         affine, code = getattr(header, f"get_{kind}")(coded=True)
@@ -231,7 +234,7 @@ def _invertible(affine: np.ndarray) -> bool:
     return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) >= 1e-9)
 
 
-def _read_array(path: Path, image: nibabel.spatialimages.SpatialImage, header: Header) -> np.ndarray:
+def _read_array(path: Path, image: SpatialImage, header: Header) -> np.ndarray:
     """The voxels in the machine's byte order, (x, y, z) along the stored axes."""
     try:
         array = np.asarray(image.dataobj).reshape(header.shape)
@@ -244,7 +247,7 @@ def _read_array(path: Path, image: nibabel.spatialimages.SpatialImage, header: H
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _stored_step(image: nibabel.spatialimages.SpatialImage) -> float:
+def _stored_step(image: SpatialImage) -> float:
     """What neighbouring stored integers differ by; 0 where floats are stored."""
     slope = getattr(image.dataobj, "slope", 0.0)
     return float(slope) if image.get_data_dtype().kind in "biu" and np.isfinite(slope) else 0.0
@@ -311,11 +314,16 @@ def model_grid(
     return volume.affine @ cell_to_voxel
 
 
-def bounding_box(mask: np.ndarray) -> tuple[slice, slice, slice]:
+def per_axis(values: Iterable[T]) -> tuple[T, T, T]:
+    """Three values, those of x, y and z, as a tuple: a shape, a `Box`, a position."""
+    x, y, z = values
+    return x, y, z
+
+
+def bounding_box(mask: np.ndarray) -> Box:
     """The smallest box that holds every true voxel of a mask; the mask must have one."""
-    x, y = (np.flatnonzero(mask.any(axis=axes)) for axes in ((1, 2), (0, 2)))
-    z = np.flatnonzero(mask.any(axis=(0, 1)))
-    return tuple(slice(int(used[0]), int(used[-1]) + 1) for used in (x, y, z))
+    used = (np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1)))
+    return per_axis(slice(int(indices[0]), int(indices[-1]) + 1) for indices in used)
 
 
 def resample_image(volume: Volume, affine: np.ndarray, shape: tuple[int, int, int], outside: float = AIR_HU) -> Volume:
@@ -440,7 +448,7 @@ def upright_grid(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.nd
     upright = np.eye(4)
     upright[:3, :3] = directions * spacing
     upright[:3, 3] = affine[:3, 3] + upright[:3, :3] @ (low + 0.5)
-    return upright, tuple(int(n) for n in np.ceil(high - low - 1e-6))
+    return upright, per_axis(int(n) for n in np.ceil(high - low - 1e-6))
 
 
 def resample_upright(volume: Volume, labels: bool = False, outside: float = AIR_HU) -> Volume:

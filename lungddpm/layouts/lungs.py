@@ -13,7 +13,7 @@ from skimage.segmentation import watershed
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
-from lungddpm.core.volume import AIR_HU, Volume, bounding_box, model_grid, resample_image
+from lungddpm.core.volume import AIR_HU, Box, Volume, bounding_box, model_grid, per_axis, resample_image
 
 RIGHT, LEFT = 1, 2
 """Values of a lung mask: the patient's right lung (larger x in RAS+) and left lung."""
@@ -94,7 +94,7 @@ def _classically(ct: Volume) -> Volume:
 
 
 def split_lungs(lungs: Volume) -> np.ndarray:
-    """Tell the right lung from the left where both may touch, by watershed on the distance to the lungs' surface.
+    """Separate the right lung from the left where both may touch, by watershed on the distance to the lungs' surface.
 
     Args:
         lungs: bool, RAS+, both lungs.
@@ -190,7 +190,7 @@ def _excluded(problem: str) -> ExcludedCaseError:
 
 def _at_least(spacing_mm: float, volume: Volume, outside: float = AIR_HU) -> Volume:
     """The volume on a grid no finer than `spacing_mm` along any axis; the same volume where that changes nothing."""
-    shape = tuple(
+    shape = per_axis(
         int(np.ceil(n * s / spacing_mm)) if s < spacing_mm else n
         for n, s in zip(volume.shape, volume.spacing_mm, strict=True)
     )
@@ -283,14 +283,14 @@ def _airways(hu: np.ndarray, air: np.ndarray, lungs: np.ndarray, spacing: np.nda
     if not trachea.any():
         return trachea
     millilitre = 1000 / spacing.prod()
-    tree, size = trachea, np.inf
+    tree, most = trachea, _LARGEST_AIRWAYS_ML * millilitre
     for limit in range(-950, -600, 25):
         labels = cc3d.connected_components(((hu < limit) & air) | trachea, connectivity=6)
         grown = np.isin(labels, np.unique(labels[trachea]))
-        grown_size = np.count_nonzero(grown)
-        if grown_size > min(size + _EXPLOSION_ML * millilitre, _LARGEST_AIRWAYS_ML * millilitre):
+        size = np.count_nonzero(grown)
+        if size > most:
             break
-        tree, size = grown, grown_size
+        tree, most = grown, min(size + _EXPLOSION_ML * millilitre, _LARGEST_AIRWAYS_ML * millilitre)
     carina_z = np.flatnonzero(trachea.any(axis=(0, 1)))[0]
     carina = [*np.argwhere(trachea[:, :, carina_z]).mean(axis=0), carina_z]
     x, y, z = np.ogrid[tuple(slice(n) for n in tree.shape)]
@@ -356,10 +356,12 @@ def _two_lungs(mask: np.ndarray, depth_mm: np.ndarray, spacing: np.ndarray) -> n
         if len(counts) < 2:
             continue
         larger, smaller = np.argsort(counts)[::-1][:2] + 1
-        middles = {label: np.flatnonzero((labels == label).any(axis=(1, 2))).mean() for label in (larger, smaller)}
-        apart_mm = abs(middles[larger] - middles[smaller]) * spacing[0]
-        if counts[smaller - 1] >= _SMALLER_LUNG_SHARE * counts[larger - 1] and apart_mm > _LUNGS_APART_MM:
-            right, left = sorted((larger, smaller), key=middles.get, reverse=True)
+        of_larger, of_smaller = (
+            np.flatnonzero((labels == label).any(axis=(1, 2))).mean() for label in (larger, smaller)
+        )
+        is_apart = abs(of_larger - of_smaller) * spacing[0] > _LUNGS_APART_MM
+        if is_apart and counts[smaller - 1] >= _SMALLER_LUNG_SHARE * counts[larger - 1]:
+            right, left = (larger, smaller) if of_larger > of_smaller else (smaller, larger)
             return np.where(labels == right, RIGHT, np.where(labels == left, LEFT, 0)).astype(np.int32)
     raise _excluded("only one lung was found")
 
@@ -390,15 +392,15 @@ def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.nd
     return closed_sides[tuple(slice(n, -n) for n in margin)]
 
 
-def _widened(box: tuple[slice, ...], margin: np.ndarray) -> tuple[slice, ...]:
-    return tuple(slice(max(0, edge.start - n), edge.stop + n) for edge, n in zip(box, margin, strict=True))
+def _widened(box: Box, margin: np.ndarray) -> Box:
+    return per_axis(slice(max(0, edge.start - n), edge.stop + n) for edge, n in zip(box, margin, strict=True))
 
 
 def _back(sides: Volume, ct: Volume) -> np.ndarray:
     """The sides on the CT's own grid, which has the same extent."""
     if sides.shape == ct.shape:
         return sides.array
-    box = tuple(
+    box = per_axis(
         slice(int(side.start * n / m), int(np.ceil(side.stop * n / m)))
         for side, n, m in zip(bounding_box(sides.array > 0), ct.shape, sides.shape, strict=True)
     )

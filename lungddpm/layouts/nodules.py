@@ -20,7 +20,7 @@ from skimage.measure import grid_points_in_poly
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import Volume, bounding_box, resample_upright
+from lungddpm.core.volume import Box, Volume, bounding_box, per_axis, resample_upright
 from lungddpm.sources import Annotation, Scan
 
 READERS = 4
@@ -54,9 +54,9 @@ class Nodule:
         return int(np.count_nonzero(self.mask))
 
     @property
-    def box(self) -> tuple[slice, slice, slice]:
+    def box(self) -> Box:
         """The box as an index into the scan."""
-        return tuple(slice(first, first + n) for first, n in zip(self.corner, self.mask.shape, strict=True))
+        return per_axis(slice(first, first + n) for first, n in zip(self.corner, self.mask.shape, strict=True))
 
     def paste(self, into: np.ndarray, value: int | bool = True) -> None:
         """Set the nodule's voxels in an array of the scan's shape, in place."""
@@ -70,7 +70,7 @@ class Nodule:
         """The same nodule in the index space of `scan.canonical()`."""
         turned = self.volume_in(scan).canonical()
         corner = np.linalg.solve(scan.canonical().affine, turned.affine)[:3, 3]
-        return replace(self, corner=tuple(int(first) for first in np.rint(corner)), mask=turned.array)
+        return replace(self, corner=per_axis(int(first) for first in np.rint(corner)), mask=turned.array)
 
     def upright(self, scan: Volume) -> Nodule:
         """The same nodule in the index space of `resample_upright(scan)`, for a scan in its canonical orientation."""
@@ -78,7 +78,7 @@ class Nodule:
         self.paste(mask)
         moved = resample_upright(scan.like(mask), labels=True).array
         box = bounding_box(moved)
-        return replace(self, corner=tuple(side.start for side in box), mask=moved[box])
+        return replace(self, corner=per_axis(side.start for side in box), mask=moved[box])
 
 
 def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
@@ -196,7 +196,7 @@ def consensus(cluster: Sequence[Annotation], level: float) -> Nodule | None:
             ratings.setdefault(name, []).append(value)
     box = bounding_box(agreed)
     return Nodule(
-        corner=tuple(int(first + side.start) for first, side in zip(low, box, strict=True)),
+        corner=per_axis(int(first + side.start) for first, side in zip(low, box, strict=True)),
         mask=agreed[box],
         readers=len(readers),
         flagged=len(readers) < len(cluster),
@@ -258,29 +258,29 @@ def untidy_contours(cluster: Sequence[Annotation]) -> dict[str, int]:
     counts: Counter[str] = Counter()
     for annotation in cluster:
         for contour in annotation.contours:
-            counts.update(_faults(contour.points))
+            counts.update(_untidiness(contour.points))
         slices = Counter(contour.slice_index for contour in annotation.contours if contour.inclusion)
         counts["slices with several outlines by one reader"] += sum(n > 1 for n in slices.values())
     drawn = Counter(annotation.reader for annotation in cluster)
     counts["readers who drew it more than once"] = sum(n > 1 for n in drawn.values())
-    return {fault: count for fault, count in counts.items() if count}
+    return {what: count for what, count in counts.items() if count}
 
 
-def _faults(points: np.ndarray) -> list[str]:
+def _untidiness(points: np.ndarray) -> list[str]:
     """What is untidy about one contour."""
     corners = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
     interior = contour_mask(points - points.min(axis=0), tuple(np.ptp(points, axis=0) + 1))
-    faults = {"contours with an empty interior": not interior.any()}
+    found = {"contours with an empty interior": not interior.any()}
     if len(corners) <= 2:
-        faults["contours of at most two points"] = True
+        found["contours of at most two points"] = True
     else:
         doubled = np.concatenate([2 * corners, corners + np.roll(corners, -1, axis=0)])
-        faults |= {
+        found |= {
             "open contours": np.abs(points[0] - points[-1]).max() > 1,
             "contours with gaps over 1 px": np.abs(np.diff(points, axis=0)).max() > 1,
             "contours that touch or cross themselves": len(np.unique(doubled, axis=0)) < len(doubled),
         }
-    return [fault for fault, found in faults.items() if found]
+    return [what for what, applies in found.items() if applies]
 
 
 def _contour_points(annotation: Annotation) -> np.ndarray:
@@ -305,7 +305,7 @@ def _labelled_nodules(labels: np.ndarray) -> list[Nodule]:
     components = cc3d.connected_components(labels == Label.NODULE, connectivity=26)
     boxes = cc3d.statistics(components)["bounding_boxes"]
     return [
-        Nodule(tuple(int(side.start) for side in box), components[box] == number)
+        Nodule(per_axis(int(side.start) for side in box), components[box] == number)
         for number, box in enumerate(boxes)
         if number > 0
     ]

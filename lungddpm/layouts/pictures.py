@@ -19,7 +19,7 @@ from lungddpm.core.drawing import (
     size_mm,
 )
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import Volume, bounding_box
+from lungddpm.core.volume import Box, Volume, bounding_box, per_axis
 from lungddpm.layouts.quality import Segmented
 
 _MARGIN_MM = 20.0
@@ -74,10 +74,10 @@ def draw_case(found: Segmented, layout: Volume, title: str) -> Figure:
     return figure
 
 
-def _around(ct: Volume, mask: np.ndarray) -> tuple[slice, slice, slice]:
+def _around(ct: Volume, mask: np.ndarray) -> Box:
     """The box of a mask with a margin, within the scan."""
     margins = np.ceil(_MARGIN_MM / ct.spacing_mm).astype(int)
-    return tuple(
+    return per_axis(
         slice(max(0, side.start - margin), side.stop + margin)
         for side, margin in zip(bounding_box(mask), margins, strict=True)
     )

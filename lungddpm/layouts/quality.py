@@ -1,4 +1,4 @@
-"""Figures that tell how good a layout is, and the limits outside which its case is not used."""
+"""Figures that show how good a layout is, and the limits outside which its case is not used."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lungddpm.config.models import LayoutLimits
 from lungddpm.core.cases import CHARACTERISTICS
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import Volume
+from lungddpm.core.volume import Box, Volume, per_axis
 from lungddpm.layouts.lungs import measure_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm
 
@@ -98,11 +98,11 @@ def check_layout(figures: dict, limits: LayoutLimits) -> None:
         )
 
 
-def surroundings(nodule: Nodule, scan: Volume, margin_mm: float) -> tuple[tuple[slice, slice, slice], np.ndarray]:
+def surroundings(nodule: Nodule, scan: Volume, margin_mm: float) -> tuple[Box, np.ndarray]:
     """A wider box around a nodule, within the scan, and the nodule's mask in it."""
     margin = np.ceil(margin_mm / scan.spacing_mm).astype(int)
     sides = zip(nodule.box, margin, scan.shape, strict=True)
-    box = tuple(slice(max(0, side.start - n), min(size, side.stop + n)) for side, n, size in sides)
+    box = per_axis(slice(max(0, side.start - n), min(size, side.stop + n)) for side, n, size in sides)
     inner = tuple(slice(i.start - o.start, i.stop - o.start) for i, o in zip(nodule.box, box, strict=True))
     mask = np.zeros([side.stop - side.start for side in box], bool)
     mask[inner] = nodule.mask
@@ -123,7 +123,7 @@ def touches(mask: np.ndarray, other: np.ndarray, spacing_mm: np.ndarray) -> bool
 def _measure_nodule(found: Segmented, lungs: np.ndarray, nodule: Nodule, number: int, cells: Volume) -> dict:
     """The columns of `cases.NODULE_COLUMNS` that describe the nodule itself.
 
-    The pleura is the lungs' whole outer surface: neither hilum and mediastinum nor the fissures are told from it.
+    The pleura is the lungs' whole outer surface: it includes hilum and mediastinum, and has no fissures.
     """
     volume_mm3 = nodule.voxels * found.ct.voxel_mm3
     layout_mm3 = np.count_nonzero(cells.array == number) * cells.voxel_mm3
@@ -147,7 +147,7 @@ def _measure_nodule(found: Segmented, lungs: np.ndarray, nodule: Nodule, number:
         "share_in_or_touching_lungs": round(float(share_near), 3),
         "layout_volume_mm3": round(layout_mm3, 1),
         "volume_error": round(layout_mm3 / volume_mm3 - 1, 3),
-        "notes": "; ".join(f"{fault}: {count}" for fault, count in nodule.untidy.items()),
+        "notes": "; ".join(f"{what}: {count}" for what, count in nodule.untidy.items()),
     }
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold
 
-from lungddpm.core.volume import Volume, bounding_box, model_grid, occupancy, resample_image
+from lungddpm.core.volume import Volume, bounding_box, model_grid, occupancy, per_axis, resample_image
 
 _FINEST_MM = 1.0
 _REFINEMENT = 0.7
@@ -45,7 +45,7 @@ def segment_vessels(ct: Volume, lungs: np.ndarray) -> np.ndarray:
     spacing_mm = max(_FINEST_MM, _REFINEMENT * float(ct.spacing_mm.min()))
     margin_mm = 3 * spacing_mm
     sides_mm = [(side.stop - side.start) * step for side, step in zip(bounding_box(lungs), ct.spacing_mm, strict=True)]
-    shape = tuple(int(np.ceil((side + 2 * margin_mm) / spacing_mm)) for side in sides_mm)
+    shape = per_axis(int(np.ceil((side + 2 * margin_mm) / spacing_mm)) for side in sides_mm)
     affine = model_grid(ct, shape, lungs, margin_mm)
     hu = np.clip(resample_image(ct, affine, shape).array, *_HU_RANGE)
     inside = occupancy(ct.like(lungs), affine, shape) >= 0.5
@@ -88,7 +88,8 @@ def _tubes(hu: np.ndarray, inside: np.ndarray, spacing_mm: np.ndarray) -> np.nda
 
 def _laplacian(image: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
     """Sum of the second derivatives at some voxels (flat indices), per mm2."""
-    return sum(_second(image, places, spacing_mm, axis, axis) for axis in range(3))
+    xx, yy, zz = (_second(image, places, spacing_mm, axis, axis) for axis in range(3))
+    return xx + yy + zz
 
 
 def _second(image: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray, a: int, b: int) -> np.ndarray:

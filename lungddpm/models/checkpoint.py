@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
+from lungddpm.core.code import CodeFromStep
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path
 from lungddpm.core.progress import LOG
@@ -53,6 +54,7 @@ class Metadata:
         steps: optimizer steps taken.
         config_fingerprint: of the keys that decide what training computes.
         data_fingerprint: of the cases that it saw.
+        code: which code took which steps, where that is known.
     """
 
     config: dict[str, Any]
@@ -60,13 +62,19 @@ class Metadata:
     steps: int
     config_fingerprint: str
     data_fingerprint: str
+    code: list[CodeFromStep] = field(default_factory=list)
 
     @classmethod
     def of(
-        cls, config: GeneratorConfig[TrainedSettings], steps: int, config_fingerprint: str, data_fingerprint: str
+        cls,
+        config: GeneratorConfig[TrainedSettings],
+        steps: int,
+        config_fingerprint: str,
+        data_fingerprint: str,
+        code: Sequence[CodeFromStep] = (),
     ) -> Metadata:
         """What a generator's training writes."""
-        return cls(config.dump(), config.decides_fit(), steps, config_fingerprint, data_fingerprint)
+        return cls(config.dump(), config.decides_fit(), steps, config_fingerprint, data_fingerprint, list(code))
 
 
 def save_denoiser(path: Path, denoiser: UNet, metadata: Metadata) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +19,11 @@ from lungddpm.core.labels import Label
 
 ATTENTION_EDGE = 16
 _TIME_PERIOD = 1000
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The channels that tell the denoiser what to draw where.
+    """The channels that show the denoiser what to draw where.
 
     Args:
         layout: (x, y, z) uint8 labels.
@@ -68,7 +69,8 @@ def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | 
     first = weights.get("input_blocks.0.0.weight")
     if first is None or first.dim() != 5:
         return None
-    widths, attention_factor = [], 0 if "middle_block.1.qkv.weight" in weights else None
+    attention_factor = 0 if "middle_block.1.qkv.weight" in weights else None
+    widths: list[int] = []
     block = 1
     while (convolution := weights.get(f"input_blocks.{block}.0.in_layers.2.weight")) is not None:
         if f"input_blocks.{block}.1.qkv.weight" in weights:
@@ -86,7 +88,7 @@ def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | 
 
 
 class UNet(nn.Module):
-    """Residual U-Net: one residual block a level on the way down, two on the way up.
+    """Residual U-Net: one residual block per level on the way down, two on the way up.
 
     Args:
         in_channels: noisy CT plus layout classes.
@@ -151,7 +153,7 @@ class UNet(nn.Module):
 
         Args:
             channels_last: keep the channels of a voxel together in memory.
-            by_planes: fewer operations through two-dimensional convolutions, see `convolve_by_planes`. Wants
+            by_planes: fewer operations through two-dimensional convolutions, see `convolve_by_planes`. Needs
                 `channels_last`.
         """
         self.to(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
@@ -208,8 +210,11 @@ def time_features(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-class Stage(nn.Sequential):
+class Stage(nn.ModuleList):
     """Layers in sequence; residual blocks also receive the time embedding."""
+
+    def __init__(self, *layers: nn.Module):
+        super().__init__(layers)
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         for layer in self:
@@ -246,7 +251,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         voxels = self.norm(h).flatten(2).transpose(1, 2)
-        # One head as an axis of its own: fused kernels want four axes.
+        # One head as an axis of its own: fused kernels need four axes.
         query, key, value = _pointwise(self.qkv, voxels)[:, None].chunk(3, dim=-1)
         attended = F.scaled_dot_product_attention(query, key, value)[:, 0]
         return h + _pointwise(self.proj_out, attended).transpose(1, 2).unflatten(2, h.shape[2:])
@@ -296,6 +301,7 @@ class Convolution(nn.Conv3d):
     """Convolution of 3x3x3 or 1x1x1 voxels, which `UNet.arrange` can turn into convolutions of planes."""
 
     by_planes = False
+    bias: torch.Tensor
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         if not self.by_planes or self.stride != (1, 1, 1):
@@ -365,7 +371,8 @@ def _exact_moments(h: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Te
 
     Plane by plane: a plane in float64 fits into the cache, a volume would be read and written once more.
     """
-    sums = torch.stack([sum(_power_sums(plane.double()) for plane in volume.unbind(1)) for volume in h])
+    nothing = torch.zeros(2, h.shape[1], dtype=torch.float64, device=h.device)
+    sums = torch.stack([sum((_power_sums(plane.double()) for plane in volume.unbind(1)), nothing) for volume in h])
     mean, square = (sums / h[0, 0].numel()).unflatten(2, (groups, -1)).mean(dim=3).unbind(1)
     return (square - mean**2).clamp(min=0), mean
 
@@ -384,7 +391,7 @@ def _convolution(inputs: int, outputs: int, stride: int = 1) -> Convolution:
     return Convolution(inputs, outputs, 3, stride=stride, padding=1)
 
 
-def _zeroed(layer: nn.Module) -> nn.Module:
+def _zeroed(layer: Layer) -> Layer:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer

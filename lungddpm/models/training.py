@@ -4,11 +4,13 @@
 <output>/history.csv         step, loss, learning_rate, seconds, memory_mib; one row an optimizer step
 <output>/samples/, samples.csv, tensorboard/   see `monitoring.Monitor`
 <output>/cache/              the decoded cases, while the training runs
-<output>/model.safetensors   EMA weights, written last: where it stands, the training is complete
+<output>/model.safetensors   EMA weights: where it stands, the training is complete
+<output>/training.json       written last: fingerprints of config and data, steps, which code took which of them
 """
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import signal
@@ -16,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,9 +27,9 @@ from accelerate.utils import broadcast_object_list
 
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core import cases
-from lungddpm.core.code import stage_fingerprint
+from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of
+from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
@@ -49,12 +52,15 @@ def run_train(
     output: Path,
     device: str = "auto",
     initial: Path | None = None,
+    *,
+    restart: bool = False,
 ) -> None:
     """Train a generator on the usable discovery cases; write `model.safetensors`.
 
-    A training of the same config on the same cases is continued from its last saved state; on a CPU it ends
-    bit-identical to one that was never interrupted. One that is complete is left as it is. Started by torchrun or
-    `accelerate launch`, all processes share the training and the first one writes.
+    A training of the same config on the same cases is continued from its last saved state, also where the code has
+    changed, which is recorded; on a CPU it ends bit-identical to one that was never interrupted. One that is complete
+    is left as it is, unless by other code. Started by torchrun or `accelerate launch`, all processes share the
+    training and the first one writes.
 
     Args:
         config: of the generator.
@@ -62,6 +68,7 @@ def run_train(
         output: folder of the run.
         device: see `make_accelerator`.
         initial: weights to start from, ours or published (see `load_denoiser`); None starts from random ones.
+        restart: begin again whatever was saved. It is removed when the new training has saved.
 
     Raises:
         InputError: no usable case, a case that breaks its contract, initial weights that are missing or do not fit, or
@@ -86,12 +93,13 @@ def run_train(
         steps=training.steps,
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
+        code=code_of_steps([], 0, stage_fingerprint("train")),
     )
     with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_LEVERS):
-        if not _is_complete(output / "model.safetensors", metadata):
+        if restart or not _is_complete(output / "model.safetensors", metadata):
             data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config.grid.size)
             run = _Run(config, metadata, data, output, accelerator, initial_denoiser(config, initial))
-            run.resume()
+            run.resume(restart)
             run.train()
             run.finish()
     accelerator.end_training()
@@ -130,6 +138,7 @@ class _Run:
             "config_fingerprint": metadata.config_fingerprint,
             "data_fingerprint": metadata.data_fingerprint,
         }
+        self.code: list[CodeFromStep] = metadata.code
         self.optimization = Optimization(config, model, data, accelerator)
         self.history: list[list[float]] = []
         self.under_way: list[torch.Tensor] = []
@@ -137,9 +146,9 @@ class _Run:
         self.saved: Path | None = None
         self.monitor: Monitor | None = None
 
-    def resume(self) -> None:
+    def resume(self, restart: bool) -> None:
         """Go on from the newest state of this very training, if there is one; all processes from the same."""
-        found = newest_state(self.output / "state", self.fingerprints) if self.accelerator.is_main_process else None
+        found = self._newest_state() if self.accelerator.is_main_process and not restart else None
         (self.saved,) = broadcast_object_list([found])
         if self.saved is None:
             LOG.info("Starting from the beginning: no saved state of this training in %s", self.output)
@@ -148,6 +157,7 @@ class _Run:
             self.optimization.load_state_dict(state)
             self.history = state["history"].tolist()
             LOG.info("Going on from step %d of %d", len(self.history), self.training.steps)
+            self.code = code_of_steps(state["code"], len(self.history), self.code[-1]["code"], "give --restart")
         if self.accelerator.is_main_process:
             self.monitor = Monitor(self.output, len(self.history))
             self.monitor.write_history(self.history)
@@ -179,7 +189,24 @@ class _Run:
             keep_states(self.output / "state", self.saved)
             # On a network disk, a file that is still open leaves a trace until the process ends.
             shutil.rmtree(self.output / "cache", ignore_errors=True)
-            save_denoiser(self.output / "model.safetensors", self.optimization.average, self.metadata)
+            metadata = replace(self.metadata, code=self.code)
+            save_denoiser(self.output / "model.safetensors", self.optimization.average, metadata)
+            write_json(self._record, {**self.fingerprints, "steps": metadata.steps, "code": self.code})
+
+    def _newest_state(self) -> Path | None:
+        """The newest state of this training; None where it is the last one of a training that other code finished."""
+        found = newest_state(self.output / "state", self.fingerprints)
+        if found is None or not self._record.exists():
+            return found
+        record = json.loads(self._record.read_text(encoding="utf-8"))
+        if {**record, **self.fingerprints} != record or record["code"][-1]["code"] == self.code[-1]["code"]:
+            return found
+        LOG.info("%s: this training was finished by other code and is passed over", found)
+        return None
+
+    @property
+    def _record(self) -> Path:
+        return self.output / "training.json"
 
     def _is_due(self, step: int, every: int) -> bool:
         return (step + 1) % every == 0 or step + 1 == self.training.steps
@@ -214,8 +241,11 @@ class _Run:
             raise self._diverged(len(self.history) - 1)
         if self.monitor is not None:
             history = torch.tensor(self.history, dtype=torch.float64)
-            state = {**self.fingerprints, **self.optimization.state_dict(), "history": history}
+            training = {**self.fingerprints, "code": self.code, "history": history}
+            state = {**training, **self.optimization.state_dict()}
             self.saved = save_state(self.output / "state", len(self.history), state, previous=self.saved)
+            # What it says of a finished training does not hold for this state.
+            self._record.unlink(missing_ok=True)
             self.monitor.write_history(self.history)
 
     def _stop(self) -> None:
@@ -233,14 +263,13 @@ class _Run:
 
 
 def _config_fingerprint(config: GeneratorConfig[DiffusionSettings], processes: int, initial: Path | None) -> str:
-    """Of all that decides what training computes."""
+    """Of all that decides what training computes, but for the code: a training under way survives its change."""
     decisive = {
         "seed": config.seed,
         "window_hu": config.grid.window_hu,
         "generator": config.name,
         "settings": config.settings.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
-        "code": stage_fingerprint("train"),
     }
     return fingerprint(decisive)
 
@@ -254,7 +283,9 @@ def _is_complete(model_path: Path, wanted: Metadata) -> bool:
     except InputError as error:
         LOG.warning("%s Training again.", error)
         return False
-    found_by, wanted_by = ((m.config_fingerprint, m.data_fingerprint) for m in (found, wanted))
+    found_by, wanted_by = (
+        (m.config_fingerprint, m.data_fingerprint, [last["code"] for last in m.code[-1:]]) for m in (found, wanted)
+    )
     if found_by == wanted_by:
         LOG.info("%s is complete: nothing to do", model_path)
     return found_by == wanted_by

@@ -63,5 +63,9 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read a state onto the CPU; no code in it is run."""
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """Read a state onto the CPU.
+
+    Raises:
+        ValueError: see `load_checked`.
+    """
+    return load_checked(path)

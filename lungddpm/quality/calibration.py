@@ -18,7 +18,7 @@ from lungddpm.core.labels import Label
 from lungddpm.verdict.statistics import signed
 
 LUNGS_ALONE, VESSELS, NODULES = "lungs without nodules", "vessels", "nodules"
-"""Regions. The first includes vessels: denoisers that are not told where these are draw as many, but elsewhere."""
+"""Regions. The first includes vessels: denoisers that do not know where these are draw as many, but elsewhere."""
 DIFFERENCE, SPREAD = "hu_difference", "hu_spread_ratio"
 """Mean HU of a sample minus that of its reference; standard deviation of its HU over that of the reference's."""
 CHECKS = ((LUNGS_ALONE, DIFFERENCE), (LUNGS_ALONE, SPREAD), (VESSELS, DIFFERENCE), (NODULES, DIFFERENCE))

@@ -23,7 +23,7 @@ def nearest_case(image: np.ndarray, mask: np.ndarray, cases: Mapping[str, np.nda
     """
     within = image[mask].astype(np.float32)
     distances = {name: float(np.sqrt(np.mean((ct[mask] - within) ** 2))) for name, ct in cases.items()}
-    nearest = min(distances, key=distances.get)
+    nearest = min(distances, key=lambda name: distances[name])
     return nearest, distances[nearest]
 
 

@@ -323,8 +323,8 @@ def _beside_reference(sample: Sample, images: dict[str, np.ndarray], window: tup
         ratio = seam_ratio(values, reference, layout, layout == own_layout)
         seam = {"region": SEAM, "metric": SEAM_RATIO, "value": ratio, "note": ""}
         rows += [{"image": image, **row} for row in [*compare_images(values, reference, masks, window), seam]]
-    hu = compare_hu(images[SYNTHETIC], _clip(sample.reference, window), layout, own_layout)
-    return rows + [{"image": SYNTHETIC, **row} for row in hu]
+    calibration = compare_hu(images[SYNTHETIC], _clip(sample.reference, window), layout, own_layout)
+    return rows + [{"image": SYNTHETIC, **row} for row in calibration]
 
 
 def _nearest_row(hu: np.ndarray, lungs: np.ndarray, training: dict[str, np.ndarray]) -> dict:
@@ -349,14 +349,16 @@ def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
     real, summary = distances.pop(OTHER_PATIENTS, np.array([])), []
     for image, of_image in distances.items():
         keys = {"image": image, "region": LUNGS, "n": len(of_image), "n_real": n_training}
-        ratio, nearer, notes = math.nan, math.nan, ["no two real cases of different patients"] * 2
+        ratio, nearer = math.nan, math.nan
+        ratio_note = nearer_note = "no two real cases of different patients"
         if len(real):
             ratio, nearer = memorisation(of_image, real)
             # Were samples and real cases alike, each would be as likely the nearest of all.
             by_chance = len(of_image) / (len(real) + 1)
-            notes = f"real: {np.median(real):.0f} HU", f"real: {real.min():.0f} HU; by chance {by_chance:.2g}"
-        summary.append(keys | {"metric": "nearest_training_ratio", "value": ratio, "note": notes[0]})
-        summary.append(keys | {"metric": "n_nearer_than_any_real", "value": nearer, "note": notes[1]})
+            ratio_note = f"real: {np.median(real):.0f} HU"
+            nearer_note = f"real: {real.min():.0f} HU; by chance {by_chance:.2g}"
+        summary.append(keys | {"metric": "nearest_training_ratio", "value": ratio, "note": ratio_note})
+        summary.append(keys | {"metric": "n_nearer_than_any_real", "value": nearer, "note": nearer_note})
     return summary
 
 
@@ -374,7 +376,7 @@ def _distance_rows(
             return found
 
         of_reference = {case.case_id: features(case.hu, case.lungs) for case in references}
-        sets = {SYNTHETIC: [], SHIFTED: [], CONSTANT_LUNGS: [], COPIES: []}
+        sets: dict[str, list[np.ndarray]] = {SYNTHETIC: [], SHIFTED: [], CONSTANT_LUNGS: [], COPIES: []}
         sets[OTHER_PATIENTS] = [features(case.hu, case.lungs) for case in training]
         for folder in samples["folder"]:
             sample = read_sample(folder, cases_table)
@@ -393,7 +395,8 @@ def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[
     for row in samples.to_dict("records"):
         by_layout[row["patient_id"], sha256_of(row["folder"].layout)].append(row["folder"])
     alike = [folders for folders in by_layout.values() if len(folders) > 1]
-    note, pairs = "no two samples have one layout", {WHOLE: [], LUNGS: []}
+    note = "no two samples have one layout"
+    pairs: dict[str, list[float]] = {WHOLE: [], LUNGS: []}
     for folders in alike:
         volumes = [folder.read() for folder in folders]
         lungs = volumes[0][1].array != Label.BACKGROUND

@@ -2,7 +2,7 @@
 
 SSIM: Wang et al. 2004, IEEE TIP 13:600. MS-SSIM: Wang, Simoncelli and Bovik 2003, Asilomar Conference 37:1398. Both on
 [0, 1], with a 3-D Gaussian window of sigma 1.5 and 11 voxels. Written out, because regions need the maps of both
-factors, which scikit-image does not give, and MONAI only slowly (4 s a pair at 128^3, for want of a separable window).
+factors, which scikit-image does not give, and MONAI only slowly (4 s per pair at 128^3: its window is not separable).
 """
 
 from __future__ import annotations
@@ -79,8 +79,10 @@ def similarities(
         for name, weight in weights.items():
             # At the far edge of an odd grid, halving loses a layer, and a thin region with it.
             total = float(weight.sum(dtype=np.float64))
-            within = (float((part * weight).sum(dtype=np.float64)) / total if total else math.nan for part in maps)
-            means[name].append(tuple(within))
+            ssim, contrast_structure = (
+                float((part * weight).sum(dtype=np.float64)) / total if total else math.nan for part in maps
+            )
+            means[name].append((ssim, contrast_structure))
     nothing = math.nan, math.nan
     return {name: (means[name][0][0], _over_scales(means[name])) if name in means else nothing for name in masks}
 

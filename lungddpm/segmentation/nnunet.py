@@ -28,7 +28,6 @@ from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import (
-    check_archive,
     exclusive_lock,
     fingerprint,
     link_or_copy,
@@ -401,27 +400,24 @@ def _latest_state(folder: Path) -> Path | None:
     try:
         _read_checkpoint(path)
     except InputError as error:
-        LOG.warning("%s: %s: training anew", path, error.problem)
+        LOG.warning("%s: %s: training again from the start", path, error.problem)
         path.unlink()
         return None
     return path
 
 
 def _read_checkpoint(path: Path) -> dict:
-    """A checkpoint on the CPU.
+    """A checkpoint on the CPU. nnU-Net, which goes on from it by its path, would run code in it: here that is refused.
 
     Raises:
-        InputError: it is cut short or otherwise damaged.
+        InputError: it is missing, cut short or otherwise damaged, or holds code.
     """
-    import torch
+    from lungddpm.core.torch_files import load_checked
 
     try:
-        check_archive(path)
-        # Our own file: nnU-Net's checkpoints hold more than tensors.
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # damaged bytes make torch and zipfile fail in any of their functions
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(path, f"is damaged ({reason})", "Delete it and run again.") from error
+        return load_checked(path)
+    except ValueError as error:
+        raise InputError(path, str(error), "Delete it and run again.") from None
 
 
 def _predictor(arm_dir: Path, folder: Path, device: torch.device):

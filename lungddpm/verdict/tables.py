@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -107,12 +108,28 @@ def family_of(arm: Arm, config: Config) -> str:
 
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
-    """One measure of all arms and replicates of the config, `real` first; cases in the order of the table.
+    """One measure of all arms and replicates of the config, `real` first; see `collect_scores`."""
+    segmentation = config.segmentation
+    folds = {
+        segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds
+    }
+    return collect_scores(cases, config.arms.names(), folds, measure)
+
+
+def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str, int], measure: str) -> Scores:
+    """One measure of these arms and replicates; cases in the order of the table.
+
+    Args:
+        cases: one row per arm, replicate and case, with these three as columns and the measure.
+        arms: the baseline first.
+        folds: of all replicates, by their names.
+        measure: column of the measure.
 
     Raises:
         InputError: a replicate that was evaluated lacks a case, or has one twice.
     """
-    arms, replicates, names = config.arms.names(), config.segmentation.replicates(), cases["case_id"].unique()
+    names = cases["case_id"].unique()
+    replicates = list(folds)
     values = np.full((len(arms), len(replicates), len(names)), np.nan)
     evaluated = np.zeros(values.shape[:2], bool)
     for (arm, replicate), rows in cases.groupby(["arm", "replicate"]):
@@ -122,10 +139,9 @@ def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
                 "do not cover the same cases as the others",
                 "Evaluate all arms again.",
             )
-        where = arms.index(arm), replicates.index(replicate)
+        where = list(arms).index(arm), replicates.index(replicate)
         values[where], evaluated[where] = rows.set_index("case_id").loc[names, measure], True
-    folds = tuple(fold for fold in config.segmentation.folds for _ in config.segmentation.seeds)
-    return Scores.over_scored_cases(values, evaluated, folds)
+    return Scores.over_scored_cases(values, evaluated, tuple(folds.values()))
 
 
 def run_means(scores: Scores) -> np.ndarray:

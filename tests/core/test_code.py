@@ -191,6 +191,20 @@ def test_variables_of_a_function_are_not_the_module_s_names(tmp_path):
     assert code.reached(["made_up.a:writes"]) == {("made_up.a", "writes"), ("made_up.a", "h")}
 
 
+def test_types_that_annotations_name_are_followed(tmp_path):
+    code = code_of(
+        tmp_path,
+        init="",
+        types="class Folder:\n    def read(self): return 1\nclass Other: pass\n",
+        a="from made_up.types import Folder, Other\ndef f(x: Folder | None):\n    y: Other = x.read()\n    return y\n",
+    )
+    assert code.reached(["made_up.a:f"]) == {
+        ("made_up.a", "f"),
+        ("made_up.types", "Folder"),
+        ("made_up.types", "Other"),
+    }
+
+
 def test_methods_and_fields_of_a_class_are_followed(tmp_path):
     code = code_of(
         tmp_path,

@@ -406,7 +406,7 @@ def test_only_discovery_patients_lend_shapes(tmp_path, write_nodules):
     assert [(shape.case_id, shape.patient_id) for shape in shapes] == [("a", "patient a"), ("d", "patient d")]
     assert [volume_mm3(shape) for shape in shapes] == pytest.approx([4 * 8, 16 * 8])
     assert bank.counts == (1, 1)
-    with pytest.raises(InputError, match=r"e/case.json: does not say .* prepare it again"):
+    with pytest.raises(InputError, match=r"e/case.json: cannot be read as JSON .* prepare it again"):
         open_bank(table, read_cases(table), allow_shared_patients=True)
 
 

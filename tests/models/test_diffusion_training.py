@@ -1,4 +1,5 @@
 import fcntl
+import json
 import logging
 import os
 import shutil
@@ -154,7 +155,7 @@ def test_interrupted_training_ends_bit_identical(
     assert not (tmp_path / "model.safetensors").exists()
     torch.manual_seed(steps)  # nothing may depend on the global generator
     training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
-    begin = "Starting anew" if steps < 2 else f"Going on from step {steps // 2 * 2} of 6"
+    begin = "Starting from the beginning" if steps < 2 else f"Going on from step {steps // 2 * 2} of 6"
     assert begin in log.text
     assert_same_end(tmp_path, uninterrupted)
 
@@ -189,6 +190,103 @@ def test_two_states_are_kept_and_a_damaged_one_falls_back(
     training.run_train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
     assert "step-00000004.pt is damaged and is passed over" in log.text
     assert "Going on from step 2 of 6" in log.text
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def interrupt(monkeypatch, config, cohort, output, step):
+    """Train until so many steps have been taken."""
+    with monkeypatch.context() as patch:
+        at_step(patch, step, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.run_train(config, cohort, output, "cpu")
+
+
+def recorded_code(output):
+    """Which code took which steps, by the weights' metadata and by the file beside them."""
+    metadata = read_metadata(output / "model.safetensors").code
+    assert json.loads((output / "training.json").read_text())["code"] == metadata
+    return metadata
+
+
+def test_a_training_under_way_survives_changed_code(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    (own,) = recorded_code(uninterrupted)
+    assert own["from_step"] == 1
+    interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 3)
+    monkeypatch.setattr(training, "stage_fingerprint", lambda *_: "changed")
+    # These steps are lost: 3 and 4 are taken by the code after.
+    interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 3)
+    monkeypatch.setattr(training, "stage_fingerprint", lambda *_: "changed again")
+    log.clear()
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert f"has changed since step 2 ({own['code'][:12]}, now changed agai)" in log.text
+    assert "Going on from step 2 of 6" in log.text
+    assert recorded_code(tmp_path) == [own, {"from_step": 3, "code": "changed again"}]
+    assert_same_end(tmp_path, uninterrupted)
+    # It is complete, and its last state as good as any other.
+    (tmp_path / "model.safetensors").unlink()
+    with monkeypatch.context() as patch:
+        at_step(patch, 0, stop)
+        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert len(recorded_code(tmp_path)) == 2
+    monkeypatch.undo()
+    # Of other code, it is not.
+    log.clear()
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert "complete: nothing to do" not in log.text
+    assert recorded_code(tmp_path) == [own]
+    assert_same_end(tmp_path, uninterrupted)
+
+
+@pytest.mark.parametrize("rule_reruns", [True, False])
+def test_a_finished_training_of_other_code_begins_again(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log, rule_reruns
+):
+    shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
+    monkeypatch.setattr(training, "stage_fingerprint", lambda *_: "changed")
+    if rule_reruns:  # Snakemake deletes the output of a rule that it runs again
+        (tmp_path / "model.safetensors").unlink()
+    interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 1)
+    assert states_of(tmp_path) == ["step-00000006.pt"], "kept until the new training has saved"
+    assert "finished by other code" in log.text
+    log.clear()
+    interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 3)
+    assert "Going on" not in log.text, "nor does the next start take it for its own"
+    assert states_of(tmp_path) == ["step-00000002.pt"]
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert recorded_code(tmp_path) == [{"from_step": 1, "code": "changed"}]
+    assert_same_end(tmp_path, uninterrupted)
+
+
+def test_restart_begins_again_and_keeps_the_states_until_the_first_new_one(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 5)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, stop)
+        with pytest.raises(KeyboardInterrupt):
+            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
+    assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
+    log.clear()
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
+    assert "Going on" not in log.text
+    assert_same_end(tmp_path, uninterrupted)
+    steps = []
+    take_step = Optimization.take_step
+    monkeypatch.setattr(Optimization, "take_step", lambda *args: (steps.append(args[1]), take_step(*args))[1])
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
+    assert steps == [0, 1, 2, 3, 4, 5], "also where it is complete"
+
+
+def test_states_of_another_config_are_kept_until_the_new_training_has_saved(
+    uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
+):
+    interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 5)
+    interrupt(monkeypatch, training_config(seed=2), tiny_cohort, tmp_path, 1)
+    assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
+    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    assert "Going on from step 4 of 6" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
 

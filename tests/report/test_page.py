@@ -8,6 +8,7 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
 from lungddpm.report.page import _p, extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
 from lungddpm.verdict.tables import write_tables
@@ -167,10 +168,10 @@ def test_samples_to_show_are_ranked_by_their_error(make_results):
     quality = results / "quality" / "lung_ddpm.csv"
     mse = pd.read_csv(quality).query("image == 'synthetic' and metric == 'mse' and region == 'lungs'")
     by_error = mse.sort_values("value")["case_id"].tolist()
-    assert [folder.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
+    assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
     assert sorted(by_error) == ["sample-0", "sample-1"]
     quality.unlink()
-    assert ranked_samples(results, "lung_ddpm") == [results / "synthetic" / "lung_ddpm" / "sample-0"]
+    assert ranked_samples(results, "lung_ddpm") == [CaseFolder(results / "synthetic" / "lung_ddpm" / "sample-0")]
     assert ranked_samples(results, "reference") == []
 
 

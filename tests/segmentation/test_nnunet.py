@@ -292,14 +292,32 @@ def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplo
     assert steps == 6 + 4
 
 
-def test_damaged_checkpoints_are_told_and_trained_anew(run, tmp_path, monkeypatch, caplog):
+def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
+    class Code:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "ran"),)
+
+    arm = run / "arms" / "code"
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
+    torch.save(checkpoint(arm) | {"trainer_name": Code()}, final)
+    with pytest.raises(InputError, match=r"checkpoint_final.pth: holds code"):
+        nnunet.run_predict(SHORT, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path / "masks", "cpu")
+    final.rename(final.with_name("checkpoint_latest.pth"))
+    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    assert final.exists()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_damaged_checkpoints_are_reported_and_trained_again(run, tmp_path, monkeypatch, caplog):
     arm = run / "arms" / "damaged"
     copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
     nnunet.run_train(SHORT, arm, 0, 0, "cpu")
     final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
     whole, weights = final.read_bytes(), checkpoint(arm)["network_weights"]
     final.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"checkpoint_final.pth: is damaged .* Delete it"):
+    with pytest.raises(InputError, match=r"checkpoint_final.pth: is cut short or damaged .* Delete it"):
         nnunet.run_predict(SHORT, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cpu")
     final.unlink()
     flipped = bytearray(whole)

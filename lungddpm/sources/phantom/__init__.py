@@ -9,7 +9,7 @@ voxel is known. It comes about in this order, a module a step:
     scanner              what each voxel holds becomes HU on the scan's grid, with noise
     patient              `thorax` does all of this and keeps the truth
     readers              four readers outline the nodules, a little differently each
-    cohort               `run_phantom` writes DICOM slices and the readers' XML file, a folder a patient
+    cohort               `run_phantom` writes DICOM slices and the readers' XML file, one folder per patient
 
 (`shapes` holds the geometry that they share.) Coordinates inside this package are LPS millimetres of the patient: x to
 the patient's left, y to the back, z to the head, the origin in the midline near the lowest edge of the lungs. What

@@ -7,8 +7,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from lungddpm.sources.phantom.scanner import HU, Box, Grid, paint
+from lungddpm.core.volume import Box
+from lungddpm.sources.phantom.scanner import HU, Grid, paint
 from lungddpm.sources.phantom.shapes import curve, ellipsoid, oval, smooth_min, tube
 
 
@@ -59,21 +61,21 @@ class Physique:
             gravity_hu=rng.uniform(40, 80),
         )
 
-    def taper(self, z: np.ndarray) -> np.ndarray:
+    def taper(self, z: ArrayLike) -> np.ndarray:
         """Width of the chest at a height, relative to its widest."""
         t = np.asarray(z) / self.height_mm
         above, below = np.clip((t - 0.2) / 0.8, 0, 1), np.clip((0.2 - t) / 0.4, 0, 1)
         return (1 - above**3) ** 0.55 - 0.05 * below**2
 
-    def middle_y(self, z: np.ndarray) -> np.ndarray:
+    def middle_y(self, z: ArrayLike) -> np.ndarray:
         """Where half the depth of the chest is: further back near the apex, because the sternum slants."""
         return 16 * np.clip(np.asarray(z) / self.height_mm - 0.35, 0, 1)
 
-    def spine_y(self, z: np.ndarray) -> np.ndarray:
+    def spine_y(self, z: ArrayLike) -> np.ndarray:
         """Centre of the vertebral bodies, with the thoracic kyphosis."""
         return self.half_depth_mm * 0.68 - 14 * (np.asarray(z) / self.height_mm - 0.5) ** 2 * 2
 
-    def wall_half_axes(self, z: np.ndarray, side: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
+    def wall_half_axes(self, z: ArrayLike, side: np.ndarray | float) -> tuple[np.ndarray, np.ndarray]:
         """Half width and half depth of the inner chest wall at a height; `side` is negative on the right."""
         apart = self.lung_axis_x
         width = np.where(side < 0, *self.half_width_mm)
@@ -201,7 +203,7 @@ def _mediastinum(grid: Grid, p: Physique) -> np.ndarray:
     return field
 
 
-def _heart(xyz: tuple[np.ndarray, ...], p: Physique) -> np.ndarray:
+def _heart(xyz: tuple[np.ndarray, np.ndarray, np.ndarray], p: Physique) -> np.ndarray:
     """Ventricles along an axis to the left, front and feet; atria behind."""
     h, s = p.height_mm, p.heart_scale
     x, y, z = xyz
@@ -226,8 +228,8 @@ def _great_vessels(p: Physique) -> dict[str, tuple[np.ndarray, float]]:
     back = float(p.spine_y(0.5 * h))
     arch = 0.70 * h
     descending = [(19 * s, back - 19, z) for z in (0.6 * h, 0.45 * h, 0.3 * h, 0.15 * h, -40.0)]
-    aorta = [(-4 * s, -22, 0.36 * h), (-16 * s, -26, 0.46 * h), (-17 * s, -22, 0.56 * h), (-10 * s, -14, arch - 8)]
-    aorta += [(4 * s, 2, arch), (17 * s, back - 32, arch - 6), *descending]
+    ascending = [(-4 * s, -22, 0.36 * h), (-16 * s, -26, 0.46 * h), (-17 * s, -22, 0.56 * h), (-10 * s, -14, arch - 8)]
+    aorta = [*ascending, (4 * s, 2, arch), (17 * s, back - 32, arch - 6), *descending]
     hilum = 0.50 * h
     return {
         "aorta": (curve(aorta), 13.0 * s),

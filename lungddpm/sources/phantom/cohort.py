@@ -1,12 +1,13 @@
-"""The cohort on disk, as LIDC-IDRI would be: a folder a patient with DICOM slices, one XML file with four readers'
-marks, and `phantom.json`, which records the recipe and thereby tells whether the patient has to be made again."""
+"""The cohort on disk, as LIDC-IDRI would be: one folder per patient with DICOM slices, one XML file with four readers'
+marks, and `phantom.json`, which records the recipe and thereby shows whether the patient has to be made again."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import numpy as np
@@ -22,6 +23,9 @@ from lungddpm.sources.phantom.nodules import Nodule
 from lungddpm.sources.phantom.patient import Thorax, thorax
 from lungddpm.sources.phantom.readers import Reading, outlines, read
 from lungddpm.sources.phantom.scanner import LOWEST_HU, LPS_TO_RAS, PADDING_HU
+
+if TYPE_CHECKING:
+    from pydicom.uid import UID
 
 _SAME_IN_ALL_SLICES = {
     "SpecificCharacterSet": "ISO_IR 100",
@@ -90,8 +94,8 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
     }
     # The UIDs are of the recipe alone: other seeds hang on them, which changed code is not to move.
     uids_from = fingerprint(recipe)
-    record = {"fingerprint": fingerprint([recipe, stage_fingerprint("phantom")]), **recipe}
-    if _is_written(folder, record["fingerprint"]):
+    made_by = fingerprint([recipe, stage_fingerprint("phantom")])
+    if _is_written(folder, made_by):
         return
     truth = thorax(parameters, seed)
     readings = read(truth, seed_from(seed, "readers"))
@@ -104,7 +108,7 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
             _write_slice(series / f"{k + 1:06d}.dcm", truth.ct, k, folder.name, (study_uid, series_uid, sop_uid))
         xml = _readings_xml(truth, readings, (study_uid, series_uid), sop_uids)
         (series / "readings.xml").write_bytes(xml)
-        write_json(patient / "phantom.json", record)
+        write_json(patient / "phantom.json", {"fingerprint": made_by, **recipe})
         if folder.exists():
             shutil.rmtree(folder)
         patient.rename(folder)
@@ -117,15 +121,15 @@ def _is_written(folder: Path, expected: str) -> bool:
         return False
 
 
-def _uids(patient_id: str, recipe: str, slices: int) -> tuple[str, str, list[str]]:
+def _uids(patient_id: str, recipe: str, slices: int) -> tuple[UID, UID, list[UID]]:
     """Study, series and slice UIDs, the same ones each time."""
     from pydicom.uid import generate_uid
 
-    made = [generate_uid(entropy_srcs=[patient_id, recipe, str(i)]) for i in range(slices + 2)]
-    return made[0], made[1], made[2:]
+    study, series, *of_slices = (generate_uid(entropy_srcs=[patient_id, recipe, str(i)]) for i in range(slices + 2))
+    return study, series, of_slices
 
 
-def _write_slice(path: Path, ct: Volume, k: int, patient_id: str, uids: tuple[str, str, str]) -> None:
+def _write_slice(path: Path, ct: Volume, k: int, patient_id: str, uids: tuple[UID, UID, UID]) -> None:
     """One CT Image Storage object."""
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.uid import PYDICOM_IMPLEMENTATION_UID, CTImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -158,7 +162,9 @@ def _write_slice(path: Path, ct: Volume, k: int, patient_id: str, uids: tuple[st
     image.save_as(path, enforce_file_format=True)
 
 
-def _readings_xml(truth: Thorax, readings: tuple[Reading, ...], uids: tuple[str, str], sop_uids: list[str]) -> bytes:
+def _readings_xml(
+    truth: Thorax, readings: tuple[Reading, ...], uids: tuple[str, str], sop_uids: Sequence[str]
+) -> bytes:
     """The readings as an LIDC-IDRI message."""
     root = ElementTree.Element("LidcReadMessage", {"xmlns": "http://www.nih.gov"})
     header = ElementTree.SubElement(root, "ResponseHeader")
@@ -171,7 +177,7 @@ def _readings_xml(truth: Thorax, readings: tuple[Reading, ...], uids: tuple[str,
     return ElementTree.tostring(root, encoding="UTF-8", xml_declaration=True)
 
 
-def _add_marks(session: ElementTree.Element, truth: Thorax, reading: Reading, sop_uids: list[str]) -> None:
+def _add_marks(session: ElementTree.Element, truth: Thorax, reading: Reading, sop_uids: Sequence[str]) -> None:
     """Add what one reader marked: nodules, small nodules, findings other than nodules."""
     affine = truth.ct.affine
     from_ras = np.linalg.inv(affine)
@@ -193,7 +199,7 @@ def _add_marks(session: ElementTree.Element, truth: Thorax, reading: Reading, so
         nodule = ElementTree.SubElement(session, "unblindedReadNodule")
         _leaves(nodule, noduleID=f"Nodule {i + 1:03d}")
         _leaves(ElementTree.SubElement(nodule, "characteristics"), **_characteristics(truth.nodules[i]))
-        for k in np.flatnonzero(mask.any(axis=(0, 1))):
+        for k in np.flatnonzero(mask.any(axis=(0, 1))).tolist():
             for outline in outlines(mask[:, :, k]):
                 add_roi(nodule, k, outline)
     for i in reading.small_nodules:

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from lungddpm.config.models import Phantom
+from lungddpm.core.volume import Box, per_axis
 from lungddpm.sources.phantom.anatomy import Surfaces
-from lungddpm.sources.phantom.scanner import HU, Box, Grid, paint, slice_means
+from lungddpm.sources.phantom.scanner import HU, Grid, paint, slice_means
 from lungddpm.sources.phantom.shapes import golden_spiral
 
 
@@ -161,7 +162,7 @@ def paint_nodule(
     diameter_mm = float(np.cbrt(6 / np.pi * share.sum() * grid.step_mm.prod()))
     # A nodule that fills no voxel by half still has one.
     return Nodule(
-        seen >= min(0.5, seen.max()), tuple(site.centre_mm), diameter_mm, texture, margin, site.attachment, shape
+        seen >= min(0.5, seen.max()), per_axis(site.centre_mm), diameter_mm, texture, margin, site.attachment, shape
     )
 
 
@@ -190,7 +191,7 @@ def draw_shape(radius_mm: float, margin: str, rng: np.random.Generator) -> Shape
 def shape_share(
     grid: Grid, shape: Shape, centre_mm: np.ndarray, grown_mm: float = 0.0, relative: float = 1.0
 ) -> tuple[Box, np.ndarray]:
-    """Share of each voxel inside a shape, in its box, by 4 x 4 x 4 samples a voxel.
+    """Share of each voxel inside a shape, in its box, by 4 x 4 x 4 samples per voxel.
 
     Args:
         grown_mm: the surface moved outwards by this.

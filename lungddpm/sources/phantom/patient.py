@@ -6,9 +6,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lungddpm.config.models import Phantom
-from lungddpm.core.volume import Volume
+from lungddpm.core.volume import Volume, per_axis
 from lungddpm.sources.phantom.anatomy import Physique, paint_soft_tissue, parenchyma, surfaces_of
 from lungddpm.sources.phantom.nodules import Nodule, paint_nodule, paint_small_nodule, place_marks, place_nodules
 from lungddpm.sources.phantom.scanner import (
@@ -83,8 +84,8 @@ def thorax(parameters: Phantom, seed: int) -> Thorax:
     for nodule in nodules:
         widest_mm[nodule.mask] = 0
 
-    def to_ras(points_mm: np.ndarray) -> np.ndarray:
-        return LPS_TO_RAS * (points_mm + shift_mm)
+    def to_ras(points_mm: ArrayLike) -> np.ndarray:
+        return LPS_TO_RAS * (np.asarray(points_mm) + shift_mm)
 
     affine = np.diag([*(LPS_TO_RAS * scan.step_mm), 1.0])
     affine[:3, 3] = to_ras(scan.first_mm)
@@ -93,7 +94,7 @@ def thorax(parameters: Phantom, seed: int) -> Thorax:
         lungs=slice_means(lung_share, scan) >= 0.5,
         vessels=(slice_means(vessel_share, scan) >= 0.5) & (widest_mm > 0),
         vessel_radius_mm=widest_mm,
-        nodules=tuple(replace(n, centre_mm=tuple(map(float, to_ras(n.centre_mm)))) for n in nodules),
+        nodules=tuple(replace(n, centre_mm=per_axis(map(float, to_ras(n.centre_mm)))) for n in nodules),
         small_nodules_mm=to_ras(small_nodules),
         distractors_mm=to_ras(forks),
     )

@@ -76,8 +76,8 @@ def _outlined(truth: Thorax, nodule: Nodule, grown_mm: float, moved_mm: np.ndarr
 def _grid_of(ct: Volume) -> Grid:
     """The grid of a scan in the scanner's LPS frame."""
     first, step = ct.affine[:3, 3] * LPS_TO_RAS, ct.spacing_mm
-    axes = (first[i] + step[i] * np.arange(ct.shape[i]) for i in range(3))
-    return Grid(*axes, float(step[0]), float(step[2]))
+    x, y, z = (first[i] + step[i] * np.arange(ct.shape[i]) for i in range(3))
+    return Grid(x, y, z, float(step[0]), float(step[2]))
 
 
 def outlinable(mask: np.ndarray) -> np.ndarray:

@@ -16,8 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from lungddpm.config.models import Phantom
+from lungddpm.core.volume import Box, per_axis
 
 HU = {
     "air": -1000.0, "foam": -930.0, "couch": -150.0, "fat": -100.0, "skin": 10.0, "muscle": 50.0, "gland": 20.0,
@@ -52,13 +54,12 @@ _KERNELS = {
     "sharp": Kernel(blur_mm=0.0, gain=0.7, lifted_mm=0.9, noise_pixels=0.0),
 }
 
-Box = tuple[slice, slice, slice]
 _EVERYWHERE: Box = (slice(None), slice(None), slice(None))
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Voxel centres in LPS mm, one array an axis."""
+    """Voxel centres in LPS mm, one array per axis."""
 
     x: np.ndarray
     y: np.ndarray
@@ -78,11 +79,11 @@ class Grid:
     def step_mm(self) -> np.ndarray:
         return np.array([self.pixel_mm, self.pixel_mm, self.slice_mm])
 
-    def box(self, low_mm: np.ndarray, high_mm: np.ndarray) -> Box:
+    def box(self, low_mm: ArrayLike, high_mm: ArrayLike) -> Box:
         """Slices that hold all voxel centres between two corners, one voxel more on each side."""
         first = np.floor((np.asarray(low_mm) - self.first_mm) / self.step_mm).astype(int)
         last = np.ceil((np.asarray(high_mm) - self.first_mm) / self.step_mm).astype(int)
-        return tuple(
+        return per_axis(
             slice(min(max(a, 0), n), max(min(b + 1, n), 0)) for a, b, n in zip(first, last, self.shape, strict=True)
         )
 
@@ -103,7 +104,7 @@ class Grid:
 
     def holds(self, index: np.ndarray) -> np.ndarray:
         """Whether the voxels (..., 3) are in the grid."""
-        return ((index >= 0) & (index < self.shape)).all(axis=-1)
+        return np.all((index >= 0) & (index < self.shape), axis=-1)
 
 
 def paint(hu: np.ndarray, share: np.ndarray, value: float | np.ndarray) -> None:
@@ -124,8 +125,8 @@ def field_of_view(
     off_centre = rng.normal((0, 6), 2.5)
     bottom, top = -rng.uniform(22, 38), lung_height_mm + rng.uniform(12, 24)
     z = np.arange(bottom, top, parameters.slice_mm)
-    axes = (a.astype(np.float32) for a in (across + off_centre[0], across + off_centre[1], z))
-    grid = Grid(*axes, pixel, parameters.slice_mm)
+    x, y, z = (a.astype(np.float32) for a in (across + off_centre[0], across + off_centre[1], z))
+    grid = Grid(x, y, z, pixel, parameters.slice_mm)
     # Whole micrometres, so that DICOM's decimal strings hold the position exactly.
     first = np.round([-half, -half, rng.uniform(-400, -250)], 3)
     return grid, first - grid.first_mm
@@ -143,7 +144,8 @@ def painting_grid(scan: Grid) -> Grid:
 def slice_means(painted: np.ndarray, scan: Grid) -> np.ndarray:
     """The mean over each slice's thickness of an array on the scan's painting grid."""
     parts = painted.shape[2] // scan.shape[2]
-    return sum(painted[:, :, part::parts] for part in range(parts)) / np.float32(parts)
+    total = sum((painted[:, :, part::parts] for part in range(parts)), start=np.zeros(scan.shape, np.float32))
+    return total / np.float32(parts)
 
 
 def acquire(hu: np.ndarray, grid: Grid, kernel: str, noise_hu: float, rng: np.random.Generator) -> np.ndarray:

@@ -4,12 +4,15 @@ are counted by voxel."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import ArrayLike
 
-from lungddpm.sources.phantom.scanner import Box, Grid
+from lungddpm.core.volume import Box
+from lungddpm.sources.phantom.scanner import Grid
 
 
 def golden_spiral(count: int) -> tuple[np.ndarray, np.ndarray]:
@@ -24,7 +27,7 @@ def smooth_min(a: np.ndarray, b: np.ndarray, width_mm: float) -> np.ndarray:
     return np.minimum(a, b) - overlap * overlap / np.float32(4 * width_mm)
 
 
-def ellipsoid(xyz: tuple[np.ndarray, ...], centre: tuple, radii: tuple) -> np.ndarray:
+def ellipsoid(xyz: Iterable[np.ndarray], centre: Iterable[float], radii: Sequence[float]) -> np.ndarray:
     """Approximate signed distance, first order at the surface."""
     terms = [((c - c0) / r) for c, c0, r in zip(xyz, centre, radii, strict=True)]
     level = np.sqrt(sum(t * t for t in terms))
@@ -32,13 +35,13 @@ def ellipsoid(xyz: tuple[np.ndarray, ...], centre: tuple, radii: tuple) -> np.nd
     return level * (level - 1) / np.maximum(slope, np.float32(1e-6))
 
 
-def oval(x: np.ndarray, y: np.ndarray, a: np.ndarray, b: np.ndarray, power: float) -> np.ndarray:
+def oval(x: np.ndarray, y: np.ndarray, a: ArrayLike, b: ArrayLike, power: float) -> np.ndarray:
     """Radial distance to a superellipse with half axes a, b (mm)."""
     level = (np.abs(x / np.maximum(a, 0.1)) ** power + np.abs(y / np.maximum(b, 0.1)) ** power) ** (1 / power)
     return np.hypot(x, y) * (1 - 1 / np.maximum(level, np.float32(1e-3)))
 
 
-def curve(knots: list[tuple[float, float, float]], step_mm: float = 6.0) -> np.ndarray:
+def curve(knots: Sequence[tuple[float, float, float]], step_mm: float = 6.0) -> np.ndarray:
     """(n, 3) points along a smooth (Catmull-Rom) curve through the knots."""
     p = np.array([knots[0], *knots, knots[-1]], float)
     pieces = []
@@ -66,7 +69,7 @@ def tube(grid: Grid, points_mm: np.ndarray, radius_mm: float, margin_mm: float) 
 
 @dataclass(frozen=True)
 class Rods:
-    """Short elliptical cylinders, one a row."""
+    """Short elliptical cylinders, one per row."""
 
     centre: np.ndarray
     """(n, 3) mm."""

@@ -102,7 +102,8 @@ def _grow_vessels(grid: Grid, p: Physique, lung_mm: np.ndarray, rng: np.random.G
     h, s = p.height_mm, p.heart_scale
     inner = np.argwhere(lung_mm < -5)
     inner_mm = grid.first_mm + inner * grid.step_mm
-    arteries, veins = [], []
+    arteries: list[Rods] = []
+    veins: list[Rods] = []
     for side, (artery_x, artery_y), (vein_x, vein_y) in ((-1, (-52, 9), (-48, 14)), (1, (54, 17), (50, 18))):
         own = inner_mm[inner_mm[:, 0] * side > 0]
         for rods, root, radius in (
