@@ -10,11 +10,11 @@ import pytest
 
 import lungddpm
 from lungddpm.config.loading import parse_config
-from lungddpm.config.models import Phantom
 from lungddpm.core.errors import ConfigError, ExcludedCaseError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, write_volume
 from lungddpm.sources.phantom.patient import thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 CONFIG = parse_config({"grid": {"size": [48, 48, 48], "extent": "lungs"}})
 

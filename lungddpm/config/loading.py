@@ -17,6 +17,8 @@ from lungddpm.core.errors import ConfigError
 if TYPE_CHECKING:
     from lungddpm.config.models import Config
 
+_PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
+
 _MOVED = {
     "diffusion": "generators.lung_ddpm",
     "lung_ddpm_plus": "generators.lung_ddpm_plus",
@@ -27,7 +29,7 @@ _MOVED = {
 
 
 def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
-    """Validate a merged config.
+    """Validate a merged config; where it names a preset, that one's values hold for the keys that it does not give.
 
     Args:
         values: the nested mapping, as YAML or Snakemake gives it.
@@ -40,7 +42,7 @@ def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Confi
     from lungddpm.config.models import Config
 
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_over_preset(values))
     except ValidationError as error:
         raise ConfigError(
             origin,
@@ -82,6 +84,12 @@ def read_values(*sources: Path | str) -> dict[str, Any]:
             raise ConfigError(name, "is not a mapping of keys to values", "Start from config.yaml.")
         merged = _merge(merged, values or {})
     return merged
+
+
+def _over_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """The values over those of their preset; `published` is the defaults of the models, and has no file."""
+    file = _PRESETS.get(str(values.get("preset")))
+    return _merge(read_values(file), values) if file else values
 
 
 def _is_text(source: Path | str) -> bool:

@@ -81,7 +81,7 @@ def config_of_jobs(_wildcards, threads):
 
     As it depends on `threads`, Snakemake does not count it among what makes the job run again: `settings` does that.
     """
-    return SETTINGS.without_folders().model_dump_json(exclude_defaults=True)
+    return SETTINGS.without_folders().differences()
 
 
 def settings_of(*sections, **values):
