@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pandas as pd
