@@ -7,7 +7,7 @@ rules hold for every nodule that is put somewhere:
 - Only lung and vessel become nodule. What would lie beyond the lungs is cut off, at most `CUT_SHARE` of a nodule, so
   that it can sit on the pleura.
 - It touches neither another nodule nor a medial surface, that is one with more of the same lung further lateral:
-  mediastinum, hilum, airways, and most of the diaphragm's dome, which no label tells from the heart.
+  mediastinum, hilum, airways, and most of the diaphragm's dome, which no label separates from the heart.
 - It takes at most `VESSEL_SHARE` of its volume from vessels, so that it hangs on a vessel but swallows no hilar one.
 
 All functions are deterministic under the generator of random numbers that they are given.
@@ -31,7 +31,7 @@ from lungddpm.core.files import fingerprint, read_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY, TEST
-from lungddpm.core.volume import Volume, bounding_box, read_volume
+from lungddpm.core.volume import Volume, bounding_box, per_axis, read_volume
 from lungddpm.layouts.compose import nodules_on_grid
 from lungddpm.layouts.prior import Prior, lies_in_lungs
 
@@ -334,9 +334,7 @@ class _Lungs:
                     return at_once[number]
         return None
 
-    def put(
-        self, cells: np.ndarray, shape: Shape, scale: float, rotation: Rotation, centre_mm: Sequence[float]
-    ) -> None:
+    def put(self, cells: np.ndarray, shape: Shape, scale: float, rotation: Rotation, centre_mm: np.ndarray) -> None:
         """Turn cells, (n, 3), into a nodule, as far as they lie in the lungs."""
         labels = self.layout.array
         cells = cells[((cells >= 0) & (cells < labels.shape)).all(axis=1)]
@@ -427,8 +425,8 @@ def _to_mm(volume: Volume, index: np.ndarray) -> np.ndarray:
     return (volume.affine @ [*index, 1])[:3]
 
 
-def _rounded(vector: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(float(x), 2) for x in vector)
+def _rounded(vector: np.ndarray) -> tuple[float, float, float]:
+    return per_axis(round(float(x), 2) for x in vector)
 
 
 def _draw_scale(limits: tuple[float, float], rng: np.random.Generator) -> float:
