@@ -218,9 +218,12 @@ def train(
 
             run_estimate(settings, claimed)
             return
+        from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial, restart=restart)
+        recipe, preview = plugin(generator).training(settings)
+        folder = output or RESULTS / settings.model_folder
+        run_train(settings, recipe, preview, cases, folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -416,7 +419,7 @@ def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
 ) -> None:
     """Print the verdict of a finished run and where its report lies."""
-    from lungddpm.report.page import verdict_table_text
+    from lungddpm.report.terminal import verdict_table_text
 
     typer.echo(verdict_table_text(results))
 
@@ -427,7 +430,7 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
-    from lungddpm.models.checkpoint import export_published
+    from lungddpm.models.published_checkpoint import export_published
 
     export_published(weights, output)
 

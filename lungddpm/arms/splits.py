@@ -254,7 +254,7 @@ def patients_named_in(record: object, register: Register) -> frozenset[str]:
 
 def declares_nobody(record: dict) -> bool:
     """Whether a provenance record says that another system made the sample, from no patient of this run."""
-    declared = record.get("declared")
+    declared = record.get("declared") or {}
     return bool(declared) and all(value == "none" for value in declared.values())
 
 

@@ -452,6 +452,9 @@ else:
 class Config(Section):
     """Everything that decides what a run computes."""
 
+    preset: Literal["demo", "published"] = "published"
+    """What holds where a key is not given. `published`: the defaults of this page, which are the published recipe.
+    `demo`: the phantom cohort on a laptop (`lungddpm/config/presets/demo.yaml`)."""
     seed: Annotated[int, Field(ge=0)] = 1
     """Root of every random number in the run."""
     source: Source = Source()
@@ -475,6 +478,10 @@ class Config(Section):
             raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
         return self
 
+    def differences(self) -> str:
+        """All values that are not defaults, as JSON; without the preset, as these then differ from `published`."""
+        return self.model_dump_json(exclude_defaults=True, exclude={"preset"})
+
     def without_folders(self) -> Config:
         """The same for results: of the user's folders, which may tell who ran it and where, only the names."""
         external = {name: Path(folder.name) for name, folder in self.arms.external.items()}
@@ -495,7 +502,7 @@ class Config(Section):
         owners = [owner for name in names if (owner := _generators().plugin(name).weights_of) is not None]
         return list(dict.fromkeys([*names, *owners]))
 
-    def for_generator(self, name: str) -> GeneratorConfig[GeneratorSettings]:
+    def for_generator(self, name: str) -> GeneratorConfig[Any]:
         """What a generator is given of this config.
 
         Raises:

@@ -36,11 +36,18 @@ STAGES: dict[str, tuple[str, ...]] = {
     # What the weights depend on. Not `run_train`: it also watches, saves and resumes.
     "train": (
         "lungddpm.models.data:open_cache",
-        "lungddpm.models.training:initial_denoiser",
+        "lungddpm.models.training:initial_network",
+        "lungddpm.generators.{name}:recipe",
         "lungddpm.models.optimization:Optimization",
     ),
-    "synthesize": ("lungddpm.synthesis.run:run_synthesize", "lungddpm.generators.{name}:load"),
-    "import_external": ("lungddpm.synthesis.run:run_synthesize", "lungddpm.synthesis.external:import_external"),
+    "synthesize": (
+        "lungddpm.generators.{name}:LAYOUTS",
+        "lungddpm.generators.{name}:load",
+        "lungddpm.synthesis.plan:plan_samples",
+        "lungddpm.synthesis.run:_Synthesis",
+        "lungddpm.synthesis.run:_row",
+    ),
+    "import_external": ("lungddpm.synthesis.plan:samples_wanted", "lungddpm.synthesis.external:import_external"),
     # What one sample depends on beside its layout, and what a made layout does.
     "draw": ("lungddpm.generators.{name}:load", "lungddpm.core.volume:write_volume"),
     "make_layout": (

@@ -1,4 +1,4 @@
-"""Versions of what results depend on."""
+"""Which versions of what results depend on are installed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ LIBRARIES = [
 """What a run needs and what its results depend on; the manifest records their versions."""
 
 
-def versions() -> dict[str, str]:
-    """Installed versions of what results depend on; missing ones are left out."""
+def installed_versions() -> dict[str, str]:
+    """Versions of lungddpm, Python and `LIBRARIES`; missing ones are left out."""
     found = {"lungddpm": __version__, "python": platform.python_version()}
     for name in LIBRARIES:
         try:

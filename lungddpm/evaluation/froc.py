@@ -102,13 +102,14 @@ def froc_tables(
 
     Returns:
         `froc`: `FROC_COLUMNS` at `RATES`. `froc_band`: `BAND_COLUMNS`, mean over replicates, at finer rates.
-        `cpm`: `CPM_COLUMNS`, a row an arm.
+        `cpm`: `CPM_COLUMNS`, one row per arm.
     """
     of_replicate = {
-        keys: findings_of(scored, _rows(lesions, keys), _rows(candidates, keys))
+        keys: found
         for keys, scored in cases.groupby(["arm", "replicate"], sort=False)
+        if (found := findings_of(scored, _rows(lesions, keys), _rows(candidates, keys))) is not None
+        and len(found.lesion_scores)
     }
-    of_replicate = {keys: found for keys, found in of_replicate.items() if found and len(found.lesion_scores)}
     at_seven = np.isin(_CURVE_RATES, RATES)
     points, bands, cpm = [], [], []
     for arm in dict.fromkeys(arm for arm, _ in of_replicate):

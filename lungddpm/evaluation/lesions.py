@@ -105,7 +105,7 @@ def find_candidates(lesions: np.ndarray, probability: np.ndarray, voxel_mm3: flo
     n_voxels = np.bincount(of_voxel, minlength=n_regions + 1)
     scores = np.zeros(n_regions + 1)
     np.maximum.at(scores, of_voxel, probability[likely])
-    hits = [[] for _ in range(n_regions + 1)]
+    hits: list[list[int]] = [[] for _ in range(n_regions + 1)]
     hit = likely & (lesions > 0)
     for region, lesion in np.unique(np.stack([regions[hit], lesions[hit]], axis=1), axis=0).tolist():
         hits[region].append(lesion)

@@ -12,11 +12,11 @@ import numpy as np
 from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import AIR_HU, Volume, bounding_box
+from lungddpm.core.volume import AIR_HU, Volume, bounding_box, per_axis
 from lungddpm.generators import ADDED, Generator, Task
 
 if TYPE_CHECKING:
-    from lungddpm.layouts.placement import PlacedNodule
+    from lungddpm.layouts.placement import MadeLayout, PlacedNodule
 
 TITLE = "Control: nodules of other patients blended into the reference"
 CITATION = (
@@ -56,7 +56,7 @@ def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -
     read = lru_cache(maxsize=16)(read_original)
 
     def make(task: Task) -> np.ndarray:
-        originals = [read(task.donors[nodule.case_id], nodule.nodule) for nodule in task.made.nodules]
+        originals = [read(task.donors[nodule.case_id], nodule.nodule) for nodule in _made(task).nodules]
         return paste_nodules(task, originals)
 
     return Generator(make=lambda tasks: [make(task) for task in tasks])
@@ -99,15 +99,22 @@ def paste_nodules(task: Task, originals: list[Original]) -> np.ndarray:
     Returns:
         (x, y, z) int16 HU.
     """
-    hu = task.reference.array.astype(np.float32)
-    for number, (nodule, original) in enumerate(zip(task.made.nodules, originals, strict=True), start=1):
-        cells = task.made.numbers == number
-        box = tuple(
+    hu, made = task.reference.array.astype(np.float32), _made(task)
+    for number, (nodule, original) in enumerate(zip(made.nodules, originals, strict=True), start=1):
+        cells = made.numbers == number
+        box = per_axis(
             slice(max(side.start - 2 * FEATHER_VOXELS, 0), side.stop + 2 * FEATHER_VOXELS)
             for side in bounding_box(cells)
         )
         hu[box] = _blend(hu[box], task.reference.crop(box), task.layout.array[box], cells[box], nodule, original)
     return np.rint(hu).astype(np.int16)
+
+
+def _made(task: Task) -> MadeLayout:
+    """The task's layout as `LAYOUTS` asks for it: with nodules added."""
+    if task.made is None:
+        raise ValueError("copy_paste got a layout to which no nodule was added")
+    return task.made
 
 
 def _blend(

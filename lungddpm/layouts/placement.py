@@ -7,7 +7,7 @@ rules hold for every nodule that is put somewhere:
 - Only lung and vessel become nodule. What would lie beyond the lungs is cut off, at most `CUT_SHARE` of a nodule, so
   that it can sit on the pleura.
 - It touches neither another nodule nor a medial surface, that is one with more of the same lung further lateral:
-  mediastinum, hilum, airways, and most of the diaphragm's dome, which no label tells from the heart.
+  mediastinum, hilum, airways, and most of the diaphragm's dome, which no label separates from the heart.
 - It takes at most `VESSEL_SHARE` of its volume from vessels, so that it hangs on a vessel but swallows no hilar one.
 
 All functions are deterministic under the generator of random numbers that they are given.
@@ -31,8 +31,8 @@ from lungddpm.core.files import fingerprint, read_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY, TEST
-from lungddpm.core.volume import Volume, bounding_box, read_volume
-from lungddpm.layouts.compose import place_nodules
+from lungddpm.core.volume import Volume, bounding_box, per_axis, read_volume
+from lungddpm.layouts.compose import nodules_on_grid
 from lungddpm.layouts.prior import Prior, lies_in_lungs
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: 
         raise InputError(
             cases_table,
             "has no discovery case with a nodule in the lungs, from which new ones could be made",
-            "Give roles.discovery other patients, or set synthesis.place_nodules and jitter_repeats to false.",
+            "Give roles.discovery other patients, or set synthesis.nodules_on_grid and jitter_repeats to false.",
         )
     return NoduleLibrary(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
 
@@ -243,7 +243,7 @@ def jitter(
         rng: of every draw.
     """
     was = layout.array == Label.NODULE
-    cells = np.where(was, place_nodules([shape.mask for shape in own], layout.affine, layout.shape), 0)
+    cells = np.where(was, nodules_on_grid([shape.mask for shape in own], layout.affine, layout.shape), 0)
     own_cells = {number: np.argwhere(cells == number) for number in range(1, len(own) + 1)}
     kept = sorted((n for n, at in own_cells.items() if len(at)), key=lambda n: len(own_cells[n]), reverse=True)
     staying = [n for n in kept if _lung_around(layout.array, cells == n) < _LUNG_AROUND]
@@ -334,9 +334,7 @@ class _Lungs:
                     return at_once[number]
         return None
 
-    def put(
-        self, cells: np.ndarray, shape: Shape, scale: float, rotation: Rotation, centre_mm: Sequence[float]
-    ) -> None:
+    def put(self, cells: np.ndarray, shape: Shape, scale: float, rotation: Rotation, centre_mm: np.ndarray) -> None:
         """Turn cells, (n, 3), into a nodule, as far as they lie in the lungs."""
         labels = self.layout.array
         cells = cells[((cells >= 0) & (cells < labels.shape)).all(axis=1)]
@@ -427,8 +425,8 @@ def _to_mm(volume: Volume, index: np.ndarray) -> np.ndarray:
     return (volume.affine @ [*index, 1])[:3]
 
 
-def _rounded(vector: Sequence[float]) -> tuple[float, ...]:
-    return tuple(round(float(x), 2) for x in vector)
+def _rounded(vector: np.ndarray) -> tuple[float, float, float]:
+    return per_axis(round(float(x), 2) for x in vector)
 
 
 def _draw_scale(limits: tuple[float, float], rng: np.random.Generator) -> float:
@@ -446,7 +444,7 @@ def _cells_of(
     reach = int(np.ceil((np.abs(corners_mm) / spacing_mm).max())) + 1
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = -(reach + offset) * spacing_mm
-    return np.argwhere(place_nodules([body], affine, (2 * reach + 1,) * 3)) - reach
+    return np.argwhere(nodules_on_grid([body], affine, (2 * reach + 1,) * 3)) - reach
 
 
 def _medial(lungs: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
@@ -31,10 +32,11 @@ from lungddpm.core.progress import LOG
 from lungddpm.models.accelerator import explain_out_of_memory, keep_freed_memory, make_accelerator
 from lungddpm.models.denoiser import UNet
 from lungddpm.models.monitoring import memory_mib
+from lungddpm.models.objectives import diffusion_recipe
 from lungddpm.models.optimization import Optimization
 from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas
 from lungddpm.models.schedule import cosine_betas
-from lungddpm.models.training import fresh_denoiser
+from lungddpm.models.training import initial_network
 from lungddpm.operations.estimate import count, made_up
 
 SAMPLERS = {"ddpm 250": ("ddpm", 250), "dpmsolver++ 50": ("dpmsolver++", 50), "dpmsolver++ 20": ("dpmsolver++", 20)}
@@ -361,7 +363,8 @@ class Workbench:
         if problem.kind == "cuda":
             torch.cuda.set_device(self.device)
         self.accelerator = Accelerator(cpu=problem.kind == "cpu", mixed_precision="bf16" if option.bf16 else "no")
-        self.denoiser = self._arranged(with_numbers(fresh_denoiser(self.config))).eval().requires_grad_(False)
+        self.recipe = diffusion_recipe(self.config)
+        self.denoiser = self._arranged(with_numbers(self._fresh())).eval().requires_grad_(False)
         if option.compile:
             self.denoiser.compile(dynamic=False)
         generator = torch.Generator().manual_seed(0)
@@ -414,8 +417,8 @@ class Workbench:
         if self.optimization is None:
             if self.problem.kind == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            model = fresh_denoiser(self.config)
-            self.optimization = Optimization(self.config, model, made_up(self.config), self.accelerator)
+            data = made_up(self.config)
+            self.optimization = Optimization(self.config, self.recipe, self._fresh(), data, self.accelerator)
             self._arranged(self.optimization.model)
             self.optimization.take_step(0)
         return self._timed(lambda: self.optimization.take_step(1)) / self.option.batch
@@ -429,8 +432,14 @@ class Workbench:
         free = torch.cuda.mem_get_info()[0] if self.problem.kind == "cuda" else psutil.virtual_memory().available
         return free / 2**20
 
-    def _arranged(self, denoiser: UNet) -> UNet:
-        return denoiser.to(self.device).arrange(self.option.channels_last, self.option.winograd)
+    def _fresh(self) -> nn.Module:
+        return initial_network(self.config, self.recipe)
+
+    def _arranged(self, network: nn.Module) -> nn.Module:
+        network = network.to(self.device)
+        if isinstance(network, UNet):
+            network.arrange(self.option.channels_last, self.option.winograd)
+        return network
 
     def _timed(self, work: Callable[[], Any]) -> float:
         self._wait()
@@ -444,13 +453,13 @@ class Workbench:
             torch.cuda.synchronize()
 
 
-def with_numbers(denoiser: UNet) -> UNet:
-    """The denoiser with weights that let every layer count: fresh ones predict zero."""
+def with_numbers(network: nn.Module) -> nn.Module:
+    """The network with weights that let every layer count: fresh ones predict zero."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in denoiser.parameters():
+    for parameter in network.parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
         parameter.data = drawn / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else parameter.data + drawn / 10
-    return denoiser
+    return network
 
 
 def _measure(call: Call, base: Call, option: Option, rounds: int, longest_s: float, training: bool, flop: int) -> Row:

@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lungddpm.core.versions import LIBRARIES, versions
+from lungddpm.core.versions import LIBRARIES, installed_versions
 
 
 def describe() -> list[str]:
@@ -15,7 +15,7 @@ def describe() -> list[str]:
     import psutil
 
     memory = psutil.virtual_memory()
-    lines = [f"{name} {version}" for name, version in versions().items()]
+    lines = [f"{name} {version}" for name, version in installed_versions().items()]
     lines.append(
         f"cores: {os.cpu_count()}; memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
     )
@@ -25,10 +25,11 @@ def describe() -> list[str]:
 
 def faults() -> list[str]:
     """What would stop a run: missing libraries, a torchvision that does not load, a known bad torch."""
-    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in versions()]
+    found = installed_versions()
+    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in found]
     if problems:
         return problems
-    if versions()["torch"].startswith("2.9."):
+    if found["torch"].startswith("2.9."):
         problems.append("another torch: 2.9.* runs 3-D convolutions under autocast four times slower")
     try:
         importlib.import_module("torchvision")
@@ -38,7 +39,7 @@ def faults() -> list[str]:
 
 
 def _devices() -> list[str]:
-    if "torch" not in versions():
+    if "torch" not in installed_versions():
         return ["devices: unknown without torch"]
     import torch
 

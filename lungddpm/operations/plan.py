@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation, Workflow
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
+from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.arms import Arm
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
@@ -308,7 +308,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     light = []
     for name, number in samples.items():
         declared = None if name in config.arms.external else plugin(name)
-        if declared is None or declared.drawing is None:
+        if declared is None or declared.drawing is None or declared.weights_of is None:
             light.append(name)
         else:
             drawing = declared.drawing(config.for_generator(name))
@@ -332,7 +332,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     ]
 
 
-def network_cost(config: GeneratorConfig[DiffusionSettings]) -> NetworkCost:
+def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
     """Operations and memory of the network of a generator that is trained.
 
     A step's are those of its crops, if any; a forward pass is over what the network sees when it draws.
@@ -494,17 +494,16 @@ def _patch(config: Config) -> tuple[int, int, int]:
     return network.patch if network is not None else tuple(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
 
 
-def _kept_by_network(config: GeneratorConfig[DiffusionSettings], shape: tuple[int, ...]) -> int:
+def _kept_by_network(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...]) -> int:
     """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
     import torch
 
-    from lungddpm.models.denoiser import build_denoiser
+    from lungddpm.operations.estimate import recipe_of
 
-    size, *edges = shape
+    recipe = recipe_of(config)
     with torch.device("meta"):
-        noisy = torch.zeros(size, 1 + len(config.settings.classes), *edges)
-        denoiser, timesteps = build_denoiser(config), torch.zeros(size).long()
-    return _kept_bytes(denoiser, lambda: denoiser(noisy, timesteps))
+        network, inputs = recipe.build(), recipe.inputs(shape)
+    return _kept_bytes(network, lambda: network(*inputs))
 
 
 def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:

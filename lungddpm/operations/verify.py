@@ -74,7 +74,7 @@ def run_verify(results: Path, repair: bool) -> list[Damage]:
     if repair and found:
         outputs = sorted({output.as_posix() for damage in found for output in damage.outputs})
         write_text(results / _TO_MAKE_AGAIN, "".join(f"{output}\n" for output in outputs))
-        for name in {*outputs, *(damage.file for damage in found)}:
+        for name in {*outputs, *(damage.file.as_posix() for damage in found)}:
             path = results / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     return found

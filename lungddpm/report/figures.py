@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +32,7 @@ from lungddpm.core.drawing import (
     oriented_slice,
     size_mm,
 )
-from lungddpm.core.text import bound, signed
+from lungddpm.core.text import bound, format_number, signed
 from lungddpm.core.volume import Volume
 from lungddpm.evaluation.froc import BAND_COLUMNS, RATES
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -50,7 +51,8 @@ from lungddpm.quality.image_quality import (
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")
 _FLOORS = [COPIES, SHIFTED, CONSTANT_LUNGS, OTHER_PATIENTS]
-_GENERATOR_BAR, _FLOOR_BAR = {"color": "#0072B2"}, {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
+_GENERATOR_BAR: dict[str, Any] = {"color": "#0072B2"}
+_FLOOR_BAR: dict[str, Any] = {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
 _LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: as the reference"
 _QUALITY_PANELS = {
     ("mse", LUNGS): ("MSE, lungs", _LOWER),
@@ -321,7 +323,7 @@ def segmenter_curves(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def training_curve(history: pd.DataFrame) -> Figure:
+def denoiser_curve(history: pd.DataFrame) -> Figure:
     """The denoiser's training loss over optimizer steps, raw and as a running mean (log scale).
 
     Args:
@@ -360,7 +362,7 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
             axis.barh(_FLOORS, floors, **_FLOOR_BAR)
             axis.axvline(better == _AT_ONE, color="#777777", linewidth=1)
             for place, value in enumerate([*made["mean"], *floors]):
-                text = "not measured" if np.isnan(value) else f"{value:.3g}".replace("-", "−")
+                text = format_number(value, ".3g") or "not measured"
                 axis.annotate(
                     text, (1.0, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=7.5
                 )
@@ -422,15 +424,19 @@ def _panels(count: int) -> tuple[Figure, list[plt.Axes]]:
 
 def _box_around(centre: tuple[int, int, int], volume: Volume, plane: Plane) -> tuple[float, float, float, float]:
     """Left, right, bottom, top (mm on the page) of the close-up, kept within the picture."""
-    edges = []
-    for axis, extent_mm in zip((axis for axis in range(3) if axis != plane.axis), size_mm(volume, plane), strict=True):
-        half = min(_CLOSE_UP_MM, extent_mm) / 2
-        middle = (centre[axis] + 0.5) * volume.spacing_mm[axis]
-        if not edges:  # the horizontal axis runs against the page
-            middle = extent_mm - middle
-        middle = min(max(middle, half), extent_mm - half)
-        edges += [middle - half, middle + half]
-    return tuple(edges)
+    width_mm, height_mm = size_mm(volume, plane)
+    from_left_mm, from_bottom_mm = (
+        float((centre[axis] + 0.5) * volume.spacing_mm[axis]) for axis in range(3) if axis != plane.axis
+    )
+    # The horizontal axis runs against the page.
+    return *_close_up(width_mm - from_left_mm, width_mm), *_close_up(from_bottom_mm, height_mm)
+
+
+def _close_up(middle_mm: float, extent_mm: float) -> tuple[float, float]:
+    """Both ends of the close-up along one side of a picture, as near to `middle_mm` as lies within the picture."""
+    half = min(_CLOSE_UP_MM, extent_mm) / 2
+    middle_mm = min(max(middle_mm, half), extent_mm - half)
+    return middle_mm - half, middle_mm + half
 
 
 def _empty_figure(why: str, width: float = 7.2) -> Figure:

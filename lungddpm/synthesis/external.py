@@ -215,8 +215,8 @@ def _intensity_faults(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLi
         return [f"is constant ({hu.flat[0]:g} HU)"]
     if fault := recognised_fault(hu, limits) if lungs is None else hounsfield_fault(hu, lungs, limits):
         return [fault]
-    limits = np.iinfo(np.int16)
-    if hu.min() < limits.min or hu.max() > limits.max:
+    stored = np.iinfo(np.int16)
+    if hu.min() < stored.min or hu.max() > stored.max:
         return [f"ranges from {hu.min():g} to {hu.max():g}, which are no HU"]
     return []
 
@@ -250,12 +250,12 @@ def _copy(
         "files": {name: sha256_of(root / entry.sample / name) for name in _FILES},
         "code": stage_fingerprint("copy_external"),
     }
-    provenance["fingerprint"] = fingerprint(provenance)
-    if not is_complete(folder, provenance["fingerprint"]):
+    made_from = fingerprint(provenance)
+    if not is_complete(folder, made_from):
         ct, layout = (read(root / entry.sample / name) for name, read in _READERS.items())
         write_volume(folder.ct, ct.like(np.rint(np.maximum(ct.array, AIR_HU)).astype(np.int16)))
         write_volume(folder.layout, layout.like(layout.array.astype(np.uint8)))
-        write_json(folder.sample_record, {**provenance, "sha256": folder.hash()})
+        write_json(folder.sample_record, {**provenance, "fingerprint": made_from, "sha256": folder.hash()})
     return _row(folder, generator, reference)
 
 

@@ -141,7 +141,7 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
         for name, arm in zip(arms, map(Arm.parse, arms), strict=True)
         if arm.real and arm.generator == generator
     }
-    closest = min(distance, key=distance.get, default="")
+    closest = min(distance, key=lambda name: distance[name], default="")
     return closest if closest and distance[closest] <= 0.1 else ""
 
 

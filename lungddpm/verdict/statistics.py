@@ -159,10 +159,8 @@ class Effect:
 
     def _at_limit(self, quantile: float) -> Effect:
         """The same with the variances that chi-squared's `quantile` of their estimates gives, combined."""
-        steps = [
-            part.value * (part.df / float(stats.chi2.ppf(quantile, part.df)) - 1) if part.df else 0.0
-            for part in (self.from_runs, MeanSquare(self._between_cases, self.case_df))
-        ]
+        parts = (self.from_runs.value, self.from_runs.df), (self._between_cases, self.case_df)
+        steps = [value * (df / float(stats.chi2.ppf(quantile, df)) - 1) if df else 0.0 for value, df in parts]
         length = math.hypot(*steps)
         of_runs, of_cases = (step * abs(step) / length if length else 0.0 for step in steps)
         runs, cases = self.from_runs, self._between_cases
@@ -290,7 +288,7 @@ class Scores:
 
     def paired(self, *arms: int, replicates: list[list[int]] | None = None) -> Paired:
         """These arms in the runs that all of them have."""
-        common = self.evaluated[list(arms)].all(axis=0)
+        common = np.all(self.evaluated[list(arms)], axis=0)
         shared = [[run for run in runs if common[run]] for runs in replicates or self.replicates]
         shared = [runs for runs in shared if runs]
         scores = [self.values[np.ix_(arms, runs)].mean(axis=1) for runs in shared]
@@ -404,19 +402,14 @@ def compare_arms(
         wins, losses = int((per_case > _EQUAL).sum()), int((per_case < -_EQUAL).sum())
         ci_low, ci_high = found.interval(confidence)
         bootstrap_low, bootstrap_high = bootstrap_interval(differences, bootstraps, confidence, seed)
-        detectable = {}
+        detectable = low = high = math.nan
         if verdict != "cannot tell":
             level = (1 - confidence) / n_compared
-            low, high = found.detectable_range(level)
-            detectable = {"detectable_difference": found.detectable(level), "detectable_low": low}
-            detectable["detectable_high"] = high
+            detectable, (low, high) = found.detectable(level), found.detectable_range(level)
         baseline_mean = float(paired.scores[1].mean())
         rows.append(
-            _row(
-                paired,
-                1,
-                int(counts[arm]),
-                verdict,
+            replace(
+                _row(paired, 1, int(counts[arm]), verdict),
                 family=families[arm],
                 difference=found.value,
                 relative_percent=100 * found.value / baseline_mean if baseline_mean else math.nan,
@@ -434,7 +427,9 @@ def compare_arms(
                 wins=wins,
                 ties=len(per_case) - wins - losses,
                 losses=losses,
-                **detectable,
+                detectable_difference=detectable,
+                detectable_low=low,
+                detectable_high=high,
             )
         )
     return rows
@@ -640,13 +635,13 @@ def _limits(c: Comparison, baseline: str, confidence: float) -> list[str]:
     return limits
 
 
-def _row(paired: Paired, baseline: int, n_evaluated: int, verdict: Outcome, **inferred: float | str) -> Comparison:
-    """A comparison of the first paired arm with the `baseline`-th, and what was inferred of them."""
+def _row(paired: Paired, baseline: int, n_evaluated: int, verdict: Outcome) -> Comparison:
+    """A comparison of the first paired arm with the `baseline`-th, without what is inferred from it."""
     own = paired.scores[0]
     per_case = own.mean(axis=0)
     sd = float(per_case.std(ddof=1)) if own.shape[1] > 1 else math.nan
     sizes = (own.shape[1], int(paired.n_runs.sum()), own.shape[0], n_evaluated)
-    return Comparison(*sizes, float(own.mean()), sd, float(paired.scores[baseline].mean()), verdict, **inferred)
+    return Comparison(*sizes, float(own.mean()), sd, float(paired.scores[baseline].mean()), verdict)
 
 
 def _nothing(paired: Paired, n_evaluated: int) -> Comparison:

@@ -167,7 +167,7 @@ def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
 
     Those that predicted nothing at all are left out, as they may well agree.
     """
-    alike = {}
+    alike: dict[str, list[str]] = {}
     for (arm, replicate), rows in cases.groupby(["arm", "replicate"], sort=False):
         if not (rows["dice"] > 0).any() and not (rows["false_positive_mm3"] > 0).any():
             continue

@@ -17,7 +17,7 @@ from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Generator, Task, lung_ddpm, paste_constant, reference
 from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.models.checkpoint import Metadata, save_denoiser
+from lungddpm.models.checkpoint import Metadata, save_network
 from lungddpm.models.denoiser import build_denoiser
 from lungddpm.sources.index import index_source, write_index
 from lungddpm.sources.phantom.cohort import write_cohort
@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     config = make_config().for_generator("lung_ddpm")
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_denoiser(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
+    save_network(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
     return path
 
 

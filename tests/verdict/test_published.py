@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lungddpm.quality.feature_distances import MEDICALNET
-from lungddpm.report.page import show_published
+from lungddpm.report.sections import show_published
 from lungddpm.verdict.published import published_comparison, published_figures
 
 

@@ -24,9 +24,11 @@ from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
-from lungddpm.segmentation.nnunet import weights_file
 
 try:
+    # It reads all generators' modules, as the config does.
+    from lungddpm.segmentation.nnunet import weights_file
+
     # Snakemake has read them already, but of a key that a file has twice it drops the first. As a module, the workflow
     # is given values; the files are those of another workflow.
     if workflow.modifier.is_main_snakefile():
@@ -79,7 +81,7 @@ def config_of_jobs(_wildcards, threads):
 
     As it depends on `threads`, Snakemake does not count it among what makes the job run again: `settings` does that.
     """
-    return SETTINGS.without_folders().model_dump_json(exclude_defaults=True)
+    return SETTINGS.without_folders().differences()
 
 
 def settings_of(*sections, **values):

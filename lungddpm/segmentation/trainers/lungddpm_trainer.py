@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,10 +28,13 @@ class LungDDPMTrainer(nnUNetTrainer):
     (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed and resumed.
     """
 
+    initial_lr: float
+    num_iterations_per_epoch: int
+
     def __init__(self, plans: dict, configuration: str, fold: int, dataset_json: dict, device: torch.device):
         super().__init__(plans, configuration, fold, dataset_json, device)
         settings_file = Path(self.output_folder) / SETTINGS_FILE
-        settings = read_json(settings_file) if settings_file.exists() else {}
+        settings: dict[str, Any] = read_json(settings_file) if settings_file.exists() else {}
         self.seed = settings.get("seed", 0)
         self.optimizer_name = settings.get("optimizer", "sgd")
         self.initial_lr = settings.get("learning_rate", self.initial_lr)
@@ -94,13 +98,13 @@ class LungDDPMTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """Save atomically: a killed run leaves the last complete checkpoint."""
         with atomic_path(Path(filename)) as temporary, temporary.open("wb") as file:
-            # nnU-Net hands it to torch.save, which tells of a full disk where the file is ours.
+            # nnU-Net hands it to torch.save, which reports a full disk where the file is ours.
             super().save_checkpoint(file)
 
     def print_to_log_file(self, *args, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
         """Write to nnU-Net's own log file, without absolute paths, never to the terminal."""
-        told = [shorten_paths(str(arg)) for arg in args]
-        super().print_to_log_file(*told, also_print_to_console=False, add_timestamp=add_timestamp)
+        shortened = [shorten_paths(str(arg)) for arg in args]
+        super().print_to_log_file(*shortened, also_print_to_console=False, add_timestamp=add_timestamp)
 
     def plot_network_architecture(self) -> None:
         """Left out: it needs a library that is not kept up."""
