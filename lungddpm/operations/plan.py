@@ -203,11 +203,12 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
         return known
     declared = config.source.declared.size
     size = None if declared is None else declared(config.source.settings)
-    if scans is None and size is None:
-        raise ConfigError("--cases", "is missing, and no index shows how many scans there are", "Give the number.")
     voxels = _SCAN_VOXELS if size is None else size.voxels
-    scans, origin = (size.scans, size.origin) if scans is None else (scans, "--cases")
-    return Cohort(scans, voxels, **config.roles.counts(scans), origin=origin)
+    if scans is not None:
+        return Cohort(scans, voxels, **config.roles.counts(scans), origin="--cases")
+    if size is None:
+        raise ConfigError("--cases", "is missing, and no index shows how many scans there are", "Give the number.")
+    return Cohort(size.scans, voxels, **config.roles.counts(size.scans), origin=size.origin)
 
 
 def known_speed(device: str) -> Speed:
