@@ -33,7 +33,7 @@ from scipy import ndimage
 from skimage.filters import sato
 from skimage.transform import resize
 
-from lungddpm.config.models import Training
+from lungddpm.config.sections import Training
 from lungddpm.core.volume import Volume, resample_image
 from lungddpm.evaluation.froc import RATES, Findings
 from lungddpm.layouts.vessels import _SCALES_MM, segment_vessels

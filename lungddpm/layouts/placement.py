@@ -184,7 +184,7 @@ def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: 
         raise InputError(
             cases_table,
             "has no discovery case with a nodule in the lungs, from which new ones could be made",
-            "Give roles.discovery other patients, or set synthesis.place_nodules and jitter_repeats to false.",
+            "Give roles.discovery other patients, or set synthesis.nodules_on_grid and jitter_repeats to false.",
         )
     return NoduleLibrary(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
 

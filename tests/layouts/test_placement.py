@@ -421,7 +421,7 @@ def test_a_patient_in_two_cases_is_known_by_both(tmp_path, write_nodules):
     assert [donor.case_id for donor in open_library(table, rows, allow_shared_patients=True).donors] == ["a", "b"]
 
 
-def test_the_bank_without_a_nodule_and_without_files(tmp_path, write_nodules):
+def test_the_library_without_a_nodule_and_without_files(tmp_path, write_nodules):
     table = cohort(tmp_path, write_nodules, a="discovery", b="test")
     rows = read_cases(table)
     before = open_library(table, rows, allow_shared_patients=False)
@@ -436,7 +436,7 @@ def test_the_bank_without_a_nodule_and_without_files(tmp_path, write_nodules):
         open_library(table, rows, allow_shared_patients=False)
 
 
-def test_the_bank_is_known_by_what_it_holds(tmp_path, write_nodules):
+def test_the_library_is_known_by_what_it_holds(tmp_path, write_nodules):
     first = cohort(tmp_path / "1", write_nodules, a="discovery", b="discovery", c="reference")
     other = cohort(tmp_path / "2", write_nodules, a="discovery", b="reference", c="discovery")
     again = cohort(tmp_path / "3", write_nodules, a="discovery", b="discovery", c="reference")

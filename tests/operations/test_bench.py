@@ -73,7 +73,7 @@ def test_options_give_the_output_of_the_base(base_output, option, tolerance):
     assert abs(output - base_output).max() < tolerance
 
 
-def test_training_with_the_levers_of_a_cpu_has_the_losses_of_the_base():
+def test_training_with_the_options_of_a_cpu_has_the_losses_of_the_base():
     losses = []
     for option in (BASE, USED["cpu"]):
         workbench = Workbench(TINY, option)
@@ -83,7 +83,7 @@ def test_training_with_the_levers_of_a_cpu_has_the_losses_of_the_base():
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5, 8])
-def test_convolution_by_planes_is_the_convolution(depth):
+def test_winograd_convolution_is_the_convolution(depth):
     generator = torch.Generator().manual_seed(depth)
     h = torch.randn(2, 3, depth, 6, 7, generator=generator, dtype=torch.float64)
     weight = torch.randn(4, 3, 3, 3, 3, generator=generator, dtype=torch.float64)
@@ -104,7 +104,7 @@ def test_placed_on_a_cpu_the_golden_output_stays(golden, golden_denoiser):
     torch.testing.assert_close(predicted, golden["denoiser_out"], rtol=0, atol=1e-4)
 
 
-def test_gradients_stay_the_same_by_planes():
+def test_gradients_stay_the_same_by_winograd():
     def gradients(winograd):
         torch.manual_seed(0)
         denoiser = UNet(3, 4, [1, 2], 2, attention_factor=1)
@@ -153,7 +153,7 @@ def test_figures_follow_from_the_timings(monkeypatch):
     assert (row.sampling_memory_mib, row.training_steps_per_second) == (123.0, None)
 
 
-def test_a_lever_that_the_device_lacks_or_that_fails_gets_a_row(monkeypatch):
+def test_an_option_that_the_device_lacks_or_that_fails_gets_a_row(monkeypatch):
     def fail(*_):
         raise RuntimeError("No compiler.\nA long story.")
 
@@ -163,7 +163,7 @@ def test_a_lever_that_the_device_lacks_or_that_fails_gets_a_row(monkeypatch):
     assert rows[0].ratio is rows[1].ratio is None
 
 
-def test_an_unknown_lever_is_refused(tmp_path):
+def test_an_unknown_option_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"no option 'magic'\. Known are: base; memory kept"):
         bench.run_bench("cpu", 16, 32, ["magic"], 1, 0.0, False, tmp_path / "bench.json")
 
