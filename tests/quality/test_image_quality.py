@@ -13,7 +13,6 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
-from lungddpm.generators import run_synthesize
 from lungddpm.models.published_sampling import sample_published_aas
 from lungddpm.models.sampling import make_solver, sample_aas
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas
@@ -36,6 +35,7 @@ from lungddpm.quality.image_quality import (
     shifted_lungs,
     unit_range,
 )
+from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
 WINDOW = (-1024.0, 600.0)
 
@@ -331,7 +331,7 @@ def test_a_sample_without_a_known_reference_is_refused(make_results, provenance,
 def test_samples_of_the_generators_are_understood(make_results):
     config, results = make_results(n_test=1, n_replicates=1, extras=False, arms={"controls": ["reference"]})
     cases_table, folder = results / "cases" / "cases.tsv", results / "synthetic" / "reference"
-    run_synthesize(config, "reference", cases_table, None, folder, 0, 1, folder / "samples-0.tsv", device="cpu")
+    run_synthesize(config, SynthesisJob("reference", cases_table, folder, folder / "samples-0.tsv", device="cpu"))
     run_quality(config, cases_table, [folder / "samples-0.tsv"], "reference", results / "quality.csv")
     table = pd.read_csv(results / "quality.csv")
     copy = table[(table["image"] == SYNTHETIC) & (table["region"] == "lungs")].set_index("metric")["value"]
