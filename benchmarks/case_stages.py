@@ -22,7 +22,8 @@ import psutil
 
 from lungddpm.config.loading import load_config
 from lungddpm.layouts import compose
-from lungddpm.sources import index_source, lidc, nifti
+from lungddpm.sources import lidc, nifti
+from lungddpm.sources.index import index_source
 
 INTERVAL_S = 0.01
 STAGES = {
@@ -30,7 +31,7 @@ STAGES = {
     "lungs": ((compose, "segment_lungs"), (compose, "split_lungs")),
     "vessels": ((compose, "segment_vessels"),),
     "nodules": ((compose, "find_nodules"),),
-    "model grid": ((compose, "resample_image"), (compose, "occupancy"), (compose, "place_nodules")),
+    "model grid": ((compose, "resample_image"), (compose, "occupancy"), (compose, "nodules_on_grid")),
     "write": ((compose, "write_volume"), (compose, "write_json")),
     "picture": ((compose, "draw_case"), (compose, "save")),
 }

@@ -20,7 +20,7 @@ from pydicom import dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
-from lungddpm.sources import index_source, write_index
+from lungddpm.sources.index import index_source, write_index
 from lungddpm.sources.lidc import read_xml
 
 SIDE = 32

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 import psutil
 
-from lungddpm.config.models import Config, Phantom
+from lungddpm.config.models import Config
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
@@ -37,6 +37,7 @@ from lungddpm.layouts.lungs import segment_lungs
 from lungddpm.layouts.vessels import segment_vessels
 from lungddpm.sources import Scan
 from lungddpm.sources.phantom.patient import Thorax, thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 SLICES_MM = (1.0, 1.5, 2.0, 3.0, 5.0)
 KERNELS = ("standard", "sharp", "soft", "sharp")
@@ -101,11 +102,11 @@ def measure(parameters: Phantom, seed: int) -> dict:
 
 def make_layout(truth: Thorax) -> tuple[np.ndarray, np.ndarray, Volume]:
     """Lungs and vessels (without the nodules) at the scan's resolution, and the layout on the model grid."""
-    sides = segment_lungs(truth.ct, CONFIG.layouts)
+    lungs_lr = segment_lungs(truth.ct, CONFIG.layouts)
     nodules = np.any([nodule.mask for nodule in truth.nodules], axis=0)
-    vessels = segment_vessels(truth.ct, sides) & ~nodules
-    labels = np.select([nodules, vessels, sides > 0], [Label.NODULE, Label.VESSEL, Label.LUNG]).astype(np.uint8)
-    return sides > 0, vessels, build_case(Scan(truth.ct, labels=labels), CONFIG).layout
+    vessels = segment_vessels(truth.ct, lungs_lr) & ~nodules
+    labels = np.select([nodules, vessels, lungs_lr > 0], [Label.NODULE, Label.VESSEL, Label.LUNG]).astype(np.uint8)
+    return lungs_lr > 0, vessels, build_case(Scan(truth.ct, labels=labels), CONFIG).layout
 
 
 def canonical(truth: Thorax) -> Thorax:

@@ -104,27 +104,33 @@ def init(
 
 
 @app.command(rich_help_panel=STAGES)
-def phantom(
+def simulate(
     config: ConfigFiles = DEFAULT_CONFIG,
-    output: Annotated[Path, typer.Option(help="Folder for DICOM series and reader XML.")] = RESULTS / "source",
+    output: Annotated[Path, typer.Option(help="Folder to write it to.")] = RESULTS / "source",
 ) -> None:
-    """Write the built-in phantom cohort as DICOM series (HU) with LIDC-style reader XML (pixels)."""
+    """Write the cohort of a source that makes its own (phantom: DICOM in HU, LIDC-style reader XML in pixels)."""
     from lungddpm.config.loading import load_config
-    from lungddpm.sources.phantom.cohort import run_phantom
+    from lungddpm.core.errors import ConfigError
 
-    run_phantom(load_config(*config), output)
+    settings = load_config(*config)
+    declared = settings.source.declared
+    if declared.simulate is None:
+        raise ConfigError(
+            "source.kind", f"'{declared.name}' makes no cohort of its own", "Go on with 'lungddpm index'."
+        )
+    declared.simulate(settings.source.settings, settings.seed, output)
 
 
 @app.command(rich_help_panel=STAGES)
 def index(
     config: ConfigFiles = DEFAULT_CONFIG,
     source: Annotated[Path | None, typer.Option(help="Folder of the data set; default: source.path.")] = None,
-    output: Annotated[Path, typer.Option(help="Table to write, one row a CT series.")] = RESULTS / "cases/index.tsv",
+    output: Annotated[Path, typer.Option(help="Table to write, one row per CT series.")] = RESULTS / "cases/index.tsv",
 ) -> None:
     """List every CT series of the source by its headers (sizes in voxels, spacings in mm) and assign roles."""
     from lungddpm.arms.splits import assign_roles
     from lungddpm.config.loading import load_config
-    from lungddpm.sources import index_source, write_index
+    from lungddpm.sources.index import index_source, write_index
 
     settings = load_config(*config, needs_source=source is None)
     found = index_source(settings.source.kind, _source_folder(settings, source), output.with_suffix(".cache.json"))
@@ -212,9 +218,12 @@ def train(
 
             run_estimate(settings, claimed)
             return
+        from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        run_train(settings, cases, output or RESULTS / settings.model_folder, claimed, initial, restart=restart)
+        recipe, preview = plugin(generator).training(settings)
+        folder = output or RESULTS / settings.model_folder
+        run_train(settings, recipe, preview, cases, folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -283,9 +292,9 @@ def segment_plan(
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
-    from lungddpm.segmentation.nnunet import run_plan
+    from lungddpm.segmentation.nnunet import run_plan_segmenter
 
-    run_plan(settings, arm_folder, None if arm_folder == plans_from else plans_from, threads)
+    run_plan_segmenter(settings, arm_folder, None if arm_folder == plans_from else plans_from, threads)
 
 
 @segment_app.command("train")
@@ -302,9 +311,9 @@ def segment_train(
 
     settings, threads = load_config(*config), _set_threads(threads)
     with claim_device(device) as claimed:
-        from lungddpm.segmentation.nnunet import run_train
+        from lungddpm.segmentation.nnunet import run_train_segmenter
 
-        run_train(settings, arm_folder, fold, seed, claimed, threads)
+        run_train_segmenter(settings, arm_folder, fold, seed, claimed, threads)
 
 
 @segment_app.command("predict")
@@ -410,7 +419,7 @@ def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
 ) -> None:
     """Print the verdict of a finished run and where its report lies."""
-    from lungddpm.report.page import verdict_table_text
+    from lungddpm.report.terminal import verdict_table_text
 
     typer.echo(verdict_table_text(results))
 
@@ -421,7 +430,7 @@ def export(
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
-    from lungddpm.models.checkpoint import export_published
+    from lungddpm.models.published_checkpoint import export_published
 
     export_published(weights, output)
 
@@ -448,20 +457,20 @@ def plan(
 def bench(
     size: Annotated[int, typer.Option(min=16, help="Edge of the volumes in voxels.")] = 64,
     base: Annotated[int, typer.Option(min=1, help="Base channels of the published network.")] = 64,
-    lever: Annotated[list[str] | None, typer.Option(help="Measure only this lever (and others so named).")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each lever, beside the base.")] = 3,
+    option: Annotated[list[str] | None, typer.Option(help="Measure only this option (and others so named).")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns of each option, beside the base.")] = 3,
     longest: Annotated[float, typer.Option(help="Samplings of more seconds than this are extrapolated.")] = 120.0,
     training: Annotated[bool, typer.Option(help="Measure training as well.")] = True,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = RESULTS / "bench.json",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Measure how fast the denoiser trains and samples here, with each lever: ratios to the plain module, seconds."""
+    """Measure how fast the denoiser trains and samples here, with each option: ratios to the plain module, seconds."""
     _set_threads(threads)
     with claim_device(device) as claimed:
         from lungddpm.operations.bench import run_bench
 
-        run_bench(claimed, size, base, lever or [], rounds, longest, training, output)
+        run_bench(claimed, size, base, option or [], rounds, longest, training, output)
 
 
 @config_app.command("show")
@@ -535,7 +544,7 @@ def _source_folder(settings, source: Path | None) -> Path:
     if source is not None:
         # A shell leaves --source=~/scans as it is.
         return Path(os.path.expanduser(source))
-    return RESULTS / "source" if settings.source.kind == "phantom" else settings.source.path
+    return RESULTS / "source" if settings.source.is_simulated else settings.source.path
 
 
 def _set_threads(threads: int) -> int:

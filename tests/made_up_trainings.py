@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from lungddpm.config.loading import parse_config
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
+from lungddpm.generators import plugin
 from lungddpm.models.denoiser import UNet
+from lungddpm.models.training import run_train
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +45,11 @@ def golden_denoiser() -> UNet:
             weights[key] = 1 + 0.1 * drawn if key.endswith("weight") else 0.1 * drawn
     denoiser.load_state_dict(weights)
     return denoiser.eval().requires_grad_(False)
+
+
+def train(config: GeneratorConfig[TrainedSettings], *arguments, **options) -> None:
+    """`run_train` as the command does it."""
+    run_train(config, *plugin(config.name).training(config), *arguments, **options)
 
 
 @pytest.fixture(scope="session")

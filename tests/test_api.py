@@ -10,11 +10,11 @@ import pytest
 
 import lungddpm
 from lungddpm.config.loading import parse_config
-from lungddpm.config.models import Phantom
 from lungddpm.core.errors import ConfigError, ExcludedCaseError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, write_volume
 from lungddpm.sources.phantom.patient import thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 CONFIG = parse_config({"grid": {"size": [48, 48, 48], "extent": "lungs"}})
 
@@ -70,7 +70,7 @@ def test_generators_without_weights_draw_what_they_say(case):
 
 
 def test_a_trained_generator_draws_by_its_seed(case, tmp_path):
-    from lungddpm.models.checkpoint import Metadata, save_denoiser
+    from lungddpm.models.checkpoint import Metadata, save_network
     from lungddpm.models.denoiser import build_denoiser
 
     small = {"base_channels": 8, "multipliers": [1, 2], "norm_groups": 4, "attention": False}
@@ -78,7 +78,7 @@ def test_a_trained_generator_draws_by_its_seed(case, tmp_path):
     config = parse_config({"grid": CONFIG.grid.model_dump(), "generators": {"lung_ddpm": settings}})
     own = config.for_generator("lung_ddpm")
     weights = tmp_path / "model.safetensors"
-    save_denoiser(weights, build_denoiser(own), Metadata.of(own, 1, "config", "data"))
+    save_network(weights, build_denoiser(own), Metadata.of(own, 1, "config", "data"))
 
     ct, layout = case
     first, again, other = (

@@ -28,7 +28,7 @@ def config_for(folder, **values):
 
 
 VERBS = [
-    "run", "init", "phantom", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
+    "run", "init", "simulate", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
     "segment train", "segment predict", "evaluate", "quality", "report", "verdict", "export", "config show",
     "config validate", "config schema", "doctor", "bench",
 ]  # fmt: skip
@@ -271,7 +271,7 @@ def unwritable(request, tmp_path):
 
 def test_a_full_or_read_only_folder_is_told(unwritable, tmp_path):
     config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
-    run = lungddpm("phantom", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
+    run = lungddpm("simulate", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
     assert run.returncode == 2, run.stderr
     assert "no space is left" in run.stderr or "read-only" in run.stderr
     assert "Traceback" not in run.stderr

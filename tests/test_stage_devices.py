@@ -23,7 +23,7 @@ STAGES = {
         "lungddpm.synthesis.run.run_synthesize",
         ["synthesize", "--generator", "lung_ddpm", "--weights", "model.safetensors"],
     ),
-    "segment train": ("lungddpm.segmentation.nnunet.run_train", ["segment", "train", *ARM]),
+    "segment train": ("lungddpm.segmentation.nnunet.run_train_segmenter", ["segment", "train", *ARM]),
     "segment predict": ("lungddpm.segmentation.nnunet.run_predict", ["segment", "predict", *ARM, "--output", "masks"]),
     "bench": ("lungddpm.operations.bench.run_bench", ["bench"]),
 }

@@ -6,14 +6,18 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from lungddpm.config.models import Config, Generators
 from lungddpm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lungddpm.config.models import Config
+
+_PRESETS = {path.stem: path for path in Path(__file__).with_name("presets").glob("*.yaml")}
 
 _MOVED = {
     "diffusion": "generators.lung_ddpm",
@@ -25,7 +29,7 @@ _MOVED = {
 
 
 def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
-    """Validate a merged config.
+    """Validate a merged config; where it names a preset, that one's values hold for the keys that it does not give.
 
     Args:
         values: the nested mapping, as YAML or Snakemake gives it.
@@ -34,8 +38,11 @@ def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Confi
     Raises:
         ConfigError: naming every wrong key and what it should be.
     """
+    # Here, as it reads all generators' modules: one that cannot be read is an error of the config as well.
+    from lungddpm.config.models import Config
+
     try:
-        return Config.model_validate(values)
+        return Config.model_validate(_over_preset(values))
     except ValidationError as error:
         raise ConfigError(
             origin,
@@ -77,6 +84,12 @@ def read_values(*sources: Path | str) -> dict[str, Any]:
             raise ConfigError(name, "is not a mapping of keys to values", "Start from config.yaml.")
         merged = _merge(merged, values or {})
     return merged
+
+
+def _over_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """The values over those of their preset; `published` is the defaults of the models, and has no file."""
+    file = _PRESETS.get(str(values.get("preset")))
+    return _merge(read_values(file), values) if file else values
 
 
 def _is_text(source: Path | str) -> bool:
@@ -168,6 +181,8 @@ def _explain(problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden" and path in _MOVED:
         return f"{path}: is now {_MOVED[path]}"
     if problem["type"] == "extra_forbidden" and problem["loc"][:-1] == ("generators",):
+        from lungddpm.config.models import Generators
+
         known = ", ".join(Generators.model_fields)
         return f"generators: there is no generator '{problem['loc'][-1]}'; known are {known}"
     if problem["type"] == "extra_forbidden":

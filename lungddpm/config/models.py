@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
-import pkgutil
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,13 +38,14 @@ UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(p
 """A path of the user's, in which `~` is the home folder, as in a shell."""
 
 
-def _sources() -> set[str]:
-    return {module.name for module in pkgutil.iter_modules([str(Path(__file__).parents[1] / "sources")])}
+def _sources() -> ModuleType:
+    """The contract of sources. Rooms import only rooms before them: this one comes to know the plug-ins at run time
+    alone, which import their sections from here."""
+    return importlib.import_module("lungddpm.sources")
 
 
 def _generators() -> ModuleType:
-    """The contract of generators. Rooms import only rooms before them: this one comes to know the plug-ins at run time
-    alone, which import their sections from here."""
+    """The same of generators."""
     return importlib.import_module("lungddpm.generators")
 
 
@@ -54,53 +54,56 @@ def _check_known(name: str, known: set[str], key: str) -> None:
         raise ValueError(f"{key}: there is no '{name}'; known are {', '.join(sorted(known))}")
 
 
-class Phantom(Section):
-    """The procedural thorax cohort. Used when `source.kind` is `phantom`."""
-
-    patients: PositiveInt = 24
-    """Number of patients, one CT series each."""
-    matrix: Annotated[int, Field(ge=64, le=512)] = 160
-    """Pixels along each side of an axial slice."""
-    pixel_mm: PositiveFloat = 2.2
-    """Mean pixel spacing in mm; each patient's own differs by up to 5 %."""
-    slice_mm: PositiveFloat = 3.0
-    """Slice spacing and thickness in mm."""
-    nodules: tuple[Annotated[int, Field(ge=0)], PositiveInt] = (1, 3)
-    """Fewest and most nodules a patient; with none, a patient can only be a reference that gets placed ones."""
-    nodule_diameter_mm: tuple[PositiveFloat, PositiveFloat] = (8.0, 30.0)
-    """Smallest and largest nodule diameter in mm."""
-    noise_hu: Annotated[float, Field(ge=0)] = 20.0
-    """Standard deviation of the scanner noise in HU."""
-    kernel: Literal["soft", "standard", "sharp"] = "standard"
-    """Reconstruction kernel: `sharp` edges overshoot and its noise is fine-grained, `soft` blurs both."""
-
-    @model_validator(mode="after")
-    def _ranges(self) -> Phantom:
-        for name in ("nodules", "nodule_diameter_mm"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: the smaller value comes first, got {low}, {high}")
-        if self.matrix * self.pixel_mm < 300:
-            raise ValueError(f"matrix x pixel_mm is {self.matrix * self.pixel_mm:g} mm, but a chest needs 300 or more")
-        return self
-
-
-class Source(Section):
+class _SourceKeys(Section):
     """Where the scans come from."""
 
     kind: Name = "phantom"
-    """`phantom` (built in), `lidc` (DICOM + LIDC XML) or `nifti` (folders `images/` and `labels/`)."""
     path: UserPath | None = None
-    """Folder of the data set; the phantom cohort makes its own and ignores this. A relative path starts in the working
-    directory of the run, `~` is your home folder."""
-    phantom: Phantom = Phantom()
+    """Folder of the data set; a source that simulates its patients makes its own and ignores this. A relative path
+    starts in the working directory of the run, `~` is your home folder."""
 
     @model_validator(mode="after")
-    def _known(self) -> Source:
-        _check_known(self.kind, _sources(), "source.kind")
-        if self.kind != "phantom" and self.path is None:
+    def _known(self) -> _SourceKeys:
+        _check_known(self.kind, set(_sources().names()), "source.kind")
+        if not self.is_simulated and self.path is None:
             raise ValueError(f"source.path is needed for source.kind '{self.kind}'")
         return self
+
+    @property
+    def declared(self) -> Any:
+        """What the module of this kind declares: a `lungddpm.sources.Source`."""
+        return _sources().source_of(self.kind)
+
+    @property
+    def settings(self) -> Any:
+        """The section of this kind of source; None where it has none."""
+        return getattr(self, self.kind, None)
+
+    @property
+    def is_simulated(self) -> bool:
+        """Whether the patients are not real: the source makes them."""
+        return self.declared.simulate is not None
+
+
+def _source_section() -> type[Section]:
+    """`_SourceKeys` and one section for each module in `lungddpm/sources/` that has settings."""
+    declared = [_sources().source_of(name) for name in _sources().names()]
+    kinds = "; ".join(f"`{each.name}`: {each.title}" for each in declared)
+    kind = Field(default=_SourceKeys.model_fields["kind"].default, description=f"Where scans are from. {kinds}.")
+    fields: dict[str, Any] = {"kind": (Name, kind)}
+    for each in declared:
+        if each.settings is not None:
+            fields[each.name] = (each.settings, each.settings())
+    return create_model("Source", __base__=_SourceKeys, __doc__=_SourceKeys.__doc__, **fields)
+
+
+if TYPE_CHECKING:
+
+    class Source(_SourceKeys):
+        """See below: the fields are known once the modules are."""
+
+else:
+    Source = _source_section()
 
 
 class Roles(Section):
@@ -449,6 +452,9 @@ else:
 class Config(Section):
     """Everything that decides what a run computes."""
 
+    preset: Literal["demo", "published"] = "published"
+    """What holds where a key is not given. `published`: the defaults of this page, which are the published recipe.
+    `demo`: the phantom cohort on a laptop (`lungddpm/config/presets/demo.yaml`)."""
     seed: Annotated[int, Field(ge=0)] = 1
     """Root of every random number in the run."""
     source: Source = Source()
@@ -472,6 +478,10 @@ class Config(Section):
             raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
         return self
 
+    def differences(self) -> str:
+        """All values that are not defaults, as JSON; without the preset, as these then differ from `published`."""
+        return self.model_dump_json(exclude_defaults=True, exclude={"preset"})
+
     def without_folders(self) -> Config:
         """The same for results: of the user's folders, which may tell who ran it and where, only the names."""
         external = {name: Path(folder.name) for name, folder in self.arms.external.items()}
@@ -492,7 +502,7 @@ class Config(Section):
         owners = [owner for name in names if (owner := _generators().plugin(name).weights_of) is not None]
         return list(dict.fromkeys([*names, *owners]))
 
-    def for_generator(self, name: str) -> GeneratorConfig[GeneratorSettings]:
+    def for_generator(self, name: str) -> GeneratorConfig[Any]:
         """What a generator is given of this config.
 
         Raises:

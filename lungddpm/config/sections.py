@@ -7,11 +7,9 @@ plug-ins together.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Generic, Literal, TypeGuard, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
-
-from lungddpm.core.labels import Label
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -21,13 +19,16 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 
 
-def _check_classes(classes: list[str]) -> list[str]:
+Layer = Literal["lung", "nodule", "vessel"]
+
+
+def _check_classes(classes: list[Layer]) -> list[Layer]:
     if classes not in (["lung", "nodule"], ["lung", "nodule", "vessel"]):
         raise ValueError("classes is [lung, nodule] or [lung, nodule, vessel]")
     return classes
 
 
-Classes = Annotated[list[Literal["lung", "nodule", "vessel"]], AfterValidator(_check_classes)]
+Classes = Annotated[list[Layer], AfterValidator(_check_classes)]
 
 SHARED_RUN = "main"
 """Stands for the run's name in seeds that no training decides: layouts are the same for all generators, whatever their
@@ -193,11 +194,6 @@ class GeneratorSettings(Section):
 class TrainedSettings(GeneratorSettings):
     """Settings of a generator that is trained."""
 
-    needs_nodule: ClassVar[bool] = False
-    """Whether it trains on cases with a nodule only."""
-    crop_centres: ClassVar[tuple[Label, ...]] = (Label.LUNG, Label.NODULE, Label.VESSEL)
-    """Labels that the centre of a training crop may have."""
-
     run: Name = "main"
     """Name of the run: the folder under `results/models/<generator>/`, part of every sample's seed."""
     classes: Classes = ["lung", "nodule"]
@@ -301,7 +297,20 @@ class GeneratorConfig(Generic[S]):
     settings: S
     grid: Grid
     seed: int
-    weights_from: GeneratorConfig[TrainedSettings] | None = None
+    weights_from: GeneratorConfig[Any] | None = None
+
+    @property
+    def of_weights(self) -> GeneratorConfig[Any]:
+        """The same of the generator whose weights it draws with: its own, or another's.
+
+        Raises:
+            ValueError: it draws with none.
+        """
+        if isinstance(self.settings, TrainedSettings):
+            return self
+        if self.weights_from is None:
+            raise ValueError(f"{self.name} draws without weights")
+        return self.weights_from
 
     @property
     def run(self) -> str:

@@ -21,14 +21,14 @@ from lungddpm.core.progress import LOG
 
 PACKAGE = Path(__file__).parents[1]
 STAGES: dict[str, tuple[str, ...]] = {
-    "phantom": ("lungddpm.sources.phantom.cohort:run_phantom",),
+    "simulate": ("lungddpm.sources.{name}:simulate",),
     # What a source's cache of headers depends on.
     "find_series": ("lungddpm.sources.{name}:find_series",),
     "index": (
-        "lungddpm.sources:index_source",
+        "lungddpm.sources.index:index_source",
         "lungddpm.sources.{name}:find_series",
         "lungddpm.arms.splits:assign_roles",
-        "lungddpm.sources:write_index",
+        "lungddpm.sources.index:write_index",
     ),
     "prepare": ("lungddpm.sources.{name}:load_scan", "lungddpm.layouts.compose:run_prepare"),
     "collect": ("lungddpm.layouts.collect:run_collect",),
@@ -36,23 +36,30 @@ STAGES: dict[str, tuple[str, ...]] = {
     # What the weights depend on. Not `run_train`: it also watches, saves and resumes.
     "train": (
         "lungddpm.models.data:open_cache",
-        "lungddpm.models.training:initial_denoiser",
+        "lungddpm.models.training:initial_network",
+        "lungddpm.generators.{name}:recipe",
         "lungddpm.models.optimization:Optimization",
     ),
-    "synthesize": ("lungddpm.synthesis.run:run_synthesize", "lungddpm.generators.{name}:load"),
-    "import_external": ("lungddpm.synthesis.run:run_synthesize", "lungddpm.synthesis.external:import_external"),
+    "synthesize": (
+        "lungddpm.generators.{name}:LAYOUTS",
+        "lungddpm.generators.{name}:load",
+        "lungddpm.synthesis.plan:plan_samples",
+        "lungddpm.synthesis.run:_Synthesis",
+        "lungddpm.synthesis.run:_row",
+    ),
+    "import_external": ("lungddpm.synthesis.plan:samples_wanted", "lungddpm.synthesis.external:import_external"),
     # What one sample depends on beside its layout, and what a made layout does.
     "draw": ("lungddpm.generators.{name}:load", "lungddpm.core.volume:write_volume"),
     "make_layout": (
-        "lungddpm.layouts.placement:open_bank",
+        "lungddpm.layouts.placement:open_library",
         "lungddpm.layouts.placement:read_shapes",
         "lungddpm.layouts.placement:jitter",
         "lungddpm.layouts.placement:place",
     ),
     "copy_external": ("lungddpm.synthesis.external:import_external",),
     "compose": ("lungddpm.arms.compose:run_compose",),
-    "plan": ("lungddpm.segmentation.nnunet:run_plan",),
-    # As for the denoiser: not `run_train`.
+    "plan": ("lungddpm.segmentation.nnunet:run_plan_segmenter",),
+    # As for the denoiser: not `run_train_segmenter`.
     "train_segmenter": ("lungddpm.segmentation.trainers.lungddpm_trainer:LungDDPMTrainer",),
     "predict": ("lungddpm.segmentation.nnunet:run_predict",),
     "evaluate": ("lungddpm.evaluation.segmentation:run_evaluate",),
@@ -118,7 +125,7 @@ def code_of_steps(
 
     Args:
         before: what this gave when the training ran last; empty for a new one.
-        steps_taken: from where it goes on. What held later was never saved.
+        steps_taken: from where it goes on. Entries beyond it were never saved.
         code: fingerprint of the present code.
         begin_again: how a user begins again instead, as a clause for the warning.
     """

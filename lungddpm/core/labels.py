@@ -1,4 +1,4 @@
-"""The labels of a layout: the numbers live here and nowhere else."""
+"""The labels of volumes: the numbers live here and nowhere else."""
 
 from enum import IntEnum
 
@@ -10,3 +10,7 @@ class Label(IntEnum):
     LUNG = 1
     NODULE = 2
     VESSEL = 3
+
+
+RIGHT, LEFT = 1, 2
+"""Values of a lung mask (uint8, 0 outside): the patient's right lung (larger x in RAS+) and left lung."""

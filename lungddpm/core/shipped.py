@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lungddpm.core.errors import OutputError
 
-TO_EDIT = ("config.yaml", "config", "profiles")
-"""What a user edits, of the shipped folder."""
+TO_EDIT = ("config.yaml", "config", "profiles", "workflow/schemas")
+"""What a user edits, of the shipped folder, and the schema by which an editor completes keys."""
 
 
 def shipped_folder() -> Path:

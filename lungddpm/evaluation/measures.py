@@ -122,11 +122,12 @@ class Measure:
     @property
     def head(self) -> str:
         """Head of a table's column: title, unit, and in which direction values are better."""
+        # The mark never stands on a line of its own: no-break spaces tie it to the word before.
         unit = f", {self.unit}" if self.unit else ""
-        return f"{self.title[0].upper()}{self.title[1:]}{unit} {_ARROWS[self.better]}"
+        return f"{self.title[0].upper()}{self.title[1:]}{unit}\N{NO-BREAK SPACE}{_ARROWS[self.better]}"
 
 
-_ARROWS = {"larger": "↑", "smaller": "↓", "near 0": "→ 0"}
+_ARROWS = {"larger": "↑", "smaller": "↓", "near 0": "→\N{NO-BREAK SPACE}0"}
 
 
 def _ratio(numerator: int, denominator: int) -> float:

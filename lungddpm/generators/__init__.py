@@ -14,6 +14,8 @@ load(config, weights, device) -> Generator
 and where it applies:
 
 WEIGHTS_OF: str               the generator whose weights it draws with; one that is trained has its own
+recipe(config) -> Recipe      how it is trained; required where `Settings` are `TrainedSettings`, as is
+preview(config) -> Preview    what draws a few samples while it trains
 drawing(config) -> Drawing    what a sample costs, for `lungddpm plan`; required of those that draw with weights
 PUBLISHED_AS: str             the method's name in `lungddpm/verdict/published.csv`
 
@@ -40,6 +42,7 @@ from lungddpm.core.volume import Volume
 
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import MadeLayout
+    from lungddpm.models.recipe import Preview, Recipe
 
 OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
 """Where a sample's layout is from: it is the reference's own; nodules were placed in a reference that has none; the
@@ -113,8 +116,20 @@ class Plugin:
     layouts: tuple[str, str]
     load: Callable[[GeneratorConfig[Any], Path | None, str], Generator]
     weights_of: str | None
+    recipe: Callable[[GeneratorConfig[Any]], Recipe] | None
+    preview: Callable[[GeneratorConfig[Any]], Preview] | None
     drawing: Callable[[GeneratorConfig[Any]], Drawing] | None
     published_as: str | None
+
+    def training(self, config: GeneratorConfig[TrainedSettings]) -> tuple[Recipe, Preview]:
+        """How it is trained, and what draws a few samples meanwhile.
+
+        Raises:
+            ConfigError: it is not trained.
+        """
+        if self.recipe is None or self.preview is None:
+            raise ConfigError("--generator", f"'{self.name}' is not trained", "Name a generator that is.")
+        return self.recipe(config), self.preview(config)
 
 
 def names() -> list[str]:
@@ -134,8 +149,8 @@ def plugin(name: str) -> Plugin:
     missing = [required for required in _REQUIRED if not hasattr(module, required)]
     trains = not missing and issubclass(module.Settings, TrainedSettings)
     weights_of = name if trains else getattr(module, "WEIGHTS_OF", None)
-    if weights_of is not None and not hasattr(module, "drawing"):
-        missing.append("drawing")
+    required = [*(("recipe", "preview") if trains else ()), *(("drawing",) if weights_of is not None else ())]
+    missing += [name for name in required if not hasattr(module, name)]
     if missing:
         remedy = "See docs/how-to/add-a-generator-or-source.md."
         raise ConfigError(module.__file__ or name, f"declares no {', no '.join(missing)}", remedy)
@@ -147,6 +162,8 @@ def plugin(name: str) -> Plugin:
         layouts=module.LAYOUTS,
         load=module.load,
         weights_of=weights_of,
-        drawing=getattr(module, "drawing", None),
+        recipe=module.recipe if trains else None,
+        preview=module.preview if trains else None,
+        drawing=module.drawing if weights_of is not None else None,
         published_as=getattr(module, "PUBLISHED_AS", None),
     )

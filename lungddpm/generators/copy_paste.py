@@ -70,12 +70,12 @@ def read_original(folder: CaseFolder, number: int) -> Original:
     """
     from scipy import ndimage
 
-    from lungddpm.layouts.compose import place_nodules
+    from lungddpm.layouts.compose import nodules_on_grid
     from lungddpm.layouts.placement import read_shapes
 
     ct, layout = folder.read()
     (shape,) = (shape for shape in read_shapes(folder, folder.path.name, "") if shape.number == number)
-    own = place_nodules([shape.mask], ct.affine, ct.shape) > 0
+    own = nodules_on_grid([shape.mask], ct.affine, ct.shape) > 0
     return Original(
         spline=ndimage.spline_filter(ct.array.astype(np.float32), output=np.float32),
         lung=ndimage.binary_erosion(np.isin(layout.array, [Label.LUNG, Label.NODULE])),

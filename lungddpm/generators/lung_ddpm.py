@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -12,14 +13,38 @@ from lungddpm.core.labels import Label
 from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
 from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
 
+if TYPE_CHECKING:
+    import torch
+
+    from lungddpm.models.recipe import Preview, Recipe
+
 TITLE = "Lung-DDPM: a diffusion model draws the lungs, the reference fills the rest (anatomically aware sampling)"
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
 PUBLISHED_AS = "Lung-DDPM"
 LAYOUTS = OWN, JITTERED
+PREVIEW_STEPS = 20
+"""Of the grids of samples that a training draws."""
 
 
 class Settings(DiffusionSettings):
     """Lung-DDPM: network, schedule, training, sampling; the defaults are what is published."""
+
+
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on whole volumes, or on crops around anything that the layouts name."""
+    from lungddpm.models.objectives import diffusion_recipe
+
+    return diffusion_recipe(config)
+
+
+def preview(config: GeneratorConfig[DiffusionSettings]) -> Preview:
+    """DPM-Solver++ with a few steps."""
+    from lungddpm.models.sampling import make_solver, sample_aas
+    from lungddpm.models.schedule import cosine_betas
+
+    timesteps = config.settings.timesteps
+    solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(PREVIEW_STEPS, timesteps))
+    return lambda network, *inputs: sample_aas(network, solver, *inputs)
 
 
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
@@ -62,11 +87,8 @@ def load_sampler(
     Raises:
         InputError: see `load_denoiser`.
     """
-    import torch
-
     from lungddpm.models.accelerator import make_accelerator
-    from lungddpm.models.checkpoint import load_denoiser
-    from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.published_checkpoint import load_denoiser
     from lungddpm.models.published_sampling import choose_solver, sample_published_aas
     from lungddpm.models.sampling import sample_aas, sample_free
     from lungddpm.models.schedule import cosine_betas
@@ -77,34 +99,59 @@ def load_sampler(
     solver = choose_solver(solving.sampler, solving.order, betas, solving.steps, solving.times, solving.levels)
 
     def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
-        if aas is None:
-            return sample_free(denoiser, solver, condition, generators)
-        if aas == "published":
-            return sample_published_aas(denoiser, solver, condition, reference, generators)
-        return sample_aas(denoiser, solver, condition, reference, generators, resampling)
+        with accelerator.autocast():
+            if aas is None:
+                return sample_free(denoiser, solver, condition, generators)
+            if aas == "published":
+                return sample_published_aas(denoiser, solver, condition, reference, generators)
+            return sample_aas(denoiser, solver, condition, reference, generators, resampling)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
         windows = [window_of(task.reference.array, solving, config.grid) for task in tasks]
-        references = [
-            to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
-            for task, window in zip(tasks, windows, strict=True)
-        ]
-        conditions = [condition_channels(task.layout.array, config.settings.classes) for task in tasks]
-        with accelerator.autocast():
-            drawn = sample(
-                torch.from_numpy(np.stack(conditions)).to(accelerator.device),
-                torch.from_numpy(np.stack(references)).to(accelerator.device),
-                [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks],
-            )
-        volumes = [
-            to_hu(volume[0].transpose(2, 1, 0), window)
-            for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
-        ]
+        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
         if aas != "corrected":
             return volumes
         return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
 
     return Generator(make, str(accelerator.device), solving.batch_size)
+
+
+def draw_volumes(
+    tasks: list[Task],
+    windows: Sequence[Window],
+    classes: Sequence[str],
+    sample: Callable[[torch.Tensor, torch.Tensor, list[torch.Generator]], torch.Tensor],
+    device: torch.device,
+) -> list[np.ndarray]:
+    """Whole CT volumes for tasks, with a network that was trained on `condition_channels`.
+
+    Args:
+        tasks: on grids of one size.
+        windows: for each, the HU range that the network knows as [-1, 1].
+        classes: of the layout that condition the network.
+        sample: (condition (N, C, D, H, W), reference (N, 1, D, H, W), a generator per task) -> CT (N, 1, D, H, W).
+        device: of these tensors.
+
+    Returns:
+        (x, y, z) int16 HU each.
+    """
+    import torch
+
+    from lungddpm.models.denoiser import condition_channels
+
+    references = [
+        to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
+        for task, window in zip(tasks, windows, strict=True)
+    ]
+    conditions = [condition_channels(task.layout.array, classes) for task in tasks]
+    drawn = sample(
+        torch.from_numpy(np.stack(conditions)).to(device),
+        torch.from_numpy(np.stack(references)).to(device),
+        [torch.Generator(device).manual_seed(task.seed) for task in tasks],
+    )
+    return [
+        to_hu(volume[0].transpose(2, 1, 0), window) for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
+    ]
 
 
 def window_of(hu: np.ndarray, solving: Solving, grid: Grid) -> Window:

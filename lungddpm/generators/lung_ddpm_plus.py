@@ -10,16 +10,17 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from lungddpm.config.sections import (
     Denoiser,
     DiffusionSettings,
     GeneratorConfig,
     Grid,
+    Layer,
     Name,
     PositiveInt,
     Sampling,
@@ -29,8 +30,11 @@ from lungddpm.config.sections import (
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
-from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
+from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task, lung_ddpm
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
+
+if TYPE_CHECKING:
+    from lungddpm.models.recipe import Preview, Recipe
 
 TITLE = "Lung-DDPM+: a diffusion model redraws crops around nodules of the reference"
 CITATION = (
@@ -72,15 +76,18 @@ class PlusSampling(Sampling):
     that do not count in the result keep to the reference at all noise levels."""
 
 
+def _nodules_only(classes: list[Layer]) -> list[Layer]:
+    if classes != ["nodule"]:
+        raise ValueError("classes is [nodule]")
+    return classes
+
+
 class Settings(DiffusionSettings):
     """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
 
-    needs_nodule = True
-    crop_centres = (Label.NODULE,)
-
     run: Name = "plus"
     """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
-    classes: Annotated[list[Literal["nodule"]], Field(min_length=1, max_length=1)] = ["nodule"]
+    classes: Annotated[list[Layer], AfterValidator(_nodules_only)] = ["nodule"]
     """Layout classes that condition the denoiser: nodules alone."""
     denoiser: PlusDenoiser = PlusDenoiser()
     training: PlusTraining = PlusTraining()
@@ -113,6 +120,18 @@ class Crop:
     weight: np.ndarray
 
 
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on crops around nodules."""
+    from lungddpm.models.objectives import diffusion_recipe
+
+    return diffusion_recipe(config, crop_centres=[Label.NODULE], needs_nodule=True)
+
+
+def preview(config: GeneratorConfig[Settings]) -> Preview:
+    """The nodules of a crop drawn, its rest pasted."""
+    return lung_ddpm.preview(config)
+
+
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
@@ -122,8 +141,8 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     import torch
 
     from lungddpm.models.accelerator import make_accelerator
-    from lungddpm.models.checkpoint import load_denoiser
     from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.published_checkpoint import load_denoiser
     from lungddpm.models.published_sampling import choose_solver
     from lungddpm.models.sampling import invert, redraw, sample_free
     from lungddpm.models.schedule import cosine_betas

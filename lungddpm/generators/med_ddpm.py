@@ -36,7 +36,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     Raises:
         InputError: see `load_denoiser`.
     """
-    return load_sampler(config.weights_from, config.settings.sampling, weights, device, aas=None)
+    return load_sampler(config.of_weights, config.settings.sampling, weights, device, aas=None)
 
 
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:

@@ -38,7 +38,8 @@ from lungddpm.layouts.pictures import draw_case
 from lungddpm.layouts.prior import measure_places
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
 from lungddpm.layouts.vessels import segment_vessels
-from lungddpm.sources import Scan, check_folder, module_of, read_index, reason_of
+from lungddpm.sources import Scan, source_of
+from lungddpm.sources.index import check_folder, read_index, reason_of
 
 LUNG_OCCUPANCY = 0.5
 VESSEL_OCCUPANCY = 0.25
@@ -93,12 +94,12 @@ def build_case(scan: Scan, config: Config) -> Case:
         ct = resample_upright(ct)
     numbers = number_voxels(nodules, ct.shape)
     labels = None if scan.labels is None else scan.ct.like(scan.labels).canonical().array
-    sides = _lungs(ct, labels, nodules, config)
-    vessels = _vessels(ct, labels, sides)
+    lungs_lr = _lungs(ct, labels, nodules, config)
+    vessels = _vessels(ct, labels, lungs_lr)
     vessels[numbers > 0] = False
-    found = Segmented(ct, sides, vessels, numbers)
+    found = Segmented(ct, lungs_lr, vessels, numbers)
 
-    lungs = sides > 0
+    lungs = lungs_lr > 0
     affine = model_grid(ct, config.grid.size)
     if config.grid.extent == "lungs":
         affine = model_grid(ct, config.grid.size, lungs | (numbers > 0), config.grid.margin_mm)
@@ -107,7 +108,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     layout[occupancy(ct.like(lungs), affine, config.grid.size) >= LUNG_OCCUPANCY] = Label.LUNG
     vessel_cells = occupancy(ct.like(vessels), affine, config.grid.size) >= VESSEL_OCCUPANCY
     layout[vessel_cells & (layout == Label.LUNG)] = Label.VESSEL
-    cells = place_nodules([nodule.volume_in(ct) for nodule in nodules], affine, config.grid.size)
+    cells = nodules_on_grid([nodule.volume_in(ct) for nodule in nodules], affine, config.grid.size)
     layout[cells > 0] = Label.NODULE
 
     qc = {"notes": list(scan.notes), **measure_layout(found, nodules, grid_ct.like(cells))}
@@ -115,7 +116,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     return Case(grid_ct.like(np.rint(grid_ct.array).astype(np.int16)), grid_ct.like(layout), qc, found)
 
 
-def place_nodules(masks: list[Volume], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
+def nodules_on_grid(masks: list[Volume], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
     """Give each nodule as many cells as its volume fills, at least one, where it fills them most.
 
     No two nodules share a cell; small nodules, which have less to spare, choose first. Where the fullest cells would
@@ -193,7 +194,7 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -
 
 
 def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
-    scan = module_of(row["source"]).load_scan(source, row)
+    scan = source_of(row["source"]).load_scan(source, row)
     for note in scan.notes:
         LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)
@@ -268,22 +269,22 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
     limits = config.layouts.limits
     if labels is None or not (labels == Label.LUNG).any():
         try:
-            sides = segment_lungs(ct, config.layouts)
+            lungs_lr = segment_lungs(ct, config.layouts)
         except ExcludedCaseError:
             # Lungs are looked for by their HU: where those are wrong, that is the reason to give.
             _check_hounsfield(recognised_fault(ct.array, limits))
             raise
-        _check_hounsfield(hounsfield_fault(ct.array, sides > 0, limits))
-        return sides
+        _check_hounsfield(hounsfield_fault(ct.array, lungs_lr > 0, limits))
+        return lungs_lr
     _check_hounsfield(hounsfield_fault(ct.array, labels == Label.LUNG, limits))
     lungs = (labels == Label.LUNG) | (labels == Label.VESSEL)
     for nodule in nodules:
         around, mask = surroundings(nodule, ct, CONTACT_MM)
         if touches(mask, lungs[around], ct.spacing_mm):
             nodule.paste(lungs)
-    sides = split_lungs(ct.like(lungs))
-    check_lungs(ct.like(sides), config.layouts)
-    return sides
+    lungs_lr = split_lungs(ct.like(lungs))
+    check_lungs(ct.like(lungs_lr), config.layouts)
+    return lungs_lr
 
 
 def _check_hounsfield(fault: str | None) -> None:

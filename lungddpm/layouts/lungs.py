@@ -13,10 +13,8 @@ from skimage.segmentation import watershed
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import AIR_HU, Box, Volume, bounding_box, model_grid, per_axis, resample_image
-
-RIGHT, LEFT = 1, 2
-"""Values of a lung mask: the patient's right lung (larger x in RAS+) and left lung."""
 
 _WORKING_MM = 1.4
 _SPLITTING_MM = 2.8
@@ -64,13 +62,13 @@ def segment_lungs(ct: Volume, settings: Layouts = _DEFAULTS) -> np.ndarray:
         UserError: the method needs a package or weights that cannot be had.
     """
     if settings.lungs == "classical":
-        sides = _classically(ct)
+        lungs_lr = _classically(ct)
     else:
         from lungddpm.layouts.networks import lungs_by_network
 
-        sides = ct.like(lungs_by_network(ct, settings.lungs))
-    check_lungs(sides, settings)
-    return _back(sides, ct)
+        lungs_lr = ct.like(lungs_by_network(ct, settings.lungs))
+    check_lungs(lungs_lr, settings)
+    return _back(lungs_lr, ct)
 
 
 def _classically(ct: Volume) -> Volume:
@@ -85,12 +83,12 @@ def _classically(ct: Volume) -> Volume:
     airways = _airways(hu, air, lungs, spacing)
     lungs = _lung_like(lungs & ~airways, hu, work.voxel_mm3)
     try:
-        sides = split_lungs(work.like(lungs))
+        lungs_lr = split_lungs(work.like(lungs))
     except ExcludedCaseError:
         if _holds_lung(outside, hu, spacing):
             raise _excluded(_CUT_AT_THE_SIDE) from None
         raise
-    return work.like(_close(sides, airways, spacing))
+    return work.like(_close(lungs_lr, airways, spacing))
 
 
 def split_lungs(lungs: Volume) -> np.ndarray:
@@ -121,24 +119,24 @@ def split_lungs(lungs: Volume) -> np.ndarray:
         1 + np.minimum((np.arange(n) + 0.5) * (m - 2) / n, m - 3).astype(int)
         for n, m in zip(cropped.shape, mask.shape, strict=True)
     ]
-    sides = np.zeros(lungs.shape, np.uint8)
-    sides[box] = np.where(cropped, coarse[np.ix_(*places)], 0)
-    return sides
+    lungs_lr = np.zeros(lungs.shape, np.uint8)
+    lungs_lr[box] = np.where(cropped, coarse[np.ix_(*places)], 0)
+    return lungs_lr
 
 
-def measure_lungs(sides: Volume) -> dict[str, float]:
+def measure_lungs(lungs_lr: Volume) -> dict[str, float]:
     """Figures by which lungs are judged.
 
     Args:
-        sides: `RIGHT` and `LEFT`, RAS+, with at least one voxel.
+        lungs_lr: `RIGHT` and `LEFT`, RAS+, with at least one voxel.
 
     Returns:
         `lung_litres_right`, `lung_litres_left`; `smaller_lung_share` of both lungs' volume; `end_slice_share_bottom`
         and `end_slice_share_top`, the lungs' area on the scan's end slices as a share of their greatest axial area.
     """
-    right, left = (np.count_nonzero(sides.array == side, axis=(0, 1)) for side in (RIGHT, LEFT))
+    right, left = (np.count_nonzero(lungs_lr.array == side, axis=(0, 1)) for side in (RIGHT, LEFT))
     areas = right + left
-    litre = sides.voxel_mm3 / 1e6
+    litre = lungs_lr.voxel_mm3 / 1e6
     return {
         "lung_litres_right": float(right.sum() * litre),
         "lung_litres_left": float(left.sum() * litre),
@@ -148,21 +146,21 @@ def measure_lungs(sides: Volume) -> dict[str, float]:
     }
 
 
-def check_lungs(sides: Volume, settings: Layouts) -> None:
+def check_lungs(lungs_lr: Volume, settings: Layouts) -> None:
     """Check that the scan shows both lungs from end to end, and enough of them.
 
     Args:
-        sides: see `measure_lungs`.
+        lungs_lr: see `measure_lungs`.
         settings: gives the limits.
 
     Raises:
         ExcludedCaseError: there are not two lungs, an end slice or a side of the scan cuts through them, they are too
             small or too large, or one is too small.
     """
-    found = [side for side in (RIGHT, LEFT) if (sides.array == side).any()]
+    found = [side for side in (RIGHT, LEFT) if (lungs_lr.array == side).any()]
     if len(found) < 2:
         raise _excluded("only one lung was found" if found else "no lungs were found")
-    figures, limits = measure_lungs(sides), settings.limits
+    figures, limits = measure_lungs(lungs_lr), settings.limits
     for end in ("bottom", "top"):
         if (share := figures[f"end_slice_share_{end}"]) > limits.end_slice_share:
             raise _excluded(
@@ -170,7 +168,7 @@ def check_lungs(sides: Volume, settings: Layouts) -> None:
                 f" area, more than {limits.end_slice_share:.1%} (layouts.limits.end_slice_share)"
             )
     for axis in (0, 1):
-        areas = np.count_nonzero(sides.array, axis=(1 - axis, 2))
+        areas = np.count_nonzero(lungs_lr.array, axis=(1 - axis, 2))
         if max(areas[0], areas[-1]) > limits.end_slice_share * areas.max():
             raise _excluded(_CUT_AT_THE_SIDE)
     litres = figures["lung_litres_right"] + figures["lung_litres_left"]
@@ -366,7 +364,7 @@ def _two_lungs(mask: np.ndarray, depth_mm: np.ndarray, spacing: np.ndarray) -> n
     raise _excluded("only one lung was found")
 
 
-def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.ndarray:
+def _close(lungs_lr: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.ndarray:
     """Each lung closed over vessels, hila and nodules on the pleura, its holes filled, the airways left out.
 
     A wider closing, for large nodules on the chest wall, counts only where the same lung lies further medially: at the
@@ -374,11 +372,11 @@ def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.nd
     """
     margin = np.ceil(_COSTAL_CLOSING_MM / spacing).astype(int) + 2
     # Room on every side: at the edge of the array, nothing would erode again what the dilation had added.
-    sides, airways = (np.pad(array, [(n, n) for n in margin]) for array in (sides, airways))
-    closed_sides = sides.copy()
+    lungs_lr, airways = (np.pad(array, [(n, n) for n in margin]) for array in (lungs_lr, airways))
+    all_closed = lungs_lr.copy()
     for side in (RIGHT, LEFT):
-        box = _widened(bounding_box(sides == side), margin)
-        lung = sides[box] == side
+        box = _widened(bounding_box(lungs_lr == side), margin)
+        lung = lungs_lr[box] == side
         from_medial = slice(None, None, 1 if side == RIGHT else -1)
         beyond_lung = np.logical_or.accumulate(lung[from_medial], axis=0)[from_medial]
         thickness = (1, *np.maximum(1, np.rint(_LATERAL_MM / spacing[1:])).astype(int))
@@ -387,26 +385,26 @@ def _close(sides: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.nd
         closed = lung.copy()
         for radius_mm, where in ((_CLOSING_MM, True), (_COSTAL_CLOSING_MM, beyond_lung)):
             closed |= where & (ndimage.distance_transform_edt(distance_mm <= radius_mm, spacing) > radius_mm)
-        closed = ndimage.binary_fill_holes(closed) & ~airways[box] & (closed_sides[box] == 0)
-        closed_sides[box][closed] = side
-    return closed_sides[tuple(slice(n, -n) for n in margin)]
+        closed = ndimage.binary_fill_holes(closed) & ~airways[box] & (all_closed[box] == 0)
+        all_closed[box][closed] = side
+    return all_closed[tuple(slice(n, -n) for n in margin)]
 
 
 def _widened(box: Box, margin: np.ndarray) -> Box:
     return per_axis(slice(max(0, edge.start - n), edge.stop + n) for edge, n in zip(box, margin, strict=True))
 
 
-def _back(sides: Volume, ct: Volume) -> np.ndarray:
-    """The sides on the CT's own grid, which has the same extent."""
-    if sides.shape == ct.shape:
-        return sides.array
+def _back(lungs_lr: Volume, ct: Volume) -> np.ndarray:
+    """The lungs on the CT's own grid, which has the same extent."""
+    if lungs_lr.shape == ct.shape:
+        return lungs_lr.array
     box = per_axis(
         slice(int(side.start * n / m), int(np.ceil(side.stop * n / m)))
-        for side, n, m in zip(bounding_box(sides.array > 0), ct.shape, sides.shape, strict=True)
+        for side, n, m in zip(bounding_box(lungs_lr.array > 0), ct.shape, lungs_lr.shape, strict=True)
     )
     target = ct.crop(box)
     result = np.zeros(ct.shape, np.uint8)
     for side in (RIGHT, LEFT):
-        lung = resample_image(sides.like(sides.array == side), target.affine, target.shape, outside=0.0).array
+        lung = resample_image(lungs_lr.like(lungs_lr.array == side), target.affine, target.shape, outside=0.0).array
         result[box][lung >= 0.5] = side
     return result

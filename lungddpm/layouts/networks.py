@@ -17,8 +17,8 @@ import numpy as np
 
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import UserError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import Volume
-from lungddpm.layouts.lungs import LEFT, RIGHT
 
 _LOBES = {
     "lung_upper_lobe_right": RIGHT,
@@ -49,10 +49,10 @@ def lungs_by_network(ct: Volume, name: str) -> np.ndarray:
 def _by_lungmask(ct: Volume) -> np.ndarray:
     # It takes arrays as (slice, row, column) in LPS order and gives 1 for the right lung, 2 for the left.
     found = _lungmask_model().apply(_ras_lps(ct.array).transpose(2, 1, 0))
-    sides = np.zeros(ct.shape, np.uint8)
+    lungs_lr = np.zeros(ct.shape, np.uint8)
     for label, side in ((1, RIGHT), (2, LEFT)):
-        sides[_ras_lps((found == label).transpose(2, 1, 0))] = side
-    return sides
+        lungs_lr[_ras_lps((found == label).transpose(2, 1, 0))] = side
+    return lungs_lr
 
 
 @functools.cache
@@ -94,11 +94,11 @@ def _by_totalsegmentator(ct: Volume) -> np.ndarray:
         fetch = "totalseg_download_weights -t total"
         raise _without_weights("totalsegmentator", error, fetch, "TOTALSEG_HOME_DIR") from None
     labels = np.asarray(found.dataobj)
-    sides = np.zeros(ct.shape, np.uint8)
+    lungs_lr = np.zeros(ct.shape, np.uint8)
     for label, name in class_map["total"].items():
         if name in _LOBES:
-            sides[labels == label] = _LOBES[name]
-    return sides
+            lungs_lr[labels == label] = _LOBES[name]
+    return lungs_lr
 
 
 @functools.cache

@@ -32,7 +32,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.core.volume import Volume, bounding_box, per_axis, read_volume
-from lungddpm.layouts.compose import place_nodules
+from lungddpm.layouts.compose import nodules_on_grid
 from lungddpm.layouts.prior import Prior, lies_in_lungs
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Donor:
 
 
 @dataclass(frozen=True)
-class Bank:
+class NoduleLibrary:
     """What new nodules are drawn from."""
 
     donors: tuple[Donor, ...]
@@ -152,7 +152,7 @@ class Bank:
         return {donor.case_id: donor.folder for donor in self.donors}
 
 
-def open_bank(cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool) -> Bank:
+def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool) -> NoduleLibrary:
     """The nodules of the usable discovery cases; of patients who are also tested on only where that is allowed.
 
     Only `case.json` of each case is read here.
@@ -186,7 +186,7 @@ def open_bank(cases_table: Path, table: pd.DataFrame, allow_shared_patients: boo
             "has no discovery case with a nodule in the lungs, from which new ones could be made",
             "Give roles.discovery other patients, or set synthesis.place_nodules and jitter_repeats to false.",
         )
-    return Bank(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
+    return NoduleLibrary(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
 
 
 def read_shapes(folder: cases.CaseFolder, case_id: str, patient_id: str) -> list[Shape]:
@@ -204,12 +204,12 @@ def read_shapes(folder: cases.CaseFolder, case_id: str, patient_id: str) -> list
     ]
 
 
-def place(layout: Volume, bank: Bank, settings: Synthesis, rng: np.random.Generator) -> MadeLayout:
+def place(layout: Volume, library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator) -> MadeLayout:
     """Put new nodules into a layout: as many as some discovery case has, each a real one's shape, turned and scaled.
 
     Args:
         layout: uint8 `Label`, RAS+; nodules that it has stay.
-        bank: shapes, numbers and places to draw from.
+        library: shapes, numbers and places to draw from.
         settings: `scale` is used.
         rng: of every draw.
 
@@ -217,9 +217,9 @@ def place(layout: Volume, bank: Bank, settings: Synthesis, rng: np.random.Genera
         The layout; it has fewer nodules, or none, where there is no room for more.
     """
     lungs = _Lungs(layout)
-    weights = bank.prior.weights(layout)
-    wanted = int(rng.choice(bank.counts))
-    while len(lungs.nodules) < wanted and _add(lungs, weights, bank, settings, rng):
+    weights = library.prior.weights(layout)
+    wanted = int(rng.choice(library.counts))
+    while len(lungs.nodules) < wanted and _add(lungs, weights, library, settings, rng):
         pass
     if len(lungs.nodules) < wanted:
         LOG.info("of %d nodules to be placed, %d fit into the lungs", wanted, len(lungs.nodules))
@@ -227,7 +227,7 @@ def place(layout: Volume, bank: Bank, settings: Synthesis, rng: np.random.Genera
 
 
 def jitter(
-    layout: Volume, own: Sequence[Shape], bank: Bank, settings: Synthesis, rng: np.random.Generator
+    layout: Volume, own: Sequence[Shape], library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator
 ) -> MadeLayout:
     """Move and scale the nodules of a layout; now and then one is left out (never the last), or one is added.
 
@@ -238,12 +238,12 @@ def jitter(
     Args:
         layout: uint8 `Label`, RAS+, with nodules.
         own: their shapes; their grids are parallel to the layout's.
-        bank: what an added one is drawn from.
+        library: what an added one is drawn from.
         settings: `scale` and `shift_mm` are used.
         rng: of every draw.
     """
     was = layout.array == Label.NODULE
-    cells = np.where(was, place_nodules([shape.mask for shape in own], layout.affine, layout.shape), 0)
+    cells = np.where(was, nodules_on_grid([shape.mask for shape in own], layout.affine, layout.shape), 0)
     own_cells = {number: np.argwhere(cells == number) for number in range(1, len(own) + 1)}
     kept = sorted((n for n, at in own_cells.items() if len(at)), key=lambda n: len(own_cells[n]), reverse=True)
     staying = [n for n in kept if _lung_around(layout.array, cells == n) < _LUNG_AROUND]
@@ -260,7 +260,7 @@ def jitter(
         if not _move(lungs, own[n - 1], settings, rng):
             lungs.put_back(own_cells[n], own[n - 1])
     if chance > 1 - ADD_PROBABILITY:
-        _add(lungs, bank.prior.weights(layout), bank, settings, rng)
+        _add(lungs, library.prior.weights(layout), library, settings, rng)
     return lungs.made()
 
 
@@ -375,14 +375,16 @@ class _Lungs:
         return MadeLayout(self.layout, tuple(self.nodules), self._numbers)
 
 
-def _add(lungs: _Lungs, weights: np.ndarray, bank: Bank, settings: Synthesis, rng: np.random.Generator) -> bool:
+def _add(
+    lungs: _Lungs, weights: np.ndarray, library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator
+) -> bool:
     """Put a new nodule somewhere, its place drawn by weight from those where it fits; False if none was found."""
     places = np.argwhere(weights > 0)
     log_weights = np.log(weights[weights > 0])
     for attempt in range(_SHAPES_TRIED + 1):
-        donor, scale = bank.donors[rng.integers(len(bank.donors))], _draw_scale(settings.scale, rng)
+        donor, scale = library.donors[rng.integers(len(library.donors))], _draw_scale(settings.scale, rng)
         if attempt == _SHAPES_TRIED:
-            donor, scale = min(bank.donors, key=lambda donor: donor.volume_mm3), settings.scale[0]
+            donor, scale = min(library.donors, key=lambda donor: donor.volume_mm3), settings.scale[0]
         shape = donor.shape()
         rotation, offset = Rotation.random(rng=rng), rng.uniform(-0.5, 0.5, 3)
         cells = _cells_of(shape, rotation.as_matrix(), scale, offset, lungs.layout.spacing_mm)
@@ -442,7 +444,7 @@ def _cells_of(
     reach = int(np.ceil((np.abs(corners_mm) / spacing_mm).max())) + 1
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = -(reach + offset) * spacing_mm
-    return np.argwhere(place_nodules([body], affine, (2 * reach + 1,) * 3)) - reach
+    return np.argwhere(nodules_on_grid([body], affine, (2 * reach + 1,) * 3)) - reach
 
 
 def _medial(lungs: np.ndarray) -> np.ndarray:

@@ -30,19 +30,19 @@ class Segmented:
 
     Attributes:
         ct: int16 HU, RAS+.
-        sides: uint8 of the CT's shape: 0 outside the lungs, `lungs.RIGHT`, `lungs.LEFT`.
+        lungs_lr: uint8 of the CT's shape: 0 outside the lungs, `lungs.RIGHT`, `lungs.LEFT`.
         vessels: bool of the CT's shape; no nodules.
         nodules: uint8 of the CT's shape: 0, or the number of the nodule, from 1.
     """
 
     ct: Volume
-    sides: np.ndarray
+    lungs_lr: np.ndarray
     vessels: np.ndarray
     nodules: np.ndarray
 
     def labels(self) -> np.ndarray:
         """uint8 `Label` of the CT's shape."""
-        labels = np.where(self.sides > 0, np.uint8(Label.LUNG), np.uint8(Label.BACKGROUND))
+        labels = np.where(self.lungs_lr > 0, np.uint8(Label.LUNG), np.uint8(Label.BACKGROUND))
         labels[self.vessels] = Label.VESSEL
         labels[self.nodules > 0] = Label.NODULE
         return labels
@@ -58,12 +58,12 @@ def measure_layout(found: Segmented, nodules: Sequence[Nodule], cells: Volume) -
         nodules: in the index space of `found.ct`, in the order of their numbers.
         cells: on the model grid: 0, or the number of the nodule.
     """
-    lungs = found.sides > 0
+    lungs = found.lungs_lr > 0
     figures = [_measure_nodule(found, lungs, nodule, number, cells) for number, nodule in enumerate(nodules, start=1)]
     voxels = np.array([nodule.voxels for nodule in nodules])
     near = np.array([nodule["share_in_or_touching_lungs"] for nodule in figures])
     return {
-        **{name: round(value, 4) for name, value in measure_lungs(found.ct.like(found.sides)).items()},
+        **{name: round(value, 4) for name, value in measure_lungs(found.ct.like(found.lungs_lr)).items()},
         "vessel_share_of_lungs": round(float(np.count_nonzero(found.vessels) / np.count_nonzero(lungs)), 4),
         "nodule_share_in_or_touching_lungs": round(float(voxels @ near / voxels.sum()), 3) if nodules else None,
         "n_nodules": len(nodules),

@@ -1,6 +1,6 @@
 """What the denoiser is trained on: cases decoded once into a cache on disk, and which of them a step sees.
 
-Sample i of a training (its case, crop, timestep, augmentation and noise) is a function of the seed and of i alone.
+Sample i of a training (its case, crop, noise level, augmentation and noise) is a function of the seed and of i alone.
 So the order of samples does not depend on how many processes share the work, and a resumed training needs no state
 of random generators.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Size3
+from lungddpm.config.sections import GeneratorConfig, Size3, TrainedSettings
 from lungddpm.core import cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path, exclusive_lock, fingerprint, seed_from
@@ -24,6 +24,7 @@ from lungddpm.core.volume import to_model_range
 from lungddpm.models.accelerator import send
 from lungddpm.models.augmentation import augment, draw_augmentation
 from lungddpm.models.denoiser import condition_channels
+from lungddpm.models.recipe import Batch, Objective, Recipe
 
 _CACHE_FORMAT = "z y x, int16 HU, uint8 labels"
 _ALL_HU = np.arange(-(2**15), 2**15, dtype=np.int16)
@@ -42,23 +43,6 @@ class TrainingData:
     case_ids: Sequence[str]
     ct: np.ndarray
     layout: np.ndarray
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Samples on the device that trains.
-
-    Attributes:
-        clean: (N, 1, D, H, W) float32 CT in [-1, 1].
-        condition: (N, C, D, H, W) float32, see `condition_channels`.
-        noise: standard normal, shaped like `clean`.
-        timesteps: (N,) int64 indices of the noise levels.
-    """
-
-    clean: torch.Tensor
-    condition: torch.Tensor
-    noise: torch.Tensor
-    timesteps: torch.Tensor
 
 
 def open_cache(
@@ -103,14 +87,23 @@ class SampleStream:
     Args:
         data: the cases.
         config: of the generator.
+        recipe: how it is trained.
+        objective: that of the recipe.
         device: where the tensors go. Voxels are computed there; the few numbers that steer it are drawn on the CPU.
     """
 
-    def __init__(self, data: TrainingData, config: GeneratorConfig[DiffusionSettings], device: torch.device):
+    def __init__(
+        self,
+        data: TrainingData,
+        config: GeneratorConfig[TrainedSettings],
+        recipe: Recipe,
+        objective: Objective,
+        device: torch.device,
+    ):
         self.data, self.device = data, device
-        self.training, self.timesteps = config.settings.training, config.settings.timesteps
+        self.training, self.draw_level = config.settings.training, objective.draw_level
         self.seed, self.run = config.seed, config.run
-        self.centres = config.settings.crop_centres
+        self.centres = recipe.crop_centres
         # What `to_model_range` makes of every HU, and `condition_channels` of every label, looked up on the device.
         labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
         channels = condition_channels(labels, config.settings.classes).reshape(-1, len(Label))
@@ -131,7 +124,7 @@ class SampleStream:
         crop = tuple(slice(0, size) for size in layout.shape)
         if self.training.crop is not None:
             crop = draw_crop(layout, self.training.crop, self.centres, generator)
-        timestep = torch.randint(self.timesteps, (), generator=generator)
+        level = self.draw_level(generator)
         change = draw_augmentation(self.training.augmentation, generator)
         # An affine map reaches beyond the crop.
         read = crop if change is None or change.affine is None else ...
@@ -141,7 +134,7 @@ class SampleStream:
             clean, labels = augment(clean, labels, change, crop)
         generator = torch.Generator(self.device).manual_seed(seed_from(self.seed, self.run, "noise", index))
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        return clean, self.channels_of_label[:, labels.long()], noise, send(timestep, self.device)
+        return clean, self.channels_of_label[:, labels.long()], noise, send(level, self.device)
 
     def _case(self, index: int) -> int:
         """Every case once, in random order, before any comes again."""

@@ -148,18 +148,18 @@ class UNet(nn.Module):
 
         self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), _zeroed(_convolution(channels, 1)))
 
-    def arrange(self, channels_last: bool, by_planes: bool) -> UNet:
+    def arrange(self, channels_last: bool, winograd: bool) -> UNet:
         """Choose how to compute from now on; the results stay the same up to rounding.
 
         Args:
             channels_last: keep the channels of a voxel together in memory.
-            by_planes: fewer operations through two-dimensional convolutions, see `convolve_by_planes`. Needs
+            winograd: fewer operations through two-dimensional convolutions, see `convolve_winograd`. Needs
                 `channels_last`.
         """
         self.to(memory_format=torch.channels_last_3d if channels_last else torch.contiguous_format)
         for module in self.modules():
             if isinstance(module, Convolution):
-                module.by_planes = by_planes
+                module.winograd = winograd
         return self
 
     def forward(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -300,18 +300,18 @@ class SiLUInPlace(nn.Module):
 class Convolution(nn.Conv3d):
     """Convolution of 3x3x3 or 1x1x1 voxels, which `UNet.arrange` can turn into convolutions of planes."""
 
-    by_planes = False
+    winograd = False
     bias: torch.Tensor
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
-        if not self.by_planes or self.stride != (1, 1, 1):
+        if not self.winograd or self.stride != (1, 1, 1):
             return super().forward(h)
         if self.kernel_size == (1, 1, 1):
             return _volumes(F.conv2d(_planes(h), self.weight[:, :, 0], self.bias), len(h))
-        return convolve_by_planes(h, self.weight, self.bias)
+        return convolve_winograd(h, self.weight, self.bias)
 
 
-def convolve_by_planes(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def convolve_winograd(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
     """3x3x3 convolution with padding 1, as four two-dimensional ones for two planes of the output.
 
     Minimal filtering F(2, 3) along the depth (Winograd; Lavin and Gray 2016, arXiv 1509.09308, section 4.1): two thirds
@@ -397,7 +397,7 @@ def _zeroed(layer: Layer) -> Layer:
     return layer
 
 
-def place(denoiser: UNet, device: torch.device | str) -> UNet:
+def place_on_device(denoiser: UNet, device: torch.device | str) -> UNet:
     """Move a denoiser to a device and arrange it as predicts fastest there, by what `lungddpm bench` measured."""
     on_cpu = torch.device(device).type == "cpu"
-    return denoiser.to(device).arrange(channels_last=on_cpu, by_planes=on_cpu)
+    return denoiser.to(device).arrange(channels_last=on_cpu, winograd=on_cpu)

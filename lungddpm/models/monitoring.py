@@ -14,17 +14,17 @@ import torch
 from accelerate import Accelerator
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
+from torch import nn
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
+from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core import drawing
 from lungddpm.core.files import seed_from, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
 from lungddpm.models.data import TrainingData, draw_crop
-from lungddpm.models.denoiser import UNet, condition_channels
-from lungddpm.models.sampling import make_solver, sample_aas
-from lungddpm.models.schedule import cosine_betas
+from lungddpm.models.denoiser import condition_channels
+from lungddpm.models.recipe import Preview
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 HISTORY = ["loss", "learning_rate", "seconds", "memory_mib"]
 """Figures of each optimizer step; `seconds` since the training began, the time between interruptions left out."""
 _GRID_CASES = 2
-_GRID_STEPS = 20
 _SAMPLES = ["step", "case_id", "mse"]
 
 
@@ -104,13 +103,15 @@ def grid_cases(data: TrainingData) -> list[int]:
 
 
 def draw_grid(
-    denoiser: UNet,
+    network: nn.Module,
+    preview: Preview,
     data: TrainingData,
     chosen: Sequence[int],
-    config: GeneratorConfig[DiffusionSettings],
+    config: GeneratorConfig[TrainedSettings],
+    crop_centres: Sequence[Label],
     accelerator: Accelerator,
 ) -> tuple[list[float], Figure]:
-    """Sample cases (DPM-Solver++, 20 steps, noise of its own for each case, the same at each call) and show them.
+    """Draw cases, each from noise of its own, the same at each call, and show them.
 
     A network that draws crops gets one around a voxel that its training crops may have as their centre.
 
@@ -119,8 +120,6 @@ def draw_grid(
         `grid.window_hu`; and a figure with reference, layout and sample side by side, axial, at the middle of the
         largest nodule.
     """
-    timesteps = config.settings.timesteps
-    solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(_GRID_STEPS, timesteps))
     clean, layouts, drawn, errors = [], [], [], []
     for case in chosen:
         seed = seed_from(config.seed, config.run, "grid", data.case_ids[case])
@@ -128,14 +127,13 @@ def draw_grid(
         edge = config.settings.drawn_size(config.grid)[0]
         if edge < min(data.layout[case].shape):
             chooser = torch.Generator().manual_seed(seed)
-            where = draw_crop(data.layout[case], edge, config.settings.crop_centres, chooser)
+            where = draw_crop(data.layout[case], edge, crop_centres, chooser)
         layout = data.layout[case][where]
         reference = to_model_range(data.ct[case][where], config.grid.window_hu)
         channels = condition_channels(layout.transpose(2, 1, 0), config.settings.classes)
         with accelerator.autocast():
-            volume = sample_aas(
-                denoiser,
-                solver,
+            volume = preview(
+                network,
                 torch.from_numpy(channels)[None].to(accelerator.device),
                 torch.from_numpy(reference)[None, None].to(accelerator.device),
                 [torch.Generator(accelerator.device).manual_seed(seed)],

@@ -1,4 +1,4 @@
-"""The optimization: denoiser, average (EMA) and Adam, and what one step does to them."""
+"""The optimization: network, average (EMA) and Adam, and what one step does to them."""
 
 from __future__ import annotations
 
@@ -10,38 +10,42 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Training
+from lungddpm.config.sections import GeneratorConfig, TrainedSettings, Training
 from lungddpm.models.data import SampleStream, TrainingData
-from lungddpm.models.denoiser import Stage, UNet
-from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
+from lungddpm.models.denoiser import Stage
+from lungddpm.models.recipe import Recipe
 
 
 class Optimization:
     """All that changes from step to step, on one of the processes that share a training.
 
-    The loss is the mean absolute error of the noise (arXiv 2502.15204, section III). Each process takes
-    `accumulation` of a step's forward passes; gradients and losses are means over all of them, so that n processes
-    compute what one does with n times the accumulation, up to rounding.
+    Each process takes `accumulation` of a step's forward passes; gradients and losses are means over all of them, so
+    that n processes compute what one does with n times the accumulation, up to rounding.
 
     Args:
         config: of the generator.
-        model: the denoiser with its initial weights; it is trained in place.
+        recipe: how it is trained.
+        model: the network with its initial weights; it is trained in place.
         data: the cases.
         accelerator: device, precision and processes; made with the config's `accumulation`.
     """
 
     def __init__(
-        self, config: GeneratorConfig[DiffusionSettings], model: UNet, data: TrainingData, accelerator: Accelerator
+        self,
+        config: GeneratorConfig[TrainedSettings],
+        recipe: Recipe,
+        model: nn.Module,
+        data: TrainingData,
+        accelerator: Accelerator,
     ):
         self.training, self.accelerator = config.settings.training, accelerator
-        # Gradients by planes take half as much memory again, and no less time.
-        self.model = model.to(accelerator.device).arrange(channels_last=False, by_planes=False)
-        self.average: UNet = copy.deepcopy(self.model).eval().requires_grad_(False)
-        self.samples = SampleStream(data, config, accelerator.device)
-        exact = torch.float32 if accelerator.device.type == "mps" else torch.float64  # mps has nothing finer
-        self.signal = alphas_cumprod(cosine_betas(config.settings.timesteps)).to(accelerator.device, exact)
+        self.model = model.to(accelerator.device)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.objective = recipe.objective(accelerator.device)
+        self.samples = SampleStream(data, config, recipe, self.objective, accelerator.device)
         if self.training.gradient_checkpointing:
             checkpoint_stages(self.model)
         if self.training.compile:
@@ -101,10 +105,8 @@ class Optimization:
     def _pass(self, number: int) -> torch.Tensor:
         """Forward and backward; in the last pass of a step, the weights change. Returns the loss, on the device."""
         batch = self.samples.batch(number)
-        noisy = add_noise(batch.clean, batch.noise, batch.timesteps, self.signal)
         with self.accelerator.accumulate(self.prepared):
-            predicted = self.prepared(torch.cat([noisy, batch.condition], dim=1), batch.timesteps)
-            loss = (predicted.float() - batch.noise).abs().mean()
+            loss = self.objective.loss(self.prepared, batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.gradient_clip)
@@ -128,7 +130,7 @@ def learning_rate(training: Training, step: int) -> float:
     return training.learning_rate * (1 + math.cos(math.pi * step / training.steps)) / 2
 
 
-def checkpoint_stages(model: UNet) -> None:
+def checkpoint_stages(model: nn.Module) -> None:
     """Let each stage of the network keep only its input, and compute the rest again when gradients need it."""
     for stage in model.modules():
         if isinstance(stage, Stage):

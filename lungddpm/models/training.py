@@ -1,4 +1,4 @@
-"""Training of the denoiser (arXiv 2502.15204), in one process or several, resumable at any moment.
+"""Training of a generator, in one process or several, resumable at any moment.
 
 <output>/state/step-*.pt     everything needed to go on: the newest state and the one before it
 <output>/history.csv         step, loss, learning_rate, seconds, memory_mib; one row an optimizer step
@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
@@ -24,30 +23,33 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import nn
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
+from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core import cases
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import exclusive_lock, fingerprint, seed_from, sha256_of, write_json
+from lungddpm.core.files import exclusive_lock, fingerprint, read_json, seed_from, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
-from lungddpm.models.checkpoint import Metadata, load_denoiser, read_metadata, read_weights, save_denoiser
+from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
-from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, memory_mib
 from lungddpm.models.optimization import Optimization, learning_rate
+from lungddpm.models.recipe import Preview, Recipe
 from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
 
-MEMORY_LEVERS = (
+MEMORY_OPTIONS = (
     "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
     "or lower denoiser.base_channels; 'lungddpm train --estimate' shows what is needed. A saved state is intact."
 )
 
 
 def run_train(
-    config: GeneratorConfig[DiffusionSettings],
+    config: GeneratorConfig[TrainedSettings],
+    recipe: Recipe,
+    preview: Preview,
     cases_table: Path,
     output: Path,
     device: str = "auto",
@@ -64,10 +66,12 @@ def run_train(
 
     Args:
         config: of the generator.
+        recipe: how it is trained.
+        preview: what draws the grids of samples.
         cases_table: table of cases.
         output: folder of the run.
         device: see `make_accelerator`.
-        initial: weights to start from, ours or published (see `load_denoiser`); None starts from random ones.
+        initial: weights to start from (see `Recipe.load`); None starts from random ones.
         restart: begin again whatever was saved. It is removed when the new training has saved.
 
     Raises:
@@ -77,10 +81,10 @@ def run_train(
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
     rows = cases.usable(cases.read_cases(cases_table), DISCOVERY)
-    if config.settings.needs_nodule:
+    if recipe.needs_nodule:
         rows = rows[rows["n_nodules"] > 0]
     if rows.empty:
-        what = "discovery case with a nodule" if config.settings.needs_nodule else "discovery case"
+        what = "discovery case with a nodule" if recipe.needs_nodule else "discovery case"
         raise InputError(cases_table, f"has no usable {what}", "See its columns role, status and reason.")
     if initial is not None and not initial.exists():
         raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
@@ -93,30 +97,26 @@ def run_train(
         steps=training.steps,
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
-        code=code_of_steps([], 0, stage_fingerprint("train")),
+        code=code_of_steps([], 0, stage_fingerprint("train", config.name)),
     )
-    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_LEVERS):
+    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
         if restart or not _is_complete(output / "model.safetensors", metadata):
             data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config.grid.size)
-            run = _Run(config, metadata, data, output, accelerator, initial_denoiser(config, initial))
+            model = initial_network(config, recipe, initial)
+            run = _Run(config, recipe, preview, metadata, data, output, accelerator, model)
             run.resume(restart)
             run.train()
             run.finish()
     accelerator.end_training()
 
 
-def fresh_denoiser(config: GeneratorConfig[DiffusionSettings]) -> UNet:
-    """The denoiser with the initial weights that belong to the config's seed."""
+def initial_network(config: GeneratorConfig[TrainedSettings], recipe: Recipe, weights: Path | None = None) -> nn.Module:
+    """The network that training starts from: with these weights, or with those that belong to the config's seed."""
+    if weights is not None:
+        return recipe.load(weights).train().requires_grad_(True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from(config.seed, config.run, "weights"))
-        return build_denoiser(config)
-
-
-def initial_denoiser(config: GeneratorConfig[DiffusionSettings], weights: Path | None) -> UNet:
-    """The denoiser that training starts from: with these weights, or a fresh one."""
-    if weights is None:
-        return fresh_denoiser(config)
-    return load_denoiser(weights, config).train().requires_grad_(True)
+        return recipe.build()
 
 
 class _Run:
@@ -124,14 +124,17 @@ class _Run:
 
     def __init__(
         self,
-        config: GeneratorConfig[DiffusionSettings],
+        config: GeneratorConfig[TrainedSettings],
+        recipe: Recipe,
+        preview: Preview,
         metadata: Metadata,
         data: TrainingData,
         output: Path,
         accelerator: Accelerator,
-        model: UNet,
+        model: nn.Module,
     ):
         self.config, self.training = config, config.settings.training
+        self.recipe, self.preview = recipe, preview
         self.data, self.output, self.accelerator = data, output, accelerator
         self.metadata = metadata
         self.fingerprints = {
@@ -139,7 +142,7 @@ class _Run:
             "data_fingerprint": metadata.data_fingerprint,
         }
         self.code: list[CodeFromStep] = metadata.code
-        self.optimization = Optimization(config, model, data, accelerator)
+        self.optimization = Optimization(config, recipe, model, data, accelerator)
         self.history: list[list[float]] = []
         self.under_way: list[torch.Tensor] = []
         self.stopping = False
@@ -190,7 +193,7 @@ class _Run:
             # On a network disk, a file that is still open leaves a trace until the process ends.
             shutil.rmtree(self.output / "cache", ignore_errors=True)
             metadata = replace(self.metadata, code=self.code)
-            save_denoiser(self.output / "model.safetensors", self.optimization.average, metadata)
+            save_network(self.output / "model.safetensors", self.optimization.average, metadata)
             write_json(self._record, {**self.fingerprints, "steps": metadata.steps, "code": self.code})
 
     def _newest_state(self) -> Path | None:
@@ -198,7 +201,7 @@ class _Run:
         found = newest_state(self.output / "state", self.fingerprints)
         if found is None or not self._record.exists():
             return found
-        record = json.loads(self._record.read_text(encoding="utf-8"))
+        record = read_json(self._record)
         if {**record, **self.fingerprints} != record or record["code"][-1]["code"] == self.code[-1]["code"]:
             return found
         LOG.info("%s: this training was finished by other code and is passed over", found)
@@ -230,7 +233,8 @@ class _Run:
         self._settle()
         if self.monitor is not None:
             shown = grid_cases(self.data)
-            errors, figure = draw_grid(self.optimization.average, self.data, shown, self.config, self.accelerator)
+            average, centres = self.optimization.average, self.recipe.crop_centres
+            errors, figure = draw_grid(average, self.preview, self.data, shown, self.config, centres, self.accelerator)
             names = [self.data.case_ids[case] for case in shown]
             self.monitor.add_samples(len(self.history), names, errors, figure)
 
@@ -262,7 +266,7 @@ class _Run:
         )
 
 
-def _config_fingerprint(config: GeneratorConfig[DiffusionSettings], processes: int, initial: Path | None) -> str:
+def _config_fingerprint(config: GeneratorConfig[TrainedSettings], processes: int, initial: Path | None) -> str:
     """Of all that decides what training computes, but for the code: a training under way survives its change."""
     decisive = {
         "seed": config.seed,

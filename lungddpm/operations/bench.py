@@ -1,6 +1,6 @@
-"""How fast the denoiser is, lever by lever, each beside the plain module in the same minutes.
+"""How fast the denoiser is, option by option, each beside the plain module in the same minutes.
 
-Machines are noisy and shared. So every lever gets a process of its own, which takes turns with one of the base
+Machines are noisy and shared. So every option gets a process of its own, which takes turns with one of the base
 (contiguous fp32, eager), and what is told is the median of the ratios of neighbouring turns.
 """
 
@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import torch
 from accelerate import Accelerator
+from torch import nn
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
@@ -31,10 +32,11 @@ from lungddpm.core.progress import LOG
 from lungddpm.models.accelerator import explain_out_of_memory, keep_freed_memory, make_accelerator
 from lungddpm.models.denoiser import UNet
 from lungddpm.models.monitoring import memory_mib
+from lungddpm.models.objectives import diffusion_recipe
 from lungddpm.models.optimization import Optimization
 from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas
 from lungddpm.models.schedule import cosine_betas
-from lungddpm.models.training import fresh_denoiser
+from lungddpm.models.training import initial_network
 from lungddpm.operations.estimate import count, made_up
 
 SAMPLERS = {"ddpm 250": ("ddpm", 250), "dpmsolver++ 50": ("dpmsolver++", 50), "dpmsolver++ 20": ("dpmsolver++", 20)}
@@ -47,17 +49,17 @@ _FAILURES = (RuntimeError, MemoryError)  # of a compiler, of memory, or of a pro
 _workbench: Workbench | None = None
 
 Call = Callable[..., Any]
-"""(name of a method of `Workbench`, its arguments) -> what it returns, in the process of a lever."""
+"""(name of a method of `Workbench`, its arguments) -> what it returns, in the process of an option."""
 
 
 @dataclass(frozen=True)
-class Lever:
+class Option:
     """One way to compute, or several at once; as it stands, the base.
 
     Attributes:
         keep_memory: see `keep_freed_memory`; CPU only.
         channels_last: see `UNet.arrange`.
-        by_planes: see `UNet.arrange`; CPU only.
+        winograd: see `UNet.arrange`; CPU only.
         bf16: autocast to bfloat16.
         compile: torch.compile.
         graphs: CUDA graphs, in sampling only.
@@ -66,7 +68,7 @@ class Lever:
 
     keep_memory: bool = False
     channels_last: bool = False
-    by_planes: bool = False
+    winograd: bool = False
     bf16: bool = False
     compile: bool = False
     graphs: bool = False
@@ -78,7 +80,7 @@ class Lever:
         words = {
             "memory kept": self.keep_memory,
             "channels_last_3d": self.channels_last,
-            "by planes": self.by_planes,
+            "Winograd": self.winograd,
             "bf16": self.bf16,
             "compile": self.compile,
             "CUDA graphs": self.graphs,
@@ -87,53 +89,53 @@ class Lever:
         return " + ".join(word for word, is_on in words.items() if is_on) or "base"
 
     def exists_on(self, device: str) -> bool:
-        """Whether `cpu` or `cuda` has this lever."""
-        return not (self.graphs if device == "cpu" else self.keep_memory or self.by_planes)
+        """Whether `cpu` or `cuda` has this option."""
+        return not (self.graphs if device == "cpu" else self.keep_memory or self.winograd)
 
 
-BASE = Lever()
-USED = {"cpu": Lever(keep_memory=True, channels_last=True, by_planes=True), "cuda": Lever(bf16=True)}
+BASE = Option()
+USED = {"cpu": Option(keep_memory=True, channels_last=True, winograd=True), "cuda": Option(bf16=True)}
 """What sampling uses where nothing is set (see `place`, `make_accelerator`); training is never by planes."""
-_ALL_OF_A_GPU = Lever(channels_last=True, bf16=True, compile=True, graphs=True)
-LEVERS = [
+_ALL_OF_A_GPU = Option(channels_last=True, bf16=True, compile=True, graphs=True)
+OPTIONS = [
     BASE,
-    Lever(keep_memory=True),
-    Lever(channels_last=True),
-    Lever(channels_last=True, by_planes=True),
-    Lever(bf16=True),
-    Lever(compile=True),
-    Lever(graphs=True),
-    Lever(batch=2),
-    Lever(batch=4),
+    Option(keep_memory=True),
+    Option(channels_last=True),
+    Option(channels_last=True, winograd=True),
+    Option(bf16=True),
+    Option(compile=True),
+    Option(graphs=True),
+    Option(batch=2),
+    Option(batch=4),
     USED["cpu"],
-    Lever(keep_memory=True, channels_last=True, by_planes=True, batch=2),
-    Lever(channels_last=True, bf16=True),
-    Lever(channels_last=True, bf16=True, compile=True),
+    Option(keep_memory=True, channels_last=True, winograd=True, batch=2),
+    Option(channels_last=True, bf16=True),
+    Option(channels_last=True, bf16=True, compile=True),
     _ALL_OF_A_GPU,
-    Lever(channels_last=True, bf16=True, compile=True, graphs=True, batch=4),
+    Option(channels_last=True, bf16=True, compile=True, graphs=True, batch=4),
 ]
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is told of a lever; None where it was not measured.
+    """What is reported of an option; None where it was not measured.
 
     Attributes:
-        lever: its name.
+        option: its name.
         status: `measured`, or why not.
         pass_seconds: of a forward pass in inference, a volume: median of the turns.
-        ratio: base's seconds over the lever's, a volume: median over the rounds; and the least and the most.
+        ratio: base's seconds over the option's, a volume: median over the rounds; and the least and the most.
         max_difference: of the predicted noise from the base's.
         flop_per_second: operations of the direct network (see `estimate.count`) a second.
-        matrix_fraction: that, of the rate at which the same process multiplied matrices in the lever's precision.
+        matrix_fraction: that, of the rate at which the same process multiplied matrices in the option's precision.
         training_steps_per_second: optimizer steps on `batch` volumes, forward and backward.
-        training_ratio: base's seconds over the lever's, a volume.
+        training_ratio: base's seconds over the option's, a volume.
         sampling_seconds: of each of `SAMPLERS`, a volume.
         extrapolated: those of them that were extrapolated from a few steps.
         sampling_memory_mib, training_memory_mib: the most so far: of tensors on a GPU, else of the process.
     """
 
-    lever: str
+    option: str
     status: str
     pass_seconds: float | None = None
     ratio: float | None = None
@@ -163,7 +165,7 @@ class SamplerRow:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all levers compute.
+    """What all options compute.
 
     Attributes:
         device: `cpu`, `cuda` or `cuda:<number>`.
@@ -180,13 +182,13 @@ class Problem:
         """`cpu` or `cuda`."""
         return self.device.partition(":")[0]
 
-    def config(self, lever: Lever = BASE) -> GeneratorConfig[DiffusionSettings]:
+    def config(self, option: Option = BASE) -> GeneratorConfig[DiffusionSettings]:
         """The published network and recipe, an optimizer step a forward pass."""
         training = {
-            "batch_size": lever.batch,
+            "batch_size": option.batch,
             "accumulation": 1,
-            "precision": "bf16" if lever.bf16 else "fp32",
-            "compile": lever.compile,
+            "precision": "bf16" if option.bf16 else "fp32",
+            "compile": option.compile,
         }
         settings = {"denoiser": {"base_channels": self.base_channels}, "training": training}
         values = {"grid": {"size": [self.size] * 3}, "generators": {"lung_ddpm": settings}}
@@ -203,34 +205,34 @@ def run_bench(
     training: bool,
     output: Path,
 ) -> None:
-    """Measure levers and samplers, print two tables and write them to a JSON file.
+    """Measure options and samplers, print two tables and write them to a JSON file.
 
     Args:
         device: see `make_accelerator`; CPU or CUDA.
         size: voxels an edge.
         base_channels: width of the published network.
-        names: levers to measure beside the base; all where none is named.
-        rounds: turns of each lever.
+        names: options to measure beside the base; all where none is named.
+        rounds: turns of each option.
         longest_s: samplings that would take longer are extrapolated from two steps, and the comparison of samplers on a
             small grid is left out; 0 measures none in full.
         training: whether to measure training, too.
         output: the JSON file.
 
     Raises:
-        ConfigError: the device is not there or is neither a CPU nor CUDA, the network does not fit the size, or a lever
-            is not known.
+        ConfigError: the device is not there or is neither a CPU nor CUDA, the network does not fit the size, or an
+            option is not known.
     """
-    if unknown := set(names) - {lever.name for lever in LEVERS}:
-        known = "; ".join(lever.name for lever in LEVERS)
-        raise ConfigError("--lever", f"there is no lever '{min(unknown)}'", f"Known are: {known}.")
+    if unknown := set(names) - {option.name for option in OPTIONS}:
+        known = "; ".join(option.name for option in OPTIONS)
+        raise ConfigError("--option", f"there is no option '{min(unknown)}'", f"Known are: {known}.")
     found = make_accelerator(device, "fp32").device
     problem = Problem(str(found), size, base_channels)
     if problem.kind not in _PASSES:
-        raise ConfigError("--device", f"levers of '{found.type}' are not known", "Use cpu or cuda.")
+        raise ConfigError("--device", f"options of '{found.type}' are not known", "Use cpu or cuda.")
     parameters, flop, _ = count(problem.config())
-    asked = [lever for lever in LEVERS if lever == BASE or not names or lever.name in names]
+    asked = [option for option in OPTIONS if option == BASE or not names or option.name in names]
     with explain_out_of_memory("Lower --size or --base."), _process(problem, BASE) as base:
-        rows = [_row(problem, base, lever, rounds, longest_s, training, flop) for lever in asked]
+        rows = [_row(problem, base, option, rounds, longest_s, training, flop) for option in asked]
     small = replace(problem, size=min(size, _SMALL_EDGE)) if problem.kind == "cpu" else problem
     samplers = _measure_samplers(small, rounds, longest_s)
     result = {
@@ -243,7 +245,7 @@ def run_bench(
         "parameters": parameters,
         "flop_per_pass": flop,
         "rounds": rounds,
-        "levers": [asdict(row) for row in rows],
+        "options": [asdict(row) for row in rows],
         "samplers_size": small.size,
         "samplers": [asdict(row) for row in samplers],
     }
@@ -252,21 +254,21 @@ def run_bench(
     LOG.info("Written to %s", output)
 
 
-def _row(problem: Problem, base: Call, lever: Lever, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
-    """A row of the table, also for a lever that the device does not have, or that fails."""
-    if not lever.exists_on(problem.kind):
-        return Row(lever.name, "not on this device")
+def _row(problem: Problem, base: Call, option: Option, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
+    """A row of the table, also for an option that the device does not have, or that fails."""
+    if not option.exists_on(problem.kind):
+        return Row(option.name, "not on this device")
     try:
-        with _process(problem, lever) as call:
-            return _measure(call, base, lever, rounds, longest_s, training, flop)
+        with _process(problem, option) as call:
+            return _measure(call, base, option, rounds, longest_s, training, flop)
     except _FAILURES as error:
-        LOG.warning("%s failed: %s", lever.name, _first_line(error))
-        return Row(lever.name, f"failed: {_first_line(error)}")
+        LOG.warning("%s failed: %s", option.name, _first_line(error))
+        return Row(option.name, f"failed: {_first_line(error)}")
 
 
-def ratios(base: Sequence[float], lever: Sequence[float]) -> tuple[float, float, float]:
-    """How many times faster a lever is: median, least and most of the ratios of turns that were taken side by side."""
-    of_rounds = [b / s for b, s in zip(base, lever, strict=True)]
+def ratios(base: Sequence[float], option: Sequence[float]) -> tuple[float, float, float]:
+    """How much faster an option is: median, least and most of the ratios of turns that were taken side by side."""
+    of_rounds = [b / s for b, s in zip(base, option, strict=True)]
     return statistics.median(of_rounds), min(of_rounds), max(of_rounds)
 
 
@@ -277,22 +279,22 @@ def describe(result: dict[str, Any]) -> str:
 
     console = Console(file=StringIO(), width=200, no_color=True, highlight=False)
     heads = [
-        "lever", "s/pass", "ratio", "(least-most)", "difference", "of matrix rate", "training steps/s", "ratio",
+        "option", "s/pass", "ratio", "(least-most)", "difference", "of matrix rate", "training steps/s", "ratio",
         *(f"{name}, s" for name in SAMPLERS), "MiB sampling", "MiB training",
     ]  # fmt: skip
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
     for head in heads:
-        table.add_column(head, justify="left" if head == "lever" else "right", no_wrap=head == "lever")
-    for row in result["levers"]:
+        table.add_column(head, justify="left" if head == "option" else "right", no_wrap=head == "option")
+    for row in result["options"]:
         if row["status"] != MEASURED:
-            table.add_row(row["lever"], row["status"])
+            table.add_row(row["option"], row["status"])
             continue
         spread = f"({_number(row['ratio_least'])}-{_number(row['ratio_most'])})"
         sampling = [
             ("~" if name in row["extrapolated"] else "") + _number(row["sampling_seconds"][name]) for name in SAMPLERS
         ]
         table.add_row(
-            row["lever"], _number(row["pass_seconds"]), _number(row["ratio"]), spread,
+            row["option"], _number(row["pass_seconds"]), _number(row["ratio"]), spread,
             f"{row['max_difference']:.0e}", f"{row['matrix_fraction']:.0%}", _number(row["training_steps_per_second"]),
             _number(row["training_ratio"]), *sampling, _whole(row["sampling_memory_mib"]),
             _whole(row["training_memory_mib"]),
@@ -346,31 +348,32 @@ class GraphedPredictor:
 
 
 class Workbench:
-    """A denoiser prepared as a lever says, and the clock; lives in a process of its own.
+    """A denoiser prepared as an option says, and the clock; lives in a process of its own.
 
     Args:
         problem: what to compute.
-        lever: how.
+        option: how.
     """
 
-    def __init__(self, problem: Problem, lever: Lever):
-        if lever.keep_memory:
+    def __init__(self, problem: Problem, option: Option):
+        if option.keep_memory:
             keep_freed_memory()
-        self.problem, self.lever, self.config = problem, lever, problem.config(lever)
+        self.problem, self.option, self.config = problem, option, problem.config(option)
         self.device = torch.device(problem.device)
         if problem.kind == "cuda":
             torch.cuda.set_device(self.device)
-        self.accelerator = Accelerator(cpu=problem.kind == "cpu", mixed_precision="bf16" if lever.bf16 else "no")
-        self.denoiser = self._arranged(with_numbers(fresh_denoiser(self.config))).eval().requires_grad_(False)
-        if lever.compile:
+        self.accelerator = Accelerator(cpu=problem.kind == "cpu", mixed_precision="bf16" if option.bf16 else "no")
+        self.recipe = diffusion_recipe(self.config)
+        self.denoiser = self._arranged(with_numbers(self._fresh())).eval().requires_grad_(False)
+        if option.compile:
             self.denoiser.compile(dynamic=False)
         generator = torch.Generator().manual_seed(0)
         shape = (1, 1 + len(self.config.settings.classes), *[problem.size] * 3)
-        self.noisy = torch.randn(shape, generator=generator).repeat(lever.batch, 1, 1, 1, 1).to(self.device)
-        self.timesteps = torch.full((lever.batch,), 100, device=self.device)
+        self.noisy = torch.randn(shape, generator=generator).repeat(option.batch, 1, 1, 1, 1).to(self.device)
+        self.timesteps = torch.full((option.batch,), 100, device=self.device)
         self.predict: Predictor = self.denoiser
         with torch.inference_mode(), self.accelerator.autocast():
-            if lever.graphs:
+            if option.graphs:
                 self.predict = GraphedPredictor(self.denoiser, self.noisy, self.timesteps)
             self.predicted = self.predict(self.noisy, self.timesteps).float().cpu()
         self.optimization: Optimization | None = None
@@ -384,12 +387,14 @@ class Workbench:
         passes = _PASSES[self.problem.kind]
         with torch.inference_mode(), self.accelerator.autocast():
             seconds = self._timed(lambda: [self.predict(self.noisy, self.timesteps) for _ in range(passes)])
-        return seconds / passes / self.lever.batch
+        return seconds / passes / self.option.batch
 
     def matrix_rate(self) -> float:
-        """FLOP/s of a large matrix product in the lever's precision: the best of three."""
+        """FLOP/s of a large matrix product in the option's precision: the best of three."""
         edge = _MATRIX_EDGE[self.problem.kind]
-        factor = torch.randn(edge, edge, device=self.device, dtype=torch.bfloat16 if self.lever.bf16 else torch.float32)
+        factor = torch.randn(
+            edge, edge, device=self.device, dtype=torch.bfloat16 if self.option.bf16 else torch.float32
+        )
         product = torch.empty_like(factor)
         seconds = [self._timed(lambda: torch.mm(factor, factor, out=product)) for _ in range(4)][1:]
         return 2 * edge**3 / min(seconds)
@@ -398,25 +403,25 @@ class Workbench:
         """Of sampling under AAS, a volume."""
         condition = self.noisy[:, 1:].sign()
         reference = self.noisy[:, :1].clamp(-1, 1)
-        generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(self.lever.batch)]
+        generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(self.option.batch)]
         solver = make_solver(sampler, 2, cosine_betas(self.config.settings.timesteps), steps)
 
         def draw() -> torch.Tensor:
             with self.accelerator.autocast():
                 return sample_aas(self.predict, solver, condition, reference, generators)
 
-        return self._timed(draw) / self.lever.batch
+        return self._timed(draw) / self.option.batch
 
     def training_seconds(self) -> float:
         """Of an optimizer step, a volume. The first call sets up the training and takes one step more."""
         if self.optimization is None:
             if self.problem.kind == "cuda":
                 torch.cuda.reset_peak_memory_stats()
-            model = fresh_denoiser(self.config)
-            self.optimization = Optimization(self.config, model, made_up(self.config), self.accelerator)
+            data = made_up(self.config)
+            self.optimization = Optimization(self.config, self.recipe, self._fresh(), data, self.accelerator)
             self._arranged(self.optimization.model)
             self.optimization.take_step(0)
-        return self._timed(lambda: self.optimization.take_step(1)) / self.lever.batch
+        return self._timed(lambda: self.optimization.take_step(1)) / self.option.batch
 
     def memory_mib(self) -> float:
         """See `monitoring.memory_mib`."""
@@ -427,8 +432,14 @@ class Workbench:
         free = torch.cuda.mem_get_info()[0] if self.problem.kind == "cuda" else psutil.virtual_memory().available
         return free / 2**20
 
-    def _arranged(self, denoiser: UNet) -> UNet:
-        return denoiser.to(self.device).arrange(self.lever.channels_last, self.lever.by_planes)
+    def _fresh(self) -> nn.Module:
+        return initial_network(self.config, self.recipe)
+
+    def _arranged(self, network: nn.Module) -> nn.Module:
+        network = network.to(self.device)
+        if isinstance(network, UNet):
+            network.arrange(self.option.channels_last, self.option.winograd)
+        return network
 
     def _timed(self, work: Callable[[], Any]) -> float:
         self._wait()
@@ -442,33 +453,33 @@ class Workbench:
             torch.cuda.synchronize()
 
 
-def with_numbers(denoiser: UNet) -> UNet:
-    """The denoiser with weights that let every layer count: fresh ones predict zero."""
+def with_numbers(network: nn.Module) -> nn.Module:
+    """The network with weights that let every layer count: fresh ones predict zero."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in denoiser.parameters():
+    for parameter in network.parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
         parameter.data = drawn / math.sqrt(parameter[0].numel()) if parameter.dim() > 1 else parameter.data + drawn / 10
-    return denoiser
+    return network
 
 
-def _measure(call: Call, base: Call, lever: Lever, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
-    """A row of the table: a lever's process beside the base's."""
+def _measure(call: Call, base: Call, option: Option, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
+    """A row of the table: an option's process beside the base's."""
     difference = float(np.abs(base("output") - call("output")).max())
     turns: list[tuple[float, float, float]] = []
     for number in range(rounds):
         turns.append((base("pass_seconds"), call("pass_seconds"), call("matrix_rate")))
         ratio = turns[-1][0] / turns[-1][1]
-        LOG.info("%s: round %d of %d, %.3g times the base", lever.name, number + 1, rounds, ratio)
+        LOG.info("%s: round %d of %d, %.3g times the base", option.name, number + 1, rounds, ratio)
     base_seconds, seconds, rates = zip(*turns, strict=True)
     pass_seconds = statistics.median(seconds)
     middle, least, most = ratios(base_seconds, seconds)
     sampling, extrapolated = _sampling_seconds(call, pass_seconds, longest_s)
     sampling_memory = call("memory_mib")
     training_seconds, training_ratio, training_memory = (
-        _training(call, base, lever, rounds) if training and not lever.graphs else (None, None, None)
+        _training(call, base, option, rounds) if training and not option.graphs else (None, None, None)
     )
     return Row(
-        lever=lever.name,
+        option=option.name,
         status=MEASURED,
         pass_seconds=pass_seconds,
         ratio=middle,
@@ -477,7 +488,7 @@ def _measure(call: Call, base: Call, lever: Lever, rounds: int, longest_s: float
         max_difference=difference,
         flop_per_second=flop / pass_seconds,
         matrix_fraction=flop / pass_seconds / statistics.median(rates),
-        training_steps_per_second=None if training_seconds is None else 1 / (training_seconds * lever.batch),
+        training_steps_per_second=None if training_seconds is None else 1 / (training_seconds * option.batch),
         training_ratio=training_ratio,
         sampling_seconds=sampling,
         extrapolated=extrapolated,
@@ -487,17 +498,17 @@ def _measure(call: Call, base: Call, lever: Lever, rounds: int, longest_s: float
 
 
 def _training(
-    call: Call, base: Call, lever: Lever, rounds: int
+    call: Call, base: Call, option: Option, rounds: int
 ) -> tuple[float, float, float] | tuple[None, None, None]:
     """Seconds of an optimizer step a volume, ratio to the base, MiB; None each where it is not possible."""
     try:
         base("training_seconds")
-        if lever.batch * base("memory_mib") > call("free_memory_mib"):
-            LOG.warning("%s: no training, its memory might not suffice", lever.name)
+        if option.batch * base("memory_mib") > call("free_memory_mib"):
+            LOG.warning("%s: no training, its memory might not suffice", option.name)
             return None, None, None
         turns = [(base("training_seconds"), call("training_seconds")) for _ in range(rounds)]
     except _FAILURES as error:
-        LOG.warning("%s: no training, it failed: %s", lever.name, _first_line(error))
+        LOG.warning("%s: no training, it failed: %s", option.name, _first_line(error))
         return None, None, None
     base_seconds, seconds = zip(*turns, strict=True)
     return statistics.median(seconds), ratios(base_seconds, seconds)[0], call("memory_mib")
@@ -536,16 +547,16 @@ def _measure_samplers(problem: Problem, rounds: int, longest_s: float) -> list[S
 
 
 @contextmanager
-def _process(problem: Problem, lever: Lever) -> Iterator[Call]:
+def _process(problem: Problem, option: Option) -> Iterator[Call]:
     """A process with a workbench; yields what calls its methods by name."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        pool.submit(_set_up, problem, lever).result()
+        pool.submit(_set_up, problem, option).result()
         yield lambda method, *arguments: pool.submit(_call, method, *arguments).result()
 
 
-def _set_up(problem: Problem, lever: Lever) -> None:
+def _set_up(problem: Problem, option: Option) -> None:
     global _workbench
-    _workbench = Workbench(problem, lever)
+    _workbench = Workbench(problem, option)
 
 
 def _call(method: str, *arguments: Any) -> Any:

@@ -3,39 +3,19 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import os
-import platform
 import shutil
 from pathlib import Path
 
-from lungddpm import __version__
-
-LIBRARIES = [
-    "torch", "torchvision", "nnunetv2", "diffusers", "accelerate", "snakemake", "monai", "pydicom", "SimpleITK",
-    "nibabel", "numpy", "scipy", "pandas", "scikit-image", "scikit-learn", "connected-components-3d", "matplotlib",
-    "plotly",
-]  # fmt: skip
-"""What a run needs and what its results depend on; the manifest records their versions."""
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what results depend on; missing ones are left out."""
-    found = {"lungddpm": __version__, "python": platform.python_version()}
-    for name in LIBRARIES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+from lungddpm.core.versions import LIBRARIES, installed_versions
 
 
 def describe() -> list[str]:
-    """One line a fact: versions, devices, cores, memory, disk."""
+    """One line per fact: versions, devices, cores, memory, disk."""
     import psutil
 
     memory = psutil.virtual_memory()
-    lines = [f"{name} {version}" for name, version in versions().items()]
+    lines = [f"{name} {version}" for name, version in installed_versions().items()]
     lines.append(
         f"cores: {os.cpu_count()}; memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
     )
@@ -45,10 +25,11 @@ def describe() -> list[str]:
 
 def faults() -> list[str]:
     """What would stop a run: missing libraries, a torchvision that does not load, a known bad torch."""
-    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in versions()]
+    found = installed_versions()
+    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in found]
     if problems:
         return problems
-    if versions()["torch"].startswith("2.9."):
+    if found["torch"].startswith("2.9."):
         problems.append("another torch: 2.9.* runs 3-D convolutions under autocast four times slower")
     try:
         importlib.import_module("torchvision")
@@ -58,7 +39,7 @@ def faults() -> list[str]:
 
 
 def _devices() -> list[str]:
-    if "torch" not in versions():
+    if "torch" not in installed_versions():
         return ["devices: unknown without torch"]
     import torch
 

@@ -9,21 +9,22 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
+from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
+from lungddpm.generators import plugin
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.data import TrainingData
-from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import Optimization, checkpoint_stages
-from lungddpm.models.training import MEMORY_LEVERS, fresh_denoiser
+from lungddpm.models.recipe import Recipe
+from lungddpm.models.training import MEMORY_OPTIONS, initial_network
 
 _BYTES_A_WEIGHT = 4
 _KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
 
 
-def run_estimate(config: GeneratorConfig[DiffusionSettings], device: str = "auto") -> None:
+def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto") -> None:
     """Count parameters and operations, take two steps on made-up volumes, extrapolate, and print. Writes nothing.
 
     Args:
@@ -39,8 +40,9 @@ def run_estimate(config: GeneratorConfig[DiffusionSettings], device: str = "auto
     processes = accelerator.num_processes
     operations = whole_pass * training.accumulation * processes
     LOG.info("Taking two steps of %s each", _flop(operations))
-    with explain_out_of_memory(MEMORY_LEVERS):
-        optimization = Optimization(config, fresh_denoiser(config), made_up(config), accelerator)
+    with explain_out_of_memory(MEMORY_OPTIONS):
+        recipe = recipe_of(config)
+        optimization = Optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         _, seconds = (_timed_step(optimization, step) for step in range(2))
     state_mib = parameters * _KEPT_A_WEIGHT * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
@@ -57,13 +59,18 @@ def run_estimate(config: GeneratorConfig[DiffusionSettings], device: str = "auto
     accelerator.print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))
 
 
+def recipe_of(config: GeneratorConfig[TrainedSettings]) -> Recipe:
+    """How a generator is trained."""
+    return plugin(config.name).training(config)[0]
+
+
 def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:
     """(N, D, H, W) of what a forward pass in training sees."""
     crop, batch_size = config.settings.training.crop, config.settings.training.batch_size
     return (batch_size, *(config.grid.size[::-1] if crop is None else (crop,) * 3))
 
 
-def count(config: GeneratorConfig[DiffusionSettings], shape: tuple[int, ...] | None = None) -> tuple[int, int, int]:
+def count(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...] | None = None) -> tuple[int, int, int]:
     """Parameters, floating point operations of a forward pass, and of a pass forward and backward.
 
     Multiplications and additions count apart, and only those of convolutions and matrix products do. Nothing is
@@ -73,21 +80,20 @@ def count(config: GeneratorConfig[DiffusionSettings], shape: tuple[int, ...] | N
         config: of the generator.
         shape: (N, D, H, W) of the input; by default `training_shape`.
     """
-    size, *edges = shape or training_shape(config)
+    recipe = recipe_of(config)
     with torch.device("meta"):
-        model: UNet = build_denoiser(config)
-        noisy, timesteps = torch.zeros(size, 1 + len(config.settings.classes), *edges), torch.zeros(size).long()
+        model, inputs = recipe.build(), recipe.inputs(shape or training_shape(config))
     if config.settings.training.gradient_checkpointing:
         checkpoint_stages(model)
     with FlopCounterMode(display=False) as forward:
-        predicted = model(noisy, timesteps)
+        predicted = model(*inputs)
     with FlopCounterMode(display=False) as backward:
         predicted.mean().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
 
 
-def made_up(config: GeneratorConfig[DiffusionSettings]) -> TrainingData:
+def made_up(config: GeneratorConfig[TrainedSettings]) -> TrainingData:
     """One case of noise, with every label."""
     random = np.random.default_rng(0)
     shape = (1, *config.grid.size[::-1])

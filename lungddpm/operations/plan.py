@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation, Workflow
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
+from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.arms import Arm
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
@@ -34,7 +34,8 @@ documentation): 47 of 312 TFLOP/s."""
 CPU = "cpu"
 CORE_FLOP_PER_S = 40e9
 """Of one core of a server: 55e9 in the demo's denoiser, 25e9 in its segmenters, with all that is around them."""
-LIDC_SCANS, LIDC_SLICES = 1018, 244_527
+_SCAN_VOXELS = 512**2 * 240
+"""Of a chest CT, where nothing shows the size of the scans."""
 
 _CACHE_BYTES = 3
 """Per voxel and case of a training's cache."""
@@ -63,7 +64,7 @@ class _Rate:
 
 
 _RATES = {
-    "phantom": _Rate(0.2, 1.0, memory_bytes_per_voxel=100, disk_bytes=1e5, disk_bytes_per_voxel=2),
+    "simulate": _Rate(0.2, 1.0, memory_bytes_per_voxel=100, disk_bytes=1e5, disk_bytes_per_voxel=2),
     "index": _Rate(0.1),
     "prepare": _Rate(1.5, 0.4, memory_bytes_per_voxel=36, disk_bytes=5e5),
     "collect": _Rate(0.01),
@@ -162,13 +163,13 @@ def run_plan(
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
         tables: tables that may list the scans; the first that exists is taken.
-        scans: number of scans, whatever tables say; None where a table or the config tells.
+        scans: number of scans, whatever tables say; None where a table or the source says it.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
         step_seconds: of an optimizer step on that device (of one core, on a CPU); see `measured_speed`.
         bench: what `lungddpm bench` has written; then the device is the one that it measured.
 
     Raises:
-        ConfigError: the config is wrong, the device unknown, or nothing tells how many scans there are.
+        ConfigError: the config is wrong, the device unknown, or nothing shows how many scans there are.
         InputError: a table, or the file of `bench`, cannot be read.
     """
     config = load_plan_config(*configs)
@@ -193,24 +194,20 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     Args:
         config: `source` and `roles` count.
         index: table of `lungddpm index` or `collect`; one of another kind of source is not used.
-        scans: number of scans where there is no table; None takes what the phantom's config says, or all of LIDC-IDRI.
+        scans: number of scans where there is no table; None takes what the source says.
 
     Raises:
-        ConfigError: nothing tells how many scans there are.
+        ConfigError: nothing shows how many scans there are.
     """
     if scans is None and index is not None and (known := _cohort_of_table(config, index)) is not None:
         return known
-    source = config.source
-    slices, side, origin = LIDC_SLICES / LIDC_SCANS, 512, "--cases"
-    if source.kind == "phantom":
-        # A chest is about 310 mm high.
-        slices, side, origin = 310 / source.phantom.slice_mm, source.phantom.matrix, "the config"
-        scans = scans or source.phantom.patients
-    elif scans is None and source.kind == "lidc":
-        scans, origin = LIDC_SCANS, "LIDC-IDRI as published; a table of 'lungddpm index' or --cases tells better"
-    elif scans is None:
-        raise ConfigError("--cases", "is missing, and no index tells how many scans there are", "Give the number.")
-    return Cohort(scans, side**2 * slices, **config.roles.counts(scans), origin=origin)
+    declared = config.source.declared.size
+    size = None if declared is None else declared(config.source.settings)
+    if scans is None and size is None:
+        raise ConfigError("--cases", "is missing, and no index shows how many scans there are", "Give the number.")
+    voxels = _SCAN_VOXELS if size is None else size.voxels
+    scans, origin = (size.scans, size.origin) if scans is None else (scans, "--cases")
+    return Cohort(scans, voxels, **config.roles.counts(scans), origin=origin)
 
 
 def known_speed(device: str) -> Speed:
@@ -260,7 +257,7 @@ def benchmarked_speed(path: Path) -> Speed:
     result = read_json(path, remedy)
     try:
         is_cpu = result["device"] == CPU
-        rows = {row["lever"]: row for row in result["levers"] if row["status"] == MEASURED}
+        rows = {row["option"]: row for row in result["options"] if row["status"] == MEASURED}
         row = rows.get(USED["cpu" if is_cpu else "cuda"].name) or rows[BASE.name]
         rate = row["flop_per_second"]
         if row["training_steps_per_second"]:
@@ -302,8 +299,8 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         _light("collect", 1, cohort.scans),
         _light("qc", 1, cohort.scans),
     ]
-    if config.source.kind == "phantom":
-        stages.insert(0, _light("phantom", 1, cohort.scans, cohort.voxels))
+    if config.source.is_simulated:
+        stages.insert(0, _light("simulate", 1, cohort.scans, cohort.voxels))
     costs = {}
     for trained in config.trained_generators():
         cost = costs[trained.name] = network_cost(trained)
@@ -311,7 +308,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     light = []
     for name, number in samples.items():
         declared = None if name in config.arms.external else plugin(name)
-        if declared is None or declared.drawing is None:
+        if declared is None or declared.drawing is None or declared.weights_of is None:
             light.append(name)
         else:
             drawing = declared.drawing(config.for_generator(name))
@@ -335,7 +332,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     ]
 
 
-def network_cost(config: GeneratorConfig[DiffusionSettings]) -> NetworkCost:
+def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
     """Operations and memory of the network of a generator that is trained.
 
     A step's are those of its crops, if any; a forward pass is over what the network sees when it draws.
@@ -497,17 +494,16 @@ def _patch(config: Config) -> tuple[int, int, int]:
     return network.patch if network is not None else tuple(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
 
 
-def _kept_by_network(config: GeneratorConfig[DiffusionSettings], shape: tuple[int, ...]) -> int:
+def _kept_by_network(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...]) -> int:
     """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
     import torch
 
-    from lungddpm.models.denoiser import build_denoiser
+    from lungddpm.operations.estimate import recipe_of
 
-    size, *edges = shape
+    recipe = recipe_of(config)
     with torch.device("meta"):
-        noisy = torch.zeros(size, 1 + len(config.settings.classes), *edges)
-        denoiser, timesteps = build_denoiser(config), torch.zeros(size).long()
-    return _kept_bytes(denoiser, lambda: denoiser(noisy, timesteps))
+        network, inputs = recipe.build(), recipe.inputs(shape)
+    return _kept_bytes(network, lambda: network(*inputs))
 
 
 def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:

@@ -20,7 +20,7 @@ from lungddpm.core.progress import LOG, Progress
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 _TO_MAKE_AGAIN = ".damaged"
-# What the manifest lists, what every run writes anew, and what only a training under way needs.
+# What the manifest lists, what every run writes again, and what only a training under way needs.
 _NOT_SUMMED = re.compile(
     rf"(tables|figures|logs|benchmarks)/|report\.html$|{MANIFEST}$|{SUMS}$|config\.json$|cases/index\.cache\.json$"
     r"|models/[^/]+/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"

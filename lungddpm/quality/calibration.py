@@ -15,7 +15,7 @@ import pandas as pd
 
 from lungddpm.config.models import Calibration
 from lungddpm.core.labels import Label
-from lungddpm.verdict.statistics import signed
+from lungddpm.core.text import signed
 
 LUNGS_ALONE, VESSELS, NODULES = "lungs without nodules", "vessels", "nodules"
 """Regions. The first includes vessels: denoisers that do not know where these are draw as many, but elsewhere."""

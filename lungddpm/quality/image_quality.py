@@ -24,12 +24,12 @@ from lungddpm.core.files import read_json, sha256_of, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import Progress
 from lungddpm.core.roles import DISCOVERY, REFERENCE
+from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, to_model_range
 from lungddpm.quality.calibration import compare_hu
 from lungddpm.quality.diversity import memorisation, nearest_case, pairwise_similarity
 from lungddpm.quality.feature_distances import distances_of_sets
 from lungddpm.quality.similarity import n_scales, similarities
-from lungddpm.verdict.statistics import count
 
 if TYPE_CHECKING:
     from lungddpm.quality.medicalnet import Extractor
@@ -129,7 +129,7 @@ def compare_images(
         on grids with fewer than 11 voxels an edge; the PSNR of identical images is infinite.
     """
     difference, similar = image - reference, similarities(image, reference, masks)
-    notes, rows = {"ms_ssim": count(n_scales(image.shape), "scale")}, []
+    notes, rows = {"ms_ssim": plural(n_scales(image.shape), "scale")}, []
     for region, mask in masks.items():
         values = dict.fromkeys(METRICS, math.nan)
         if mask.any():
@@ -403,7 +403,7 @@ def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[
         images = [unit_range(ct.array, window) for ct, _ in volumes]
         for region, values in pairwise_similarity(images, {WHOLE: np.ones_like(lungs), LUNGS: lungs}).items():
             pairs[region] += values
-        note = f"{count(n_scales(lungs.shape), 'scale')}, {count(len(alike), 'layout')}"
+        note = f"{plural(n_scales(lungs.shape), 'scale')}, {plural(len(alike), 'layout')}"
     return [
         {"image": SYNTHETIC, "region": region, "metric": "pairwise_ms_ssim"}
         | {"value": float(np.mean(values)) if values else math.nan, "n": len(values), "n_real": 0, "note": note}

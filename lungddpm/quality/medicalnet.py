@@ -97,12 +97,12 @@ def load_extractor(weights: Path | Literal["hub"] | None) -> Extractor:
     path = _from_hub() if weights == "hub" else weights
     with torch.device("meta"):
         network = build_network(MEDICALNET_CHANNELS)
-    state = read_weights(path, network)
+    state = read_resnet_weights(path, network)
     network.to_empty(device="cpu").load_state_dict(state, strict=False)
     return Extractor(network.eval(), MEDICALNET, sha256_of(path))
 
 
-def read_weights(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
+def read_resnet_weights(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
     """Read a file of MedicalNet's, {state_dict: {module.<key>: tensor}}; its segmentation head is left out.
 
     No code in the file is run. BatchNorm's batch counters play no role and may be missing.

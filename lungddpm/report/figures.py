@@ -32,6 +32,7 @@ from lungddpm.core.drawing import (
     oriented_slice,
     size_mm,
 )
+from lungddpm.core.text import bound, format_number, signed
 from lungddpm.core.volume import Volume
 from lungddpm.evaluation.froc import BAND_COLUMNS, RATES
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -46,7 +47,6 @@ from lungddpm.quality.image_quality import (
     SYNTHETIC,
     WHOLE,
 )
-from lungddpm.verdict.statistics import bound, signed
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")
@@ -323,7 +323,7 @@ def segmenter_curves(curves: pd.DataFrame) -> Figure:
     return figure
 
 
-def training_curve(history: pd.DataFrame) -> Figure:
+def denoiser_curve(history: pd.DataFrame) -> Figure:
     """The denoiser's training loss over optimizer steps, raw and as a running mean (log scale).
 
     Args:
@@ -362,7 +362,7 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
             axis.barh(_FLOORS, floors, **_FLOOR_BAR)
             axis.axvline(better == _AT_ONE, color="#777777", linewidth=1)
             for place, value in enumerate([*made["mean"], *floors]):
-                text = "not measured" if np.isnan(value) else f"{value:.3g}".replace("-", "−")
+                text = format_number(value, ".3g") or "not measured"
                 axis.annotate(
                     text, (1.0, place), xycoords=("axes fraction", "data"), ha="right", va="center", fontsize=7.5
                 )

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lungddpm.core.cases import excluded_alike
+from lungddpm.core.tables import DisplayTable
 
 if TYPE_CHECKING:
     import pandas as pd
 
 _SINGLY = 30
 """So many excluded cases have a row each; of more, those with reasons of a kind share one."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """A table as the page shows it: column heads and cells as text; numbers are set right."""
-
-    heads: list[str]
-    rows: list[list[str]]
-    numeric: list[bool]
 
 
 def render(template: str, **values: Any) -> str:
@@ -34,7 +25,7 @@ def render(template: str, **values: Any) -> str:
     return environment.get_template(template).render(**values)
 
 
-def show_excluded(case_table: pd.DataFrame) -> Shown | None:
+def show_excluded(case_table: pd.DataFrame) -> DisplayTable | None:
     """The excluded rows of a case table with their reasons; a row for each kind of reason where there are many; None
     where there is none."""
     excluded = case_table[case_table["status"] != "ok"].to_dict("records")
@@ -42,9 +33,9 @@ def show_excluded(case_table: pd.DataFrame) -> Shown | None:
         return None
     if len(excluded) <= _SINGLY:
         rows = [[row["case_id"], row["patient_id"], row["reason"]] for row in excluded]
-        return Shown(["case", "patient", "reason"], rows, [False] * 3)
+        return DisplayTable(["case", "patient", "reason"], rows, [False] * 3)
     rows = [
         [str(len(alike)), alike[0]["reason"], ", ".join(row["case_id"] for row in alike[:3])]
         for alike in excluded_alike(excluded)
     ]
-    return Shown(["cases", "reason of the first", "for example"], rows, [True, False, False])
+    return DisplayTable(["cases", "reason of the first", "for example"], rows, [True, False, False])

@@ -14,7 +14,9 @@ from lungddpm.config.models import Config, LayoutLimits
 from lungddpm.core import cases
 from lungddpm.core.files import read_json, write_text
 from lungddpm.core.progress import LOG
-from lungddpm.report.html import Shown, render, show_excluded
+from lungddpm.core.tables import DisplayTable
+from lungddpm.core.text import format_number
+from lungddpm.report.html import render, show_excluded
 
 UNUSUAL = 3.5
 """Modified z-score beyond which a figure is pointed out (Iglewicz & Hoaglin, Detecting outliers, 1993)."""
@@ -117,7 +119,7 @@ def run_qc(config: Config, cases_table: Path, output: Path) -> None:
             overview=_show_overview(figures, usable),
             links=[_page(name) for name in names],
             unusual=[
-                (name, _page(name), _told(figures.loc[name][flags]))
+                (name, _page(name), _figures_text(figures.loc[name][flags]))
                 for name, flags in zip(names, odd.to_numpy(), strict=True)
                 if flags.any()
             ],
@@ -153,7 +155,7 @@ def _page(case_id: str) -> str:
     return f"cases/{quote(case_id)}.html"
 
 
-def _show_checks(figures: pd.DataFrame, odd: pd.DataFrame, case_id: str, limits: LayoutLimits) -> Shown:
+def _show_checks(figures: pd.DataFrame, odd: pd.DataFrame, case_id: str, limits: LayoutLimits) -> DisplayTable:
     """A case's figures beside the limits and beside the middle half of all cases."""
     rows = []
     for check in CHECKS:
@@ -163,16 +165,18 @@ def _show_checks(figures: pd.DataFrame, odd: pd.DataFrame, case_id: str, limits:
         rows.append(
             [
                 check.name,
-                _number(figures.loc[case_id, check.name], check.form),
+                format_number(figures.loc[case_id, check.name], check.form),
                 "" if (low, high) == _NO_LIMIT else f"{low:g} to {high:g}",
                 middle,
                 "unusual" if odd.loc[case_id, check.name] else "",
             ]
         )
-    return Shown(["figure", "here", "limits", "middle half of all cases", ""], rows, [False, True, True, True, False])
+    return DisplayTable(
+        ["figure", "here", "limits", "middle half of all cases", ""], rows, [False, True, True, True, False]
+    )
 
 
-def _show_nodules(nodules: list[dict]) -> Shown | None:
+def _show_nodules(nodules: list[dict]) -> DisplayTable | None:
     if not nodules:
         return None
     rows = [
@@ -182,8 +186,8 @@ def _show_nodules(nodules: list[dict]) -> Shown | None:
             f"{nodule['equivalent_diameter_mm']:.1f}",
             f"{nodule['volume_mm3']:.0f}",
             f"{nodule['layout_volume_mm3']:.0f}",
-            _number(nodule["malignancy"], ".1f"),
-            _number(nodule["texture"], ".1f"),
+            format_number(nodule["malignancy"], ".1f"),
+            format_number(nodule["texture"], ".1f"),
             "yes" if nodule["touches_pleura"] else "no",
             "yes" if nodule["touches_vessel"] else "no",
             nodule["notes"],
@@ -192,24 +196,20 @@ def _show_nodules(nodules: list[dict]) -> Shown | None:
     ]
     heads = ["nodule", "readers", "diameter, mm", "volume, mm³", "in the layout, mm³", "malignancy", "texture",
              "at the pleura", "at a vessel", "notes"]  # fmt: skip
-    return Shown(heads, rows, [True] * 7 + [False] * 3)
+    return DisplayTable(heads, rows, [True] * 7 + [False] * 3)
 
 
-def _show_overview(figures: pd.DataFrame, usable: pd.DataFrame) -> Shown:
+def _show_overview(figures: pd.DataFrame, usable: pd.DataFrame) -> DisplayTable:
     rows = [
-        [name, row["role"], str(row["n_nodules"]), *(_number(figures.loc[name, c.name], c.form) for c in CHECKS)]
+        [name, row["role"], str(row["n_nodules"]), *(format_number(figures.loc[name, c.name], c.form) for c in CHECKS)]
         for name, (_, row) in zip(figures.index, usable.iterrows(), strict=True)
     ]
-    return Shown(
+    return DisplayTable(
         ["case", "role", "nodules", *(check.name for check in CHECKS)],
         rows,
         [False, False, *[True] * (1 + len(CHECKS))],
     )
 
 
-def _told(figures: pd.Series) -> str:
+def _figures_text(figures: pd.Series) -> str:
     return "; ".join(f"{name}: {value:.3g}" for name, value in figures.items())
-
-
-def _number(value: float | None, form: str) -> str:
-    return "" if value is None or np.isnan(value) else format(value, form)

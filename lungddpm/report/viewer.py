@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import gzip
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import cc3d
@@ -17,6 +18,8 @@ import numpy as np
 from plotly import graph_objects
 from plotly.subplots import make_subplots
 
+from lungddpm.config.models import Config
+from lungddpm.core import cases
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -27,7 +30,8 @@ from lungddpm.core.drawing import (
     inner_voxel,
 )
 from lungddpm.core.labels import Label
-from lungddpm.quality.image_quality import Sample
+from lungddpm.quality.image_quality import SYNTHETIC, Sample, list_samples, read_sample, reference_of
+from lungddpm.verdict.tables import quality_files, read_csv
 
 PANELS = ("reference CT", "layout", "synthetic CT", "synthetic − reference")
 _OUTLINED = (0, 2)
@@ -42,7 +46,7 @@ _PANEL = (1 - _BAR - _GAP * (len(PANELS) - 1)) / len(PANELS)
 
 
 @dataclass(frozen=True)
-class ShownSample:
+class DisplaySample:
     """A sample to look through, and why this one."""
 
     generator: str
@@ -51,7 +55,51 @@ class ShownSample:
     sample: Sample
 
 
-def viewer_values(shown: list[ShownSample], limit_bytes: int = _LIMIT_BYTES) -> dict[str, Any] | None:
+def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
+    """Of every generator a typical sample, then of every generator one of its worst."""
+    ranked = {generator: ranked_samples(results, generator) for generator in config.arms.largest_doses()}
+    several = {name: folders for name, folders in ranked.items() if len(folders) > 1}
+    chosen = [(name, folders[0], "") for name, folders in ranked.items() if len(folders) == 1]
+    chosen += [(name, folders[len(folders) // 2], "median error in the lungs") for name, folders in several.items()]
+    chosen += [(name, folders[-1], "largest error in the lungs") for name, folders in several.items()]
+    return [
+        DisplaySample(generator, folder.path.name, why, read_sample(folder, results / "cases" / cases.CASES))
+        for generator, folder, why in chosen
+    ]
+
+
+def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
+    """The first sample of each generator, of those that have a reference to stand beside."""
+    first = {}
+    for one in shown:
+        if one.sample.reference is not None:
+            first.setdefault(one.generator, one)
+    return list(first.values())
+
+
+def ranked_samples(results: Path, generator: str) -> list[cases.CaseFolder]:
+    """Folders of the samples that can be judged by eye beside a reference, by squared error in the lungs: those with
+    the reference's own nodules, if any has, else those with a nodule.
+
+    Without measured image quality only the first sample with a nodule.
+    """
+    samples = list_samples(sorted((results / "synthetic" / generator).glob("samples-*.tsv")))
+    folders = samples[samples["n_nodules"] > 0].set_index("case_id")["folder"]
+    folders = folders[[reference_of(folder) is not None for folder in folders]]
+    if folders.empty:
+        return []
+    if path := quality_files(results, [generator]).get(generator):
+        quality = read_csv(path)
+        mse = quality[(quality["image"] == SYNTHETIC) & (quality["metric"] == "mse")]
+        mse = mse[mse["case_id"].isin(folders.index)].pivot(index="case_id", columns="region", values="value")
+        # Beside a reference whose nodules are elsewhere, a sample says little: those with its own layout come first.
+        own = mse[mse["nodules"].notna()]
+        if len(ranked := (mse if own.empty else own).sort_values("lungs").index):
+            return folders[ranked].tolist()
+    return folders.iloc[:1].tolist()
+
+
+def viewer_values(shown: list[DisplaySample], limit_bytes: int = _LIMIT_BYTES) -> dict[str, Any] | None:
     """What `viewer.html.jinja` needs.
 
     Args:
@@ -117,7 +165,7 @@ def list_nodules(sample: Sample) -> list[dict[str, Any]]:
     return sorted(nodules, key=lambda nodule: -nodule["volume_mm3"])
 
 
-def _pack(one: ShownSample) -> tuple[dict[str, Any], dict[str, str]]:
+def _pack(one: DisplaySample) -> tuple[dict[str, Any], dict[str, str]]:
     """A sample as the page holds it: what describes it, and its volumes by the names that the description uses.
 
     Outside the lungs most generators copy the reference: the difference packs better than the synthetic CT, which

@@ -51,7 +51,7 @@ _LOGGED_EPOCH = re.compile(r"Epoch (\d+) \n(?:.*\n)?.*train_loss (-?\d+\.\d+)")
 TRAINERS = Path(__file__).parent / "trainers"
 
 
-def run_plan(config: Config, arm_dir: Path, plans_from: Path | None = None, processes: int = 1) -> None:
+def run_plan_segmenter(config: Config, arm_dir: Path, plans_from: Path | None = None, processes: int = 1) -> None:
     """Fingerprint, plan and preprocess an arm; with `plans_from`, take fingerprint and plans from that arm.
 
     Writes `plan.json` last; does nothing where that already describes this arm under this config.
@@ -138,7 +138,9 @@ def small_configuration(planned: dict, transpose_forward: list[int], network: Ne
     }
 
 
-def run_train(config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1) -> None:
+def run_train_segmenter(
+    config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1
+) -> None:
     """Train one replicate of an arm for `segmentation.steps` optimizer steps, or go on where a killed run stopped.
 
     The random seed depends on the run's seed, the replicate's seed and the fold, not on the arm: replicates of
@@ -198,7 +200,7 @@ def run_predict(
         seed: seed of the replicate.
         cases_table: table of the real cases, with roles.
         output: folder for the masks.
-        device: as for `run_train`.
+        device: as for `run_train_segmenter`.
         processes: threads that nnU-Net may use at most.
 
     Raises:
@@ -246,7 +248,7 @@ def weights_file(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
     return fold_folder(arm_dir, fold, seed) / _FINAL
 
 
-def training_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float]]:
+def segmenter_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float]]:
     """Optimizer step and mean training loss (nnU-Net's: cross-entropy minus soft Dice) at every saved state of a
     replicate, from nnU-Net's logs; empty where there are none."""
     losses = {}
@@ -464,11 +466,11 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
 
     Raises:
-        InputError: the arm is not planned, was composed anew since, or has no such fold.
+        InputError: the arm is not planned, was composed again since, or has no such fold.
     """
     plan, arm = _read_plan(arm_dir), _read_arm(arm_dir)
     if plan["arm_fingerprint"] != arm["fingerprint"]:
-        raise InputError(arm_dir, "was composed anew since it was planned", "Run 'lungddpm segment plan' again.")
+        raise InputError(arm_dir, "was composed again after it was planned", "Run 'lungddpm segment plan' again.")
     if fold >= (n_folds := len(arm["folds"])):
         raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation

@@ -1,7 +1,7 @@
 """NIfTI: CT in Hounsfield units in `images/`, labels in `labels/`, under the same file name.
 
 nnU-Net's channel suffix on the image (`case_0000.nii.gz` with the label `case.nii.gz`) is accepted too. The stem names
-the case and the patient: one scan a patient.
+the case and the patient: one scan per patient.
 """
 
 from __future__ import annotations
@@ -30,10 +30,14 @@ from lungddpm.core.volume import (
     tilt_degrees,
     upright_grid,
 )
-from lungddpm.sources import Cache, Scan, Series, case_ids, reason_of
+from lungddpm.sources import Scan, Series
+from lungddpm.sources.index import Cache, case_ids, reason_of
 
 if TYPE_CHECKING:
     import pandas as pd
+
+TITLE = "chest CT as NIfTI, in folders `images/` and `labels/`"
+CITATION = "None: cite the data set."
 
 _SUFFIXES = (".nii.gz", ".nii")
 _CHANNEL = "_0000"
@@ -42,9 +46,9 @@ _NORMALISED_RANGE = 60.0
 
 
 def find_series(path: Path, cache: Cache) -> list[Series]:
-    """One series an image, from the headers of image and label; labels without an image have a row as well.
+    """One series per image, from the headers of image and label; labels without an image have a row as well.
 
-    `n_nodules` is unknown: how many nodules the labels hold, no header tells.
+    `n_nodules` is unknown: how many nodules the labels hold, no header shows.
     """
     images = [file for file in sorted((path / "images").glob("[!.]*")) if file.name.endswith(_SUFFIXES)]
     labels = {image: _label_of(path, image) for image in images}

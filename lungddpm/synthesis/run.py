@@ -27,7 +27,7 @@ from lungddpm.synthesis.plan import PlannedSample, plan_samples, samples_wanted
 from lungddpm.synthesis.records import is_complete
 
 if TYPE_CHECKING:
-    from lungddpm.layouts.placement import Bank
+    from lungddpm.layouts.placement import NoduleLibrary
 
 
 @dataclass(frozen=True)
@@ -102,12 +102,12 @@ class _Synthesis:
         self.config, self.job, self.planned = config, job, planned
         self.plugin, self.of_generator = plugin(job.generator), config.for_generator(job.generator)
         self.weights = _weights_for(self.plugin, job.weights)
-        self.bank: Bank | None = None
+        self.library: NoduleLibrary | None = None
         if any(sample.layout_origin != OWN for sample in planned):
             # Placement imports scipy, which light commands do without.
-            from lungddpm.layouts.placement import open_bank
+            from lungddpm.layouts.placement import open_library
 
-            self.bank = open_bank(job.cases_table, real_cases, config.roles.allow_shared_patients)
+            self.library = open_library(job.cases_table, real_cases, config.roles.allow_shared_patients)
 
     def make_missing(self) -> None:
         """Make what is not complete already."""
@@ -154,12 +154,12 @@ class _Synthesis:
 
     def _layout_inputs(self, sample: PlannedSample, reference: CaseFolder) -> str | None:
         """Fingerprint of what decides a made layout besides its seed and the reference's own; None for `OWN`."""
-        if sample.layout_origin == OWN or self.bank is None:
+        if sample.layout_origin == OWN or self.library is None:
             return None
         inputs = {
             "synthesis": self.config.synthesis,
             "code": stage_fingerprint("make_layout"),
-            "bank": self.bank.fingerprint,
+            "library": self.library.fingerprint,
         }
         if sample.layout_origin == JITTERED:
             inputs["nodules"] = _hash_nodules(reference.nodules)
@@ -189,23 +189,23 @@ class _Synthesis:
         """What the plan asks for, its layout made."""
         folder = cases.folder_of(self.job.cases_table, sample.reference)
         ct, own = folder.read()
-        if sample.layout_origin == OWN or self.bank is None:
+        if sample.layout_origin == OWN or self.library is None:
             return Task(ct, own, sample.seed)
         from lungddpm.layouts.placement import jitter, place, read_shapes
 
         rng, case_id = np.random.default_rng(sample.layout_seed), sample.reference["case_id"]
         if sample.layout_origin == JITTERED:
             shapes = read_shapes(folder, case_id, sample.reference["patient_id"])
-            made = jitter(own, shapes, self.bank, self.config.synthesis, rng)
+            made = jitter(own, shapes, self.library, self.config.synthesis, rng)
         else:
-            made = place(own, self.bank, self.config.synthesis, rng)
+            made = place(own, self.library, self.config.synthesis, rng)
         if not made.nodules:
             raise InputError(
                 folder.layout,
                 "has no room in its lungs for any nodule of the discovery cases",
                 "Lower synthesis.scale, or name other patients in roles.reference.",
             )
-        return Task(ct, made.layout, sample.seed, made, {**self.bank.folders, case_id: folder})
+        return Task(ct, made.layout, sample.seed, made, {**self.library.folders, case_id: folder})
 
 
 def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -> tuple[list[_Missing], list[_Missing]]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lungddpm.verdict.statistics import POWER, count
+from lungddpm.core.text import plural
+from lungddpm.verdict.statistics import POWER
 
 
 @dataclass(frozen=True)
@@ -55,4 +56,4 @@ def _why_not(rows: pd.DataFrame) -> str:
         return "with one replicate, how much training runs scatter is not known"
     if rows["standard_error"].eq(0).all():
         return "every case scored the same in all arms"
-    return f"{count(int(rows['n_cases'].max()), 'test case')} are too few"
+    return f"{plural(int(rows['n_cases'].max()), 'test case')} are too few"

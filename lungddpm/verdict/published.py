@@ -39,7 +39,7 @@ _SQUARED = (
 )
 _OTHER_MACHINE = "sampling time depends on the machine and the grid, which differ"
 _NOT_MEASURED = "not measured in this run"
-_PHANTOMS = "the patients of this run are computed phantoms"
+_SIMULATED = "the patients of this run are simulated"
 
 
 def published_figures() -> pd.DataFrame:
@@ -68,7 +68,7 @@ def published_comparison(
     verdict: pd.DataFrame,
     image_quality: pd.DataFrame | None = None,
     seconds_per_volume: dict[str, float] | None = None,
-    phantoms: bool = False,
+    simulated: bool = False,
 ) -> pd.DataFrame:
     """Published figures and this run's, row by row.
 
@@ -76,7 +76,7 @@ def published_comparison(
         verdict: rows of `verdict.csv`.
         image_quality: rows of `image_quality.csv`, if measured.
         seconds_per_volume: mean sampling time by generator, if known.
-        phantoms: the run's patients are computed, so that nothing compares.
+        simulated: the run's patients are not real, so that nothing compares.
 
     Returns:
         The published rows with: published_change (against real only), arm (or generator) of this run that comes
@@ -104,8 +104,8 @@ def published_comparison(
             row |= _quality(figure, image_quality)
         else:
             row |= _sampling(figure, seconds_per_volume or {})
-        if phantoms and row["arm"]:
-            row |= {"comparable": "no", "why_not": _PHANTOMS}
+        if simulated and row["arm"]:
+            row |= {"comparable": "no", "why_not": _SIMULATED}
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -41,6 +41,8 @@ from typing import Literal
 import numpy as np
 from scipy import special, stats
 
+from lungddpm.core.text import bound, format_p, plural, signed
+
 Outcome = Literal["baseline", "better", "worse", "no difference shown", "cannot tell", "not measured"]
 POWER = 0.8
 """Probability with which a run should show the difference that it is said to be able to show."""
@@ -526,9 +528,9 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
                 else "none of its replicates was evaluated"
             )
         return f"{arm}: {measure} was not measured, {why}."
-    size = f"{count(c.n_cases, 'case')}, {count(c.n_replicates, 'replicate')}"
+    size = f"{plural(c.n_cases, 'case')}, {plural(c.n_replicates, 'replicate')}"
     if c.n_independent < c.n_replicates:
-        size += f" in {count(c.n_independent, 'fold')}"
+        size += f" in {plural(c.n_independent, 'fold')}"
     if c.verdict == "baseline":
         spread = "" if math.isnan(c.sd) else f" (sd over cases {c.sd:.3f})"
         return f"{arm}: mean {measure} {c.mean:.3f}{spread}; {size}. The other arms are compared with this one."
@@ -567,7 +569,7 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
     warnings = []
     if n_cases < needed_cases:
         warnings.append(
-            f"With {count(n_cases, 'test case')} nothing can be decided: fewer than {needed_cases} agree too easily."
+            f"With {plural(n_cases, 'test case')} nothing can be decided: fewer than {needed_cases} agree too easily."
         )
     elif n_cases < SMALL_TEST_SET:
         warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")
@@ -578,7 +580,7 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
         )
     elif run_df < MINIMUM_RUN_DF:
         warnings.append(
-            f"The scatter of training runs is estimated with {count(run_df, 'degree')} of freedom. With fewer than "
+            f"The scatter of training runs is estimated with {plural(run_df, 'degree')} of freedom. With fewer than "
             f"{MINIMUM_RUN_DF} it comes out too small too often, so the test is stricter. More replicates would help."
         )
     elif n_independent == 1:
@@ -610,35 +612,6 @@ def detectable_text(comparison: Comparison, baseline: str) -> str:
         other = "loss" if shown == "gain" else "gain"
         text += f" No {other} could be shown reliably: {baseline} leaves room for {room[other]:.2f}."
     return text
-
-
-def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign, a true minus, and no sign where it rounds to zero: "+0.032", "−0.117", "0.000"."""
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
-
-
-def bound(value: float) -> str:
-    """A limit of an interval: `signed`, with digits enough to show on which side of zero it lies."""
-    digits = 3
-    while value and abs(value) < 1 and not round(abs(value), digits) and digits < 9:
-        digits += 1
-    return signed(value, digits)
-
-
-def format_p(p: float, level: float = 0.05) -> str:
-    """ "= 0.034", "= 0.21" or "< 0.001", with digits enough to show on which side of `level` it lies."""
-    if p < 0.001 <= level:
-        return "< 0.001"
-    digits = 3 if p < 0.1 else 2
-    while (round(p, digits) < level) != (p < level) and digits < 9:
-        digits += 1
-    return f"= {p:.{digits}f}"
-
-
-def count(number: int, noun: str) -> str:
-    """ "1 case", "2 cases"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _resampling_weights(n: int, bootstraps: int, generator: np.random.Generator) -> np.ndarray:

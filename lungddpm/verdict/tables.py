@@ -460,7 +460,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         tables["verdict"],
         tables.get("image_quality"),
         seconds_per_volume(results, generators),
-        phantoms=config.source.kind == "phantom",
+        simulated=config.source.is_simulated,
     )
     if len(timing := timing_table(results)):
         tables["timing"] = timing

@@ -1,4 +1,4 @@
-"""Composed arms: what nnU-Net will read, held against the cases that went in."""
+"""Composed arms: what nnU-Net will read, compared with the cases that went in."""
 
 import errno
 import json

@@ -14,8 +14,8 @@ from lungddpm.core.cases import read_cases
 from lungddpm.core.errors import LeakError
 from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.sources import index_source, write_index
-from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources.index import index_source, write_index
+from lungddpm.sources.phantom.cohort import write_cohort
 
 PHANTOM = {"patients": 4, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6, "nodules": [1, 1]}
 EXPORTED_AGAIN = "5"
@@ -70,7 +70,8 @@ def export_again(folder, patient, new):
 def prepared(tmp_path_factory):
     """A function: discovery patients -> table of the cases of patients 1 to 4 and of the last one exported again."""
     root = tmp_path_factory.mktemp("numbered")
-    run_phantom(config(["1", "4"]), root / "phantom")
+    settings = config(["1", "4"])
+    write_cohort(settings.source.phantom, settings.seed, root / "phantom")
     for place, patient in enumerate(sorted(path for path in (root / "phantom").iterdir() if path.is_dir()), start=1):
         number(root / "phantom", patient.name, root / "data", str(place))
     export_again(root / "data", "3", EXPORTED_AGAIN)

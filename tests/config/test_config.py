@@ -1,18 +1,22 @@
 """The configuration: what is accepted, what is refused, and what is generated from it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
 from lungddpm.config.loading import load_config, parse_config, read_values
+from lungddpm.config.models import Config
 from lungddpm.config.reference import json_schema, markdown_reference
 from lungddpm.core.errors import ConfigError
 
 OVERLAYS = ["lidc", "paper"]
+PATH = '{"source": {"path": "/data/scans"}}'
 
 
 def leaves(values, prefix=()):
@@ -39,14 +43,50 @@ def test_overlays_are_valid_with_a_path(repository, tmp_path, overlay):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_nothing_of_the_demo_leaks_into_an_overlay(repository, overlay):
-    # The demo's values lie underneath every overlay: a small learning rate forgotten here would be silent.
-    demo = set(leaves(yaml.safe_load((repository / "config.yaml").read_text())))
-    values = yaml.safe_load((repository / f"config/{overlay}.yaml").read_text())
-    of_the_source = {path for path in demo if path[:2] == ("source", "phantom")}
-    covered = set(leaves(values)) | {("seed",)} | of_the_source
-    replaced = {path for path in demo if path[:2] == ("segmentation", "network")}
-    assert values["segmentation"]["network"] is None
-    assert demo - covered - replaced == set()
+    # Snakemake merges it over config.yaml: a small learning rate that stayed would be silent.
+    path = repository / f"config/{overlay}.yaml"
+    over_the_demo = load_config(repository / "config.yaml", path, PATH)
+    own = yaml.safe_load(path.read_text())
+    assert own.pop("preset") == "published"
+    assert over_the_demo == Config.model_validate({**own, "source": {**own["source"], **json.loads(PATH)["source"]}})
+
+
+@pytest.mark.parametrize("file", ["config/lidc.yaml", "config/paper.yaml", "lungddpm/config/presets/demo.yaml"])
+def test_a_file_says_only_what_differs_from_the_defaults(repository, file):
+    values = yaml.safe_load((repository / file).read_text())
+    values.pop("preset", None)
+    complete = parse_config({**values, "source": {"path": "/data", **values["source"]}}).model_dump(mode="json")
+    defaults = Config().model_dump(mode="json")
+    for path in leaves(values):
+        # A section that is off by default has defaults of its own.
+        given, default = complete, defaults
+        for key in path:
+            given, default = given[key], default[key] if isinstance(default, dict) else None
+        assert given != default, ".".join(path)
+
+
+def test_the_demo_is_its_preset_and_given_keys_count_over_it(repository):
+    assert yaml.safe_load((repository / "config.yaml").read_text()) == {"preset": "demo"}
+    demo = yaml.safe_load((repository / "lungddpm/config/presets/demo.yaml").read_text())
+    assert parse_config({"preset": "demo"}) == parse_config(demo).model_copy(update={"preset": "demo"})
+    config = parse_config({"preset": "demo", "grid": {"extent": "full"}, "segmentation": {"network": None}})
+    assert (config.grid.size, config.grid.extent) == ((48, 48, 48), "full")
+    assert config.segmentation.network is None
+    assert parse_config({}) == parse_config({"preset": "published"}) == Config()
+    with pytest.raises(ConfigError, match="preset: Input should be 'demo' or 'published', got 'dmo'"):
+        parse_config({"preset": "dmo"})
+
+
+def test_a_key_set_back_to_its_default_counts_in_the_jobs():
+    config = parse_config({"preset": "demo", "grid": {"size": [64, 64, 64]}})
+    assert load_config(config.differences()).grid.size == (64, 64, 64)
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "config/lidc.yaml", "config/paper.yaml"])
+def test_editors_find_the_schema_that_a_config_keeps(repository, file):
+    path = repository / file
+    schema = re.match(r"# yaml-language-server: \$schema=(.*)\n", path.read_text())[1]
+    jsonschema.validate(yaml.safe_load(path.read_text()), json.loads((path.parent / schema).read_text()))
 
 
 def test_strings_from_the_command_line_are_coerced():
@@ -77,8 +117,9 @@ def test_json_text_stands_for_a_file(tmp_path):
 def test_what_is_not_a_default_is_the_whole_config(repository, overlay):
     # Jobs get no more than that.
     files = [repository / "config.yaml", *([repository / f"config/{overlay}.yaml"] if overlay else [])]
-    config = load_config(*files, '{"source": {"path": "/data/scans"}}')
-    assert load_config(config.model_dump_json(exclude_defaults=True)) == config
+    config = load_config(*files, PATH)
+    assert load_config(config.differences()) == config.model_copy(update={"preset": "published"})
+    assert load_config(config.model_dump_json()) == config
 
 
 FAULTS = {

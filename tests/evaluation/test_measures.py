@@ -207,7 +207,7 @@ def test_a_measure_is_one_entry(make_results, monkeypatch):
     summary = pd.read_csv(results / "tables" / "measures.csv").query("metric == 'predicted_mm3'").set_index("arm")
     assert summary.loc["real", "mean"] == pytest.approx(scored["predicted_mm3"].mean())
     page = (results / "report.html").read_text(encoding="utf-8")
-    assert "Predicted volume, mm³ → 0" in page
+    assert "Predicted volume, mm³ → 0" in page.replace("\N{NO-BREAK SPACE}", " ")
     assert f"{scored['predicted_mm3'].mean():.1f} ± {scored['predicted_mm3'].std():.1f}" in page
     assert (
         "| `predicted_mm3` | predicted volume (mm³) | volume of all that was predicted | 0 to ∞ | near 0 | as usual "

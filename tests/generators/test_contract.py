@@ -29,6 +29,7 @@ def test_declarations_are_read_without_heavy_imports():
         "assert expected.items() <= {name: (p.weights_of, *p.layouts) for name, p in declared.items()}.items()\n"
         "assert all(p.title and p.citation and p.load for p in declared.values())\n"
         "assert all((p.weights_of is None) == (p.drawing is None) for p in declared.values())\n"
+        "assert all((p.weights_of == p.name) == (p.recipe is not None) for p in declared.values())\n"
         "heavy = {'torch', 'scipy', 'matplotlib', 'pandas', 'nibabel'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
@@ -65,6 +66,23 @@ def test_a_module_without_a_declaration_is_refused_with_its_file(plug_in):
     assert f"{path}: declares no CITATION, no Settings, no LAYOUTS" in str(refused.value)
 
 
+def test_commands_refuse_it_in_one_message(tmp_path):
+    (tmp_path / "half.py").write_text("TITLE = 'Half'\n")
+    code = (
+        "import sys\n"
+        "from lungddpm import generators\n"
+        "from lungddpm.cli import main\n"
+        f"generators.__path__.append({str(tmp_path)!r})\n"
+        "sys.argv = ['lungddpm', 'config', 'show', '--config', 'config.yaml']\n"
+        "main()"
+    )
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert run.returncode == 2
+    assert "half.py: declares no CITATION" in run.stderr
+    assert "Traceback" not in run.stderr
+
+
 def test_one_that_draws_with_weights_says_what_a_sample_costs(plug_in):
     plug_in(
         "from lungddpm.config.sections import GeneratorSettings as Settings\n"
@@ -72,6 +90,16 @@ def test_one_that_draws_with_weights_says_what_a_sample_costs(plug_in):
         "def load(config, weights, device): ...\n"
     )
     with pytest.raises(ConfigError, match=r"mine.py: declares no drawing\."):
+        generators.plugin("mine")
+
+
+def test_one_that_is_trained_says_how(plug_in):
+    plug_in(
+        "from lungddpm.config.sections import TrainedSettings as Settings\n"
+        "TITLE = CITATION = 'Mine'\nLAYOUTS = 'reference', 'reference'\n\n"
+        "def load(config, weights, device): ...\n"
+    )
+    with pytest.raises(ConfigError, match=r"mine.py: declares no recipe, no preview, no drawing\."):
         generators.plugin("mine")
 
 

@@ -1,4 +1,4 @@
-"""Pasted nodules, held against phantoms of known HU: a ball in noise-free or noisy lungs."""
+"""Pasted nodules, compared with phantoms of known HU: a ball in noise-free or noisy lungs."""
 
 import json
 from dataclasses import replace
@@ -13,7 +13,7 @@ from lungddpm.core import cases
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Task, copy_paste
-from lungddpm.layouts.placement import open_bank, place
+from lungddpm.layouts.placement import open_library, place
 from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
 SIZE = (40, 36, 32)
@@ -55,10 +55,10 @@ def scene(tmp_path, write_nodules):
             numbers = [c for c in cases.COLUMNS if c.startswith(("size", "spacing"))]
             rows.append(row | dict.fromkeys(numbers, 1) | {"n_nodules": 1, "status": "ok"})
         cases.write_cases(tmp_path / "cases.tsv", rows)
-        bank = open_bank(tmp_path / "cases.tsv", cases.read_cases(tmp_path / "cases.tsv"), False)
+        library = open_library(tmp_path / "cases.tsv", cases.read_cases(tmp_path / "cases.tsv"), False)
         ct, own = cases.CaseFolder(tmp_path / "reference").read()
-        made = place(own, bank, Synthesis(scale=(scale, scale)), np.random.default_rng(seed))
-        return Task(ct, made.layout, 0, made, bank.folders), own
+        made = place(own, library, Synthesis(scale=(scale, scale)), np.random.default_rng(seed))
+        return Task(ct, made.layout, 0, made, library.folders), own
 
     return make
 
@@ -152,9 +152,9 @@ def test_a_nodule_turns_as_its_layout_does(scene, tmp_path, write_nodules):
     write_volume(folder / "ct.nii.gz", Volume(hu.astype(np.int16), AFFINE))
     write_volume(folder / "layout.nii.gz", Volume(layout, AFFINE))
     write_nodules(folder)
-    bank = open_bank(tmp_path / "cases.tsv", cases.read_cases(tmp_path / "cases.tsv"), False)
+    library = open_library(tmp_path / "cases.tsv", cases.read_cases(tmp_path / "cases.tsv"), False)
     for seed in range(3):
-        made = place(own, bank, Synthesis(scale=(1, 1)), np.random.default_rng(seed))
+        made = place(own, library, Synthesis(scale=(1, 1)), np.random.default_rng(seed))
         task = replace(task, layout=made.layout, made=made)
         hu, pasted = paste(task), made.numbers == 1
         lung = (made.layout.array == Label.LUNG) & away_from(made.layout.array == Label.BACKGROUND, 2)

@@ -9,9 +9,10 @@ from lungddpm.config.loading import parse_config
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, slice_windows, to_hu, to_model_range
 from lungddpm.generators import Task, lung_ddpm
-from lungddpm.models import checkpoint
-from lungddpm.models.checkpoint import Metadata, load_denoiser, save_denoiser
+from lungddpm.models import published_checkpoint
+from lungddpm.models.checkpoint import Metadata, save_network
 from lungddpm.models.denoiser import build_denoiser
+from lungddpm.models.published_checkpoint import load_denoiser
 
 
 def make_config(**sampling):
@@ -27,7 +28,7 @@ def make_config(**sampling):
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_denoiser(path, build_denoiser(make_config()), Metadata.of(make_config(), 1, "config", "data"))
+    save_network(path, build_denoiser(make_config()), Metadata.of(make_config(), 1, "config", "data"))
     return path
 
 
@@ -64,7 +65,7 @@ def test_the_network_is_shown_the_published_orientation(weights, task, monkeypat
         denoiser.input_blocks[0].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
         return denoiser
 
-    monkeypatch.setattr(checkpoint, "load_denoiser", load_and_watch)
+    monkeypatch.setattr(published_checkpoint, "load_denoiser", load_and_watch)
     layout = np.full((16, 16, 16), Label.BACKGROUND, np.uint8)
     layout[13, 11, 2] = Label.NODULE  # third from the right, fifth from the front, third from below
     asked = Task(task.reference, Volume(layout, np.eye(4)), seed=3)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from made_up_trainings import train
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core import cases
@@ -14,9 +15,8 @@ from lungddpm.core.files import sha256_of
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.generators import Task, lung_ddpm, lung_ddpm_plus
-from lungddpm.models import checkpoint
+from lungddpm.models import published_checkpoint
 from lungddpm.models.schedule import cosine_betas
-from lungddpm.models.training import run_train
 from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
 EDGE = 16
@@ -55,7 +55,7 @@ def ideal(rough, monkeypatch):
         # It takes one volume at a time, and knows no times on a scale of 1000.
         return lambda inputs, times: torch.cat([predict(one[None], times[:1].clamp(max=249)) for one in inputs])
 
-    monkeypatch.setattr(checkpoint, "load_denoiser", load_denoiser)
+    monkeypatch.setattr(published_checkpoint, "load_denoiser", load_denoiser)
 
 
 @pytest.fixture
@@ -211,7 +211,7 @@ def tiny_config():
 def trained(tiny_cohort, tiny_config, tmp_path_factory):
     """Folder of a finished training."""
     folder = tmp_path_factory.mktemp("plus")
-    run_train(tiny_config.for_training("lung_ddpm_plus"), tiny_cohort, folder, "cpu")
+    train(tiny_config.for_training("lung_ddpm_plus"), tiny_cohort, folder, "cpu")
     return folder
 
 
@@ -254,4 +254,4 @@ def test_cases_without_a_nodule_are_not_trained_on(tiny_cohort, tiny_config, tmp
     table.loc[table["role"] == "discovery", "n_nodules"] = 0
     cases.write_cases(tmp_path / "cases.tsv", table)
     with pytest.raises(InputError, match="no usable discovery case with a nodule"):
-        run_train(tiny_config.for_training("lung_ddpm_plus"), tmp_path / "cases.tsv", tmp_path / "out", "cpu")
+        train(tiny_config.for_training("lung_ddpm_plus"), tmp_path / "cases.tsv", tmp_path / "out", "cpu")

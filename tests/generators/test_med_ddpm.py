@@ -9,7 +9,7 @@ from lungddpm.core.errors import ConfigError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.generators import Task, lung_ddpm, med_ddpm
-from lungddpm.models.checkpoint import Metadata, save_denoiser
+from lungddpm.models.checkpoint import Metadata, save_network
 from lungddpm.models.denoiser import build_denoiser
 
 
@@ -33,7 +33,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
     config = make_config().for_generator("lung_ddpm")
-    save_denoiser(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
+    save_network(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
     return path
 
 

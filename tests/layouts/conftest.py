@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lungddpm.config.models import Phantom
 from lungddpm.core.volume import Volume
 from lungddpm.sources.phantom.patient import thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 
 @dataclass(frozen=True)

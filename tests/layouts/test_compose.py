@@ -16,9 +16,10 @@ from lungddpm.core.files import fingerprint, sha256_of
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import AIR_HU, Volume, model_grid, occupancy, read_volume
 from lungddpm.layouts import compose
-from lungddpm.layouts.compose import build_case, place_nodules, run_prepare
+from lungddpm.layouts.compose import build_case, nodules_on_grid, run_prepare
 from lungddpm.layouts.nodules import centroid_mm
-from lungddpm.sources import INDEX_COLUMNS, Scan, write_index
+from lungddpm.sources import Scan
+from lungddpm.sources.index import INDEX_COLUMNS, write_index
 
 SIZE = (64, 64, 64)
 
@@ -122,7 +123,7 @@ def test_what_was_found_is_given_at_the_scans_own_resolution(patient, case):
     counts = np.bincount(labels.ravel(), minlength=4)
     assert counts[Label.NODULE] == np.count_nonzero(found.nodules)
     assert counts[Label.VESSEL] == np.count_nonzero(found.vessels)
-    assert ((labels > 0) == ((found.sides > 0) | (found.nodules > 0))).all()
+    assert ((labels > 0) == ((found.lungs_lr > 0) | (found.nodules > 0))).all()
 
 
 def test_orientation_does_not_matter(patient):
@@ -221,7 +222,7 @@ def test_no_nodule_is_lost_on_a_coarse_grid(diameter_mm, tolerance):
     for shift in np.random.default_rng(0).uniform(-1.5, 1.5, (12, 3)):
         mask = sphere(diameter_mm, 20 + shift)
         volume_mm3 = mask.array.sum() * mask.voxel_mm3
-        cells = place_nodules([mask], affine, shape)
+        cells = nodules_on_grid([mask], affine, shape)
         assert cells.any()
         assert cells.astype(bool).sum() * cell_mm3 == pytest.approx(volume_mm3, rel=tolerance)
         centre = (np.argwhere(cells).mean(axis=0) + 0.5) * np.diag(affine)[:3]
@@ -243,7 +244,7 @@ def test_a_nodules_centroid_stays_within_half_a_cell(radii_mm, shift, slice_mm, 
     assume(mask.array.any())
     affine = np.diag([*cell_mm, 1.0])
     affine[:3, 3] = 20 * spacing + np.array(cell_mm) * (np.array(shift[3:]) - 8)
-    cells = place_nodules([mask], affine, (17, 17, 17))
+    cells = nodules_on_grid([mask], affine, (17, 17, 17))
     moved_mm = centroid_mm(Volume(cells > 0, affine)) - centroid_mm(mask)
     assert np.abs(moved_mm / cell_mm).max() <= 0.5
     wanted = max(1, round(mask.array.sum() * mask.voxel_mm3 / np.prod(cell_mm)))
@@ -253,7 +254,7 @@ def test_a_nodules_centroid_stays_within_half_a_cell(radii_mm, shift, slice_mm, 
 def test_two_nodules_never_share_a_cell():
     affine, shape = coarse_grid(spacing=(6.0, 6.0, 6.0), size=6)
     masks = [sphere(12, (20, 20, 20)), sphere(3, (20.5, 20, 20)), sphere(3, (20, 20.5, 20))]
-    cells = place_nodules(masks, affine, shape)
+    cells = nodules_on_grid(masks, affine, shape)
     counts = [int(np.count_nonzero(cells == number)) for number in (1, 2, 3)]
     assert counts == [max(1, round(m.array.sum() * m.voxel_mm3 / 216)) for m in masks]
 
@@ -302,7 +303,7 @@ def cohort(patient, tmp_path, monkeypatch):
             labels = np.where(labels == Label.NODULE, np.uint8(Label.LUNG), labels)
         return Scan(coarse, labels=labels, files=(path / row["path"],))
 
-    monkeypatch.setattr(compose, "module_of", lambda kind: SimpleNamespace(load_scan=load_scan))
+    monkeypatch.setattr(compose, "source_of", lambda kind: SimpleNamespace(load_scan=load_scan))
 
     def prepare(config=None, shard=0, shards=1):
         loads.clear()

@@ -7,8 +7,9 @@ from scipy import ndimage
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import AIR_HU, Volume, bounding_box, read_volume
-from lungddpm.layouts.lungs import LEFT, RIGHT, _close, check_lungs, segment_lungs, split_lungs
+from lungddpm.layouts.lungs import _close, check_lungs, segment_lungs, split_lungs
 from lungddpm.sources.lidc import load_scan
 
 
@@ -17,33 +18,33 @@ def dice(a, b):
 
 
 @pytest.fixture(scope="module")
-def sides(patient):
+def lungs_lr(patient):
     return segment_lungs(patient.ct)
 
 
-def test_lungs_match_the_truth(patient, sides):
-    assert sides.dtype == np.uint8
-    assert dice(sides > 0, patient.lungs) > 0.985
+def test_lungs_match_the_truth(patient, lungs_lr):
+    assert lungs_lr.dtype == np.uint8
+    assert dice(lungs_lr > 0, patient.lungs) > 0.985
 
 
-def test_nodules_on_the_pleura_are_inside(patient, sides):
-    assert [sides[nodule].astype(bool).mean() > 0.9 for nodule in patient.nodules] == [True] * 3
+def test_nodules_on_the_pleura_are_inside(patient, lungs_lr):
+    assert [lungs_lr[nodule].astype(bool).mean() > 0.9 for nodule in patient.nodules] == [True] * 3
 
 
-def test_right_is_right(patient, sides):
+def test_right_is_right(patient, lungs_lr):
     x = np.indices(patient.lungs.shape)[0]
     middle = x[patient.lungs].mean()
-    assert (x[sides == RIGHT] > middle).mean() > 0.99
-    assert (x[sides == LEFT] < middle).mean() > 0.99
-    assert np.count_nonzero(sides == LEFT) < np.count_nonzero(sides == RIGHT)
+    assert (x[lungs_lr == RIGHT] > middle).mean() > 0.99
+    assert (x[lungs_lr == LEFT] < middle).mean() > 0.99
+    assert np.count_nonzero(lungs_lr == LEFT) < np.count_nonzero(lungs_lr == RIGHT)
 
 
-def test_the_trachea_is_outside(patient, sides):
+def test_the_trachea_is_outside(patient, lungs_lr):
     top = bounding_box(patient.lungs)[2].stop - 4
     gas = (patient.ct.array[:, :, top - 20 : top] < -950) & ~patient.lungs[:, :, top - 20 : top]
     body = ndimage.binary_fill_holes((patient.ct.array[:, :, top - 20 : top] > -300).any(axis=2))
     assert np.count_nonzero(gas & body[..., None]) > 500
-    assert (sides[:, :, top - 20 : top] > 0)[gas & body[..., None]].mean() < 0.02
+    assert (lungs_lr[:, :, top - 20 : top] > 0)[gas & body[..., None]].mean() < 0.02
 
 
 @pytest.mark.parametrize("noise_hu", [100.0])
@@ -120,10 +121,10 @@ def ending_near(patient, face, gap_mm):
 
 
 @pytest.fixture(scope="module")
-def closed(patient, sides):
+def closed(patient, lungs_lr):
     """Both lungs as they are, closed in the whole scan; without airways, which are another matter."""
-    true_sides = np.where(patient.lungs, sides, 0)
-    return true_sides, _close(true_sides, np.zeros(sides.shape, bool), patient.ct.spacing_mm)
+    true_lungs = np.where(patient.lungs, lungs_lr, 0)
+    return true_lungs, _close(true_lungs, np.zeros(lungs_lr.shape, bool), patient.ct.spacing_mm)
 
 
 @pytest.mark.parametrize("gap_mm", [0, 10])
@@ -205,9 +206,11 @@ def test_unusable_scans_are_told_with_the_true_reason(patient, scan):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_ready_lungs_that_are_cut_at_the_side_are_told(patient, sides, axis):
-    box = bounding_box(sides > 0)
-    whole, parted = (np.take(sides, range(box[axis].start + margin, sides.shape[axis]), axis) for margin in (0, 10))
+def test_ready_lungs_that_are_cut_at_the_side_are_told(patient, lungs_lr, axis):
+    box = bounding_box(lungs_lr > 0)
+    whole, parted = (
+        np.take(lungs_lr, range(box[axis].start + margin, lungs_lr.shape[axis]), axis) for margin in (0, 10)
+    )
     check_lungs(patient.ct.like(whole), Layouts())
     with pytest.raises(ExcludedCaseError, match="cut off at the side"):
         check_lungs(patient.ct.like(parted), Layouts())
@@ -226,10 +229,10 @@ def test_lungs_that_touch_are_told_apart():
     x, y, z = np.ogrid[:90, :60, :70]
     right = ((x - 62) / 19) ** 2 + ((y - 30) / 25) ** 2 + ((z - 35) / 30) ** 2 < 1
     left = ((x - 27) / 19) ** 2 + ((y - 30) / 25) ** 2 + ((z - 35) / 30) ** 2 < 1
-    sides = split_lungs(Volume(right | left, np.diag([2.0, 2.0, 3.0, 1.0])))
-    assert ((sides > 0) == (right | left)).all()
-    assert (sides == RIGHT)[right & ~left].mean() > 0.995
-    assert (sides == LEFT)[left & ~right].mean() > 0.995
+    lungs_lr = split_lungs(Volume(right | left, np.diag([2.0, 2.0, 3.0, 1.0])))
+    assert ((lungs_lr > 0) == (right | left)).all()
+    assert (lungs_lr == RIGHT)[right & ~left].mean() > 0.995
+    assert (lungs_lr == LEFT)[left & ~right].mean() > 0.995
 
 
 def test_a_real_scan(shared_data):
@@ -237,11 +240,11 @@ def test_a_real_scan(shared_data):
     (folder,) = (shared_data / "lidc").glob("LIDC-IDRI-0001/*/*")
     row = {"path": str(folder.relative_to(shared_data / "lidc")), "series_uid": folder.name, "annotations": "[]"}
     ct = load_scan(shared_data / "lidc", row).ct.canonical()
-    sides = segment_lungs(ct)
-    litres = [np.count_nonzero(sides == side) * ct.voxel_mm3 / 1e6 for side in (RIGHT, LEFT)]
+    lungs_lr = segment_lungs(ct)
+    litres = [np.count_nonzero(lungs_lr == side) * ct.voxel_mm3 / 1e6 for side in (RIGHT, LEFT)]
     assert litres == pytest.approx([1.97, 1.76], abs=0.1)
     nodule = read_volume(shared_data / "lidc-oracle" / "LIDC-IDRI-0001_consensus050.nii.gz").array > 0
-    assert (sides > 0)[nodule].mean() > 0.96
+    assert (lungs_lr > 0)[nodule].mean() > 0.96
 
 
 def test_the_published_sample(shared_data):

@@ -12,8 +12,9 @@ import torch
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError, UserError
+from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.layouts import networks
-from lungddpm.layouts.lungs import LEFT, RIGHT, segment_lungs
+from lungddpm.layouts.lungs import segment_lungs
 
 # Numbers of lungs and trachea in TotalSegmentator 2, task "total".
 CLASSES = {
@@ -30,7 +31,7 @@ def no_model_is_kept():
 
 
 @pytest.fixture
-def sides(patient):
+def lungs_lr(patient):
     """The truth as the adapters shall give it: the midline is where the lungs' middle is."""
     x = np.indices(patient.lungs.shape)[0]
     return np.where(patient.lungs, np.where(x > x[patient.lungs].mean(), RIGHT, LEFT), 0).astype(np.uint8)
@@ -79,11 +80,11 @@ def install_totalsegmentator(install, give):
     install("totalsegmentator.python_api", totalsegmentator=totalsegmentator_that(give))
 
 
-def test_lungmask_gets_lps_slices_and_gives_sides(patient, sides, install):
+def test_lungmask_gets_lps_slices_and_gives_sides(patient, lungs_lr, install):
     def segment(image):
         """Slice 0 is the lowest, row 0 the front, column 0 the patient's right."""
         np.testing.assert_array_equal(image, patient.ct.array[::-1, ::-1].T)
-        middle = sides[::-1, ::-1].T
+        middle = lungs_lr[::-1, ::-1].T
         columns = np.arange(image.shape[2])
         assert columns[(middle == RIGHT).any(axis=(0, 1))].mean() < columns[(middle == LEFT).any(axis=(0, 1))].mean()
         return np.where(middle == RIGHT, 1, np.where(middle == LEFT, 2, 0)).astype(np.uint8)
@@ -91,29 +92,29 @@ def test_lungmask_gets_lps_slices_and_gives_sides(patient, sides, install):
     install("lungmask", LMInferer=lungmask_that(segment))
     found = segment_lungs(patient.ct, Layouts(lungs="lungmask"))
     assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, sides)
+    np.testing.assert_array_equal(found, lungs_lr)
 
 
-def test_totalsegmentator_gets_the_scan_and_its_lobes_become_sides(patient, sides, install):
+def test_totalsegmentator_gets_the_scan_and_its_lobes_become_sides(patient, lungs_lr, install):
     def segment(image):
         np.testing.assert_array_equal(np.asarray(image.dataobj), patient.ct.array)
         np.testing.assert_array_equal(image.affine, patient.ct.affine)
         height = np.indices(image.shape)[2] / image.shape[2]
         right = np.select([height > 0.6, height > 0.4], [12, 13], 14)
         left = np.where(height > 0.5, 10, 11)
-        labels = np.where(sides == RIGHT, right, np.where(sides == LEFT, left, 0))
-        labels[(sides == 0) & (height > 0.9)] = 16
+        labels = np.where(lungs_lr == RIGHT, right, np.where(lungs_lr == LEFT, left, 0))
+        labels[(lungs_lr == 0) & (height > 0.9)] = 16
         return labels.astype(np.uint8)
 
     install_totalsegmentator(install, segment)
     found = segment_lungs(patient.ct, Layouts(lungs="totalsegmentator"))
     assert found.dtype == np.uint8
-    np.testing.assert_array_equal(found, sides)
+    np.testing.assert_array_equal(found, lungs_lr)
 
 
 @pytest.mark.parametrize(("keep", "reason"), [([], "no lungs were found"), ([RIGHT], "only one lung was found")])
-def test_what_a_network_does_not_find_excludes_the_case(patient, sides, install, keep, reason):
-    install("lungmask", LMInferer=lungmask_that(lambda image: (sides * np.isin(sides, keep))[::-1, ::-1].T))
+def test_what_a_network_does_not_find_excludes_the_case(patient, lungs_lr, install, keep, reason):
+    install("lungmask", LMInferer=lungmask_that(lambda image: (lungs_lr * np.isin(lungs_lr, keep))[::-1, ::-1].T))
     with pytest.raises(ExcludedCaseError, match=reason):
         segment_lungs(patient.ct, Layouts(lungs="lungmask"))
 

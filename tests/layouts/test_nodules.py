@@ -16,7 +16,8 @@ from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.volume import Volume
 from lungddpm.layouts import nodules
-from lungddpm.sources import Annotation, Contour, Scan, index_source, lidc
+from lungddpm.sources import Annotation, Contour, Scan, lidc
+from lungddpm.sources.index import index_source
 
 AFFINE = np.diag([1.0, 1.0, 2.0, 1.0])
 

@@ -18,10 +18,10 @@ from lungddpm.layouts import prior
 from lungddpm.layouts.placement import (
     CUT_SHARE,
     VESSEL_SHARE,
-    Bank,
+    NoduleLibrary,
     Shape,
     jitter,
-    open_bank,
+    open_library,
     place,
     read_shapes,
     transformed,
@@ -70,9 +70,9 @@ def volume_mm3(shape):
     return np.count_nonzero(shape.mask.array) * shape.mask.voxel_mm3
 
 
-def bank_of(*shapes, counts=(1,), likely=FLAT):
+def library_of(*shapes, counts=(1,), likely=FLAT):
     donors = [SimpleNamespace(volume_mm3=volume_mm3(shape), shape=lambda shape=shape: shape) for shape in shapes]
-    return Bank(tuple(donors), counts, likely, "")
+    return NoduleLibrary(tuple(donors), counts, likely, "")
 
 
 def random(seed):
@@ -136,8 +136,8 @@ def check_nodules(before, made, shapes):
 def test_placed_nodules_keep_the_rules():
     before, settings = chest(), Synthesis()
     shapes = [ellipsoid(radii, number=n) for n, radii in enumerate([(3, 3, 4), (6, 9, 14), (20, 15, 22)], start=1)]
-    bank = bank_of(*shapes, counts=(2, 4))
-    made = [place(before, bank, settings, random(seed)) for seed in range(12)]
+    library = library_of(*shapes, counts=(2, 4))
+    made = [place(before, library, settings, random(seed)) for seed in range(12)]
     for one in made:
         check_nodules(before, one, shapes)
         assert all(settings.scale[0] <= nodule.scale <= settings.scale[1] for nodule in one.nodules)
@@ -151,15 +151,15 @@ def test_some_nodules_touch_the_pleura():
     before, shape = chest(), ellipsoid((6, 6, 6))
     pleura = (before.array != Label.BACKGROUND) & ~ndimage.binary_erosion(before.array != Label.BACKGROUND)
     on_it = [
-        (pleura & (place(before, bank_of(shape), Synthesis(), random(seed)).layout.array == Label.NODULE)).any()
+        (pleura & (place(before, library_of(shape), Synthesis(), random(seed)).layout.array == Label.NODULE)).any()
         for seed in range(20)
     ]
     assert 2 <= sum(on_it) <= 18
 
 
 def test_one_seed_gives_one_layout():
-    before, bank = chest((5, 5, 6)), bank_of(ellipsoid((6, 9, 14)), ellipsoid((4, 4, 4)), counts=(1, 2, 3))
-    first, again, other = (place(before, bank, Synthesis(), random(seed)) for seed in (1, 1, 2))
+    before, library = chest((5, 5, 6)), library_of(ellipsoid((6, 9, 14)), ellipsoid((4, 4, 4)), counts=(1, 2, 3))
+    first, again, other = (place(before, library, Synthesis(), random(seed)) for seed in (1, 1, 2))
     assert first.nodules == again.nodules
     assert (first.layout.array == again.layout.array).all()
     assert (first.layout.array != other.layout.array).any()
@@ -167,15 +167,15 @@ def test_one_seed_gives_one_layout():
 
 def test_a_giant_gives_way_to_the_smallest_shape():
     before, shapes = chest((5, 5, 6)), [ellipsoid((110, 110, 110), spacing=(5, 5, 5)), ellipsoid((4, 4, 4), number=2)]
-    bank = bank_of(*[shapes[0]] * 200, shapes[1])
-    (nodule,) = place(before, bank, Synthesis(), random(0)).nodules
+    library = library_of(*[shapes[0]] * 200, shapes[1])
+    (nodule,) = place(before, library, Synthesis(), random(0)).nodules
     assert (nodule.nodule, nodule.scale) == (2, Synthesis().scale[0])
 
 
 def test_without_room_there_is_no_nodule():
     layout = np.zeros((12, 12, 12), np.uint8)
     layout[5:7, 5:7, 5:7] = Label.LUNG
-    made = place(Volume(layout, np.diag([3.0, 3, 3, 1])), bank_of(ellipsoid((10, 10, 10))), Synthesis(), random(0))
+    made = place(Volume(layout, np.diag([3.0, 3, 3, 1])), library_of(ellipsoid((10, 10, 10))), Synthesis(), random(0))
     assert made.nodules == ()
     assert (made.layout.array == layout).all()
 
@@ -249,7 +249,7 @@ def test_places_follow_the_prior(likely, factor):
     cell = ellipsoid((3, 3, 3))  # becomes one cell, which fits everywhere but beside mediastinum
     found = []
     for seed in range(300):
-        layout = place(before, bank_of(cell, likely=likely), Synthesis(), random(seed)).layout.array
+        layout = place(before, library_of(cell, likely=likely), Synthesis(), random(seed)).layout.array
         found.append(np.argwhere(layout == Label.NODULE)[0])
     x, y, z = mm_of(before.affine, before.shape)
     lungs = before.array != Label.BACKGROUND
@@ -300,10 +300,10 @@ def own_part(layout, shape):
 
 def test_jittered_nodules_keep_the_rules(with_nodules):
     bare, layout, own = with_nodules
-    settings, bank = Synthesis(shift_mm=12), bank_of(ellipsoid((4, 4, 5), number=9))
+    settings, library = Synthesis(shift_mm=12), library_of(ellipsoid((4, 4, 5), number=9))
     mediastinal = own_part(layout, own[3])
     for seed in range(15):
-        made = jitter(layout, own, bank, settings, random(seed))
+        made = jitter(layout, own, library, settings, random(seed))
         assert (made.layout.array[mediastinal] == Label.NODULE).all(), "hardly in the lungs: it is not moved"
         moved = [nodule for nodule in made.nodules if nodule.nodule in (1, 2, 3)]
         added = [nodule for nodule in made.nodules if nodule.nodule == 9]
@@ -323,7 +323,7 @@ def test_shifts_fill_the_ball(with_nodules):
     _, layout, own = with_nodules
     shifts = []
     for seed in range(50):
-        made = jitter(layout, own[:1], bank_of(own[0]), Synthesis(shift_mm=12), random(seed))
+        made = jitter(layout, own[:1], library_of(own[0]), Synthesis(shift_mm=12), random(seed))
         shifts += [np.subtract(n.position_mm, own[0].centre_mm) for n in made.nodules[:1]]
     # Far from any obstacle: the cube of the relative distance is uniform, the direction has no preference.
     assert stats.kstest((np.linalg.norm(shifts, axis=1) / 12) ** 3, "uniform").pvalue > 0.01
@@ -332,13 +332,15 @@ def test_shifts_fill_the_ball(with_nodules):
 
 def test_nodules_come_and_go_but_never_the_last(with_nodules):
     bare, layout, own = with_nodules
-    numbers = [len(jitter(layout, own[:3], bank_of(own[1]), Synthesis(), random(seed)).nodules) for seed in range(50)]
+    numbers = [
+        len(jitter(layout, own[:3], library_of(own[1]), Synthesis(), random(seed)).nodules) for seed in range(50)
+    ]
     for count in (2, 4):
         assert stats.binomtest(numbers.count(count), len(numbers), 0.25).pvalue > 0.01
     assert set(numbers) == {2, 3, 4}
     lone = layout.like(np.where(own_part(layout, own[1]), Label.NODULE, bare.array).astype(np.uint8))
     lone_numbers = [
-        len(jitter(lone, own[1:2], bank_of(own[1]), Synthesis(), random(seed)).nodules) for seed in range(12)
+        len(jitter(lone, own[1:2], library_of(own[1]), Synthesis(), random(seed)).nodules) for seed in range(12)
     ]
     assert set(lone_numbers) == {1, 2}
 
@@ -347,7 +349,7 @@ def test_a_nodule_of_the_mediastinum_leaves_no_lung_behind(with_nodules):
     _, layout, own = with_nodules
     outside = own_part(layout, own[3])
     for seed in range(6):
-        made = jitter(layout, own, bank_of(own[1]), Synthesis(shift_mm=90, scale=(0.5, 0.6)), random(seed))
+        made = jitter(layout, own, library_of(own[1]), Synthesis(shift_mm=90, scale=(0.5, 0.6)), random(seed))
         assert (made.layout.array[outside] == Label.NODULE).all()
         assert [nodule.scale for nodule in made.nodules if nodule.nodule == 4] == [1.0]
 
@@ -355,7 +357,7 @@ def test_a_nodule_of_the_mediastinum_leaves_no_lung_behind(with_nodules):
 def test_no_shift_and_no_scale_change_next_to_nothing(with_nodules):
     _, layout, own = with_nodules
     still = Synthesis(shift_mm=0, scale=(1, 1))
-    made = [jitter(layout, own[:2], bank_of(own[1]), still, random(seed)) for seed in range(8)]
+    made = [jitter(layout, own[:2], library_of(own[1]), still, random(seed)) for seed in range(8)]
     kept = next(one for one in made if [n.nodule for n in one.nodules] == [1, 2])
     for nodule, shape in zip(kept.nodules, own[:2], strict=True):
         assert np.linalg.norm(np.subtract(nodule.position_mm, shape.centre_mm)) < 1
@@ -369,12 +371,12 @@ def test_a_nodule_that_fits_nowhere_stays_as_it_was():
     layout[4:10, 3:11, 3] = layout[4:10, 3:11, 10] = Label.LUNG
     affine = np.diag([3.0, 3, 3, 1])
     cube = Shape(Volume(np.ones((6, 6, 6), bool), affine + np.array([[0, 0, 0, 12]] * 3 + [[0] * 4])), "a", "b", 1)
-    made = jitter(Volume(layout, affine), [cube], bank_of(cube), Synthesis(scale=(1.3, 1.33)), random(1))
+    made = jitter(Volume(layout, affine), [cube], library_of(cube), Synthesis(scale=(1.3, 1.33)), random(1))
     assert (made.layout.array == layout).all()
     assert [nodule.scale for nodule in made.nodules] == [1.0]
 
 
-# ---------------------------------------------------------------- the bank
+# ---------------------------------------------------------------- the library
 
 
 def cohort(folder, write_nodules, **roles):
@@ -401,13 +403,13 @@ def test_only_discovery_patients_lend_shapes(tmp_path, write_nodules):
     traps = [tmp_path / name / file for name in "bce" for file in ("case.json", "nodules.nii.gz")]
     for trap in traps:
         trap.write_bytes(b"who opens this fails")
-    bank = open_bank(table, read_cases(table), allow_shared_patients=False)
-    shapes = [donor.shape() for donor in bank.donors]
+    library = open_library(table, read_cases(table), allow_shared_patients=False)
+    shapes = [donor.shape() for donor in library.donors]
     assert [(shape.case_id, shape.patient_id) for shape in shapes] == [("a", "patient a"), ("d", "patient d")]
     assert [volume_mm3(shape) for shape in shapes] == pytest.approx([4 * 8, 16 * 8])
-    assert bank.counts == (1, 1)
+    assert library.counts == (1, 1)
     with pytest.raises(InputError, match=r"e/case.json: cannot be read as JSON .* prepare it again"):
-        open_bank(table, read_cases(table), allow_shared_patients=True)
+        open_library(table, read_cases(table), allow_shared_patients=True)
 
 
 def test_a_patient_in_two_cases_is_known_by_both(tmp_path, write_nodules):
@@ -415,28 +417,30 @@ def test_a_patient_in_two_cases_is_known_by_both(tmp_path, write_nodules):
     rows = read_cases(table)
     rows.loc[rows["case_id"].isin(["b", "c"]), "patient_id"] = "twice"
     rows.loc[rows["case_id"] == "c", "status"] = "excluded"
-    assert [donor.case_id for donor in open_bank(table, rows, allow_shared_patients=False).donors] == ["a"]
-    assert [donor.case_id for donor in open_bank(table, rows, allow_shared_patients=True).donors] == ["a", "b"]
+    assert [donor.case_id for donor in open_library(table, rows, allow_shared_patients=False).donors] == ["a"]
+    assert [donor.case_id for donor in open_library(table, rows, allow_shared_patients=True).donors] == ["a", "b"]
 
 
 def test_the_bank_without_a_nodule_and_without_files(tmp_path, write_nodules):
     table = cohort(tmp_path, write_nodules, a="discovery", b="test")
     rows = read_cases(table)
-    before = open_bank(table, rows, allow_shared_patients=False)
+    before = open_library(table, rows, allow_shared_patients=False)
     (tmp_path / "a" / "nodules.nii.gz").unlink()
-    assert open_bank(table, rows, allow_shared_patients=False).fingerprint == before.fingerprint, "shapes are read late"
+    assert open_library(table, rows, allow_shared_patients=False).fingerprint == before.fingerprint, (
+        "shapes are read late"
+    )
     with pytest.raises(InputError, match=r"nodules.nii.gz: does not exist"):
         before.donors[0].shape()
     rows["n_nodules"] = 0
     with pytest.raises(InputError, match="no discovery case with a nodule"):
-        open_bank(table, rows, allow_shared_patients=False)
+        open_library(table, rows, allow_shared_patients=False)
 
 
 def test_the_bank_is_known_by_what_it_holds(tmp_path, write_nodules):
     first = cohort(tmp_path / "1", write_nodules, a="discovery", b="discovery", c="reference")
     other = cohort(tmp_path / "2", write_nodules, a="discovery", b="reference", c="discovery")
     again = cohort(tmp_path / "3", write_nodules, a="discovery", b="discovery", c="reference")
-    prints = [open_bank(t, read_cases(t), False).fingerprint for t in (first, other, again)]
+    prints = [open_library(t, read_cases(t), False).fingerprint for t in (first, other, again)]
     assert prints[0] == prints[2] != prints[1]
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from lungddpm.config.models import Config, Phantom
+from lungddpm.config.models import Config
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.layouts.compose import build_case
@@ -12,6 +12,7 @@ from lungddpm.layouts.nodules import Nodule
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, measure_layout, surroundings, touches
 from lungddpm.sources import Scan
 from lungddpm.sources.phantom.patient import thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 SHAPE = (60, 60, 30)
 AFFINE = np.diag([1.0, 1.0, 2.5, 1.0])
@@ -20,15 +21,15 @@ NODULE = Nodule((20, 20, 10), np.ones((6, 6, 3), bool))
 
 def figures_of(nodule=NODULE, lungs=np.s_[5:55, 5:55, 3:27], vessels=(), spacing=(1.0, 1.0, 2.5)):
     """Figures of one nodule; the model grid is the scan's own."""
-    sides, tubes, numbers = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, bool), np.zeros(SHAPE, np.uint8)
-    sides[lungs] = 1
-    sides[0, 0, 0] = 2
+    lungs_lr, tubes, numbers = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, bool), np.zeros(SHAPE, np.uint8)
+    lungs_lr[lungs] = 1
+    lungs_lr[0, 0, 0] = 2
     for vessel in vessels:
         tubes[vessel] = True
     nodule.paste(numbers)
     tubes[numbers > 0] = False
     ct = Volume(np.zeros(SHAPE, np.int16), np.diag([*spacing, 1.0]))
-    return measure_layout(Segmented(ct, sides, tubes, numbers), [nodule], ct.like(numbers))["nodules"][0]
+    return measure_layout(Segmented(ct, lungs_lr, tubes, numbers), [nodule], ct.like(numbers))["nodules"][0]
 
 
 def test_a_nodule_is_measured():

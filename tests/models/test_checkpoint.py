@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.errors import InputError
-from lungddpm.models.checkpoint import Metadata, export_published, load_denoiser, read_metadata, save_denoiser
+from lungddpm.models.checkpoint import Metadata, read_metadata, save_network
 from lungddpm.models.denoiser import UNet, build_denoiser
+from lungddpm.models.published_checkpoint import export_published, load_denoiser
 from lungddpm.models.schedule import cosine_betas
 from lungddpm.operations.bench import with_numbers
 
@@ -52,7 +53,7 @@ def saved(tmp_path):
     for parameter in denoiser.parameters():  # a fresh denoiser predicts zero
         torch.nn.init.normal_(parameter, std=0.1)
     path = tmp_path / "model.safetensors"
-    save_denoiser(path, denoiser, Metadata.of(PLAIN, 7, "config", "data"))
+    save_network(path, denoiser, Metadata.of(PLAIN, 7, "config", "data"))
     return path, denoiser
 
 
@@ -95,7 +96,7 @@ def test_metadata(saved):
 def test_equal_weights_are_equal_files(saved, tmp_path):
     path, denoiser = saved
     for number in range(5):
-        save_denoiser(tmp_path / f"{number}.safetensors", denoiser, read_metadata(path))
+        save_network(tmp_path / f"{number}.safetensors", denoiser, read_metadata(path))
         assert (tmp_path / f"{number}.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -243,7 +244,7 @@ def test_wrong_key_is_named(published, edit, message):
 
 def test_only_a_few_wrong_keys_are_shown(saved):
     path, _ = saved
-    save_denoiser(path, torch.nn.Linear(2, 2), read_metadata(path))
+    save_network(path, torch.nn.Linear(2, 2), read_metadata(path))
     with pytest.raises(InputError, match=r"(key \S+ is missing, ){2}key \S+ is missing and \d+ more"):
         load_denoiser(path, PLAIN)
 
@@ -289,7 +290,7 @@ def test_exported_network_is_right_in_the_published_orientation(tmp_path):
     torch.manual_seed(0)
     config = resized(attention=False)
     trained = with_numbers(build_denoiser(config))
-    save_denoiser(tmp_path / "ours.safetensors", trained, Metadata.of(config, 1, "", ""))
+    save_network(tmp_path / "ours.safetensors", trained, Metadata.of(config, 1, "", ""))
     export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
     exported = torch.load(tmp_path / "theirs.pt", weights_only=True)["ema"]
     theirs = UNet(3, 4, [1, 2], 2, None)  # as it comes, without any turning
@@ -326,7 +327,7 @@ def test_weights_of_earlier_versions_are_named_as_such(saved):
 
 def test_weights_of_the_other_orientation_are_refused(saved, tmp_path):
     path, denoiser = saved
-    save_denoiser(path, denoiser, Metadata.of(RAS, 7, "", ""))
+    save_network(path, denoiser, Metadata.of(RAS, 7, "", ""))
     assert load_denoiser(path, RAS).orientation == "ras"
     with pytest.raises(InputError, match="was trained with orientation ras, the config says published"):
         load_denoiser(path, PLAIN)
@@ -353,7 +354,7 @@ def test_only_what_differs_is_named(tmp_path, edge, attention):
         return parse_config(values).for_training("lung_ddpm")
 
     trained, asked = config(["lung", "nodule"]), config(["lung", "nodule", "vessel"])
-    save_denoiser(tmp_path / "ours.safetensors", build_denoiser(trained), Metadata.of(trained, 1, "", ""))
+    save_network(tmp_path / "ours.safetensors", build_denoiser(trained), Metadata.of(trained, 1, "", ""))
     export_published(tmp_path / "ours.safetensors", tmp_path / "theirs.pt")
     load_denoiser(tmp_path / "theirs.pt", trained)
     with pytest.raises(InputError) as refused:

@@ -7,7 +7,14 @@ import torch
 from lungddpm.config.loading import parse_config
 from lungddpm.core.files import fingerprint
 from lungddpm.core.labels import Label
-from lungddpm.models.denoiser import GroupNorm32, UNet, build_denoiser, condition_channels, inferred_arguments, place
+from lungddpm.models.denoiser import (
+    GroupNorm32,
+    UNet,
+    build_denoiser,
+    condition_channels,
+    inferred_arguments,
+    place_on_device,
+)
 from lungddpm.operations.bench import with_numbers
 
 # Of the published key lists; the fingerprints are of {key: shape}.
@@ -134,7 +141,7 @@ def test_placed_denoiser_is_exact_on_a_large_grid(monkeypatch):
     exact, placed = (UNet(3, 32, [1, 1, 2, 3, 4], 32, attention_factor=4) for _ in range(2))
     placed.load_state_dict(with_numbers(exact).state_dict())
     with torch.inference_mode():
-        predicted = place(placed, "cpu")(inputs, timesteps)
+        predicted = place_on_device(placed, "cpu")(inputs, timesteps)
         monkeypatch.setattr(GroupNorm32, "forward", in_float64)
         expected = exact(inputs, timesteps)
     assert expected.std() > 0.1

@@ -14,10 +14,12 @@ import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from made_up_trainings import train
 from safetensors.torch import load_file
 
 from lungddpm.core import cases
 from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.generators import lung_ddpm
 from lungddpm.models import monitoring, training
 from lungddpm.models import training_states as states
 from lungddpm.models.checkpoint import read_metadata
@@ -28,6 +30,7 @@ KILLED_WHILE_SAVING = """
 import os, signal, sys, torch
 from pathlib import Path
 from lungddpm.config.loading import load_config
+from lungddpm.generators import lung_ddpm
 from lungddpm.models import training, training_states
 
 torch.set_num_threads(1)
@@ -43,7 +46,8 @@ def save_or_die(state, file):
 
 training_states.torch.save = save_or_die
 config, cohort, output = map(Path, sys.argv[1:])
-training.run_train(load_config(config).for_training("lung_ddpm"), cohort, output, "cpu")
+config = load_config(config).for_training("lung_ddpm")
+training.run_train(config, lung_ddpm.recipe(config), lung_ddpm.preview(config), cohort, output, "cpu")
 """
 
 
@@ -54,7 +58,7 @@ def quick():
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitoring, "_GRID_CASES", 1)
-        patch.setattr(monitoring, "_GRID_STEPS", 2)
+        patch.setattr(lung_ddpm, "PREVIEW_STEPS", 2)
         yield
     torch.set_num_threads(threads)
 
@@ -62,7 +66,7 @@ def quick():
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_cohort, training_config, tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    training.run_train(training_config(), tiny_cohort, output, "cpu")
+    train(training_config(), tiny_cohort, output, "cpu")
     return output
 
 
@@ -139,7 +143,7 @@ def test_tensorboard_holds_the_history(uninterrupted):
 
 def test_no_tensorboard_is_no_fault(tiny_cohort, training_config, tmp_path, monkeypatch, log):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    training.run_train(training_config(steps=1), tiny_cohort, tmp_path, "cpu")
+    train(training_config(steps=1), tiny_cohort, tmp_path, "cpu")
     assert log.text.count("TensorBoard is not installed") == 1
     assert not (tmp_path / "tensorboard").exists()
 
@@ -151,10 +155,10 @@ def test_interrupted_training_ends_bit_identical(
     with monkeypatch.context() as patch:
         at_step(patch, steps, stop)
         with pytest.raises(KeyboardInterrupt):
-            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+            train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert not (tmp_path / "model.safetensors").exists()
     torch.manual_seed(steps)  # nothing may depend on the global generator
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     begin = "Starting from the beginning" if steps < 2 else f"Going on from step {steps // 2 * 2} of 6"
     assert begin in log.text
     assert_same_end(tmp_path, uninterrupted)
@@ -168,7 +172,7 @@ def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, write_
     half, whole = states_of(output)
     assert half.startswith(".step-00000004")
     assert whole == "step-00000002.pt"
-    training.run_train(training_config(), tiny_cohort, output, "cpu")
+    train(training_config(), tiny_cohort, output, "cpu")
     assert "Going on from step 2" in log.text
     assert states_of(output) == ["step-00000006.pt"]
     assert_same_end(output, uninterrupted)
@@ -180,14 +184,14 @@ def test_two_states_are_kept_and_a_damaged_one_falls_back(
     with monkeypatch.context() as patch:
         at_step(patch, 5, stop)
         with pytest.raises(KeyboardInterrupt):
-            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+            train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
     newest = tmp_path / "state/step-00000004.pt"
     damaged = bytearray(newest.read_bytes())
     history = states.load_state(newest)["history"].numpy().tobytes()
     damaged[damaged.index(history) + 3] ^= 1  # one bit of one number, which torch.load would not notice
     newest.write_bytes(damaged)
-    training.run_train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
+    train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
     assert "step-00000004.pt is damaged and is passed over" in log.text
     assert "Going on from step 2 of 6" in log.text
     assert_same_end(tmp_path, uninterrupted)
@@ -198,7 +202,7 @@ def interrupt(monkeypatch, config, cohort, output, step):
     with monkeypatch.context() as patch:
         at_step(patch, step, stop)
         with pytest.raises(KeyboardInterrupt):
-            training.run_train(config, cohort, output, "cpu")
+            train(config, cohort, output, "cpu")
 
 
 def recorded_code(output):
@@ -219,7 +223,7 @@ def test_a_training_under_way_survives_changed_code(
     interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 3)
     monkeypatch.setattr(training, "stage_fingerprint", lambda *_: "changed again")
     log.clear()
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert f"has changed since step 2 ({own['code'][:12]}, now changed agai)" in log.text
     assert "Going on from step 2 of 6" in log.text
     assert recorded_code(tmp_path) == [own, {"from_step": 3, "code": "changed again"}]
@@ -228,12 +232,12 @@ def test_a_training_under_way_survives_changed_code(
     (tmp_path / "model.safetensors").unlink()
     with monkeypatch.context() as patch:
         at_step(patch, 0, stop)
-        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+        train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert len(recorded_code(tmp_path)) == 2
     monkeypatch.undo()
     # Of other code, it is not.
     log.clear()
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert "complete: nothing to do" not in log.text
     assert recorded_code(tmp_path) == [own]
     assert_same_end(tmp_path, uninterrupted)
@@ -254,7 +258,7 @@ def test_a_finished_training_of_other_code_begins_again(
     interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 3)
     assert "Going on" not in log.text, "nor does the next start take it for its own"
     assert states_of(tmp_path) == ["step-00000002.pt"]
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert recorded_code(tmp_path) == [{"from_step": 1, "code": "changed"}]
     assert_same_end(tmp_path, uninterrupted)
 
@@ -266,16 +270,16 @@ def test_restart_begins_again_and_keeps_the_states_until_the_first_new_one(
     with monkeypatch.context() as patch:
         at_step(patch, 1, stop)
         with pytest.raises(KeyboardInterrupt):
-            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
+            train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
     log.clear()
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
+    train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
     assert "Going on" not in log.text
     assert_same_end(tmp_path, uninterrupted)
     steps = []
     take_step = Optimization.take_step
     monkeypatch.setattr(Optimization, "take_step", lambda *args: (steps.append(args[1]), take_step(*args))[1])
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
+    train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
     assert steps == [0, 1, 2, 3, 4, 5], "also where it is complete"
 
 
@@ -285,7 +289,7 @@ def test_states_of_another_config_are_kept_until_the_new_training_has_saved(
     interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 5)
     interrupt(monkeypatch, training_config(seed=2), tiny_cohort, tmp_path, 1)
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert "Going on from step 4 of 6" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
@@ -297,12 +301,12 @@ def test_sigterm_ends_the_step_saves_and_goes_on(
     with monkeypatch.context() as patch:
         at_step(patch, 2, lambda _: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(SystemExit) as ended:
-            training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+            train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert ended.value.code == 143
     assert "step 3 is saved" in log.text
     assert states_of(tmp_path)[-1] == "step-00000003.pt"
     assert signal.getsignal(signal.SIGTERM) == former
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert "Going on from step 3" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
@@ -310,7 +314,7 @@ def test_sigterm_ends_the_step_saves_and_goes_on(
 def test_complete_training_is_left_alone(uninterrupted, tiny_cohort, training_config, monkeypatch, log):
     at_step(monkeypatch, 0, stop)
     only_how = training_config(save_every=3, sample_every=1, gradient_checkpointing=True)
-    training.run_train(only_how, tiny_cohort, uninterrupted, "cpu")
+    train(only_how, tiny_cohort, uninterrupted, "cpu")
     assert "nothing to do" in log.text
 
 
@@ -318,7 +322,7 @@ def test_lost_model_is_written_from_the_last_state(uninterrupted, tiny_cohort, t
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
     (tmp_path / "model.safetensors").unlink()
     at_step(monkeypatch, 0, stop)
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert_same_end(tmp_path, uninterrupted)
 
 
@@ -330,7 +334,7 @@ def test_damaged_model_is_written_from_the_last_state(
     content[-9] ^= 1
     (tmp_path / "model.safetensors").write_bytes(content)
     at_step(monkeypatch, 0, stop)
-    training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+    train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert "differs from the checksum" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
@@ -338,7 +342,7 @@ def test_damaged_model_is_written_from_the_last_state(
 def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, training_config, tmp_path, log):
     shutil.copytree(uninterrupted, tmp_path / "run")
     other = training_config(seed=2, steps=2)
-    training.run_train(other, tiny_cohort, tmp_path / "run", "cpu")
+    train(other, tiny_cohort, tmp_path / "run", "cpu")
     assert "another config and is passed over" in log.text
     assert not history_of(tmp_path / "run").equals(history_of(uninterrupted)[:2])
     assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["step-00000002.png"]
@@ -346,7 +350,7 @@ def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, tr
     shutil.copytree(tiny_cohort.parent, tmp_path / "cohort")
     table = cases.read_cases(tiny_cohort)
     cases.write_cases(tmp_path / "cohort/cases.tsv", table[table["case_id"] != "case00"])
-    training.run_train(other, tmp_path / "cohort/cases.tsv", tmp_path / "run", "cpu")
+    train(other, tmp_path / "cohort/cases.tsv", tmp_path / "run", "cpu")
     assert "another data and is passed over" in log.text
 
 
@@ -357,7 +361,7 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
         Optimization, "take_step", lambda self, step, *_: torch.tensor([float("nan") if step == 2 else 0.5, 0.0])
     )
     with pytest.raises(InputError, match=r"no longer finite at step 3.*step-00000002\.pt"):
-        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+        train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert states_of(tmp_path) == ["step-00000002.pt"]
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -388,7 +392,7 @@ def test_a_state_on_disk_is_good_even_where_the_loss_tells_nothing(
 
     monkeypatch.setattr(Optimization, "take_step", quietly_wrong)
     with pytest.raises(InputError, match=r"diverged.*step-00000002\.pt"):
-        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+        train(training_config(), tiny_cohort, tmp_path, "cpu")
     state = torch.load(tmp_path / "state/step-00000002.pt", weights_only=True)
     moments = [value for moments in state["optimizer"]["state"].values() for value in moments.values()]
     tensors = [*state["model"].values(), *state["average"].values(), *moments]
@@ -403,7 +407,7 @@ def test_waits_for_the_process_that_holds_the_folder(
     at_step(monkeypatch, 0, stop)
     with (tmp_path / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        second = threading.Thread(target=training.run_train, args=(training_config(), tiny_cohort, tmp_path, "cpu"))
+        second = threading.Thread(target=train, args=(training_config(), tiny_cohort, tmp_path, "cpu"))
         second.start()
         for _ in range(100):
             if "waiting" in log.text:
@@ -418,14 +422,14 @@ def test_waits_for_the_process_that_holds_the_folder(
 
 def test_learns_whole_volumes(tiny_cohort, training_config, tmp_path):
     config = training_config(steps=40, crop=None, accumulation=1, learning_rate=5e-3, save_every=40, sample_every=40)
-    training.run_train(config, tiny_cohort, tmp_path, "cpu")
+    train(config, tiny_cohort, tmp_path, "cpu")
     loss = history_of(tmp_path)["loss"]
     assert loss[0] == pytest.approx(np.sqrt(2 / np.pi), abs=0.02)  # mean |noise|: a fresh denoiser predicts zero
     assert loss[-10:].mean() < 0.75 * loss[0]
 
 
 def losses_of(config, cohort, output):
-    training.run_train(config, cohort, output, "cpu")
+    train(config, cohort, output, "cpu")
     return history_of(output)["loss"].to_numpy()
 
 
@@ -475,13 +479,13 @@ def test_bf16_stays_close_and_keeps_weights_in_fp32(uninterrupted, tiny_cohort, 
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[...] can't allocate memory: you tried ...")]
 )
-def test_out_of_memory_names_the_levers(tiny_cohort, training_config, tmp_path, monkeypatch, error):
+def test_out_of_memory_names_the_options(tiny_cohort, training_config, tmp_path, monkeypatch, error):
     def fail(_optimization):
         raise error
 
     at_step(monkeypatch, 3, fail)
     with pytest.raises(ConfigError, match=r"memory of th.* does not suffice.*gradient_checkpointing.*--estimate"):
-        training.run_train(training_config(), tiny_cohort, tmp_path, "cpu")
+        train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert states_of(tmp_path) == ["step-00000002.pt"]
 
 
@@ -489,17 +493,17 @@ def test_no_discovery_case(tiny_cohort, training_config, tmp_path):
     table = cases.read_cases(tiny_cohort)
     cases.write_cases(tmp_path / "cases.tsv", table[table["role"] == "test"])
     with pytest.raises(InputError, match="no usable discovery case"):
-        training.run_train(training_config(), tmp_path / "cases.tsv", tmp_path, "cpu")
+        train(training_config(), tmp_path / "cases.tsv", tmp_path, "cpu")
 
 
 def test_unknown_device(tiny_cohort, training_config, tmp_path):
     with pytest.raises(ConfigError, match="'abacus' is not available"):
-        training.run_train(training_config(), tiny_cohort, tmp_path, "abacus")
+        train(training_config(), tiny_cohort, tmp_path, "abacus")
 
 
 def test_no_fp16_on_a_cpu(tiny_cohort, training_config, tmp_path):
     with pytest.raises(ConfigError, match="fp16 needs a GPU"):
-        training.run_train(training_config(precision="fp16"), tiny_cohort, tmp_path, "cpu")
+        train(training_config(precision="fp16"), tiny_cohort, tmp_path, "cpu")
 
 
 def test_two_processes_go_on_as_one_with_twice_the_accumulation(
@@ -509,7 +513,7 @@ def test_two_processes_go_on_as_one_with_twice_the_accumulation(
     with monkeypatch.context() as patch:
         at_step(patch, 3, stop)
         with pytest.raises(KeyboardInterrupt):
-            training.run_train(training_config(), tiny_cohort, shared, "cpu")
+            train(training_config(), tiny_cohort, shared, "cpu")
     half = training_config(accumulation=training_config().settings.training.accumulation // 2)
     write_config(tmp_path / "config.json", half)
     launched = [

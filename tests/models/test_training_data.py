@@ -13,6 +13,7 @@ from lungddpm.core import cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_model_range
+from lungddpm.generators import plugin
 from lungddpm.models.augmentation import Augmentation, augment, draw_augmentation
 from lungddpm.models.data import SampleStream, TrainingData, draw_crop, open_cache
 from lungddpm.models.denoiser import condition_channels
@@ -73,7 +74,7 @@ def test_a_stale_or_damaged_cache_is_ignored_and_removed(discovery, training_con
 
 
 def test_processes_that_build_the_cache_at_once_decode_once(discovery, training_config, tmp_path, read_count):
-    # Threads of one process hold locks of their own, as processes do, because each opens the lock file anew.
+    # Threads of one process hold locks of their own, as processes do, because each opens the lock file again.
     with ThreadPoolExecutor(4) as pool:
         opened = list(pool.map(lambda _: open_cache(tmp_path, *discovery, training_config().grid.size), range(4)))
     assert len(read_count) == 3
@@ -97,8 +98,13 @@ def asymmetric():
     return TrainingData(["a", "b"], ct, layout)
 
 
+def stream_of(data, config):
+    recipe = plugin(config.name).recipe(config)
+    return SampleStream(data, config, recipe, recipe.objective(CPU), CPU)
+
+
 def stream(data, training_config, **changes):
-    return SampleStream(data, training_config(**changes), CPU)
+    return stream_of(data, training_config(**changes))
 
 
 def test_plain_samples_are_the_cases_themselves(asymmetric, training_config):
@@ -125,7 +131,7 @@ def test_samples_depend_on_their_number_alone(asymmetric, training_config):
     singles = [one_by_one.batch(number) for number in (5, 4, 3, 2, 1, 0)][::-1]
     torch.manual_seed(99)
     pairs = [stream(asymmetric, training_config, batch_size=2, augmentation="standard").batch(k) for k in range(3)]
-    for name in ("clean", "condition", "noise", "timesteps"):
+    for name in ("clean", "condition", "noise", "levels"):
         first = torch.cat([getattr(batch, name) for batch in singles])
         assert torch.equal(first, torch.cat([getattr(batch, name) for batch in pairs]))
     other_seed = stream(asymmetric, training_config, seed=2, batch_size=2).batch(0)
@@ -136,7 +142,7 @@ def test_noise_and_timesteps_are_spread_as_they_should(asymmetric, training_conf
     batch = stream(asymmetric, training_config, batch_size=400, crop=4).batch(0)
     assert batch.noise.mean().item() == pytest.approx(0, abs=0.03)
     assert batch.noise.std().item() == pytest.approx(1, abs=0.03)
-    counts = np.bincount(batch.timesteps.numpy(), minlength=20)
+    counts = np.bincount(batch.levels.numpy(), minlength=20)
     assert len(counts) == 20
     assert counts.min() > 5  # 20 expected of each
     assert torch.corrcoef(batch.noise.flatten(1))[np.triu_indices(400, 1)].abs().mean() < 0.15
@@ -175,7 +181,7 @@ def test_crops_of_lung_ddpm_plus_lie_around_nodule_voxels():
     plus = {"denoiser": {"attention": False, "multipliers": [1, 2]}, "training": {"crop": 8, "batch_size": 30}}
     values = {"grid": {"size": [16, 16, 16]}, "generators": {"lung_ddpm_plus": plus}}
     config = parse_config(values).for_training("lung_ddpm_plus")
-    batch = SampleStream(TrainingData(["a"], np.zeros((1, 16, 16, 16), np.int16), layout), config, CPU).batch(0)
+    batch = stream_of(TrainingData(["a"], np.zeros((1, 16, 16, 16), np.int16), layout), config).batch(0)
     assert batch.condition.shape == (30, 1, 8, 8, 8)
     # The crop's middle is one of the two voxels, but where that would lead out of the volume.
     nodules = [frozenset(map(tuple, torch.argwhere(one[0] > 0).tolist())) for one in batch.condition]

@@ -4,10 +4,11 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from lungddpm.generators import lung_ddpm
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.optimization import Optimization
-from lungddpm.models.training import fresh_denoiser
+from lungddpm.models.training import initial_network
 
 pytestmark = [
     pytest.mark.needs_gpu,
@@ -23,7 +24,8 @@ def make(training_config):
         data = TrainingData(["a", "b"], (labels.short() * 300 - 900).numpy(), labels.numpy())
         config = training_config(precision=precision, steps=100, **changes)
         AcceleratorState._reset_state(True)
-        return Optimization(config, fresh_denoiser(config), data, make_accelerator("cuda", precision, 2))
+        recipe, accelerator = lung_ddpm.recipe(config), make_accelerator("cuda", precision, 2)
+        return Optimization(config, recipe, initial_network(config, recipe), data, accelerator)
 
     yield optimization
     AcceleratorState._reset_state(True)

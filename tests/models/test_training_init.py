@@ -2,22 +2,25 @@
 
 import pytest
 import torch
+from made_up_trainings import train
 
 from lungddpm.core.errors import InputError
+from lungddpm.generators import lung_ddpm
 from lungddpm.models import monitoring, training
-from lungddpm.models.checkpoint import Metadata, export_published, load_denoiser, read_metadata, save_denoiser
+from lungddpm.models.checkpoint import Metadata, read_metadata, save_network
+from lungddpm.models.published_checkpoint import export_published, load_denoiser
 
 
 @pytest.fixture
 def weights(training_config, tmp_path, monkeypatch):
     """A denoiser of ours and as a published checkpoint."""
     monkeypatch.setattr(monitoring, "_GRID_CASES", 1)
-    monkeypatch.setattr(monitoring, "_GRID_STEPS", 2)
+    monkeypatch.setattr(lung_ddpm, "PREVIEW_STEPS", 2)
     config = training_config(seed=5)
-    denoiser = training.fresh_denoiser(config)
+    denoiser = training.initial_network(config, lung_ddpm.recipe(config))
     torch.nn.init.normal_(denoiser.out[2].weight, std=0.1)
     ours, published = tmp_path / "given.safetensors", tmp_path / "given.pt"
-    save_denoiser(ours, denoiser, Metadata.of(config, 1, "config", "data"))
+    save_network(ours, denoiser, Metadata.of(config, 1, "config", "data"))
     export_published(ours, published)
     return ours, published
 
@@ -25,7 +28,7 @@ def weights(training_config, tmp_path, monkeypatch):
 def test_starts_from_ours_and_from_published_weights_alike(weights, training_config, tiny_cohort, tmp_path):
     config = training_config(steps=1, learning_rate=1e-12)
     for path in weights:
-        training.run_train(config, tiny_cohort, tmp_path / path.suffix, "cpu", path)
+        train(config, tiny_cohort, tmp_path / path.suffix, "cpu", path)
         trained = load_denoiser(tmp_path / path.suffix / "model.safetensors", config).state_dict()
         for name, tensor in load_denoiser(path, config).state_dict().items():
             torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-10)
@@ -35,16 +38,16 @@ def test_other_initial_weights_make_another_training(weights, training_config, t
     config = training_config(steps=1)
     fingerprints = set()
     for path in (None, *weights):
-        training.run_train(config, tiny_cohort, tmp_path / "run", "cpu", path)
+        train(config, tiny_cohort, tmp_path / "run", "cpu", path)
         fingerprints.add(read_metadata(tmp_path / "run/model.safetensors").config_fingerprint)
     assert len(fingerprints) == 3
 
 
 def test_initial_weights_that_do_not_fit(weights, training_config, tiny_cohort, tmp_path):
     with pytest.raises(InputError, match="does not exist"):
-        training.run_train(training_config(), tiny_cohort, tmp_path / "run", "cpu", tmp_path / "nothing.pt")
+        train(training_config(), tiny_cohort, tmp_path / "run", "cpu", tmp_path / "nothing.pt")
     content = torch.load(weights[1], weights_only=True)
     del content["ema"]["denoise_fn.out.2.bias"]
     torch.save(content, weights[1])
     with pytest.raises(InputError, match="key denoise_fn.out.2.bias is missing"):
-        training.run_train(training_config(), tiny_cohort, tmp_path / "run", "cpu", weights[1])
+        train(training_config(), tiny_cohort, tmp_path / "run", "cpu", weights[1])

@@ -10,10 +10,12 @@ from PIL import Image
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.labels import Label
+from lungddpm.generators import lung_ddpm
 from lungddpm.models import monitoring
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases
+from lungddpm.models.recipe import INSIDE
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 from lungddpm.operations.estimate import count, run_estimate
 
@@ -33,14 +35,19 @@ def perfect(noisy, timesteps):
     return (noisy[:, :1] - level.sqrt() * clean) / (1 - level).sqrt()
 
 
+def grid_of(network, data, chosen, config):
+    accelerator = make_accelerator("cpu", "fp32")
+    return draw_grid(network, lung_ddpm.preview(config), data, chosen, config, INSIDE, accelerator)
+
+
 def test_the_grid_measures_the_distance_in_the_lungs(data, training_config):
-    config, accelerator = training_config(), make_accelerator("cpu", "fp32")
+    config = training_config()
     assert grid_cases(data) == [1, 2]
     assert grid_cases(TrainingData(["none"], data.ct[:1], data.layout[:1])) == [0]
-    errors, _ = draw_grid(perfect, data, [1, 2], config, accelerator)
+    errors, _ = grid_of(perfect, data, [1, 2], config)
     assert errors == pytest.approx([0, 0], abs=1e-6)
     far = TrainingData(data.case_ids, data.ct + np.where(data.layout > 0, 406, 0).astype(np.int16), data.layout)
-    errors, _ = draw_grid(perfect, far, [1], config, accelerator)
+    errors, _ = grid_of(perfect, far, [1], config)
     assert errors == pytest.approx([0.25**2], rel=1e-3)  # 406 of the window's 1624 HU
 
 
@@ -48,9 +55,9 @@ def test_the_same_noise_for_a_case_at_each_call(data, training_config):
     def knows_nothing(noisy, timesteps):
         return torch.zeros_like(noisy[:, :1])
 
-    config, accelerator = training_config(), make_accelerator("cpu", "fp32")
-    together, figure = draw_grid(knows_nothing, data, [1, 2], config, accelerator)
-    alone, _ = draw_grid(knows_nothing, data, [2], config, accelerator)
+    config = training_config()
+    together, figure = grid_of(knows_nothing, data, [1, 2], config)
+    alone, _ = grid_of(knows_nothing, data, [2], config)
     assert alone[0] == together[1] != together[0]
     titles = [axes.get_title() for axes in figure.axes]
     assert titles[:3] == ["reference", "layout", "sample"]

@@ -10,9 +10,9 @@ import torch
 from accelerate.state import AcceleratorState
 
 from lungddpm.core.errors import ConfigError
-from lungddpm.models.denoiser import Convolution, GroupNorm32, UNet, _group_norm, convolve_by_planes, place
+from lungddpm.models.denoiser import Convolution, GroupNorm32, UNet, _group_norm, convolve_winograd, place_on_device
 from lungddpm.operations import bench
-from lungddpm.operations.bench import BASE, LEVERS, MEASURED, SAMPLERS, USED, Lever, Problem, Workbench, ratios
+from lungddpm.operations.bench import BASE, MEASURED, OPTIONS, SAMPLERS, USED, Option, Problem, Workbench, ratios
 
 TINY = Problem("cpu", 16, 32)
 
@@ -46,37 +46,37 @@ def test_ratios_by_hand():
     assert ratios([2.0, 9.0, 4.0], [1.0, 3.0, 4 / 1.5]) == (2.0, 1.5, 3.0)
 
 
-def test_levers_have_names_of_their_own_and_stay_on_their_device():
-    assert len({lever.name for lever in LEVERS}) == len(LEVERS)
-    assert LEVERS[0].name == "base"
-    assert Lever(bf16=True, batch=2).name == "bf16 + batch 2"
-    assert [Lever(graphs=True).exists_on(device) for device in ("cpu", "cuda")] == [False, True]
-    assert [Lever(keep_memory=True).exists_on(device) for device in ("cpu", "cuda")] == [True, False]
-    assert all(lever in LEVERS and lever.exists_on(device) for device, lever in USED.items())
+def test_options_have_names_of_their_own_and_stay_on_their_device():
+    assert len({option.name for option in OPTIONS}) == len(OPTIONS)
+    assert OPTIONS[0].name == "base"
+    assert Option(bf16=True, batch=2).name == "bf16 + batch 2"
+    assert [Option(graphs=True).exists_on(device) for device in ("cpu", "cuda")] == [False, True]
+    assert [Option(keep_memory=True).exists_on(device) for device in ("cpu", "cuda")] == [True, False]
+    assert all(option in OPTIONS and option.exists_on(device) for device, option in USED.items())
 
 
-# All levers of a CPU but `compile`, which takes a C++ compiler minutes.
+# All options of a CPU but `compile`, which takes a C++ compiler minutes.
 @pytest.mark.parametrize(
-    ("lever", "tolerance"),
+    ("option", "tolerance"),
     [
-        (Lever(keep_memory=True), 1e-4),
-        (Lever(channels_last=True), 1e-4),
-        (Lever(channels_last=True, by_planes=True), 1e-4),
-        (Lever(batch=2), 1e-4),
-        (Lever(bf16=True), 0.1),
+        (Option(keep_memory=True), 1e-4),
+        (Option(channels_last=True), 1e-4),
+        (Option(channels_last=True, winograd=True), 1e-4),
+        (Option(batch=2), 1e-4),
+        (Option(bf16=True), 0.1),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_levers_give_the_output_of_the_base(base_output, lever, tolerance):
-    output = Workbench(TINY, lever).output()
+def test_options_give_the_output_of_the_base(base_output, option, tolerance):
+    output = Workbench(TINY, option).output()
     assert base_output.std() > 0.01
     assert abs(output - base_output).max() < tolerance
 
 
 def test_training_with_the_levers_of_a_cpu_has_the_losses_of_the_base():
     losses = []
-    for lever in (BASE, USED["cpu"]):
-        workbench = Workbench(TINY, lever)
+    for option in (BASE, USED["cpu"]):
+        workbench = Workbench(TINY, option)
         assert workbench.training_seconds() > 0
         losses.append(workbench.optimization.take_step(2)[0].item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-4)
@@ -89,15 +89,15 @@ def test_convolution_by_planes_is_the_convolution(depth):
     weight = torch.randn(4, 3, 3, 3, 3, generator=generator, dtype=torch.float64)
     bias = torch.randn(4, generator=generator, dtype=torch.float64)
     expected = torch.nn.functional.conv3d(h, weight, bias, padding=1)
-    torch.testing.assert_close(convolve_by_planes(h, weight, bias), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(convolve_winograd(h, weight, bias), expected, rtol=0, atol=1e-12)
 
 
 def test_placed_on_a_cpu_the_golden_output_stays(golden, golden_denoiser):
     plain = {key: tensor.clone() for key, tensor in golden_denoiser.state_dict().items()}
     denoiser = UNet(3, 32, [1, 1, 2, 3, 4], 32, attention_factor=2)
     denoiser.load_state_dict(plain)
-    placed = place(denoiser, "cpu").eval()
-    assert all(module.by_planes for module in placed.modules() if isinstance(module, Convolution))
+    placed = place_on_device(denoiser, "cpu").eval()
+    assert all(module.winograd for module in placed.modules() if isinstance(module, Convolution))
     assert {key: tensor.shape for key, tensor in placed.state_dict().items()} == {k: t.shape for k, t in plain.items()}
     with torch.inference_mode():
         predicted = placed(golden["denoiser_in"], golden["denoiser_t"])
@@ -105,17 +105,17 @@ def test_placed_on_a_cpu_the_golden_output_stays(golden, golden_denoiser):
 
 
 def test_gradients_stay_the_same_by_planes():
-    def gradients(by_planes):
+    def gradients(winograd):
         torch.manual_seed(0)
         denoiser = UNet(3, 4, [1, 2], 2, attention_factor=1)
         for parameter in denoiser.parameters():
             parameter.data.normal_(0, 0.2)
-        denoiser.arrange(by_planes, by_planes)(torch.randn(1, 3, 8, 8, 8), torch.tensor([3])).square().mean().backward()
+        denoiser.arrange(winograd, winograd)(torch.randn(1, 3, 8, 8, 8), torch.tensor([3])).square().mean().backward()
         return {name: parameter.grad for name, parameter in denoiser.named_parameters()}
 
-    plain, by_planes = gradients(False), gradients(True)
+    plain, winograd = gradients(False), gradients(True)
     for name, gradient in plain.items():
-        torch.testing.assert_close(by_planes[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(winograd[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_the_norm_for_gpus_is_the_norm():
@@ -130,7 +130,7 @@ def test_the_norm_for_gpus_is_the_norm():
 
 
 def test_figures_follow_from_the_timings(monkeypatch):
-    """A lever's process and the base's, played by tables of what they would answer."""
+    """An option's process and the base's, played by tables of what they would answer."""
 
     def plays(answers):
         return lambda method, *arguments: answers[method].pop(0) if method in answers else pytest.fail(method)
@@ -143,7 +143,7 @@ def test_figures_follow_from_the_timings(monkeypatch):
         "sampling_seconds": [6.0, 90.0, 45.0],
         "memory_mib": [123.0],
     })  # fmt: skip
-    row = bench._measure(call, base, Lever(batch=2), 3, 120.0, False, flop=100)
+    row = bench._measure(call, base, Option(batch=2), 3, 120.0, False, flop=100)
     assert (row.ratio, row.ratio_least, row.ratio_most) == (2.0, 2.0, 3.0)
     assert (row.pass_seconds, row.max_difference, row.flop_per_second) == (2.0, 1.0, 50.0)
     assert row.matrix_fraction == 0.25
@@ -158,13 +158,13 @@ def test_a_lever_that_the_device_lacks_or_that_fails_gets_a_row(monkeypatch):
         raise RuntimeError("No compiler.\nA long story.")
 
     monkeypatch.setattr(bench, "_process", lambda *_: nullcontext(fail))
-    rows = [bench._row(TINY, fail, lever, 1, 0.0, False, 1) for lever in (Lever(graphs=True), Lever(compile=True))]
+    rows = [bench._row(TINY, fail, option, 1, 0.0, False, 1) for option in (Option(graphs=True), Option(compile=True))]
     assert [row.status for row in rows] == ["not on this device", "failed: No compiler."]
     assert rows[0].ratio is rows[1].ratio is None
 
 
 def test_an_unknown_lever_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no lever 'magic'\. Known are: base; memory kept"):
+    with pytest.raises(ConfigError, match=r"no option 'magic'\. Known are: base; memory kept"):
         bench.run_bench("cpu", 16, 32, ["magic"], 1, 0.0, False, tmp_path / "bench.json")
 
 
@@ -172,18 +172,18 @@ def test_the_command_writes_a_table_and_json(tmp_path):
     lungddpm = Path(sys.executable).with_name("lungddpm")
     options = ["--size", "16", "--base", "32", "--rounds", "1", "--longest", "0", "--device", "cpu", "--threads", "1"]
     run = subprocess.run(
-        [lungddpm, "bench", *options, "--no-training", "--lever", "CUDA graphs", "--output", "bench.json"],
+        [lungddpm, "bench", *options, "--no-training", "--option", "CUDA graphs", "--output", "bench.json"],
         cwd=tmp_path, text=True, capture_output=True, check=True,
     )  # fmt: skip
     result = json.loads((tmp_path / "bench.json").read_text())
-    base, graphs = result["levers"]
-    assert (base["lever"], base["status"], base["max_difference"]) == ("base", MEASURED, 0)
+    base, graphs = result["options"]
+    assert (base["option"], base["status"], base["max_difference"]) == ("base", MEASURED, 0)
     assert base.keys() == graphs.keys() == bench.Row.__dataclass_fields__.keys()
     assert base["sampling_seconds"].keys() == SAMPLERS.keys()
     assert base["extrapolated"] == list(SAMPLERS)
     assert min(base[name] for name in ("pass_seconds", "ratio", "matrix_fraction")) > 0
     assert base["training_ratio"] is None
-    assert (graphs.pop("lever"), graphs.pop("status")) == ("CUDA graphs", "not on this device")
+    assert (graphs.pop("option"), graphs.pop("status")) == ("CUDA graphs", "not on this device")
     assert set(graphs.values()) == {None}
     assert result["samplers"] == []
     assert re.search(r"^base +\d\S* +\d", run.stdout, re.MULTILINE)

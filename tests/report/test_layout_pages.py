@@ -139,12 +139,12 @@ def test_unusual_follows_the_modified_z_score():
 
 def test_many_exclusions_are_joined_by_the_kind_of_reason():
     rows = [
-        row(f"c{n}", status="excluded", reason=f"folder {n}: {n} slices are missing. Copy it anew.") for n in range(40)
+        row(f"c{n}", status="excluded", reason=f"folder {n}: {n} slices are missing. Copy it again.") for n in range(40)
     ]
     rows.append(row("x", status="excluded", reason="CT: no lungs were found. Use chest CT."))
     shown = show_excluded(pd.DataFrame(rows))
     assert shown.rows == [
-        ["40", "folder 0: 0 slices are missing. Copy it anew.", "c0, c1, c2"],
+        ["40", "folder 0: 0 slices are missing. Copy it again.", "c0, c1, c2"],
         ["1", "CT: no lungs were found. Use chest CT.", "x"],
     ]
 

@@ -10,7 +10,12 @@ import pytest
 
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
-from lungddpm.report.page import _p, extractors_of, ranked_samples, run_report, show_sets, verdict_table_text
+from lungddpm.core.files import write_json
+from lungddpm.report.page import run_report
+from lungddpm.report.sections import extractors_of, p_text, show_sets
+from lungddpm.report.terminal import verdict_table_text
+from lungddpm.report.viewer import ranked_samples
+from lungddpm.segmentation.nnunet import fold_folder
 from lungddpm.verdict.tables import write_tables
 
 
@@ -44,6 +49,21 @@ def page_of(results):
     return Page((results / "report.html").read_text(encoding="utf-8"))
 
 
+def test_code_that_changed_while_a_training_was_under_way_is_named(make_results, read_manifest):
+    config, results = make_results()
+    model = [{"from_step": 1, "code": "a" * 64}]
+    segmenter = [{"from_step": 1, "code": "b" * 64}, {"from_step": 501, "code": "c" * 64}]
+    fold = fold_folder(results / "arms/real", 0, 0)
+    write_json(results / "models/lung_ddpm/main/training.json", {"steps": 6, "code": model})
+    write_json(fold / "training.json", {"steps": 1000, "code": segmenter})
+    run_report(config, results)
+    trained = {"models/lung_ddpm/main": model, "arms/real fold0_seed0": segmenter}
+    assert read_manifest(results)["training_code"] == trained
+    page = (results / "report.html").read_text()
+    assert "arms/real fold0_seed0 (from step 501 on)" in page
+    assert "models/lung_ddpm/main (from step" not in page
+
+
 def test_full_report(make_results, read_manifest):
     config, results = make_results()
     run_report(config, results)
@@ -59,8 +79,9 @@ def test_full_report(make_results, read_manifest):
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
     assert "real+lung_ddpm@1.0: better than real." in page.text
     assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
-    assert "computed phantoms" in page.text
+    assert "patients are simulated" in page.text
     assert "anatomically aware sampling" in page.text
+    assert "Cite: Lung-DDPM: Semantic Layout-guided Diffusion Models" in page.text
     assert "several roles" not in page.text
     assert 'class="notes"' not in html
     assert "HU calibration: lung_ddpm within limits." in page.text
@@ -80,6 +101,16 @@ def test_nothing_names_the_machine(make_results, tmp_path):
         text = re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8"))
         assert str(tmp_path) not in text
         assert str(tmp_path.home()) + "/" not in text
+
+
+def test_synthetic_ct_of_other_systems_is_called_so(make_results, tmp_path):
+    arms = {"generators": ["maisi"], "external": {"maisi": str(tmp_path)}, "controls": ["paste_constant"]}
+    config, results = make_results(n_test=2, n_replicates=1, extras=False, arms=arms)
+    run_report(config, results)
+    text = page_of(results).text
+    assert "maisi . external: made by another system." in text
+    assert "paste_constant . Control: lungs of one constant HU in the reference." in text
+    assert "Cite:" not in text
 
 
 def test_two_cases_one_replicate_and_nothing_else(make_results):
@@ -160,7 +191,7 @@ def test_notes_stand_before_the_answers_and_a_run_with_copied_replicates_claims_
     ],
 )  # fmt: skip
 def test_p_shows_on_which_side_of_the_level_it_lies(p, level, shown):
-    assert _p(p, 1 - (1 - level)) == shown
+    assert p_text(p, 1 - (1 - level)) == shown
 
 
 def test_samples_to_show_are_ranked_by_their_error(make_results):

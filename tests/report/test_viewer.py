@@ -9,7 +9,7 @@ import pytest
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.quality.image_quality import Sample
-from lungddpm.report.viewer import ShownSample, list_nodules, viewer_values
+from lungddpm.report.viewer import DisplaySample, list_nodules, viewer_values
 
 SHAPE = (10, 9, 8)
 AFFINE = np.array([[2.0, 0, 0, -30], [0, 3.0, 0, 40], [0, 0, 4.0, -500], [0, 0, 0, 1]])
@@ -42,7 +42,7 @@ def test_nodules_are_listed_from_the_largest(sample):
 
 
 def test_volumes_arrive_unchanged_and_in_their_place(sample):
-    data = viewer_values([ShownSample("lung_ddpm", "a", "why", sample)])["data"]
+    data = viewer_values([DisplaySample("lung_ddpm", "a", "why", sample)])["data"]
     reference, difference = unpacked(data, "reference", "<i2"), unpacked(data, "difference", "<i2")
     np.testing.assert_array_equal(reference, sample.reference.array)
     np.testing.assert_array_equal(reference + difference, sample.ct.array)
@@ -55,14 +55,14 @@ def test_volumes_arrive_unchanged_and_in_their_place(sample):
 
 def test_a_sample_without_a_reference_stands_alone(sample):
     alone = Sample("", sample.ct, sample.layout, None, None)
-    data = viewer_values([ShownSample("external", "a", "", alone)])["data"]
+    data = viewer_values([DisplaySample("external", "a", "", alone)])["data"]
     assert set(data["samples"][0]["volumes"]) == {"layout", "synthetic"}
     np.testing.assert_array_equal(unpacked(data, "synthetic", "<i2"), sample.ct.array)
     assert [nodule["reference_hu"] for nodule in data["samples"][0]["nodules"]] == [None, None]
 
 
 def test_samples_are_taken_while_there_is_room(sample):
-    shown = [ShownSample("lung_ddpm", name, "", sample) for name in "abc"]
+    shown = [DisplaySample("lung_ddpm", name, "", sample) for name in "abc"]
     size = sum(map(len, viewer_values(shown[:1])["data"]["volumes"].values()))
     everything = viewer_values(shown)
     assert len(everything["data"]["samples"]) == 3

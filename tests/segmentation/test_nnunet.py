@@ -57,8 +57,8 @@ def run(tmp_path_factory, write_blob_case) -> Path:
         run_compose(
             CONFIG, arm, root / "cases" / "cases.tsv", [root / "synthetic" / "samples.tsv"], root / "arms" / arm
         )
-    nnunet.run_plan(CONFIG, root / "arms" / "real")
-    nnunet.run_plan(CONFIG, root / "arms" / MIXED, root / "arms" / "real")
+    nnunet.run_plan_segmenter(CONFIG, root / "arms" / "real")
+    nnunet.run_plan_segmenter(CONFIG, root / "arms" / MIXED, root / "arms" / "real")
     return root
 
 
@@ -93,23 +93,23 @@ def test_all_arms_have_the_plans_made_on_real(run):
 def test_planning_again_does_nothing_until_the_arm_or_the_config_changes(run, monkeypatch):
     real = run / "arms" / "real"
     before = (real / "plan.json").stat().st_mtime_ns
-    nnunet.run_plan(CONFIG, real)
+    nnunet.run_plan_segmenter(CONFIG, real)
     assert (real / "plan.json").stat().st_mtime_ns == before
     mixed = run / "arms" / "again"
     copytree(run / "arms" / MIXED, mixed, symlinks=True)
     planned = []
     monkeypatch.setattr(nnunet, "_preprocess", lambda *_: planned.append(1))
-    nnunet.run_plan(CONFIG, mixed, real)
+    nnunet.run_plan_segmenter(CONFIG, mixed, real)
     assert not planned
     arm = json.loads((mixed / "arm.json").read_text())
     (mixed / "arm.json").write_text(json.dumps(arm | {"fingerprint": "another"}))
-    nnunet.run_plan(CONFIG, mixed, real)
+    nnunet.run_plan_segmenter(CONFIG, mixed, real)
     assert planned
 
 
 def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
     arm, table = run / "arms" / "real", run / "cases" / "cases.tsv"
-    nnunet.run_train(CONFIG, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(CONFIG, arm, 0, 0, "cpu")
     (tmp_path / "gone.nii.gz").touch()
     nnunet.run_predict(CONFIG, arm, 0, 0, table, tmp_path, "cpu")
     test = usable(read_cases(table), "test")["case_id"]
@@ -134,28 +134,28 @@ def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     arm = run / "arms" / "real"
     with pytest.raises(ConfigError, match=r"takes the first visible GPU only.*CUDA_VISIBLE_DEVICES=1"):
-        nnunet.run_train(CONFIG, arm, 0, 0, "cuda:1")
+        nnunet.run_train_segmenter(CONFIG, arm, 0, 0, "cuda:1")
     with pytest.raises(ConfigError, match=r"takes the first visible GPU only"):
         nnunet.run_predict(CONFIG, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cuda:1")
 
 
 def test_the_training_curve_is_read_from_the_logs(run):
     real = run / "arms" / "real"
-    nnunet.run_train(SHORT, real, 0, 3, "cpu")
-    steps, losses = zip(*nnunet.training_curve(real, 0, 3, save_every=2), strict=True)
+    nnunet.run_train_segmenter(SHORT, real, 0, 3, "cpu")
+    steps, losses = zip(*nnunet.segmenter_curve(real, 0, 3, save_every=2), strict=True)
     assert steps == (2, 4, 6, 8)
     logged = torch.load(nnunet.fold_folder(real, 0, 3) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert losses == pytest.approx(logged["train_losses"], abs=5e-5)
-    # A resumed training logs anew what it had not saved.
+    # A resumed training logs again what it had not saved.
     again = nnunet.fold_folder(real, 0, 3) / "training_log_9999.txt"
     again.write_text("9: Epoch 3 \n9: Current learning rate: 0.1 \n9: train_loss -0.7500, pseudo Dice 0.1 \n")
-    assert nnunet.training_curve(real, 0, 3, save_every=2) == [*zip(steps[:3], losses[:3], strict=True), (8, -0.75)]
-    assert nnunet.training_curve(real, 0, 99, save_every=2) == []
+    assert nnunet.segmenter_curve(real, 0, 3, save_every=2) == [*zip(steps[:3], losses[:3], strict=True), (8, -0.75)]
+    assert nnunet.segmenter_curve(real, 0, 99, save_every=2) == []
 
 
 def test_every_arm_takes_the_same_steps_from_the_same_seed(run):
     for arm in ("real", MIXED):
-        nnunet.run_train(SHORT, run / "arms" / arm, 0, 7, "cpu")
+        nnunet.run_train_segmenter(SHORT, run / "arms" / arm, 0, 7, "cpu")
     settings, steps = [], []
     for arm in ("real", MIXED):
         folder = nnunet.fold_folder(run / "arms" / arm, 0, 7)
@@ -171,7 +171,7 @@ def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
     whole, killed = (run / "arms" / name for name in ("whole", "killed"))
     for copy in (whole, killed):
         copytree(run / "arms" / "real", copy, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
-    nnunet.run_train(SHORT, whole, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, whole, 0, 0, "cpu")
     steps = 0
     step = LungDDPMTrainer.train_step
 
@@ -184,9 +184,9 @@ def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
 
     monkeypatch.setattr(LungDDPMTrainer, "train_step", stop_in_the_third_epoch)
     with pytest.raises(KeyboardInterrupt):
-        nnunet.run_train(SHORT, killed, 0, 0, "cpu")
+        nnunet.run_train_segmenter(SHORT, killed, 0, 0, "cpu")
     assert checkpoint(killed, "checkpoint_latest.pth")["current_epoch"] == 2
-    nnunet.run_train(SHORT, killed, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, killed, 0, 0, "cpu")
     assert steps == 6 + 4
     ours, theirs = checkpoint(whole), checkpoint(killed)
     for name, weights in ours["network_weights"].items():
@@ -218,23 +218,23 @@ def stop_at(monkeypatch, *numbers):
 
 def test_a_training_under_way_survives_changed_code(run, monkeypatch, caplog):
     whole, changed = copied_arm(run, "undisturbed"), copied_arm(run, "changed code")
-    nnunet.run_train(SHORT, whole, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, whole, 0, 0, "cpu")
     folder = nnunet.fold_folder(changed, 0, 0)
     own = json.loads((nnunet.fold_folder(whole, 0, 0) / "training.json").read_text())["code"]
     assert [entry["from_step"] for entry in own] == [1]
     taken = stop_at(monkeypatch, 6, 9)
     with pytest.raises(KeyboardInterrupt):
-        nnunet.run_train(SHORT, changed, 0, 0, "cpu")
+        nnunet.run_train_segmenter(SHORT, changed, 0, 0, "cpu")
     assert not caplog.records
     # The code of the plan as well: the arm is preprocessed again, from the same plans.
     monkeypatch.setattr(nnunet, "stage_fingerprint", lambda stage: f"changed {stage}")
     before = (changed / "plan.json").read_text()
-    nnunet.run_plan(CONFIG, changed)
+    nnunet.run_plan_segmenter(CONFIG, changed)
     assert (changed / "plan.json").read_text() != before
     with pytest.raises(KeyboardInterrupt):
-        nnunet.run_train(SHORT, changed, 0, 0, "cpu")
+        nnunet.run_train_segmenter(SHORT, changed, 0, 0, "cpu")
     assert "The code has changed since step 4" in caplog.text
-    nnunet.run_train(SHORT, changed, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, changed, 0, 0, "cpu")
     assert taken == [0, 0, 1, 1, 2, 2, 2, 2, 3, 3, 3]
     record = json.loads((folder / "training.json").read_text())["code"]
     assert record == [*own, {"from_step": 5, "code": "changed train_segmenter"}]
@@ -247,14 +247,14 @@ def test_states_are_kept_until_a_training_of_other_settings_has_saved(run, monke
     other = configured(steps=8, save_every=4)
     taken = stop_at(monkeypatch, 6, 8, 14)
     with pytest.raises(KeyboardInterrupt):
-        nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+        nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     with pytest.raises(KeyboardInterrupt):  # before it has saved
-        nnunet.run_train(other, arm, 0, 0, "cpu")
+        nnunet.run_train_segmenter(other, arm, 0, 0, "cpu")
     assert taken[6:] == [0, 0]
     with pytest.raises(KeyboardInterrupt):  # after it has saved
-        nnunet.run_train(other, arm, 0, 0, "cpu")
+        nnunet.run_train_segmenter(other, arm, 0, 0, "cpu")
     assert taken[8:] == [0, 0, 0, 0, 1, 1]
-    nnunet.run_train(other, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(other, arm, 0, 0, "cpu")
     assert taken[14:] == [1, 1, 1, 1]
     assert [path.name for path in nnunet.fold_folder(arm, 0, 0).parent.glob("*fold_*")] == ["fold_0"]
 
@@ -264,8 +264,8 @@ def test_a_training_goes_on_where_other_settings_were_a_slip(run, monkeypatch):
     taken = stop_at(monkeypatch, 6, 8)
     for config in (SHORT, configured(steps=8, save_every=4)):
         with pytest.raises(KeyboardInterrupt):
-            nnunet.run_train(config, arm, 0, 0, "cpu")
-    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+            nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert taken[8:] == [2, 2, 3, 3], "it goes on from the state that the other training found"
 
 
@@ -285,10 +285,10 @@ def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplo
     monkeypatch.setattr(LungDDPMTrainer, "train_step", reach_the_time_limit)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"), caplog.at_level(logging.WARNING, "lungddpm"):
-        nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+        nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert "goes on from the last saved state" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is before
-    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert steps == 6 + 4
 
 
@@ -299,13 +299,13 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
 
     arm = run / "arms" / "code"
     copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
-    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
     torch.save(checkpoint(arm) | {"trainer_name": Code()}, final)
     with pytest.raises(InputError, match=r"checkpoint_final.pth: holds code"):
         nnunet.run_predict(SHORT, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path / "masks", "cpu")
     final.rename(final.with_name("checkpoint_latest.pth"))
-    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert final.exists()
     assert not (tmp_path / "ran").exists()
 
@@ -313,7 +313,7 @@ def test_code_in_a_checkpoint_is_not_run(run, tmp_path):
 def test_damaged_checkpoints_are_reported_and_trained_again(run, tmp_path, monkeypatch, caplog):
     arm = run / "arms" / "damaged"
     copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
-    nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
     whole, weights = final.read_bytes(), checkpoint(arm)["network_weights"]
     final.write_bytes(whole[: len(whole) // 2])
@@ -324,7 +324,7 @@ def test_damaged_checkpoints_are_reported_and_trained_again(run, tmp_path, monke
     flipped[len(whole) // 2] ^= 1
     final.with_name("checkpoint_latest.pth").write_bytes(flipped)
     with caplog.at_level(logging.WARNING, "lungddpm"):
-        nnunet.run_train(SHORT, arm, 0, 0, "cpu")
+        nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert "differs from its checksum" in caplog.text
     again = checkpoint(arm)["network_weights"]
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -339,7 +339,7 @@ def test_two_stages_train_without_deep_supervision(run):
         plans["configurations"]["3d_fullres"], plans["transpose_forward"], Network(patch=(8, 8, 8), features=[4, 8]), 2
     )
     path.write_text(json.dumps(plans))
-    nnunet.run_train(configured(steps=2, save_every=1), arm, 0, 0, "cpu")
+    nnunet.run_train_segmenter(configured(steps=2, save_every=1), arm, 0, 0, "cpu")
     assert all(np.isfinite(checkpoint(arm)["logging"]["train_losses"]))
 
 
@@ -347,11 +347,11 @@ def test_a_finished_training_is_kept_and_one_of_other_settings_discarded(run, ca
     caplog.set_level(logging.INFO, "lungddpm")
     arm = run / "arms" / MIXED
     final = nnunet.fold_folder(arm, 0, 1) / "checkpoint_final.pth"
-    nnunet.run_train(SHORT, arm, 0, 1, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 1, "cpu")
     first = final.stat().st_mtime_ns
-    nnunet.run_train(SHORT, arm, 0, 1, "cpu")
+    nnunet.run_train_segmenter(SHORT, arm, 0, 1, "cpu")
     assert final.stat().st_mtime_ns == first
-    nnunet.run_train(configured(steps=2, save_every=1, optimizer="sgd"), arm, 0, 1, "cpu")
+    nnunet.run_train_segmenter(configured(steps=2, save_every=1, optimizer="sgd"), arm, 0, 1, "cpu")
     assert final.stat().st_mtime_ns != first
     assert "is trained already" in caplog.text
     assert "is discarded" in caplog.text
@@ -378,14 +378,14 @@ def test_what_is_missing_is_named(run, tmp_path):
     (recomposed / "plan.json").write_bytes((arm / "plan.json").read_bytes())
     (recomposed / "arm.json").write_text(json.dumps({"fingerprint": "another", "folds": []}))
     with pytest.raises(InputError, match=r"arm\.json.*compose"):
-        nnunet.run_plan(CONFIG, tmp_path)
+        nnunet.run_plan_segmenter(CONFIG, tmp_path)
     with pytest.raises(InputError, match=r"plan\.json.*segment plan"):
-        nnunet.run_train(CONFIG, tmp_path, 0, 0)
-    with pytest.raises(InputError, match="composed anew since"):
-        nnunet.run_train(CONFIG, recomposed, 0, 0)
+        nnunet.run_train_segmenter(CONFIG, tmp_path, 0, 0)
+    with pytest.raises(InputError, match="composed again after"):
+        nnunet.run_train_segmenter(CONFIG, recomposed, 0, 0)
     with pytest.raises(InputError, match="not fold 2"):
-        nnunet.run_train(CONFIG, arm, 2, 0)
+        nnunet.run_train_segmenter(CONFIG, arm, 2, 0)
     with pytest.raises(InputError, match="no finished training"):
         nnunet.run_predict(CONFIG, arm, 1, 0, table, tmp_path)
     with pytest.raises(ConfigError, match="'quantum' is not available"):
-        nnunet.run_train(CONFIG, arm, 0, 0, "quantum")
+        nnunet.run_train_segmenter(CONFIG, arm, 0, 0, "quantum")

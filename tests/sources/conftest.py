@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from lungddpm.config.models import Config, Phantom
 from lungddpm.core.files import seed_from
-from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources.phantom.cohort import write_cohort
 from lungddpm.sources.phantom.patient import Thorax, thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 _SEED = 3
 
@@ -31,20 +31,20 @@ def patients(small: Phantom) -> list[Thorax]:
 
 
 @pytest.fixture(scope="session")
-def small_config(small: Phantom):
-    """A function that makes the config of a coarse cohort."""
+def write_small(small: Phantom):
+    """A function that writes a coarse cohort, with some settings changed, into a folder."""
 
-    def config(patients: int, **keys: object) -> Config:
-        return Config(seed=_SEED, source={"phantom": {**small.model_dump(), "patients": patients, **keys}})
+    def write(output: Path, patients: int, **keys: object) -> None:
+        write_cohort(Phantom(**small.model_dump() | {"patients": patients} | keys), _SEED, output)
 
-    return config
+    return write
 
 
 @pytest.fixture(scope="session")
-def cohort(small_config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cohort(write_small, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of two coarse patients."""
     folder = tmp_path_factory.mktemp("cohort")
-    run_phantom(small_config(2), folder)
+    write_small(folder, 2)
     return folder
 
 

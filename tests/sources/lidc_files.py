@@ -5,7 +5,8 @@ from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
 
-from lungddpm.sources import Cache, index_source, lidc
+from lungddpm.sources import lidc
+from lungddpm.sources.index import Cache, index_source
 
 SQUARE = [(3, 3), (4, 3), (5, 3), (5, 4), (5, 5), (4, 5), (3, 5), (3, 4)]
 SLICES, ROWS, COLUMNS = 5, 12, 10

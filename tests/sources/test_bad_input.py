@@ -38,7 +38,7 @@ from lungddpm.core.cases import excluded_alike, read_cases
 from lungddpm.core.errors import InputError
 from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.sources import case_ids, index_source, write_index
+from lungddpm.sources.index import case_ids, index_source, write_index
 
 THIRD = "000088.dcm"
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from lidc_files import SLICES, nodule, roi, write_case, write_slice, xml
 
-from lungddpm import sources
-from lungddpm.sources import index_source, lidc, nifti
+from lungddpm.sources import index as source_index
+from lungddpm.sources import lidc, nifti
+from lungddpm.sources.index import index_source
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def count_reads(monkeypatch, *functions):
 def test_an_unchanged_tree_is_not_read_again(tree, monkeypatch):
     first = index(tree)
     assert first == index_source("lidc", tree / "data")
-    read = count_reads(monkeypatch, (lidc.slices, "_read_header"), (lidc.readings, "_bytes_of"))
+    read = count_reads(monkeypatch, (lidc.headers, "_read_header"), (lidc.readings, "_bytes_of"))
     assert index(tree) == first
     assert read == []
 
@@ -81,7 +82,7 @@ def test_every_change_is_seen(tree, change, monkeypatch):
     before = index(tree)
     (folder,) = (tree / "data" / "P-02").glob("*/*")
     harm(folder)
-    read = count_reads(monkeypatch, (lidc.slices, "_read_header"), (lidc.readings, "_bytes_of"))
+    read = count_reads(monkeypatch, (lidc.headers, "_read_header"), (lidc.readings, "_bytes_of"))
     rows = index(tree)
     assert len(read) <= SLICES + 3
     assert rows == index_source("lidc", tree / "data")
@@ -96,7 +97,7 @@ def test_copies_are_compared_once_and_again_when_one_changes(tree, monkeypatch):
     first = index(tree)
     assert first[1]["status"] == "ok"
     assert "copy/1.2.2" in first[1]["notes"]
-    read = count_reads(monkeypatch, (lidc.slices, "_read_header"), (lidc.readings, "_bytes_of"))
+    read = count_reads(monkeypatch, (lidc.headers, "_read_header"), (lidc.readings, "_bytes_of"))
     assert index(tree) == first
     assert read == []
     write_slice(copy / "000088.dcm", 2, series="1.2.2", patient="P-02", RescaleSlope=2)
@@ -137,7 +138,7 @@ def test_what_other_code_has_read_does_not_count(tree, monkeypatch):
     stale = (tree / "index.cache.json").read_text().replace('["P-02"]', '["P-99"]')
     (tree / "index.cache.json").write_text(stale)
     assert [row["patient_id"] for row in index(tree)] == ["P-01", "P-03", "P-99", ""]
-    monkeypatch.setattr(sources, "stage_fingerprint", lambda stage, kind: "newer")
+    monkeypatch.setattr(source_index, "stage_fingerprint", lambda stage, kind: "newer")
     assert index(tree) == first
 
 

@@ -33,7 +33,8 @@ from pydicom.uid import ImplicitVRLittleEndian, RLELossless
 
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.layouts.nodules import annotation_mask
-from lungddpm.sources import Annotation, Contour, index_source, lidc, read_index, write_index
+from lungddpm.sources import Annotation, Contour, lidc
+from lungddpm.sources.index import index_source, read_index, write_index
 
 
 def test_scan_is_sorted_by_position_and_true_to_the_patient(tmp_path):
@@ -312,7 +313,7 @@ def test_index_survives_its_file(tmp_path):
 def test_indexing_plain_files_needs_neither_pydicom_nor_nibabel(tmp_path):
     write_case(tmp_path)
     code = (
-        "import sys, pathlib; from lungddpm.sources import index_source\n"
+        "import sys, pathlib; from lungddpm.sources.index import index_source\n"
         "index_source('lidc', pathlib.Path(sys.argv[1]))\n"
         "sys.exit(' '.join({'pydicom', 'nibabel', 'scipy', 'skimage', 'torch'} & set(sys.modules)))"
     )
@@ -321,7 +322,7 @@ def test_indexing_plain_files_needs_neither_pydicom_nor_nibabel(tmp_path):
 
 def test_quick_header_reader_agrees_with_pydicom(shared_data):
     for file in sorted((shared_data / "lidc").rglob("*.dcm"))[::10]:
-        elements, end = lidc.slices._explicit_elements(file.read_bytes()[:8192])
+        elements, end = lidc.headers._explicit_elements(file.read_bytes()[:8192])
         dataset = pydicom.dcmread(file)
         for keyword in set(elements) - {"TransferSyntaxUID"}:
             value = dataset[keyword].value

@@ -27,7 +27,8 @@ from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.volume import Volume
 from lungddpm.layouts.nodules import find_nodules
-from lungddpm.sources import Scan, index_source, lidc
+from lungddpm.sources import Scan, lidc
+from lungddpm.sources.index import index_source
 
 NUMBERS = [
     b"-1", b"1e999", b"nan", b"-inf", b"0x10", b"9" * 30, b"9" * 5000, b"1_0", b"", b" ", b"2147483648", b"3.5", b"-0",

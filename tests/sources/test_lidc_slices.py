@@ -30,7 +30,8 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
 from lungddpm.core.errors import ExcludedCaseError
-from lungddpm.sources import index_source, lidc
+from lungddpm.sources import lidc
+from lungddpm.sources.index import index_source
 
 
 def stack_at(positions, axes=UPRIGHT):

@@ -13,7 +13,7 @@ from lungddpm.core.cases import read_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.progress import LOG, start_logging
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.sources import index_source, read_index, write_index
+from lungddpm.sources.index import index_source, read_index, write_index
 
 
 def renamed(path, name):

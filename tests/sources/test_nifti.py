@@ -15,7 +15,8 @@ from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.volume import is_sheared, write_volume
 from lungddpm.layouts import compose
 from lungddpm.layouts.nodules import centroid_mm
-from lungddpm.sources import Cache, index_source, nifti, read_index, write_index
+from lungddpm.sources import nifti
+from lungddpm.sources.index import Cache, index_source, read_index, write_index
 
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])

@@ -18,14 +18,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from skimage.draw import polygon
 
-from lungddpm.config.models import Phantom
 from lungddpm.core.files import seed_from
-from lungddpm.sources import index_source
+from lungddpm.sources.index import index_source
 from lungddpm.sources.phantom import load_scan
-from lungddpm.sources.phantom.cohort import run_phantom
 from lungddpm.sources.phantom.patient import Thorax
 from lungddpm.sources.phantom.readers import Reading, outlinable, outlines, read
 from lungddpm.sources.phantom.scanner import PADDING_HU
+from lungddpm.sources.phantom.settings import Phantom
 
 XML = "{http://www.nih.gov}"
 
@@ -166,7 +165,7 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_interrupted_run_goes_on_and_gives_equal_bytes(small_config, cohort: Path, tmp_path: Path):
+def test_interrupted_run_goes_on_and_gives_equal_bytes(write_small, cohort: Path, tmp_path: Path):
     output = tmp_path / "again"
     shutil.copytree(cohort / "PHANTOM-0001", output / "PHANTOM-0001")
     kept = series_folder(output, "PHANTOM-0001") / "000001.dcm"
@@ -174,42 +173,40 @@ def test_interrupted_run_goes_on_and_gives_equal_bytes(small_config, cohort: Pat
     # What a killed run may leave: a patient without its record, and a temporary folder.
     (output / "PHANTOM-0002").mkdir()
     (output / ".PHANTOM-0002-abc" / "PHANTOM-0002").mkdir(parents=True)
-    run_phantom(small_config(2), output)
+    write_small(output, 2)
     assert kept.stat().st_mtime_ns == modified
     assert hashes(output) == hashes(cohort)
     assert sorted(p.name for p in output.iterdir()) == [".lock", "PHANTOM-0001", "PHANTOM-0002"]
 
 
-def test_smaller_cohort_is_the_beginning_of_a_larger_one(small_config, cohort: Path, tmp_path: Path):
+def test_smaller_cohort_is_the_beginning_of_a_larger_one(write_small, cohort: Path, tmp_path: Path):
     output = tmp_path / "cohort"
     shutil.copytree(cohort, output)
-    run_phantom(small_config(1), output)
+    write_small(output, 1)
     assert sorted(p.name for p in output.iterdir()) == [".lock", "PHANTOM-0001"]
     assert hashes(output / "PHANTOM-0001") == hashes(cohort / "PHANTOM-0001")
 
 
-def test_other_parameters_replace_a_patient(small_config, cohort: Path, tmp_path: Path):
+def test_other_parameters_replace_a_patient(write_small, cohort: Path, tmp_path: Path):
     output = tmp_path / "cohort"
     shutil.copytree(cohort / "PHANTOM-0001", output / "PHANTOM-0001")
     before = json.loads((output / "PHANTOM-0001" / "phantom.json").read_text())
-    run_phantom(small_config(1, noise_hu=5.0), output)
+    write_small(output, 1, noise_hu=5.0)
     after = json.loads((output / "PHANTOM-0001" / "phantom.json").read_text())
     assert before["fingerprint"] != after["fingerprint"]
     assert len(list((output / "PHANTOM-0001").glob("*/*/*.xml"))) == 1
 
 
-def test_changed_phantom_code_makes_a_patient_anew_with_the_same_uids(
-    small_config, cohort: Path, tmp_path, monkeypatch
-):
+def test_changed_code_makes_a_patient_again_with_the_same_uids(write_small, cohort: Path, tmp_path, monkeypatch):
     output = tmp_path / "cohort"
     shutil.copytree(cohort / "PHANTOM-0001", output / "PHANTOM-0001")
     drawn = series_folder(output, "PHANTOM-0001") / "000001.dcm"
     truth = drawn.read_bytes()
     drawn.write_bytes(b"what the former code drew")
-    run_phantom(small_config(1), output)
+    write_small(output, 1)
     assert drawn.read_bytes() == b"what the former code drew"
-    monkeypatch.setattr("lungddpm.sources.phantom.cohort.stage_fingerprint", lambda stage: f"edited {stage}")
-    run_phantom(small_config(1), output)
+    monkeypatch.setattr("lungddpm.sources.phantom.cohort.stage_fingerprint", lambda stage, name: f"edited {stage}")
+    write_small(output, 1)
     assert drawn.read_bytes() == truth
 
 

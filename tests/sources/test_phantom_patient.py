@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
-from lungddpm.config.models import Phantom
 from lungddpm.sources.phantom.nodules import draw_shape, shape_share
 from lungddpm.sources.phantom.patient import Thorax, thorax
 from lungddpm.sources.phantom.scanner import PADDING_HU, Grid, acquire, painting_grid, slice_means
+from lungddpm.sources.phantom.settings import Phantom
 from lungddpm.sources.phantom.shapes import fill_rods, rods_between
 from lungddpm.sources.phantom.vessels import grow_tree
 

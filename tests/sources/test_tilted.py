@@ -7,10 +7,12 @@ import pytest
 from lidc_files import nodule, roi, write_slice, xml
 from scipy.ndimage import distance_transform_edt, map_coordinates
 
-from lungddpm.config.models import Config, Phantom
+from lungddpm.config.models import Config
 from lungddpm.layouts.compose import build_case
-from lungddpm.sources import index_source, lidc
-from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources import lidc
+from lungddpm.sources.index import index_source
+from lungddpm.sources.phantom.cohort import write_cohort
+from lungddpm.sources.phantom.settings import Phantom
 
 PHANTOM = Phantom(
     patients=1, matrix=80, pixel_mm=4.4, slice_mm=6, nodules=(1, 1), nodule_diameter_mm=(16, 30), noise_hu=0
@@ -25,10 +27,12 @@ LPS = np.diag([-1, -1, 1])
 def upright(tmp_path_factory):
     """The upright patient's case, and a place deep in a lung, (3,) mm, RAS+."""
     top = tmp_path_factory.mktemp("upright")
-    run_phantom(CONFIG, top)
+    write_cohort(PHANTOM, CONFIG.seed, top)
     (row,) = index_source("lidc", top)
     case = build_case(lidc.load_scan(top, row), CONFIG)
-    free = distance_transform_edt((case.found.sides > 0) & (case.found.nodules == 0), sampling=case.found.ct.spacing_mm)
+    free = distance_transform_edt(
+        (case.found.lungs_lr > 0) & (case.found.nodules == 0), sampling=case.found.ct.spacing_mm
+    )
     deepest = np.unravel_index(np.argmax(free), free.shape)
     assert free[deepest] > RADIUS_MM + 5
     return case, (case.found.ct.affine @ [*deepest, 1])[:3]
@@ -97,5 +101,5 @@ def test_a_tilted_series_gives_the_upright_patient(upright, tmp_path, degrees):
     # Edges are interpolated twice.
     assert (error.mean() < 8, np.median(error) < 2, np.percentile(error, 90) < 20) == (True, True, True)
     for side in (1, 2):
-        litres = [np.count_nonzero(one.sides == side) * one.ct.voxel_mm3 / 1e6 for one in (found, truth.found)]
+        litres = [np.count_nonzero(one.lungs_lr == side) * one.ct.voxel_mm3 / 1e6 for one in (found, truth.found)]
         assert litres[0] == pytest.approx(litres[1], rel=0.05)

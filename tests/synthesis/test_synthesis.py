@@ -17,10 +17,10 @@ from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.generators import Generator, Task, lung_ddpm, paste_constant, reference
 from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.models.checkpoint import Metadata, save_denoiser
+from lungddpm.models.checkpoint import Metadata, save_network
 from lungddpm.models.denoiser import build_denoiser
-from lungddpm.sources import index_source, write_index
-from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources.index import index_source, write_index
+from lungddpm.sources.phantom.cohort import write_cohort
 from lungddpm.synthesis import run as running
 from lungddpm.synthesis.plan import plan_samples
 from lungddpm.synthesis.run import SynthesisJob, run_synthesize
@@ -48,7 +48,7 @@ def weights(tmp_path_factory):
     torch.manual_seed(0)
     config = make_config().for_generator("lung_ddpm")
     path = tmp_path_factory.mktemp("weights") / "model.safetensors"
-    save_denoiser(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
+    save_network(path, build_denoiser(config), Metadata.of(config, 1, "config", "data"))
     return path
 
 
@@ -402,7 +402,7 @@ def test_a_phantom_without_nodules_becomes_a_reference(tmp_path):
         seed=5, source={"phantom": phantom}, grid={"size": [32, 32, 32], "extent": "lungs"},
         arms={"generators": ["paste_constant"], "doses": [1.0], "controls": []},
     )  # fmt: skip
-    run_phantom(config, tmp_path / "source")
+    write_cohort(config.source.phantom, config.seed, tmp_path / "source")
     write_index(tmp_path / "index.tsv", index_source("phantom", tmp_path / "source"))
     folder = tmp_path / "cases"
     run_prepare(config, tmp_path / "index.tsv", tmp_path / "source", folder, 0, 1, folder / "cases-0.tsv")

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 from lungddpm.quality.feature_distances import MEDICALNET
-from lungddpm.report.page import show_published
+from lungddpm.report.sections import show_published
 from lungddpm.verdict.published import published_comparison, published_figures
 
 
@@ -64,10 +64,10 @@ def test_levels_never_compare_and_every_row_says_why(verdict):
     assert row_of(comparison, method="real only", metric="dice")["comparable"] == "no"
 
 
-def test_phantoms_compare_with_nothing(verdict):
-    comparison = published_comparison(verdict, phantoms=True)
+def test_simulated_patients_compare_with_nothing(verdict):
+    comparison = published_comparison(verdict, simulated=True)
     assert set(comparison["comparable"]) == {"no"}
-    assert "phantoms" in row_of(comparison, method="real only", metric="dice")["why_not"]
+    assert "simulated" in row_of(comparison, method="real only", metric="dice")["why_not"]
 
 
 def test_image_quality_and_sampling_time_are_filled_in(verdict):

@@ -20,17 +20,14 @@ from lungddpm.verdict.statistics import (
     Scores,
     arm_by_replicate,
     bootstrap_interval,
-    bound,
     caveats,
     compare_arms,
     detectable_text,
     dose_response,
     effect,
-    format_p,
     holm,
     minimum_cases,
     sentence,
-    signed,
     wilcoxon_p,
 )
 
@@ -528,19 +525,3 @@ def test_no_replicate_in_common_is_not_called_none_evaluated():
     row = compare_arms(scores_of(*values), 100, 0.95, 0)[1]
     assert row.verdict == "not measured"
     assert "it has no replicate in common with real" in sentence("a", "real", "Dice", row, 0.95)
-
-
-def test_numbers_in_prose():
-    assert [signed(value) for value in (0.0321, -0.117, 0.0001, -0.0001)] == ["+0.032", "−0.117", "0.000", "0.000"]
-    assert [format_p(p) for p in (0.0001, 0.0342, 0.5)] == ["< 0.001", "= 0.034", "= 0.50"]
-
-
-def test_numbers_show_on_which_side_of_their_limit_they_lie():
-    assert [format_p(p, 0.05) for p in (0.0497, 0.04996, 0.05, 0.0503)] == [
-        "= 0.0497",
-        "= 0.04996",
-        "= 0.050",
-        "= 0.050",
-    ]
-    assert [format_p(p, 0.1) for p in (0.0998, 0.1, 0.1004)] == ["= 0.0998", "= 0.10", "= 0.10"]
-    assert [bound(value) for value in (0.0321, 0.0002, -0.00004, 0.0)] == ["+0.032", "+0.0002", "−0.00004", "0.000"]

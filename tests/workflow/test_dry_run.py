@@ -33,8 +33,8 @@ def test_the_demo(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2")
     assert run.returncode == 0, run.stderr
     counts = jobs(run.stdout + run.stderr)
-    assert {name: counts[name] for name in ("phantom", "train_generator", "compose", "plan")} == {
-        "phantom": 1, "train_generator": 1, "compose": 4, "plan": 4,
+    assert {name: counts[name] for name in ("simulate", "train_generator", "compose", "plan")} == {
+        "simulate": 1, "train_generator": 1, "compose": 4, "plan": 4,
     }  # fmt: skip
     assert counts["train_segmenter"] == counts["evaluate"] == counts["predict"]
     assert counts["train_segmenter"] % 4 == 0
@@ -47,7 +47,7 @@ def test_overlays(repository, tmp_path, overlay_with_path, overlay, arms, replic
     assert run.returncode == 0, run.stderr
     counts = jobs(run.stdout + run.stderr)
     assert (counts["compose"], counts["train_segmenter"]) == (arms, arms * replicates)
-    assert "phantom" not in counts
+    assert "simulate" not in counts
 
 
 def test_slurm_profile(repository, tmp_path):

@@ -136,7 +136,7 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
     assert run.returncode == 0, run.stdout[-5000:]
     done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
     assert {"prepare", "train_generator", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"} <= done
-    assert not {"phantom", "index"} & done
+    assert not {"simulate", "index"} & done
     assert_same_tables(copied, tiny_benchmark)
     assert sums_of(copied.results) == sums_of(tiny_benchmark.results)
     assert subprocess.run(verify, capture_output=True, check=False).returncode == 0

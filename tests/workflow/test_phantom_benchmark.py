@@ -141,7 +141,7 @@ def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchma
     assert run.returncode == 0, run.stdout[-5000:]
     done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
     assert {"train_generator", "synthesize"} <= done
-    assert not {"phantom", "index", "prepare"} & done
+    assert not {"simulate", "index", "prepare"} & done
     samples = benchmark.results / "synthetic/lung_ddpm_plus"
     records = [json.loads(path.read_text()) for path in samples.glob("*/sample.json")]
     assert {record["layout_origin"] for record in records} == {"reference", "added"}

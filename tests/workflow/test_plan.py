@@ -109,14 +109,14 @@ def test_a_measured_step_is_taken_as_it_is(repository):
 
 
 def test_a_result_of_bench_is_read(tmp_path):
-    row = {"lever": "base", "status": "measured", "flop_per_second": 9e9, "training_steps_per_second": None}
-    used = {"lever": "bf16", "status": "measured", "flop_per_second": 2e12, "training_steps_per_second": 0.5}
+    row = {"option": "base", "status": "measured", "flop_per_second": 9e9, "training_steps_per_second": None}
+    used = {"option": "bf16", "status": "measured", "flop_per_second": 2e12, "training_steps_per_second": 0.5}
     result = {"device": "cuda:0", "device_name": "NVIDIA H200", "threads": 16, "flop_per_pass": 4e12}
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps({**result, "levers": [row, used]}))
+    path.write_text(json.dumps({**result, "options": [row, used]}))
     speed = planning.benchmarked_speed(path)
     assert (speed.device, speed.flop_per_s, speed.is_gpu) == ("NVIDIA H200", 6e12, True)
-    path.write_text(json.dumps({**result, "device": "cpu", "device_name": "cpu", "levers": [row]}))
+    path.write_text(json.dumps({**result, "device": "cpu", "device_name": "cpu", "options": [row]}))
     assert planning.benchmarked_speed(path).flop_per_s == 9e9 / 16
     path.write_text("[]")
     with pytest.raises(InputError, match="is not a "):

@@ -11,9 +11,9 @@ from written_files import files_that_tell
 
 from lungddpm.cli import app
 from lungddpm.config.loading import load_config
-from lungddpm.config.models import Config
 from lungddpm.core.progress import shorten_paths
-from lungddpm.sources.phantom.cohort import run_phantom
+from lungddpm.sources.phantom.cohort import write_cohort
+from lungddpm.sources.phantom.settings import Phantom
 
 PERSONAL = {
     "PatientName": "Montague^Jacqueline",
@@ -58,7 +58,7 @@ def cohort(tmp_path_factory):
     """Four phantom patients with all of that in every slice; one of them is cut short."""
     folder = tmp_path_factory.mktemp("hospital")
     phantom = {"patients": 4, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6, "nodule_diameter_mm": [16, 30]}
-    run_phantom(Config(source={"phantom": phantom}), folder)
+    write_cohort(Phantom(**phantom), 1, folder)
     for file in folder.rglob("*.dcm"):
         stuff(file)
     for file in folder.rglob("*.xml"):

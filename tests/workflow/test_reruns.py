@@ -39,8 +39,8 @@ CHANGES = [
     pytest.param([("verdict/published.csv", "\n", "\n\n")], LAST, id="published figures"),
     pytest.param(
         [("sources/phantom/scanner.py", "PADDING_HU = ", "PADDING_HU = -1 + ")],
-        {"phantom": 1, "index": 1, **CASES, **LAST},
-        id="phantom",
+        {"simulate": 1, "index": 1, **CASES, **LAST},
+        id="simulate",
     ),
     pytest.param(
         [("arms/splits.py", 'seed, "roles")', 'seed, "other roles")')],

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from written_files import texts_below
 
-from lungddpm.config.models import Phantom
 from lungddpm.core.cases import read_cases
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import write_volume
 from lungddpm.sources.phantom.patient import thorax
+from lungddpm.sources.phantom.settings import Phantom
 
 COMMANDS = "a 'b' \"c\" $(touch pwned) `touch pwned` %s;touch pwned&\nnew"
 BRACES = "{input} {wildcards.shard} {x}"

@@ -187,7 +187,7 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
     assert_same_measures(benchmark, tiny_benchmark)
     assert set(benchmark.table("verdict.csv")["arm"]) == {"real", "real+lung_ddpm@1.0"}
     jobs = [(re.match("rule_(.+?)(_wildcards.*)?$", job["Comment"])[1], job) for job in slurm.jobs()]
-    assert {rule for rule, _ in jobs} >= {"phantom", "prepare", *GPU_RULES, "evaluate", "write_report"}
+    assert {rule for rule, _ in jobs} >= {"simulate", "prepare", *GPU_RULES, "evaluate", "write_report"}
     assert [rule for rule, job in jobs if job["Restarts"] != "0"] == ["train_generator"]
     assert [rule for rule, job in jobs if job["JobState"] != "COMPLETED"] == ["train_segmenter"]
     for rule, job in jobs:

@@ -19,31 +19,35 @@ rule merge_config:
         "../scripts/merge_config.py"
 
 
-rule phantom:
-    output:
-        touch("results/source/.complete"),
-    log:
-        "results/logs/phantom.log",
-    benchmark:
-        "results/benchmarks/phantom.tsv"
-    conda:
-        "../../envs/lungddpm.yaml"
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=60,
-    params:
-        config=config_of_jobs,
-        folder=subpath(output[0], parent=True),
-        settings=settings_of(cohort=SETTINGS.source.phantom.model_dump(mode="json")),
-        code=stage_fingerprint("phantom"),
-    shell:
-        "lungddpm --log {log:q} phantom --config {params.config:q} --output {params.folder:q}"
+if SOURCE.simulate:
+
+    rule simulate:
+        output:
+            touch("results/source/.complete"),
+        log:
+            "results/logs/simulate.log",
+        benchmark:
+            "results/benchmarks/simulate.tsv"
+        conda:
+            "../../envs/lungddpm.yaml"
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=60,
+        params:
+            config=config_of_jobs,
+            folder=subpath(output[0], parent=True),
+            settings=settings_of(
+                cohort=SETTINGS.source.settings.model_dump(mode="json")
+            ),
+            code=stage_fingerprint("simulate", SOURCE.name),
+        shell:
+            "lungddpm --log {log:q} simulate --config {params.config:q} --output {params.folder:q}"
 
 
 rule index:
     input:
-        cohort=phantom_cohort,
+        cohort=simulated_cohort,
     output:
         ensure("results/cases/index.tsv", non_empty=True),
     log:
@@ -59,15 +63,15 @@ rule index:
     params:
         config=config_of_jobs,
         source=source_option,
-        settings=settings_of("roles", source=SETTINGS.source.kind),
-        code=stage_fingerprint("index", SETTINGS.source.kind),
+        settings=settings_of("roles", source=SOURCE.name),
+        code=stage_fingerprint("index", SOURCE.name),
     shell:
         "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} --output {output:q}"
 
 
 rule prepare:
     input:
-        cohort=phantom_cohort,
+        cohort=simulated_cohort,
         index="results/cases/index.tsv",
     output:
         ensure("results/cases/cases-{shard}.tsv", non_empty=True),
@@ -89,7 +93,7 @@ rule prepare:
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of("grid", "layouts"),
-        code=stage_fingerprint("prepare", SETTINGS.source.kind),
+        code=stage_fingerprint("prepare", SOURCE.name),
     shell:
         "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"
         " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
@@ -130,7 +134,7 @@ rule list_case_tables:
 
 rule collect:
     input:
-        tables=tables_of_cases if IS_PHANTOM else ["results/cases/.tables"],
+        tables=tables_of_cases if SOURCE.simulate else ["results/cases/.tables"],
     output:
         cases=ensure("results/cases/cases.tsv", non_empty=True),
         nodules=ensure("results/cases/nodules.tsv", non_empty=True),

@@ -24,9 +24,11 @@ from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
-from lungddpm.segmentation.nnunet import weights_file
 
 try:
+    # It reads all generators' modules, as the config does.
+    from lungddpm.segmentation.nnunet import weights_file
+
     # Snakemake has read them already, but of a key that a file has twice it drops the first. As a module, the workflow
     # is given values; the files are those of another workflow.
     if workflow.modifier.is_main_snakefile():
@@ -45,7 +47,11 @@ except UserError as error:
 
 offer_own_programs()
 
-IS_PHANTOM = SETTINGS.source.kind == "phantom"
+SOURCE = SETTINGS.source.declared
+# How many scans a simulated cohort has is known beforehand; of others, a checkpoint counts them.
+SIMULATED_SCANS = (
+    SOURCE.size(SETTINGS.source.settings).scans if SOURCE.simulate else None
+)
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # The merged config; see rule `merge_config`.
@@ -75,7 +81,7 @@ def config_of_jobs(_wildcards, threads):
 
     As it depends on `threads`, Snakemake does not count it among what makes the job run again: `settings` does that.
     """
-    return SETTINGS.without_folders().model_dump_json(exclude_defaults=True)
+    return SETTINGS.without_folders().differences()
 
 
 def settings_of(*sections, **values):
@@ -88,22 +94,22 @@ def settings_of(*sections, **values):
     return re.sub(r"\{(?=\s*\w)", r"\\u007b", text)
 
 
-def source_of_phantom(_wildcards, input):
-    """The folder of the phantom cohort that the workflow makes."""
+def folder_of_cohort(_wildcards, input):
+    """The folder of the simulated cohort that the workflow makes."""
     return str(Path(input.cohort[0]).parent)
 
 
-def source_of_user(_wildcards):
+def folder_of_user(_wildcards):
     """The folder of the user's scans; of this one a change makes jobs run again."""
     return str(SETTINGS.source.path)
 
 
-source_option = source_of_phantom if IS_PHANTOM else source_of_user
+source_option = folder_of_cohort if SOURCE.simulate else folder_of_user
 
 
-def phantom_cohort(_wildcards):
-    """The phantom's marker file, where the source is the phantom."""
-    return ["results/source/.complete"] if IS_PHANTOM else []
+def simulated_cohort(_wildcards):
+    """The marker file of the simulated cohort, where the source has one."""
+    return ["results/source/.complete"] if SOURCE.simulate else []
 
 
 def samples_of_arm(wildcards):
@@ -115,7 +121,7 @@ def samples_of_arm(wildcards):
 def sample_tables(generator, dose=None):
     """Tables of a dose, by default the generator's largest; where their number is still to be counted, their list."""
     dose = dose or SETTINGS.arms.largest_doses()[generator]
-    if IS_PHANTOM:
+    if SOURCE.simulate:
         return samples_of(generator, dose)
     return [f"results/synthetic/{generator}/.samples-{dose}"]
 
@@ -124,7 +130,7 @@ def named_tables(tables):
     """Tables of shards as words of a shell command; where the input is a list of them, they are read from it."""
     quoted = map(shlex.quote, tables)
     return " ".join(
-        table if IS_PHANTOM else f"$(cut -d ' ' -f 3 {table})" for table in quoted
+        table if SOURCE.simulate else f"$(cut -d ' ' -f 3 {table})" for table in quoted
     )
 
 
@@ -133,7 +139,7 @@ def samples_of(generator, dose):
 
     Doses share their samples, but each has tables of its own, so that one more leaves the others' arms alone.
     """
-    known = IS_PHANTOM or generator in SETTINGS.arms.external
+    known = SOURCE.simulate or generator in SETTINGS.arms.external
     cases = None if known else counted("cases")
     return [
         f"results/synthetic/{generator}/samples-{dose}-{shard}.tsv"
@@ -151,23 +157,23 @@ def synthesize_jobs(generator, dose, cases):
 
 
 def discovery_cases(cases):
-    """How many cases the table has to train on; of the phantom cohort, as many as the config says."""
-    if not IS_PHANTOM:
+    """How many cases the table has to train on; of a simulated cohort, the source says it."""
+    if SIMULATED_SCANS is None:
         usable = [row for row in rows_of(cases) if row["status"] == "ok"]
         return sum(DISCOVERY in roles_of(row["role"]) for row in usable)
-    return SETTINGS.roles.counts(SETTINGS.source.phantom.patients)[DISCOVERY]
+    return SETTINGS.roles.counts(SIMULATED_SCANS)[DISCOVERY]
 
 
 def tables_of_cases(_wildcards):
     """Tables of all shards of the cases."""
-    index = None if IS_PHANTOM else counted("index")
+    index = None if SOURCE.simulate else counted("index")
     return [f"results/cases/cases-{shard}.tsv" for shard in range(prepare_jobs(index))]
 
 
 def prepare_jobs(index):
-    """Jobs that share the scans of the index, in turns; those of the phantom cohort are known without."""
-    if IS_PHANTOM:
-        return SETTINGS.workflow.prepare_jobs(SETTINGS.source.phantom.patients)
+    """Jobs that share the scans of the index, in turns; those of a simulated cohort are known without."""
+    if SIMULATED_SCANS is not None:
+        return SETTINGS.workflow.prepare_jobs(SIMULATED_SCANS)
     usable = [
         place for place, row in enumerate(rows_of(index)) if row["status"] == "ok"
     ]

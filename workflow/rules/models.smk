@@ -32,7 +32,7 @@ rule train_generator:
                 SETTINGS.workflow.training_processes
             ),
         ),
-        code=stage_fingerprint("train"),
+        code=lambda wildcards: stage_fingerprint("train", wildcards.generator),
         # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
         launcher=training_launcher,
         threads_each=lambda wildcards, threads: max(

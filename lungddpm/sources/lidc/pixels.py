@@ -26,7 +26,7 @@ from lungddpm.sources.lidc.dicom import (
 if TYPE_CHECKING:
     import pydicom
 
-    from lungddpm.sources.lidc.slices import Header
+    from lungddpm.sources.lidc.headers import Header
 
 _RLE = "1.2.840.10008.1.2.5"
 _NATIVE = ("", IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)

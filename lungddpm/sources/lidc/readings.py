@@ -14,7 +14,8 @@ import numpy as np
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.sources import Annotation, Contour
 from lungddpm.sources.lidc.dicom import COPY_AGAIN
-from lungddpm.sources.lidc.slices import LARGEST_NUMBER, Stack
+from lungddpm.sources.lidc.headers import LARGEST_NUMBER
+from lungddpm.sources.lidc.slices import Stack
 
 if TYPE_CHECKING:
     from xml.etree.ElementTree import Element

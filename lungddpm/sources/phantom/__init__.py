@@ -1,7 +1,7 @@
 """The phantom cohort: procedural chest CT with exact ground truth, written as LIDC-IDRI would be and read as it is.
 
 A patient is plain beside a real one (one tissue, one value; no disease but nodules), but every lung, vessel and nodule
-voxel is known. It comes about in this order, a module a step:
+voxel is known. It comes about in this order, one module per step:
 
     anatomy, skeleton    a seed draws a physique; surfaces in mm follow from it, and tissues are painted between them
     vessels              trees of arteries and veins grow into the lungs, bronchi beside them
@@ -9,14 +9,36 @@ voxel is known. It comes about in this order, a module a step:
     scanner              what each voxel holds becomes HU on the scan's grid, with noise
     patient              `thorax` does all of this and keeps the truth
     readers              four readers outline the nodules, a little differently each
-    cohort               `run_phantom` writes DICOM slices and the readers' XML file, one folder per patient
+    cohort               `write_cohort` writes DICOM slices and the readers' XML file, one folder per patient
 
 (`shapes` holds the geometry that they share.) Coordinates inside this package are LPS millimetres of the patient: x to
 the patient's left, y to the back, z to the head, the origin in the midline near the lowest edge of the lungs. What
 leaves it is RAS.
 """
 
-# Reading a cohort is reading LIDC-IDRI; what makes one is imported from its module, so that indexing stays quick.
-from lungddpm.sources.lidc import find_series, load_scan
+from __future__ import annotations
 
-__all__ = ["find_series", "load_scan"]
+from pathlib import Path
+
+from lungddpm.sources import Size
+
+# Reading a cohort is reading LIDC-IDRI.
+from lungddpm.sources.lidc import find_series, load_scan
+from lungddpm.sources.phantom.settings import Phantom as Settings
+
+__all__ = ["CITATION", "TITLE", "Settings", "find_series", "load_scan", "simulate", "size"]
+
+TITLE = "procedural chest CT with exact truth, built in"
+CITATION = "None: computed by lungddpm."
+
+
+def size(settings: Settings) -> Size:
+    """As many scans as patients; a chest is about 310 mm high."""
+    return Size(settings.patients, settings.matrix**2 * 310 / settings.slice_mm, "the config")
+
+
+def simulate(settings: Settings, seed: int, output: Path) -> None:
+    """Write the cohort; see `write_cohort`."""
+    from lungddpm.sources.phantom.cohort import write_cohort
+
+    write_cohort(settings, seed, output)

@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 import numpy as np
 
 from lungddpm import __version__
-from lungddpm.config.models import Config, Phantom
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, read_json, seed_from, write_json
@@ -23,6 +22,7 @@ from lungddpm.sources.phantom.nodules import Nodule
 from lungddpm.sources.phantom.patient import Thorax, thorax
 from lungddpm.sources.phantom.readers import Reading, outlines, read
 from lungddpm.sources.phantom.scanner import LOWEST_HU, LPS_TO_RAS, PADDING_HU
+from lungddpm.sources.phantom.settings import Phantom
 
 if TYPE_CHECKING:
     from pydicom.uid import UID
@@ -63,26 +63,25 @@ _SAME_IN_ALL_SLICES = {
 }
 
 
-def run_phantom(config: Config, output: Path) -> None:
+def write_cohort(settings: Phantom, seed: int, output: Path) -> None:
     """Write the phantom cohort as `<output>/PHANTOM-0001/<StudyUID>/<SeriesUID>/` with DICOM slices and one XML file.
 
-    A patient depends on `config.seed`, its number and `config.source.phantom` without `patients`: a cohort of 30 begins
-    with the cohort of 20, and equal settings give equal bytes. Patients that are there already are kept, so that an
+    A patient depends on the seed, its number and the settings without `patients`: a cohort of 30 begins with the cohort
+    of 20, and equal settings give equal bytes. Patients that are there already are kept, so that an
     interrupted run goes on; patients beyond the wanted number are removed.
     """
-    parameters = config.source.phantom
-    wanted = {f"PHANTOM-{index:04d}": index for index in range(1, parameters.patients + 1)}
+    wanted = {f"PHANTOM-{index:04d}": index for index in range(1, settings.patients + 1)}
     with exclusive_lock(output / ".lock", f"writing the phantom cohort into {output}"):
         # Half a patient is what a killed run leaves; its slices would be indexed as one more series.
         for leftover in output.glob(".PHANTOM-*"):
             shutil.rmtree(leftover)
         for folder in sorted(output.glob("PHANTOM-*")):
             if folder.name not in wanted and (folder / "phantom.json").is_file():
-                LOG.info("phantom: %s is not in a cohort of %d and is removed", folder.name, parameters.patients)
+                LOG.info("phantom: %s is not in a cohort of %d and is removed", folder.name, settings.patients)
                 shutil.rmtree(folder)
         with Progress("phantom patients", total=len(wanted)) as progress:
             for patient_id, index in wanted.items():
-                _write_patient(output / patient_id, parameters, seed_from(config.seed, "phantom", index))
+                _write_patient(output / patient_id, settings, seed_from(seed, "phantom", index))
                 progress.advance()
 
 
@@ -94,7 +93,7 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
     }
     # The UIDs are of the recipe alone: other seeds hang on them, which changed code is not to move.
     uids_from = fingerprint(recipe)
-    made_by = fingerprint([recipe, stage_fingerprint("phantom")])
+    made_by = fingerprint([recipe, stage_fingerprint("simulate", "phantom")])
     if _is_written(folder, made_by):
         return
     truth = thorax(parameters, seed)

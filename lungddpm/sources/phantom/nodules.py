@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lungddpm.config.models import Phantom
 from lungddpm.core.volume import Box, per_axis
 from lungddpm.sources.phantom.anatomy import Surfaces
 from lungddpm.sources.phantom.scanner import HU, Grid, paint, slice_means
+from lungddpm.sources.phantom.settings import Phantom
 from lungddpm.sources.phantom.shapes import golden_spiral
 
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lungddpm.config.models import Phantom
 from lungddpm.core.volume import Volume, per_axis
 from lungddpm.sources.phantom.anatomy import Physique, paint_soft_tissue, parenchyma, surfaces_of
 from lungddpm.sources.phantom.nodules import Nodule, paint_nodule, paint_small_nodule, place_marks, place_nodules
@@ -21,6 +20,7 @@ from lungddpm.sources.phantom.scanner import (
     painting_grid,
     slice_means,
 )
+from lungddpm.sources.phantom.settings import Phantom
 from lungddpm.sources.phantom.skeleton import paint_skeleton
 from lungddpm.sources.phantom.vessels import paint_vessels
 

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from lungddpm.config.models import Phantom
 from lungddpm.core.volume import Box, per_axis
+from lungddpm.sources.phantom.settings import Phantom
 
 HU = {
     "air": -1000.0, "foam": -930.0, "couch": -150.0, "fat": -100.0, "skin": 10.0, "muscle": 50.0, "gland": 20.0,

@@ -1,0 +1,56 @@
+"""Numbers and words as a person reads them: a true minus, signs, enough digits, plurals."""
+
+from __future__ import annotations
+
+import math
+
+
+def format_number(value: float | None, form: str) -> str:
+    """A number in a format such as ".3f"; with "+.3f" it is `signed`. Empty for None and NaN."""
+    if value is None or math.isnan(value):
+        return ""
+    if math.isinf(value):
+        return "∞" if value > 0 else "−∞"
+    return signed(value, int(form[2])) if form.startswith("+") else format(value, form).replace("-", "−")
+
+
+def format_spread(mean: float, sd: float, form: str) -> str:
+    """ "0.612 ± 0.208", in the format of `format_number`; the mean alone where there is no sd."""
+    shown_sd = format_number(sd, form.removeprefix("+"))
+    return format_number(mean, form) + (f" ± {shown_sd}" if shown_sd else "")
+
+
+def signed(value: float, digits: int = 3) -> str:
+    """A difference with its sign, a true minus, and no sign where it rounds to zero: "+0.032", "−0.117", "0.000"."""
+    text = f"{value:+.{digits}f}"
+    return text.replace("-", "−") if text.strip("+-0.") else text[1:]
+
+
+def bound(value: float) -> str:
+    """A limit of an interval: `signed`, with digits enough to show on which side of zero it lies."""
+    digits = 3
+    while value and abs(value) < 1 and not round(abs(value), digits) and digits < 9:
+        digits += 1
+    return signed(value, digits)
+
+
+def format_p(p: float, level: float = 0.05) -> str:
+    """ "= 0.034", "= 0.21" or "< 0.001", with digits enough to show on which side of `level` it lies."""
+    if p < 0.001 <= level:
+        return "< 0.001"
+    digits = 3 if p < 0.1 else 2
+    while (round(p, digits) < level) != (p < level) and digits < 9:
+        digits += 1
+    return f"= {p:.{digits}f}"
+
+
+def plural(number: int, noun: str) -> str:
+    """ "1 case", "2 cases"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def format_duration(seconds: float) -> str:
+    """Hours, minutes and seconds, e.g. "1:02:05"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

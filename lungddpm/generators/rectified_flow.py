@@ -1,0 +1,119 @@
+"""Rectified flow: a network that predicts velocities draws what the layout names along straight paths from noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from lungddpm.config.sections import GeneratorConfig, PositiveFloat, PositiveInt, Section, UNetSettings
+from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+
+if TYPE_CHECKING:
+    import torch
+
+    from lungddpm.models.denoiser import UNet
+    from lungddpm.models.recipe import Preview, Recipe
+
+TITLE = "Rectified flow: straight paths from noise to CT, in a few Euler steps; the reference fills the rest"
+CITATION = (
+    "Liu, Gong, Liu: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow, arXiv "
+    "2209.03003, 2022; as in MAISI-v2, arXiv 2508.05772, 2025 (here on voxels, with the network of Lung-DDPM)."
+)
+LAYOUTS = OWN, JITTERED
+PREVIEW_STEPS = 10
+"""Of the grids of samples that a training draws."""
+
+
+class FlowSampling(Section):
+    """From noise to CT in Euler steps."""
+
+    steps: PositiveInt = 30
+    """Steps of equal length, each a forward pass; MAISI-v2 takes 30, and its FID is nearly as good with 10."""
+    background: Literal["reference", "generated"] = "reference"
+    """What the voxels show that the layout leaves open: `reference`: its CT, pasted after each step (AAS);
+    `generated`: what the network draws there."""
+    batch_size: PositiveInt = 1
+    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
+
+
+class Settings(UNetSettings):
+    """Rectified flow: network, training, sampling."""
+
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    """How training draws its times: evenly, or as logistic functions of standard normal numbers, which gives more of
+    the middle between CT and noise."""
+    lesion_weight: PositiveFloat = 1.0
+    """How many times as much a nodule voxel counts in the loss as another one (MAISI-v2: 100); a batch's weights have
+    the mean 1."""
+    sampling: FlowSampling = FlowSampling()
+
+
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on whole volumes, or on crops around anything that the layouts name."""
+    from lungddpm.models.denoiser import build_denoiser
+    from lungddpm.models.flow import VelocityPrediction
+    from lungddpm.models.objectives import unet_inputs
+    from lungddpm.models.recipe import Recipe
+
+    settings = config.settings
+    objective = VelocityPrediction(settings.times, settings.lesion_weight, settings.classes.index("nodule"))
+    return Recipe(
+        build=lambda: build_denoiser(config),
+        load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, winograd=False),
+        objective=lambda device: objective,
+        inputs=lambda shape: unet_inputs(config, shape),
+    )
+
+
+def preview(config: GeneratorConfig[Settings]) -> Preview:
+    """A few Euler steps, whatever `sampling` says."""
+    from lungddpm.models.flow import FlowSolver
+    from lungddpm.models.sampling import sample_aas
+
+    return lambda network, *inputs: sample_aas(network, FlowSolver(PREVIEW_STEPS), *inputs)
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """One pass per step."""
+    return Drawing(config.settings.sampling.steps, config.settings.sampling.batch_size)
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
+    """Load the network onto the device.
+
+    Raises:
+        InputError: see `load_network`.
+    """
+    from lungddpm.models.accelerator import make_accelerator
+    from lungddpm.models.flow import FlowSolver
+    from lungddpm.models.sampling import sample_aas, sample_free
+
+    sampling = config.settings.sampling
+    accelerator = make_accelerator(device, config.settings.training.precision)
+    network = _load_network(weights, config, accelerator.device)
+    solver = FlowSolver(sampling.steps)
+
+    def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        with accelerator.autocast():
+            if sampling.background == "generated":
+                return sample_free(network, solver, condition, generators)
+            return sample_aas(network, solver, condition, reference, generators)
+
+    def make(tasks: list[Task]) -> list[np.ndarray]:
+        windows = [config.grid.window_hu] * len(tasks)
+        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
+        if sampling.background == "generated":
+            return volumes
+        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
+
+    return Generator(make, str(accelerator.device), sampling.batch_size)
+
+
+def _load_network(weights: Path, config: GeneratorConfig[Settings], device: str | torch.device) -> UNet:
+    from lungddpm.models.checkpoint import load_network
+    from lungddpm.models.denoiser import build_denoiser, place_on_device
+
+    return place_on_device(load_network(weights, config, lambda: build_denoiser(config), device), device)

@@ -1,0 +1,64 @@
+"""What diffusion models are trained for: to predict the noise in a CT (arXiv 2502.15204, section III)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, UNetSettings
+from lungddpm.core.labels import Label
+from lungddpm.models.denoiser import UNet, build_denoiser
+from lungddpm.models.published_checkpoint import load_denoiser
+from lungddpm.models.recipe import INSIDE, Batch, Network, Recipe
+from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
+
+
+class NoisePrediction:
+    """The mean absolute error of the noise that the network predicts, at a timestep drawn evenly.
+
+    Args:
+        timesteps: noise levels T of the cosine schedule.
+        device: where the batches are.
+    """
+
+    def __init__(self, timesteps: int, device: torch.device):
+        self.timesteps = timesteps
+        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing finer
+        self.signal = alphas_cumprod(cosine_betas(timesteps)).to(device, exact)
+
+    def draw_level(self, generator: torch.Generator) -> torch.Tensor:
+        """A timestep: int64, from 0 to T - 1."""
+        return torch.randint(self.timesteps, (), generator=generator)
+
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        """See `Objective.loss`."""
+        noisy = add_noise(batch.clean, batch.noise, batch.levels, self.signal)
+        predicted = network(torch.cat([noisy, batch.condition], dim=1), batch.levels)
+        return (predicted.float() - batch.noise).abs().mean()
+
+
+def unet_inputs(config: GeneratorConfig[UNetSettings], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy CT with condition, and times, for (N, D, H, W) volumes."""
+    size, *edges = shape
+    return torch.zeros(size, 1 + len(config.settings.classes), *edges), torch.zeros(size).long()
+
+
+def diffusion_recipe(
+    config: GeneratorConfig[DiffusionSettings], crop_centres: Sequence[Label] = INSIDE, needs_nodule: bool = False
+) -> Recipe:
+    """The training of a denoiser of `config`, starting from fresh or from published weights."""
+
+    def load(path: Path) -> UNet:
+        # Gradients by planes take half as much memory again, and no less time.
+        return load_denoiser(path, config).arrange(channels_last=False, winograd=False)
+
+    return Recipe(
+        build=lambda: build_denoiser(config),
+        load=load,
+        objective=lambda device: NoisePrediction(config.settings.timesteps, device),
+        inputs=lambda shape: unet_inputs(config, shape),
+        crop_centres=crop_centres,
+        needs_nodule=needs_nodule,
+    )

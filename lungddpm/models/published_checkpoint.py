@@ -1,0 +1,163 @@
+"""The published denoisers: the U-Net from our files or from `.pt` files of the published systems, and back.
+
+A `.pt` file of torch holds {step, model, ema}, the last two with the network under the prefix `denoise_fn.` beside the
+coefficients of the diffusion process. It does not say how its network sees the chest; the config does (`orientation`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
+from lungddpm.core.errors import InputError
+from lungddpm.core.files import atomic_path
+from lungddpm.core.progress import LOG
+from lungddpm.core.torch_files import load_checked, unwrapped
+from lungddpm.models.checkpoint import (
+    ADAPT,
+    faults_of,
+    fill,
+    load_network,
+    read_metadata,
+    read_weights,
+    refuse_unfit,
+)
+from lungddpm.models.denoiser import (
+    ATTENTION_EDGE,
+    UNet,
+    build_denoiser,
+    inferred_arguments,
+    network_arguments,
+    place_on_device,
+)
+from lungddpm.models.schedule import cosine_betas, published_buffers
+
+_PREFIX = "denoise_fn."
+_COPY_AGAIN = "Copy or download the published checkpoint again."
+# Keys of the generator's settings, and of `grid`.
+_CONFIG_KEYS = {
+    "in_channels": "classes",
+    "base_channels": "denoiser.base_channels",
+    "multipliers": "denoiser.multipliers",
+    "attention_factor": "grid.size and denoiser.attention",
+}
+
+
+def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device: str | torch.device = "cpu") -> UNet:
+    """Build the denoiser of a config with the EMA weights of a file, ready to predict.
+
+    Args:
+        path: `.safetensors`: ours; anything else: the published format. No code in it is run.
+        config: of the generator that the denoiser is of: classes, grid, noise levels, size.
+        device: where the denoiser goes.
+
+    Raises:
+        InputError: missing, cut short, damaged, of neither format, with code inside, or made for something else than
+            the config asks; names the keys that are wrong.
+    """
+
+    def build() -> UNet:
+        return build_denoiser(config)
+
+    if path.suffix == ".safetensors":
+        denoiser = load_network(path, config, build, device)
+    else:
+        weights = _read_published(path, config)
+        _explain_other_network(path, weights, config)
+        denoiser = fill(path, build, weights, device, _PREFIX)
+    return place_on_device(denoiser, device)
+
+
+def export_published(weights: Path, output: Path) -> None:
+    """Write a denoiser of ours in the published format, its EMA weights in both places.
+
+    The published code shows it volumes in the published orientation, so it must have been trained in that one. Kernels
+    cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
+
+    Raises:
+        InputError: the weights are missing, cut short, not a denoiser of ours, or of the orientation `ras`; or the
+            output is not named `.pt`.
+    """
+    if output.suffix != ".pt":
+        raise InputError(output, "is not a name for a published checkpoint", "End it in .pt.")
+    metadata = read_metadata(weights)
+    settings = metadata.config["settings"]
+    if "timesteps" not in settings:
+        generator = metadata.config["generator"]
+        raise InputError(weights, f"was trained by {generator}, which is not a diffusion model", "Give other weights.")
+    if (orientation := settings["orientation"]) != "published":
+        problem = f"was trained with orientation {orientation}: the published code would show it every chest turned"
+        raise InputError(weights, problem, "Train it with orientation: published, then export it.")
+    process = published_buffers(cosine_betas(settings["timesteps"]))
+    network = {_PREFIX + name: tensor for name, tensor in read_weights(weights).items()}
+    with atomic_path(output) as temporary:
+        torch.save({"step": metadata.steps, "model": process | network, "ema": process | network}, temporary)
+
+
+def _read_published(path: Path, config: GeneratorConfig[DiffusionSettings]) -> dict[str, torch.Tensor]:
+    """The EMA weights of a published checkpoint, float32, by their keys without the prefix."""
+    try:
+        content = load_checked(path)
+        average = content.get("ema") if isinstance(content, Mapping) else None
+        if not isinstance(average, Mapping):
+            problem = "is not a published checkpoint: it has no entry 'ema' with the weights"
+            raise InputError(path, problem, "Give a file with step, model and ema, or a model.safetensors.")
+        average = unwrapped(average)
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", _COPY_AGAIN) from None
+    except ValueError as error:
+        raise InputError(path, str(error), _COPY_AGAIN) from None
+    network = {key: value for key, value in average.items() if key.startswith(_PREFIX)}
+    if not network:
+        raise InputError(path, f"has no key that starts with {_PREFIX}", _COPY_AGAIN)
+    if "betas" not in average:
+        raise InputError(path, "has no key betas, the noise schedule", _COPY_AGAIN)
+    refuse_unfit(path, {"betas": average["betas"], **network}, _COPY_AGAIN)
+    _check_schedule(path, average["betas"], config)
+    if others := {value.dtype for value in network.values()} - {torch.float32}:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
+        LOG.info("%s holds weights in %s: they are taken as float32", path, names)
+    return {key.removeprefix(_PREFIX): value.float() for key, value in network.items()}
+
+
+def _check_schedule(path: Path, betas: torch.Tensor, config: GeneratorConfig[DiffusionSettings]) -> None:
+    timesteps = config.settings.timesteps
+    if betas.shape != (timesteps,):
+        trained = betas.numel()
+        raise InputError(path, f"was trained with timesteps {trained}, the config says {timesteps}", ADAPT)
+    rounding = torch.finfo(betas.dtype).eps
+    if not torch.allclose(betas.double(), cosine_betas(timesteps), rtol=rounding, atol=1e-5):
+        raise InputError(path, "was trained with another noise schedule than the cosine one", "Give other weights.")
+
+
+def _explain_other_network(
+    path: Path, weights: Mapping[str, torch.Tensor], config: GeneratorConfig[DiffusionSettings]
+) -> None:
+    """Refuse weights of the same kind of network with other settings, by the names of these."""
+    inferred = inferred_arguments(weights)
+    if inferred is None:
+        return
+    with torch.device("meta"):
+        other = UNet(**inferred, norm_groups=1)
+    asked = network_arguments(config)
+    differing = [
+        f"{_CONFIG_KEYS[name]}: {_in_words(name, value)} (the config says {_in_words(name, asked[name])})"
+        for name, value in inferred.items()
+        if value != asked[name]
+    ]
+    if differing and not faults_of(weights, other):
+        raise InputError(path, f"holds another network, {'; '.join(differing)}", ADAPT)
+
+
+def _in_words(argument: str, value: Any) -> str:
+    if argument == "in_channels":
+        return f"{value - 1} classes"
+    if argument == "attention_factor":
+        if value is None:
+            return "no attention"
+        return f"attention for {value * ATTENTION_EDGE:g} voxels an edge" if value else "attention in the middle alone"
+    return str(value)

@@ -1,0 +1,71 @@
+"""What of a training differs between families of models. The rest (data, optimizer, averaging, states) is shared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from lungddpm.core.labels import Label
+
+Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""(noisy CT and condition (N, 1 + C, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
+
+Preview = Callable[[nn.Module, torch.Tensor, torch.Tensor, Sequence[torch.Generator]], torch.Tensor]
+"""(network, condition (N, C, D, H, W), reference (N, 1, D, H, W), generators) -> CT (N, 1, D, H, W): a quick drawing
+in which the reference fills the open voxels, to watch a training by."""
+
+INSIDE = (Label.LUNG, Label.NODULE, Label.VESSEL)
+"""What layouts name: open voxels are pasted later, so they matter less."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Samples on the device that trains.
+
+    Attributes:
+        clean: (N, 1, D, H, W) float32 CT in [-1, 1].
+        condition: (N, C, D, H, W) float32, see `condition_channels`.
+        noise: standard normal, shaped like `clean`.
+        levels: (N,) noise levels, as `Objective.draw_level` gives them.
+    """
+
+    clean: torch.Tensor
+    condition: torch.Tensor
+    noise: torch.Tensor
+    levels: torch.Tensor
+
+
+class Objective(Protocol):
+    """What an optimizer step minimises, on one device."""
+
+    def draw_level(self, generator: torch.Generator) -> torch.Tensor:
+        """The noise level of one sample: a scalar on the CPU."""
+
+    def loss(self, network: Network, batch: Batch) -> torch.Tensor:
+        """The mean loss of a batch: a scalar. It waits for nothing that the device computes."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a generator's network is trained.
+
+    Attributes:
+        build: the network, with fresh weights from torch's global generator.
+        load: the network with the weights of a file, on the CPU; raises InputError where they do not fit.
+        objective: what is minimised, for a device.
+        inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
+        crop_centres: labels that the centre of a training crop may have.
+        needs_nodule: whether only cases with a nodule count.
+    """
+
+    build: Callable[[], nn.Module]
+    load: Callable[[Path], nn.Module]
+    objective: Callable[[torch.device], Objective]
+    inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
+    crop_centres: Sequence[Label] = INSIDE
+    needs_nodule: bool = False

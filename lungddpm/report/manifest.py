@@ -1,0 +1,77 @@
+"""The manifest: what a verdict was made with and from."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import lungddpm
+from lungddpm.config.models import Config
+from lungddpm.core.code import CodeFromStep
+from lungddpm.core.files import read_json, sha256_of
+from lungddpm.core.versions import installed_versions
+from lungddpm.segmentation.nnunet import fold_folder
+
+
+def arm_files(config: Config, results: Path) -> dict[str, Path]:
+    """The `arm.json` of every arm that has one."""
+    paths = {arm: results / "arms" / arm / "arm.json" for arm in config.arms.names()}
+    return {arm: path for arm, path in paths.items() if path.exists()}
+
+
+def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, Any]:
+    """What the verdict was made with and from; nothing in it names a machine, a user or an absolute path.
+
+    Args:
+        config: the run's config.
+        results: its folder.
+        files: the files to hash, in that folder.
+
+    Returns:
+        JSON-like: written (UTC), git_commit, platform, versions, config, training_code (see `training_code`), sha256 by
+        relative path.
+    """
+    return {
+        "written": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git_commit": _git_commit(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": installed_versions(),
+        "config": config.without_folders().model_dump(mode="json"),
+        "training_code": training_code(config, results),
+        "sha256": {path.relative_to(results).as_posix(): sha256_of(path) for path in files},
+    }
+
+
+def training_code(config: Config, results: Path) -> dict[str, list[CodeFromStep]]:
+    """Which code took which steps of every training, by its folder; a segmenter's by arm and replicate."""
+    records = {
+        path.parent.relative_to(results).as_posix(): path for path in sorted(results.glob("models/*/*/training.json"))
+    }
+    for arm in config.arms.names():
+        for fold in config.segmentation.folds:
+            for seed in config.segmentation.seeds:
+                folder = fold_folder(results / "arms" / arm, fold, seed)
+                name = config.segmentation.replicate_name(fold, seed)
+                records[f"arms/{arm} {name}"] = folder / "training.json"
+    return {name: read_json(path).get("code", []) for name, path in records.items() if path.exists()}
+
+
+def _git_commit() -> str | None:
+    """The commit of the code that runs, marked where it has been changed since; None outside a git checkout."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess:
+        folder = str(Path(lungddpm.__file__).parent)
+        command = ["git", "-C", folder, *arguments]
+        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+
+    try:
+        # An environment inside somebody's repository is not a checkout of ours.
+        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
+            return None
+        commit = git("rev-parse", "HEAD").stdout.strip()
+        return f"{commit} with changes" if git("status", "--porcelain", "--", ".").stdout else commit
+    except FileNotFoundError:
+        return None

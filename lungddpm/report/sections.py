@@ -1,0 +1,370 @@
+"""The tables and sentences of the report page, each from a table of the verdict."""
+
+from __future__ import annotations
+
+from collections import Counter
+from string import ascii_lowercase
+
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.core import cases
+from lungddpm.core.arms import BASELINE
+from lungddpm.core.roles import ROLES
+from lungddpm.core.tables import DisplayTable
+from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
+from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
+from lungddpm.generators import plugin
+from lungddpm.quality.calibration import DIFFERENCE, SPREAD
+from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOLE
+from lungddpm.verdict.statistics import caveats, minimum_cases
+from lungddpm.verdict.tables import SIZE_COLUMNS, missing_replicates
+
+SHARED_LUCK = (
+    "Trained once, sampled once: all replicates of an arm see the same synthetic CT, from one training of its "
+    "generator. That luck is not covered. In simulated benchmarks of three arms where it is half of all luck of "
+    "training, false claims rise from 5 % to 29 % (3 replicates, 40 cases) or 54 % (5 replicates, 249 cases)."
+)
+
+
+def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
+    """What this run cannot tell, as sentences."""
+    verdict, cases_scored = tables["verdict"], tables["cases"]
+    n_cases, n_replicates = int(verdict["n_cases"].max()), int(verdict["n_replicates"].max())
+    limits = [
+        f"Not evaluated, and left out: {arm}, {', '.join(replicates)}."
+        for arm, replicates in missing_replicates(cases_scored, config).items()
+    ]
+    run_df, n_independent = int(verdict["run_df"].max()), int(verdict["n_independent"].max())
+    needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), config.verdict.confidence)
+    limits += caveats(n_cases, n_independent, run_df, needed)
+    if n_independent < n_replicates:
+        limits.append(
+            f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its luck, so they "
+            "are averaged, and folds are counted."
+        )
+    elif len(config.segmentation.folds) == 1:
+        limits.append("All replicates share one fold: the luck of that split of the training cases is not covered.")
+    if config.arms.largest_doses():
+        limits.append(SHARED_LUCK)
+    if (n_patients := cases_scored["patient_id"].nunique()) < (n_scans := cases_scored["case_id"].nunique()):
+        limits.append(
+            f"{n_scans} test cases come from {n_patients} patients, but count as if each were a patient of its own."
+        )
+    if n_empty := cases_scored.loc[cases_scored["n_lesions"] == 0, "case_id"].nunique():
+        limits.append(
+            f"Test cases without a nodule: {n_empty}. They do not count towards Dice and sensitivity; "
+            "what was wrongly marked in them is under “Lesions found”."
+        )
+    x, y, z = config.grid.size
+    limits.append(f"All CT was resampled to {x} x {y} x {z} voxels: nodules of a voxel or two can vanish or merge.")
+    return limits
+
+
+def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> DisplayTable:
+    """The rows of one measure in `verdict.csv` for reading."""
+    rows = [
+        [
+            row["arm"], format_spread(row["mean"], row["sd"], ".3f"), format_number(row["difference"], "+.3f"),
+            interval_text(row), format_number(row["relative_percent"], "+.1f"),
+            p_text(row["p"], significance), p_text(row["p_holm"], significance),
+            _detectable(row), row["verdict"],
+        ]
+        for row in verdict[verdict["metric"] == measure.column].to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", f"{measure.title} ± sd", "difference", f"{confidence} CI", "in %", "p", "p, Holm", "detectable",
+             "verdict"]  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * 7, False])
+
+
+def show_description(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> DisplayTable:
+    """What describes the comparisons of one measure without deciding them."""
+    rows = [
+        [
+            row["arm"], format_number(row["difference"], "+.3f"), interval_text(row, "bootstrap"),
+            p_text(row["p_wilcoxon"], significance),
+            f"{row['wins']} / {row['ties']} / {row['losses']}", format_number(row["standard_error"], ".4f"),
+            format_number(row["df"], ".1f"),
+        ]
+        for row in verdict[(verdict["metric"] == measure.column) & verdict["difference"].notna()].to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", f"difference, {measure.title}", f"{confidence} CI, bootstrap", "p, Wilcoxon",
+             "wins / ties / losses", "standard error", "df"]  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * 6])
+
+
+def show_calibration(calibration: pd.DataFrame) -> DisplayTable:
+    """`calibration.csv` for reading."""
+    names = {DIFFERENCE: ("mean difference, HU", "+.1f"), SPREAD: ("spread of HU, ratio of sd", ".3f")}
+    rows = []
+    for row in calibration.to_dict("records"):
+        name, form = names[row["measure"]]
+        limits = [format_number(row[key], "g") for key in ("limit_low", "limit_high")]
+        rows.append(
+            [
+                row["generator"], row["region"], name, str(row["n_samples"]),
+                format_spread(row["mean"], row["sd"], form),
+                "" if pd.isna(row["limit_low"]) else " to ".join(limits), row["status"],
+            ]
+        )  # fmt: skip
+    heads = ["generator", "region", "measure", "samples", "mean ± sd", "limits of the mean", "check"]
+    return DisplayTable(heads, rows, [False, False, False, True, True, True, False])
+
+
+def show_run_spread(spread: pd.DataFrame, significance: float) -> DisplayTable:
+    """`run_spread.csv` for reading."""
+    rows = [
+        [
+            row["arm"], str(row["n_replicates"]), format_number(row["mean"], ".3f"),
+            format_number(row["lowest"], ".3f"), format_number(row["highest"], ".3f"),
+            format_number(row["range"], ".3f"), format_number(row["sd"], ".3f"),
+            p_text(row["p"], significance),
+        ]
+        for row in spread.to_dict("records")
+    ]  # fmt: skip
+    mean = f"mean {deciding_measure().title}"
+    heads = ["arm", "runs", mean, "lowest", "highest", "range", "sd", "p"]
+    return DisplayTable(heads, rows, [False, *[True] * 7])
+
+
+def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float) -> DisplayTable:
+    """`dose_response.csv` for reading."""
+    rows = [
+        [
+            row["generator"], MEASURES[row["metric"]].title, str(row["n_doses"]), format_number(row["slope"], "+.3f"),
+            interval_text(row), p_text(row["p"], significance),
+        ]
+        for row in lines.to_dict("records")
+    ]  # fmt: skip
+    heads = ["generator", "measure", "doses", "slope", f"{confidence} CI", "p, uncorrected"]
+    return DisplayTable(heads, rows, [False, False, True, True, True, True])
+
+
+def show_measures(summary: pd.DataFrame) -> DisplayTable:
+    """`measures.csv` for reading: one row per arm, one column per measure; in brackets the scored cases where they are
+    fewer than for another measure."""
+    rows = []
+    for arm, of_arm in summary.groupby("arm", sort=False):
+        values, n_cases = of_arm.set_index("metric"), int(of_arm["n_cases"].max())
+        cells = []
+        for column, measure in MEASURES.items():
+            value = values.loc[column]
+            fewer = f" (n = {value['n_cases']})" if value["n_cases"] < n_cases else ""
+            cells.append(format_spread(value["mean"], value["sd"], measure.form) + fewer)
+        rows.append([arm, str(n_cases), *cells])
+    heads = ["arm", "cases", *(measure.head for measure in MEASURES.values())]
+    return DisplayTable(heads, rows, [False, *[True] * (1 + len(MEASURES))])
+
+
+def show_measure_differences(summary: pd.DataFrame) -> DisplayTable:
+    """Differences to `real` in `measures.csv`, of the measures that are better in one direction."""
+    directed = {column: measure for column, measure in MEASURES.items() if measure.better != "near 0"}
+    rows = [
+        [
+            arm,
+            *(
+                format_number(value, f"+{measure.form.removeprefix('+')}")
+                for measure, value in zip(
+                    directed.values(), of_arm.set_index("metric").loc[[*directed], "difference"], strict=True
+                )
+            ),
+        ]
+        for arm, of_arm in summary[summary["arm"] != BASELINE].groupby("arm", sort=False)
+    ]
+    return DisplayTable(
+        ["arm", *(measure.head for measure in directed.values())], rows, [False, *[True] * len(directed)]
+    )
+
+
+def show_unscored(summary: pd.DataFrame, cases_scored: pd.DataFrame) -> DisplayTable | None:
+    """Predictions without a value of a measure, as nothing was predicted; None where there are none."""
+    judged = cases_scored[cases_scored["n_lesions"] > 0]
+    n_predictions, n_cases = judged.groupby("arm").size(), judged.groupby("arm")["case_id"].nunique()
+    rows = [
+        [
+            row["arm"], MEASURES[row["metric"]].title,
+            f"{n_predictions[row['arm']] - row['n_undefined']} of {n_predictions[row['arm']]}",
+            f"{row['n_cases']} of {n_cases[row['arm']]}",
+        ]
+        for row in summary[summary["n_undefined"] > 0].to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", "measure", "predictions scored", "cases scored in a replicate at least"]
+    return DisplayTable(heads, rows, [False, False, True, True]) if rows else None
+
+
+def show_detection(detection: pd.DataFrame) -> DisplayTable:
+    """`detection.csv` for reading."""
+    heads = ["arm", "found", *[f"found, {size}" for size in SIZE_COLUMNS], "false positives a scan", "CPM",
+             "scans without nodule", "false positives there, mm³"]  # fmt: skip
+    rows = []
+    for row in detection.to_dict("records"):
+        found = [
+            f"{row[f'found_percent{size}']:.0f} % of {row[f'n_lesions{size}']}" if row[f"n_lesions{size}"] else ""
+            for size in ("", *(f"_{column}" for column in SIZE_COLUMNS.values()))
+        ]
+        rows.append(
+            [
+                row["arm"], *found, format_number(row["false_positives_per_scan"], ".2f"),
+                format_number(row["cpm"], ".3f"), str(row["n_empty_cases"]),
+                format_number(row["empty_false_positive_mm3"], ".0f"),
+            ]
+        )  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * 8])
+
+
+def show_case_scores(cases_scored: pd.DataFrame) -> DisplayTable:
+    """The deciding measure of every case and arm, mean over replicates."""
+    measure = deciding_measure()
+    wide = cases_scored.pivot_table(index="case_id", columns="arm", values=measure.column, sort=False, dropna=False)
+    wide = wide[list(dict.fromkeys(cases_scored["arm"]))]
+    rows = [
+        [str(case), *(format_number(value, measure.form) for value in scores)]
+        for case, scores in zip(wide.index, wide.to_numpy(), strict=True)
+    ]
+    return DisplayTable(["case", *wide.columns], rows, [False, *[True] * wide.shape[1]])
+
+
+def show_quality(quality: pd.DataFrame) -> DisplayTable:
+    """What compares voxels in `image_quality.csv`, for reading: one row a generator, image and region; copies of the
+    references are left out, as nothing differs in them."""
+    columns = {"mse": ("MSE × 1000", 1000, ".2f"), "psnr_db": ("PSNR, dB", 1, ".1f"), "ssim": ("SSIM", 1, ".3f"),
+               "ms_ssim": ("MS-SSIM", 1, ".3f"), "mean_difference_hu": ("mean difference, HU", 1, "+.0f")}  # fmt: skip
+    rows, by_voxel = [], quality[quality["metric"].isin(columns) & (quality["image"] != COPIES)]
+    for (generator, image, region), group in by_voxel.groupby(["generator", "image", "region"], sort=False):
+        values = group.set_index("metric").reindex(columns)
+        cells = [
+            format_spread(factor * values.loc[metric, "mean"], factor * values.loc[metric, "sd"], form)
+            for metric, (_, factor, form) in columns.items()
+        ]
+        rows.append([generator, image, region, str(int(values["n"].max())), *cells])
+    heads = ["generator", "image", "region", "samples", *(name for name, _, _ in columns.values())]
+    return DisplayTable(heads, rows, [False, False, False, *[True] * 6])
+
+
+def show_sets(quality: pd.DataFrame) -> DisplayTable:
+    """The rest of `image_quality.csv`, for reading: one row a generator and image, samples taken together."""
+    columns = {
+        ("fid", WHOLE): ("FID, whole volume", ".3g"), ("fid", LUNGS): ("FID, lungs", ".3g"),
+        ("mmd_squared", WHOLE): ("MMD², whole volume", "+.3f"), ("mmd_squared", LUNGS): ("MMD², lungs", "+.3f"),
+        (SEAM_RATIO, SEAM): ("step at the lungs' border", ".2f"),
+        ("nearest_training_ratio", LUNGS): ("distance to training case", ".2f"),
+        ("n_nearer_than_any_real", LUNGS): ("nearer than any real", ".0f"),
+        ("pairwise_ms_ssim", LUNGS): ("MS-SSIM within a layout, lungs", ".3f"),
+    }  # fmt: skip
+    rows = []
+    for (generator, image), group in quality.groupby(["generator", "image"], sort=False):
+        values = group.set_index(["metric", "region"])["mean"].reindex(list(columns))
+        cells = [format_number(value, form) for value, (_, form) in zip(values, columns.values(), strict=True)]
+        rows.append([generator, image, *cells])
+    heads = ["generator", "images", *(head for head, _ in columns.values())]
+    return DisplayTable(heads, rows, [False, False, *[True] * len(columns)])
+
+
+def generators_of(config: Config) -> list[tuple[str, str, str]]:
+    """Name, title and citation of every generator in use.
+
+    The citation is empty for what another system made, and for controls that say there is none.
+    """
+    described = []
+    for name in config.arms.largest_doses():
+        if name in config.arms.external:
+            described.append((name, "external: made by another system", ""))
+        else:
+            declared = plugin(name)
+            cited = "" if declared.citation.startswith("None") else declared.citation
+            described.append((name, declared.title, cited))
+    return described
+
+
+def extractors_of(quality: pd.DataFrame) -> list[str]:
+    """The feature networks behind FID and MMD, each with the beginning of its weights' SHA-256."""
+    used = quality.loc[quality["extractor"] != "", ["extractor", "weights_sha256"]].drop_duplicates()
+    return [f"{name} ({digest[:12]})" for name, digest in used.itertuples(index=False)]
+
+
+def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
+    """`published_comparison.csv` for reading, and the reasons to which its last column points, (a) first."""
+    reasons = comparison["why_not"].unique().tolist()
+    rows = []
+    for row in comparison.to_dict("records"):
+        form = {"sampling": ".1f", "image_quality": ".4f"}.get(row["table"], ".3f")
+        measured = format_spread(row["measured_mean"], row["measured_sd"], form)
+        rows.append(
+            [
+                row["method"],
+                row["training_set"] or row["cohort"],
+                MEASURES[row["metric"]].title if row["metric"] in MEASURES else row["metric"].replace("_", " "),
+                format_spread(row["published_mean"], row["published_sd"], form),
+                format_number(row["published_change"], "+.3f"),
+                row["arm"],
+                measured + (" (MMD²)" if measured and row["measured_metric"] == "mmd_squared" else ""),
+                format_number(row["measured_change"], "+.3f"),
+                f"{row['comparable']} ({ascii_lowercase[reasons.index(row['why_not'])]})",
+            ]
+        )
+    heads = ["method", "data", "measure", "published", "change", "here", "measured", "change", "comparable?"]
+    return DisplayTable(heads, rows, [False, False, False, True, True, False, True, True, False]), reasons
+
+
+def show_roles(case_table: pd.DataFrame) -> DisplayTable:
+    """Patients, cases and nodules of every role."""
+    rows = []
+    for role in ROLES:
+        members = cases.usable(case_table, role)
+        counts = (members["patient_id"].nunique(), len(members), int(members["n_nodules"].sum()))
+        rows.append([role, *map(str, counts)])
+    return DisplayTable(["role", "patients", "cases", "nodules"], rows, [False, True, True, True])
+
+
+def show_arms(arms: dict[str, dict]) -> DisplayTable:
+    """What every arm is trained on, and what its leak guard found; from the parsed `arm.json` files."""
+    rows = []
+    for arm, content in arms.items():
+        trained_on = [case for case in content["cases"] if case["trained_on"]]
+        sources = Counter(case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in trained_on)
+        patients = {case["patient_id"] for case in trained_on} - {"none"}
+        shared = content["leak_guard"]["shared_patients"]
+        made_of = ", ".join(f"{count} {source}" for source, count in sources.items())
+        guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
+        rows.append([arm, str(len(trained_on)), made_of, str(len(patients)), guard])
+    return DisplayTable(
+        ["arm", "training cases", "from", "patients", "leak guard"], rows, [False, True, False, True, False]
+    )
+
+
+def show_timing(timing: pd.DataFrame) -> DisplayTable:
+    """Time and memory by stage."""
+    stages = timing.groupby("stage", sort=False).agg(
+        jobs=("job", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"), memory=("max_rss_mb", "max"),
+        device=("device", lambda told: "; ".join(dict.fromkeys(told))),
+    )  # fmt: skip
+    rows = [
+        [
+            stage,
+            str(row.jobs),
+            format_duration(row.seconds),
+            format_duration(row.longest),
+            format_number(row.memory, ".0f"),
+            row.device,
+        ]
+        for stage, row in zip(stages.index, stages.itertuples(), strict=True)
+    ]
+    heads = ["stage", "jobs", "time of all", "longest job", "peak memory, MB", "device"]
+    return DisplayTable(heads, rows, [False, *[True] * 4, False])
+
+
+def interval_text(row: dict, kind: str = "ci") -> str:
+    """The limits of an interval, from a row of `verdict.csv`."""
+    low, high = row[f"{kind}_low"], row[f"{kind}_high"]
+    return "" if pd.isna(low) else f"{bound(low)} to {bound(high)}"
+
+
+def p_text(value: float, significance: float) -> str:
+    """A p with digits enough to show on which side of the level it lies."""
+    return "" if pd.isna(value) else format_p(value, round(significance, 12)).removeprefix("= ")
+
+
+def _detectable(row: dict) -> str:
+    if pd.isna(row["detectable_difference"]):
+        return ""
+    return f"{row['detectable_difference']:.2g} ({row['detectable_low']:.2g} to {row['detectable_high']:.2g})"

@@ -1,0 +1,46 @@
+"""The verdict in a terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from lungddpm.core.tables import DisplayTable
+from lungddpm.core.text import format_number
+from lungddpm.evaluation.measures import deciding_measure
+from lungddpm.report.sections import interval_text, p_text
+from lungddpm.verdict.tables import read_csv
+
+_WIDTH = 100
+
+
+def verdict_table_text(results: Path) -> str:
+    """The verdict as plain text for a terminal: notes, the deciding measure of each arm in a table and in
+    sentences, and where the report lies.
+
+    Raises:
+        InputError: the run has no verdict yet.
+    """
+    verdict, notes_path = read_csv(results / "tables" / "verdict.csv"), results / "tables" / "notes.csv"
+    notes = read_csv(notes_path).to_dict("records") if notes_path.exists() else []
+    measure = deciding_measure()
+    rows = verdict[verdict["metric"] == measure.column].to_dict("records")
+    table = DisplayTable(
+        ["arm", measure.title, "difference", "CI", "p", "verdict"],
+        [
+            [
+                row["arm"], format_number(row["mean"], ".3f"), format_number(row["difference"], "+.3f"),
+                interval_text(row), p_text(row["p_holm"], 1 - row.get("confidence", 0.95)), row["verdict"],
+            ]
+            for row in rows
+        ],
+        [False, True, True, True, True, False],
+    )  # fmt: skip
+    lines = [_wrapped(note["note"], "! " if note["warning"] else "") for note in notes]
+    lines += ["", table.text(_WIDTH), ""] if notes else [table.text(_WIDTH), ""]
+    lines += [_wrapped(row["sentence"], "- ") for row in rows]
+    return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
+
+
+def _wrapped(text: str, mark: str) -> str:
+    return textwrap.fill(text, _WIDTH - 2, initial_indent=mark, subsequent_indent=" " * len(mark))

@@ -1,0 +1,195 @@
+"""From a source's folder to the index: one row per series, and what its headers said, cached."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lungddpm.core import cases
+from lungddpm.core.code import stage_fingerprint
+from lungddpm.core.errors import InputError, printable
+from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
+from lungddpm.core.progress import LOG
+from lungddpm.sources import Series, source_of
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+INDEX_COLUMNS = [*cases.COLUMNS, "annotations", "notes"]
+"""The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
+source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known.
+`notes` (a JSON list) holds what a user should know about a series that can be used."""
+LONGEST_NAME = 64
+"""Characters of a case id before what distinguishes it from an equal one; no DICOM identifier may have more."""
+
+
+class Cache:
+    """What was read from files, for as long as their names, sizes and times stay what they were.
+
+    In its file: JSON of the code that has read, and for every key the state of its files and what they said. A cache
+    that other code has written, or that cannot be read, counts as empty.
+
+    Args:
+        path: file of the cache; None keeps nothing beyond this run.
+        kind: source that it belongs to.
+    """
+
+    def __init__(self, path: Path | None, kind: str):
+        self._path = path
+        self._made_by = fingerprint([kind, stage_fingerprint("find_series", kind)])
+        self._before = self._load()
+        self._entries: dict[str, list] = {}
+
+    def recall(
+        self, key: str, files: Iterable[Path], read: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
+    ) -> Any:
+        """What `read()` gave when these files were last read, or gives now if one of them has changed since.
+
+        Args:
+            key: names the entry; one that no call names any more is forgotten.
+            files: all that `read` looks at.
+            read: gives a JSON value without tuples; what it raises is passed on, and not kept.
+            keep: whether a value is kept; those with errors are better read again.
+        """
+        # Before reading: a file that changes meanwhile has another state the next time.
+        state = _state(files)
+        known = self._before.get(key)
+        if known is not None and known[0] == state:
+            self._entries[key] = known
+            return known[1]
+        value = read()
+        if keep(value):
+            self._entries[key] = [state, value]
+        return value
+
+    def save(self) -> None:
+        """Write the entries of this run."""
+        if self._path is not None and self._entries != self._before:
+            write_text(self._path, json.dumps({"made_by": self._made_by, "entries": self._entries}))
+
+    def _load(self) -> dict[str, list]:
+        try:
+            content = read_json(self._path) if self._path is not None else {}
+            return content["entries"] if content["made_by"] == self._made_by else {}
+        except (InputError, KeyError):
+            return {}
+
+
+def case_ids(names: Iterable[str]) -> list[str]:
+    """Distinct names that are safe for folders, in the order given; the second of equal names gets `_2`, and so on."""
+    given: list[str] = []
+    taken: dict[str, int] = {}
+    for name in names:
+        safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:LONGEST_NAME] or "unnamed"
+        # Tables and the cache lie in the folder of the cases.
+        candidate = safe = re.sub(r"(?i)\.(tsv|json)$", r"_\1", safe)
+        # Case-insensitive file systems would put "a" and "A" into one folder.
+        while candidate.casefold() in taken:
+            taken[safe.casefold()] += 1
+            candidate = f"{safe}_{taken[safe.casefold()]}"
+        taken[candidate.casefold()] = 1
+        given.append(candidate)
+    return given
+
+
+def reason_of(error: InputError, top: Path) -> str:
+    """An error as tables show it: in one line, files relative to the data set."""
+    message = str(error)
+    for root in (top, top.resolve()):
+        message = message.replace(printable(f"{root}/"), "")
+    return " ".join(message.split())
+
+
+def check_folder(path: Path) -> None:
+    """Make sure that the data set's folder is there.
+
+    Raises:
+        InputError: it is not; the message has the whole path, as a relative one starts in the working directory.
+    """
+    if not path.is_dir():
+        remedy = "Set source.path to the folder of the data set; a relative path starts in the working directory."
+        raise InputError(path.absolute(), "is not a folder", remedy)
+
+
+def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]:
+    """One row per series, in order of case id, those without a patient last; `role` is still empty.
+
+    Args:
+        kind: module of the source.
+        path: folder of the data set.
+        cache: file that remembers what the headers said, so that only what has changed is read the next time.
+
+    Raises:
+        InputError: the folder is missing, or holds no series at all.
+    """
+    check_folder(path)
+    remembered = Cache(cache, kind)
+    found = source_of(kind).find_series(path, remembered)
+    remembered.save()
+    if not found:
+        problem = f"holds no CT series that the source '{kind}' can read"
+        raise InputError(path.absolute(), problem, "Check source.path and source.kind.")
+    rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
+    LOG.info("%d of %d series can be used", sum(row["status"] == "ok" for row in rows), len(rows))
+    cases.log_excluded(rows)
+    return rows
+
+
+def read_index(path: Path) -> pd.DataFrame:
+    """Read an index written by `write_index`."""
+    index = cases.read_cases(path)
+    index["path"] = index["path"].map(_with_its_bytes)
+    return index
+
+
+def write_index(path: Path, index: list[dict]) -> None:
+    """Write the index as a tab-separated table, atomically. Without pandas, which takes longer than ten headers."""
+    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
+    with atomic_path(path) as temporary, temporary.open("w", **text) as file:
+        writer = csv.DictWriter(file, INDEX_COLUMNS, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(index)
+
+
+def _with_its_bytes(path: str) -> str:
+    """A path of a table as the file system knows it: `printable` undone."""
+    return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda escape: chr(int(escape[1], 16)), path)
+
+
+def _state(files: Iterable[Path]) -> str:
+    """A hash that changes with every file that comes, goes or is written; one that cannot be read has a state too."""
+    states = []
+    for file in files:
+        try:
+            status = file.stat()
+        except OSError:
+            states.append([file.name])
+        else:
+            # The change time tells files apart that were replaced by others of the same size and date.
+            states.append([file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
+    return fingerprint(states)
+
+
+def _row(kind: str, series: Series) -> dict:
+    sizes = dict(zip(("size_x", "size_y", "size_z"), series.size, strict=True))
+    spacings = dict(zip(("spacing_x_mm", "spacing_y_mm", "spacing_z_mm"), series.spacing_mm, strict=True))
+    return {
+        "case_id": series.case_id,
+        "patient_id": printable(series.patient_id),
+        "source": kind,
+        "role": "",
+        "series_uid": series.series_uid,
+        **sizes,
+        **spacings,
+        "n_nodules": "" if series.n_nodules is None else series.n_nodules,
+        "status": "excluded" if series.excluded else "ok",
+        "reason": series.excluded,
+        "path": series.path,
+        "sha256": "",
+        "annotations": json.dumps(series.annotations),
+        "notes": json.dumps(series.notes),
+    }
