@@ -1,4 +1,4 @@
-"""The command line: one thin verb a stage. Heavy imports stay inside the verbs, so that `--help` is quick."""
+"""The command line: one thin verb per stage. Heavy imports stay inside the verbs, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,6 +16,9 @@ from lungddpm.core.device import claim_device
 from lungddpm.core.errors import UserError, from_os_error
 from lungddpm.core.progress import LOG, adapt_terminal, start_logging
 from lungddpm.core.shipped import default_config
+
+if TYPE_CHECKING:
+    from lungddpm.config.models import Config
 
 app = typer.Typer(
     name="lungddpm",
@@ -540,11 +543,13 @@ def _refuse(error: UserError) -> None:
     sys.exit(2)
 
 
-def _source_folder(settings, source: Path | None) -> Path:
+def _source_folder(settings: Config, source: Path | None) -> Path:
     if source is not None:
         # A shell leaves --source=~/scans as it is.
         return Path(os.path.expanduser(source))
-    return RESULTS / "source" if settings.source.is_simulated else settings.source.path
+    folder = settings.source.path
+    # Only a source that is simulated needs no folder.
+    return RESULTS / "source" if settings.source.is_simulated or folder is None else folder
 
 
 def _set_threads(threads: int) -> int:

@@ -77,6 +77,7 @@ def test_the_wheel_holds_the_workflow_once(installed, repository):
     assert (shipped / "config.yaml").read_bytes() == (repository / "config.yaml").read_bytes()
     assert {path.name.partition("-")[0] for path in installed.iterdir()} == {"lungddpm"}
     assert list(installed.glob("lungddpm/*/templates/*.jinja"))
+    assert (installed / "lungddpm/py.typed").is_file()
     assert list(installed.glob("lungddpm/*/*.csv"))
 
 

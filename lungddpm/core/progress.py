@@ -10,6 +10,10 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
@@ -104,7 +108,7 @@ class Progress:
         self._first, self._began = start, time.monotonic()
         self._last_line = self._began
         self._notes: dict[str, str] = {}
-        self._bar = None
+        self._bar: tqdm | None = None
 
     def __enter__(self) -> Progress:
         if sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO):

@@ -26,6 +26,6 @@ class DisplayTable:
             table.add_column(Text(head), justify="right" if numeric else "left", no_wrap=True)
         for row in self.rows:
             table.add_row(*map(Text, row))
-        console = Console(file=StringIO(), width=width, no_color=True, highlight=False)
-        console.print(table)
-        return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        printed = StringIO()
+        Console(file=printed, width=width, no_color=True, highlight=False).print(table)
+        return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())

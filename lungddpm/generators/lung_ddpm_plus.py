@@ -29,7 +29,7 @@ from lungddpm.config.sections import (
 )
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import to_hu, to_model_range
+from lungddpm.core.volume import Box, per_axis, to_hu, to_model_range
 from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task, lung_ddpm
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
 
@@ -115,7 +115,7 @@ class Crop:
             around it, then falling to 0, which it is where the crop meets the rest of the volume.
     """
 
-    where: tuple[slice, slice, slice]
+    where: Box
     drawn: np.ndarray
     weight: np.ndarray
 
@@ -249,7 +249,7 @@ def _crop_around(part: Sequence[slice], nodule: np.ndarray, shape: Sequence[int]
     drawn = np.zeros((edge,) * 3, bool)
     inside = [slice(side.start - start, side.stop - start) for side, start in zip(part, starts, strict=True)]
     drawn[tuple(inside)] = nodule
-    return Crop(tuple(slice(start, start + edge) for start in starts), drawn, _weight(drawn))
+    return Crop(per_axis(slice(start, start + edge) for start in starts), drawn, _weight(drawn))
 
 
 def _weight(drawn: np.ndarray) -> np.ndarray:

@@ -114,7 +114,14 @@ def _show(axis: plt.Axes, scan: Volume, plane: Plane, index: int) -> None:
 
 
 def _outline(
-    axis: plt.Axes, scan: Volume, mask: np.ndarray, plane: Plane, index: int, colour: str, width: float, style="solid"
+    axis: plt.Axes,
+    scan: Volume,
+    mask: np.ndarray,
+    plane: Plane,
+    index: int,
+    colour: str,
+    width: float,
+    style: str = "solid",
 ) -> None:
     picture = oriented_slice(mask, plane, index)
     if picture.any():

@@ -192,7 +192,7 @@ def _checksum(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor
     digest = hashlib.sha256(json.dumps(description).encode())
     for name in sorted(weights):
         digest.update(name.encode())
-        digest.update(weights[name].numpy())
+        digest.update(weights[name].numpy().data)
     return digest.hexdigest()
 
 

@@ -20,7 +20,7 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path, exclusive_lock, fingerprint, seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
-from lungddpm.core.volume import to_model_range
+from lungddpm.core.volume import Box, per_axis, to_model_range
 from lungddpm.models.accelerator import send
 from lungddpm.models.augmentation import augment, draw_augmentation
 from lungddpm.models.denoiser import condition_channels
@@ -54,7 +54,7 @@ def open_cache(
 ) -> TrainingData:
     """All cases as memory-mapped arrays, decoded on the first call; later calls read nothing but what they use.
 
-    The two files hold 3 bytes a voxel (5 GB for 800 cases of 128^3) and are named after their content; those of other
+    The two files hold 3 bytes per voxel (5 GB for 800 cases of 128^3) and are named after their content; those of other
     cohorts are removed. Several processes may call this at once: one decodes, the others wait for it.
 
     Args:
@@ -77,7 +77,7 @@ def open_cache(
         arrays = _open_arrays(paths, shape)
         if arrays is None:
             _decode(paths, shape, case_folders)
-            arrays = _open_arrays(paths, shape)
+            arrays = _mapped(paths)
     return TrainingData(case_ids, arrays["ct"], arrays["layout"])
 
 
@@ -121,7 +121,7 @@ class SampleStream:
         case = self._case(index)
         ct, layout = self.data.ct[case], self.data.layout[case]
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "sample", index))
-        crop = tuple(slice(0, size) for size in layout.shape)
+        crop = per_axis(slice(0, size) for size in layout.shape)
         if self.training.crop is not None:
             crop = draw_crop(layout, self.training.crop, self.centres, generator)
         level = self.draw_level(generator)
@@ -143,9 +143,7 @@ class SampleStream:
         return int(torch.randperm(len(self.data.ct), generator=generator)[place])
 
 
-def draw_crop(
-    layout: np.ndarray, edge: int, centres: Sequence[Label], generator: torch.Generator
-) -> tuple[slice, slice, slice]:
+def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator: torch.Generator) -> Box:
     """A random cube around something to generate; open voxels are pasted later, so they matter less.
 
     A label is drawn from those in the layout (so that the few nodule voxels are seen as often as lung), then one of
@@ -160,11 +158,11 @@ def draw_crop(
     labels = [label for label in centres if (layout == label).any()]
     if labels:
         chosen = np.flatnonzero(layout == labels[_integer(len(labels), generator)])
-        centre = np.unravel_index(chosen[_integer(len(chosen), generator)], layout.shape)
+        centre = [int(place) for place in np.unravel_index(chosen[_integer(len(chosen), generator)], layout.shape)]
     else:
         centre = [_integer(size, generator) for size in layout.shape]
-    starts = [min(max(int(c) - edge // 2, 0), size - edge) for c, size in zip(centre, layout.shape, strict=True)]
-    return tuple(slice(start, start + edge) for start in starts)
+    starts = (min(max(c - edge // 2, 0), size - edge) for c, size in zip(centre, layout.shape, strict=True))
+    return per_axis(slice(start, start + edge) for start in starts)
 
 
 def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
@@ -172,11 +170,15 @@ def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np
     if not all(path.exists() for path in paths.values()):
         return None
     try:
-        arrays = {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()}
+        arrays = _mapped(paths)
     except Exception:  # damaged bytes make numpy fail in many ways, and advise to unpickle them
         LOG.warning("The cache %s is damaged and is made again", paths["ct"].parent)
         return None
     return arrays if all(array.shape == shape for array in arrays.values()) else None
+
+
+def _mapped(paths: dict[str, Path]) -> dict[str, np.ndarray]:
+    return {kind: np.load(path, mmap_mode="r") for kind, path in paths.items()}
 
 
 def _decode(paths: dict[str, Path], shape: tuple[int, ...], case_folders: Sequence[cases.CaseFolder]) -> None:

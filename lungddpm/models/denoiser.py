@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lungddpm.config.sections import GeneratorConfig, Orientation, UNetSettings
 from lungddpm.core.labels import Label
@@ -213,10 +214,19 @@ def time_features(timesteps: torch.Tensor, channels: int) -> torch.Tensor:
 class Stage(nn.ModuleList):
     """Layers in sequence; residual blocks also receive the time embedding."""
 
+    keeps_input_only = False
+    """Compute all but the input again when gradients need it: less memory, more time."""
+
     def __init__(self, *layers: nn.Module):
         super().__init__(layers)
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
+        if self.keeps_input_only:
+            # Nothing in the network draws random numbers, so no state of a generator needs keeping.
+            return checkpoint(self._in_turn, h, embedding, use_reentrant=False, preserve_rng_state=False)
+        return self._in_turn(h, embedding)
+
+    def _in_turn(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         for layer in self:
             h = layer(h, embedding) if isinstance(layer, ResidualBlock) else layer(h)
         return h

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings, Training
 from lungddpm.models.data import SampleStream, TrainingData
@@ -134,5 +132,4 @@ def checkpoint_stages(model: nn.Module) -> None:
     """Let each stage of the network keep only its input, and compute the rest again when gradients need it."""
     for stage in model.modules():
         if isinstance(stage, Stage):
-            # Nothing in the network draws random numbers, so no state of a generator needs keeping.
-            stage.forward = functools.partial(checkpoint, stage.forward, use_reentrant=False, preserve_rng_state=False)
+            stage.keeps_input_only = True

@@ -277,7 +277,8 @@ def describe(result: dict[str, Any]) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=StringIO(), width=200, no_color=True, highlight=False)
+    printed = StringIO()
+    console = Console(file=printed, width=200, no_color=True, highlight=False)
     heads = [
         "option", "s/pass", "ratio", "(least-most)", "difference", "of matrix rate", "training steps/s", "ratio",
         *(f"{name}, s" for name in SAMPLERS), "MiB sampling", "MiB training",
@@ -316,7 +317,7 @@ def describe(result: dict[str, Any]) -> str:
             spread = f"({_number(row['ratio_least'])}-{_number(row['ratio_most'])})"
             table.add_row(row["sampler"], _number(row["seconds"]), _number(row["ratio"]), spread)
         console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return "\n".join(line.rstrip() for line in printed.getvalue().splitlines())
 
 
 class GraphedPredictor:
@@ -414,14 +415,18 @@ class Workbench:
 
     def training_seconds(self) -> float:
         """Of an optimizer step, a volume. The first call sets up the training and takes one step more."""
-        if self.optimization is None:
-            if self.problem.kind == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            data = made_up(self.config)
-            self.optimization = Optimization(self.config, self.recipe, self._fresh(), data, self.accelerator)
-            self._arranged(self.optimization.model)
-            self.optimization.take_step(0)
-        return self._timed(lambda: self.optimization.take_step(1)) / self.option.batch
+        optimization = self.optimization or self._set_up()
+        self.optimization = optimization
+        return self._timed(lambda: optimization.take_step(1)) / self.option.batch
+
+    def _set_up(self) -> Optimization:
+        if self.problem.kind == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        data = made_up(self.config)
+        optimization = Optimization(self.config, self.recipe, self._fresh(), data, self.accelerator)
+        self._arranged(optimization.model)
+        optimization.take_step(0)
+        return optimization
 
     def memory_mib(self) -> float:
         """See `monitoring.memory_mib`."""

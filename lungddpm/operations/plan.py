@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +15,8 @@ from lungddpm.core.arms import Arm
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
 from lungddpm.core.roles import ROLES
+from lungddpm.core.tables import DisplayTable
+from lungddpm.core.volume import per_axis
 
 if TYPE_CHECKING:
     import torch
@@ -205,10 +206,12 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     size = None if declared is None else declared(config.source.settings)
     voxels = _SCAN_VOXELS if size is None else size.voxels
     if scans is not None:
-        return Cohort(scans, voxels, **config.roles.counts(scans), origin="--cases")
-    if size is None:
+        number, origin = scans, "--cases"
+    elif size is not None:
+        number, origin = size.scans, size.origin
+    else:
         raise ConfigError("--cases", "is missing, and no index shows how many scans there are", "Give the number.")
-    return Cohort(size.scans, voxels, **config.roles.counts(size.scans), origin=size.origin)
+    return Cohort(number, voxels, **config.roles.counts(number), origin=origin)
 
 
 def known_speed(device: str) -> Speed:
@@ -392,29 +395,22 @@ def segmenter_cost(config: Config) -> NetworkCost:
 
 def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
     """The plan as a table for a terminal, with what it rests on."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="", show_footer=True, footer_style="")
     heads = ["stage", "jobs", "GPU hours", "core hours", "memory, GiB", "GPU memory, GiB", "disk, GiB"]
     totals = [
         "together", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
         _number(sum(stage.core_hours for stage in stages)), "", "", _number(sum(stage.disk_gib for stage in stages)),
     ]  # fmt: skip
-    for head, total in zip(heads, totals, strict=True):
-        table.add_column(head, total, justify="left" if head == "stage" else "right", no_wrap=True)
+    rows = []
     for stage in stages:
         figures = stage.gpu_hours, stage.core_hours, stage.memory_gib, stage.gpu_memory_gib, stage.disk_gib
-        table.add_row(stage.name, str(stage.jobs), *map(_number, figures))
-    console = Console(file=StringIO(), width=100, no_color=True, highlight=False)
-    console.print(table)
-    console.print(
-        f"\n{cohort.scans} scans ({cohort.origin}): {cohort.discovery} discovery, {cohort.reference} reference, "
+        rows.append([stage.name, str(stage.jobs), *map(_number, figures)])
+    table = DisplayTable(heads, [*rows, totals], [head != "stage" for head in heads])
+    return (
+        f"{table.text(100)}\n\n"
+        f"{cohort.scans} scans ({cohort.origin}): {cohort.discovery} discovery, {cohort.reference} reference, "
         f"{cohort.test} test.\n{speed.device}: {speed.origin}.\nMemory is that of one job; disk what a stage takes at "
-        "the most. Jobs that ask for a GPU take core hours only where there is none.",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+        "the most. Jobs that ask for a GPU take core hours only where there is none."
+    )
 
 
 def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
@@ -492,7 +488,7 @@ def _training_cases(arm: Arm, discovery: int) -> int:
 def _patch(config: Config) -> tuple[int, int, int]:
     """Edges of nnU-Net's patches along x, y, z."""
     network = config.segmentation.network
-    return network.patch if network is not None else tuple(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
+    return network.patch if network is not None else per_axis(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
 
 
 def _kept_by_network(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...]) -> int:

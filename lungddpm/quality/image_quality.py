@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from lungddpm.quality.medicalnet import Extractor
 
 COLUMNS = ["generator", "case_id", "reference", "image", "region", "metric", "value", "note"]
-"""A row a sample, image, region and metric. `image` is what is compared: `SYNTHETIC` or a floor."""
+"""One row per sample, image, region and metric. `image` is what is compared: `SYNTHETIC` or a floor."""
 SET_COLUMNS = [
     "generator", "image", "region", "metric", "value", "n", "n_real", "extractor", "weights_sha256", "note",
 ]  # fmt: skip
-"""A row a set of images, region and metric: `n` images (or pairs of them) beside `n_real` real cases."""
+"""One row per set of images, region and metric: `n` images (or pairs of them) beside `n_real` real cases."""
 SYNTHETIC, CONSTANT_LUNGS, SHIFTED = "synthetic", "constant lungs", "shifted references"
 """Of the two floors, one keeps nothing but the references' brightness, the other changes nothing but that."""
 OTHER_PATIENTS, COPIES = "other patients", "copies of the references"
@@ -57,22 +57,33 @@ def unit_range(hu: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The real case that a sample was made from.
+
+    Attributes:
+        case_id: its name.
+        ct: HU.
+        layout: its own; the sample's differs where nodules were placed or moved.
+    """
+
+    case_id: str
+    ct: Volume
+    layout: Volume
+
+
+@dataclass(frozen=True)
 class Sample:
     """A synthetic case beside the reference that it was made from; all on one grid.
 
     Attributes:
-        reference_id: case id of the reference; "" where another system made it without one. Then the last two are None.
         ct: synthetic, HU.
         layout: what it was made from.
-        reference: CT of the reference, HU.
-        reference_layout: the reference's own layout; another one where nodules were placed or moved.
+        reference: None where another system made it without one.
     """
 
-    reference_id: str
     ct: Volume
     layout: Volume
-    reference: Volume | None
-    reference_layout: Volume | None
+    reference: Reference | None
 
 
 def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.ndarray]:
@@ -125,8 +136,8 @@ def compare_images(
         window_hu: the HU range that [0, 1] stands for.
 
     Returns:
-        One dict {region, metric, value, note} a region and metric. Values of an empty region are NaN, as is similarity
-        on grids with fewer than 11 voxels an edge; the PSNR of identical images is infinite.
+        One dict {region, metric, value, note} per region and metric. Values of an empty region are NaN, as is
+        similarity on grids with fewer than 11 voxels per edge; the PSNR of identical images is infinite.
     """
     difference, similar = image - reference, similarities(image, reference, masks)
     notes, rows = {"ms_ssim": plural(n_scales(image.shape), "scale")}, []
@@ -209,17 +220,17 @@ def read_sample(sample_folder: cases.CaseFolder, cases_table: Path) -> Sample:
     """
     name = reference_of(sample_folder)
     if name is None:
-        return Sample("", *sample_folder.read(), None, None)
+        return Sample(*sample_folder.read(), reference=None)
     table = cases.read_cases(cases_table)
     found = table[table["case_id"] == name]
     if found.empty:
         problem = f"names the reference {name}, which is not in {cases_table}"
         raise InputError(sample_folder.sample_record, problem, "Synthesize again.")
     synthetic, layout = sample_folder.read()
-    reference, reference_layout = cases.folder_of(cases_table, found.iloc[0]).read()
-    if not synthetic.same_grid(reference):
+    reference = Reference(name, *cases.folder_of(cases_table, found.iloc[0]).read())
+    if not synthetic.same_grid(reference.ct):
         raise InputError(sample_folder.path, f"is not on the grid of its reference {name}", "Synthesize it again.")
-    return Sample(name, synthetic, layout, reference, reference_layout)
+    return Sample(synthetic, layout, reference)
 
 
 @dataclass(frozen=True)
@@ -247,7 +258,7 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
     Args:
         config: the run's config; `grid.window_hu` and `image_quality` are used.
         cases_table: `cases.tsv`, where the real cases are.
-        sample_tables: the generator's case tables, one a shard.
+        sample_tables: the generator's case tables, one per shard.
         generator: its name.
         output: the CSV file to write.
 
@@ -287,8 +298,8 @@ def _images_of(sample: Sample, window: tuple[float, float]) -> dict[str, np.ndar
     """The sample, and the floors made from its reference, in HU."""
     images = {SYNTHETIC: _clip(sample.ct, window)}
     if sample.reference is not None:
-        layout, reference = sample.layout.array, _clip(sample.reference, window)
-        same = layout == sample.reference_layout.array
+        layout, reference = sample.layout.array, _clip(sample.reference.ct, window)
+        same = layout == sample.reference.layout.array
         images[CONSTANT_LUNGS] = constant_lungs(reference, layout != Label.BACKGROUND)
         images[SHIFTED] = shifted_lungs(images[SYNTHETIC], reference, layout, same)
     return images
@@ -307,23 +318,27 @@ def _judge_samples(
             found = [{"image": image, **_nearest_row(hu, lungs, every_case)} for image, hu in remembering.items()]
             if others := [case.hu for case in training if case.patient_id != row["patient_id"]]:
                 images[OTHER_PATIENTS] = others[number % len(others)]
+            reference_id = ""
             if sample.reference is not None:
-                images[COPIES] = sample.reference.array
-                found += _beside_reference(sample, images, window)
-            rows += [{"case_id": row["case_id"], "reference": sample.reference_id, **one} for one in found]
+                reference_id = sample.reference.case_id
+                images[COPIES] = sample.reference.ct.array
+                found += _beside_reference(sample.layout.array, sample.reference, images, window)
+            rows += [{"case_id": row["case_id"], "reference": reference_id, **one} for one in found]
             progress.advance()
     return rows
 
 
-def _beside_reference(sample: Sample, images: dict[str, np.ndarray], window: tuple[float, float]) -> list[dict]:
-    layout, own_layout = sample.layout.array, sample.reference_layout.array
-    masks, reference, rows = regions(layout, own_layout), unit_range(sample.reference.array, window), []
+def _beside_reference(
+    layout: np.ndarray, reference: Reference, images: dict[str, np.ndarray], window: tuple[float, float]
+) -> list[dict]:
+    own_layout = reference.layout.array
+    masks, expected, rows = regions(layout, own_layout), unit_range(reference.ct.array, window), []
     for image, hu in images.items():
         values = unit_range(hu, window)
-        ratio = seam_ratio(values, reference, layout, layout == own_layout)
+        ratio = seam_ratio(values, expected, layout, layout == own_layout)
         seam = {"region": SEAM, "metric": SEAM_RATIO, "value": ratio, "note": ""}
-        rows += [{"image": image, **row} for row in [*compare_images(values, reference, masks, window), seam]]
-    calibration = compare_hu(images[SYNTHETIC], _clip(sample.reference, window), layout, own_layout)
+        rows += [{"image": image, **row} for row in [*compare_images(values, expected, masks, window), seam]]
+    calibration = compare_hu(images[SYNTHETIC], _clip(reference.ct, window), layout, own_layout)
     return rows + [{"image": SYNTHETIC, **row} for row in calibration]
 
 
@@ -382,8 +397,8 @@ def _distance_rows(
             sample = read_sample(folder, cases_table)
             for image, hu in _images_of(sample, window).items():
                 sets[image].append(features(hu, sample.layout.array != Label.BACKGROUND))
-            if (copied := of_reference.get(sample.reference_id)) is not None:
-                sets[COPIES].append(copied)
+            if sample.reference is not None and sample.reference.case_id in of_reference:
+                sets[COPIES].append(of_reference[sample.reference.case_id])
     rows = distances_of_sets(sets, list(of_reference.values()), sets[OTHER_PATIENTS], (WHOLE, LUNGS))
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     return [row | network for row in rows]

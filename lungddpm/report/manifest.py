@@ -8,9 +8,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import lungddpm
 from lungddpm.config.models import Config
-from lungddpm.core.code import CodeFromStep
+from lungddpm.core.code import PACKAGE, CodeFromStep
 from lungddpm.core.files import read_json, sha256_of
 from lungddpm.core.versions import installed_versions
 from lungddpm.segmentation.nnunet import fold_folder
@@ -63,8 +62,7 @@ def _git_commit() -> str | None:
     """The commit of the code that runs, marked where it has been changed since; None outside a git checkout."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
-        folder = str(Path(lungddpm.__file__).parent)
-        command = ["git", "-C", folder, *arguments]
+        command = ["git", "-C", str(PACKAGE), *arguments]
         return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
     try:

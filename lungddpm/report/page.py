@@ -103,9 +103,10 @@ def draw_figures(
     if "image_quality" in tables:
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
     for one in first_of_generators(shown):
-        sample = one.sample
-        title = f"{one.generator}: sample {one.case_id}, made from {sample.reference_id}"
-        drawn[f"montage-{one.generator}"] = figures.montage(sample.reference, sample.layout, sample.ct, title)
+        sample, reference = one.sample, one.sample.reference
+        if reference is not None:
+            title = f"{one.generator}: sample {one.case_id}, made from {reference.case_id}"
+            drawn[f"montage-{one.generator}"] = figures.montage(reference.ct, sample.layout, sample.ct, title)
     for trained in config.trained_generators():
         history = results / trained.model_folder / "history.csv"
         if history.exists():

@@ -70,7 +70,7 @@ def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
 
 def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
     """The first sample of each generator, of those that have a reference to stand beside."""
-    first = {}
+    first: dict[str, DisplaySample] = {}
     for one in shown:
         if one.sample.reference is not None:
             first.setdefault(one.generator, one)
@@ -112,11 +112,13 @@ def viewer_values(shown: list[DisplaySample], limit_bytes: int = _LIMIT_BYTES) -
     """
     if not shown:
         return None
-    volumes, samples, left_out = {}, [], []
+    volumes: dict[str, str] = {}
+    samples: list[dict[str, Any]] = []
+    left_out: list[str] = []
     for one in shown:
         packed, arrays = _pack(one)
         new = {name: text for name, text in arrays.items() if name not in volumes}
-        if samples and sum(map(len, (volumes | new).values())) > limit_bytes:
+        if samples and sum(len(text) for text in (volumes | new).values()) > limit_bytes:
             left_out.append(f"{one.generator} {one.case_id}")
             continue
         volumes |= new
@@ -144,7 +146,7 @@ def list_nodules(sample: Sample) -> list[dict[str, Any]]:
     """The nodules of a sample's layout (26-connected), the largest first.
 
     Returns:
-        One dict a nodule: voxel (x, y, z indices of a voxel inside it, nearest its centre of mass), diameter_mm (of
+        One dict per nodule: voxel (x, y, z indices of a voxel inside it, nearest its centre of mass), diameter_mm (of
         the sphere of equal volume), volume_mm3, synthetic_hu and reference_hu (means over its voxels; None without a
         reference).
     """
@@ -159,7 +161,7 @@ def list_nodules(sample: Sample) -> list[dict[str, Any]]:
                 "diameter_mm": float((6 * volume_mm3 / np.pi) ** (1 / 3)),
                 "volume_mm3": volume_mm3,
                 "synthetic_hu": float(sample.ct.array[mask].mean()),
-                "reference_hu": None if sample.reference is None else float(sample.reference.array[mask].mean()),
+                "reference_hu": None if sample.reference is None else float(sample.reference.ct.array[mask].mean()),
             }
         )
     return sorted(nodules, key=lambda nodule: -nodule["volume_mm3"])
@@ -171,16 +173,18 @@ def _pack(one: DisplaySample) -> tuple[dict[str, Any], dict[str, str]]:
     Outside the lungs most generators copy the reference: the difference packs better than the synthetic CT, which
     stands for itself only where there is no reference.
     """
-    sample, who, limit_hu = one.sample, f"{one.generator}/{one.case_id}", None
+    sample, who = one.sample, f"{one.generator}/{one.case_id}"
     arrays = {"layout": (f"{who}/layout", sample.layout.array.astype("u1"))}
+    limit_hu, origin = None, ""
     if sample.reference is None:
         arrays["synthetic"] = (f"{who}/synthetic", sample.ct.array.astype("<i2"))
     else:
-        difference = sample.ct.array.astype("<i2") - sample.reference.array.astype("<i2")
-        arrays["reference"] = (f"reference/{sample.reference_id}", sample.reference.array.astype("<i2"))
+        reference_hu = sample.reference.ct.array.astype("<i2")
+        difference = sample.ct.array.astype("<i2") - reference_hu
+        arrays["reference"] = (f"reference/{sample.reference.case_id}", reference_hu)
         arrays["difference"] = (f"{who}/difference", difference)
         limit_hu = difference_limit(difference, sample.layout.array)
-    origin = f" from {sample.reference_id}" if sample.reference_id else ""
+        origin = f" from {sample.reference.case_id}"
     packed = {
         "generator": one.generator,
         "title": one.case_id + origin + (f" ({one.why})" if one.why else ""),
@@ -206,12 +210,13 @@ def _panels(plane: Plane) -> str:
         horizontal_spacing=_GAP,
         subplot_titles=PANELS if plane is PLANES[0] else None,
     )
-    grey = {"colorscale": "gray", "showscale": False}
+    grey: dict[str, Any] = {"colorscale": "gray", "showscale": False}
     steps = np.repeat(np.linspace(0, 1, len(LABELS) + 1), 2)[1:-1]
     colours = np.repeat([colour for _, colour in LABELS.values()], 2)
     labels = {"colorscale": list(zip(steps, colours, strict=True)), "showscale": False}
     bar = {"title": {"text": "HU", "side": "top"}, "thickness": 8, "x": 1 - _BAR + 0.004, "xanchor": "left", "xpad": 0}
-    for column, style in enumerate((grey, labels, grey, {"colorscale": "PuOr_r", "colorbar": bar}), start=1):
+    difference = {"colorscale": "PuOr_r", "colorbar": bar}
+    for column, style in enumerate((grey, labels, grey, difference), start=1):
         figure.add_trace(graph_objects.Heatmap(z=[[None]], zsmooth=False, hoverinfo="none", **style), row=1, col=column)
     outline = {"start": 0.5, "end": 0.5, "size": 1, "coloring": "none"}
     for panel in _OUTLINED:

@@ -42,6 +42,8 @@ from lungddpm.core.volume import read_volume, write_volume
 
 if TYPE_CHECKING:
     import torch
+    from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 CONFIGURATION = "lungddpm"
 PLANS = "nnUNetPlans"
@@ -422,7 +424,7 @@ def _read_checkpoint(path: Path) -> dict:
         raise InputError(path, str(error), "Delete it and run again.") from None
 
 
-def _predictor(arm_dir: Path, folder: Path, device: torch.device):
+def _predictor(arm_dir: Path, folder: Path, device: torch.device) -> tuple[nnUNetPredictor, BaseReaderWriter]:
     """nnU-Net's predictor with the replicate's last weights, and the reader of its images."""
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans

@@ -148,8 +148,10 @@ def read_index(path: Path) -> pd.DataFrame:
 
 def write_index(path: Path, index: list[dict]) -> None:
     """Write the index as a tab-separated table, atomically. Without pandas, which takes longer than ten headers."""
-    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with atomic_path(path) as temporary, temporary.open("w", **text) as file:
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         writer = csv.DictWriter(file, INDEX_COLUMNS, delimiter="\t", lineterminator="\n")
         writer.writeheader()
         writer.writerows(index)
@@ -162,7 +164,7 @@ def _with_its_bytes(path: str) -> str:
 
 def _state(files: Iterable[Path]) -> str:
     """A hash that changes with every file that comes, goes or is written; one that cannot be read has a state too."""
-    states = []
+    states: list[list[str | int]] = []
     for file in files:
         try:
             status = file.stat()

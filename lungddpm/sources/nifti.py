@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,7 +61,7 @@ def find_series(path: Path, cache: Cache) -> list[Series]:
             grid = cache.recall(
                 key,
                 files,
-                lambda image=image, label=label: _describe(path, image, label),
+                partial(_describe, path, image, label),
                 keep=lambda grid: not grid["excluded"],
             )
             found.append(

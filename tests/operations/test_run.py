@@ -273,7 +273,7 @@ def test_without_a_snakefile_the_folders_own_config_is_used(repository, tmp_path
 def test_missing_locks_are_told_once_and_leave_nothing(folder, monkeypatch):
     without_flock(folder, monkeypatch)
     (folder / "go").touch()
-    stage = f"{LUNGDDPM} phantom --config {folder}/phantom.yaml --output {folder}/phantom"
+    stage = f"{LUNGDDPM} simulate --config {folder}/phantom.yaml --output {folder}/phantom"
     (folder / "phantom.yaml").write_text("source: {phantom: {patients: 1, matrix: 64, pixel_mm: 5, slice_mm: 20}}\n")
     (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{stage}; touch results/a"\n')
     run = start(folder)

@@ -113,11 +113,11 @@ def test_slices_in_a_browser(make_results, browse):
         read_sample(CaseFolder(results / "synthetic" / "lung_ddpm" / title[1]), results / "cases" / "cases.tsv")
         for title in titles
     ]
-    assert [sample.reference_id for sample in samples] == [title[2] for title in titles]
+    assert [sample.reference.case_id for sample in samples] == [title[2] for title in titles]
 
     def check(state, sample, voxel, window):
-        difference = sample.ct.array.astype(int) - sample.reference.array
-        volumes = (sample.reference.array, sample.layout.array, sample.ct.array, difference)
+        difference = sample.ct.array.astype(int) - sample.reference.ct.array
+        volumes = (sample.reference.ct.array, sample.layout.array, sample.ct.array, difference)
         for plane in PLANES:
             panels = seen[state][plane.name]
             for shown, volume in zip(panels["z"], volumes, strict=True):

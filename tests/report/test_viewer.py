@@ -8,7 +8,7 @@ import pytest
 
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
-from lungddpm.quality.image_quality import Sample
+from lungddpm.quality.image_quality import Reference, Sample
 from lungddpm.report.viewer import DisplaySample, list_nodules, viewer_values
 
 SHAPE = (10, 9, 8)
@@ -24,7 +24,7 @@ def sample():
     reference = np.random.default_rng(1).integers(-1000, 400, SHAPE).astype(np.int16)
     synthetic = np.where(layout > 0, reference + 150, reference).astype(np.int16)
     own, made = Volume(reference, AFFINE), Volume(synthetic, AFFINE)
-    return Sample("case-1", made, Volume(layout, AFFINE), own, Volume(layout, AFFINE))
+    return Sample(made, Volume(layout, AFFINE), Reference("case-1", own, Volume(layout, AFFINE)))
 
 
 def unpacked(data, name, kind, sample=0):
@@ -37,14 +37,14 @@ def test_nodules_are_listed_from_the_largest(sample):
     assert (large["voxel"], small["voxel"]) == ((6, 5, 4), (2, 2, 2))
     assert (large["volume_mm3"], small["volume_mm3"]) == pytest.approx((27 * 24, 24))
     assert small["diameter_mm"] == pytest.approx(2 * (24 * 3 / (4 * np.pi)) ** (1 / 3))
-    assert small["reference_hu"] == sample.reference.array[2, 2, 2]
+    assert small["reference_hu"] == sample.reference.ct.array[2, 2, 2]
     assert large["synthetic_hu"] - large["reference_hu"] == pytest.approx(150)
 
 
 def test_volumes_arrive_unchanged_and_in_their_place(sample):
     data = viewer_values([DisplaySample("lung_ddpm", "a", "why", sample)])["data"]
     reference, difference = unpacked(data, "reference", "<i2"), unpacked(data, "difference", "<i2")
-    np.testing.assert_array_equal(reference, sample.reference.array)
+    np.testing.assert_array_equal(reference, sample.reference.ct.array)
     np.testing.assert_array_equal(reference + difference, sample.ct.array)
     np.testing.assert_array_equal(unpacked(data, "layout", "u1"), sample.layout.array)
     (packed,) = data["samples"]
@@ -54,7 +54,7 @@ def test_volumes_arrive_unchanged_and_in_their_place(sample):
 
 
 def test_a_sample_without_a_reference_stands_alone(sample):
-    alone = Sample("", sample.ct, sample.layout, None, None)
+    alone = Sample(sample.ct, sample.layout, reference=None)
     data = viewer_values([DisplaySample("external", "a", "", alone)])["data"]
     assert set(data["samples"][0]["volumes"]) == {"layout", "synthetic"}
     np.testing.assert_array_equal(unpacked(data, "synthetic", "<i2"), sample.ct.array)

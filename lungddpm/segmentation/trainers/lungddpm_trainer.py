@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
@@ -60,7 +61,7 @@ class LungDDPMTrainer(nnUNetTrainer):
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
     @staticmethod
-    def get_training_transforms(*args, **kwargs):
+    def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
         """nnU-Net's augmentation, with a blur that does not choose its algorithm by the clock."""
         transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
         for transform in transforms.transforms:
@@ -101,7 +102,7 @@ class LungDDPMTrainer(nnUNetTrainer):
             # nnU-Net hands it to torch.save, which reports a full disk where the file is ours.
             super().save_checkpoint(file)
 
-    def print_to_log_file(self, *args, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
+    def print_to_log_file(self, *args: object, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
         """Write to nnU-Net's own log file, without absolute paths, never to the terminal."""
         shortened = [shorten_paths(str(arg)) for arg in args]
         super().print_to_log_file(*shortened, also_print_to_console=False, add_timestamp=add_timestamp)

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ import numpy as np
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint
 from lungddpm.core.progress import Progress
-from lungddpm.core.volume import Volume
+from lungddpm.core.volume import Volume, per_axis
 from lungddpm.sources import Scan, Series, Size
 from lungddpm.sources.index import Cache, case_ids, reason_of
 from lungddpm.sources.lidc.headers import Header, read_headers
@@ -162,12 +163,12 @@ def _files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
     """All files that are not hidden, and the reason for each folder that cannot be listed."""
     files, seen, faults = [], set(), {}
 
-    def tell(error: OSError) -> None:
+    def note(error: OSError) -> None:
         folder = Path(error.filename)
         fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
         faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
 
-    for folder, subfolders, names in os.walk(top, onerror=tell, followlinks=True):
+    for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
         # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
@@ -192,7 +193,7 @@ def _read_folders(top: Path, files: list[Path], cache: Cache) -> tuple[dict[str,
             found = cache.recall(
                 f"slices {_relative(folder, top)}",
                 inside,
-                lambda inside=inside: _read_folder(top, inside, progress.advance),
+                partial(_read_folder, top, inside, progress.advance),
                 keep=lambda found: not found["nameless"],
             )
             progress.advance(done + len(inside) - progress.done)
@@ -219,7 +220,10 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
 
 
 def _part(top: Path, headers: list[Header]) -> _Part:
-    size, spacing_mm, fault, notes = (0, 0, 0), (0.0, 0.0, 0.0), "", ()
+    size: tuple[int, int, int] = (0, 0, 0)
+    spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    notes: tuple[str, ...] = ()
+    fault = ""
     try:
         stack = stack_of(headers)
         size, spacing_mm, notes = stack.size, stack.spacing_mm, stack.notes
@@ -286,8 +290,8 @@ def _describe(
         case_id="",
         patient_id=first.patients[0],
         series_uid=uid,
-        size=tuple(first.size),
-        spacing_mm=tuple(first.spacing_mm),
+        size=per_axis(first.size),
+        spacing_mm=per_axis(first.spacing_mm),
         n_nodules=max(Counter(reader for reader, _ in marks).values(), default=0),
         path=first.folder,
         annotations=tuple(ct_reads),
@@ -337,30 +341,30 @@ def _read_annotations(top: Path, files: list[Path], parts: dict[str, list[_Part]
         for file in files:
             name, uid = _relative(file, top), ""
             try:
-                uid = cache.recall(f"series of {name}", [file], lambda file=file: named_series(file))
+                uid = cache.recall(f"series of {name}", [file], partial(named_series, file))
                 if not uid or uid in parts:
-                    read = _Marked(**cache.recall(f"reads of {name}", [file], lambda file=file: _marked(file)))
+                    read = _Marked(**cache.recall(f"reads of {name}", [file], partial(_marked, file)))
                     uid = read.series_uid
                     if uid in parts:
                         of_series[uid][name] = read
                 if uid and uid not in parts:
                     absent[uid].append(file)
-            except InputError as fault:
-                unreadable.append((file, uid, reason_of(fault, top)))
+            except InputError as error:
+                unreadable.append((file, uid, reason_of(error, top)))
             progress.advance()
 
     faults: dict[str, str] = {}
     without_images = []
     for uid, named_by in absent.items():
-        fault = InputError(
+        lacking = InputError(
             named_by[0], "names a series whose images are not here", "Download them, or ignore this row."
         )
         names = tuple(_relative(file, top) for file in named_by)
-        without_images.append(Series("", "", uid, path=names[0], annotations=names, excluded=reason_of(fault, top)))
+        without_images.append(Series("", "", uid, path=names[0], annotations=names, excluded=reason_of(lacking, top)))
     for file, uid, reason in unreadable:
         folder = _relative(file.parent, top)
         beside = [near for near, its_parts in parts.items() if folder in [part.folder for part in its_parts]]
-        # One that does not even tell its series belongs to those beside it that have no other.
+        # One that does not even name its series belongs to those beside it that have no other.
         owners = [uid] if uid else [near for near in beside if near not in of_series]
         for owner in owners:
             faults.setdefault(owner, reason)

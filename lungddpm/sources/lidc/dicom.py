@@ -10,7 +10,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.volume import LARGEST_VOXELS
@@ -48,7 +48,7 @@ def begin(start: bytes) -> int | None:
 
 
 def read_dataset(
-    path: Path, file: BinaryIO, largest_bytes: int = LARGEST_SLICE_BYTES, **options: object
+    path: Path, file: BinaryIO, largest_bytes: int = LARGEST_SLICE_BYTES, only: list[str] | None = None
 ) -> tuple[pydicom.Dataset, BinaryIO, int | None]:
     """Read a file that has a beginning (see `begin`) with pydicom.
 
@@ -56,7 +56,7 @@ def read_dataset(
         path: for messages.
         file: the open file.
         largest_bytes: how much a deflated file may unpack to.
-        options: passed on to `pydicom.dcmread`.
+        only: keywords of the elements to read, and no pixels; None reads everything.
 
     Returns:
         The data set, its transfer syntax filled in where the file does not name one; the stream that it was read
@@ -67,14 +67,15 @@ def read_dataset(
         ExcludedCaseError: the bytes are damaged.
     """
     import pydicom
+    from pydicom.uid import UID
 
     try:
         stream, size = _stream(file, largest_bytes)
-        dataset = pydicom.dcmread(stream, force=True, **options)
+        dataset = pydicom.dcmread(stream, force=True, stop_before_pixels=only is not None, specific_tags=only)
         if not dataset.file_meta.get("TransferSyntaxUID"):
             implicit, little_endian = dataset.original_encoding
             explicit = EXPLICIT_LITTLE_ENDIAN if little_endian else EXPLICIT_BIG_ENDIAN
-            dataset.file_meta.TransferSyntaxUID = IMPLICIT_LITTLE_ENDIAN if implicit else explicit
+            dataset.file_meta.TransferSyntaxUID = UID(IMPLICIT_LITTLE_ENDIAN if implicit else explicit)
     except OSError:
         raise
     except Exception as error:  # damaged bytes make pydicom fail in any of its functions
@@ -82,7 +83,7 @@ def read_dataset(
     return dataset, stream, size
 
 
-def frame_value(dataset: pydicom.Dataset, frame: int, sequence: str, keyword: str) -> object | None:
+def frame_value(dataset: pydicom.Dataset, frame: int, sequence: str, keyword: str) -> Any:
     """An element of the functional groups of one frame, or else of those that all frames share; None: neither has it.
 
     See DICOM PS3.3, C.7.6.16.

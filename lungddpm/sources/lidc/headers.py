@@ -117,7 +117,7 @@ def _read_header(path: Path) -> list[Header]:
     """The header of every image in a file; none for a file that is not a DICOM image.
 
     Raises:
-        ExcludedCaseError: a DICOM file that does not tell its series.
+        ExcludedCaseError: a DICOM file that does not name its series.
     """
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return []
@@ -132,8 +132,9 @@ def _read_header(path: Path) -> list[Header]:
                 if path.suffix.lower() == ".dcm":
                     raise ExcludedCaseError(path, "is empty or no DICOM file", COPY_AGAIN)
                 return []
+            unpacked: int | None = size
             if quick := _explicit_elements(start):
-                images, fault, end, unpacked = [quick[0]], "", quick[1], size
+                images, fault, end = [quick[0]], "", quick[1]
             else:
                 images, fault, end, unpacked = _elements_by_pydicom(path, file)
     except OSError as error:
@@ -197,14 +198,13 @@ def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None
 def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str]], str, int | None, int | None]:
     """The same for every other file: the elements of each image, and where the pixel data end.
 
-    Where compressed pixel data end, only decoding them would tell: then it is 0. Between the two stands what is wrong
+    Where compressed pixel data end, only decoding them would show: then it is 0. Between the two stands what is wrong
     with the images, as a clause; after them, how many bytes the data set has (see `read_dataset`).
     """
     from pydicom import config
 
     with config.disable_value_validation():
-        wanted = [*_TAGS.values(), *_FUNCTIONAL_GROUPS]
-        dataset, stream, size = read_dataset(path, file, stop_before_pixels=True, specific_tags=wanted)
+        dataset, stream, size = read_dataset(path, file, only=[*_TAGS.values(), *_FUNCTIONAL_GROUPS])
         try:
             images, fault = _images_of(dataset)
         except Exception as error:  # damaged bytes make pydicom fail in any of its functions
@@ -238,8 +238,9 @@ def _images_of(dataset: pydicom.Dataset) -> tuple[list[dict[str, str]], str]:
 
 
 def _text(value: object) -> str:
-    is_list = isinstance(value, Sequence) and not isinstance(value, str)
-    return "\\".join(map(str, value)) if is_list else str(value)
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return "\\".join(map(str, value))
+    return str(value)
 
 
 def _end_of_pixels(dataset: pydicom.Dataset, stream: BinaryIO) -> int | None:

@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -206,6 +206,6 @@ def _in_hu(stored: np.ndarray, values: np.ndarray, dataset: pydicom.Dataset, fra
     return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
 
 
-def _rescale(dataset: pydicom.Dataset, frame: int, keyword: str) -> object:
+def _rescale(dataset: pydicom.Dataset, frame: int, keyword: str) -> Any:
     of_frame = frame_value(dataset, frame, "PixelValueTransformationSequence", keyword)
     return dataset[keyword].value if of_frame is None else of_frame

@@ -215,6 +215,8 @@ def _mark(reader: int, nodule: Element) -> Mark | None:
 
 
 def _whole_number(text: str | None) -> int:
+    if text is None:
+        raise ValueError("a coordinate or a rating is missing")
     number = int(text)
     if abs(number) > LARGEST_NUMBER:
         raise ValueError(f"{number} is neither a pixel nor a rating")
