@@ -103,7 +103,7 @@ def test_an_empty_folder_runs_the_first_stages(lungddpm):
     small.write_text("source: {phantom: {patients: 3, matrix: 64, pixel_mm: 5, slice_mm: 20}}\n")
     with small.open("a") as file:
         file.write("roles: {discovery: 1, reference: 1, test: 1}\n")
-    run = lungddpm("run", "--configfile", "small.yaml", "--until", "index")
+    run = lungddpm("run", "--configfile", "small.yaml", "--until", "index", "merge_config")
     assert run.returncode == 0, run.stdout[-3000:]
     assert (lungddpm.folder / "results/cases/index.tsv").read_text().count("\n") == 4
     assert (lungddpm.folder / "results/config.json").exists()

@@ -22,10 +22,10 @@ HANGS_AFTER_SECONDS = 3 * 3600
 TARGETS = ["everything", "run", "snakemake", "job"]
 TABLES = ["cases.csv", "verdict.csv", "lesions.csv", "image_quality.csv"]
 COHORT = {
-    "source": {"phantom": {"patients": 24}},
-    "roles": {"discovery": 12, "reference": 4, "test": 8},
-    "generators": {"lung_ddpm": {"training": {"steps": 240, "save_every": 10}}},
-    "segmentation": {"steps": 80, "save_every": 5, "seeds": [0, 1]},
+    "source": {"phantom": {"patients": 12}},
+    "roles": {"discovery": 6, "reference": 2, "test": 4},
+    "generators": {"lung_ddpm": {"training": {"steps": 120, "save_every": 10}}},
+    "segmentation": {"steps": 40, "save_every": 5, "seeds": [0, 1]},
     "workflow": {"case_shards": 4, "synthesis_shards": 3},
 }  # fmt: skip
 # As `atomic_path` names what is not complete yet: ".ct-k3v9a_x1.nii.gz".
