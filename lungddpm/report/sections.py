@@ -225,7 +225,7 @@ def show_case_scores(cases_scored: pd.DataFrame) -> DisplayTable:
 
 
 def show_quality(quality: pd.DataFrame) -> DisplayTable:
-    """What compares voxels in `image_quality.csv`, for reading: one row a generator, image and region; copies of the
+    """What compares voxels in `image_quality.csv`, for reading: one row per generator, image and region; copies of the
     references are left out, as nothing differs in them."""
     columns = {"mse": ("MSE × 1000", 1000, ".2f"), "psnr_db": ("PSNR, dB", 1, ".1f"), "ssim": ("SSIM", 1, ".3f"),
                "ms_ssim": ("MS-SSIM", 1, ".3f"), "mean_difference_hu": ("mean difference, HU", 1, "+.0f")}  # fmt: skip
@@ -242,7 +242,7 @@ def show_quality(quality: pd.DataFrame) -> DisplayTable:
 
 
 def show_sets(quality: pd.DataFrame) -> DisplayTable:
-    """The rest of `image_quality.csv`, for reading: one row a generator and image, samples taken together."""
+    """The rest of `image_quality.csv`, for reading: one row per generator and image, samples taken together."""
     columns = {
         ("fid", WHOLE): ("FID, whole volume", ".3g"), ("fid", LUNGS): ("FID, lungs", ".3g"),
         ("mmd_squared", WHOLE): ("MMD², whole volume", "+.3f"), ("mmd_squared", LUNGS): ("MMD², lungs", "+.3f"),
