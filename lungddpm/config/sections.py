@@ -93,6 +93,8 @@ class Training(Section):
 
     steps: PositiveInt = 100_000
     """Optimizer steps."""
+    loss: Literal["l1", "l2"] = "l1"
+    """What the network minimises: its mean absolute error (`l1`, as published) or its mean squared error (`l2`)."""
     batch_size: PositiveInt = 1
     """Volumes (or crops) per forward pass."""
     accumulation: PositiveInt = 2
@@ -266,6 +268,9 @@ class DiffusionSettings(UNetSettings):
 
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""
+    prediction: Literal["epsilon", "v", "clean"] = "epsilon"
+    """What the network predicts: the noise (`epsilon`, as published), the velocity (`v`) or the CT itself (`clean`).
+    Under `epsilon`, a small error at the noisiest levels moves the brightness of a whole volume."""
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
@@ -275,7 +280,7 @@ class DiffusionSettings(UNetSettings):
         return self
 
     def decides_fit(self) -> dict[str, Any]:
-        return {"timesteps": self.timesteps, **super().decides_fit()}
+        return {"timesteps": self.timesteps, "prediction": self.prediction, **super().decides_fit()}
 
 
 S = TypeVar("S", bound=GeneratorSettings, covariant=True)
