@@ -17,6 +17,7 @@ Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
+Padding = Literal["zeros", "replicate"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -72,6 +73,8 @@ class Denoiser(Section):
     attention: bool = True
     """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops, unless
     sampling sees the same crops."""
+    padding: Padding = "zeros"
+    """What convolutions see beyond the volume: `zeros`, as published, or its outermost voxels (`replicate`)."""
 
     @model_validator(mode="after")
     def _groups(self) -> Denoiser:
