@@ -58,6 +58,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "copy_external": ("lungddpm.synthesis.external:import_external",),
     "compose": ("lungddpm.arms.compose:run_compose",),
+    "compose_draw": ("lungddpm.arms.compose:run_compose_draw",),
     "plan": ("lungddpm.segmentation.nnunet:run_plan_segmenter",),
     # As for the denoiser: not `run_train_segmenter`.
     "train_segmenter": ("lungddpm.segmentation.trainers.lungddpm_trainer:LungDDPMTrainer",),
