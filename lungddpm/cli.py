@@ -276,7 +276,7 @@ def synthesize(
         from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
         made = Cohort.parse(cohort)
-        job = SynthesisJob(generator, cases, folder, samples, shard, shards, dose, made, weights, external, claimed)
+        job = SynthesisJob(generator, cases, folder, samples, shard, shards, dose, weights, external, claimed, made)
         run_synthesize(settings, job)
 
 

@@ -129,7 +129,7 @@ def folds(
     if (largest := max(wanted)) >= possible:
         raise ConfigError(
             "segmentation.folds",
-            f"names fold {largest}, but with {len(patients)} discovery patients there are {possible} folds",
+            f"names fold {largest}, but with {len(patients)} usable discovery patients there are {possible} folds",
             "Name fewer folds (the first is 0), raise arms.real_cases, or give more patients the role discovery.",
         )
     if possible < n_folds:

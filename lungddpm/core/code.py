@@ -81,6 +81,7 @@ LEFT_OUT = {
     "lungddpm.core.locks": "waits only",
     "lungddpm.core.progress": "speaks only",
     "lungddpm.core.torch_device": "where something is computed, not what",
+    "lungddpm.synthesis.run._patients_of": "reads what stands beside the weights, whose hash counts",
     "lungddpm.models.accelerator": "where something is computed, and how precisely as far as config leaves it open",
 }
 """Modules, packages and definitions that decide no result, and why."""

@@ -43,10 +43,10 @@ class SynthesisJob:
         shard: 0-based number of this share of the work.
         shards: how many shares there are.
         dose: as a multiple of the real training cases; by default the largest that an arm takes.
-        cohort: how many real training cases there are, and the replicate that the draw is for.
         weights: of the trained network, for generators that need one.
         external: folder of what another system made; by default the one in `arms.external`.
         device: see `lungddpm.models.accelerator.make_accelerator`.
+        cohort: how many real training cases there are, and the replicate that the draw is for.
     """
 
     generator: str
@@ -56,10 +56,10 @@ class SynthesisJob:
     shard: int = 0
     shards: int = 1
     dose: float | None = None
-    cohort: Cohort = SHARED
     weights: Path | None = None
     external: Path | None = None
     device: str = "auto"
+    cohort: Cohort = SHARED
 
 
 @dataclass(frozen=True)

@@ -36,9 +36,9 @@ SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), 
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
     "arm", "real_cases", "baseline", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd",
-    "baseline_mean", "difference", "relative_percent", "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "run_df",
-    "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
-    "wins", "ties", "losses", "confidence", "verdict", "sentence",
+    "baseline_mean", "difference", "relative_percent", "ci_low", "ci_high", "p", "p_holm", "n_compared",
+    "standard_error", "df", "run_df", "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low",
+    "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
 QUESTION, CONTROLS = "arms with synthetic CT", "controls"
 """Families of arms: Holm's correction is made within each."""

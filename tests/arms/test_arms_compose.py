@@ -18,7 +18,8 @@ from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 
-CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}})
+SHARED_DRAW = {"draw_per_replicate": False}
+CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}, "synthesis": SHARED_DRAW})
 ROLES = ["discovery"] * 4 + ["reference"] * 2 + ["test"] * 2
 
 
@@ -271,7 +272,13 @@ class TestLeaks:
         assert not (cohort / "arms" / "real+lung_ddpm@1.0" / "arm.json").exists()
 
     def test_shared_patients_pass_where_they_are_allowed_and_the_proof_says_so(self, cohort):
-        config = parse_config({"roles": {"allow_shared_patients": True}, "segmentation": {"n_folds": 2, "folds": [0]}})
+        config = parse_config(
+            {
+                "roles": {"allow_shared_patients": True},
+                "segmentation": {"n_folds": 2, "folds": [0]},
+                "synthesis": SHARED_DRAW,
+            }
+        )
         edit(cohort / "cases" / "cases.tsv", "P6_0", role="discovery+test")
         with pytest.raises(LeakError):
             compose(cohort, "real")

@@ -34,7 +34,7 @@ def configured(**segmentation):
         "n_folds": 2,
         "folds": [0],
     }
-    return parse_config({"segmentation": settings | segmentation})
+    return parse_config({"segmentation": settings | segmentation, "synthesis": {"draw_per_replicate": False}})
 
 
 CONFIG = configured()
