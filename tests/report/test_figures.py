@@ -151,6 +151,6 @@ def test_segmenter_curves_have_a_panel_for_each_arm():
     rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "real+real") for n in (0, 1) for step in (50, 100)]
     figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"]))
     real, other = figure.axes
-    assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "one")
+    assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "real+real")
     assert len(other.lines) == 3
     np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 100])
