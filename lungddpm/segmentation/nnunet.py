@@ -166,8 +166,7 @@ def run_train_segmenter(
         InputError: the arm is not planned as it is now, has no such fold, or lacks the replicate's draw.
     """
     chosen = _select_device(device)
-    draw = _read_draw(config, arm_dir, fold, seed)
-    settings = _training_settings(config, arm_dir, fold, seed, draw)
+    settings = _training_settings(config, arm_dir, fold, seed)
     folder = fold_folder(arm_dir, fold, seed)
     what = f"{arm_dir.name} fold {fold} seed {seed}"
     with exclusive_lock(results_folder(arm_dir, seed) / f".lock_fold{fold}", f"training {what}"):
@@ -178,7 +177,7 @@ def run_train_segmenter(
         _make_way(folder, aside, settings, what)
         loaders = 0 if chosen.type == "cpu" else processes
         with _environment(arm_dir, processes, seed, loaders), _quiet(folder / "console.log"):
-            if draw:
+            if draw := _read_draw(config, arm_dir, fold, seed):
                 _preprocess_draw(arm_dir, draw)
             _train(arm_dir, folder, fold, settings, chosen, what)
         shutil.rmtree(aside, ignore_errors=True)
@@ -217,8 +216,7 @@ def run_predict(
     chosen = _select_device(device)
     cases = usable(read_cases(cases_table), TEST)
     folder = fold_folder(arm_dir, fold, seed)
-    draw = _read_draw(config, arm_dir, fold, seed)
-    if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed, draw)):
+    if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
         raise InputError(
             folder, "holds no finished training of this arm with this config", "Run 'lungddpm segment train' first."
         )
@@ -508,13 +506,13 @@ def _read_plan(arm_dir: Path) -> dict[str, Any]:
     return read_json(arm_dir / "plan.json", "Run 'lungddpm segment plan' for this arm first.")
 
 
-def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int, draw: dict[str, Any]) -> dict:
+def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> dict:
     """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
 
     Of an arm's cases, only those that this replicate trains on and is validated on count.
 
     Raises:
-        InputError: the arm is not planned, was composed again since, or has no such fold.
+        InputError: the arm is not planned, was composed again since, has no such fold, or lacks the replicate's draw.
     """
     plan, arm = _read_plan(arm_dir), _read_arm(arm_dir)
     if plan["arm_fingerprint"] != arm["fingerprint"]:
@@ -522,7 +520,7 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int, draw
     if fold >= (n_folds := len(arm["folds"])):
         raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation
-    drawn = draw.get("cases", [])
+    drawn = _read_draw(config, arm_dir, fold, seed).get("cases", [])
     split = {"train": arm["folds"][fold]["train"] + [case["name"] for case in drawn], "val": arm["folds"][fold]["val"]}
     hashes = {case["name"]: case["sha256"] for case in [*arm["cases"], *drawn]}
     settings = {
