@@ -13,6 +13,7 @@ from lungddpm.report.figures import (
     montage,
     paired_plot,
     quality_bars,
+    real_cases_plot,
     run_plot,
     segmenter_curves,
 )
@@ -145,6 +146,25 @@ def test_dose_response_has_a_panel_for_each_generator():
     points = [line.get_xydata().tolist() for line in figure.axes[0].lines if line.get_marker() == "s"]
     assert points == [[[1.0, 0.1]]]
     assert "90 % CI" in figure.get_supylabel()
+
+
+def test_gains_over_the_number_of_real_cases_have_a_panel_per_generator_and_a_line_per_dose():
+    rows = [
+        (f"real{'' if number == 16 else number}{added}", number, at + number / 100)
+        for number in (4, 8, 16)
+        for added, at in (("+a@1.0", 0.1), ("+a@2.0", 0.3), ("+real", -0.1))
+    ]
+    verdict = pd.DataFrame(rows, columns=["arm", "real_cases", "difference"])
+    verdict = verdict.assign(ci_low=verdict["difference"] - 0.2, ci_high=verdict["difference"] + 0.2, verdict="better")
+    baseline = {"arm": "real4", "real_cases": 4, "difference": np.nan, "verdict": "baseline"}
+    figure = real_cases_plot(pd.concat([verdict, pd.DataFrame([baseline])]), "Dice", 0.95)
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert list(panels) == ["real+a", "real+real"]
+    lines = [line.get_xydata() for line in panels["real+a"].lines if len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(lines, [[[4, at + 0.04], [8, at + 0.08], [16, at + 0.16]] for at in (0.1, 0.3)])
+    assert [text.get_text() for text in panels["real+a"].get_legend().get_texts()] == ["1 x", "2 x"]
+    assert [label.get_text() for label in panels["real+real"].get_xticklabels()] == ["4", "8", "16"]
+    assert len(panels["real+a"].collections) == 2
 
 
 def test_segmenter_curves_have_a_panel_for_each_arm():
