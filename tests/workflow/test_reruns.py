@@ -82,11 +82,7 @@ CHANGES = [
 def test_one_more_replicate_reruns_nothing_of_the_others(tiny_benchmark, tmp_path):
     more = tmp_path / "more.yaml"
     more.write_text("segmentation: {seeds: [0, 1]}\n")
-    command = [*tiny_benchmark.command("--dry-run"), "--configfile", tiny_benchmark.overlay, more]
-    run = subprocess.run(
-        command, cwd=tiny_benchmark.repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "NO_COLOR": "1"}, check=False,
-    )  # fmt: skip
+    run = tiny_benchmark.run(str(more), "--dry-run")  # a second file after --configfile
     assert run.returncode == 0, run.stdout[-3000:]
     new = {"synthesize": 1, "compose_draw": 2, **SEGMENTERS}
     # Image quality is that of all draws together.
@@ -107,11 +103,7 @@ def test_one_more_replicate_reruns_nothing_of_the_others(tiny_benchmark, tmp_pat
 def test_other_draws_rerun_only_arms_with_synthetic_cases(tiny_benchmark, tmp_path, values, rerun):
     more = tmp_path / "more.yaml"
     more.write_text(values + "\n")
-    command = [*tiny_benchmark.command("--dry-run"), "--configfile", tiny_benchmark.overlay, more]
-    run = subprocess.run(
-        command, cwd=tiny_benchmark.repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        env={**os.environ, "NO_COLOR": "1"}, check=False,
-    )  # fmt: skip
+    run = tiny_benchmark.run(str(more), "--dry-run")  # a second file after --configfile
     assert run.returncode == 0, run.stdout[-3000:]
     trained = dict.fromkeys(SEGMENTERS, 2)
     assert rules_of(run.stdout) == {"merge_config": 1, **rerun, **trained, **LAST}, run.stdout[-3000:]
