@@ -197,7 +197,7 @@ class TrainedSettings(GeneratorSettings):
     """Settings of a generator that is trained."""
 
     run: Name = "main"
-    """Name of the run: the folder under `results/models/<generator>/`, part of every sample's seed."""
+    """Name of the run: a folder under `results/models/<generator>/`, part of every sample's seed."""
     classes: Classes = ["lung", "nodule"]
     """Layout classes that condition the network, in channel order. Without `vessel`, vessels count as lung."""
     orientation: Orientation = "published"
