@@ -17,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from lungddpm.core.files import atomic_path, read_json, seed_from
 from lungddpm.core.progress import Progress, shorten_paths
+from lungddpm.segmentation.network import suit_to_device
 
 SETTINGS_FILE = "training.json"
 
@@ -53,6 +54,7 @@ class LungDDPMTrainer(nnUNetTrainer):
         """Build network, optimizer and loss from the seed."""
         self._seed_all("start")
         super().initialize()
+        suit_to_device(self.network, self.device)
 
     def do_split(self) -> tuple[list[str], list[str]]:
         """The cases of this replicate, which may have samples of its own; else those of nnU-Net's splits_final.json."""
