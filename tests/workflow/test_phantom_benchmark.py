@@ -87,7 +87,8 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_benchmark):
 
 ONE_ARM = {"compose": 1, "plan": 1, "train_segmenter": 1, "predict": 1, "evaluate": 1}
 BOTH_ARMS_OF_A_GENERATOR = dict.fromkeys(ONE_ARM, 2)
-SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
+SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4, "label_fidelity": 1}
+JUDGE_SAMPLES = {"quality": 1, "label_fidelity": 1}
 
 
 @pytest.mark.parametrize(
@@ -99,13 +100,13 @@ SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
         ("segmentation={'seeds': [0, 1]}", SEGMENT_ALL_ARMS),  # the replicates of seed 0 stay
         (
             "generators={'lung_ddpm': {'sampling': {'steps': 5}}}",
-            {"synthesize": 1, "quality": 1, **BOTH_ARMS_OF_A_GENERATOR},
+            {"synthesize": 1, **JUDGE_SAMPLES, **BOTH_ARMS_OF_A_GENERATOR},
         ),
         # One more of anything leaves alone what is there: a smaller dose only lists samples, a larger one makes more.
         ("arms={'doses': [0.5, 1.0]}", {"synthesize": 1, **ONE_ARM}),
-        ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
-        ("arms={'generators': ['lung_ddpm', 'copy_paste']}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
-        ("arms={'controls': ['real', 'reference']}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
+        ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
+        ("arms={'generators': ['lung_ddpm', 'copy_paste']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
+        ("arms={'controls': ['real', 'reference']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
     ],
 )
 def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change, rerun):
