@@ -38,13 +38,15 @@ from lungddpm.segmentation.nnunet import open_segmenter
 REAL_CT = "(real CT)"
 """What stands for a generator in the rows of the references; no generator can have this name."""
 METRICS, LESIONS = "metrics.csv", "lesions.csv"
-_CASE = ["generator", "images", "case_id", "patient_id"]
+_CASE = ["generator", "images", "case_id", "patient_id", "sha256"]
+_ONE = ["case_id", "sha256"]  # Draws of several replicates may give a name to different CT.
 METRIC_COLUMNS = [
     *_CASE, "reference", "own_layout", "patient_seen", "nodules_seen",
     *(column for column in case_columns() if column not in (*_CASE, "n_candidates")),
 ]  # fmt: skip
-"""One row per case. `reference`: case whose CT it was made from; `own_layout`: it has the layout of that case;
-`patient_seen`, `nodules_seen`: the segmenter was trained on that patient, or on patients whose nodules are in it."""
+"""One row per case. `sha256`: of its CT and layout; `reference`: case whose CT it was made from; `own_layout`: it has
+the layout of that case; `patient_seen`, `nodules_seen`: the segmenter was trained on that patient, or on patients whose
+nodules are in it."""
 LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "found", "overlap"]
 RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_positives_per_scan"]
 TABLE_COLUMNS = [
@@ -62,12 +64,10 @@ class JudgedCase:
     Attributes:
         who: the columns of `METRIC_COLUMNS` that say what it is.
         folder: CT and layout.
-        sha256: of both.
     """
 
     who: dict[str, object]
     folder: CaseFolder
-    sha256: str
 
 
 def run_label_fidelity(
@@ -127,7 +127,6 @@ def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tabl
         JudgedCase(
             _who(row, REAL_CT, REFERENCE, row["case_id"], own_layout=True, seen=seen.of_reference(row)),
             cases.unchanged_folder_of(cases_table, row),
-            row["sha256"],
         )
         for _, row in ceiling.iterrows()
     ]
@@ -135,7 +134,7 @@ def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tabl
     for (_, row), folder, reference in zip(chosen, folders, made_from, strict=True):
         own = _is_same(read_volume(folder.layout), layouts.get(reference))
         who = _who(row, row["source"], SYNTHETIC, reference, own_layout=own, seen=seen.of_sample(row, folder))
-        judged.append(JudgedCase(who, folder, row["sha256"]))
+        judged.append(JudgedCase(who, folder))
     return judged
 
 
@@ -156,7 +155,7 @@ def _first_usable(tables: list[Path], limit: int) -> list[tuple[Path, pd.Series]
 def _who(
     row: pd.Series, generator: str, images: str, reference: str, *, own_layout: bool, seen: dict[str, bool]
 ) -> dict[str, object]:
-    who = {"generator": generator, "images": images, "case_id": row["case_id"], "patient_id": row["patient_id"]}
+    who = {"generator": generator, "images": images, **row[["case_id", "patient_id", "sha256"]]}
     return {**who, "reference": reference, "own_layout": own_layout, **seen}
 
 
@@ -214,18 +213,19 @@ def judge(
         InputError: a CT or layout is missing, unreadable or breaks the contract of a case.
     """
     chosen = list(chosen)
-    found: dict[str, tuple[dict, list[Lesion]]] = {}
+    found: dict[object, tuple[dict, list[Lesion]]] = {}
     metrics, lesions = [], []
     with Progress(what, len(chosen)) as progress:
         for case in chosen:
-            if case.sha256 not in found:
+            files = case.who["sha256"]
+            if files not in found:
                 _, layout = case.folder.read()
                 mask = segment(case.folder.ct)
                 measures, detection = evaluate_case(
                     layout.like(layout.array == Label.NODULE), layout.like(mask.array.astype(bool))
                 )
-                found[case.sha256] = measures, detection.lesions
-            measures, of_case = found[case.sha256]
+                found[files] = measures, detection.lesions
+            measures, of_case = found[files]
             metrics.append(case.who | measures)
             lesions += [
                 case.who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found}
@@ -293,8 +293,8 @@ def fidelity_table(
         for prefix, by_replicate in zip(("", "recall_"), gaps, strict=True):
             values = _interval(by_replicate, folds, confidence)
             row |= dict(zip((f"{prefix}difference", f"{prefix}ci_low", f"{prefix}ci_high"), values, strict=True))
-        row["n_paired"] = pairs["case_id"].nunique()
-        rows.append(row | {"note": _note(drawn, row["n_paired"])})
+        n_paired = len(pairs[_ONE].drop_duplicates())
+        rows.append(row | {"n_paired": n_paired, "note": _note(drawn, n_paired)})
     return pd.DataFrame(rows, columns=TABLE_COLUMNS).astype({"n_paired": "Int64"})
 
 
@@ -303,7 +303,7 @@ def _of(generator: str, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
-    by_case = metrics.groupby("case_id").agg(dice=("dice", "mean"), n_lesions=("n_lesions", "max"))
+    by_case = metrics.groupby(_ONE).agg(dice=("dice", "mean"), n_lesions=("n_lesions", "max"))
     row = {
         "n_replicates": metrics["replicate"].nunique(),
         "n_cases": len(by_case),
@@ -314,7 +314,7 @@ def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
     }
     by_size = {f"_{column}": lesions[lesions["size_bin"] == size] for size, column in SIZE_COLUMNS.items()}
     for suffix, of_size in {"": lesions, **by_size}.items():
-        row[f"n_lesions{suffix}"] = len(of_size[["case_id", "lesion"]].drop_duplicates())
+        row[f"n_lesions{suffix}"] = len(of_size[[*_ONE, "lesion"]].drop_duplicates())
         row[f"recall{suffix}"] = of_size["found"].astype(float).mean()
     return row
 
@@ -345,8 +345,8 @@ def _note(drawn: pd.DataFrame, n_paired: int) -> str:
     """What a reader of a generator's row has to know, as clauses."""
     if drawn.empty:
         return "not judged"
-    each = drawn.drop_duplicates("case_id")
-    with_nodule = drawn.loc[drawn["dice"].notna(), "case_id"].nunique()
+    each = drawn.drop_duplicates(_ONE)
+    with_nodule = int(each["dice"].notna().sum())
     clauses = []
     if not n_paired:
         clauses.append("no sample has its reference's own layout: difference of means")

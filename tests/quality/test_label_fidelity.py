@@ -247,6 +247,25 @@ def test_intervals_are_those_of_a_t_test_over_replicates(cohort):
     assert np.isnan(alone["ci_low"])
 
 
+def test_samples_of_several_draws_are_cases_of_their_own(tmp_path):
+    """Two replicates that judge different CT of one name, one with a nodule less."""
+    judged = []
+    for number in (0, 1):
+        cohort = Cohort(tmp_path / f"draw-{number}")
+        cohort.add_samples("lung_ddpm", ["case-1", "case-2"])
+        cohort.add_samples("med_ddpm", ["case-1"], nodule=number == 0)
+        metrics, lesions = cohort.judged(nodules_of)
+        drawn = metrics["images"] == "synthetic"
+        metrics.loc[drawn, "sha256"] += f"-{number}"
+        lesions.loc[lesions["images"] == "synthetic", "sha256"] += f"-{number}"
+        judged.append((metrics, lesions))
+    table = table_of(*judged, generators=["lung_ddpm", "med_ddpm"])
+    assert table["n_cases"].to_dict() == {REAL_CT: 3, "lung_ddpm": 4, "med_ddpm": 2}
+    assert table["n_empty_cases"].to_dict() == {REAL_CT: 0, "lung_ddpm": 0, "med_ddpm": 1}
+    assert table["n_lesions"].to_dict() == {REAL_CT: 3, "lung_ddpm": 4, "med_ddpm": 1}
+    assert table["n_paired"].dropna().to_dict() == {"lung_ddpm": 4, "med_ddpm": 1}
+
+
 def test_runs_have_a_row_for_each_generator_and_replicate(cohort):
     cohort.add_samples("lung_ddpm", ["case-1", "case-2"])
     metrics, lesions = replicate_with(cohort, 3)
