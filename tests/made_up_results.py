@@ -81,7 +81,8 @@ def make_results(tmp_path):
 
 
 def _write_extras(config, results, rng):
-    folder = results / "synthetic" / "lung_ddpm"
+    (cohort, *_) = config.cohorts("lung_ddpm", config.arms.largest_number())
+    folder = results / "synthetic" / "lung_ddpm" / cohort.name
     for number in range(2):
         provenance = {"reference_case_id": "case-01", "seconds": 2.0 + number}
         write_case(folder / f"sample-{number}", rng, provenance=provenance)
@@ -93,7 +94,8 @@ def _write_extras(config, results, rng):
     run_quality(config, results / "cases" / "cases.tsv", tables, "lung_ddpm", output)
     steps = np.arange(1, 101)
     write_table(
-        results / "models" / "lung_ddpm" / "main" / "history.csv", pd.DataFrame({"step": steps, "loss": 1 / steps})
+        results / config.trained_generators()[0].model_folder / "history.csv",
+        pd.DataFrame({"step": steps, "loss": 1 / steps}),
     )
     for arm in config.arms.names():
         entry = {"name": "case-00", "case_id": "case-00", "patient_id": "patient-00", "source": "phantom"}

@@ -196,15 +196,18 @@ def test_p_shows_on_which_side_of_the_level_it_lies(p, level, shown):
 
 
 def test_samples_to_show_are_ranked_by_their_error(make_results):
-    _, results = make_results(n_test=1, n_replicates=1)
+    config, results = make_results(n_test=1, n_replicates=1)
+    cohorts = config.cohorts("lung_ddpm", None)
     quality = results / "quality" / "lung_ddpm.csv"
     mse = pd.read_csv(quality).query("image == 'synthetic' and metric == 'mse' and region == 'lungs'")
     by_error = mse.sort_values("value")["case_id"].tolist()
-    assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
+    assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm", cohorts)] == by_error
     assert sorted(by_error) == ["sample-0", "sample-1"]
     quality.unlink()
-    assert ranked_samples(results, "lung_ddpm") == [CaseFolder(results / "synthetic" / "lung_ddpm" / "sample-0")]
-    assert ranked_samples(results, "reference") == []
+    assert ranked_samples(results, "lung_ddpm", cohorts) == [
+        CaseFolder(results / "synthetic" / "lung_ddpm" / cohorts[0].name / "sample-0")
+    ]
+    assert ranked_samples(results, "reference", cohorts) == []
 
 
 def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
