@@ -355,7 +355,7 @@ def test_without_trained_weights_nothing_is_written(cohort, tmp_path):
     cohort.add_samples("lung_ddpm", ["case-1"])
     plan = {"arm_fingerprint": "f", "plans_sha256": "p", "nnunetv2": "2"}
     write_json(cohort.arm / "plan.json", plan)
-    arm = {"arm": "real", "own_draws": False, "fingerprint": "f", "folds": [{}], "cases": []}
+    arm = {"arm": "real", "own_draws": False, "fingerprint": "f", "folds": [{"train": [], "val": []}], "cases": []}
     write_json(cohort.arm / "arm.json", arm)
     output = tmp_path / "label_fidelity"
     with pytest.raises(InputError, match=r"no finished training of this arm.*segment train"):
