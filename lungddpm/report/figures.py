@@ -64,7 +64,7 @@ _QUALITY_PANELS = {
     ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
 }
 """Metric and region -> title, and which values are good."""
-_FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "share of lesions found"}
+_FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}
 _BY_NETWORK = ("fid", "mmd_squared")
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
