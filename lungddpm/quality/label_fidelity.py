@@ -276,7 +276,7 @@ def fidelity_table(
         confidence: level of the intervals.
     """
     real, real_lesions = _of(REAL_CT, metrics), _of(REAL_CT, lesions)
-    rows = [{"generator": REAL_CT, "images": REFERENCE, **_summary(real, real_lesions), "note": "the ceiling"}]
+    rows = [{"generator": REAL_CT, "images": REFERENCE, **_summary(real, real_lesions), "note": ""}]
     for generator in generators:
         drawn, drawn_lesions = _of(generator, metrics), _of(generator, lesions)
         row = {"generator": generator, "images": SYNTHETIC, **_summary(drawn, drawn_lesions)}

@@ -67,7 +67,7 @@ _QUALITY_PANELS = {
     ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
 }
 """Metric and region -> title, and which values are good."""
-_FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "share of lesions found"}
+_FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}
 _BY_NETWORK = ("fid", "mmd_squared")
 _LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 """Colour and dashes of lines in one panel."""

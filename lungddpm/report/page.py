@@ -203,6 +203,11 @@ def render_report(
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
         quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
         fidelity=show_fidelity(tables["label_fidelity"]) if "label_fidelity" in tables else None,
+        fidelity_notes=(
+            tables["label_fidelity"].query("note != ''")[["generator", "note"]].to_dict("records")
+            if "label_fidelity" in tables
+            else []
+        ),
         extractors=extractors,
         random_weights=any(not name.startswith(MEDICALNET) for name in extractors),
         compared=show_published(tables["published_comparison"].query("arm != ''")),

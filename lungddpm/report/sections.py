@@ -294,13 +294,13 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
                 row["generator"], str(row["n_cases"]), format_spread(row["dice_mean"], row["dice_sd"], ".3f"),
                 format_number(row["difference"], "+.3f"), interval_text(row),
                 *recalls, format_number(100 * row["recall_difference"], "+.0f"),
-                format_number(row["false_positives_per_scan"], ".2f"), row["note"],
+                format_number(row["false_positives_per_scan"], ".2f"),
             ]
         )  # fmt: skip
     heads = ["CT", "cases", "Dice ± sd", "to the ceiling", "CI", "lesions found",
-             *[f"found, {size}" for size in SIZE_COLUMNS], "to the ceiling, points", "false positives per scan",
-             "note"]  # fmt: skip
-    return DisplayTable(heads, rows, [False, *[True] * 10, False])
+             *[f"found, {size}" for size in SIZE_COLUMNS], "to the ceiling, points",
+             "false positives per scan"]  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * 10])
 
 
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
