@@ -103,7 +103,7 @@ def test_one_more_replicate_reruns_nothing_of_the_others(tiny_benchmark, tmp_pat
         env={**os.environ, "NO_COLOR": "1"}, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
-    new = {"synthesize": 1, "compose_draw": 2, **SEGMENTERS}
+    new = {"synthesize": 1, "compose_draw": 2, **SEGMENTERS, "label_fidelity": 1}
     # Image quality is that of all draws together.
     assert rules_of(run.stdout) == {"merge_config": 1, "quality": 1, **new, **LAST}, run.stdout[-3000:]
 
@@ -128,7 +128,7 @@ def test_other_draws_rerun_only_arms_with_synthetic_cases(tiny_benchmark, tmp_pa
         env={**os.environ, "NO_COLOR": "1"}, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
-    trained = dict.fromkeys(SEGMENTERS, 2)
+    trained = {**dict.fromkeys(SEGMENTERS, 2), "label_fidelity": 1}
     assert rules_of(run.stdout) == {"merge_config": 1, **rerun, **trained, **LAST}, run.stdout[-3000:]
 
 
