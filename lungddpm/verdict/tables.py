@@ -19,10 +19,10 @@ from lungddpm.core.files import read_json, seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY
 from lungddpm.evaluation.froc import froc_tables
-from lungddpm.evaluation.lesions import SIZE_BINS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
 from lungddpm.evaluation.segmentation import check_unchanged
-from lungddpm.quality import image_quality
+from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.notes import notes_table
 from lungddpm.verdict.power import RunPower, run_power
@@ -32,7 +32,6 @@ from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sen
 
 NOT_TRUSTED = "not trusted"
 """Verdict in the place of "better" or "worse" in a run with copied replicates."""
-SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
     "arm", "real_cases", "baseline", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd",
@@ -112,12 +111,15 @@ def family_of(arm: Arm, config: Config) -> str:
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
     """One measure of all arms and replicates of the config; see `collect_scores`."""
-    segmentation, arms = config.segmentation, config.arms.all()
-    folds = {
-        segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds
-    }
-    scores = collect_scores(cases, config.arms.names(), folds, measure)
+    arms = config.arms.all()
+    scores = collect_scores(cases, config.arms.names(), folds_of(config), measure)
     return replace(scores, baselines=tuple(arms.index(arm.baseline) for arm in arms))
+
+
+def folds_of(config: Config) -> dict[str, int]:
+    """The fold of each replicate, by its name."""
+    segmentation = config.segmentation
+    return {segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds}
 
 
 def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str, int], measure: str) -> Scores:
@@ -378,6 +380,27 @@ def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
     )
 
 
+def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
+    """What `lungddpm label-fidelity` found, over the replicates of `real` that judged; nothing where none has.
+
+    Returns:
+        `label_fidelity`: `label_fidelity.TABLE_COLUMNS`. `label_fidelity_runs`: `label_fidelity.RUN_COLUMNS`.
+    """
+    folds, gathered = folds_of(config), []
+    for name in (label_fidelity.METRICS, label_fidelity.LESIONS):
+        paths = {replicate: results / "label_fidelity" / replicate / name for replicate in folds}
+        tables = [read_csv(path).assign(replicate=replicate) for replicate, path in paths.items() if path.exists()]
+        gathered.append(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
+    metrics, lesions = gathered
+    if metrics.empty:
+        return {}
+    generators = list(config.arms.largest_doses())
+    return {
+        "label_fidelity": label_fidelity.fidelity_table(metrics, lesions, generators, folds, config.verdict.confidence),
+        "label_fidelity_runs": label_fidelity.runs_table(metrics, lesions),
+    }
+
+
 def _common(notes: pd.Series) -> str:
     """The note that all samples share, if they do."""
     return notes.iloc[0] if notes.nunique(dropna=False) == 1 else ""
@@ -435,8 +458,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, run_spread, notes, calibration,
-        detection, froc, froc_band, published_comparison; and dose_response, image_quality and timing where the run has
-        them.
+        detection, froc, froc_band, published_comparison; and dose_response, image_quality, label_fidelity and timing
+        where the run has them.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -467,6 +490,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
             )
         )
         tables["image_quality"] = quality_table(samples, sets)
+    tables |= fidelity_tables(results, config)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
     runs = scores_of(cases, config, deciding_measure().column)
     tables["run_spread"] = run_spread_table(

@@ -11,9 +11,9 @@ pytestmark = pytest.mark.workflow
 
 LAST = {"write_report": 1, "checksums": 1}
 SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
-ARMS = {"compose": 4, "compose_draw": 2, "plan": 4, **SEGMENTERS}
+ARMS = {"compose": 4, "compose_draw": 2, "plan": 4, **SEGMENTERS, "label_fidelity": 1}
 # Of the four arms, two take samples of lung_ddpm, which stand beside the cases that replicates share.
-SAMPLES = {"synthesize": 1, "quality": 1, "compose_draw": 2, **dict.fromkeys(SEGMENTERS, 2)}
+SAMPLES = {"synthesize": 1, "quality": 1, "compose_draw": 2, **dict.fromkeys(SEGMENTERS, 2), "label_fidelity": 1}
 MODEL = {"train_generator": 1, **SAMPLES}
 CASES = {"prepare": 1, "collect": 1, "qc": 1, **MODEL, **ARMS}
 
@@ -65,13 +65,28 @@ CHANGES = [
     ),
     pytest.param(
         [("segmentation/trainers/lungddpm_trainer.py", "self.save_every = 1", "self.save_every = 2")],
-        {**SEGMENTERS, **LAST},
+        {**SEGMENTERS, "label_fidelity": 1, **LAST},
         id="trainer of the segmenter",
     ),
     pytest.param(
         [("evaluation/segmentation.py", "def run_evaluate(", "def run_evaluate(*, changed=1, ")],
         {"evaluate": 4, **LAST},
         id="measures of segmenters",
+    ),
+    pytest.param(
+        [("evaluation/lesions.py", "_TOUCHING = 26", "_TOUCHING = 18")],
+        {"evaluate": 4, "label_fidelity": 1, **LAST},
+        id="lesions of masks",
+    ),
+    pytest.param(
+        [("quality/label_fidelity.py", "def judge(\n    ", "def judge(\n    *, changed=1, ")],
+        {"label_fidelity": 1, **LAST},
+        id="judging of labels",
+    ),
+    pytest.param(
+        [("quality/label_fidelity.py", "def fidelity_table(\n    ", "def fidelity_table(\n    *, changed=1, ")],
+        LAST,
+        id="table of label fidelity",
     ),
     pytest.param(
         [("quality/similarity.py", "def ", "def changed():\n    pass\n\n\ndef ")], {}, id="a function that nothing uses"
@@ -84,7 +99,7 @@ def test_one_more_replicate_reruns_nothing_of_the_others(tiny_benchmark, tmp_pat
     more.write_text("segmentation: {seeds: [0, 1]}\n")
     run = tiny_benchmark.run(str(more), "--dry-run")  # a second file after --configfile
     assert run.returncode == 0, run.stdout[-3000:]
-    new = {"synthesize": 1, "compose_draw": 2, **SEGMENTERS}
+    new = {"synthesize": 1, "compose_draw": 2, **SEGMENTERS, "label_fidelity": 1}
     # Image quality is that of all draws together.
     assert rules_of(run.stdout) == {"merge_config": 1, "quality": 1, **new, **LAST}, run.stdout[-3000:]
 
@@ -105,7 +120,7 @@ def test_other_draws_rerun_only_arms_with_synthetic_cases(tiny_benchmark, tmp_pa
     more.write_text(values + "\n")
     run = tiny_benchmark.run(str(more), "--dry-run")  # a second file after --configfile
     assert run.returncode == 0, run.stdout[-3000:]
-    trained = dict.fromkeys(SEGMENTERS, 2)
+    trained = {**dict.fromkeys(SEGMENTERS, 2), "label_fidelity": 1}
     assert rules_of(run.stdout) == {"merge_config": 1, **rerun, **trained, **LAST}, run.stdout[-3000:]
 
 
