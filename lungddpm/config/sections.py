@@ -134,7 +134,6 @@ class Training(Section):
     sample_every: PositiveInt = 5000
     """Steps between grids of samples; one is drawn at the end in any case."""
 
-
     @model_validator(mode="after")
     def _warmup(self) -> Training:
         if self.warmup_steps >= self.steps:
