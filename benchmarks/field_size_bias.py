@@ -4,10 +4,9 @@
         --weights results/models/lung_ddpm/main/all/model.safetensors
 
 Noise of known levels is added to real CT; the denoiser then implies the clean CT in one step. Printed is its mean error
-over lung voxels (vessels with them, nodules without), in HU, on whole volumes and on the crops of several edges around
-random voxels of the layout. On a field of the size that it was trained on, an unbiased denoiser has an error near 0; one
-that has learned from the zeros beyond its crops has not, where there are fewer of them. `signal / noise` is that of the
-level.
+over lung voxels (vessels with them, nodules without), in HU, on whole volumes and on crops around random voxels of the
+layout. On fields of the size that it was trained on, an unbiased denoiser has an error near 0; one that has learned
+from the zeros beyond its crops has not, where there are fewer of them. `signal / noise` is that of the level.
 """
 
 from __future__ import annotations
