@@ -20,6 +20,7 @@ Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 Padding = Literal["zeros", "replicate"]
+Norm = Literal["volume", "voxel"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -77,6 +78,10 @@ class Denoiser(Section):
     sampling sees the same crops."""
     padding: Padding = "zeros"
     """What convolutions see beyond the volume: `zeros`, as published, or its outermost voxels (`replicate`)."""
+    norm: Norm = "volume"
+    """Over what norms take mean and variance: groups of channels over the whole `volume`, as published, or all channels
+    of a `voxel`. A network that is trained on crops sees whole volumes as it saw those only with `replicate` and
+    `voxel`."""
 
     @model_validator(mode="after")
     def _groups(self) -> Denoiser:

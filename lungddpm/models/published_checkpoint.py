@@ -49,6 +49,7 @@ _CONFIG_KEYS = {
 _PUBLISHED = {
     "prediction": ("epsilon", "take what it predicts for noise"),
     "denoiser.padding": ("zeros", "show it zeros beyond the volume"),
+    "denoiser.norm": ("volume", "normalize over the volume"),
 }
 """What leaves no trace in weights and is one in all published files; what the published code would do to others."""
 

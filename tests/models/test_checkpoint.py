@@ -331,6 +331,7 @@ def test_weights_of_earlier_versions_are_named_as_such(saved):
         (RAS, "orientation ras"),
         (changed(prediction="v"), "prediction v"),
         (resized(padding="replicate"), "denoiser.padding replicate"),
+        (resized(norm="voxel"), "denoiser.norm voxel"),
     ],
 )
 def test_what_leaves_no_trace_in_weights_is_compared(saved, published, tmp_path, config, key):

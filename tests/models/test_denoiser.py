@@ -187,6 +187,31 @@ def test_without_zeros_beyond_it_the_size_of_an_even_volume_changes_nothing(repl
         assert (zeros(large, timesteps).mean() - zeros(small, timesteps).mean()).abs() > 1e-3
 
 
+@pytest.mark.parametrize(("norm", "sees_beyond"), [("voxel", False), ("volume", True)])
+def test_with_norms_of_voxels_a_crop_is_seen_as_in_its_volume(norm, sees_beyond):
+    """But near its border: the convolutions of two levels reach some 32 voxels."""
+    torch.manual_seed(0)
+    network = with_numbers(UNet(3, 8, [1, 2], 2, None, padding="replicate", norm=norm))
+    volume, timesteps = torch.randn(1, 3, 88, 88, 88), torch.tensor([100])
+    volume[..., 80:] += 5  # a chest wall
+    crop = volume[..., 8:80, 8:80, 8:80]
+    with torch.inference_mode():
+        of_volume = network(volume, timesteps)[..., 43:45, 43:45, 43:45]
+        of_crop = network(crop, timesteps)[..., 35:37, 35:37, 35:37]
+    assert (of_volume - of_crop).abs().max() > 1e-3 if sees_beyond else torch.allclose(of_volume, of_crop, atol=1e-5)
+
+
+def test_a_voxels_norm_is_over_its_channels():
+    norm = GroupNorm32(2, 4)
+    norm.per_voxel = True
+    torch.nn.init.normal_(norm.weight)
+    h = torch.randn(2, 4, 3, 3, 3)
+    expected = torch.nn.functional.layer_norm(h[1, :, 0, 1, 2], (4,), norm.weight, norm.bias)
+    torch.testing.assert_close(norm(h)[1, :, 0, 1, 2], expected)
+    last = norm(h.contiguous(memory_format=torch.channels_last_3d))
+    torch.testing.assert_close(last, norm(h))
+
+
 @pytest.mark.parametrize("shape", [(8, 8, 8), (12, 8, 16)])
 def test_planes_of_a_replicating_network_compute_the_same(replicating, shape):
     inputs, timesteps = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 90])
