@@ -399,6 +399,12 @@ class Verdict(Section):
     """Bootstrap resamples (replicate, then case); they describe, they do not decide."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of the confidence intervals; an arm is better or worse where p, corrected for all arms, is below 1 - it."""
+    relevant_difference: Share | None = None
+    """The difference in Dice, the measure that decides, that matters to you: a run reports whether it can show one.
+    null takes the published gain, 0.032 (lungddpm/verdict/published.csv)."""
+    primary: str | list[str] = []
+    """The arm that the run is about, or several, e.g. `real+lung_ddpm@1.0`: tested first, at the full level. The other
+    arms with synthetic CT are tested only where every primary arm was decided. Name it before the run."""
     calibration: Calibration = Calibration()
 
 
@@ -449,6 +455,13 @@ else:
     Generators = _generators_section()
 
 
+def _name_of_arm(text: str) -> str:
+    try:
+        return Arm.parse(text).name
+    except ConfigError:
+        return text
+
+
 class Config(Section):
     """Everything that decides what a run computes."""
 
@@ -477,6 +490,19 @@ class Config(Section):
         if network is not None and any(p > g for p, g in zip(network.patch, self.grid.size, strict=True)):
             raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
         return self
+
+    @model_validator(mode="after")
+    def _primary_is_an_arm(self) -> Config:
+        asked = [arm.name for arm in self.arms.all() if not arm.is_control(self.arms.generators)]
+        if unknown := [name for name in self.primary_arms() if name not in asked]:
+            known = f"those are {', '.join(asked)}" if asked else "there is none"
+            raise ValueError(f"verdict.primary: '{unknown[0]}' is not an arm with synthetic CT of this config; {known}")
+        return self
+
+    def primary_arms(self) -> list[str]:
+        """Names of the arms of `verdict.primary`, a dose spelled as in `arms.names()`; what is not a name stays."""
+        given = self.verdict.primary
+        return list(dict.fromkeys(map(_name_of_arm, [given] if isinstance(given, str) else given)))
 
     def differences(self) -> str:
         """All values that are not defaults, as JSON; without the preset, as these then differ from `published`."""

@@ -19,7 +19,7 @@ from lungddpm.core.progress import LOG
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
-from lungddpm.evaluation.segmentation import check_unchanged
+from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
 from lungddpm.quality import image_quality
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.notes import notes_table
@@ -34,12 +34,13 @@ SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), 
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
     "arm", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd", "baseline_mean", "difference",
-    "relative_percent", "ci_low", "ci_high", "p", "p_holm", "n_compared", "standard_error", "df", "run_df",
+    "relative_percent", "ci_low", "ci_high", "p", "p_holm", "p_gate", "n_compared", "standard_error", "df", "run_df",
     "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
     "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
-QUESTION, CONTROLS = "arms with synthetic CT", "controls"
-"""Families of arms: Holm's correction is made within each."""
+PRIMARY, QUESTION, CONTROLS = "primary arms", "arms with synthetic CT", "controls"
+"""Families of arms: Holm's correction is made within each. Where there are primary arms, they are tested before the
+other arms with synthetic CT."""
 
 
 def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
@@ -103,7 +104,9 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def family_of(arm: Arm, config: Config) -> str:
-    """`QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
+    """`PRIMARY` or `QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
+    if arm.name in config.primary_arms():
+        return PRIMARY
     return CONTROLS if arm.is_control(config.arms.generators) else QUESTION
 
 
@@ -176,6 +179,20 @@ def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
     return [names for names in alike.values() if len(names) > 1]
 
 
+def named_late(results: Path, config: Config) -> list[str]:
+    """Replicates, each as "arm, replicate", that were evaluated when `verdict.primary` was another than it is now."""
+    evaluated = {
+        f"{arm}, {replicate}": results / "segmentation" / arm / replicate
+        for arm in config.arms.names()
+        for replicate in config.segmentation.replicates()
+    }
+    return [
+        name
+        for name, folder in evaluated.items()
+        if (folder / EVALUATION).exists() and read_evaluation(folder).get("primary", []) != config.primary_arms()
+    ]
+
+
 def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     """One row per arm and measure, `VERDICT_COLUMNS`; differences are to `real`, in the measure's own unit.
 
@@ -190,13 +207,15 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
             settings.confidence,
             seed_from(config.seed, "verdict", measure.column),
             [family_of(arm, config) for arm in arms],
+            {QUESTION: PRIMARY} if config.primary_arms() else None,
         )
         for measure in verdict_measures()
     }
     for number, arm in enumerate(arms):
         for measure in verdict_measures():
             comparison = comparisons[measure.column][number]
-            text = sentence(arm.name, BASELINE, measure.title, comparison, settings.confidence)
+            name = f"{arm.name} (primary)" if comparison.family == PRIMARY else arm.name
+            text = sentence(name, BASELINE, measure.title, comparison, settings.confidence)
             if arm.name in missing and comparison.n_replicates:
                 text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
             if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
@@ -212,7 +231,7 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
 def power_of(verdict: pd.DataFrame) -> RunPower:
     """Which gain from synthetic CT a run can show, from its `verdict.csv`."""
     measure = deciding_measure()
-    rows = verdict[(verdict["metric"] == measure.column) & (verdict["family"] == QUESTION)]
+    rows = verdict[(verdict["metric"] == measure.column) & verdict["family"].isin([PRIMARY, QUESTION])]
     return run_power(rows, measure.title, published_gain(measure.column))
 
 
@@ -223,7 +242,8 @@ def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
     """
     claimed = verdict["verdict"].isin(["better", "worse"])
     numbers = verdict["sentence"].str.partition(". ")[2]
-    instead = verdict["arm"] + ": not trusted, as replicates of this run are copies. " + numbers
+    names = verdict["sentence"].str.partition(": ")[0]
+    instead = names + ": not trusted, as replicates of this run are copies. " + numbers
     return verdict.assign(
         verdict=verdict["verdict"].mask(claimed, NOT_TRUSTED), sentence=verdict["sentence"].mask(claimed, instead)
     )
