@@ -15,6 +15,7 @@ from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality.image_quality import SET_COLUMNS
+from lungddpm.verdict.records import quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
@@ -22,11 +23,8 @@ from lungddpm.verdict.tables import (
     identical_replicates,
     measures_table,
     named_late,
-    quality_table,
     run_means,
     scores_of,
-    seconds_per_volume,
-    timing_table,
     verdict_table,
     write_both,
     write_tables,
