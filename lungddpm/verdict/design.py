@@ -114,12 +114,12 @@ def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, flo
     return critical * errors, math.sqrt(from_runs + between_cases - residual)
 
 
-def components_of(scores: Scores, arm: int) -> Components | None:
-    """Estimate the components from an arm and the baseline; None with one replicate or one case.
+def components_of(scores: Scores, arm: int, baseline: int = 0) -> Components | None:
+    """Estimate the components from an arm and its baseline; None with one replicate or one case.
 
     The scatter of runs, which comes from all arms, is the median-unbiased estimate, as in `Effect.detectable`.
     """
-    paired, interaction = scores.paired(arm, 0).scores, scores.interaction
+    paired, interaction = scores.paired(arm, baseline).scores, scores.interaction
     if paired.shape[1] < 2 or paired.shape[2] < 2 or not interaction.df:
         return None
     covariance = np.cov(paired[0] - paired[1])
@@ -145,38 +145,55 @@ def typical_components(table: pd.DataFrame, arms: Sequence[str]) -> Components |
     return Components(float(run_sd), float(residual_sd), float(arm_case_sd))
 
 
-@dataclass(frozen=True)
-class Costs:
-    """What the stages of a run take, and the size of that run."""
-
-    stages: Mapping[str, tuple[int, float]]
-    """Jobs and hours of each stage."""
-    test_cases: int
-    scans: int
-
-    def hours(self, n_runs: int, test_cases: int) -> float:
-        """Hours of the same benchmark with so many runs (arms x replicates) and test cases, one job after another."""
-        more_cases = test_cases / self.test_cases
-        more_scans = (self.scans + test_cases - self.test_cases) / self.scans
-        total = 0.0
-        for stage, (jobs, hours) in self.stages.items():
-            if stage in STAGES_PER_RUN:
-                hours *= n_runs / jobs * (more_cases if STAGES_PER_RUN[stage] else 1.0)
-            elif stage in STAGES_PER_SCAN:
-                hours *= more_scans
-            total += hours
-        return total
-
-
 STAGES_PER_RUN = {"train_segmenter": False, "predict": True, "evaluate": True}
-"""Stages with a job for each arm and replicate, and whether it takes longer with more test cases."""
+"""Stages with a job per arm and replicate, and whether it takes longer with more test cases."""
 STAGES_PER_SCAN = ("simulate", "index", "prepare", "collect", "qc", "checksums")
 """Stages that go through all scans."""
 
 
-def able_designs(
-    design: Design, components: Components, difference: float, costs: Costs | None, runs_per_replicate: int
-) -> list[Design]:
+@dataclass(frozen=True)
+class Costs:
+    """What the stages of a benchmark take, and the size that they take it for."""
+
+    hours_of: Mapping[str, float]
+    """By stage; of all its jobs, one after another."""
+    replicates: int
+    """Independent ones."""
+    test_cases: int
+    scans: int
+
+    def hours(self, replicates: int, test_cases: int) -> float:
+        """Hours of the same arms with so many replicates and test cases."""
+        more_runs, more_cases = replicates / self.replicates, test_cases / self.test_cases
+        more_scans = (self.scans + test_cases - self.test_cases) / self.scans
+        total = 0.0
+        for stage, hours in self.hours_of.items():
+            if stage in STAGES_PER_RUN:
+                total += hours * more_runs * (more_cases if STAGES_PER_RUN[stage] else 1.0)
+            else:
+                total += hours * (more_scans if stage in STAGES_PER_SCAN else 1.0)
+        return total
+
+
+def costs_of_timing(timing: pd.DataFrame, n_runs: int, replicates: int, test_cases: int, scans: int) -> Costs:
+    """The costs of a benchmark of `n_runs` runs, from the times of a run that may have had more or fewer.
+
+    Args:
+        timing: rows of `timing.csv`.
+        n_runs: arms x replicates that are paid for.
+        replicates: independent ones, in `n_runs`.
+        test_cases: of the run that was timed.
+        scans: likewise, of all roles.
+    """
+    by_stage = timing.groupby("stage")["seconds"]
+    hours = {
+        str(stage): (seconds.mean() * n_runs if stage in STAGES_PER_RUN else seconds.sum()) / 3600
+        for stage, seconds in by_stage
+    }
+    return Costs(hours, replicates, test_cases, scans)
+
+
+def able_designs(design: Design, components: Components, difference: float, costs: Costs | None) -> list[Design]:
     """Designs with a power of `POWER` for a difference: with the test cases there are, and a cheaper one with more.
 
     Args:
@@ -184,17 +201,13 @@ def able_designs(
         components: known, not estimated.
         difference: positive, in the measure's unit.
         costs: of the run; None takes replicates x test cases as the cost.
-        runs_per_replicate: trainings of all arms together for one more replicate.
 
     Returns:
         None, one or two designs, each with the fewest replicates that do.
     """
 
     def price(one: Design) -> float:
-        if costs is None:
-            return float(one.n_replicates * one.n_cases)
-        test_cases = round(costs.test_cases * one.n_cases / design.n_cases)
-        return costs.hours(runs_per_replicate * one.n_replicates, test_cases)
+        return hours_of_design(one, design, costs) if costs else float(one.n_replicates * one.n_cases)
 
     least = max(design.n_cases, minimum_cases(design.n_compared, design.confidence))
     able = [
@@ -207,6 +220,11 @@ def able_designs(
     if cheapest is not None and (not as_many or price(cheapest) < price(as_many[0])):
         return [*as_many, cheapest]
     return as_many
+
+
+def hours_of_design(wanted: Design, own: Design, costs: Costs) -> float:
+    """Hours of a design, where another one has so many cases with a nodule among the test cases of `costs`."""
+    return costs.hours(wanted.n_replicates, round(costs.test_cases * wanted.n_cases / own.n_cases))
 
 
 def _fewest_replicates(design: Design, components: Components, difference: float) -> Design | None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from lungddpm.config.models import Config
-from lungddpm.core.arms import BASELINE, Arm
+from lungddpm.core.arms import BASELINE
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
@@ -20,6 +20,8 @@ from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_mea
 from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
 from lungddpm.quality import image_quality
 from lungddpm.quality.calibration import calibration_table
+from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of
+from lungddpm.verdict.families import PRIMARY, QUESTION, family_of, gates_of
 from lungddpm.verdict.notes import notes_table
 from lungddpm.verdict.power import RunPower, run_power
 from lungddpm.verdict.published import published_comparison, published_gain
@@ -36,9 +38,6 @@ VERDICT_COLUMNS = [
     "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
     "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
-PRIMARY, QUESTION, CONTROLS = "primary arms", "arms with synthetic CT", "controls"
-"""Families of arms: Holm's correction is made within each. Where there are primary arms, they are tested before the
-other arms with synthetic CT."""
 
 
 def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
@@ -99,13 +98,6 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise InputError(path, "does not exist", "Run the stage that writes it first (see lungddpm --help).") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(path, f"is not a table ({error})", "Delete it and run again.") from None
-
-
-def family_of(arm: Arm, config: Config) -> str:
-    """`PRIMARY` or `QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
-    if arm.name in config.primary_arms():
-        return PRIMARY
-    return CONTROLS if arm.is_control(config.arms.generators) else QUESTION
 
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
@@ -205,7 +197,7 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
             settings.confidence,
             seed_from(config.seed, "verdict", measure.column),
             [family_of(arm, config) for arm in arms],
-            {QUESTION: PRIMARY} if config.primary_arms() else None,
+            gates_of(config),
         )
         for measure in verdict_measures()
     }
@@ -224,6 +216,21 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
             keys = {"arm": arm.name, "metric": measure.column, "confidence": settings.confidence}
             rows.append(keys | asdict(comparison) | {"sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
+
+
+def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """The variance components of every arm but `real` and every measure: `COMPONENT_COLUMNS`, NaN where unknown."""
+    rows = []
+    for measure in verdict_measures():
+        scores = scores_of(cases, config, measure.column)
+        for number, arm in enumerate(config.arms.all()):
+            if arm.name == BASELINE:
+                continue
+            paired, found = scores.paired(number, 0).scores, components_of(scores, number)
+            row = {"arm": arm.name, "family": family_of(arm, config), "metric": measure.column}
+            row |= {"n_replicates": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
+            rows.append(row | (asdict(found) if found else {}))
+    return pd.DataFrame(rows, columns=COMPONENT_COLUMNS)
 
 
 def power_of(verdict: pd.DataFrame) -> RunPower:
@@ -357,9 +364,9 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     """Assemble all tables of a run and write them to `<results>/tables/` as CSV and Markdown.
 
     Returns:
-        (tables by name, paths written). Tables: cases, lesions, measures, verdict, run_spread, notes, calibration,
-        detection, froc, froc_band, published_comparison; and dose_response, image_quality and timing where the run has
-        them.
+        (tables by name, paths written). Tables: cases, lesions, measures, verdict, variance_components, run_spread,
+        notes, calibration, detection, froc, froc_band, published_comparison; and where the run has them dose_response,
+        image_quality and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -373,6 +380,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     verdict, copies = verdict_table(cases, config), identical_replicates(cases)
     tables = {
         "verdict": without_trust(verdict) if copies else verdict,
+        "variance_components": component_table(cases, config),
         **dose_tables(cases, config),
         "detection": detection_table(cases, lesions, froc.pop("cpm")),
         "measures": measures_table(cases),

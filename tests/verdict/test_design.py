@@ -1,6 +1,7 @@
 """The power of a design against simulated benchmarks, an independent simulation's table, and a textbook's t test."""
 
 import math
+import re
 import runpy
 from dataclasses import replace
 
@@ -11,12 +12,16 @@ from statsmodels.stats.power import TTestPower
 
 from lungddpm.verdict.design import (
     MEASURED_ON_PHANTOMS,
+    STAGES_PER_RUN,
+    STAGES_PER_SCAN,
     Components,
     Costs,
     Design,
     able_designs,
     components_of,
+    costs_of_timing,
     detectable_by_design,
+    hours_of_design,
     power_of_design,
     typical_components,
 )
@@ -122,32 +127,44 @@ def test_typical_components_are_the_median_of_the_arms_that_count():
     assert typical_components(table.assign(run_sd=math.nan), ["a"]) is None
 
 
-COSTS = Costs(
-    {"prepare": (4, 2.0), "train_generator": (1, 3.0), "train_segmenter": (8, 16.0), "predict": (8, 4.0)}, 10, 40
-)
+COSTS = Costs({"prepare": 2.0, "train_generator": 3.0, "train_segmenter": 16.0, "predict": 4.0}, 2, 10, 40)
 
 
 def test_hours_grow_with_the_runs_and_the_cases():
-    assert COSTS.hours(8, 10) == 25
+    assert COSTS.hours(2, 10) == 25
     # Twice the runs: training and prediction. Twice the test cases: 10 of 40 scans more, and prediction.
-    assert COSTS.hours(16, 10) == 3 + 2 + 2 * (16 + 4)
-    assert COSTS.hours(8, 20) == 3 + 2 * 50 / 40 + 16 + 2 * 4
+    assert COSTS.hours(4, 10) == 3 + 2 + 2 * (16 + 4)
+    assert COSTS.hours(2, 20) == 3 + 2 * 50 / 40 + 16 + 2 * 4
+
+
+def test_hours_of_a_timed_run_are_those_of_as_many_runs_as_are_paid_for():
+    jobs = [("prepare", 1800.0), ("prepare", 1800.0), ("train_segmenter", 3600.0), ("train_segmenter", 7200.0)]
+    timing = pd.DataFrame(jobs, columns=["stage", "seconds"])
+    costs = costs_of_timing(timing, n_runs=8, replicates=4, test_cases=10, scans=40)
+    assert costs.hours_of == {"prepare": 1.0, "train_segmenter": 12.0}
+    assert costs.hours(4, 10) == 13
+
+
+def test_every_stage_that_grows_is_one_that_the_workflow_times(repository):
+    rules = "".join(path.read_text() for path in (repository / "workflow" / "rules").glob("*.smk"))
+    timed = set(re.findall(r"results/benchmarks/(\w+)", rules))
+    assert {*STAGES_PER_RUN, *STAGES_PER_SCAN} <= timed
 
 
 def test_what_would_be_able_is_the_smallest_that_is():
     design = Design(4, 3, 2, 16, 0.95)
-    as_many, *_ = found = able_designs(design, DEMO, 0.07, COSTS, 4)
+    as_many, *_ = found = able_designs(design, DEMO, 0.07, COSTS)
     assert as_many.n_cases == 16
     assert 1 <= len(found) <= 2
     for one in found:
         assert power_of_design(one, DEMO, 0.07) >= 0.8
         assert power_of_design(replace(one, n_replicates=one.n_replicates - 1), DEMO, 0.07) < 0.8
-    prices = [COSTS.hours(4 * one.n_replicates, round(10 * one.n_cases / 16)) for one in found]
+    prices = [hours_of_design(one, design, COSTS) for one in found]
     assert prices == sorted(prices, reverse=True)
 
 
 def test_too_few_cases_take_more_cases_and_nothing_shows_what_patients_hide():
     patients_vary = Components(0.0, 0.05, 0.2)
-    (more,) = able_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.1, None, 2)
+    (more,) = able_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.1, None)
     assert more.n_cases > 30
-    assert able_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.001, None, 2) == []
+    assert able_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.001, None) == []
