@@ -392,6 +392,29 @@ class Calibration(Section):
         return self
 
 
+class Instrument(Section):
+    """Limits of the instrument check, which stands above the answers: whether the run can show what is there. Those of
+    HU are in `calibration`."""
+
+    loss_fall: Share = 0.1
+    """Largest share of the fall of a segmenter's training loss that may come in the last third of its steps, beyond
+    scatter; above it, segmenters are compared while they learn. (nnU-Net's 1000 epochs end below it.)"""
+    validation_rise: Share = 0.03
+    """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter."""
+    seam_ratio: Range = (0.8, 1.25)
+    """Smallest and largest step at the border of the lungs, as a multiple of the references' own. (Lungs of one grey
+    come to 1.27 on the phantom cohort, other patients' lungs to 0.78.)"""
+    label_fidelity: Share = 0.8
+    """Least Dice of the segmenters of `real` on a generator's samples, as a share of that on the references' CT."""
+
+    @model_validator(mode="after")
+    def _seam(self) -> Instrument:
+        low, high = self.seam_ratio
+        if not 0 <= low <= 1 <= high:
+            raise ValueError(f"seam_ratio: 1 must lie between the two, got {low:g}, {high:g}")
+        return self
+
+
 class Verdict(Section):
     """Statistics of the comparison, and what its page warns of."""
 
@@ -406,6 +429,7 @@ class Verdict(Section):
     """The arm that the run is about, or several, e.g. `real+lung_ddpm@1.0`: tested first, at the full level. The other
     arms with synthetic CT are tested only where every primary arm was decided. Name it before the run."""
     calibration: Calibration = Calibration()
+    instrument: Instrument = Instrument()
 
 
 class Workflow(Section):

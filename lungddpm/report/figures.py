@@ -306,16 +306,16 @@ def segmenter_curves(curves: pd.DataFrame) -> Figure:
     """Training loss of the segmenter over optimizer steps, a panel an arm, a line a replicate, `real` behind them all.
 
     Args:
-        curves: arm, replicate, step, loss.
+        curves: rows of `training_curves.csv`.
     """
     arms = list(dict.fromkeys(curves["arm"]))
-    real = curves[curves["arm"] == BASELINE].groupby("step")["loss"].mean()
+    real = curves[curves["arm"] == BASELINE].groupby("step")["training_loss"].mean()
     with plt.rc_context(STYLE):
         figure, panels = _panels(len(arms))
         for axis, arm in zip(panels, arms, strict=False):
             axis.plot(real.index, real, color="#bbbbbb", linewidth=3)
             for _, run in curves[curves["arm"] == arm].groupby("replicate"):
-                axis.plot(run["step"], run["loss"], color="#0072B2", linewidth=1)
+                axis.plot(run["step"], run["training_loss"], color="#0072B2", linewidth=1)
             axis.set_title(arm, loc="left", fontsize=9)
             axis.grid(color="#eeeeee")
         figure.supxlabel("optimizer step", fontsize=9)

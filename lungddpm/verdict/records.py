@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lungddpm.config.models import Config
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.device import device_of
 from lungddpm.core.files import read_json
+from lungddpm.segmentation.nnunet import segmenter_curve
 
+CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
+"""Means since the state saved before: loss of the training patches, Dice of the validation patches."""
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 
 
@@ -66,6 +70,17 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
         if seconds:
             means[name] = float(np.mean(seconds))
     return means
+
+
+def training_curves(config: Config, results: Path) -> pd.DataFrame:
+    """The training of every replicate whose log is there, one row per saved state: `CURVE_COLUMNS`."""
+    rows = []
+    for arm in config.arms.names():
+        for fold in config.segmentation.folds:
+            for seed in config.segmentation.seeds:
+                curve = segmenter_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
+                rows += [(arm, config.segmentation.replicate_name(fold, seed), *point) for point in curve]
+    return pd.DataFrame(rows, columns=CURVE_COLUMNS)
 
 
 def timing_table(results: Path) -> pd.DataFrame:

@@ -11,21 +11,24 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE
+from lungddpm.core.cases import CASES, read_cases, usable
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
+from lungddpm.core.roles import TEST
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_BINS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
 from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
 from lungddpm.quality import image_quality
 from lungddpm.quality.calibration import calibration_table
-from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of
-from lungddpm.verdict.families import PRIMARY, QUESTION, family_of, gates_of
-from lungddpm.verdict.notes import notes_table
-from lungddpm.verdict.power import RunPower, run_power
-from lungddpm.verdict.published import published_comparison, published_gain
-from lungddpm.verdict.records import quality_files, quality_table, seconds_per_volume, timing_table
+from lungddpm.verdict.answer import answer_row
+from lungddpm.verdict.convergence import convergence_table
+from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
+from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of
+from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
+from lungddpm.verdict.published import published_comparison
+from lungddpm.verdict.records import quality_files, quality_table, seconds_per_volume, timing_table, training_curves
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
@@ -233,13 +236,6 @@ def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=COMPONENT_COLUMNS)
 
 
-def power_of(verdict: pd.DataFrame) -> RunPower:
-    """Which gain from synthetic CT a run can show, from its `verdict.csv`."""
-    measure = deciding_measure()
-    rows = verdict[(verdict["metric"] == measure.column) & verdict["family"].isin([PRIMARY, QUESTION])]
-    return run_power(rows, measure.title, published_gain(measure.column))
-
-
 def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
     """Take back every claim of a verdict table, in a run with copied replicates.
 
@@ -360,13 +356,42 @@ def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
     return [csv, markdown]
 
 
+def check_instrument(
+    config: Config, results: Path, tables: dict[str, pd.DataFrame], copies: list[list[str]]
+) -> pd.DataFrame:
+    """The rows of `instrument.csv`: all checks of a run, and last whether its answer stands.
+
+    Args:
+        config: of the run.
+        results: its folder.
+        tables: all others of it.
+        copies: of `identical_replicates`.
+
+    Raises:
+        InputError: `cases/cases.tsv` is missing.
+    """
+    cases, verdict, components = tables["cases"], tables["verdict"], tables["variance_components"]
+    all_cases = read_cases(results / "cases" / CASES)
+    test_cases = usable(all_cases, TEST)["case_id"]
+    not_scored = sorted(set(test_cases) - set(cases["case_id"]))
+    missing = Missing(missing_replicates(cases, config), not_scored)
+    checks = instrument_table(config, tables, missing, copies, named_late(results, config))
+    costs = None
+    if "timing" in tables:
+        design = design_of(config, len(test_cases))
+        n_runs = design.n_arms * len(config.segmentation.replicates())
+        costs = costs_of_timing(tables["timing"], n_runs, design.n_replicates, len(test_cases), len(all_cases))
+    answer = answer_row(checks, verdict, components, config, costs)
+    return pd.concat([checks, pd.DataFrame([answer], columns=COLUMNS)], ignore_index=True)
+
+
 def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame], list[Path]]:
     """Assemble all tables of a run and write them to `<results>/tables/` as CSV and Markdown.
 
     Returns:
-        (tables by name, paths written). Tables: cases, lesions, measures, verdict, variance_components, run_spread,
-        notes, calibration, detection, froc, froc_band, published_comparison; and where the run has them dose_response,
-        image_quality and timing.
+        (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
+        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, published_comparison; and
+        where the run has them dose_response, image_quality and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -402,8 +427,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     tables["run_spread"] = run_spread_table(
         config.arms.names(), run_means(runs), runs.replicates, seed_from(config.seed, "verdict", "run spread")
     )
-    significance = 1 - config.verdict.confidence
-    tables["notes"] = notes_table(copies, power_of(verdict), tables["calibration"], tables["run_spread"], significance)
+    tables["training_curves"] = training_curves(config, results)
+    tables["convergence"] = convergence_table(tables["training_curves"])
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),
@@ -412,5 +437,6 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     )
     if len(timing := timing_table(results)):
         tables["timing"] = timing
+    tables["instrument"] = check_instrument(config, results, tables, copies)
     written = [path for name, table in tables.items() for path in write_both(results / "tables" / name, table)]
     return tables, written
