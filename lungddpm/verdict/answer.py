@@ -107,22 +107,29 @@ def answer_row(
         return row | {"sentence": "No arm has synthetic CT: there is nothing to answer."}
     if not doubted:
         failed = [_short(check) for check in checks[checks["status"] == FAILED].to_dict("records")]
-        said = "every check was passed" if not failed and not unknown else "no check that bears on it failed"
+        said = "no check that bears on it failed" if failed or unknown else "every check was passed"
         others = f" Failed, without bearing on it: {', '.join(dict.fromkeys(failed))}." if failed else ""
         return row | {"sentence": f"The answer stands: {said}.{others}{not_known}"}
     firm = [name for name in asked if name not in doubted]
-    bearing = [check for of_arm in doubted.values() for check in of_arm]
-    failed = list({(check["check"], check["subject"]): check for check in bearing}.values())
+    stands = f"The answer stands for {', '.join(firm)}. " if firm else ""
     about = f"about {', '.join(doubted)}" if firm else "whether synthetic CT helps"
-    reasons = _joined(_REASONS[check["check"]].format(**check) for check in failed) or "not all arms were measured"
-    said = f"This run cannot tell {about}: {reasons}."
-    if firm:
-        said = f"The answer stands for {', '.join(firm)}. {said}"
-    remedies = [_REMEDIES[check["check"]].format(**check) for check in failed if check["check"] in _REMEDIES]
-    if any(check["check"] == ENOUGH for check in failed):
-        remedies = [*_bigger(components, config, costs), *(text for text in remedies if "more replicates" not in text)]
-    remedy = f" What would make it able: {'; '.join(dict.fromkeys(remedies))}." if remedies else ""
-    return row | {"status": CANNOT_TELL, "sentence": said + remedy + not_known}
+    bearing = [check for of_arm in doubted.values() for check in of_arm]
+    reasons = _joined(_REASONS[check["check"]].format(**check) for check in bearing) or "not all arms were measured"
+    wanted = _wanted(bearing, components, config, costs)
+    able = f" What would make it able: {'; '.join(wanted)}." if wanted else ""
+    return row | {
+        "status": CANNOT_TELL,
+        "sentence": f"{stands}This run cannot tell {about}: {reasons}.{able}{not_known}",
+    }
+
+
+def _wanted(bearing: list[dict], components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
+    """What it takes to pass these checks."""
+    wanted = [_REMEDIES[check["check"]].format(**check) for check in bearing if check["check"] in _REMEDIES]
+    if any(check["check"] == ENOUGH for check in bearing):
+        # How many replicates is then said.
+        wanted = [_bigger(components, config, costs), *(text for text in wanted if "more replicates" not in text)]
+    return list(dict.fromkeys(wanted))
 
 
 def _short(check: dict) -> str:
@@ -131,11 +138,11 @@ def _short(check: dict) -> str:
     return f"{name} of {check['subject']}" if check["check"] == GENERATOR else name
 
 
-def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
+def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> str:
     """Designs that show the relevant difference, and what the whole benchmark then takes."""
     relevant, found = relevant_difference(config), design_of_run(config, components)
     if found is None:
-        return ["three replicates or more"]
+        return "three replicates or more"
     own, typical = found
     texts = []
     for one in able_designs(own, typical, relevant, costs):
@@ -144,7 +151,7 @@ def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> li
         if costs is not None:
             text += f" ({format_hours(hours_of_design(one, own, costs))} of jobs, by this run's times)"
         texts.append(text)
-    return [" or ".join(texts)] if texts else [f"no design within reach for a difference of {relevant:.2g}"]
+    return " or ".join(texts) or f"no design within reach for a difference of {relevant:.2g}"
 
 
 def _joined(texts: Iterable[str]) -> str:

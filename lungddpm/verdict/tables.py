@@ -230,9 +230,9 @@ def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
             if arm.name == BASELINE:
                 continue
             paired, found = scores.paired(number, 0).scores, components_of(scores, number)
-            row = {"arm": arm.name, "family": family_of(arm, config), "metric": measure.column}
-            row |= {"n_replicates": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
-            rows.append(row | (asdict(found) if found else {}))
+            keys = {"arm": arm.name, "family": family_of(arm, config), "metric": measure.column}
+            sizes = {"n_replicates": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
+            rows.append(keys | sizes | (asdict(found) if found else {}))
     return pd.DataFrame(rows, columns=COMPONENT_COLUMNS)
 
 
