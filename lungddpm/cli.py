@@ -110,6 +110,7 @@ def init(
 def simulate(
     config: ConfigFiles = DEFAULT_CONFIG,
     output: Annotated[Path, typer.Option(help="Folder to write it to.")] = RESULTS / "source",
+    threads: Threads = 0,
 ) -> None:
     """Write the cohort of a source that makes its own (phantom: DICOM in HU, LIDC-style reader XML in pixels)."""
     from lungddpm.config.loading import load_config
@@ -121,7 +122,9 @@ def simulate(
         raise ConfigError(
             "source.kind", f"'{declared.name}' makes no cohort of its own", "Go on with 'lungddpm index'."
         )
-    declared.simulate(settings.source.settings, settings.seed, output)
+    processes = _set_threads(threads)
+    _set_threads(1)  # of each process
+    declared.simulate(settings.source.settings, settings.seed, output, processes)
 
 
 @app.command(rich_help_panel=STAGES)

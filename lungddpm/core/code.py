@@ -78,6 +78,7 @@ LEFT_OUT = {
     "lungddpm.core.files.exclusive_lock": "waits only",
     "lungddpm.core.files.lock_if_free": "waits only",
     "lungddpm.core.locks": "waits only",
+    "lungddpm.core.memory": "where arrays lie, not what is in them",
     "lungddpm.core.progress": "speaks only",
     "lungddpm.core.torch_device": "where something is computed, not what",
     "lungddpm.models.accelerator": "where something is computed, and how precisely as far as config leaves it open",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -11,11 +10,10 @@ from accelerate import Accelerator
 
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import ConfigError
+from lungddpm.core.memory import keep_freed_memory
 from lungddpm.core.torch_device import device_name, select_device
 
 _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-# Parameters of glibc's mallopt.
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Accelerator:
@@ -44,17 +42,6 @@ def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Acce
     processes = f", {accelerator.num_processes} processes" if accelerator.num_processes > 1 else ""
     log_device(str(accelerator.device), f"{device_name(accelerator.device)}, {precision}{processes}")
     return accelerator
-
-
-def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for its next arrays; where the C library is not glibc, do nothing.
-
-    By default every large array is fresh memory from the kernel, which hands it out page by page.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
-    if set_option is not None:
-        set_option(_M_MMAP_MAX, 0)
-        set_option(_M_TRIM_THRESHOLD, -1)
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

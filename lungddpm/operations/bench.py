@@ -28,8 +28,9 @@ from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
+from lungddpm.core.memory import keep_freed_memory
 from lungddpm.core.progress import LOG
-from lungddpm.models.accelerator import explain_out_of_memory, keep_freed_memory, make_accelerator
+from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.denoiser import UNet
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.objectives import diffusion_recipe

@@ -427,9 +427,11 @@ def _read_checkpoint(path: Path) -> dict:
 
 def _predictor(arm_dir: Path, folder: Path, device: torch.device) -> tuple[nnUNetPredictor, BaseReaderWriter]:
     """nnU-Net's predictor with the replicate's last weights, and the reader of its images."""
-    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    from lungddpm.segmentation.network import suit_to_device
+    from lungddpm.segmentation.prediction import CpuPredictor, nnUNetPredictor
 
     preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
     plans = PlansManager(str(preprocessed / f"{PLANS}.json"))
@@ -444,7 +446,10 @@ def _predictor(arm_dir: Path, folder: Path, device: torch.device) -> tuple[nnUNe
         deep_supervision=False,
     )
     checkpoint = _read_checkpoint(folder / _FINAL)
-    predictor = nnUNetPredictor(use_mirroring=device.type != "cpu", device=device, allow_tqdm=False)
+    suit_to_device(network, device)
+    on_cpu = device.type == "cpu"
+    kind = CpuPredictor if on_cpu else nnUNetPredictor
+    predictor = kind(use_mirroring=not on_cpu, device=device, allow_tqdm=False)
     predictor.manual_initialization(
         network,
         plans,

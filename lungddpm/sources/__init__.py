@@ -13,8 +13,9 @@ and where it applies:
 
 Settings                      its keys in `source.<name>` of the config: a subclass of `Section`
 size(settings) -> Size        how many scans it has, for `lungddpm plan`; `settings` is None without `Settings`
-simulate(settings, seed, output)
-                              writes its cohort into a folder, from which `find_series` reads it. Such a source needs
+simulate(settings, seed, output, threads)
+                              writes its cohort into a folder, from which `find_series` reads it, on so many cores, the
+                              same files whatever their number. Such a source needs
                               `Settings`, and `size` is exact, but it needs no `source.path`; the report says that its
                               patients are not real
 
@@ -126,7 +127,7 @@ class Source:
     load_scan: Callable[[Path, pd.Series], Scan]
     settings: type[Section] | None
     size: Callable[[Any], Size] | None
-    simulate: Callable[[Any, int, Path], None] | None
+    simulate: Callable[[Any, int, Path, int], None] | None
 
 
 def names() -> list[str]:

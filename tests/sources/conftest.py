@@ -34,8 +34,8 @@ def patients(small: Phantom) -> list[Thorax]:
 def write_small(small: Phantom):
     """A function that writes a coarse cohort, with some settings changed, into a folder."""
 
-    def write(output: Path, patients: int, **keys: object) -> None:
-        write_cohort(Phantom(**small.model_dump() | {"patients": patients} | keys), _SEED, output)
+    def write(output: Path, patients: int, threads: int = 1, **keys: object) -> None:
+        write_cohort(Phantom(**small.model_dump() | {"patients": patients} | keys), _SEED, output, threads)
 
     return write
 

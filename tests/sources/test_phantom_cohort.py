@@ -4,12 +4,14 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 from pathlib import Path
-from subprocess import run
+from subprocess import DEVNULL, run
 from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
+import psutil
 import pydicom
 import pytest
 import SimpleITK
@@ -177,6 +179,29 @@ def test_interrupted_run_goes_on_and_gives_equal_bytes(write_small, cohort: Path
     assert kept.stat().st_mtime_ns == modified
     assert hashes(output) == hashes(cohort)
     assert sorted(p.name for p in output.iterdir()) == [".lock", "PHANTOM-0001", "PHANTOM-0002"]
+
+
+def test_processes_share_the_patients_and_write_the_same_bytes(write_small, cohort: Path, tmp_path: Path):
+    write_small(tmp_path / "cohort", 2, threads=3)
+    assert hashes(tmp_path / "cohort") == hashes(cohort)
+
+
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path):
+    script = tmp_path / "write.py"
+    script.write_text(
+        "import sys; from pathlib import Path; from lungddpm.sources.phantom.cohort import write_cohort\n"
+        "from lungddpm.sources.phantom.settings import Phantom\n"
+        "if __name__ == '__main__': write_cohort(Phantom(patients=50), 1, Path(sys.argv[1]), 2)\n"
+    )
+    started = psutil.Popen([sys.executable, script, tmp_path / "cohort"], stdout=DEVNULL, stderr=DEVNULL)
+    while not list((tmp_path / "cohort").glob(".PHANTOM-*")):
+        assert started.is_running()
+        time.sleep(0.1)
+    children = started.children(recursive=True)
+    assert len(children) >= 2
+    started.kill()
+    _, left = psutil.wait_procs(children, timeout=60)
+    assert not left
 
 
 def test_smaller_cohort_is_the_beginning_of_a_larger_one(write_small, cohort: Path, tmp_path: Path):

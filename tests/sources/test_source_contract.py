@@ -81,7 +81,7 @@ class Settings(Section):
 def size(settings):
     return Size(settings.patients, 64**3, "the box")
 
-def simulate(settings, seed, output):
+def simulate(settings, seed, output, threads):
     output.mkdir(parents=True)
     for number in range(settings.patients):
         (output / f"{number}.seed").write_text(str(seed + number))

@@ -30,9 +30,9 @@ if SOURCE.simulate:
             "results/benchmarks/simulate.tsv"
         conda:
             "../../envs/lungddpm.yaml"
-        threads: 1
+        threads: all_cores
         resources:
-            mem_mb=2000,
+            mem_mb=lambda wildcards, threads: 2000 * threads,
             runtime=60,
         params:
             config=config_of_jobs,
@@ -42,7 +42,7 @@ if SOURCE.simulate:
             ),
             code=stage_fingerprint("simulate", SOURCE.name),
         shell:
-            "lungddpm --log {log:q} simulate --config {params.config:q} --output {params.folder:q}"
+            "lungddpm --log {log:q} simulate --config {params.config:q} --output {params.folder:q} --threads {threads}"
 
 
 rule index:

@@ -266,6 +266,11 @@ def training_launcher(_wildcards, threads):
     )
 
 
+def all_cores(_wildcards):
+    """For work that no other job runs beside; a cluster's profile sets threads itself."""
+    return workflow.cores or 4
+
+
 def half_the_cores(_wildcards):
     """Two trainings side by side on a workstation; a cluster's profile sets threads itself."""
     return max(1, (workflow.cores or 4) // 2)

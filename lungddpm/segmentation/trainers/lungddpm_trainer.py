@@ -17,6 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from lungddpm.core.files import atomic_path, read_json, seed_from
 from lungddpm.core.progress import Progress, shorten_paths
+from lungddpm.segmentation.network import suit_to_device
 
 SETTINGS_FILE = "training.json"
 
@@ -52,6 +53,7 @@ class LungDDPMTrainer(nnUNetTrainer):
         """Build network, optimizer and loss from the seed."""
         self._seed_all("start")
         super().initialize()
+        suit_to_device(self.network, self.device)
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """SGD as nnU-Net has it, or AdamW, which learns in hundreds of steps."""

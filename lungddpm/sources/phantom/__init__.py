@@ -37,8 +37,8 @@ def size(settings: Settings) -> Size:
     return Size(settings.patients, settings.matrix**2 * 310 / settings.slice_mm, "the config")
 
 
-def simulate(settings: Settings, seed: int, output: Path) -> None:
+def simulate(settings: Settings, seed: int, output: Path, threads: int = 1) -> None:
     """Write the cohort; see `write_cohort`."""
     from lungddpm.sources.phantom.cohort import write_cohort
 
-    write_cohort(settings, seed, output)
+    write_cohort(settings, seed, output, threads)

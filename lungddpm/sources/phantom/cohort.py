@@ -3,9 +3,13 @@ marks, and `phantom.json`, which records the recipe and thereby shows whether th
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import TYPE_CHECKING
 from xml.etree import ElementTree
@@ -63,12 +67,18 @@ _SAME_IN_ALL_SLICES = {
 }
 
 
-def write_cohort(settings: Phantom, seed: int, output: Path) -> None:
+def write_cohort(settings: Phantom, seed: int, output: Path, threads: int = 1) -> None:
     """Write the phantom cohort as `<output>/PHANTOM-0001/<StudyUID>/<SeriesUID>/` with DICOM slices and one XML file.
 
     A patient depends on the seed, its number and the settings without `patients`: a cohort of 30 begins with the cohort
     of 20, and equal settings give equal bytes. Patients that are there already are kept, so that an
     interrupted run goes on; patients beyond the wanted number are removed.
+
+    Args:
+        settings: the config's `source.phantom`.
+        seed: of the run.
+        output: folder of the cohort.
+        threads: patients made at once, each in a process of its own; the bytes do not depend on it.
     """
     wanted = {f"PHANTOM-{index:04d}": index for index in range(1, settings.patients + 1)}
     with exclusive_lock(output / ".lock", f"writing the phantom cohort into {output}"):
@@ -80,9 +90,29 @@ def write_cohort(settings: Phantom, seed: int, output: Path) -> None:
                 LOG.info("phantom: %s is not in a cohort of %d and is removed", folder.name, settings.patients)
                 shutil.rmtree(folder)
         with Progress("phantom patients", total=len(wanted)) as progress:
-            for patient_id, index in wanted.items():
-                _write_patient(output / patient_id, settings, seed_from(seed, "phantom", index))
-                progress.advance()
+            jobs = [(output / name, settings, seed_from(seed, "phantom", index)) for name, index in wanted.items()]
+            processes = min(threads, len(jobs))
+            if processes == 1:
+                for job in jobs:
+                    _write_patient(*job)
+                    progress.advance()
+                return
+            with ProcessPoolExecutor(processes, get_context("spawn"), _end_with_parent) as pool:
+                for made in as_completed([pool.submit(_write_patient, *job) for job in jobs]):
+                    made.result()
+                    progress.advance()
+
+
+def _end_with_parent() -> None:
+    """Let this process end with the one that started it, however that ends: nobody else would stop it."""
+    parent = parent_process()
+    if parent is not None:
+
+        def wait() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:

@@ -1,0 +1,19 @@
+"""How this process gets its memory from the kernel."""
+
+from __future__ import annotations
+
+import ctypes
+
+# Parameters of glibc's mallopt.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for its next arrays; where the C library is not glibc, do nothing.
+
+    By default every large array is fresh memory from the kernel, which hands it out page by page.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_MAX, 0)
+        set_option(_M_TRIM_THRESHOLD, -1)
