@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import made_up_results
 from PIL import Image
@@ -32,10 +33,12 @@ COLOURS = 48
 def main() -> None:
     """Make the runs in a temporary folder and photograph the top of their pages."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", nargs="*", default=[*RUNS])
     parser.add_argument("--output", type=Path, default=Path("docs/images"))
     parser.add_argument("--chromium", default="chromium")
     options = parser.parse_args()
-    for name, made in RUNS.items():
+    for name in options.runs:
+        made: dict[str, Any] = RUNS[name]
         with tempfile.TemporaryDirectory() as folder:
             verdict = {"relevant_difference": 0.1}
             config, results = made_up_results.write_results(Path(folder), n_test=16, arms=ARMS, verdict=verdict, **made)
