@@ -378,6 +378,31 @@ def quality(
 
 
 @app.command(rich_help_panel=STAGES)
+def label_fidelity(
+    samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, of each generator its shards.")],
+    output: Annotated[Path, typer.Option(help="Folder for metrics.csv (one row per case) and lesions.csv.")],
+    arm_folder: ArmFolder = RESULTS / "arms/real",
+    fold: Fold = 0,
+    seed: Seed = 0,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment synthetic CT with a replicate trained on real cases: Dice and lesions found against its own layout.
+
+    The references' real CT is segmented beside it: what is possible at most.
+    """
+    from lungddpm.config.loading import load_config
+
+    settings, threads = load_config(*config), _set_threads(threads)
+    with claim_device(device) as claimed:
+        from lungddpm.quality.label_fidelity import run_label_fidelity
+
+        run_label_fidelity(settings, arm_folder, fold, seed, cases, samples, output, claimed, threads)
+
+
+@app.command(rich_help_panel=STAGES)
 def report(
     config: ConfigFiles = DEFAULT_CONFIG,
     results: Annotated[Path, typer.Option(help="Folder of a run; tables/, figures/, report.html go there.")] = RESULTS,

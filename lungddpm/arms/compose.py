@@ -18,7 +18,7 @@ import pandas as pd
 from lungddpm.arms import splits
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm
-from lungddpm.core.cases import CaseFolder, folder_of, hash_voxels, read_cases, usable
+from lungddpm.core.cases import CaseFolder, hash_voxels, read_cases, unchanged_folder_of, usable
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, write_json
 from lungddpm.core.labels import Label
@@ -129,11 +129,7 @@ def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]
     Raises:
         InputError: one of them was not made.
     """
-    planned = {
-        row * len(tables) + shard: (table, sample)
-        for shard, table in enumerate(tables)
-        for row, (_, sample) in enumerate(read_cases(table).iterrows())
-    }
+    planned = planned_samples(tables)
     for number in range(count):
         if number not in planned:
             raise InputError(
@@ -147,13 +143,23 @@ def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]
     return [planned[number] for number in range(count)]
 
 
+def planned_samples(tables: list[Path]) -> dict[int, tuple[Path, pd.Series]]:
+    """The samples of a generator by their number in the synthesis plan, as rows with their table.
+
+    Args:
+        tables: of all shards, in their order: row k of shard s is sample k * shards + s.
+    """
+    return {
+        row * len(tables) + shard: (table, sample)
+        for shard, table in enumerate(tables)
+        for row, (_, sample) in enumerate(read_cases(table).iterrows())
+    }
+
+
 def _training_case(table: Path, row: pd.Series) -> TrainingCase:
-    folder = folder_of(table, row)
-    if (found := folder.hash()) != row["sha256"]:
-        problem = f"differs from what {table} says was written there"
-        raise InputError(folder.path, problem, "Delete the table and run again.")
+    folder = unchanged_folder_of(table, row)
     return TrainingCase(
-        row["case_id"], row["case_id"], row["patient_id"], row["source"], row["series_uid"], folder, found
+        row["case_id"], row["case_id"], row["patient_id"], row["source"], row["series_uid"], folder, row["sha256"]
     )
 
 

@@ -369,6 +369,14 @@ class ImageQuality(Section):
     weights, whose distances tell sets apart but compare with no publication."""
 
 
+class LabelFidelity(Section):
+    """How well the segmenters of `real` find the nodules of synthetic CT; of real references beside it."""
+
+    samples: PositiveInt = 50
+    """Samples of each generator that are judged by every replicate, the first ones of its plan, and as many references
+    (more where the samples were made from others)."""
+
+
 class Calibration(Section):
     """Limits of the calibration check: how far the HU of a generator's samples may be from those of their references,
     on average over samples. Outside them the check fails, and the page says so first."""
@@ -503,6 +511,7 @@ class Config(Section):
     arms: Arms = Arms()
     segmentation: Segmentation = Segmentation()
     image_quality: ImageQuality = ImageQuality()
+    label_fidelity: LabelFidelity = LabelFidelity()
     verdict: Verdict = Verdict()
     workflow: Workflow = Workflow()
 

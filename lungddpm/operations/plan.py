@@ -335,13 +335,18 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         stages.append(_light("synthesize", jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
     if samples:
         stages.append(_light("quality", len(samples), sum(samples.values()), grid))
-    segmenter = segmenter_cost(config)
+    segmenter, judged = segmenter_cost(config), []
+    if samples:
+        limit, replicates = config.label_fidelity.samples, len(config.segmentation.replicates())
+        volumes = sum(min(number, limit) for number in [*samples.values(), cohort.reference])
+        judged = [_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed)]
     return [
         *stages,
         _light("compose", len(arms), training_cases, grid),
         _light("plan", len(arms), training_cases, grid),
         _train_segmenter(config.segmentation, segmenter, runs, speed),
-        _predict(config, segmenter, runs, predictions, speed),
+        _predict("predict", config, segmenter, runs, predictions, speed, _PREDICTION_BYTES_PER_VOXEL),
+        *judged,
         _light("evaluate", runs, predictions, grid),
         _light("write_report", 1, 1),
         _light("checksums", 1, cohort.scans + training_cases, grid),
@@ -482,14 +487,16 @@ def _train_segmenter(segmentation: Segmentation, cost: NetworkCost, runs: int, s
     return _heavy("train_segmenter", runs, runs * segmentation.steps * cost.step_flop, cost.memory_bytes, disk, speed)
 
 
-def _predict(config: Config, cost: NetworkCost, runs: int, predictions: int, speed: Speed) -> Stage:
+def _predict(
+    name: str, config: Config, cost: NetworkCost, jobs: int, volumes: int, speed: Speed, bytes_per_voxel: float = 0.0
+) -> Stage:
     # nnU-Net's windows overlap by half; mirrored copies are averaged on a GPU only.
     windows = math.prod(
         2 * math.ceil(edge / side) - 1 for edge, side in zip(config.grid.size, _patch(config), strict=True)
     )
-    flop = predictions * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
-    disk = predictions * _PREDICTION_BYTES_PER_VOXEL * math.prod(config.grid.size)
-    return _heavy("predict", runs, flop, cost.weights_bytes + cost.drawing_bytes, disk, speed)
+    flop = volumes * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
+    disk = volumes * bytes_per_voxel * math.prod(config.grid.size)
+    return _heavy(name, jobs, flop, cost.weights_bytes + cost.drawing_bytes, disk, speed)
 
 
 def _training_cases(arm: Arm, discovery: int) -> int:

@@ -47,6 +47,7 @@ from lungddpm.quality.image_quality import (
     SYNTHETIC,
     WHOLE,
 )
+from lungddpm.quality.label_fidelity import REAL_CT
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")
@@ -63,6 +64,7 @@ _QUALITY_PANELS = {
     ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
 }
 """Metric and region -> title, and which values are good."""
+_FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}
 _BY_NETWORK = ("fid", "mmd_squared")
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
@@ -379,6 +381,40 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
         handles = [Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR)]
         handles.append(Patch(label="floor: needs no generator", **_FLOOR_BAR))
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def fidelity_plot(runs: pd.DataFrame) -> Figure:
+    """Dice and share of lesions found in the CT of every generator, a dot a replicate, beside the ceiling (dashed).
+
+    Args:
+        runs: rows of `label_fidelity_runs.csv`.
+    """
+    names = list(dict.fromkeys(runs["generator"]))
+    lines = sorted(names, key=lambda name: name != REAL_CT)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7.2, 1.0 + 0.34 * len(lines)), sharey=True, layout="constrained")
+        for axis, (measure, title) in zip(axes, _FIDELITY_PANELS.items(), strict=True):
+            ceiling = runs.loc[runs["generator"] == REAL_CT, measure].mean()
+            axis.axvline(ceiling, color="#777777", linestyle="--", linewidth=1, zorder=1)
+            for line, name in enumerate(lines):
+                found = runs.loc[runs["generator"] == name, measure].dropna()
+                colour = "#777777" if name == REAL_CT else "#0072B2"
+                axis.plot(
+                    found, np.full(len(found), line), "o", markersize=5, color=colour, markeredgecolor="white",
+                    markeredgewidth=0.5, alpha=0.85, zorder=2,
+                )  # fmt: skip
+                axis.plot([found.mean()] * 2, [line - 0.3, line + 0.3], color="black", linewidth=2.5, zorder=3)
+                axis.annotate(
+                    format_number(found.mean(), ".2f"), (1.02, line), xycoords=("axes fraction", "data"),
+                    va="center", fontsize=8.5,
+                )  # fmt: skip
+            axis.set(xlim=(-0.02, 1.02), ylim=(len(lines) - 0.5, -0.6), yticks=range(len(lines)), yticklabels=lines)
+            axis.set_title(title, loc="left", fontsize=9)
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+            axis.grid(axis="x", color="#eeeeee")
+        figure.supxlabel("dot: a replicate of real; bar: their mean; dashed: the ceiling, real CT", fontsize=9)
     return figure
 
 

@@ -32,6 +32,7 @@ from lungddpm.report.sections import (
     show_description,
     show_detection,
     show_dose_response,
+    show_fidelity,
     show_measure_differences,
     show_measures,
     show_published,
@@ -81,8 +82,8 @@ def draw_figures(
 ) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, forest_narrow, dose_response, dice_by_arm, paired, runs, froc, image_quality, montage-<generator>,
-    training, segmenter_training.
+    Names: forest, forest_narrow, dose_response, dice_by_arm, paired, runs, froc, image_quality, label_fidelity,
+    montage-<generator>, training, segmenter_training.
     """
     folder = results / "figures"
     measure, prose = deciding_measure().column, deciding_measure().title
@@ -103,6 +104,8 @@ def draw_figures(
         drawn["froc"] = figures.froc_plot(tables["froc_band"], BASELINE, config.verdict.confidence)
     if "image_quality" in tables:
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
+    if "label_fidelity_runs" in tables:
+        drawn["label_fidelity"] = figures.fidelity_plot(tables["label_fidelity_runs"])
     for one in first_of_generators(shown):
         sample, reference = one.sample, one.sample.reference
         if reference is not None:
@@ -186,6 +189,12 @@ def render_report(
         scores_by_case=show_case_scores(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
         quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
+        fidelity=show_fidelity(tables["label_fidelity"]) if "label_fidelity" in tables else None,
+        fidelity_notes=(
+            tables["label_fidelity"].query("note != ''")[["generator", "note"]].to_dict("records")
+            if "label_fidelity" in tables
+            else []
+        ),
         extractors=extractors,
         random_weights=any(not name.startswith(MEDICALNET) for name in extractors),
         compared=show_published(tables["published_comparison"].query("arm != ''")),

@@ -14,6 +14,7 @@ from lungddpm.core.arms import BASELINE
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
+from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import plugin
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD
@@ -21,7 +22,7 @@ from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOL
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.statistics import caveats, minimum_cases
-from lungddpm.verdict.tables import SIZE_COLUMNS, missing_replicates
+from lungddpm.verdict.tables import missing_replicates
 
 SHARED_LUCK = (
     "Trained once, sampled once: all replicates of an arm see the same synthetic CT, from one training of its "
@@ -307,6 +308,28 @@ def show_sets(quality: pd.DataFrame) -> DisplayTable:
         rows.append([generator, image, *cells])
     heads = ["generator", "images", *(head for head, _ in columns.values())]
     return DisplayTable(heads, rows, [False, False, *[True] * len(columns)])
+
+
+def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
+    """`label_fidelity.csv` for reading."""
+    rows = []
+    for row in fidelity.to_dict("records"):
+        recalls = [
+            f"{100 * row[f'recall{size}']:.0f} % of {row[f'n_lesions{size}']}" if row[f"n_lesions{size}"] else ""
+            for size in ("", *(f"_{column}" for column in SIZE_COLUMNS.values()))
+        ]
+        rows.append(
+            [
+                row["generator"], str(row["n_cases"]), format_spread(row["dice_mean"], row["dice_sd"], ".3f"),
+                format_number(row["difference"], "+.3f"), interval_text(row),
+                *recalls, format_number(100 * row["recall_difference"], "+.0f"),
+                format_number(row["false_positives_per_scan"], ".2f"),
+            ]
+        )  # fmt: skip
+    heads = ["CT", "cases", "Dice ± sd", "to the ceiling", "CI", "lesions found",
+             *[f"found, {size}" for size in SIZE_COLUMNS], "to the ceiling, points",
+             "false positives per scan"]  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * 10])
 
 
 def generators_of(config: Config) -> list[tuple[str, str, str]]:

@@ -38,7 +38,7 @@ from lungddpm.core.files import (
 )
 from lungddpm.core.progress import LOG, Progress, shorten_paths
 from lungddpm.core.roles import TEST
-from lungddpm.core.volume import read_volume, write_volume
+from lungddpm.core.volume import Volume, read_grid, write_volume
 
 if TYPE_CHECKING:
     import torch
@@ -192,8 +192,7 @@ def run_predict(
     """Segment every usable test case with a trained replicate, on the case's own grid.
 
     Writes `<case_id>.nii.gz` (uint8, 0 or 1) and `probability/<case_id>.nii.gz` (uint16, 65535 times the probability
-    of nodule); files of other cases are removed from `output`. Mirrored copies are averaged on a GPU only (8 times
-    the work).
+    of nodule); files of other cases are removed from `output`.
 
     Args:
         config: the run's config.
@@ -209,30 +208,75 @@ def run_predict(
         ConfigError: no such device.
         InputError: the replicate is not trained, or not on this arm and with this config as they are now.
     """
-    chosen = _select_device(device)
     cases = usable(read_cases(cases_table), TEST)
+    what = f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}"
+    with (
+        open_segmenter(config, arm_dir, fold, seed, device, processes) as segmenter,
+        Progress(what, len(cases)) as progress,
+    ):
+        for _, case in cases.iterrows():
+            mask, probability = segmenter.mask_and_probability(folder_of(cases_table, case).ct)
+            write_volume(output / "probability" / f"{case['case_id']}.nii.gz", probability)
+            write_volume(output / f"{case['case_id']}.nii.gz", mask)
+            progress.advance()
+    expected = {f"{case_id}.nii.gz" for case_id in cases["case_id"]}
+    for stale in [path for path in output.rglob("*.nii.gz") if path.name not in expected]:
+        stale.unlink()
+
+
+class Segmenter:
+    """A trained replicate, ready to segment one CT after the other."""
+
+    def __init__(self, predictor: nnUNetPredictor, reader: BaseReaderWriter):
+        self._predictor, self._reader = predictor, reader
+
+    def mask(self, ct: Path) -> Volume:
+        """The nodules of a CT: uint8, 0 or 1, on its own grid."""
+        image, properties = self._reader.read_images([str(ct)])
+        mask = self._predictor.predict_single_npy_array(image, properties)
+        return _on_grid_of(ct, mask, np.uint8)
+
+    def mask_and_probability(self, ct: Path) -> tuple[Volume, Volume]:
+        """The same, and the probability of nodule: uint16, 65535 times the probability."""
+        image, properties = self._reader.read_images([str(ct)])
+        mask, probabilities = self._predictor.predict_single_npy_array(image, properties, None, None, True)
+        # Channel 1 is the nodule. In 8 bits the surest candidates, those that a FROC ranks first, would all be 255.
+        return _on_grid_of(ct, mask, np.uint8), _on_grid_of(ct, np.rint(65535 * probabilities[1]), np.uint16)
+
+
+def _on_grid_of(ct: Path, array_zyx: np.ndarray, kind: type[np.generic]) -> Volume:
+    """An array of nnU-Net's, which are (z, y, x), as a volume."""
+    return read_grid(ct).like(array_zyx.T.astype(kind))
+
+
+@contextlib.contextmanager
+def open_segmenter(
+    config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1
+) -> Iterator[Segmenter]:
+    """A trained replicate of an arm, loaded once for all that is segmented within the block.
+
+    Mirrored copies are averaged on a GPU only (8 times the work).
+
+    Args:
+        config: the run's config.
+        arm_dir: folder of a planned arm.
+        fold: fold of the replicate.
+        seed: seed of the replicate.
+        device: as for `run_train_segmenter`.
+        processes: threads that nnU-Net may use at most.
+
+    Raises:
+        ConfigError: no such device.
+        InputError: the replicate is not trained, or not on this arm and with this config as they are now.
+    """
+    chosen = _select_device(device)
     folder = fold_folder(arm_dir, fold, seed)
     if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
         raise InputError(
             folder, "holds no finished training of this arm with this config", "Run 'lungddpm segment train' first."
         )
     with _environment(arm_dir, processes, seed), _quiet(folder / "console.log"):
-        predictor, reader = _predictor(arm_dir, folder, chosen)
-        with Progress(f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}", len(cases)) as progress:
-            for _, case in cases.iterrows():
-                path = folder_of(cases_table, case).ct
-                ct = read_volume(path)
-                image, properties = reader.read_images([str(path)])
-                mask, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
-                # nnU-Net's arrays are (z, y, x) and its channel 1 is the nodule. In 8 bits the surest candidates,
-                # those that a FROC ranks first, would all be 255.
-                probability = np.rint(65535 * probabilities[1].T).astype(np.uint16)
-                write_volume(output / "probability" / f"{case['case_id']}.nii.gz", ct.like(probability))
-                write_volume(output / f"{case['case_id']}.nii.gz", ct.like(mask.T.astype(np.uint8)))
-                progress.advance()
-    expected = {f"{case_id}.nii.gz" for case_id in cases["case_id"]}
-    for stale in [path for path in output.rglob("*.nii.gz") if path.name not in expected]:
-        stale.unlink()
+        yield Segmenter(*_predictor(arm_dir, folder, chosen))
 
 
 def results_folder(arm_dir: Path, seed: int | str) -> Path:

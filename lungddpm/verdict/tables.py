@@ -17,10 +17,10 @@ from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import TEST
 from lungddpm.evaluation.froc import froc_tables
-from lungddpm.evaluation.lesions import SIZE_BINS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
 from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
-from lungddpm.quality import image_quality
+from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
@@ -34,7 +34,6 @@ from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sen
 
 NOT_TRUSTED = "not trusted"
 """Verdict in the place of "better" or "worse" in a run with copied replicates."""
-SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 VERDICT_COLUMNS = [
     "arm", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd", "baseline_mean", "difference",
     "relative_percent", "ci_low", "ci_high", "p", "p_holm", "p_gate", "n_compared", "standard_error", "df", "run_df",
@@ -105,11 +104,13 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
     """One measure of all arms and replicates of the config, `real` first; see `collect_scores`."""
+    return collect_scores(cases, config.arms.names(), folds_of(config), measure)
+
+
+def folds_of(config: Config) -> dict[str, int]:
+    """The fold of each replicate, by its name."""
     segmentation = config.segmentation
-    folds = {
-        segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds
-    }
-    return collect_scores(cases, config.arms.names(), folds, measure)
+    return {segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds}
 
 
 def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str, int], measure: str) -> Scores:
@@ -345,6 +346,27 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFram
     return pd.DataFrame(rows).merge(cpm, on="arm", how="left")
 
 
+def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
+    """What `lungddpm label-fidelity` found, over the replicates of `real` that judged; nothing where none has.
+
+    Returns:
+        `label_fidelity`: `label_fidelity.TABLE_COLUMNS`. `label_fidelity_runs`: `label_fidelity.RUN_COLUMNS`.
+    """
+    folds, gathered = folds_of(config), []
+    for name in (label_fidelity.METRICS, label_fidelity.LESIONS):
+        paths = {replicate: results / "label_fidelity" / replicate / name for replicate in folds}
+        tables = [read_csv(path).assign(replicate=replicate) for replicate, path in paths.items() if path.exists()]
+        gathered.append(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
+    metrics, lesions = gathered
+    if metrics.empty:
+        return {}
+    generators = list(config.arms.largest_doses())
+    return {
+        "label_fidelity": label_fidelity.fidelity_table(metrics, lesions, generators, folds, config.verdict.confidence),
+        "label_fidelity_runs": label_fidelity.runs_table(metrics, lesions),
+    }
+
+
 def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
     """Write `<path>.csv` in full precision and `<path>.md` for reading (four digits); returns both paths."""
     csv, markdown = path.with_suffix(".csv"), path.with_suffix(".md")
@@ -391,7 +413,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
         run_spread, training_curves, convergence, calibration, detection, froc, froc_band, published_comparison; and
-        where the run has them dose_response, image_quality and timing.
+        where the run has them dose_response, image_quality, label_fidelity and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -422,6 +444,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
             )
         )
         tables["image_quality"] = quality_table(samples, sets)
+    tables |= fidelity_tables(results, config)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
     runs = scores_of(cases, config, deciding_measure().column)
     tables["run_spread"] = run_spread_table(

@@ -2,12 +2,14 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.report.figures import (
     case_plot,
     dose_response_plot,
+    fidelity_plot,
     forest_plot,
     froc_plot,
     montage,
@@ -152,3 +154,17 @@ def test_segmenter_curves_have_a_panel_for_each_arm():
     assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "one")
     assert len(other.lines) == 3
     np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 100])
+
+
+def test_label_fidelity_has_a_line_for_each_generator_below_the_ceiling():
+    names = {"lung_ddpm": 0.2, "(real CT)": 0.6, "paste_constant": 0.0}
+    runs = pd.DataFrame(
+        [(name, f"fold{fold}", value + 0.1 * fold, value) for name, value in names.items() for fold in (0, 1)],
+        columns=["generator", "replicate", "dice", "recall"],
+    )
+    figure = fidelity_plot(runs)
+    dice, recall = figure.axes
+    assert [label.get_text() for label in dice.get_yticklabels()] == ["(real CT)", "lung_ddpm", "paste_constant"]
+    assert [text.get_text() for text in dice.texts] == ["0.65", "0.25", "0.05"]
+    assert [text.get_text() for text in recall.texts] == ["0.60", "0.20", "0.00"]
+    assert dice.lines[0].get_xdata() == pytest.approx([0.65, 0.65])

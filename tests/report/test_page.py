@@ -131,6 +131,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
         "Image quality was not measured",
         "The HU of lung_ddpm were not measured.",
         "No curve with four saved states or more",
+        "Label fidelity was not measured",
         "No samples with a nodule",
     ):
         assert expected in page.text
@@ -262,3 +263,30 @@ def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
     assert float(cells["synthetic"]["MS-SSIM within a layout, lungs"]) > 0.9
     (extractor,) = extractors_of(tables["image_quality"])
     assert extractor.startswith("ResNet-50, random weights")
+
+
+def test_label_fidelity_has_the_ceiling_first(make_results):
+    config, results = make_results(n_test=1, n_replicates=2)
+    run_report(config, results)
+    fidelity = pd.read_csv(results / "tables" / "label_fidelity.csv").set_index("generator")
+    assert list(fidelity.index) == ["(real CT)", "lung_ddpm"]
+    # Of the 27 voxels of each nodule one was lost in one replicate, two in the other.
+    dice = [2 * 26 / 53, 2 * 25 / 52]
+    assert fidelity.loc["(real CT)", "dice_mean"] == 1
+    assert fidelity.loc["lung_ddpm", "difference"] == pytest.approx(sum(dice) / 2 - 1)
+    runs = pd.read_csv(results / "tables" / "label_fidelity_runs.csv").query("generator == 'lung_ddpm'")
+    assert runs["dice"].tolist() == pytest.approx(dice)
+    page = page_of(results)
+    assert page.text.index("Label fidelity Do the nodules") > page.text.index("Image quality Floors need no generator")
+    assert "lung_ddpm 2 0.971 ± 0.000 −0.029" in page.text
+    assert (results / "figures" / "label_fidelity.svg").exists()
+
+
+def test_label_fidelity_of_missing_replicates_is_that_of_the_others(make_results):
+    config, results = make_results(n_test=1, n_replicates=2)
+    shutil.rmtree(results / "label_fidelity" / "fold1_seed0")
+    tables, _ = write_tables(config, results)
+    row = tables["label_fidelity"].set_index("generator").loc["lung_ddpm"]
+    assert row["n_replicates"] == 1
+    assert row["dice_mean"] == pytest.approx(2 * 26 / 53)
+    assert pd.isna(row["ci_low"])

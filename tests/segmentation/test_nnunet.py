@@ -128,6 +128,11 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         dice = 2 * (mask.array & truth).sum() / (mask.array.sum() + truth.sum())
         # Marking everything gives 2 x 0.013 / 1.013 = 0.03.
         assert dice > 0.6
+        with nnunet.open_segmenter(CONFIG, arm, 0, 0, "cpu") as segmenter:
+            alone = segmenter.mask(run / "cases" / case / "ct.nii.gz")
+        assert alone.same_grid(layout)
+        # Without probabilities ties may fall the other way.
+        assert (alone.array[~unlike] == mask.array[~unlike]).all()
 
 
 def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):

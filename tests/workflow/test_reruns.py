@@ -10,10 +10,10 @@ from tiny import rules_of
 pytestmark = pytest.mark.workflow
 
 LAST = {"write_report": 1, "checksums": 1}
-SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
+SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4, "label_fidelity": 1}
 ARMS = {"compose": 4, "plan": 4, **SEGMENTERS}
 # Of the four arms, two take samples of lung_ddpm.
-SAMPLES = {"synthesize": 1, "quality": 1, **dict.fromkeys(ARMS, 2)}
+SAMPLES = {"synthesize": 1, "quality": 1, **dict.fromkeys(ARMS, 2), "label_fidelity": 1}
 MODEL = {"train_generator": 1, **SAMPLES}
 CASES = {"prepare": 1, "collect": 1, "qc": 1, **MODEL, **ARMS}
 
@@ -72,6 +72,21 @@ CHANGES = [
         [("evaluation/segmentation.py", "def run_evaluate(", "def run_evaluate(*, changed=1, ")],
         {"evaluate": 4, **LAST},
         id="measures of segmenters",
+    ),
+    pytest.param(
+        [("evaluation/lesions.py", "_TOUCHING = 26", "_TOUCHING = 18")],
+        {"evaluate": 4, "label_fidelity": 1, **LAST},
+        id="lesions of masks",
+    ),
+    pytest.param(
+        [("quality/label_fidelity.py", "def judge(\n    ", "def judge(\n    *, changed=1, ")],
+        {"label_fidelity": 1, **LAST},
+        id="judging of labels",
+    ),
+    pytest.param(
+        [("quality/label_fidelity.py", "def fidelity_table(\n    ", "def fidelity_table(\n    *, changed=1, ")],
+        LAST,
+        id="table of label fidelity",
     ),
     pytest.param(
         [("quality/similarity.py", "def ", "def changed():\n    pass\n\n\ndef ")], {}, id="a function that nothing uses"
