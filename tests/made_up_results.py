@@ -130,7 +130,8 @@ def _write_logs(config, results, rng, learning):
 
 
 def _write_extras(config, results, rng, offset_hu):
-    folder = results / "synthetic" / "lung_ddpm"
+    (cohort, *_) = config.cohorts("lung_ddpm", config.arms.largest_number())
+    folder = results / "synthetic" / "lung_ddpm" / cohort.name
     for number in range(2):
         provenance = {"reference_case_id": "case-01", "seconds": 2.0 + number}
         write_case(folder / f"sample-{number}", rng, provenance=provenance, offset_hu=offset_hu)
@@ -142,7 +143,8 @@ def _write_extras(config, results, rng, offset_hu):
     run_quality(config, results / "cases" / "cases.tsv", tables, "lung_ddpm", output)
     steps = np.arange(1, 101)
     write_table(
-        results / "models" / "lung_ddpm" / "main" / "history.csv", pd.DataFrame({"step": steps, "loss": 1 / steps})
+        results / config.trained_generators()[0].model_folder / "history.csv",
+        pd.DataFrame({"step": steps, "loss": 1 / steps}),
     )
     for arm in config.arms.names():
         entry = {"name": "case-00", "case_id": "case-00", "patient_id": "patient-00", "source": "phantom"}

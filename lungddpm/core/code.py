@@ -58,6 +58,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "copy_external": ("lungddpm.synthesis.external:import_external",),
     "compose": ("lungddpm.arms.compose:run_compose",),
+    "compose_draw": ("lungddpm.arms.compose:run_compose_draw",),
     "plan": ("lungddpm.segmentation.nnunet:run_plan_segmenter",),
     # As for the denoiser: not `run_train_segmenter`.
     "train_segmenter": ("lungddpm.segmentation.trainers.lungddpm_trainer:LungDDPMTrainer",),
@@ -81,6 +82,7 @@ LEFT_OUT = {
     "lungddpm.core.locks": "waits only",
     "lungddpm.core.progress": "speaks only",
     "lungddpm.core.torch_device": "where something is computed, not what",
+    "lungddpm.synthesis.run._patients_of": "reads what stands beside the weights, whose hash counts",
     "lungddpm.models.accelerator": "where something is computed, and how precisely as far as config leaves it open",
 }
 """Modules, packages and definitions that decide no result, and why."""

@@ -3,6 +3,8 @@
 <arm>/plan.json                               written last: the arm is planned and preprocessed
 <arm>/nnUNet_preprocessed/, <arm>/nnUNet_results/seed<k>/    as nnU-Net lays them out, usable with its own commands
                                               (nnUNet_extTrainer must name the folder `trainers` beside this file)
+A replicate with a draw of its own (see `lungddpm.arms.compose`) adds the samples of that draw to the preprocessed cases
+when it is trained, and its `training.json` has its split; nnU-Net's splits_final.json has what all replicates share.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from lungddpm.arms.compose import DATASET
+from lungddpm.arms.compose import DATASET, draw_record, image_and_label
 from lungddpm.config.models import Config, Network
 from lungddpm.core.cases import folder_of, read_cases, usable
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
@@ -161,7 +163,7 @@ def run_train_segmenter(
 
     Raises:
         ConfigError: no such device.
-        InputError: the arm is not planned as it is now, or has no such fold.
+        InputError: the arm is not planned as it is now, has no such fold, or lacks the replicate's draw.
     """
     chosen = _select_device(device)
     settings = _training_settings(config, arm_dir, fold, seed)
@@ -175,6 +177,8 @@ def run_train_segmenter(
         _make_way(folder, aside, settings, what)
         loaders = 0 if chosen.type == "cpu" else processes
         with _environment(arm_dir, processes, seed, loaders), _quiet(folder / "console.log"):
+            if draw := _read_draw(config, arm_dir, fold, seed):
+                _preprocess_draw(arm_dir, draw)
             _train(arm_dir, folder, fold, settings, chosen, what)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -360,6 +364,26 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
             progress.advance()
 
 
+def _preprocess_draw(arm_dir: Path, draw: dict[str, Any]) -> None:
+    """Preprocess the samples of one replicate's draw beside the cases that all replicates share.
+
+    Always: samples that were made again have the names of the former ones.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
+    plans = PlansManager(str(preprocessed / f"{PLANS}.json"))
+    configuration = plans.get_configuration(CONFIGURATION)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    target, dataset_json = preprocessed / configuration.data_identifier, read_json(preprocessed / "dataset.json")
+    raw = draw_record(arm_dir, draw["replicate"]).parent
+    with Progress(f"preprocessing the draw of {draw['replicate']}", len(draw["cases"])) as progress:
+        for case in draw["cases"]:
+            image, label = (str(raw / file) for file in image_and_label(case["name"]))
+            preprocessor.run_case_save(str(target / case["name"]), [image], label, plans, configuration, dataset_json)
+            progress.advance()
+
+
 def _make_way(folder: Path, aside: Path, settings: dict, what: str) -> None:
     """Set a training of other data or settings aside until the new one has saved, or take back the one that is wanted.
 
@@ -505,6 +529,24 @@ def _read_arm(arm_dir: Path) -> dict[str, Any]:
     return read_json(arm_dir / "arm.json", "Run 'lungddpm compose' for this arm first.")
 
 
+def _read_draw(config: Config, arm_dir: Path, fold: int, seed: int) -> dict[str, Any]:
+    """What a replicate alone trains on; empty where it shares all its cases.
+
+    Raises:
+        InputError: the draw was not composed, or for the arm as it was.
+    """
+    arm = _read_arm(arm_dir)
+    if not arm["own_draws"]:
+        return {}
+    replicate = config.segmentation.replicate_name(fold, seed)
+    remedy = f"Run 'lungddpm compose --replicate {replicate}' for this arm first."
+    path = draw_record(arm_dir, replicate)
+    draw = read_json(path, remedy)
+    if draw["arm_fingerprint"] != arm["fingerprint"]:
+        raise InputError(path, "was composed for the arm as it was before", remedy)
+    return draw
+
+
 def _read_plan(arm_dir: Path) -> dict[str, Any]:
     return read_json(arm_dir / "plan.json", "Run 'lungddpm segment plan' for this arm first.")
 
@@ -512,8 +554,10 @@ def _read_plan(arm_dir: Path) -> dict[str, Any]:
 def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> dict:
     """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
 
+    Of an arm's cases, only those that this replicate trains on and is validated on count.
+
     Raises:
-        InputError: the arm is not planned, was composed again since, or has no such fold.
+        InputError: the arm is not planned, was composed again since, has no such fold, or lacks the replicate's draw.
     """
     plan, arm = _read_plan(arm_dir), _read_arm(arm_dir)
     if plan["arm_fingerprint"] != arm["fingerprint"]:
@@ -521,14 +565,19 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     if fold >= (n_folds := len(arm["folds"])):
         raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation
+    drawn = _read_draw(config, arm_dir, fold, seed).get("cases", [])
+    split = {"train": arm["folds"][fold]["train"] + [case["name"] for case in drawn], "val": arm["folds"][fold]["val"]}
+    hashes = {case["name"]: case["sha256"] for case in [*arm["cases"], *drawn]}
     settings = {
         "steps": options.steps,
         "save_every": options.save_every,
         "optimizer": options.optimizer,
         "learning_rate": options.learning_rate,
         "seed": seed_from(config.seed, seed, fold),
+        "split": split,
+        "cases": fingerprint([[hashes[name] for name in names] for names in split.values()]),
         # Not the code that planned: a training under way survives its change.
-        "plan": {key: plan[key] for key in ("arm_fingerprint", "plans_sha256", "nnunetv2")},
+        "plan": {key: plan[key] for key in ("plans_sha256", "nnunetv2")},
     }
     return settings | {"fingerprint": fingerprint(settings)}
 

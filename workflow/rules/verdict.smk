@@ -44,7 +44,7 @@ rule evaluate:
 rule quality:
     input:
         cases="results/cases/cases.tsv",
-        samples=lambda wildcards: sample_tables(wildcards.generator),
+        samples=lambda wildcards: samples_to_judge(wildcards.generator),
     output:
         samples=ensure("results/quality/{generator}.csv", non_empty=True),
         sets=ensure("results/quality/{generator}-sets.csv", non_empty=True),
