@@ -46,6 +46,10 @@ CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases
 SampleTables = Annotated[
     list[Path] | None, typer.Argument(help="Tables of synthetic cases, in order of shards (none for real arms).")
 ]
+CohortName = Annotated[
+    str,
+    typer.Option("--cohort", help="all, or of how many real cases and for which replicate: real4, all-fold0_seed1."),
+]
 Shard = Annotated[int, typer.Option(min=0, help="Which part of the work, counted from 0.")]
 Shards = Annotated[int, typer.Option(min=1, help="Into how many parts the work is cut.")]
 Device = Annotated[
@@ -197,7 +201,10 @@ def train(
     generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/ that is trained.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
-    output: Annotated[Path | None, typer.Option(help="Folder; default results/models/<generator>/<run>.")] = None,
+    cohort: CohortName = "all",
+    output: Annotated[
+        Path | None, typer.Option(help="Folder; default results/models/<generator>/<run>/<cohort>.")
+    ] = None,
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
@@ -210,13 +217,15 @@ def train(
         bool, typer.Option("--estimate", help="Only estimate memory, time and disk; writes nothing.")
     ] = False,
 ) -> None:
-    """Train a generator on the discovery cases: model.safetensors (EMA weights), history.csv, state/ to resume.
+    """Train a generator on the discovery cases, or a subset: model.safetensors (EMA weights), history.csv, state/ to
+    resume.
 
     On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
     """
     from lungddpm.config.loading import load_config
+    from lungddpm.core.cohorts import Cohort
 
-    settings = load_config(*config).for_training(generator)
+    settings = load_config(*config).for_training(generator, Cohort.parse(cohort))
     _set_threads(threads)
     with claim_device(device) as claimed:
         if estimate:
@@ -240,7 +249,8 @@ def synthesize(
     weights: Annotated[
         Path | None, typer.Option(help="Weights, for generators that need them: model.safetensors, or a published .pt.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>.")] = None,
+    cohort: CohortName = "all",
+    output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>/<cohort>.")] = None,
     dose: Annotated[
         float | None, typer.Option(min=0.0, help="Samples per real training case; default: the largest in config.")
     ] = None,
@@ -260,15 +270,17 @@ def synthesize(
 
     settings = load_config(*config)
     _set_threads(threads)
-    folder, dose = output or RESULTS / "synthetic" / generator, dose or settings.arms.largest_doses().get(generator)
+    folder = output or RESULTS / "synthetic" / generator / cohort
+    dose = dose or settings.arms.largest_doses().get(generator)
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
     # Generators without a network need no GPU.
     with claim_device(device if weights else "cpu") as claimed:
+        from lungddpm.core.cohorts import Cohort
         from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
-        run_synthesize(
-            settings, SynthesisJob(generator, cases, folder, samples, shard, shards, dose, weights, external, claimed)
-        )
+        made = Cohort.parse(cohort)
+        job = SynthesisJob(generator, cases, folder, samples, shard, shards, dose, weights, external, claimed, made)
+        run_synthesize(settings, job)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -278,13 +290,20 @@ def compose(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     output: Annotated[Path | None, typer.Option(help="Folder of the arm; default results/arms/<arm>.")] = None,
+    replicate: Annotated[
+        str | None, typer.Option(help="Add the samples of the draw that this replicate alone trains on: fold0_seed1.")
+    ] = None,
 ) -> None:
     """Compose a training set (nnU-Net raw dataset, HU) from real and synthetic cases, behind the leak guard."""
-    from lungddpm.arms.compose import run_compose
+    from lungddpm.arms.compose import run_compose, run_compose_draw
     from lungddpm.config.loading import load_config
     from lungddpm.core.arms import Arm
 
-    run_compose(load_config(*config), arm, cases, samples or [], output or RESULTS / "arms" / Arm.parse(arm).name)
+    settings, folder = load_config(*config), output or RESULTS / "arms" / Arm.parse(arm).name
+    if replicate is None:
+        run_compose(settings, arm, cases, samples or [], folder)
+    else:
+        run_compose_draw(settings, arm, replicate, cases, samples or [], folder)
 
 
 @segment_app.command("plan")
@@ -378,6 +397,31 @@ def quality(
     from lungddpm.quality.image_quality import run_quality
 
     run_quality(settings, cases, samples, generator, output)
+
+
+@app.command(rich_help_panel=STAGES)
+def label_fidelity(
+    samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, of each generator its shards.")],
+    output: Annotated[Path, typer.Option(help="Folder for metrics.csv (one row per case) and lesions.csv.")],
+    arm_folder: ArmFolder = RESULTS / "arms/real",
+    fold: Fold = 0,
+    seed: Seed = 0,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment synthetic CT with a replicate trained on real cases: Dice and lesions found against its own layout.
+
+    The references' real CT is segmented beside it: what is possible at most.
+    """
+    from lungddpm.config.loading import load_config
+
+    settings, threads = load_config(*config), _set_threads(threads)
+    with claim_device(device) as claimed:
+        from lungddpm.quality.label_fidelity import run_label_fidelity
+
+        run_label_fidelity(settings, arm_folder, fold, seed, cases, samples, output, claimed, threads)
 
 
 @app.command(rich_help_panel=STAGES)

@@ -8,12 +8,13 @@ import pandas as pd
 import pytest
 
 from lungddpm.config.loading import parse_config
-from lungddpm.core.cases import write_cases
+from lungddpm.core.cases import CaseFolder, write_cases
 from lungddpm.core.files import write_json, write_table, write_text
 from lungddpm.core.labels import Label
-from lungddpm.core.volume import Volume, write_volume
+from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality.image_quality import run_quality
+from lungddpm.quality.label_fidelity import cases_to_judge, judge
 from lungddpm.segmentation.nnunet import fold_folder
 
 SIZE = (20, 18, 16)
@@ -88,7 +89,8 @@ def write_results(
         role = ("discovery", "reference")[number] if number < 2 else "test"
         case_id = f"case-{number:02d}"
         layouts[case_id] = write_case(table.parent / case_id, rng, nodule=nodules or number < 2)
-        rows.append(case_row(case_id, f"patient-{number:02d}", role))
+        sha256 = CaseFolder(table.parent / case_id).hash()
+        rows.append(case_row(case_id, f"patient-{number:02d}", role, sha256=sha256))
     rows.append(case_row("case-99", "patient-99", "test", status="excluded", reason="holds <b>no</b> lungs"))
     write_cases(table, rows)
     for arm in config.arms.names():
@@ -128,18 +130,21 @@ def _write_logs(config, results, rng, learning):
 
 
 def _write_extras(config, results, rng, offset_hu):
-    folder = results / "synthetic" / "lung_ddpm"
+    (cohort, *_) = config.cohorts("lung_ddpm", config.arms.largest_number())
+    folder = results / "synthetic" / "lung_ddpm" / cohort.name
     for number in range(2):
         provenance = {"reference_case_id": "case-01", "seconds": 2.0 + number}
         write_case(folder / f"sample-{number}", rng, provenance=provenance, offset_hu=offset_hu)
-        row = case_row(f"sample-{number}", "patient-01", "", source="lung_ddpm")
+        sha256 = CaseFolder(folder / f"sample-{number}").hash()
+        row = case_row(f"sample-{number}", "patient-01", "", source="lung_ddpm", sha256=sha256)
         write_cases(folder / f"samples-{number}.tsv", [row])
     tables = [folder / "samples-0.tsv", folder / "samples-1.tsv"]
     output = results / "quality" / "lung_ddpm.csv"
     run_quality(config, results / "cases" / "cases.tsv", tables, "lung_ddpm", output)
     steps = np.arange(1, 101)
     write_table(
-        results / "models" / "lung_ddpm" / "main" / "history.csv", pd.DataFrame({"step": steps, "loss": 1 / steps})
+        results / config.trained_generators()[0].model_folder / "history.csv",
+        pd.DataFrame({"step": steps, "loss": 1 / steps}),
     )
     for arm in config.arms.names():
         entry = {"name": "case-00", "case_id": "case-00", "patient_id": "patient-00", "source": "phantom"}
@@ -152,10 +157,24 @@ def _write_extras(config, results, rng, offset_hu):
     for job, seconds in (times | {"evaluate-real-fold0_seed0": 61.5}).items():
         text = f"s\th:m:s\tmax_rss\tcpu_time\n{seconds}\t0:01:01\t-\t60.0\n"
         write_text(results / "benchmarks" / f"{job}.tsv", text)
+    judged = cases_to_judge(config, results / "arms" / "real", results / "cases" / "cases.tsv", tables)
+    for number, replicate in enumerate(config.segmentation.replicates()):
+        # Each replicate loses more of every synthetic nodule, and nothing of a real one.
+        found = judge(judged, lambda ct, lost=number + 1: _without(ct, lost * ("sample" in ct.parent.name)), replicate)
+        for name, table in zip(("metrics.csv", "lesions.csv"), found, strict=True):
+            write_table(results / "label_fidelity" / replicate / name, table)
 
 
 def _runs(config):
     return [(arm, name) for arm in config.arms.names() for name in config.segmentation.replicates()]
+
+
+def _without(ct, lost):
+    """The nodule beside a CT, without so many voxels of it."""
+    layout = read_volume(ct.with_name("layout.nii.gz"))
+    mask = layout.array == Label.NODULE
+    mask[tuple(np.argwhere(mask)[:lost].T)] = False
+    return layout.like(mask)
 
 
 @pytest.fixture

@@ -25,6 +25,10 @@ STAGES = {
     ),
     "segment train": ("lungddpm.segmentation.nnunet.run_train_segmenter", ["segment", "train", *ARM]),
     "segment predict": ("lungddpm.segmentation.nnunet.run_predict", ["segment", "predict", *ARM, "--output", "masks"]),
+    "label-fidelity": (
+        "lungddpm.quality.label_fidelity.run_label_fidelity",
+        ["label-fidelity", "samples.tsv", "--output", "label_fidelity"],
+    ),
     "bench": ("lungddpm.operations.bench.run_bench", ["bench"]),
 }
 

@@ -2,6 +2,11 @@
 
 <arm>/nnUNet_raw/Dataset501_LungNodule/   imagesTr (links to the cases' CT), labelsTr, dataset.json, splits_final.json
 <arm>/arm.json                            every case with its patient and hash, the folds, the leak guard's proof
+<arm>/draws/<replicate>/                  imagesTr, labelsTr: the samples that this replicate alone trains on
+<arm>/draws/<replicate>/draw.json         the same of them as `arm.json` of all others
+
+Where replicates have draws of their own, the dataset holds the cases that all of them share, and each draw stands
+beside it: so one more replicate leaves what the others train on as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +24,8 @@ import pandas as pd
 from lungddpm.arms import splits
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm
-from lungddpm.core.cases import CaseFolder, folder_of, hash_voxels, read_cases, usable
+from lungddpm.core.cases import CaseFolder, hash_voxels, read_cases, unchanged_folder_of, usable
+from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, write_json
 from lungddpm.core.labels import Label
@@ -48,79 +55,186 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
     """Compose one arm from scratch: nnU-Net's raw dataset and, last, `arm.json`.
 
     The first `round(dose x real cases)` samples of the synthesis plan are taken, so that a smaller dose is a subset of
-    a larger one. Synthetic and repeated cases are only ever trained on, never validated on; real ones are validated on
-    even where the arm is trained on synthetic ones alone.
+    a larger one. Where replicates have draws of their own, none are: see `run_compose_draw`. Synthetic and repeated
+    cases are only ever trained on, never validated on; real ones are validated on even where the arm is trained on
+    synthetic ones alone.
 
     Args:
-        config: decides the folds and whether patients may be shared.
+        config: decides the real cases, the folds and whether patients may be shared.
         arm: its name, see `Arm.parse`.
         cases_table: table of the real cases, with roles.
         sample_tables: tables of all shards of the arm's generator, in the order of shards.
         output: folder of the arm.
 
     Raises:
-        ConfigError: not an arm, or the folds cannot be made.
+        ConfigError: not an arm, there are not as many real cases, or the folds cannot be made.
         InputError: no training case with a nodule, too few samples, or files that differ from their table.
-        LeakError: a test patient is in the training set.
+        LeakError: a test patient is in the training set, or a patient beyond the arm's real cases.
     """
-    recipe = Arm.parse(arm)
     # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
     (output / "arm.json").unlink(missing_ok=True)
-    cases = read_cases(cases_table)
-    discovery, test = usable(cases, DISCOVERY), usable(cases, TEST)
-    for role, chosen in ((DISCOVERY, discovery), (TEST, test)):
-        if chosen.empty:
-            raise InputError(cases_table, f"has no usable {role} case", f"See its column reason; set roles.{role}.")
-    shared = config.roles.allow_shared_patients
-    segmentation = config.segmentation
-    real = _training_cases(cases_table, discovery)
+    around = _Surroundings.read(config, Arm.parse(arm), cases_table)
+    recipe, real, segmentation = around.arm, around.real, config.segmentation
     nodule_mm3 = {case.case_id: _nodule_mm3(case) for case in real}
-    folds = splits.folds(discovery, nodule_mm3, segmentation.n_folds, segmentation.folds, config.seed, shared)
-
+    folds = splits.folds(
+        around.discovery, nodule_mm3, segmentation.n_folds, segmentation.folds, config.seed, around.shared
+    )
+    own_draws = recipe.generator is not None and config.draws(recipe.generator) != [None]
     added: list[TrainingCase] = []
     if recipe.added == BASELINE:
         added = [replace(case, name=_repeated_name(case.name)) for case in real]
         folds = [{**fold, "train": fold["train"] + [_repeated_name(name) for name in fold["train"]]} for fold in folds]
-    elif recipe.added is not None:
-        if not (wanted := round(recipe.dose * len(real))):
-            raise ConfigError(
-                "arms.doses", f"{recipe.dose} of {len(real)} real cases is not one case", "Raise the dose."
-            )
-        added = [_training_case(*sample) for sample in first_samples(sample_tables, wanted)]
+    elif recipe.generator is not None:
+        added = [] if own_draws else _samples_of_arm(recipe, len(real), sample_tables)
         names = [case.name for case in added]
         folds = [{**fold, "train": (fold["train"] if recipe.real else []) + names} for fold in folds]
     trained = {name for fold in folds for name in fold["train"]}
     training = [*real, *added]
-    _check_names(training)
-
-    register = splits.read_register(cases)
-    known = {case: _origin(case, register) for case in _training_cases(cases_table, cases[cases["status"] == "ok"])}
-    proof = splits.check_leaks(
-        [known.get(replace(case, name=case.case_id)) or _origin(case, register) for case in training],
-        [known[case] for case in _training_cases(cases_table, test)],
-        shared,
-        known.values(),
-    )
+    proof = around.guard(training)
     with _replaced_folder(output / "nnUNet_raw") as raw:
         nodule_voxels = _write_dataset(raw / DATASET, output / "nnUNet_raw" / DATASET, training, folds)
         if not any(nodule_voxels[case.name] for case in real):
-            raise InputError(cases_table, "has no discovery case with a nodule", "Give roles.discovery other patients.")
-    entries = [
-        {
-            "name": case.name,
-            "case_id": case.case_id,
-            "patient_id": case.patient_id,
-            "source": case.source,
-            "sha256": case.sha256,
-            "nodule_voxels": nodule_voxels[case.name],
-            "trained_on": case.name in trained,
-        }
-        for case in training
-    ]
-    content = {"arm": recipe.name, "dataset": DATASET, "folds": folds, "cases": entries}
+            among = "" if recipe.real_cases is None else f" among the {recipe.real_cases} of arms.real_cases"
+            raise InputError(
+                cases_table,
+                f"has no discovery case with a nodule{among}",
+                "Give roles.discovery other patients, or raise arms.real_cases.",
+            )
+    content = {
+        "arm": recipe.name,
+        "dataset": DATASET,
+        "own_draws": own_draws,
+        "folds": folds,
+        "cases": [_entry(case, nodule_voxels, case.name in trained) for case in training],
+    }
     write_json(output / "arm.json", {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
     n_real = sum(case.name in trained for case in real)
     LOG.info("arm %s: %d real cases, %d added, %d folds", recipe.name, n_real, len(added), len(folds))
+
+
+def run_compose_draw(
+    config: Config, arm: str, replicate: str, cases_table: Path, sample_tables: list[Path], arm_folder: Path
+) -> None:
+    """Compose what one replicate alone trains on: images and labels of the samples of its draw and, last, `draw.json`.
+
+    Args:
+        config: decides the real cases, which a dose is a multiple of, and whether patients may be shared.
+        arm: its name.
+        replicate: its name, e.g. `fold0_seed1`.
+        cases_table: table of the real cases, with roles.
+        sample_tables: tables of all shards of this draw, in the order of shards.
+        arm_folder: folder of the composed arm.
+
+    Raises:
+        ConfigError: not an arm with draws of its own.
+        InputError: too few samples, files that differ from their table, or an arm that is not composed.
+        LeakError: as for `run_compose`.
+    """
+    record = draw_record(arm_folder, replicate)
+    record.unlink(missing_ok=True)
+    around = _Surroundings.read(config, Arm.parse(arm), cases_table)
+    composed = read_json(arm_folder / "arm.json", "Run 'lungddpm compose' for this arm first.")
+    if not composed["own_draws"]:
+        raise ConfigError(
+            "--replicate", f"the replicates of {around.arm.name} share their cases", "Compose it without --replicate."
+        )
+    samples = _samples_of_arm(around.arm, len(around.real), sample_tables)
+    proof = around.guard([*around.real, *samples])
+    with _replaced_folder(record.parent) as folder:
+        nodule_voxels, _ = _write_images(folder, record.parent, samples)
+        content = {
+            "arm": around.arm.name,
+            "replicate": replicate,
+            "arm_fingerprint": composed["fingerprint"],
+            "cases": [_entry(case, nodule_voxels, True) for case in samples],
+        }
+        write_json(folder / record.name, {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
+    LOG.info("arm %s: %d samples for %s alone", around.arm.name, len(samples), replicate)
+
+
+def draw_record(arm_folder: Path, replicate: str) -> Path:
+    """The `draw.json` of a replicate with a draw of its own; images and labels lie beside it."""
+    return arm_folder / "draws" / replicate / "draw.json"
+
+
+@dataclass(frozen=True)
+class _Surroundings:
+    """An arm's real cases, and what the leak guard compares it with."""
+
+    arm: Arm
+    shared: bool
+    """Whether patients may have several roles."""
+    discovery: pd.DataFrame
+    """The arm's real cases, as rows of their table."""
+    real: list[TrainingCase]
+    test: list[TrainingCase]
+    usable: list[TrainingCase]
+    """All real cases."""
+    register: splits.Register
+    outsiders: frozenset[str]
+    """Discovery patients of whom nothing may be in the arm: those beyond its real cases."""
+
+    @classmethod
+    def read(cls, config: Config, arm: Arm, cases_table: Path) -> _Surroundings:
+        """Read the cases and compare them with their table.
+
+        Raises:
+            ConfigError: there are not as many real cases.
+            InputError: no case of a role, or files that differ from their table.
+        """
+        cases = read_cases(cases_table)
+        discovery, test = usable(cases, DISCOVERY), usable(cases, TEST)
+        for role, chosen in ((DISCOVERY, discovery), (TEST, test)):
+            if chosen.empty:
+                raise InputError(cases_table, f"has no usable {role} case", f"See its column reason; set roles.{role}.")
+        of_arm = training_cases(cases, arm.real_cases, config.seed)
+        outsiders = frozenset[str]()
+        if config.arms.generators_learn_from == "same" and not config.roles.allow_shared_patients:
+            outsiders = frozenset(discovery["patient_id"]) - frozenset(of_arm["patient_id"])
+        return cls(
+            arm,
+            config.roles.allow_shared_patients,
+            of_arm,
+            _training_cases(cases_table, of_arm),
+            _training_cases(cases_table, test),
+            _training_cases(cases_table, cases[cases["status"] == "ok"]),
+            splits.read_register(cases),
+            outsiders,
+        )
+
+    def guard(self, training: list[TrainingCase]) -> dict:
+        """The leak guard's proof for these training cases.
+
+        Raises:
+            InputError: a name stands twice.
+            LeakError: a test patient is in them, or a patient beyond the arm's real cases.
+        """
+        _check_names(training)
+        known = {case: _origin(case, self.register) for case in self.usable}
+        origins = [known.get(replace(case, name=case.case_id)) or _origin(case, self.register) for case in training]
+        splits.check_subset(origins, self.outsiders)
+        tested = [known[case] for case in self.test]
+        return splits.check_leaks(origins, tested, self.shared, known.values())
+
+
+def _samples_of_arm(arm: Arm, n_real: int, tables: list[Path]) -> list[TrainingCase]:
+    """The samples that an arm takes of a cohort."""
+    if not (wanted := round(arm.dose * n_real)):
+        raise ConfigError("arms.doses", f"{arm.dose} of {n_real} real cases is not one case", "Raise the dose.")
+    return [_training_case(*sample) for sample in first_samples(tables, wanted)]
+
+
+def _entry(case: TrainingCase, nodule_voxels: dict[str, int], trained_on: bool) -> dict[str, Any]:
+    """What `arm.json` and `draw.json` say of a case."""
+    return {
+        "name": case.name,
+        "case_id": case.case_id,
+        "patient_id": case.patient_id,
+        "source": case.source,
+        "sha256": case.sha256,
+        "nodule_voxels": nodule_voxels[case.name],
+        "trained_on": trained_on,
+    }
 
 
 def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]]:
@@ -129,11 +243,7 @@ def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]
     Raises:
         InputError: one of them was not made.
     """
-    planned = {
-        row * len(tables) + shard: (table, sample)
-        for shard, table in enumerate(tables)
-        for row, (_, sample) in enumerate(read_cases(table).iterrows())
-    }
+    planned = planned_samples(tables)
     for number in range(count):
         if number not in planned:
             raise InputError(
@@ -147,13 +257,23 @@ def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]
     return [planned[number] for number in range(count)]
 
 
+def planned_samples(tables: list[Path]) -> dict[int, tuple[Path, pd.Series]]:
+    """The samples of a generator by their number in the synthesis plan, as rows with their table.
+
+    Args:
+        tables: of all shards, in their order: row k of shard s is sample k * shards + s.
+    """
+    return {
+        row * len(tables) + shard: (table, sample)
+        for shard, table in enumerate(tables)
+        for row, (_, sample) in enumerate(read_cases(table).iterrows())
+    }
+
+
 def _training_case(table: Path, row: pd.Series) -> TrainingCase:
-    folder = folder_of(table, row)
-    if (found := folder.hash()) != row["sha256"]:
-        problem = f"differs from what {table} says was written there"
-        raise InputError(folder.path, problem, "Delete the table and run again.")
+    folder = unchanged_folder_of(table, row)
     return TrainingCase(
-        row["case_id"], row["case_id"], row["patient_id"], row["source"], row["series_uid"], folder, found
+        row["case_id"], row["case_id"], row["patient_id"], row["source"], row["series_uid"], folder, row["sha256"]
     )
 
 
@@ -193,16 +313,7 @@ def _write_dataset(
     folder: Path, final_folder: Path, training: list[TrainingCase], folds: list[dict[str, list[str]]]
 ) -> dict[str, int]:
     """Write the raw dataset into `folder`, which will be renamed; returns the nodule voxels of every case."""
-    (folder / "imagesTr").mkdir(parents=True)
-    nodule_voxels, entries = {}, {}
-    for case in training:
-        _, layout = case.folder.read()
-        nodule = (layout.array == Label.NODULE).astype(np.uint8)
-        nodule_voxels[case.name] = int(nodule.sum())
-        image, label = f"imagesTr/{case.name}_0000{FILE_ENDING}", f"labelsTr/{case.name}{FILE_ENDING}"
-        link_or_copy(case.folder.ct, folder / image, final_folder / "imagesTr")
-        write_volume(folder / label, layout.like(nodule))
-        entries[case.name] = {"images": [image], "label": label}
+    nodule_voxels, entries = _write_images(folder, final_folder, training)
     dataset = {
         "channel_names": {"0": "CT"},
         "labels": {"background": 0, "nodule": 1},
@@ -215,6 +326,32 @@ def _write_dataset(
     write_json(folder / "dataset.json", dataset)
     write_json(folder / "splits_final.json", folds)
     return nodule_voxels
+
+
+def _write_images(
+    folder: Path, final_folder: Path, training: list[TrainingCase]
+) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
+    """Write images and labels as nnU-Net names them into `folder`, which will be renamed.
+
+    Returns:
+        By name, the nodule voxels of every case, and its entry in nnU-Net's list of files.
+    """
+    (folder / "imagesTr").mkdir(parents=True)
+    nodule_voxels, entries = {}, {}
+    for case in training:
+        _, layout = case.folder.read()
+        nodule = (layout.array == Label.NODULE).astype(np.uint8)
+        nodule_voxels[case.name] = int(nodule.sum())
+        image, label = image_and_label(case.name)
+        link_or_copy(case.folder.ct, folder / image, final_folder / "imagesTr")
+        write_volume(folder / label, layout.like(nodule))
+        entries[case.name] = {"images": [image], "label": label}
+    return nodule_voxels, entries
+
+
+def image_and_label(name: str) -> tuple[str, str]:
+    """Where nnU-Net looks for the image and the label of a training case, below its dataset."""
+    return f"imagesTr/{name}_0000{FILE_ENDING}", f"labelsTr/{name}{FILE_ENDING}"
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lungddpm.config.models import Roles
 from lungddpm.core.errors import ConfigError, LeakError
-from lungddpm.core.files import seed_from
+from lungddpm.core.files import seed_from, seeded_order
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import ROLES, join_roles, roles_of
 
@@ -33,7 +33,7 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
     Raises:
         ConfigError: unknown patients in a list, too few patients, or a role without any.
     """
-    patients = _shuffled((row["patient_id"] for row in index if row["status"] == "ok"), seed, "roles")
+    patients = seeded_order((row["patient_id"] for row in index if row["status"] == "ok"), seed, "roles")
     members = _draw_members(roles, patients, {row["patient_id"] for row in index})
     role_of = {patient: join_roles(role for role in ROLES if patient in members[role]) for patient in patients}
     assigned = [dict(row) for row in index]
@@ -130,7 +130,7 @@ def folds(
         raise ConfigError(
             "segmentation.folds",
             f"names fold {largest}, but with {len(patients)} usable discovery patients there are {possible} folds",
-            "Name fewer folds (the first is 0), or give more patients the role discovery.",
+            "Name fewer folds (the first is 0), raise arms.real_cases, or give more patients the role discovery.",
         )
     if possible < n_folds:
         LOG.warning("segmentation.n_folds is %d, but there are only %d discovery patients", n_folds, possible)
@@ -210,6 +210,30 @@ def check_leaks(
     }
 
 
+def check_subset(training: Iterable[Origin], outsiders: frozenset[str]) -> None:
+    """The leak guard of arms with fewer real cases: nothing in them may stem from the other discovery patients.
+
+    Args:
+        training: cases of the training set.
+        outsiders: discovery patients beyond the arm's real cases.
+
+    Raises:
+        LeakError: naming the patients.
+    """
+    strangers: dict[str, str] = {}
+    for case in training:
+        for patient in case.patients & outsiders:
+            strangers.setdefault(patient, case.case_id)
+    if strangers:
+        shown = "; ".join(f"{patient} in {strangers[patient]}" for patient in sorted(strangers)[:3])
+        raise LeakError(
+            "leak guard",
+            f"{len(strangers)} patients beyond the real cases of this arm are in its training set ({shown})",
+            "Make the samples again from this number of real cases, or set arms.generators_learn_from: all if "
+            "generators may have learned from more.",
+        )
+
+
 @dataclass(frozen=True)
 class Register:
     """Whom an identifier of a case table stands for, by the kind of the identifier: one text may be of several kinds.
@@ -268,10 +292,6 @@ def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list):
         for item in value:
             yield from _texts(item, key)
-
-
-def _shuffled(patients: Iterable[str], seed: int, draw: str) -> list[str]:
-    return sorted(set(patients), key=lambda patient: (seed_from(seed, draw, patient), patient))
 
 
 def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]) -> None:

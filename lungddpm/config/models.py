@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -30,6 +31,7 @@ from lungddpm.config.sections import (
     is_trained,
 )
 from lungddpm.core.arms import BASELINE, Arm
+from lungddpm.core.cohorts import ALL, SHARED, Cohort
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.roles import ROLES
 
@@ -217,6 +219,26 @@ class Synthesis(Section):
     """Smallest and largest factor on the diameter of a nodule that is placed or jittered."""
     shift_mm: Annotated[float, Field(ge=0)] = 15.0
     """Largest shift of a jittered nodule in mm."""
+    draw_per_replicate: bool = True
+    """Every replicate trains on samples of its own draw: own layouts, own noise, own order of references. The verdict
+    then covers the luck of the draw. Samples cost as many times as much as there are replicates. Those of
+    `arms.external` are shared in any case."""
+    training_per_replicate: bool = False
+    """The generators are trained once per replicate as well, so that the verdict covers the luck of that training;
+    needs `draw_per_replicate`."""
+
+    def decides_layouts(self) -> dict[str, Any]:
+        """The keys that decide what the layout of a sample is, as JSON-like values: not how many draws there are."""
+        return self.model_dump(mode="json", exclude={"draw_per_replicate", "training_per_replicate"})
+
+    @model_validator(mode="after")
+    def _draws(self) -> Synthesis:
+        if self.training_per_replicate and not self.draw_per_replicate:
+            raise ValueError(
+                "synthesis.training_per_replicate needs synthesis.draw_per_replicate: true, as each training has "
+                "samples of its own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scale(self) -> Synthesis:
@@ -235,6 +257,14 @@ class Arms(Section):
     `real+<generator>@<dose>`."""
     doses: list[PositiveFloat] = [1.0]
     """Synthetic cases as a multiple of the real training cases."""
+    real_cases: Annotated[list[PositiveInt | Literal["all"]], Field(min_length=1)] = ["all"]
+    """Numbers of real training cases: all arms are made with each of them, and compared with the real cases of that
+    number. `all` takes every usable discovery case; smaller numbers are nested subsets, whole patients drawn by `seed`,
+    the same for all arms."""
+    generators_learn_from: Literal["same", "all"] = "same"
+    """What generators learn from where an arm has fewer real cases than there are: the `same` cases, so that nothing
+    of the others gets into the arm, or `all`, as with a generator that somebody else has trained. Training, the
+    nodules that are placed, and the donors of copy_paste go by it."""
     controls: list[Name] = ["real"]
     """`real` (the real cases once more: arm `real+real`), or generators used as controls, at `control_dose`."""
     control_dose: PositiveFloat = 1.0
@@ -256,7 +286,7 @@ class Arms(Section):
         for key, names in lists.items():
             for name in names:
                 _check_known(name, modules | set(self.external), f"arms.{key}")
-        for key in ("generators", "doses", "controls", "synthetic_only"):
+        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"arms.{key} lists a value twice: {values}")
@@ -280,12 +310,26 @@ class Arms(Section):
         """Generators in use and the largest dose that any arm takes of each."""
         return {name: doses[-1] for name, doses in self.doses_of().items()}
 
+    def numbers(self) -> list[int | None]:
+        """The numbers of real cases, in the order of the config; None is all."""
+        return [None if number == ALL else int(number) for number in self.real_cases]
+
+    def largest_number(self) -> int | None:
+        """The largest number of real cases; None is all."""
+        numbers = self.numbers()
+        return None if None in numbers else max(number for number in numbers if number is not None)
+
     def all(self) -> list[Arm]:
-        """All arms, `real` first, then those with synthetic CT, then the controls."""
+        """All arms, number by number of real cases: `real` first, then those with synthetic CT, then the controls."""
         mixed = [Arm(True, name, dose) for name in self.generators for dose in self.doses]
         alone = [Arm(False, name, 1.0) for name in self.synthetic_only]
         controls = [Arm(True, name, 1.0 if name == BASELINE else self.control_dose) for name in self.controls]
-        return [Arm(True, None, 0.0), *mixed, *alone, *controls]
+        recipes = [Arm(True, None, 0.0), *mixed, *alone, *controls]
+        return [replace(recipe, real_cases=number) for number in self.numbers() for recipe in recipes]
+
+    def planning(self) -> Arm:
+        """The arm that nnU-Net's plans are made on: the real cases of the largest number."""
+        return Arm(True, None, 0.0, self.largest_number())
 
     def names(self) -> list[str]:
         """Names of `all`, e.g. `["real", "real+lung_ddpm@1.0", "synthetic:lung_ddpm", "real+real"]`."""
@@ -367,6 +411,14 @@ class ImageQuality(Section):
     weights: Literal["hub"] | UserPath | None = None
     """The public file `resnet_50.pth` of MedicalNet; `hub` takes it from Hugging Face; null takes a network with random
     weights, whose distances tell sets apart but compare with no publication."""
+
+
+class LabelFidelity(Section):
+    """How well the segmenters of `real` find the nodules of synthetic CT; of real references beside it."""
+
+    samples: PositiveInt = 50
+    """Samples of each generator that are judged by every replicate, the first ones of its plan, and as many references
+    (more where the samples were made from others)."""
 
 
 class Calibration(Section):
@@ -503,6 +555,7 @@ class Config(Section):
     arms: Arms = Arms()
     segmentation: Segmentation = Segmentation()
     image_quality: ImageQuality = ImageQuality()
+    label_fidelity: LabelFidelity = LabelFidelity()
     verdict: Verdict = Verdict()
     workflow: Workflow = Workflow()
 
@@ -552,8 +605,36 @@ class Config(Section):
         owners = [owner for name in names if (owner := _generators().plugin(name).weights_of) is not None]
         return list(dict.fromkeys([*names, *owners]))
 
-    def for_generator(self, name: str) -> GeneratorConfig[Any]:
+    def draws(self, generator: str) -> list[str | None]:
+        """The replicates that have a draw of their own of a generator's samples; [None] where all share one."""
+        if generator in self.arms.external or not self.synthesis.draw_per_replicate:
+            return [None]
+        return [*self.segmentation.replicates()]
+
+    def cohorts(self, generator: str, real_cases: int | None) -> list[Cohort]:
+        """The synthetic cohorts of a generator in use for a number of real cases, one per draw."""
+        return [Cohort(real_cases, replicate) for replicate in self.draws(generator)]
+
+    def training_of(self, cohort: Cohort) -> Cohort:
+        """The training that a cohort's samples are drawn with; the nodules they are given are of the same cases."""
+        return Cohort(
+            cohort.real_cases if self.arms.generators_learn_from == "same" else None,
+            cohort.replicate if self.synthesis.training_per_replicate else None,
+        )
+
+    def trainings(self) -> list[Cohort]:
+        """Every training of a generator, the one of most real cases for the first replicate first."""
+        numbers = dict.fromkeys([self.arms.largest_number(), *self.arms.numbers()])
+        replicates = self.segmentation.replicates() if self.synthesis.draw_per_replicate else [None]
+        cohorts = [Cohort(number, replicate) for number in numbers for replicate in replicates]
+        return list(dict.fromkeys(map(self.training_of, cohorts)))
+
+    def for_generator(self, name: str, cohort: Cohort = SHARED) -> GeneratorConfig[Any]:
         """What a generator is given of this config.
+
+        Args:
+            name: of the generator.
+            cohort: the one that it makes, or is trained for.
 
         Raises:
             ConfigError: there is no such generator, or it cannot work on this grid.
@@ -563,24 +644,26 @@ class Config(Section):
         except ValueError as error:
             raise ConfigError("config", str(error), "See config/README.md.") from None
         owner = _generators().plugin(name).weights_of
-        weights_from = self.for_generator(owner) if owner not in (None, name) else None
-        return GeneratorConfig(name, getattr(self.generators, name), self.grid, self.seed, weights_from)
+        weights_from = self.for_generator(owner, cohort) if owner not in (None, name) else None
+        settings, trained_for = getattr(self.generators, name), self.training_of(cohort)
+        return GeneratorConfig(name, settings, self.grid, self.seed, weights_from, trained_for)
 
-    def for_training(self, name: str) -> GeneratorConfig[TrainedSettings]:
+    def for_training(self, name: str, cohort: Cohort = SHARED) -> GeneratorConfig[TrainedSettings]:
         """The same for a generator that is trained.
 
         Raises:
             ConfigError: see `for_generator`, or it is not trained.
         """
-        config = self.for_generator(name)
+        config = self.for_generator(name, cohort)
         if is_trained(config):
             return config
         known = [each for each, settings in self.generators if isinstance(settings, TrainedSettings)]
         raise ConfigError("--generator", f"'{name}' is not trained", f"Generators that are: {', '.join(known)}.")
 
     def trained_generators(self) -> list[GeneratorConfig[TrainedSettings]]:
-        """Those of the generators in use that are trained."""
-        return [each for name in self.generators_in_use() if is_trained(each := self.for_generator(name))]
+        """Those of the generators in use that are trained, each for the first of `trainings`."""
+        first = self.trainings()[0]
+        return [each for name in self.generators_in_use() if is_trained(each := self.for_generator(name, first))]
 
     def _check(self, name: str) -> None:
         """Make sure that a generator can work with the config.

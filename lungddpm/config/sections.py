@@ -11,6 +11,8 @@ from typing import Annotated, Any, Generic, Literal, TypeGuard, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from lungddpm.core.cohorts import SHARED, Cohort
+
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
@@ -291,6 +293,7 @@ class GeneratorConfig(Generic[S]):
         grid: the grid of all cases.
         seed: root of every random number.
         weights_from: the other generator whose weights it draws with, if it does.
+        trained_for: how many real cases it learns from, and the only replicate that it is trained for, if there is one.
     """
 
     name: str
@@ -298,6 +301,7 @@ class GeneratorConfig(Generic[S]):
     grid: Grid
     seed: int
     weights_from: GeneratorConfig[Any] | None = None
+    trained_for: Cohort = SHARED
 
     @property
     def of_weights(self) -> GeneratorConfig[Any]:
@@ -314,13 +318,17 @@ class GeneratorConfig(Generic[S]):
 
     @property
     def run(self) -> str:
-        """The name that enters its seeds."""
-        return self.settings.run if isinstance(self.settings, TrainedSettings) else SHARED_RUN
+        """The name that enters its seeds: that of its run; a training for one replicate alone has seeds of its own."""
+        if not isinstance(self.settings, TrainedSettings):
+            return SHARED_RUN
+        own = "" if self.trained_for.replicate is None else f"-{self.trained_for.replicate}"
+        return f"{self.settings.run}{own}"
 
     @property
     def model_folder(self) -> str:
         """Where a run keeps what was trained, within its results."""
-        return f"models/{self.name}/{self.run}"
+        run = self.settings.run if isinstance(self.settings, TrainedSettings) else SHARED_RUN
+        return f"models/{self.name}/{run}/{self.trained_for.name}"
 
     def decides_samples(self) -> dict[str, Any]:
         """What decides a sample besides its inputs, weights and seed, as JSON-like values."""

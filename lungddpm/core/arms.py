@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lungddpm.core.errors import ConfigError
 
 BASELINE = "real"
-"""The arm of the real cases alone, with which every other arm is compared; also the word for real cases in a name."""
+"""The real cases alone, with which every other arm of as many real cases is compared; also the word for real cases in a
+name."""
+_NUMBER = r"(?P<{0}>[1-9][0-9]*)?"
 _NAME = re.compile(
-    r"(?P<baseline>real)"
-    r"|(?P<repeated>real\+real)"
-    r"|real\+(?P<added>[A-Za-z0-9_]+)@(?P<dose>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?)"
-    r"|synthetic:(?P<alone>[A-Za-z0-9_]+)"
+    rf"real{_NUMBER.format('n_real')}"
+    r"(?:(?P<repeated>\+real)|\+(?P<added>[A-Za-z0-9_]+)@(?P<dose>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?))?"
+    rf"|synthetic{_NUMBER.format('n_alone')}:(?P<alone>[A-Za-z0-9_]+)"
 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A training set: `real`, `real+real`, `real+<generator>@<dose>` or `synthetic:<generator>`."""
+    """A training set: `real`, `real+real`, `real+<generator>@<dose>` or `synthetic:<generator>`; with fewer real cases
+    than there are, `real4`, `real4+real`, `real4+<generator>@<dose>` or `synthetic4:<generator>`."""
 
     real: bool
     """Whether it is trained on the real cases; every arm is validated on them."""
@@ -29,6 +31,8 @@ class Arm:
     """A generator, `real` for the real cases once more, or None."""
     dose: float
     """How much is added, as a multiple of the real cases: 1 where the name has no dose, 0 where nothing is added."""
+    real_cases: int | None = None
+    """How many real cases there are; None for all. Arms of one number have the same ones."""
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -46,28 +50,42 @@ class Arm:
                 f"arm '{text}'",
                 "is not the name of an arm",
                 "Names are real, real+real, real+<generator>@<dose> and synthetic:<generator>, e.g. "
-                "real+lung_ddpm@1.0.",
+                "real+lung_ddpm@1.0; with 4 real cases real4, real4+real, and so on.",
             )
-        if found["baseline"]:
-            return cls(True, None, 0.0)
-        if found["repeated"]:
-            return cls(True, BASELINE, 1.0)
-        return cls(found["alone"] is None, found["added"] or found["alone"], dose)
+        number = found["n_real"] or found["n_alone"]
+        real_cases = int(number) if number else None
+        if found["alone"]:
+            return cls(False, found["alone"], 1.0, real_cases)
+        if added := BASELINE if found["repeated"] else found["added"]:
+            return cls(True, added, dose, real_cases)
+        return cls(True, None, 0.0, real_cases)
 
     @property
     def name(self) -> str:
         """As folders, tables and the command line have it, e.g. `real+lung_ddpm@1.0`; the dose is written as JSON
         writes a float."""
-        if self.added is None:
-            return BASELINE
+        number = "" if self.real_cases is None else str(self.real_cases)
         if not self.real:
-            return f"synthetic:{self.added}"
-        return f"{BASELINE}+{BASELINE}" if self.added == BASELINE else f"{BASELINE}+{self.added}@{float(self.dose)}"
+            return f"synthetic{number}:{self.added}"
+        if self.added is None:
+            return f"{BASELINE}{number}"
+        added = BASELINE if self.added == BASELINE else f"{self.added}@{float(self.dose)}"
+        return f"{BASELINE}{number}+{added}"
 
     @property
     def generator(self) -> str | None:
         """The generator whose CT it is trained on, if any."""
         return None if self.added == BASELINE else self.added
+
+    @property
+    def baseline(self) -> Arm:
+        """The arm that it is compared with: its real cases alone."""
+        return Arm(True, None, 0.0, self.real_cases)
+
+    @property
+    def recipe(self) -> Arm:
+        """The same with all real cases: what arms of several numbers have in common."""
+        return replace(self, real_cases=None)
 
     def is_control(self, generators: Collection[str]) -> bool:
         """Whether it tests none of these generators: `real` itself, the real cases once more, or a control generator.
@@ -76,3 +94,8 @@ class Arm:
             generators: those that the run asks about (`arms.generators`).
         """
         return self.real and self.added not in generators
+
+
+def is_baseline(name: str) -> bool:
+    """Whether an arm is one that others are compared with, by its name."""
+    return Arm.parse(name).added is None

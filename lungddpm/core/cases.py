@@ -171,6 +171,19 @@ def folder_of(table: Path, case: pd.Series) -> CaseFolder:
     return CaseFolder(Path(table).parent / case["path"])
 
 
+def unchanged_folder_of(table: Path, case: pd.Series) -> CaseFolder:
+    """The same, checked against the row's `sha256`.
+
+    Raises:
+        InputError: a file is missing, or differs from what the table says.
+    """
+    folder = folder_of(table, case)
+    if folder.hash() != case["sha256"]:
+        problem = f"differs from what {table} says was written there"
+        raise InputError(folder.path, problem, "Delete the table and run again.")
+    return folder
+
+
 def hash_voxels(ct: Volume) -> str:
     """SHA-256 of the HU of a CT, by which a scan is known again whatever its file, header and compression.
 

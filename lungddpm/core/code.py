@@ -58,12 +58,14 @@ STAGES: dict[str, tuple[str, ...]] = {
     ),
     "copy_external": ("lungddpm.synthesis.external:import_external",),
     "compose": ("lungddpm.arms.compose:run_compose",),
+    "compose_draw": ("lungddpm.arms.compose:run_compose_draw",),
     "plan": ("lungddpm.segmentation.nnunet:run_plan_segmenter",),
     # As for the denoiser: not `run_train_segmenter`.
     "train_segmenter": ("lungddpm.segmentation.trainers.lungddpm_trainer:LungDDPMTrainer",),
     "predict": ("lungddpm.segmentation.nnunet:run_predict",),
     "evaluate": ("lungddpm.evaluation.segmentation:run_evaluate",),
     "quality": ("lungddpm.quality.image_quality:run_quality",),
+    "label_fidelity": ("lungddpm.quality.label_fidelity:run_label_fidelity",),
     "report": ("lungddpm.report.page:run_report",),
     "checksums": ("lungddpm.operations.verify:run_checksums",),
 }
@@ -81,6 +83,7 @@ LEFT_OUT = {
     "lungddpm.core.memory": "where arrays lie, not what is in them",
     "lungddpm.core.progress": "speaks only",
     "lungddpm.core.torch_device": "where something is computed, not what",
+    "lungddpm.synthesis.run._patients_of": "reads what stands beside the weights, whose hash counts",
     "lungddpm.models.accelerator": "where something is computed, and how precisely as far as config leaves it open",
 }
 """Modules, packages and definitions that decide no result, and why."""

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -171,6 +171,11 @@ def fingerprint(value: Any) -> str:
 def seed_from(*parts: int | str) -> int:
     """A seed in [0, 2**63) for a random generator, derived from what names the draw, e.g. (run seed, case, index)."""
     return int(fingerprint(list(parts))[:16], 16) >> 1
+
+
+def seeded_order(names: Iterable[str], seed: int, draw: str) -> list[str]:
+    """Distinct names in an order that follows from the seed and from them alone, not from that in which they come."""
+    return sorted(set(names), key=lambda name: (seed_from(seed, draw, name), name))
 
 
 def _distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

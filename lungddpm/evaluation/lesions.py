@@ -13,6 +13,8 @@ import cc3d
 import numpy as np
 
 SIZE_BINS = ("< 6 mm", "6-10 mm", "> 10 mm")
+SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
+"""How the size bins are written in names of columns."""
 CANDIDATE_PROBABILITY = 0.1
 """A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
 to be found at a lower score; not lower, so that neighbours do not grow together."""

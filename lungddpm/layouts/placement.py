@@ -152,7 +152,9 @@ class NoduleLibrary:
         return {donor.case_id: donor.folder for donor in self.donors}
 
 
-def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool) -> NoduleLibrary:
+def open_library(
+    cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool, discovery: pd.DataFrame | None = None
+) -> NoduleLibrary:
     """The nodules of the usable discovery cases; of patients who are also tested on only where that is allowed.
 
     Only `case.json` of each case is read here.
@@ -161,13 +163,15 @@ def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: 
         cases_table: where the table lies, beside the cases' folders.
         table: all cases.
         allow_shared_patients: see `roles.allow_shared_patients`.
+        discovery: those of the discovery cases that lend their nodules; all by default.
 
     Raises:
         InputError: no such nodule, or a case without a readable record.
     """
     tested = set(cases.of_role(table, TEST)["patient_id"])
     donors, counts, measures, identity = [], [], [], []
-    for _, row in cases.usable(table, DISCOVERY).iterrows():
+    discovery = cases.usable(table, DISCOVERY) if discovery is None else discovery
+    for _, row in discovery.iterrows():
         if row["n_nodules"] == 0 or (row["patient_id"] in tested and not allow_shared_patients):
             continue
         folder = cases.folder_of(cases_table, row)
@@ -183,8 +187,9 @@ def open_library(cases_table: Path, table: pd.DataFrame, allow_shared_patients: 
     if not donors:
         raise InputError(
             cases_table,
-            "has no discovery case with a nodule in the lungs, from which new ones could be made",
-            "Give roles.discovery other patients, or set synthesis.nodules_on_grid and jitter_repeats to false.",
+            f"has no nodule in the lungs of its {len(discovery)} discovery cases, from which new ones could be made",
+            "Raise arms.real_cases, give roles.discovery other patients, or set synthesis.place_nodules and "
+            "jitter_repeats to false.",
         )
     return NoduleLibrary(tuple(donors), tuple(counts), Prior.learn(measures), fingerprint(identity))
 

@@ -22,8 +22,8 @@ from lungddpm.core.torch_files import fault_of
 
 N = TypeVar("N", bound=nn.Module)
 
-_FORMAT = "lungddpm-model-3"
-_EARLIER_FORMATS = "lungddpm-denoiser"
+_FORMAT = "lungddpm-model-4"
+_EARLIER_FORMATS = "lungddpm-denoiser", "lungddpm-model-"
 _RETRAIN = "Train the generator again (lungddpm train), or give the path of its model.safetensors."
 ADAPT = "Set the config to what the weights were trained with, or give other weights."
 _FAULTS_SHOWN = 3
@@ -39,6 +39,7 @@ class Metadata:
         steps: optimizer steps taken.
         config_fingerprint: of the keys that decide what training computes.
         data_fingerprint: of the cases that it saw.
+        trained_on: their patients.
         code: which code took which steps, where that is known.
     """
 
@@ -47,6 +48,7 @@ class Metadata:
     steps: int
     config_fingerprint: str
     data_fingerprint: str
+    trained_on: list[str]
     code: list[CodeFromStep] = field(default_factory=list)
 
     @classmethod
@@ -56,10 +58,19 @@ class Metadata:
         steps: int,
         config_fingerprint: str,
         data_fingerprint: str,
+        trained_on: Sequence[str] = (),
         code: Sequence[CodeFromStep] = (),
     ) -> Metadata:
         """What a generator's training writes."""
-        return cls(config.dump(), config.decides_fit(), steps, config_fingerprint, data_fingerprint, list(code))
+        return cls(
+            config.dump(),
+            config.decides_fit(),
+            steps,
+            config_fingerprint,
+            data_fingerprint,
+            list(trained_on),
+            list(code),
+        )
 
 
 def save_network(path: Path, network: nn.Module, metadata: Metadata) -> None:
@@ -177,7 +188,7 @@ def _read_description(path: Path) -> dict[str, Any]:
         raise InputError(path, "does not exist", _RETRAIN) from None
     except (OSError, SafetensorError) as error:
         raise InputError(path, f"is cut short or not a safetensors file ({error})", _RETRAIN) from None
-    if any(name.startswith(_EARLIER_FORMATS) for name in texts):
+    if _FORMAT not in texts and any(name.startswith(_EARLIER_FORMATS) for name in texts):
         raise InputError(path, "was trained by an earlier version, whose weights are not read any more", _RETRAIN)
     if _FORMAT not in texts:
         raise InputError(path, "holds no weights trained by lungddpm", _RETRAIN)

@@ -28,10 +28,10 @@ from torch import nn
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core import cases
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
+from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, read_json, seed_from, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
-from lungddpm.core.roles import DISCOVERY
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
@@ -57,7 +57,7 @@ def run_train(
     *,
     restart: bool = False,
 ) -> None:
-    """Train a generator on the usable discovery cases; write `model.safetensors`.
+    """Train a generator on the usable discovery cases, or on the subset that it is for; write `model.safetensors`.
 
     A training of the same config on the same cases is continued from its last saved state, also where the code has
     changed, which is recorded; on a CPU it ends bit-identical to one that was never interrupted. One that is complete
@@ -77,15 +77,17 @@ def run_train(
     Raises:
         InputError: no usable case, a case that breaks its contract, initial weights that are missing or do not fit, or
             a loss that is no longer a number.
-        ConfigError: the device is not there, or its memory does not suffice.
+        ConfigError: the device is not there, its memory does not suffice, or there are not as many cases.
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
-    rows = cases.usable(cases.read_cases(cases_table), DISCOVERY)
+    number = config.trained_for.real_cases
+    rows = training_cases(cases.read_cases(cases_table), number, config.seed)
     if recipe.needs_nodule:
         rows = rows[rows["n_nodules"] > 0]
     if rows.empty:
         what = "discovery case with a nodule" if recipe.needs_nodule else "discovery case"
-        raise InputError(cases_table, f"has no usable {what}", "See its columns role, status and reason.")
+        among = "" if number is None else f" among the {number} of arms.real_cases"
+        raise InputError(cases_table, f"has no usable {what}{among}", "See its columns role, status and reason.")
     if initial is not None and not initial.exists():
         raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
     folders = [cases.folder_of(cases_table, row) for _, row in rows.iterrows()]
@@ -97,6 +99,7 @@ def run_train(
         steps=training.steps,
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
+        trained_on=sorted(set(rows["patient_id"])),
         code=code_of_steps([], 0, stage_fingerprint("train", config.name)),
     )
     with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
@@ -272,6 +275,7 @@ def _config_fingerprint(config: GeneratorConfig[TrainedSettings], processes: int
         "seed": config.seed,
         "window_hu": config.grid.window_hu,
         "generator": config.name,
+        "run": config.run,
         "settings": config.settings.decides_weights(processes),
         "initial_sha256": None if initial is None else sha256_of(initial),
     }

@@ -28,7 +28,7 @@ from lungddpm.verdict.design import (
     power_of_design,
     typical_components,
 )
-from lungddpm.verdict.families import asked_arms, design_of, relevant_difference
+from lungddpm.verdict.families import asked_arms, design_of, relevant_difference, stages_per_replicate
 from lungddpm.verdict.statistics import POWER
 from lungddpm.verdict.tables import read_csv
 
@@ -81,7 +81,7 @@ def run_design(
     of_hours = f"as measured in {results}, one job after another"
     if not costs:
         speed = choose_speed(config, device, step_seconds, bench)
-        costs = _planned_costs(plan_run(config, cohort, speed), own, cohort)
+        costs = _planned_costs(config, plan_run(config, cohort, speed), own, cohort)
         of_hours = f"estimated for {speed.device}, {speed.origin}"
     relevant = relevant_difference(config)
     notes = _notes(config, own, components, relevant, costs)
@@ -119,17 +119,18 @@ def _timed_costs(config: Config, own: Design, results: Path) -> dict[str, Costs]
         return {}
     table, n_runs = read_cases(cases), own.n_arms * len(config.segmentation.replicates())
     sizes = own.n_replicates, len(usable(table, TEST)), len(table)
-    return {"job hours": costs_of_timing(read_csv(timing), n_runs, *sizes)}
+    return {"job hours": costs_of_timing(read_csv(timing), n_runs, *sizes, stages_per_replicate(config))}
 
 
-def _planned_costs(stages: Sequence[Stage], own: Design, cohort: Cohort) -> dict[str, Costs]:
+def _planned_costs(config: Config, stages: Sequence[Stage], own: Design, cohort: Cohort) -> dict[str, Costs]:
     """The costs that are planned: those of GPUs, where they are used, and of cores."""
     hours: dict[str, dict[str, float]] = {"GPU hours": {}, "core hours": {}}
     for stage in stages:
         for head, value in (("GPU hours", stage.gpu_hours), ("core hours", stage.core_hours)):
             hours[head][stage.name] = hours[head].get(stage.name, 0.0) + value
     sizes = own.n_replicates, cohort.test, cohort.scans
-    return {head: Costs(of_stage, *sizes) for head, of_stage in hours.items() if any(of_stage.values())}
+    grow = stages_per_replicate(config)
+    return {head: Costs(of_stage, *sizes, grow) for head, of_stage in hours.items() if any(of_stage.values())}
 
 
 def _table(own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> str:

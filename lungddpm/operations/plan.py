@@ -12,6 +12,7 @@ from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation, Workflow
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.arms import Arm
+from lungddpm.core.cohorts import count_real_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
 from lungddpm.core.roles import ROLES
@@ -73,6 +74,7 @@ _RATES = {
     "synthesize": _Rate(0.1, 1.0, memory_gib=0.5, disk_bytes=1e4),
     "quality": _Rate(0.05, 1.0, memory_gib=0.5),
     "compose": _Rate(0.01, 0.1, disk_bytes_per_voxel=0.03),
+    "compose_draw": _Rate(0.01),
     "plan": _Rate(0.05, 0.5, memory_gib=1.7, disk_bytes_per_voxel=2),
     "evaluate": _Rate(0.05, 1.0, memory_gib=0.3),
     "write_report": _Rate(10, memory_gib=0.5, disk_bytes=8e6),
@@ -295,17 +297,26 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     from lungddpm.generators import plugin
 
     grid = math.prod(config.grid.size)
-    samples = {name: round(dose * cohort.discovery) for name, dose in config.arms.largest_doses().items()}
+    numbers = {number: count_real_cases(number, cohort.discovery) for number in config.arms.numbers()}
+    samples = {
+        name: len(config.draws(name)) * sum(round(dose * number) for number in numbers.values())
+        for name, dose in config.arms.largest_doses().items()
+    }
     # Doses share samples, but each is a job of its own.
     jobs_of = {
-        name: len(doses)
-        if name in config.arms.external
-        else sum(config.workflow.synthesize_jobs(round(dose * cohort.discovery)) for dose in doses)
+        name: len(config.draws(name))
+        * sum(
+            1 if name in config.arms.external else config.workflow.synthesize_jobs(round(dose * number))
+            for number in numbers.values()
+            for dose in doses
+        )
         for name, doses in config.arms.doses_of().items()
     }
     prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
     arms = config.arms.all()
-    training_cases = sum(_training_cases(arm, cohort.discovery) for arm in arms)
+    draws = {arm: config.draws(arm.generator) if arm.generator else [None] for arm in arms}
+    own_draws = sum(len(replicates) for replicates in draws.values() if replicates != [None])
+    training_cases = sum(_training_cases(arm, numbers[arm.real_cases], len(draws[arm])) for arm in arms)
     runs = len(arms) * len(config.segmentation.replicates())
     predictions = cohort.test * runs
 
@@ -320,7 +331,8 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     costs = {}
     for trained in config.trained_generators():
         cost = costs[trained.name] = network_cost(trained)
-        stages.append(_train_generator(trained, config.workflow, cost, grid * cohort.discovery, speed))
+        trainings = len(config.trainings())
+        stages.append(_train_generator(trained, config.workflow, cost, grid * cohort.discovery, trainings, speed))
     light = []
     for name, number in samples.items():
         declared = None if name in config.arms.external else plugin(name)
@@ -335,13 +347,19 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         stages.append(_light("synthesize", jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
     if samples:
         stages.append(_light("quality", len(samples), sum(samples.values()), grid))
-    segmenter = segmenter_cost(config)
+    segmenter, judged = segmenter_cost(config), []
+    if samples:
+        limit, replicates = config.label_fidelity.samples, len(config.segmentation.replicates())
+        volumes = sum(min(number, limit) for number in [*samples.values(), cohort.reference])
+        judged = [_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed)]
     return [
         *stages,
         _light("compose", len(arms), training_cases, grid),
+        *([_light("compose_draw", own_draws, 0)] if own_draws else []),
         _light("plan", len(arms), training_cases, grid),
         _train_segmenter(config.segmentation, segmenter, runs, speed),
-        _predict(config, segmenter, runs, predictions, speed),
+        _predict("predict", config, segmenter, runs, predictions, speed, _PREDICTION_BYTES_PER_VOXEL),
+        *judged,
         _light("evaluate", runs, predictions, grid),
         _light("write_report", 1, 1),
         _light("checksums", 1, cohort.scans + training_cases, grid),
@@ -459,13 +477,21 @@ def _heavy(
 
 
 def _train_generator(
-    config: GeneratorConfig[TrainedSettings], workflow: Workflow, cost: NetworkCost, voxels: int, speed: Speed
+    config: GeneratorConfig[TrainedSettings],
+    workflow: Workflow,
+    cost: NetworkCost,
+    voxels: int,
+    trainings: int,
+    speed: Speed,
 ) -> Stage:
     # Three states of weights, average and moments while one is written, and the result.
     disk = 13 * 4 * cost.parameters + _CACHE_BYTES * voxels
     # Each of several processes takes the forward passes of one.
     flop = config.settings.training.steps * cost.step_flop * workflow.training_processes
-    return _heavy("train_generator", 1, flop, cost.memory_bytes, disk, speed, workflow.training_gpus)
+    return _heavy(
+        "train_generator", trainings, trainings * flop, cost.memory_bytes, trainings * disk, speed,
+        workflow.training_gpus,
+    )  # fmt: skip
 
 
 def _draw(drawing: Drawing, cost: NetworkCost, jobs: int, samples: int, grid: int, speed: Speed) -> Stage:
@@ -482,19 +508,21 @@ def _train_segmenter(segmentation: Segmentation, cost: NetworkCost, runs: int, s
     return _heavy("train_segmenter", runs, runs * segmentation.steps * cost.step_flop, cost.memory_bytes, disk, speed)
 
 
-def _predict(config: Config, cost: NetworkCost, runs: int, predictions: int, speed: Speed) -> Stage:
+def _predict(
+    name: str, config: Config, cost: NetworkCost, jobs: int, volumes: int, speed: Speed, bytes_per_voxel: float = 0.0
+) -> Stage:
     # nnU-Net's windows overlap by half; mirrored copies are averaged on a GPU only.
     windows = math.prod(
         2 * math.ceil(edge / side) - 1 for edge, side in zip(config.grid.size, _patch(config), strict=True)
     )
-    flop = predictions * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
-    disk = predictions * _PREDICTION_BYTES_PER_VOXEL * math.prod(config.grid.size)
-    return _heavy("predict", runs, flop, cost.weights_bytes + cost.drawing_bytes, disk, speed)
+    flop = volumes * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
+    disk = volumes * bytes_per_voxel * math.prod(config.grid.size)
+    return _heavy(name, jobs, flop, cost.weights_bytes + cost.drawing_bytes, disk, speed)
 
 
-def _training_cases(arm: Arm, discovery: int) -> int:
-    """Real and synthetic cases of an arm."""
-    return arm.real * discovery + round(arm.dose * discovery)
+def _training_cases(arm: Arm, real: int, draws: int) -> int:
+    """Real and synthetic cases of an arm, of all its draws."""
+    return arm.real * real + draws * round(arm.dose * real)
 
 
 def _patch(config: Config) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ _TO_MAKE_AGAIN = ".damaged"
 # What the manifest lists, what every run writes again, and what only a training under way needs.
 _NOT_SUMMED = re.compile(
     rf"(tables|figures|logs|benchmarks)/|report\.html$|{MANIFEST}$|{SUMS}$|config\.json$|cases/index\.cache\.json$"
-    r"|models/[^/]+/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"
+    r"|models/[^/]+/[^/]+/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"
 )
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
@@ -136,10 +136,12 @@ def _outputs(results: Path, file: PurePosixPath) -> list[PurePosixPath]:
             return [PurePosixPath("source/.complete")]
         case ("cases", case, _):
             return _tables_that_list(case, results, "cases/cases-*.tsv")
-        case ("synthetic", generator, sample, _):
-            return _tables_that_list(sample, results, f"synthetic/{generator}/samples-*.tsv")
-        case ("models", generator, run, *_):
-            return [PurePosixPath("models", generator, run, "model.safetensors")]
+        case ("synthetic", generator, cohort, sample, _):
+            return _tables_that_list(sample, results, f"synthetic/{generator}/{cohort}/samples-*.tsv")
+        case ("models", generator, run, training, *_):
+            return [PurePosixPath("models", generator, run, training, "model.safetensors")]
+        case ("arms", arm, "draws", replicate, *_):
+            return [PurePosixPath("arms", arm, "draws", replicate, "draw.json")]
         case ("arms", arm, "nnUNet_raw", *_):
             return [PurePosixPath("arms", arm, "arm.json")]
         case ("arms", arm, "nnUNet_preprocessed", *_):

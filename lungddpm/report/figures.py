@@ -6,8 +6,10 @@ that a grey print loses nothing.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -18,8 +20,9 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import NullLocator
 
-from lungddpm.core.arms import BASELINE, Arm
+from lungddpm.core.arms import BASELINE, Arm, is_baseline
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -47,6 +50,7 @@ from lungddpm.quality.image_quality import (
     SYNTHETIC,
     WHOLE,
 )
+from lungddpm.quality.label_fidelity import REAL_CT
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")
@@ -63,13 +67,17 @@ _QUALITY_PANELS = {
     ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
 }
 """Metric and region -> title, and which values are good."""
+_FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}
 _BY_NETWORK = ("fid", "mmd_squared")
+_LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
+"""Colour and dashes of lines in one panel."""
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
 
 
 def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float, narrow: bool = False) -> Figure:
-    """Differences to `real` with their intervals, one panel a measure, one line an arm; numbers at the right.
+    """Differences to the real cases alone with their intervals, one panel per measure, one line per arm; numbers at the
+    right.
 
     Args:
         verdict: rows of `verdict.csv` (baseline rows are left out).
@@ -111,7 +119,8 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
         ends = ("\n" if narrow else "  ") + "(left: worse, right: better)"
-        axes[-1, 0].set_xlabel(f"difference to real, with {100 * confidence:g} % CI{ends}")
+        to = "real" if compared["baseline"].nunique() == 1 else "the same real cases alone"
+        axes[-1, 0].set_xlabel(f"difference to {to}, with {100 * confidence:g} % CI{ends}")
     return figure
 
 
@@ -154,18 +163,21 @@ def run_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
 
 
 def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
-    """Every case's difference to its own score under `real` in the same replicate (means over replicates), a line an
-    arm, bars the means.
+    """Every case's difference to its own score under the arm's real cases alone in the same replicate (means over
+    replicates), a line an arm, bars the means.
 
     Args:
         cases: rows of `cases.csv`.
         measure: its column.
         prose: its name.
     """
-    arms = list(dict.fromkeys(cases["arm"]))
-    scores = cases.pivot(index=["case_id", "replicate"], columns="arm", values=measure)[arms]
-    by_case = scores.sub(scores[BASELINE], axis=0).groupby("case_id").mean().drop(columns=BASELINE)
-    differences = {arm: by_case[arm].dropna().to_numpy() for arm in by_case}
+    baselines = {arm: Arm.parse(arm).baseline.name for arm in dict.fromkeys(cases["arm"])}
+    scores = cases.pivot(index=["case_id", "replicate"], columns="arm", values=measure)
+    differences = {
+        arm: (scores[arm] - scores[baseline]).groupby("case_id").mean().dropna().to_numpy()
+        for arm, baseline in baselines.items()
+        if arm != baseline and baseline in scores
+    }
     differences = {arm: of_cases for arm, of_cases in differences.items() if of_cases.size}
     if not differences:
         return _empty_figure("no test case was scored in real and in another arm")
@@ -176,22 +188,21 @@ def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     return figure
 
 
-def froc_plot(band: pd.DataFrame, baseline: str, confidence: float) -> Figure:
-    """Sensitivity over false positives a scan with bands, one panel an arm, the baseline dashed in each.
+def froc_plot(band: pd.DataFrame, confidence: float) -> Figure:
+    """Sensitivity over false positives a scan with bands, one panel an arm, its real cases alone dashed.
 
     Args:
         band: rows of `froc_band.csv`.
-        baseline: the arm that the others are compared with.
         confidence: level of the bands, for the caption.
     """
     curves = dict(iter(band.groupby("arm", sort=False)))
     if not curves:
         return _empty_figure("no lesion has a score")
-    arms = [arm for arm in curves if arm != baseline] or [baseline]
+    arms = [arm for arm in curves if not is_baseline(arm)] or list(curves)
     with plt.rc_context(STYLE):
         figure, panels = _panels(len(arms))
         for axis, arm in zip(panels, arms, strict=True):
-            for name, colour, dashes in ((baseline, "#777777", "--"), (arm, "#0072B2", "-")):
+            for name, colour, dashes in ((Arm.parse(arm).baseline.name, "#777777", "--"), (arm, "#0072B2", "-")):
                 if name in curves:
                     _, rates, mean, low, high = (curves[name][column] for column in BAND_COLUMNS)
                     axis.fill_between(rates, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -205,7 +216,7 @@ def froc_plot(band: pd.DataFrame, baseline: str, confidence: float) -> Figure:
             axis.grid(color="#eeeeee")
         handles = [
             Line2D([], [], color="#0072B2", label="arm"),
-            Line2D([], [], color="#777777", linestyle="--", label=baseline),
+            Line2D([], [], color="#777777", linestyle="--", label=BASELINE),
         ]
         panels[0].legend(handles=handles, frameon=False, loc="lower right")
         figure.supxlabel(f"false positives a scan  (bands: {100 * confidence:g} %)", fontsize="medium")
@@ -272,7 +283,8 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
 
 
 def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, confidence: float) -> Figure:
-    """Difference to `real` over the dose, a panel a generator: the arms with their intervals, the line with its band.
+    """Difference to the real cases alone over the dose, a panel per generator and number of real cases: the arms with
+    their intervals, the line with its band.
 
     Args:
         verdict: rows of `verdict.csv` of one measure.
@@ -280,40 +292,88 @@ def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, co
         prose: its name.
         confidence: level of intervals and band.
     """
-    generators = list(dict.fromkeys(band["generator"]))
+    several = band["baseline"].nunique() > 1
+    lines = dict(iter(band.groupby(["generator", "baseline"], sort=False)))
     with plt.rc_context(STYLE):
-        figure, panels = _panels(len(generators))
-        for axis, generator in zip(panels, generators, strict=False):
-            line = band[band["generator"] == generator]
+        figure, panels = _panels(len(lines))
+        for axis, ((generator, baseline), line) in zip(panels, lines.items(), strict=False):
             axis.fill_between(line["dose"], line["ci_low"], line["ci_high"], color="#d9d9d9", linewidth=0)
             axis.plot(line["dose"], line["fitted"], color="black", linewidth=1.2)
             axis.axhline(0, color="#777777", linewidth=1, zorder=1)
-            for row in verdict[verdict["difference"].notna()].to_dict("records"):
+            of_baseline = verdict[verdict["difference"].notna() & (verdict["baseline"] == baseline)]
+            for row in of_baseline.to_dict("records"):
                 arm = Arm.parse(row["arm"])
                 if not arm.real or arm.generator != generator:
                     continue
                 colour, marker, filled = _outcome_style(row["verdict"])
                 axis.plot([arm.dose, arm.dose], [row["ci_low"], row["ci_high"]], color=colour, linewidth=2)
                 axis.plot(arm.dose, row["difference"], marker, color=colour, markerfacecolor=filled, markersize=7)
-            axis.set_title(generator, loc="left")
+            axis.set_title(f"{baseline}+{generator}" if several else generator, loc="left", fontsize=9)
             axis.grid(axis="y", color="#eeeeee")
         figure.supxlabel("dose: synthetic cases as a multiple of the real training cases", fontsize=9)
         figure.supylabel(f"difference to real, {prose}\n({100 * confidence:g} % CI)", fontsize=9)
     return figure
 
 
+def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Figure:
+    """Difference to the real cases alone over how many there are: a panel per generator, a line per dose, with bands.
+
+    Args:
+        verdict: rows of `verdict.csv` of one measure.
+        prose: its name.
+        confidence: level of the bands.
+    """
+    compared = verdict[verdict["difference"].notna()].sort_values("real_cases")
+    recipes = compared["arm"].map(lambda name: Arm.parse(name).recipe)
+    lines = {recipe: compared[recipes == recipe] for recipe in dict.fromkeys(recipes)}
+    by_panel: dict[str, list[Arm]] = {}
+    for recipe in sorted(lines, key=lambda recipe: recipe.dose):
+        by_panel.setdefault(replace(recipe, dose=1.0).name.partition("@")[0], []).append(recipe)
+    numbers = sorted(set(compared["real_cases"]))
+    with plt.rc_context(STYLE):
+        figure, panels = _panels(len(by_panel))
+        for axis, (title, recipes_of_panel) in zip(panels, by_panel.items(), strict=True):
+            axis.axhline(0, color="#777777", linewidth=1, zorder=1)
+            for recipe, (colour, dashes) in zip(recipes_of_panel, itertools.cycle(_LINES)):
+                rows = lines[recipe]
+                axis.fill_between(
+                    rows["real_cases"], rows["ci_low"], rows["ci_high"], color=colour, alpha=0.15, linewidth=0
+                )
+                label = f"{recipe.dose:g} x" if recipe.generator else None
+                axis.plot(rows["real_cases"], rows["difference"], dashes, color=colour, linewidth=1.5, label=label)
+                for row in rows.to_dict("records"):
+                    _, marker, filled = _outcome_style(row["verdict"])
+                    face = colour if filled != "white" else "white"
+                    axis.plot(
+                        row["real_cases"], row["difference"], marker, color=colour, markerfacecolor=face, markersize=6
+                    )
+            # Numbers double from one to the next as a rule.
+            axis.set_xscale("log", base=2)
+            axis.set_xticks(numbers, [str(number) for number in numbers])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.tick_params(axis="x", labelbottom=True)
+            axis.set_title(title, loc="left", fontsize=9)
+            axis.grid(axis="y", color="#eeeeee")
+            if len(recipes_of_panel) > 1:
+                axis.legend(frameon=False, fontsize=7.5, title="dose", title_fontsize=7.5)
+        figure.supxlabel("real training cases", fontsize=9)
+        figure.supylabel(f"difference to the same real cases alone,\n{prose} ({100 * confidence:g} % CI)", fontsize=9)
+    return figure
+
+
 def segmenter_curves(curves: pd.DataFrame) -> Figure:
-    """Training loss of the segmenter over optimizer steps, a panel an arm, a line a replicate, `real` behind them all.
+    """Training loss of the segmenter over optimizer steps, a panel an arm, a line a replicate, the arm's real cases
+    alone behind them.
 
     Args:
         curves: rows of `training_curves.csv`.
     """
     arms = list(dict.fromkeys(curves["arm"]))
-    real = curves[curves["arm"] == BASELINE].groupby("step")["training_loss"].mean()
     with plt.rc_context(STYLE):
         figure, panels = _panels(len(arms))
         for axis, arm in zip(panels, arms, strict=False):
-            axis.plot(real.index, real, color="#bbbbbb", linewidth=3)
+            of_baseline = curves[curves["arm"] == Arm.parse(arm).baseline.name].groupby("step")["training_loss"].mean()
+            axis.plot(of_baseline.index, of_baseline, color="#bbbbbb", linewidth=3)
             for _, run in curves[curves["arm"] == arm].groupby("replicate"):
                 axis.plot(run["step"], run["training_loss"], color="#0072B2", linewidth=1)
             axis.set_title(arm, loc="left", fontsize=9)
@@ -379,6 +439,40 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
         handles = [Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR)]
         handles.append(Patch(label="floor: needs no generator", **_FLOOR_BAR))
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def fidelity_plot(runs: pd.DataFrame) -> Figure:
+    """Dice and share of lesions found in the CT of every generator, a dot a replicate, beside the ceiling (dashed).
+
+    Args:
+        runs: rows of `label_fidelity_runs.csv`.
+    """
+    names = list(dict.fromkeys(runs["generator"]))
+    lines = sorted(names, key=lambda name: name != REAL_CT)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(1, 2, figsize=(7.2, 1.0 + 0.34 * len(lines)), sharey=True, layout="constrained")
+        for axis, (measure, title) in zip(axes, _FIDELITY_PANELS.items(), strict=True):
+            ceiling = runs.loc[runs["generator"] == REAL_CT, measure].mean()
+            axis.axvline(ceiling, color="#777777", linestyle="--", linewidth=1, zorder=1)
+            for line, name in enumerate(lines):
+                found = runs.loc[runs["generator"] == name, measure].dropna()
+                colour = "#777777" if name == REAL_CT else "#0072B2"
+                axis.plot(
+                    found, np.full(len(found), line), "o", markersize=5, color=colour, markeredgecolor="white",
+                    markeredgewidth=0.5, alpha=0.85, zorder=2,
+                )  # fmt: skip
+                axis.plot([found.mean()] * 2, [line - 0.3, line + 0.3], color="black", linewidth=2.5, zorder=3)
+                axis.annotate(
+                    format_number(found.mean(), ".2f"), (1.02, line), xycoords=("axes fraction", "data"),
+                    va="center", fontsize=8.5,
+                )  # fmt: skip
+            axis.set(xlim=(-0.02, 1.02), ylim=(len(lines) - 0.5, -0.6), yticks=range(len(lines)), yticklabels=lines)
+            axis.set_title(title, loc="left", fontsize=9)
+            axis.tick_params(axis="y", length=0)
+            axis.spines["left"].set_visible(False)
+            axis.grid(axis="x", color="#eeeeee")
+        figure.supxlabel("dot: a replicate of real; bar: their mean; dashed: the ceiling, real CT", fontsize=9)
     return figure
 
 

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lungddpm.arms.compose import draw_record
 from lungddpm.config.models import Config
 from lungddpm.core.code import PACKAGE, CodeFromStep
 from lungddpm.core.files import read_json, sha256_of
@@ -20,6 +21,24 @@ def arm_files(config: Config, results: Path) -> dict[str, Path]:
     """The `arm.json` of every arm that has one."""
     paths = {arm: results / "arms" / arm / "arm.json" for arm in config.arms.names()}
     return {arm: path for arm, path in paths.items() if path.exists()}
+
+
+def draw_files(config: Config, results: Path) -> dict[str, list[Path]]:
+    """The `draw.json` of every arm's replicates that have a draw of their own."""
+    paths = {
+        arm: [draw_record(results / "arms" / arm, name) for name in config.segmentation.replicates()]
+        for arm in config.arms.names()
+    }
+    return {arm: [path for path in records if path.exists()] for arm, records in paths.items()}
+
+
+def read_arms(config: Config, results: Path) -> dict[str, dict[str, Any]]:
+    """What `arm.json` says of every arm that has one, and under `draws` what each `draw.json` does."""
+    draws = draw_files(config, results)
+    return {
+        arm: {**read_json(path), "draws": [read_json(draw) for draw in draws[arm]]}
+        for arm, path in arm_files(config, results).items()
+    }
 
 
 def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, Any]:
@@ -49,7 +68,7 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
 def training_code(config: Config, results: Path) -> dict[str, list[CodeFromStep]]:
     """Which code took which steps of every training, by its folder; a segmenter's by arm and replicate."""
     records = {
-        path.parent.relative_to(results).as_posix(): path for path in sorted(results.glob("models/*/*/training.json"))
+        path.parent.relative_to(results).as_posix(): path for path in sorted(results.glob("models/*/*/*/training.json"))
     }
     for arm in config.arms.names():
         for fold in config.segmentation.folds:

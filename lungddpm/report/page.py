@@ -11,15 +11,14 @@ import yaml
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
-from lungddpm.core.arms import BASELINE
-from lungddpm.core.files import read_json, sha256_of, write_json, write_text
+from lungddpm.core.files import sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report import figures
 from lungddpm.report.html import render, show_excluded
-from lungddpm.report.manifest import arm_files, describe_run
+from lungddpm.report.manifest import arm_files, describe_run, draw_files, read_arms
 from lungddpm.report.sections import (
     extractors_of,
     generators_of,
@@ -32,6 +31,7 @@ from lungddpm.report.sections import (
     show_description,
     show_detection,
     show_dose_response,
+    show_fidelity,
     show_measure_differences,
     show_measures,
     show_published,
@@ -64,9 +64,9 @@ def run_report(config: Config, results: Path) -> None:
     shown = samples_to_show(config, results)
     drawn = draw_figures(config, results, tables, shown)
     written += [path for paths in drawn.values() for path in paths]
-    composed = arm_files(config, results)
-    arms = {arm: read_json(path) for arm, path in composed.items()}
-    manifest = describe_run(config, results, [*written, *composed.values()])
+    arms, draws = read_arms(config, results), draw_files(config, results)
+    composed = [*arm_files(config, results).values(), *(path for records in draws.values() for path in records)]
+    manifest = describe_run(config, results, [*written, *composed])
     write_text(
         results / "report.html",
         render_report(config, case_table, tables, drawn, shown, arms, manifest, (results / "qc/index.html").exists()),
@@ -81,8 +81,8 @@ def draw_figures(
 ) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, forest_narrow, dose_response, dice_by_arm, paired, runs, froc, image_quality, montage-<generator>,
-    training, segmenter_training.
+    Names: forest, forest_narrow, dose_response, real_cases, dice_by_arm, paired, runs, froc, image_quality,
+    label_fidelity, montage-<generator>, training, segmenter_training.
     """
     folder = results / "figures"
     measure, prose = deciding_measure().column, deciding_measure().title
@@ -99,10 +99,15 @@ def draw_figures(
             table[table["metric"] == measure] for table in (tables["verdict"], tables["dose_response_band"])
         )
         drawn["dose_response"] = figures.dose_response_plot(verdict, band, prose, config.verdict.confidence)
+    if tables["verdict"]["real_cases"].nunique() > 1:
+        verdict = tables["verdict"][tables["verdict"]["metric"] == measure]
+        drawn["real_cases"] = figures.real_cases_plot(verdict, prose, config.verdict.confidence)
     if "froc_band" in tables:
-        drawn["froc"] = figures.froc_plot(tables["froc_band"], BASELINE, config.verdict.confidence)
+        drawn["froc"] = figures.froc_plot(tables["froc_band"], config.verdict.confidence)
     if "image_quality" in tables:
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
+    if "label_fidelity_runs" in tables:
+        drawn["label_fidelity"] = figures.fidelity_plot(tables["label_fidelity_runs"])
     for one in first_of_generators(shown):
         sample, reference = one.sample, one.sample.reference
         if reference is not None:
@@ -138,7 +143,7 @@ def render_report(
         tables: as of `write_tables`.
         drawn: SVG and PNG path by figure name.
         shown: samples to look through, the most important first.
-        arms: parsed `arm.json` by arm.
+        arms: as of `read_arms`.
         manifest: as of `describe_run`.
         layouts: whether the pages of the layouts are there to point to.
     """
@@ -149,6 +154,7 @@ def render_report(
         if path.suffix == ".png"
     }
     verdict, decisive = tables["verdict"], deciding_measure()
+    compared = verdict[verdict["arm"] != verdict["baseline"]]
     extractors = extractors_of(tables["image_quality"]) if "image_quality" in tables else []
     confidence, significance = f"{100 * config.verdict.confidence:g} %", 1 - config.verdict.confidence
     return render(
@@ -165,8 +171,8 @@ def render_report(
         calibration=show_calibration(tables["calibration"]),
         decisive=decisive.title,
         supporting=[measure.title for measure in verdict_measures()[1:]],
-        answers=verdict[(verdict["metric"] == decisive.column) & (verdict["arm"] != BASELINE)].to_dict("records"),
-        supports=verdict[(verdict["metric"] != decisive.column) & (verdict["arm"] != BASELINE)].to_dict("records"),
+        answers=compared[compared["metric"] == decisive.column].to_dict("records"),
+        supports=compared[compared["metric"] != decisive.column].to_dict("records"),
         controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],
         images=images,
         montages=[(one.generator, images[f"montage-{one.generator}"], one.why) for one in first_of_generators(shown)],
@@ -186,6 +192,12 @@ def render_report(
         scores_by_case=show_case_scores(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
         quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
+        fidelity=show_fidelity(tables["label_fidelity"]) if "label_fidelity" in tables else None,
+        fidelity_notes=(
+            tables["label_fidelity"].query("note != ''")[["generator", "note"]].to_dict("records")
+            if "label_fidelity" in tables
+            else []
+        ),
         extractors=extractors,
         random_weights=any(not name.startswith(MEDICALNET) for name in extractors),
         compared=show_published(tables["published_comparison"].query("arm != ''")),
@@ -193,7 +205,9 @@ def render_report(
         arms=show_arms(arms),
         generators_in_use=generators_of(config),
         arm_cases={
-            arm: [case["name"] for case in content["cases"] if case["trained_on"]] for arm, content in arms.items()
+            arm: [case["name"] for case in content["cases"] if case["trained_on"]]
+            + [case["name"] for draw in content["draws"] for case in draw["cases"]]
+            for arm, content in arms.items()
         },
         roles=show_roles(case_table),
         excluded=show_excluded(case_table),

@@ -10,10 +10,11 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
-from lungddpm.core.arms import BASELINE
+from lungddpm.core.arms import is_baseline
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
+from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import plugin
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD
@@ -21,12 +22,11 @@ from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOL
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.statistics import caveats, minimum_cases
-from lungddpm.verdict.tables import SIZE_COLUMNS, missing_replicates
+from lungddpm.verdict.tables import missing_replicates
 
 SHARED_LUCK = (
-    "Trained once, sampled once: all replicates of an arm see the same synthetic CT, from one training of its "
-    "generator. That luck is not covered. In simulated benchmarks of three arms where it is half of all luck of "
-    "training, false claims rise from 5 % to 29 % (3 replicates, 40 cases) or 54 % (5 replicates, 249 cases)."
+    "In simulated benchmarks of three arms where luck that all replicates share is half of all luck of training, false "
+    "claims rise from 5 % to 29 % (3 replicates, 40 cases) or 54 % (5 replicates, 249 cases)."
 )
 
 
@@ -48,8 +48,7 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
         )
     elif len(config.segmentation.folds) == 1:
         limits.append("All replicates share one fold: the luck of that split of the training cases is not covered.")
-    if config.arms.largest_doses():
-        limits.append(SHARED_LUCK)
+    limits += covered_luck(config)
     if (n_patients := cases_scored["patient_id"].nunique()) < (n_scans := cases_scored["case_id"].nunique()):
         limits.append(
             f"{n_scans} test cases come from {n_patients} patients, but count as if each were a patient of its own."
@@ -108,6 +107,27 @@ def _limit_text(low: float, high: float) -> str:
     if pd.isna(low):
         return f"at most {high:.3g}" if high else "0"
     return f"at least {low:.3g}" if pd.isna(high) else f"{low:.3g} to {high:.3g}"
+
+
+def covered_luck(config: Config) -> list[str]:
+    """Which luck the comparison covers and which it does not, as sentences; none where no arm has synthetic CT."""
+    generators = config.arms.largest_doses()
+    if not generators:
+        return []
+    plugins = [name for name in generators if name not in config.arms.external]
+    trained = bool(config.trained_generators())
+    covered = ["which patients are tested", "how a segmenter's training ends"]
+    open_: list[str] = []
+    if plugins:
+        (covered if config.synthesis.draw_per_replicate else open_).append("which samples are drawn")
+    if trained:
+        (covered if config.synthesis.training_per_replicate else open_).append("how a generator's training ends")
+    if external := [name for name in generators if name in config.arms.external]:
+        open_.append(f"all that another system's luck decides ({', '.join(external)}: one set of samples)")
+    text = f"Luck that the comparison covers: {', '.join(covered)}."
+    if open_:
+        text += f" Not covered, as all replicates share it: {', '.join(open_)}. {SHARED_LUCK}"
+    return [text]
 
 
 def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> DisplayTable:
@@ -180,13 +200,14 @@ def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float
     """`dose_response.csv` for reading."""
     rows = [
         [
-            row["generator"], MEASURES[row["metric"]].title, str(row["n_doses"]), format_number(row["slope"], "+.3f"),
+            row["generator"], row["baseline"], MEASURES[row["metric"]].title, str(row["n_doses"]),
+            format_number(row["slope"], "+.3f"),
             interval_text(row), p_text(row["p"], significance),
         ]
         for row in lines.to_dict("records")
     ]  # fmt: skip
-    heads = ["generator", "measure", "doses", "slope", f"{confidence} CI", "p, uncorrected"]
-    return DisplayTable(heads, rows, [False, False, True, True, True, True])
+    heads = ["generator", "from", "measure", "doses", "slope", f"{confidence} CI", "p, uncorrected"]
+    return DisplayTable(heads, rows, [False, False, False, True, True, True, True])
 
 
 def show_measures(summary: pd.DataFrame) -> DisplayTable:
@@ -218,7 +239,7 @@ def show_measure_differences(summary: pd.DataFrame) -> DisplayTable:
                 )
             ),
         ]
-        for arm, of_arm in summary[summary["arm"] != BASELINE].groupby("arm", sort=False)
+        for arm, of_arm in summary[~summary["arm"].map(is_baseline)].groupby("arm", sort=False)
     ]
     return DisplayTable(
         ["arm", *(measure.head for measure in directed.values())], rows, [False, *[True] * len(directed)]
@@ -309,6 +330,28 @@ def show_sets(quality: pd.DataFrame) -> DisplayTable:
     return DisplayTable(heads, rows, [False, False, *[True] * len(columns)])
 
 
+def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
+    """`label_fidelity.csv` for reading."""
+    rows = []
+    for row in fidelity.to_dict("records"):
+        recalls = [
+            f"{100 * row[f'recall{size}']:.0f} % of {row[f'n_lesions{size}']}" if row[f"n_lesions{size}"] else ""
+            for size in ("", *(f"_{column}" for column in SIZE_COLUMNS.values()))
+        ]
+        rows.append(
+            [
+                row["generator"], str(row["n_cases"]), format_spread(row["dice_mean"], row["dice_sd"], ".3f"),
+                format_number(row["difference"], "+.3f"), interval_text(row),
+                *recalls, format_number(100 * row["recall_difference"], "+.0f"),
+                format_number(row["false_positives_per_scan"], ".2f"),
+            ]
+        )  # fmt: skip
+    heads = ["CT", "cases", "Dice ± sd", "to the ceiling", "CI", "lesions found",
+             *[f"found, {size}" for size in SIZE_COLUMNS], "to the ceiling, points",
+             "false positives per scan"]  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * 10])
+
+
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
     """Name, title and citation of every generator in use.
 
@@ -366,14 +409,24 @@ def show_roles(case_table: pd.DataFrame) -> DisplayTable:
 
 
 def show_arms(arms: dict[str, dict]) -> DisplayTable:
-    """What every arm is trained on, and what its leak guard found; from the parsed `arm.json` files."""
+    """What every arm is trained on, and what its leak guard found; from the parsed `arm.json` files with their draws
+    (see `read_arms`)."""
     rows = []
     for arm, content in arms.items():
-        trained_on = [case for case in content["cases"] if case["trained_on"]]
+        draws = content["draws"]
+        shared_cases = [case for case in content["cases"] if case["trained_on"]]
+        # Draws are of one size.
+        trained_on = shared_cases + (draws[0]["cases"] if draws else [])
         sources = Counter(case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in trained_on)
-        patients = {case["patient_id"] for case in trained_on} - {"none"}
-        shared = content["leak_guard"]["shared_patients"]
-        made_of = ", ".join(f"{count} {source}" for source, count in sources.items())
+        drawn = {case["source"] for draw in draws for case in draw["cases"]}
+        everybody = shared_cases + [case for draw in draws for case in draw["cases"]]
+        patients = {case["patient_id"] for case in everybody} - {"none"}
+        proofs = [content["leak_guard"], *(draw["leak_guard"] for draw in draws)]
+        shared = sorted({patient for proof in proofs for patient in proof["shared_patients"]})
+        made_of = ", ".join(
+            f"{count} {source}" + (f" (other ones in each of {len(draws)} replicates)" if source in drawn else "")
+            for source, count in sources.items()
+        )
         guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
         rows.append([arm, str(len(trained_on)), made_of, str(len(patients)), guard])
     return DisplayTable(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import gzip
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from plotly.subplots import make_subplots
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
+from lungddpm.core.cohorts import Cohort
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -58,7 +60,10 @@ class DisplaySample:
 
 def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
     """Of every generator a typical sample, then of every generator one of its worst."""
-    ranked = {generator: ranked_samples(results, generator) for generator in config.arms.largest_doses()}
+    ranked = {
+        generator: ranked_samples(results, generator, config.cohorts(generator, config.arms.largest_number()))
+        for generator in config.arms.largest_doses()
+    }
     several = {name: folders for name, folders in ranked.items() if len(folders) > 1}
     chosen = [(name, folders[0], "") for name, folders in ranked.items() if len(folders) == 1]
     chosen += [(name, folders[len(folders) // 2], "median error in the lungs") for name, folders in several.items()]
@@ -78,13 +83,14 @@ def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
     return list(first.values())
 
 
-def ranked_samples(results: Path, generator: str) -> list[cases.CaseFolder]:
-    """Folders of the samples that can be judged by eye beside a reference, by squared error in the lungs: those with
-    the reference's own nodules, if any has, else those with a nodule.
+def ranked_samples(results: Path, generator: str, cohorts: Sequence[Cohort]) -> list[cases.CaseFolder]:
+    """Folders of those samples of these cohorts that can be judged by eye beside a reference, by squared error in the
+    lungs: those with the reference's own nodules, if any has, else those with a nodule.
 
     Without measured image quality only the first sample with a nodule.
     """
-    samples = list_samples(sorted((results / "synthetic" / generator).glob("samples-*.tsv")))
+    folder = results / "synthetic" / generator
+    samples = list_samples([table for each in cohorts for table in sorted(folder.glob(f"{each.name}/samples-*.tsv"))])
     folders = samples[samples["n_nodules"] > 0].set_index("case_id")["folder"]
     folders = folders[[reference_of(folder) is not None for folder in folders]]
     if folders.empty:

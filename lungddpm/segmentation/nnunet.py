@@ -3,6 +3,8 @@
 <arm>/plan.json                               written last: the arm is planned and preprocessed
 <arm>/nnUNet_preprocessed/, <arm>/nnUNet_results/seed<k>/    as nnU-Net lays them out, usable with its own commands
                                               (nnUNet_extTrainer must name the folder `trainers` beside this file)
+A replicate with a draw of its own (see `lungddpm.arms.compose`) adds the samples of that draw to the preprocessed cases
+when it is trained, and its `training.json` has its split; nnU-Net's splits_final.json has what all replicates share.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import numpy as np
 
-from lungddpm.arms.compose import DATASET
+from lungddpm.arms.compose import DATASET, draw_record, image_and_label
 from lungddpm.config.models import Config, Network
 from lungddpm.core.cases import folder_of, read_cases, usable
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
@@ -38,7 +40,7 @@ from lungddpm.core.files import (
 )
 from lungddpm.core.progress import LOG, Progress, shorten_paths
 from lungddpm.core.roles import TEST
-from lungddpm.core.volume import read_volume, write_volume
+from lungddpm.core.volume import Volume, read_grid, write_volume
 
 if TYPE_CHECKING:
     import torch
@@ -161,7 +163,7 @@ def run_train_segmenter(
 
     Raises:
         ConfigError: no such device.
-        InputError: the arm is not planned as it is now, or has no such fold.
+        InputError: the arm is not planned as it is now, has no such fold, or lacks the replicate's draw.
     """
     chosen = _select_device(device)
     settings = _training_settings(config, arm_dir, fold, seed)
@@ -175,6 +177,8 @@ def run_train_segmenter(
         _make_way(folder, aside, settings, what)
         loaders = 0 if chosen.type == "cpu" else processes
         with _environment(arm_dir, processes, seed, loaders), _quiet(folder / "console.log"):
+            if draw := _read_draw(config, arm_dir, fold, seed):
+                _preprocess_draw(arm_dir, draw)
             _train(arm_dir, folder, fold, settings, chosen, what)
         shutil.rmtree(aside, ignore_errors=True)
 
@@ -192,8 +196,7 @@ def run_predict(
     """Segment every usable test case with a trained replicate, on the case's own grid.
 
     Writes `<case_id>.nii.gz` (uint8, 0 or 1) and `probability/<case_id>.nii.gz` (uint16, 65535 times the probability
-    of nodule); files of other cases are removed from `output`. Mirrored copies are averaged on a GPU only (8 times
-    the work).
+    of nodule); files of other cases are removed from `output`.
 
     Args:
         config: the run's config.
@@ -209,30 +212,75 @@ def run_predict(
         ConfigError: no such device.
         InputError: the replicate is not trained, or not on this arm and with this config as they are now.
     """
-    chosen = _select_device(device)
     cases = usable(read_cases(cases_table), TEST)
+    what = f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}"
+    with (
+        open_segmenter(config, arm_dir, fold, seed, device, processes) as segmenter,
+        Progress(what, len(cases)) as progress,
+    ):
+        for _, case in cases.iterrows():
+            mask, probability = segmenter.mask_and_probability(folder_of(cases_table, case).ct)
+            write_volume(output / "probability" / f"{case['case_id']}.nii.gz", probability)
+            write_volume(output / f"{case['case_id']}.nii.gz", mask)
+            progress.advance()
+    expected = {f"{case_id}.nii.gz" for case_id in cases["case_id"]}
+    for stale in [path for path in output.rglob("*.nii.gz") if path.name not in expected]:
+        stale.unlink()
+
+
+class Segmenter:
+    """A trained replicate, ready to segment one CT after the other."""
+
+    def __init__(self, predictor: nnUNetPredictor, reader: BaseReaderWriter):
+        self._predictor, self._reader = predictor, reader
+
+    def mask(self, ct: Path) -> Volume:
+        """The nodules of a CT: uint8, 0 or 1, on its own grid."""
+        image, properties = self._reader.read_images([str(ct)])
+        mask = self._predictor.predict_single_npy_array(image, properties)
+        return _on_grid_of(ct, mask, np.uint8)
+
+    def mask_and_probability(self, ct: Path) -> tuple[Volume, Volume]:
+        """The same, and the probability of nodule: uint16, 65535 times the probability."""
+        image, properties = self._reader.read_images([str(ct)])
+        mask, probabilities = self._predictor.predict_single_npy_array(image, properties, None, None, True)
+        # Channel 1 is the nodule. In 8 bits the surest candidates, those that a FROC ranks first, would all be 255.
+        return _on_grid_of(ct, mask, np.uint8), _on_grid_of(ct, np.rint(65535 * probabilities[1]), np.uint16)
+
+
+def _on_grid_of(ct: Path, array_zyx: np.ndarray, kind: type[np.generic]) -> Volume:
+    """An array of nnU-Net's, which are (z, y, x), as a volume."""
+    return read_grid(ct).like(array_zyx.T.astype(kind))
+
+
+@contextlib.contextmanager
+def open_segmenter(
+    config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1
+) -> Iterator[Segmenter]:
+    """A trained replicate of an arm, loaded once for all that is segmented within the block.
+
+    Mirrored copies are averaged on a GPU only (8 times the work).
+
+    Args:
+        config: the run's config.
+        arm_dir: folder of a planned arm.
+        fold: fold of the replicate.
+        seed: seed of the replicate.
+        device: as for `run_train_segmenter`.
+        processes: threads that nnU-Net may use at most.
+
+    Raises:
+        ConfigError: no such device.
+        InputError: the replicate is not trained, or not on this arm and with this config as they are now.
+    """
+    chosen = _select_device(device)
     folder = fold_folder(arm_dir, fold, seed)
     if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
         raise InputError(
             folder, "holds no finished training of this arm with this config", "Run 'lungddpm segment train' first."
         )
     with _environment(arm_dir, processes, seed), _quiet(folder / "console.log"):
-        predictor, reader = _predictor(arm_dir, folder, chosen)
-        with Progress(f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}", len(cases)) as progress:
-            for _, case in cases.iterrows():
-                path = folder_of(cases_table, case).ct
-                ct = read_volume(path)
-                image, properties = reader.read_images([str(path)])
-                mask, probabilities = predictor.predict_single_npy_array(image, properties, None, None, True)
-                # nnU-Net's arrays are (z, y, x) and its channel 1 is the nodule. In 8 bits the surest candidates,
-                # those that a FROC ranks first, would all be 255.
-                probability = np.rint(65535 * probabilities[1].T).astype(np.uint16)
-                write_volume(output / "probability" / f"{case['case_id']}.nii.gz", ct.like(probability))
-                write_volume(output / f"{case['case_id']}.nii.gz", ct.like(mask.T.astype(np.uint8)))
-                progress.advance()
-    expected = {f"{case_id}.nii.gz" for case_id in cases["case_id"]}
-    for stale in [path for path in output.rglob("*.nii.gz") if path.name not in expected]:
-        stale.unlink()
+        yield Segmenter(*_predictor(arm_dir, folder, chosen))
 
 
 def results_folder(arm_dir: Path, seed: int | str) -> Path:
@@ -313,6 +361,26 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
             preprocessor.run_case_save(
                 str(target / name), files["images"], files["label"], plans, configuration, dataset_json
             )
+            progress.advance()
+
+
+def _preprocess_draw(arm_dir: Path, draw: dict[str, Any]) -> None:
+    """Preprocess the samples of one replicate's draw beside the cases that all replicates share.
+
+    Always: samples that were made again have the names of the former ones.
+    """
+    from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+    preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
+    plans = PlansManager(str(preprocessed / f"{PLANS}.json"))
+    configuration = plans.get_configuration(CONFIGURATION)
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    target, dataset_json = preprocessed / configuration.data_identifier, read_json(preprocessed / "dataset.json")
+    raw = draw_record(arm_dir, draw["replicate"]).parent
+    with Progress(f"preprocessing the draw of {draw['replicate']}", len(draw["cases"])) as progress:
+        for case in draw["cases"]:
+            image, label = (str(raw / file) for file in image_and_label(case["name"]))
+            preprocessor.run_case_save(str(target / case["name"]), [image], label, plans, configuration, dataset_json)
             progress.advance()
 
 
@@ -466,6 +534,24 @@ def _read_arm(arm_dir: Path) -> dict[str, Any]:
     return read_json(arm_dir / "arm.json", "Run 'lungddpm compose' for this arm first.")
 
 
+def _read_draw(config: Config, arm_dir: Path, fold: int, seed: int) -> dict[str, Any]:
+    """What a replicate alone trains on; empty where it shares all its cases.
+
+    Raises:
+        InputError: the draw was not composed, or for the arm as it was.
+    """
+    arm = _read_arm(arm_dir)
+    if not arm["own_draws"]:
+        return {}
+    replicate = config.segmentation.replicate_name(fold, seed)
+    remedy = f"Run 'lungddpm compose --replicate {replicate}' for this arm first."
+    path = draw_record(arm_dir, replicate)
+    draw = read_json(path, remedy)
+    if draw["arm_fingerprint"] != arm["fingerprint"]:
+        raise InputError(path, "was composed for the arm as it was before", remedy)
+    return draw
+
+
 def _read_plan(arm_dir: Path) -> dict[str, Any]:
     return read_json(arm_dir / "plan.json", "Run 'lungddpm segment plan' for this arm first.")
 
@@ -473,8 +559,10 @@ def _read_plan(arm_dir: Path) -> dict[str, Any]:
 def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> dict:
     """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
 
+    Of an arm's cases, only those that this replicate trains on and is validated on count.
+
     Raises:
-        InputError: the arm is not planned, was composed again since, or has no such fold.
+        InputError: the arm is not planned, was composed again since, has no such fold, or lacks the replicate's draw.
     """
     plan, arm = _read_plan(arm_dir), _read_arm(arm_dir)
     if plan["arm_fingerprint"] != arm["fingerprint"]:
@@ -482,14 +570,19 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     if fold >= (n_folds := len(arm["folds"])):
         raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation
+    drawn = _read_draw(config, arm_dir, fold, seed).get("cases", [])
+    split = {"train": arm["folds"][fold]["train"] + [case["name"] for case in drawn], "val": arm["folds"][fold]["val"]}
+    hashes = {case["name"]: case["sha256"] for case in [*arm["cases"], *drawn]}
     settings = {
         "steps": options.steps,
         "save_every": options.save_every,
         "optimizer": options.optimizer,
         "learning_rate": options.learning_rate,
         "seed": seed_from(config.seed, seed, fold),
+        "split": split,
+        "cases": fingerprint([[hashes[name] for name in names] for names in split.values()]),
         # Not the code that planned: a training under way survives its change.
-        "plan": {key: plan[key] for key in ("arm_fingerprint", "plans_sha256", "nnunetv2")},
+        "plan": {key: plan[key] for key in ("plans_sha256", "nnunetv2")},
     }
     return settings | {"fingerprint": fingerprint(settings)}
 

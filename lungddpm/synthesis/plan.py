@@ -9,8 +9,9 @@ import pandas as pd
 from lungddpm.config.models import Config
 from lungddpm.config.sections import SHARED_RUN
 from lungddpm.core import cases
+from lungddpm.core.cohorts import SHARED, Cohort, count_real_cases
 from lungddpm.core.errors import ConfigError, InputError
-from lungddpm.core.files import seed_from
+from lungddpm.core.files import seed_from, seeded_order
 from lungddpm.core.roles import DISCOVERY, REFERENCE
 from lungddpm.generators import OWN, PLACED, plugin
 
@@ -37,40 +38,56 @@ class PlannedSample:
     layout_seed: int | None
 
 
-def samples_wanted(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> int:
-    """How many samples make up a dose (by default the largest): that times the usable discovery cases, rounded.
+def samples_wanted(
+    config: Config, generator: str, table: pd.DataFrame, dose: float | None = None, cohort: Cohort = SHARED
+) -> int:
+    """How many samples make up a dose (by default the largest): that times the real cases of the cohort, rounded.
 
     Raises:
-        ConfigError: no arm uses the generator.
+        ConfigError: no arm uses the generator, or there are not as many real cases.
     """
     doses = config.arms.largest_doses()
     if generator not in doses:
         raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
-    return round((dose or doses[generator]) * len(cases.usable(table, DISCOVERY)))
+    available = len(cases.usable(table, DISCOVERY))
+    return round((dose or doses[generator]) * count_real_cases(cohort.real_cases, available))
 
 
-def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: float | None = None) -> list[PlannedSample]:
+def plan_samples(
+    config: Config, generator: str, table: pd.DataFrame, dose: float | None = None, cohort: Cohort = SHARED
+) -> list[PlannedSample]:
     """The samples of a dose (by default the largest), in order; a smaller dose is the first ones of a larger one.
 
-    References take turns, in table order, until there are `samples_wanted`. Those with nodules get layouts as
-    the generator's `LAYOUTS` says, those without get placed nodules; without `synthesis.place_nodules`, and for
-    generators that show own layouts only, they are left out. Without `synthesis.jitter_repeats`, the layout stays the
-    same each time.
+    References take turns until there are `samples_wanted`: in table order, or, in a draw for one replicate alone, in an
+    order of that draw. Those with nodules get layouts as the generator's `LAYOUTS` says, those without get placed
+    nodules; without `synthesis.place_nodules`, and for generators that show own layouts only, they are left out.
+    Without `synthesis.jitter_repeats`, the layout stays the same each time.
+
+    A draw has its own order, layouts and noise, whatever the number of real cases: what differs between numbers is what
+    the generator has learned, and how many samples a dose takes.
 
     Args:
         config: doses, root seed, `synthesis`, and the generator's own settings.
         generator: a plug-in that the config uses.
         table: all cases.
         dose: as a multiple of the real training cases.
+        cohort: the number of these, and the replicate that the draw is for.
 
     Raises:
-        ConfigError: no arm uses the generator.
+        ConfigError: no arm uses the generator, or there are not as many real cases.
         InputError: there is no reference to use.
     """
-    number = samples_wanted(config, generator, table, dose)
+    number = samples_wanted(config, generator, table, dose, cohort)
     first, again = plugin(generator).layouts
-    run = config.for_generator(generator).run
+    run = config.for_generator(generator, cohort).run
+    if not number:
+        return []
     references = _references(config, generator, table, needs_nodule=first == again == OWN)
+    draw: list[str] = []
+    if cohort.replicate is not None:
+        draw = [cohort.replicate]
+        by_name = {reference["case_id"]: reference for reference in references}
+        references = [by_name[name] for name in seeded_order(by_name, config.seed, f"references {cohort.replicate}")]
     plan = []
     for index in range(number):
         repeat, place = divmod(index, len(references))
@@ -78,13 +95,14 @@ def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: floa
         varies = repeat > 0 and config.synthesis.jitter_repeats
         origin = PLACED if reference["n_nodules"] == 0 else again if varies else first
         # Where repeats are not to differ, all of them take the layout of the first.
-        layout_seed = seed_from(config.seed, SHARED_RUN, "layout", case_id, repeat if varies else 0)
+        layout_seed = seed_from(config.seed, SHARED_RUN, "layout", case_id, repeat if varies else 0, *draw)
         plan.append(
             PlannedSample(
-                sample_id=f"{case_id}_s{repeat:03d}",
+                # An arm holds the samples of all draws: each has its own name.
+                sample_id="_".join([case_id, *draw, f"s{repeat:03d}"]),
                 reference=reference,
                 repeat=repeat,
-                seed=seed_from(config.seed, run, generator, case_id, repeat),
+                seed=seed_from(config.seed, run, generator, case_id, repeat, *draw),
                 layout_origin=origin,
                 layout_seed=None if origin == OWN else layout_seed,
             )
@@ -93,11 +111,11 @@ def plan_samples(config: Config, generator: str, table: pd.DataFrame, dose: floa
 
 
 def _references(config: Config, generator: str, table: pd.DataFrame, needs_nodule: bool) -> list[pd.Series]:
-    """The references that take turns."""
+    """The references that take turns, in table order."""
     usable = cases.usable(table, REFERENCE)
     if with_nodule := needs_nodule or not config.synthesis.place_nodules:
         usable = usable[usable["n_nodules"] > 0]
-    if usable.empty and samples_wanted(config, generator, table):
+    if usable.empty:
         raise InputError(
             cases.CASES,
             f"has no usable reference case{' with a nodule' if with_nodule else ''} for the generator '{generator}'",

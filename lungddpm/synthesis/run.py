@@ -16,6 +16,7 @@ from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
 from lungddpm.core import cases
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.code import stage_fingerprint
+from lungddpm.core.cohorts import SHARED, Cohort, training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
@@ -45,6 +46,7 @@ class SynthesisJob:
         weights: of the trained network, for generators that need one.
         external: folder of what another system made; by default the one in `arms.external`.
         device: see `lungddpm.models.accelerator.make_accelerator`.
+        cohort: how many real training cases there are, and the replicate that the draw is for.
     """
 
     generator: str
@@ -57,6 +59,7 @@ class SynthesisJob:
     weights: Path | None = None
     external: Path | None = None
     device: str = "auto"
+    cohort: Cohort = SHARED
 
 
 @dataclass(frozen=True)
@@ -85,12 +88,12 @@ def run_synthesize(config: Config, job: SynthesisJob) -> None:
     """
     real_cases = cases.read_cases(job.cases_table)
     if job.generator in config.arms.external:
-        wanted = samples_wanted(config, job.generator, real_cases, job.dose)
+        wanted = samples_wanted(config, job.generator, real_cases, job.dose, job.cohort)
         folder = job.external or config.arms.external[job.generator]
         rows = import_external(config, folder, job.generator, wanted, job.cases_table, real_cases, job.output)
         cases.write_cases(job.table, rows[job.shard :: job.shards])
         return
-    planned = plan_samples(config, job.generator, real_cases, job.dose)[job.shard :: job.shards]
+    planned = plan_samples(config, job.generator, real_cases, job.dose, job.cohort)[job.shard :: job.shards]
     _Synthesis(config, job, real_cases, planned).make_missing()
     cases.write_cases(job.table, [_row(sample, job.generator, job.output) for sample in planned])
 
@@ -100,14 +103,15 @@ class _Synthesis:
 
     def __init__(self, config: Config, job: SynthesisJob, real_cases: pd.DataFrame, planned: list[PlannedSample]):
         self.config, self.job, self.planned = config, job, planned
-        self.plugin, self.of_generator = plugin(job.generator), config.for_generator(job.generator)
+        self.plugin, self.of_generator = plugin(job.generator), config.for_generator(job.generator, job.cohort)
         self.weights = _weights_for(self.plugin, job.weights)
         self.library: NoduleLibrary | None = None
         if any(sample.layout_origin != OWN for sample in planned):
             # Placement imports scipy, which light commands do without.
             from lungddpm.layouts.placement import open_library
 
-            self.library = open_library(job.cases_table, real_cases, config.roles.allow_shared_patients)
+            donors = training_cases(real_cases, self.of_generator.trained_for.real_cases, config.seed)
+            self.library = open_library(job.cases_table, real_cases, config.roles.allow_shared_patients, donors)
 
     def make_missing(self) -> None:
         """Make what is not complete already."""
@@ -157,7 +161,7 @@ class _Synthesis:
         if sample.layout_origin == OWN or self.library is None:
             return None
         inputs = {
-            "synthesis": self.config.synthesis,
+            "synthesis": self.config.synthesis.decides_layouts(),
             "code": stage_fingerprint("make_layout"),
             "library": self.library.fingerprint,
         }
@@ -245,7 +249,17 @@ def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) 
         "code": stage_fingerprint("draw", config.name),
         "settings": config.decides_samples(),
         "weights_sha256": None if weights is None else sha256_of(weights),
+        "trained_on": None if weights is None else _patients_of(weights),
     }
+
+
+def _patients_of(weights: Path) -> list[str] | None:
+    """The patients whom weights of ours were trained on, for the leak guard; None where the file does not say it."""
+    if weights.suffix != ".safetensors":
+        return None
+    from lungddpm.models.checkpoint import read_metadata
+
+    return read_metadata(weights).trained_on
 
 
 def _hash_nodules(path: Path) -> str:

@@ -74,17 +74,22 @@ def doubted_arms(checks: pd.DataFrame, verdict: pd.DataFrame, config: Config) ->
     doubted = {}
     for name in asked_arms(config):
         arm, outcome = Arm.parse(name), rows.get(name, "not measured")
-        mine = {"", name, "real", arm.generator}
         bearing = [
-            check
-            for check in failed
-            if check["check"] in _NEEDED.get(outcome, _REASONS)
-            # Of the other checks, the subject is what showed it: a control, or the arm that moves most.
-            and (check["check"] not in (GENERATOR, COMPLETE) or check["subject"] in mine)
+            check for check in failed if check["check"] in _NEEDED.get(outcome, _REASONS) and _is_about(check, arm)
         ]
         if bearing or outcome not in _NEEDED:
             doubted[name] = bearing
     return doubted
+
+
+def _is_about(check: dict, arm: Arm) -> bool:
+    """Whether what a check found concerns an arm."""
+    if check["check"] in (GENERATOR, COMPLETE):
+        return check["subject"] in ("", arm.name, arm.baseline.name, arm.generator)
+    if check["check"] in (POSITIVE, NULL):
+        return Arm.parse(check["subject"]).baseline == arm.baseline
+    # Of the others, the subject is the arm that showed it most.
+    return True
 
 
 def answer_row(

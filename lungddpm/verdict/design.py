@@ -60,6 +60,13 @@ class Design:
     n_cases: int
     """Test cases with a nodule."""
     confidence: float
+    n_baselines: int = 1
+    """Arms, of `n_arms`, that others are compared with."""
+
+    @property
+    def run_df(self) -> int:
+        """Degrees of freedom of MS(TR)."""
+        return (self.n_arms - self.n_baselines) * (self.n_replicates - 1)
 
     @property
     def decides(self) -> bool:
@@ -94,17 +101,16 @@ def detectable_by_design(design: Design, components: Components) -> float:
 def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, float]:
     """Differences from which on an arm is called better, equally probable ones; and the sd of a difference."""
     n_replicates, n_cases = design.n_replicates, design.n_cases
-    run_df = (design.n_arms - 1) * (n_replicates - 1)
     residual = 2 * components.residual_sd**2 / (n_replicates * n_cases)
     between_cases = 2 * components.arm_case_sd**2 / n_cases + residual
     from_runs = 2 * components.run_sd**2 / n_replicates + residual
-    degrees = run_df, n_cases - 1, (n_cases - 1) * (n_replicates - 1)
+    degrees = design.run_df, n_cases - 1, (n_cases - 1) * (n_replicates - 1)
     nodes = [
         value * stats.chi2.ppf((np.arange(n) + 0.5) / n, df) / df
         for value, df, n in zip((from_runs, between_cases, residual), degrees, _NODES, strict=True)
     ]
     estimates = [
-        Effect(0.0, max(cases - within, 0.0), MeanSquare(runs, run_df), n_cases - 1, cases)
+        Effect(0.0, max(cases - within, 0.0), MeanSquare(runs, design.run_df), n_cases - 1, cases)
         for runs, cases, within in itertools.product(*nodes)
     ]
     critical = stats.t.isf(
@@ -161,6 +167,8 @@ class Costs:
     """Independent ones."""
     test_cases: int
     scans: int
+    per_replicate: tuple[str, ...] = ()
+    """Further stages that grow with the replicates."""
 
     def hours(self, replicates: int, test_cases: int) -> float:
         """Hours of the same arms with so many replicates and test cases."""
@@ -168,14 +176,23 @@ class Costs:
         more_scans = (self.scans + test_cases - self.test_cases) / self.scans
         total = 0.0
         for stage, hours in self.hours_of.items():
-            if stage in STAGES_PER_RUN:
+            if stage in self.per_replicate:
+                total += hours * more_runs
+            elif stage in STAGES_PER_RUN:
                 total += hours * more_runs * (more_cases if STAGES_PER_RUN[stage] else 1.0)
             else:
                 total += hours * (more_scans if stage in STAGES_PER_SCAN else 1.0)
         return total
 
 
-def costs_of_timing(timing: pd.DataFrame, n_runs: int, replicates: int, test_cases: int, scans: int) -> Costs:
+def costs_of_timing(
+    timing: pd.DataFrame,
+    n_runs: int,
+    replicates: int,
+    test_cases: int,
+    scans: int,
+    per_replicate: tuple[str, ...] = (),
+) -> Costs:
     """The costs of a benchmark of `n_runs` runs, from the times of a run that may have had more or fewer.
 
     Args:
@@ -184,13 +201,14 @@ def costs_of_timing(timing: pd.DataFrame, n_runs: int, replicates: int, test_cas
         replicates: independent ones, in `n_runs`.
         test_cases: of the run that was timed.
         scans: likewise, of all roles.
+        per_replicate: further stages that grow with the replicates.
     """
     by_stage = timing.groupby("stage")["seconds"]
     hours = {
         str(stage): (seconds.mean() * n_runs if stage in STAGES_PER_RUN else seconds.sum()) / 3600
         for stage, seconds in by_stage
     }
-    return Costs(hours, replicates, test_cases, scans)
+    return Costs(hours, replicates, test_cases, scans, per_replicate)
 
 
 def able_designs(design: Design, components: Components, difference: float, costs: Costs | None) -> list[Design]:

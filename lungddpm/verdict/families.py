@@ -44,4 +44,13 @@ def design_of(config: Config, n_cases: int) -> Design:
     folds, seeds = len(config.segmentation.folds), len(config.segmentation.seeds)
     replicates = folds if folds > 1 else seeds
     n_compared = max(1, len(asked_arms(config)))
-    return Design(len(config.arms.all()), n_compared, replicates, n_cases, config.verdict.confidence)
+    arms = config.arms.all()
+    n_baselines = len({arm.baseline for arm in arms})
+    return Design(len(arms), n_compared, replicates, n_cases, config.verdict.confidence, n_baselines)
+
+
+def stages_per_replicate(config: Config) -> tuple[str, ...]:
+    """Stages that are done once per replicate, for all arms together."""
+    draws = ("synthesize", "compose_draw") if config.synthesis.draw_per_replicate else ()
+    trainings = ("train_generator",) if config.synthesis.training_per_replicate else ()
+    return ("label_fidelity", *draws, *trainings)

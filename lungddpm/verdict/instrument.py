@@ -14,6 +14,7 @@ from lungddpm.core.text import format_p, plural, signed
 from lungddpm.evaluation.measures import deciding_measure
 from lungddpm.quality import calibration
 from lungddpm.quality.image_quality import SEAM, SEAM_RATIO, SYNTHETIC
+from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.convergence import DICE, LOSS
 from lungddpm.verdict.design import Components, Design, detectable_by_design, power_of_design, typical_components
 from lungddpm.verdict.families import asked_arms, design_of, relevant_difference
@@ -35,8 +36,6 @@ SHORT = {_FALL: "training loss", _RISE: "validation Dice", _HU: "HU", _STEP: "se
 """Names of measures of which a check has several."""
 POSITIVE_GENERATOR = "reference"
 """The generator that adds real CT: what it adds is known to help, if anything does."""
-_CEILING = "(real CT)"
-"""In `label_fidelity.csv`, the references' own CT."""
 _LOWEST_CEILING = 0.1
 """Dice on real CT below which segmenters know too little to judge synthetic CT."""
 _LEARNING = 0.05
@@ -234,7 +233,7 @@ def _fidelity(name: str, table: pd.DataFrame | None, lowest: float) -> dict:
     value, said = math.nan, f"The label fidelity of {name} was not measured."
     if table is not None:
         dice = table.set_index("generator")["dice_mean"]
-        made, real = dice.get(name, math.nan), dice.get(_CEILING, math.nan)
+        made, real = dice.get(name, math.nan), dice.get(REAL_CT, math.nan)
         if real >= _LOWEST_CEILING:
             value = made / real
         elif not math.isnan(real):

@@ -65,7 +65,8 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
     """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
     means = {}
     for name in generators:
-        records = map(read_json, (results / "synthetic" / name).glob(CaseFolder(Path("*")).sample_record.as_posix()))
+        samples = CaseFolder(Path("*/*")).sample_record.as_posix()
+        records = map(read_json, (results / "synthetic" / name).glob(samples))
         seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
         if seconds:
             means[name] = float(np.mean(seconds))

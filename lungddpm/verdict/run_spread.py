@@ -10,6 +10,7 @@ compared with the smaller p of tables drawn from runs that scatter alike, normal
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,9 @@ _ROUNDING = 1e-18
 """Squares of scores between 0 and 1 below this are rounding."""
 
 
-def run_spread_table(arms: list[str], means: np.ndarray, replicates: list[list[int]], seed: int) -> pd.DataFrame:
+def run_spread_table(
+    arms: list[str], means: np.ndarray, replicates: list[list[int]], seed: int, groups: Sequence[int] | None = None
+) -> pd.DataFrame:
     """The spread of every arm's runs.
 
     Args:
@@ -29,13 +32,14 @@ def run_spread_table(arms: list[str], means: np.ndarray, replicates: list[list[i
         means: (arms, runs), each run's mean score over cases; NaN where a run is missing.
         replicates: the runs of each independent replicate; those of one fold share its luck and are averaged for p.
         seed: of the draws behind p.
+        groups: see `spread_test`.
 
     Returns:
         `COLUMNS`, a row per arm: mean, sd, lowest, highest and range of the runs' means, and p of `spread_test`.
     """
     independent = np.column_stack([pd.DataFrame(means[:, runs]).mean(axis=1) for runs in replicates])
     rows = []
-    for arm, of_arm, p in zip(arms, means, spread_test(independent, seed), strict=True):
+    for arm, of_arm, p in zip(arms, means, spread_test(independent, seed, groups=groups), strict=True):
         runs = of_arm[np.isfinite(of_arm)]
         values = [math.nan] * 5
         if runs.size:
@@ -45,13 +49,15 @@ def run_spread_table(arms: list[str], means: np.ndarray, replicates: list[list[i
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
-def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS) -> np.ndarray:
+def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS, groups: Sequence[int] | None = None) -> np.ndarray:
     """Test every arm for a spread wider than that of the others.
 
     Args:
         means: (arms, independent replicates), NaN where one is missing.
         seed: of the draws.
         draws: tables with equal spread to compare with.
+        groups: a number for each arm below that of the arms: replicates have other effects in each group; None where
+            there is one group.
 
     Returns:
         (arms,): the probability that some arm stands out as far as this one if the runs of all arms scatter alike; so
@@ -63,7 +69,8 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS) -> np.ndarray
     several = np.bincount(arm, minlength=len(means)) > 1
     if np.count_nonzero(several) < 2:
         return p
-    of_arm, of_replicate = np.eye(len(means))[arm], np.eye(means.shape[1])[replicate]
+    group = np.zeros(len(means), int) if groups is None else np.array(groups)
+    of_arm, of_replicate = np.eye(len(means))[arm], np.eye(means.size)[group[arm] * means.shape[1] + replicate]
     designs = [of_arm]
     if np.count_nonzero(several) > 2:  # of two arms, what is left of arm + replicate is the same in both
         designs.append(np.hstack([of_arm, of_replicate]))

@@ -11,6 +11,9 @@ With theta_ij the mean score of arm i in replicate j, and R replicates (Obuchows
 
 MS(TR) is the mean square of arm x replicate: how differently training runs end that should end alike. It comes from
 all arms, as is usual with more than two modalities, because the few runs of a single pair estimate it too poorly.
+Where arms have several baselines (the real cases alone, for several numbers of real cases), an arm is compared with its
+own, and what a replicate does to all arms of a baseline alike is taken out baseline by baseline: they train on other
+real cases, so fold 0 of one is not fold 0 of another.
 P is how far the choice of patients moves the difference in all replicates alike; it comes from the compared pair
 alone, because its cases estimate it well and arms differ in it.
 
@@ -224,14 +227,18 @@ def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare, sc
     return Effect(value, from_patients, from_runs, case_df, between_cases)
 
 
-def arm_by_replicate(means: np.ndarray) -> MeanSquare:
+def arm_by_replicate(means: np.ndarray, groups: Sequence[int] | None = None) -> MeanSquare:
     """MS(TR): what is left of the arms' mean scores after an effect of each arm and one of each replicate.
 
     Args:
         means: (arms, replicates), NaN where a replicate of an arm is missing.
+        groups: a number for each arm below that of the arms: replicates have other effects in each group; None where
+            there is one group.
     """
+    n_arms, n_replicates = means.shape
     arm, replicate = np.nonzero(np.isfinite(means))
-    design = np.hstack([np.eye(means.shape[0])[arm], np.eye(means.shape[1])[replicate]])
+    group = np.zeros(n_arms, int) if groups is None else np.array(groups)
+    design = np.hstack([np.eye(n_arms)[arm], np.eye(n_arms * n_replicates)[group[arm] * n_replicates + replicate]])
     observed = means[arm, replicate]
     fit, _, rank, _ = np.linalg.lstsq(design, observed)
     df = len(observed) - int(rank)
@@ -251,7 +258,7 @@ class Paired:
 
 @dataclass(frozen=True)
 class Scores:
-    """One measure of all arms, larger is better; the first arm is the baseline.
+    """One measure of all arms, larger is better.
 
     Runs are paired over arms by fold and seed, cases by identity.
     """
@@ -262,13 +269,23 @@ class Scores:
     """(arms, runs), bool: whether that run of the arm is there."""
     folds: tuple[int, ...] | None = None
     """The fold of each run; None where no two runs share one."""
+    baselines: tuple[int, ...] | None = None
+    """The arm that each arm is compared with, a baseline being its own; None where it is the first for all."""
 
     @classmethod
     def over_scored_cases(
-        cls, values: np.ndarray, evaluated: np.ndarray, folds: tuple[int, ...] | None = None
+        cls,
+        values: np.ndarray,
+        evaluated: np.ndarray,
+        folds: tuple[int, ...] | None = None,
+        baselines: tuple[int, ...] | None = None,
     ) -> Scores:
         """Leave out the cases that are NaN in any run that was evaluated."""
-        return cls(values[:, :, np.isfinite(values[evaluated]).all(axis=0)], evaluated, folds)
+        return cls(values[:, :, np.isfinite(values[evaluated]).all(axis=0)], evaluated, folds, baselines)
+
+    def baseline_of(self, arm: int) -> int:
+        """The arm that an arm is compared with."""
+        return self.baselines[arm] if self.baselines is not None else 0
 
     @cached_property
     def replicates(self) -> list[list[int]]:
@@ -286,7 +303,7 @@ class Scores:
             found = self.paired(arm, replicates=[self.replicates[replicate]]).scores
             if found.size:
                 means[arm, replicate] = found.mean()
-        return arm_by_replicate(means)
+        return arm_by_replicate(means, self.baselines)
 
     @cached_property
     def runs_per_replicate(self) -> float:
@@ -366,32 +383,31 @@ def compare_arms(
     families: Sequence[str] | None = None,
     gates: Mapping[str, str] | None = None,
 ) -> list[Comparison]:
-    """Compare every arm with the first.
+    """Compare every arm with its baseline.
 
     An arm is better or worse where p after Holm's correction over the arms of its family is below 1 - `confidence`, and
     so are those of all arms of the family's gate. Nothing is decided ("cannot tell") with fewer test cases than
     `minimum_cases`, or where the scatter of training runs is not known.
 
     Args:
-        scores: of all arms, the baseline first.
+        scores: of all arms.
         bootstraps: resamples for the bootstrap interval, which describes and does not decide.
         confidence: level of both intervals, e.g. 0.95.
         seed: of the resampling.
-        families: a name for each arm (the baseline's is not used): arms of one name are corrected together; None
-            takes all as one family.
+        families: a name for each arm (that of a baseline is not used): arms of one name are corrected together,
+            whatever their baselines; None takes all as one family.
         gates: a family -> the family whose arms must all be decided before. A gate has no gate of its own.
 
     Returns:
-        One comparison per arm, in their order; the baseline's own row first.
+        One comparison per arm, in their order; a baseline has a row of its own.
     """
     n_arms = len(scores.values)
     families = [""] * n_arms if families is None else list(families)
-    own = scores.paired(0)
-    measured = own.scores.size > 0
+    baselines = [scores.baseline_of(arm) for arm in range(n_arms)]
     effects = {
-        arm: scores.contrast({arm: 1, 0: -1})
-        for arm in range(1, n_arms)
-        if measured and scores.paired(arm, 0).scores.size
+        arm: scores.contrast({arm: 1, baseline: -1})
+        for arm, baseline in enumerate(baselines)
+        if arm != baseline and scores.paired(arm, baseline).scores.size
     }
     corrected = _corrected(effects, families)
     n_cases = scores.values.shape[2]
@@ -400,14 +416,18 @@ def compare_arms(
         for arm, (_, n_compared) in corrected.items()
         if n_compared and n_cases >= minimum_cases(n_compared, confidence) and effects[arm].covers_runs
     }
+    compared = [arm for arm, baseline in enumerate(baselines) if arm != baseline]
     p_gates = {
-        family: max(corrected[arm][0] if arm in decidable else 1.0 for arm in range(1, n_arms) if families[arm] == gate)
+        family: max(corrected[arm][0] if arm in decidable else 1.0 for arm in compared if families[arm] == gate)
         for family, gate in (gates or {}).items()
     }
     counts = scores.evaluated.sum(axis=1)
-    rows = [_row(own, 0, int(counts[0]), "baseline") if measured else _nothing(own, int(counts[0]))]
-    for arm in range(1, n_arms):
-        paired = scores.paired(arm, 0)
+    rows = []
+    for arm, baseline in enumerate(baselines):
+        paired = scores.paired(arm, baseline)
+        if arm == baseline and paired.scores.size:
+            rows.append(_row(paired, 0, int(counts[arm]), "baseline"))
+            continue
         if arm not in effects:
             rows.append(_nothing(paired, int(counts[arm])))
             continue
@@ -479,7 +499,7 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class DoseResponse:
-    """A straight line through the arms of one generator over their dose, `real` being dose 0."""
+    """A straight line through the arms of one generator over their dose, their baseline being dose 0."""
 
     slope: Effect
     """Gain per dose of 1, i.e. for as many synthetic cases as there are real ones."""
@@ -496,11 +516,11 @@ def dose_response(scores: Scores, doses: dict[int, float], confidence: float) ->
     """Fit a line by least squares; every value of it is a contrast of arms and inferred like one.
 
     Args:
-        scores: of all arms, the baseline first.
-        doses: by arm, at least two different ones; the baseline is added at dose 0.
+        scores: of all arms.
+        doses: by arm, at least two different ones of one baseline, which is added at dose 0.
         confidence: level of the band.
     """
-    doses = {0: 0.0} | doses
+    doses = {scores.baseline_of(min(doses)): 0.0} | doses
     given = np.array(list(doses.values()))
     spread = float(((given - given.mean()) ** 2).sum())
     centred = (given - given.mean()) / spread

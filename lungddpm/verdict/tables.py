@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from lungddpm.config.models import Config
-from lungddpm.core.arms import BASELINE
+from lungddpm.core.arms import BASELINE, Arm, is_baseline
 from lungddpm.core.cases import CASES, read_cases, usable
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
-from lungddpm.core.roles import TEST
+from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.evaluation.froc import froc_tables
-from lungddpm.evaluation.lesions import SIZE_BINS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
 from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
-from lungddpm.quality import image_quality
+from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
 from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
-from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of
+from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
 from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
 from lungddpm.verdict.published import published_comparison
 from lungddpm.verdict.records import quality_files, quality_table, seconds_per_volume, timing_table, training_curves
@@ -34,12 +35,11 @@ from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sen
 
 NOT_TRUSTED = "not trusted"
 """Verdict in the place of "better" or "worse" in a run with copied replicates."""
-SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 VERDICT_COLUMNS = [
-    "arm", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd", "baseline_mean", "difference",
-    "relative_percent", "ci_low", "ci_high", "p", "p_holm", "p_gate", "n_compared", "standard_error", "df", "run_df",
-    "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low", "bootstrap_high", "p_wilcoxon",
-    "wins", "ties", "losses", "confidence", "verdict", "sentence",
+    "arm", "real_cases", "baseline", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd",
+    "baseline_mean", "difference", "relative_percent", "ci_low", "ci_high", "p", "p_holm", "p_gate",
+    "n_compared", "standard_error", "df", "run_df", "detectable_difference", "detectable_low", "detectable_high",
+    "bootstrap_low", "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
     """Replicates that have metrics, by arm; a warning names those that have none.
 
     Raises:
-        InputError: `real` has none, so that there is nothing to compare with.
+        InputError: the real cases alone have none, so that there is nothing to compare with.
     """
     found = {}
     for arm in config.arms.names():
@@ -58,9 +58,10 @@ def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
         found[arm] = [replicate for replicate, there in present.items() if there]
         if missing := [replicate for replicate, there in present.items() if not there]:
             LOG.warning("%s has no metrics of %s: the verdict goes on without", arm, ", ".join(missing))
-    if not found[BASELINE]:
+    baselines = [name for name in found if is_baseline(name)]
+    if not any(found[name] for name in baselines):
         raise InputError(
-            results / "segmentation" / BASELINE, "holds no metrics.csv", "Evaluate it first (lungddpm evaluate)."
+            results / "segmentation" / baselines[0], "holds no metrics.csv", "Evaluate it first (lungddpm evaluate)."
         )
     return found
 
@@ -104,12 +105,16 @@ def read_csv(path: Path) -> pd.DataFrame:
 
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
-    """One measure of all arms and replicates of the config, `real` first; see `collect_scores`."""
+    """One measure of all arms and replicates of the config; see `collect_scores`."""
+    arms = config.arms.all()
+    scores = collect_scores(cases, config.arms.names(), folds_of(config), measure)
+    return replace(scores, baselines=tuple(arms.index(arm.baseline) for arm in arms))
+
+
+def folds_of(config: Config) -> dict[str, int]:
+    """The fold of each replicate, by its name."""
     segmentation = config.segmentation
-    folds = {
-        segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds
-    }
-    return collect_scores(cases, config.arms.names(), folds, measure)
+    return {segmentation.replicate_name(fold, seed): fold for fold in segmentation.folds for seed in segmentation.seeds}
 
 
 def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str, int], measure: str) -> Scores:
@@ -117,7 +122,7 @@ def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str,
 
     Args:
         cases: one row per arm, replicate and case, with these three as columns and the measure.
-        arms: the baseline first.
+        arms: their names.
         folds: of all replicates, by their names.
         measure: column of the measure.
 
@@ -186,8 +191,14 @@ def named_late(results: Path, config: Config) -> list[str]:
     ]
 
 
-def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """One row per arm and measure, `VERDICT_COLUMNS`; differences are to `real`, in the measure's own unit.
+def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.DataFrame:
+    """One row per arm and measure, `VERDICT_COLUMNS`; differences are to the real cases alone, in the measure's own
+    unit.
+
+    Args:
+        cases: `metrics.csv` of all arms and replicates.
+        config: the run's config.
+        n_discovery: real training cases of the arms that have all of them.
 
     Raises:
         InputError: the arms do not cover the same cases.
@@ -208,7 +219,7 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
         for measure in verdict_measures():
             comparison = comparisons[measure.column][number]
             name = f"{arm.name} (primary)" if comparison.family == PRIMARY else arm.name
-            text = sentence(name, BASELINE, measure.title, comparison, settings.confidence)
+            text = sentence(name, arm.baseline.name, measure.title, comparison, settings.confidence)
             if arm.name in missing and comparison.n_replicates:
                 text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
             if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
@@ -216,20 +227,22 @@ def verdict_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
                     f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
                     f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
                 )
-            keys = {"arm": arm.name, "metric": measure.column, "confidence": settings.confidence}
+            keys = {"arm": arm.name, "baseline": arm.baseline.name, "real_cases": arm.real_cases or n_discovery}
+            keys |= {"metric": measure.column, "confidence": settings.confidence}
             rows.append(keys | asdict(comparison) | {"sentence": text})
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
 
 
 def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """The variance components of every arm but `real` and every measure: `COMPONENT_COLUMNS`, NaN where unknown."""
+    """The variance components of every compared arm and every measure: `COMPONENT_COLUMNS`, NaN where unknown."""
     rows = []
     for measure in verdict_measures():
         scores = scores_of(cases, config, measure.column)
         for number, arm in enumerate(config.arms.all()):
-            if arm.name == BASELINE:
+            baseline = scores.baseline_of(number)
+            if number == baseline:
                 continue
-            paired, found = scores.paired(number, 0).scores, components_of(scores, number)
+            paired, found = scores.paired(number, baseline).scores, components_of(scores, number, baseline)
             keys = {"arm": arm.name, "family": family_of(arm, config), "metric": measure.column}
             sizes = {"n_replicates": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
             rows.append(keys | sizes | (asdict(found) if found else {}))
@@ -251,28 +264,31 @@ def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
 
 
 def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
-    """The lines over dose, of each measure and each generator with at least two doses; none where no generator has.
+    """The lines over dose, of each measure, generator and number of real cases with at least two doses; none where no
+    generator has.
 
     Returns:
-        `dose_response`: generator, metric, n_doses (without 0), slope (gain a dose of 1), ci_low, ci_high,
-        standard_error, df, p (of the slope, uncorrected). `dose_response_band`: generator, metric, dose, fitted
-        difference to `real`, ci_low, ci_high (pointwise).
+        `dose_response`: generator, baseline, metric, n_doses (without 0), slope (gain a dose of 1), ci_low, ci_high,
+        standard_error, df, p (of the slope, uncorrected). `dose_response_band`: generator, baseline,
+        metric, dose, fitted difference to the baseline, ci_low, ci_high (pointwise).
     """
     lines, bands = [], []
     arms = config.arms.all()
     for measure in verdict_measures():
         scores = scores_of(cases, config, measure.column)
-        for generator in config.arms.generators:
+        for number, generator in itertools.product(config.arms.numbers(), config.arms.generators):
             doses = {
                 place: arm.dose
                 for place, arm in enumerate(arms)
-                if arm.real and arm.generator == generator and scores.evaluated[place].any()
+                if (arm.real, arm.generator, arm.real_cases) == (True, generator, number)
+                and scores.evaluated[place].any()
             }
-            if len(doses) < 2 or not scores.paired(0, *doses).scores.size:
+            if len(doses) < 2 or not scores.paired(scores.baseline_of(min(doses)), *doses).scores.size:
                 continue
             line = dose_response(scores, doses, config.verdict.confidence)
             ci_low, ci_high = line.slope.interval(config.verdict.confidence)
-            keys = {"generator": generator, "metric": measure.column}
+            baseline = Arm(True, None, 0.0, number).name
+            keys = {"generator": generator, "baseline": baseline, "metric": measure.column}
             lines.append(
                 keys
                 | {"n_doses": len(doses), "slope": line.slope.value, "ci_low": ci_low, "ci_high": ci_high}
@@ -293,8 +309,9 @@ def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         arm, metric, n_cases (scored in a replicate at least), n_undefined (cases x replicates without a value: nothing
-        was predicted), mean and sd over cases, of their means over replicates; difference to `real` and n_compared, the
-        cases that it is a mean over: paired by case and replicate, for measures that are better in one direction.
+        was predicted), mean and sd over cases, of their means over replicates; difference to the real cases alone and
+        n_compared, the cases that it is a mean over: paired by case and replicate, for measures that are better in one
+        direction.
     """
     rows = []
     judged = cases[cases["n_lesions"] > 0].set_index(["arm", "case_id", "replicate"])
@@ -305,8 +322,9 @@ def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
             by_case = scored[metric].groupby("case_id").mean().dropna()
             counts = {"n_cases": len(by_case), "n_undefined": int(scored[metric].isna().sum())}
             row = {"arm": arm, "metric": metric, **counts, "mean": by_case.mean(), "sd": by_case.std()}
-            if arm != BASELINE and measure.better != "near 0":
-                differences = (scored[metric] - by_arm[BASELINE][metric]).groupby("case_id").mean().dropna()
+            baseline = Arm.parse(arm).baseline.name
+            if arm != baseline and baseline in by_arm and measure.better != "near 0":
+                differences = (scored[metric] - by_arm[baseline][metric]).groupby("case_id").mean().dropna()
                 row |= {"difference": differences.mean(), "n_compared": len(differences)}
             rows.append(row)
     columns = ["arm", "metric", "n_cases", "n_undefined", "mean", "sd", "difference", "n_compared"]
@@ -345,6 +363,27 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFram
     return pd.DataFrame(rows).merge(cpm, on="arm", how="left")
 
 
+def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
+    """What `lungddpm label-fidelity` found, over the replicates of `real` that judged; nothing where none has.
+
+    Returns:
+        `label_fidelity`: `label_fidelity.TABLE_COLUMNS`. `label_fidelity_runs`: `label_fidelity.RUN_COLUMNS`.
+    """
+    folds, gathered = folds_of(config), []
+    for name in (label_fidelity.METRICS, label_fidelity.LESIONS):
+        paths = {replicate: results / "label_fidelity" / replicate / name for replicate in folds}
+        tables = [read_csv(path).assign(replicate=replicate) for replicate, path in paths.items() if path.exists()]
+        gathered.append(pd.concat(tables, ignore_index=True) if tables else pd.DataFrame())
+    metrics, lesions = gathered
+    if metrics.empty:
+        return {}
+    generators = list(config.arms.largest_doses())
+    return {
+        "label_fidelity": label_fidelity.fidelity_table(metrics, lesions, generators, folds, config.verdict.confidence),
+        "label_fidelity_runs": label_fidelity.runs_table(metrics, lesions),
+    }
+
+
 def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
     """Write `<path>.csv` in full precision and `<path>.md` for reading (four digits); returns both paths."""
     csv, markdown = path.with_suffix(".csv"), path.with_suffix(".md")
@@ -380,7 +419,8 @@ def check_instrument(
     if "timing" in tables:
         design = design_of(config, len(test_cases))
         n_runs = design.n_arms * len(config.segmentation.replicates())
-        costs = costs_of_timing(tables["timing"], n_runs, design.n_replicates, len(test_cases), len(all_cases))
+        sizes = design.n_replicates, len(test_cases), len(all_cases)
+        costs = costs_of_timing(tables["timing"], n_runs, *sizes, stages_per_replicate(config))
     answer = answer_row(checks, verdict, components, config, costs)
     return pd.concat([checks, pd.DataFrame([answer], columns=COLUMNS)], ignore_index=True)
 
@@ -391,7 +431,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
         run_spread, training_curves, convergence, calibration, detection, froc, froc_band, published_comparison; and
-        where the run has them dose_response, image_quality and timing.
+        where the run has them dose_response, image_quality, label_fidelity and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -402,7 +442,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     lesions = gather(results, replicates, "lesions.csv")
     candidates = gather(results, replicates, "candidates.csv")
     froc = froc_tables(cases, lesions, candidates, config.verdict.confidence, seed_from(config.seed, "verdict", "froc"))
-    verdict, copies = verdict_table(cases, config), identical_replicates(cases)
+    n_discovery = len(usable(read_cases(results / "cases" / CASES), DISCOVERY))
+    verdict, copies = verdict_table(cases, config, n_discovery), identical_replicates(cases)
     tables = {
         "verdict": without_trust(verdict) if copies else verdict,
         "variance_components": component_table(cases, config),
@@ -422,10 +463,15 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
             )
         )
         tables["image_quality"] = quality_table(samples, sets)
+    tables |= fidelity_tables(results, config)
     tables["calibration"] = calibration_table(tables.get("image_quality"), generators, config.verdict.calibration)
     runs = scores_of(cases, config, deciding_measure().column)
     tables["run_spread"] = run_spread_table(
-        config.arms.names(), run_means(runs), runs.replicates, seed_from(config.seed, "verdict", "run spread")
+        config.arms.names(),
+        run_means(runs),
+        runs.replicates,
+        seed_from(config.seed, "verdict", "run spread"),
+        runs.baselines,
     )
     tables["training_curves"] = training_curves(config, results)
     tables["convergence"] = convergence_table(tables["training_curves"])

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from lungddpm.arms.compose import DATASET, first_samples, run_compose
+from lungddpm.arms.compose import DATASET, draw_record, first_samples, run_compose, run_compose_draw
 from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
@@ -18,7 +18,8 @@ from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 
-CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}})
+SHARED_DRAW = {"draw_per_replicate": False}
+CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}, "synthesis": SHARED_DRAW})
 ROLES = ["discovery"] * 4 + ["reference"] * 2 + ["test"] * 2
 
 
@@ -271,10 +272,133 @@ class TestLeaks:
         assert not (cohort / "arms" / "real+lung_ddpm@1.0" / "arm.json").exists()
 
     def test_shared_patients_pass_where_they_are_allowed_and_the_proof_says_so(self, cohort):
-        config = parse_config({"roles": {"allow_shared_patients": True}, "segmentation": {"n_folds": 2, "folds": [0]}})
+        config = parse_config(
+            {
+                "roles": {"allow_shared_patients": True},
+                "segmentation": {"n_folds": 2, "folds": [0]},
+                "synthesis": SHARED_DRAW,
+            }
+        )
         edit(cohort / "cases" / "cases.tsv", "P6_0", role="discovery+test")
         with pytest.raises(LeakError):
             compose(cohort, "real")
         arm, _ = compose(cohort, "real", config)
         assert not arm["leak_guard"]["disjoint"]
         assert arm["leak_guard"]["shared_patients"] == ["P6"]
+
+
+class TestFewerRealCases:
+    """Arms of a subset of the real cases."""
+
+    NUMBERS = {"real_cases": [2, "all"], "doses": [0.5, 1.0]}
+
+    def config(self, **arms):
+        return parse_config(
+            {"arms": self.NUMBERS | arms, "segmentation": {"n_folds": 2, "folds": [0, 1]}, "synthesis": SHARED_DRAW}
+        )
+
+    def test_all_arms_of_a_number_have_the_same_real_cases_and_folds(self, cohort):
+        config = self.config()
+        arms = {name: compose(cohort, name, config)[0] for name in ("real2", "real2+real", "real2+lung_ddpm@1.0")}
+        real = {name: [c["case_id"] for c in arm["cases"] if c["source"] == "phantom"] for name, arm in arms.items()}
+        assert len(real["real2"]) == 2
+        assert real["real2+real"] == 2 * real["real2"]
+        assert real["real2+lung_ddpm@1.0"] == real["real2"]
+        assert set(real["real2"]) < {case["case_id"] for case in compose(cohort, "real", config)[0]["cases"]}
+        # A dose is a multiple of these real cases.
+        assert [case["case_id"] for case in arms["real2+lung_ddpm@1.0"]["cases"][2:]] == ["s0", "s1"]
+        for arm in arms.values():
+            assert [fold["val"] for fold in arm["folds"]] == [fold["val"] for fold in arms["real2"]["folds"]]
+
+    def test_a_fold_that_a_subset_cannot_have_is_refused(self, cohort):
+        config = parse_config({"arms": self.NUMBERS, "segmentation": {"n_folds": 3, "folds": [0, 2]}})
+        with pytest.raises(ConfigError, match=r"names fold 2, but with 2 usable.*raise arms\.real_cases"):
+            compose(cohort, "real2", config)
+        with pytest.raises(ConfigError, match=r"arms\.real_cases: names 4, but there are 4"):
+            compose(cohort, "real4", config)
+
+    def test_a_subset_without_a_nodule_is_refused(self, cohort):
+        for case_id in [case["case_id"] for case in compose(cohort, "real2", self.config())[0]["cases"]]:
+            path = cohort / "cases" / case_id / "layout.nii.gz"
+            layout = read_volume(path)
+            write_volume(path, layout.like(np.where(layout.array == Label.NODULE, Label.LUNG, layout.array)))
+            edit(cohort / "cases" / "cases.tsv", case_id, sha256=CaseFolder(path.parent).hash())
+        with pytest.raises(InputError, match=r"no discovery case with a nodule among the 2 of arms\.real_cases"):
+            compose(cohort, "real2", self.config())
+        compose(cohort, "real", self.config())
+
+    @pytest.mark.parametrize(
+        "provenance",
+        [
+            {"trained_on": ["{patient}"]},
+            {"nodules": [{"case_id": "{patient}_0", "patient_id": "{patient}"}]},
+            {"declared": {"trained_on": "none", "donors": ["{patient}"]}},
+        ],
+        ids=["trained on", "nodule of", "declared donor"],
+    )
+    def test_nothing_of_the_other_discovery_patients_may_be_in_a_sample(self, cohort, provenance):
+        config = self.config()
+        inside = {case["patient_id"] for case in compose(cohort, "real2", config)[0]["cases"]}
+        (outsider, *_) = sorted({f"P{i}" for i in range(4)} - inside)
+        record = json.loads(json.dumps(provenance).replace("{patient}", outsider))
+        write_json(cohort / "synthetic" / "s1" / "sample.json", {"reference_case_id": "P4_0", **record})
+        with pytest.raises(LeakError, match=rf"beyond the real cases of this arm.*{outsider} in s1.*learn_from: all"):
+            compose(cohort, "real2+lung_ddpm@1.0", config)
+        compose(cohort, "real2+lung_ddpm@0.5", config)
+        compose(cohort, "real+lung_ddpm@1.0", config)
+        compose(cohort, "real2+lung_ddpm@1.0", self.config(generators_learn_from="all"))
+
+
+class TestDraws:
+    """Replicates with samples of their own."""
+
+    CONFIG = parse_config({"segmentation": {"n_folds": 2, "folds": [0, 1]}})
+    ARM = "real+lung_ddpm@1.0"
+
+    def compose_draw(self, cohort, replicate, first=0):
+        table = cohort / "synthetic" / f"{replicate}.tsv"
+        rows = pd.concat([read_cases(cohort / "synthetic" / f"samples-{shard}.tsv") for shard in range(2)])
+        write_cases(table, rows.sort_values("case_id").iloc[first:])
+        folder = cohort / "arms" / self.ARM
+        run_compose_draw(self.CONFIG, self.ARM, replicate, cohort / "cases" / "cases.tsv", [table], folder)
+        record = draw_record(folder, replicate)
+        return json.loads(record.read_text()), record.parent
+
+    def test_a_draw_stands_beside_the_cases_that_all_share(self, cohort):
+        shared, raw = compose(cohort, self.ARM, self.CONFIG)
+        real, _ = compose(cohort, "real", self.CONFIG)
+        assert (shared["own_draws"], real["own_draws"]) == (True, False)
+        assert (shared["cases"], shared["folds"]) == (real["cases"], real["folds"])
+        before = {path: path.stat().st_mtime_ns for path in raw.rglob("*")}
+        draw, folder = self.compose_draw(cohort, "fold0_seed0")
+        assert [case["case_id"] for case in draw["cases"]] == ["s0", "s1", "s2", "s3"]
+        for case in draw["cases"]:
+            assert (folder / f"imagesTr/{case['name']}_0000.nii.gz").resolve().exists()
+            assert read_volume(folder / f"labelsTr/{case['name']}.nii.gz").array.sum() == case["nodule_voxels"]
+        assert draw["leak_guard"]["disjoint"]
+        assert draw["leak_guard"]["n_training_cases"] == 8
+        assert draw["arm_fingerprint"] == shared["fingerprint"]
+        first = (folder / "draw.json").read_bytes()
+        other, _ = self.compose_draw(cohort, "fold1_seed0", first=2)
+        assert [case["case_id"] for case in other["cases"]] == ["s2", "s3", "s4", "s5"]
+        assert (folder / "draw.json").read_bytes() == first
+        assert {path: path.stat().st_mtime_ns for path in raw.rglob("*")} == before
+
+    def test_synthetic_alone_shares_no_training_case(self, cohort):
+        arm, _ = compose(cohort, "synthetic:lung_ddpm", self.CONFIG)
+        assert [fold["train"] for fold in arm["folds"]] == [[], []]
+        assert all(fold["val"] for fold in arm["folds"])
+
+    def test_a_draw_is_guarded(self, cohort):
+        compose(cohort, self.ARM, self.CONFIG)
+        write_json(cohort / "synthetic" / "s1" / "sample.json", {"reference_case_id": "P4_0", "trained_on": ["P6"]})
+        with pytest.raises(LeakError, match="P6 in s1"):
+            self.compose_draw(cohort, "fold0_seed0")
+        assert not draw_record(cohort / "arms" / self.ARM, "fold0_seed0").exists()
+
+    def test_an_arm_without_draws_takes_none(self, cohort):
+        compose(cohort, "real", self.CONFIG)
+        with pytest.raises(ConfigError, match="the replicates of real share their cases"):
+            run_compose_draw(
+                self.CONFIG, "real", "fold0_seed0", cohort / "cases" / "cases.tsv", [], cohort / "arms" / "real"
+            )

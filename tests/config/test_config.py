@@ -13,6 +13,7 @@ import yaml
 from lungddpm.config.loading import load_config, parse_config, read_values
 from lungddpm.config.models import Config
 from lungddpm.config.reference import json_schema, markdown_reference
+from lungddpm.core.cohorts import Cohort
 from lungddpm.core.errors import ConfigError
 
 OVERLAYS = ["lidc", "paper"]
@@ -156,6 +157,14 @@ FAULTS = {
     "resampling as published": (
         {"generators": {"lung_ddpm": {"sampling": {"aas": "published", "resampling": 2}}}},
         "aas: corrected",
+    ),
+    "no real case": ({"arms": {"real_cases": [0]}}, "arms.real_cases.0: Input should be greater than or equal to 1"),
+    "no number of real cases": ({"arms": {"real_cases": []}}, "arms.real_cases"),
+    "a number of real cases twice": ({"arms": {"real_cases": [4, "4"]}}, "arms.real_cases lists a value twice"),
+    "real cases in words": ({"arms": {"real_cases": ["four"]}}, "arms.real_cases"),
+    "trainings without draws": (
+        {"synthesis": {"draw_per_replicate": False, "training_per_replicate": True}},
+        "synthesis.training_per_replicate needs synthesis.draw_per_replicate",
     ),
     "fold that does not exist": ({"segmentation": {"folds": [5]}}, "names fold 5"),
     "steps between saves": ({"segmentation": {"steps": 100, "save_every": 30}}, "not a multiple"),
@@ -394,3 +403,49 @@ def test_light_verbs_import_nothing_heavy(repository):
         "sys.exit(f'imported {heavy}' if heavy else 0)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=repository)
+
+
+def test_every_number_of_real_cases_has_all_arms():
+    arms = {"doses": [1.0], "controls": ["real"], "synthetic_only": ["lung_ddpm"], "real_cases": ["4", "all", 8]}
+    config = parse_config({"arms": arms})
+    recipes = ["real{}", "real{}+lung_ddpm@1.0", "synthetic{}:lung_ddpm", "real{}+real"]
+    assert config.arms.names() == [recipe.format(number) for number in ("4", "", "8") for recipe in recipes]
+    assert config.arms.planning().name == "real"
+    fewer = parse_config({"arms": arms | {"real_cases": [8, 4]}})
+    assert fewer.arms.planning().name == "real8"
+
+
+def test_cohorts_and_trainings_follow_numbers_and_draws():
+    values = {
+        "arms": {"real_cases": [4, "all"], "generators": ["lung_ddpm", "maisi"], "external": {"maisi": "maisi"}},
+        "segmentation": {"folds": [0, 1], "seeds": [3]},
+    }
+
+    def names(synthesis, learn_from="same"):
+        config = parse_config(
+            values | {"arms": values["arms"] | {"generators_learn_from": learn_from}, "synthesis": synthesis}
+        )
+        cohorts = {name: [each.name for each in config.cohorts(name, 4)] for name in ("lung_ddpm", "maisi")}
+        folders = [config.for_training("lung_ddpm", each).model_folder for each in config.trainings()]
+        return (
+            cohorts["lung_ddpm"],
+            cohorts["maisi"],
+            [folder.removeprefix("models/lung_ddpm/main/") for folder in folders],
+        )
+
+    draws = ["real4-fold0_seed3", "real4-fold1_seed3"]
+    assert names({"draw_per_replicate": False}) == (["real4"], ["real4"], ["all", "real4"])
+    assert names({}) == (draws, ["real4"], ["all", "real4"])
+    assert names({}, "all") == (draws, ["real4"], ["all"])
+    of_each = ["all-fold0_seed3", "all-fold1_seed3", "real4-fold0_seed3", "real4-fold1_seed3"]
+    assert names({"training_per_replicate": True}) == (draws, ["real4"], of_each)
+
+
+def test_only_a_training_for_one_replicate_has_seeds_of_its_own():
+    shared, each = (
+        parse_config({"synthesis": {"training_per_replicate": per_replicate}}) for per_replicate in (False, True)
+    )
+    cohorts = [Cohort(None, "fold0_seed0"), Cohort(4, "fold0_seed0"), Cohort(None, "fold1_seed0")]
+    assert {shared.for_generator("lung_ddpm", cohort).run for cohort in cohorts} == {"main"}
+    runs = [each.for_generator("med_ddpm", cohort).of_weights.run for cohort in cohorts]
+    assert runs == ["main-fold0_seed0", "main-fold0_seed0", "main-fold1_seed0"]

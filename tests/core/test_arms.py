@@ -5,15 +5,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lungddpm.config.loading import parse_config
-from lungddpm.core.arms import Arm
+from lungddpm.core.arms import Arm, is_baseline
 from lungddpm.core.errors import ConfigError
 
 GENERATORS = st.from_regex(r"[A-Za-z0-9_]+", fullmatch=True).filter(lambda name: name != "real")
 DOSES = st.floats(min_value=0, exclude_min=True, allow_infinity=False, allow_nan=False)
+NUMBERS = st.none() | st.integers(1, 10**6)
 ARMS = st.one_of(
-    st.sampled_from([Arm(True, None, 0.0), Arm(True, "real", 1.0)]),
-    st.builds(Arm, real=st.just(True), added=GENERATORS, dose=DOSES),
-    st.builds(Arm, real=st.just(False), added=GENERATORS, dose=st.just(1.0)),
+    st.builds(Arm, real=st.just(True), added=st.none(), dose=st.just(0.0), real_cases=NUMBERS),
+    st.builds(Arm, real=st.just(True), added=st.just("real"), dose=st.just(1.0), real_cases=NUMBERS),
+    st.builds(Arm, real=st.just(True), added=GENERATORS, dose=DOSES, real_cases=NUMBERS),
+    st.builds(Arm, real=st.just(False), added=GENERATORS, dose=st.just(1.0), real_cases=NUMBERS),
 )
 
 
@@ -25,12 +27,25 @@ ARMS = st.one_of(
         ("real+lung_ddpm@0.5", Arm(real=True, added="lung_ddpm", dose=0.5)),
         ("real+lung_ddpm@1.0", Arm(real=True, added="lung_ddpm", dose=1.0)),
         ("synthetic:lung_ddpm", Arm(real=False, added="lung_ddpm", dose=1.0)),
+        ("real4", Arm(real=True, added=None, dose=0.0, real_cases=4)),
+        ("real16+real", Arm(real=True, added="real", dose=1.0, real_cases=16)),
+        ("real4+lung_ddpm@2.0", Arm(real=True, added="lung_ddpm", dose=2.0, real_cases=4)),
+        ("synthetic4:lung_ddpm", Arm(real=False, added="lung_ddpm", dose=1.0, real_cases=4)),
     ],
 )
 def test_names_of_arms(name, arm):
     assert Arm.parse(name) == arm
     assert arm.name == name
-    assert arm.generator == (None if name in ("real", "real+real") else "lung_ddpm")
+    assert arm.generator == ("lung_ddpm" if "lung_ddpm" in name else None)
+    assert is_baseline(name) == (arm.added is None)
+
+
+@given(ARMS)
+def test_an_arm_is_compared_with_its_own_real_cases_alone(arm):
+    assert arm.baseline.baseline == arm.baseline
+    assert is_baseline(arm.baseline.name)
+    assert (arm.baseline.real_cases, arm.recipe.real_cases) == (arm.real_cases, None)
+    assert Arm.parse(arm.name).recipe == arm.recipe
 
 
 @given(ARMS)
@@ -58,7 +73,8 @@ def test_a_text_is_refused_or_is_a_name_of_what_it_stands_for(text):
         "real+a@zero", "real+a@-1", "real+a@0", "real+a@0.0", "real+a@1e-400", "real+a@nan", "real+a@inf",
         "real+a@1e999", "real+a@1_0", "real+a@ 1", "real+a@١", "real+a@1@2", "real+a-b@1", "real+a/b@1",
         "real+real@0.5", "real+real+real", "synthetic:", "synthetic:real", "synthetic:a@1", "synthetic:a b",
-        "synthetic:../a",
+        "synthetic:../a", "real0", "real04", "real-4", "real4 ", "real4+real4", "real+real4", "real4+", "synthetic0:a",
+        "synthetic4", "real٤",
     ],
 )  # fmt: skip
 def test_wrong_names_are_refused(wrong):

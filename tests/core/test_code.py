@@ -348,6 +348,7 @@ def test_what_is_left_out_is_there():
         ("find_series", "lidc", ["arms", "layouts"]),
         ("simulate", "phantom", ["sources.lidc", "layouts", "core.cases"]),
         ("evaluate", "", ["quality", "verdict", "report", "segmentation"]),
+        ("label_fidelity", "", ["models", "generators", "synthesis", "layouts", "verdict", "report", "core.drawing"]),
         ("qc", "", ["verdict", "quality", "models", "core.drawing"]),
         ("checksums", "", ["report", "operations.doctor", "operations.plan", "operations.bench"]),
         ("report", "", ["operations.bench", "operations.plan", "models", "layouts", "sources"]),
@@ -371,6 +372,7 @@ def test_a_stage_does_not_depend_on(stage, name, but_not):
         ("compose", "", {"arms.splits:check_leaks", "arms.splits:folds"}),
         ("predict", "", {"segmentation.nnunet:run_predict"}),
         ("evaluate", "", {"evaluation.lesions:lesion_measures", "core.labels:Label"}),
+        ("label_fidelity", "", {"segmentation.nnunet:Segmenter", "evaluation.lesions:lesion_measures"}),
         ("report", "", {"verdict.published:published_figures", "evaluation.froc:froc_tables", "core.drawing:STYLE"}),
     ],
 )

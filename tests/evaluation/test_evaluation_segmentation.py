@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from lungddpm.config.models import Config
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import sha256_of
 from lungddpm.core.volume import Volume, read_volume, write_volume
@@ -53,7 +54,7 @@ def test_run_evaluate_records_what_it_read_and_wrote(make_results):
     names = ["metrics.csv", "lesions.csv", "candidates.csv"]
     assert record["sha256"] == {name: sha256_of(folder / name) for name in names}
     assert record["inputs_sha256"]["case-02"] == {
-        "case": "0" * 64,
+        "case": CaseFolder(results / "cases" / "case-02").hash(),
         "prediction": sha256_of(folder / "predictions" / "case-02.nii.gz"),
         "probability": sha256_of(folder / "predictions" / "probability" / "case-02.nii.gz"),
     }

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from made_up_trainings import train
 from safetensors.torch import load_file
 
 from lungddpm.core import cases
+from lungddpm.core.cohorts import Cohort, training_cases
 from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import fingerprint
 from lungddpm.generators import lung_ddpm
 from lungddpm.models import monitoring, training
 from lungddpm.models import training_states as states
@@ -531,3 +534,35 @@ def test_two_processes_go_on_as_one_with_twice_the_accumulation(
     for name in weights[0]:
         torch.testing.assert_close(*(each[name] for each in weights), atol=1e-4, rtol=0)
     assert states_of(shared) == ["step-00000006.pt"]
+
+
+def test_a_subset_sees_its_own_cases_and_nobody_else(tiny_cohort, training_config, tmp_path, monkeypatch):
+    decoded = []
+    read = cases.CaseFolder.read
+    monkeypatch.setattr(cases.CaseFolder, "read", lambda self: decoded.append(self.path.name) or read(self))
+    table = cases.read_cases(tiny_cohort)
+    patients = dict(zip(table["case_id"], table["patient_id"], strict=True))
+    subset = training_cases(table, 2, 1)
+    for number, expected in ((2, set(subset["case_id"])), (None, {"case00", "case01", "case02"})):
+        decoded.clear()
+        config, folder = replace(training_config(steps=2), trained_for=Cohort(number)), tmp_path / str(number)
+        train(config, tiny_cohort, folder, "cpu")
+        assert set(decoded) == expected
+        metadata = read_metadata(folder / "model.safetensors")
+        assert metadata.trained_on == sorted(patients[case] for case in expected)
+        hashes = [cases.CaseFolder(tiny_cohort.parent / case).hash() for case in sorted(expected)]
+        assert metadata.data_fingerprint == fingerprint(hashes)
+    with pytest.raises(ConfigError, match=r"arms\.real_cases: names 3, but there are 3 usable"):
+        train(replace(training_config(), trained_for=Cohort(3)), tiny_cohort, tmp_path, "cpu")
+
+
+def test_a_training_for_one_replicate_has_its_own_luck(tiny_cohort, training_config, tmp_path):
+    weights = {}
+    for name in ("all", "all-fold0_seed0", "all-fold0_seed1", "real2-fold0_seed0"):
+        config = replace(training_config(steps=1), trained_for=Cohort.parse(name))
+        weights[name] = training.initial_network(config, lung_ddpm.recipe(config)).state_dict()
+    first = {name: next(iter(values.values())) for name, values in weights.items()}
+    assert not torch.equal(first["all"], first["all-fold0_seed0"])
+    assert not torch.equal(first["all-fold0_seed0"], first["all-fold0_seed1"])
+    # Numbers of real cases differ in their cases alone.
+    assert torch.equal(first["all-fold0_seed0"], first["real2-fold0_seed0"])

@@ -2,17 +2,20 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.report.figures import (
     case_plot,
     dose_response_plot,
+    fidelity_plot,
     forest_plot,
     froc_plot,
     montage,
     paired_plot,
     quality_bars,
+    real_cases_plot,
     run_plot,
     segmenter_curves,
 )
@@ -47,7 +50,7 @@ def test_montage_without_a_layout_does_not_fail():
 
 
 def test_forest_plot_shows_arms_but_not_the_baseline():
-    row = {"metric": "dice", "ci_low": -0.1, "ci_high": 0.2, "verdict": "no difference shown"}
+    row = {"metric": "dice", "baseline": "real", "ci_low": -0.1, "ci_high": 0.2, "verdict": "no difference shown"}
     verdict = pd.DataFrame([{"arm": "real", "difference": np.nan, **row}, {"arm": "other", "difference": 0.05, **row}])
     (axis,) = forest_plot(verdict, {"dice": "Dice"}, confidence=0.95).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["other"]
@@ -56,7 +59,7 @@ def test_forest_plot_shows_arms_but_not_the_baseline():
 
 
 def test_narrow_forest_plot_is_half_as_wide_and_names_arms_above_their_lines():
-    row = {"metric": "dice", "ci_low": -0.1, "ci_high": 0.2, "verdict": "not trusted"}
+    row = {"metric": "dice", "baseline": "real", "ci_low": -0.1, "ci_high": 0.2, "verdict": "not trusted"}
     verdict = pd.DataFrame([{"arm": "real+lung_ddpm@1.0", "difference": 0.05, **row}])
     figure = forest_plot(verdict, {"dice": "Dice"}, confidence=0.95, narrow=True)
     (axis,) = figure.axes
@@ -79,15 +82,15 @@ def test_froc_shows_every_arm_beside_the_baseline():
         pd.DataFrame(
             {"arm": arm, "false_positives_a_scan": rates, "sensitivity": at, "ci_low": at - 0.1, "ci_high": at + 0.1}
         )
-        for arm, at in (("real", 0.4), ("one", 0.5), ("two", 0.6))
+        for arm, at in (("real", 0.4), ("real+one@1.0", 0.5), ("real+two@1.0", 0.6))
     )
-    panels = froc_plot(band, "real", confidence=0.95).axes
-    assert [axis.get_title(loc="left") for axis in panels] == ["one", "two"]
+    panels = froc_plot(band, confidence=0.95).axes
+    assert [axis.get_title(loc="left") for axis in panels] == ["real+one@1.0", "real+two@1.0"]
     for axis, at in zip(panels, (0.5, 0.6), strict=True):
         assert [set(line.get_ydata()) for line in axis.lines] == [{0.4}, {at}]
         assert [label.get_text() for label in axis.get_xticklabels()] == ["1/8", "1/4", "1/2", "1", "2", "4", "8"]
-    assert len(froc_plot(band[band["arm"] == "real"], "real", confidence=0.95).axes) == 1
-    assert froc_plot(band.iloc[:0], "real", confidence=0.95).texts[0].get_text() == "no lesion has a score"
+    assert len(froc_plot(band[band["arm"] == "real"], confidence=0.95).axes) == 1
+    assert froc_plot(band.iloc[:0], confidence=0.95).texts[0].get_text() == "no lesion has a score"
 
 
 def test_quality_bars_show_generators_above_the_floors():
@@ -114,7 +117,7 @@ def test_quality_bars_show_generators_above_the_floors():
 
 def test_paired_plot_compares_a_case_with_itself_in_the_same_replicate():
     rows = [("real", "r0", "a", 0.5), ("real", "r0", "b", 0.4), ("real", "r1", "a", 0.9), ("real", "r1", "b", 0.9)]
-    rows += [("one", "r0", "a", 0.6), ("one", "r0", "b", 0.1)]
+    rows += [("real+one@1.0", "r0", "a", 0.6), ("real+one@1.0", "r0", "b", 0.1)]
     (axis,) = paired_plot(pd.DataFrame(rows, columns=["arm", "replicate", "case_id", "dice"]), "dice", "Dice").axes
     np.testing.assert_allclose(axis.lines[0].get_xdata(), [-0.3, 0.1])
     np.testing.assert_allclose(axis.lines[1].get_xdata(), [-0.1, -0.1])
@@ -134,9 +137,11 @@ def test_dose_response_has_a_panel_for_each_generator():
     band = pd.DataFrame(
         [(name, dose, dose / 10, dose / 10 - 0.1, dose / 10 + 0.1) for name in ("a", "b") for dose in (0.0, 1.0, 2.0)],
         columns=["generator", "dose", "fitted", "ci_low", "ci_high"],
-    )
+    ).assign(baseline="real")
     rows = [("real", np.nan, "baseline"), ("real+a@1.0", 0.1, "better"), ("real+a@2.0", np.nan, "not measured")]
-    verdict = pd.DataFrame(rows, columns=["arm", "difference", "verdict"]).assign(ci_low=0.0, ci_high=0.2)
+    verdict = pd.DataFrame(rows, columns=["arm", "difference", "verdict"]).assign(
+        baseline="real", ci_low=0.0, ci_high=0.2
+    )
     figure = dose_response_plot(verdict, band, "Dice", 0.9)
     assert [axis.get_title(loc="left") for axis in figure.axes] == ["a", "b"]
     np.testing.assert_allclose(figure.axes[0].lines[0].get_xydata(), [[0, 0], [1, 0.1], [2, 0.2]])
@@ -145,10 +150,43 @@ def test_dose_response_has_a_panel_for_each_generator():
     assert "90 % CI" in figure.get_supylabel()
 
 
+def test_gains_over_the_number_of_real_cases_have_a_panel_per_generator_and_a_line_per_dose():
+    rows = [
+        (f"real{'' if number == 16 else number}{added}", number, at + number / 100)
+        for number in (4, 8, 16)
+        for added, at in (("+a@1.0", 0.1), ("+a@2.0", 0.3), ("+real", -0.1))
+    ]
+    verdict = pd.DataFrame(rows, columns=["arm", "real_cases", "difference"])
+    verdict = verdict.assign(ci_low=verdict["difference"] - 0.2, ci_high=verdict["difference"] + 0.2, verdict="better")
+    baseline = {"arm": "real4", "real_cases": 4, "difference": np.nan, "verdict": "baseline"}
+    figure = real_cases_plot(pd.concat([verdict, pd.DataFrame([baseline])]), "Dice", 0.95)
+    panels = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    assert list(panels) == ["real+a", "real+real"]
+    lines = [line.get_xydata() for line in panels["real+a"].lines if len(line.get_xdata()) == 3]
+    np.testing.assert_allclose(lines, [[[4, at + 0.04], [8, at + 0.08], [16, at + 0.16]] for at in (0.1, 0.3)])
+    assert [text.get_text() for text in panels["real+a"].get_legend().get_texts()] == ["1 x", "2 x"]
+    assert [label.get_text() for label in panels["real+real"].get_xticklabels()] == ["4", "8", "16"]
+    assert len(panels["real+a"].collections) == 2
+
+
 def test_segmenter_curves_have_a_panel_for_each_arm():
-    rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "one") for n in (0, 1) for step in (50, 100)]
+    rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "real+real") for n in (0, 1) for step in (50, 100)]
     figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "training_loss"]))
     real, other = figure.axes
-    assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "one")
+    assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "real+real")
     assert len(other.lines) == 3
     np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 100])
+
+
+def test_label_fidelity_has_a_line_for_each_generator_below_the_ceiling():
+    names = {"lung_ddpm": 0.2, "(real CT)": 0.6, "paste_constant": 0.0}
+    runs = pd.DataFrame(
+        [(name, f"fold{fold}", value + 0.1 * fold, value) for name, value in names.items() for fold in (0, 1)],
+        columns=["generator", "replicate", "dice", "recall"],
+    )
+    figure = fidelity_plot(runs)
+    dice, recall = figure.axes
+    assert [label.get_text() for label in dice.get_yticklabels()] == ["(real CT)", "lung_ddpm", "paste_constant"]
+    assert [text.get_text() for text in dice.texts] == ["0.65", "0.25", "0.05"]
+    assert [text.get_text() for text in recall.texts] == ["0.60", "0.20", "0.00"]
+    assert dice.lines[0].get_xdata() == pytest.approx([0.65, 0.65])

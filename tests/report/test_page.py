@@ -8,11 +8,12 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 
+from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
 from lungddpm.report.page import run_report
-from lungddpm.report.sections import extractors_of, p_text, show_sets
+from lungddpm.report.sections import covered_luck, extractors_of, p_text, show_arms, show_sets
 from lungddpm.report.terminal import verdict_table_text
 from lungddpm.report.viewer import ranked_samples
 from lungddpm.segmentation.nnunet import fold_folder
@@ -54,14 +55,14 @@ def test_code_that_changed_while_a_training_was_under_way_is_named(make_results,
     model = [{"from_step": 1, "code": "a" * 64}]
     segmenter = [{"from_step": 1, "code": "b" * 64}, {"from_step": 501, "code": "c" * 64}]
     fold = fold_folder(results / "arms/real", 0, 0)
-    write_json(results / "models/lung_ddpm/main/training.json", {"steps": 6, "code": model})
+    write_json(results / "models/lung_ddpm/main/all/training.json", {"steps": 6, "code": model})
     write_json(fold / "training.json", {"steps": 1000, "code": segmenter})
     run_report(config, results)
-    trained = {"models/lung_ddpm/main": model, "arms/real fold0_seed0": segmenter}
+    trained = {"models/lung_ddpm/main/all": model, "arms/real fold0_seed0": segmenter}
     assert read_manifest(results)["training_code"] == trained
     page = (results / "report.html").read_text()
     assert "arms/real fold0_seed0 (from step 501 on)" in page
-    assert "models/lung_ddpm/main (from step" not in page
+    assert "models/lung_ddpm/main/all (from step" not in page
 
 
 def test_full_report(make_results, read_manifest):
@@ -131,6 +132,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
         "Image quality was not measured",
         "The HU of lung_ddpm were not measured.",
         "No curve with four saved states or more",
+        "Label fidelity was not measured",
         "No samples with a nodule",
     ):
         assert expected in page.text
@@ -231,15 +233,78 @@ def test_p_shows_on_which_side_of_the_level_it_lies(p, level, shown):
 
 
 def test_samples_to_show_are_ranked_by_their_error(make_results):
-    _, results = make_results(n_test=1, n_replicates=1)
+    config, results = make_results(n_test=1, n_replicates=1)
+    cohorts = config.cohorts("lung_ddpm", None)
     quality = results / "quality" / "lung_ddpm.csv"
     mse = pd.read_csv(quality).query("image == 'synthetic' and metric == 'mse' and region == 'lungs'")
     by_error = mse.sort_values("value")["case_id"].tolist()
-    assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm")] == by_error
+    assert [folder.path.name for folder in ranked_samples(results, "lung_ddpm", cohorts)] == by_error
     assert sorted(by_error) == ["sample-0", "sample-1"]
     quality.unlink()
-    assert ranked_samples(results, "lung_ddpm") == [CaseFolder(results / "synthetic" / "lung_ddpm" / "sample-0")]
-    assert ranked_samples(results, "reference") == []
+    assert ranked_samples(results, "lung_ddpm", cohorts) == [
+        CaseFolder(results / "synthetic" / "lung_ddpm" / cohorts[0].name / "sample-0")
+    ]
+    assert ranked_samples(results, "reference", cohorts) == []
+
+
+def test_arms_of_fewer_real_cases_stand_beside_their_own_baseline(make_results):
+    arms = {"controls": ["real"], "real_cases": [1, "all"], "generators": ["lung_ddpm"]}
+    config, results = make_results(n_replicates=3, arms=arms)
+    table = pd.read_csv(results / "cases" / "cases.tsv", sep="\t", dtype=str, keep_default_na=False)
+    more = table.iloc[[0]].assign(case_id="case-50", patient_id="patient-50")
+    pd.concat([table, more]).to_csv(results / "cases" / "cases.tsv", sep="\t", index=False)
+    run_report(config, results)
+    verdict = pd.read_csv(results / "tables" / "verdict.csv")
+    compared = verdict.query("metric == 'dice'").set_index("arm")[["baseline", "real_cases"]]
+    assert {arm: tuple(row) for arm, row in compared.iterrows()} == {
+        "real1": ("real1", 1), "real1+lung_ddpm@1.0": ("real1", 1), "real1+real": ("real1", 1),
+        "real": ("real", 2), "real+lung_ddpm@1.0": ("real", 2), "real+real": ("real", 2),
+    }  # fmt: skip
+    html = (results / "report.html").read_text(encoding="utf-8")
+    text = Page(html).text
+    assert "real1+lung_ddpm@1.0: better than real1." in text
+    assert "real1: mean" not in text
+    assert "Fewer real cases, more gain?" in text
+    assert (results / "figures" / "real_cases.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "covered", "shared"),
+    [
+        ({}, "ends, which samples are drawn.", ["how a generator's training ends."]),
+        ({"synthesis": {"draw_per_replicate": False}}, "ends.", ["which samples are drawn, how a generator's"]),
+        ({"synthesis": {"training_per_replicate": True}}, "drawn, how a generator's training ends.", []),
+        (
+            {"arms": {"generators": ["maisi"], "external": {"maisi": "maisi"}, "controls": []}},
+            "ends.",
+            ["all that another system's luck decides (maisi"],
+        ),
+        ({"arms": {"generators": ["reference"], "controls": []}}, "which samples are drawn.", []),
+    ],
+)
+def test_the_page_says_which_luck_is_covered(overrides, covered, shared):
+    (text,) = covered_luck(parse_config(overrides))
+    first, _, rest = text.partition("Not covered, as all replicates share it: ")
+    assert first.strip().endswith(covered)
+    assert bool(rest) == bool(shared)
+    for words in shared:
+        assert rest.startswith(words)
+    assert covered_luck(parse_config({"arms": {"generators": [], "doses": [], "controls": ["real"]}})) == []
+
+
+def test_samples_of_draws_are_told_apart_in_the_training_sets():
+    entry = {"name": "a", "case_id": "a", "patient_id": "p", "source": "phantom", "trained_on": True}
+    proof = {"shared_patients": []}
+    draws = [
+        {"cases": [entry | {"name": f"s{n}", "case_id": f"s{n}", "source": "lung_ddpm", "patient_id": f"r{n}"}]}
+        | {"leak_guard": proof if n else {"shared_patients": ["t"]}}
+        for n in (0, 1)
+    ]
+    table = show_arms({"real+lung_ddpm@1.0": {"cases": [entry], "leak_guard": proof, "draws": draws}})
+    (row,) = table.rows
+    assert row == [
+        "real+lung_ddpm@1.0", "2", "1 phantom, 1 lung_ddpm (other ones in each of 2 replicates)", "3", "SHARED: t",
+    ]  # fmt: skip
 
 
 def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
@@ -262,3 +327,30 @@ def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
     assert float(cells["synthetic"]["MS-SSIM within a layout, lungs"]) > 0.9
     (extractor,) = extractors_of(tables["image_quality"])
     assert extractor.startswith("ResNet-50, random weights")
+
+
+def test_label_fidelity_has_the_ceiling_first(make_results):
+    config, results = make_results(n_test=1, n_replicates=2)
+    run_report(config, results)
+    fidelity = pd.read_csv(results / "tables" / "label_fidelity.csv").set_index("generator")
+    assert list(fidelity.index) == ["(real CT)", "lung_ddpm"]
+    # Of the 27 voxels of each nodule one was lost in one replicate, two in the other.
+    dice = [2 * 26 / 53, 2 * 25 / 52]
+    assert fidelity.loc["(real CT)", "dice_mean"] == 1
+    assert fidelity.loc["lung_ddpm", "difference"] == pytest.approx(sum(dice) / 2 - 1)
+    runs = pd.read_csv(results / "tables" / "label_fidelity_runs.csv").query("generator == 'lung_ddpm'")
+    assert runs["dice"].tolist() == pytest.approx(dice)
+    page = page_of(results)
+    assert page.text.index("Label fidelity Do the nodules") > page.text.index("Image quality Floors need no generator")
+    assert "lung_ddpm 2 0.971 ± 0.000 −0.029" in page.text
+    assert (results / "figures" / "label_fidelity.svg").exists()
+
+
+def test_label_fidelity_of_missing_replicates_is_that_of_the_others(make_results):
+    config, results = make_results(n_test=1, n_replicates=2)
+    shutil.rmtree(results / "label_fidelity" / "fold1_seed0")
+    tables, _ = write_tables(config, results)
+    row = tables["label_fidelity"].set_index("generator").loc["lung_ddpm"]
+    assert row["n_replicates"] == 1
+    assert row["dice_mean"] == pytest.approx(2 * 26 / 53)
+    assert pd.isna(row["ci_low"])

@@ -10,8 +10,9 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 
-from lungddpm.arms.compose import DATASET, run_compose
+from lungddpm.arms.compose import DATASET, run_compose, run_compose_draw
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Network
 from lungddpm.core.cases import CaseFolder, read_cases, usable, write_cases
@@ -34,7 +35,7 @@ def configured(**segmentation):
         "n_folds": 2,
         "folds": [0],
     }
-    return parse_config({"segmentation": settings | segmentation})
+    return parse_config({"segmentation": settings | segmentation, "synthesis": {"draw_per_replicate": False}})
 
 
 CONFIG = configured()
@@ -128,6 +129,11 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         dice = 2 * (mask.array & truth).sum() / (mask.array.sum() + truth.sum())
         # Marking everything gives 2 x 0.013 / 1.013 = 0.03.
         assert dice > 0.6
+        with nnunet.open_segmenter(CONFIG, arm, 0, 0, "cpu") as segmenter:
+            alone = segmenter.mask(run / "cases" / case / "ct.nii.gz")
+        assert alone.same_grid(layout)
+        # Without probabilities ties may fall the other way.
+        assert (alone.array[~unlike] == mask.array[~unlike]).all()
 
 
 def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):
@@ -357,6 +363,39 @@ def test_a_finished_training_is_kept_and_one_of_other_settings_discarded(run, ca
     assert final.stat().st_mtime_ns != first
     assert "is trained already" in caplog.text
     assert "is discarded" in caplog.text
+
+
+def test_a_replicate_trains_on_its_own_draw_and_one_more_leaves_the_others_alone(run, caplog):
+    caplog.set_level(logging.INFO, "lungddpm")
+    config = parse_config({"segmentation": SHORT.segmentation.model_dump() | {"seeds": [0, 1]}})
+    table, arm, name = run / "cases" / "cases.tsv", run / "arms" / "drawn", "real+lung_ddpm@0.25"
+    samples = read_cases(run / "synthetic" / "samples.tsv")
+    run_compose(config, name, table, [], arm)
+    nnunet.run_plan_segmenter(config, arm, run / "arms" / "real")
+    with pytest.raises(InputError, match=r"draw\.json.*compose --replicate fold0_seed0"):
+        nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
+
+    def draw(seed):
+        path = run / "synthetic" / f"samples-{seed}.tsv"
+        write_cases(path, samples.iloc[seed : seed + 1])
+        run_compose_draw(config, name, f"fold0_seed{seed}", table, [path], arm)
+
+    read = []
+    dataset = nnUNetDatasetBlosc2.load_case
+    for seed in (0, 1):
+        draw(seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(nnUNetDatasetBlosc2, "load_case", lambda self, key: read.append(key) or dataset(self, key))
+            nnunet.run_train_segmenter(config, arm, 0, seed, "cpu")
+        training = json.loads((nnunet.fold_folder(arm, 0, seed) / "training.json").read_text())
+        shared = json.loads((arm / "arm.json").read_text())["folds"][0]
+        assert training["split"] == {"train": [*shared["train"], f"s{seed}"], "val": shared["val"]}
+        assert set(read) == {*training["split"]["train"], *training["split"]["val"]}
+        read.clear()
+    before = (nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth").stat().st_mtime_ns
+    nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
+    assert (nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth").stat().st_mtime_ns == before
+    assert "is trained already" in caplog.text
 
 
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(run, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import shutil
 from contextlib import ExitStack
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from lungddpm.arms import splits
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Synthesis
 from lungddpm.core import cases
+from lungddpm.core.cohorts import Cohort, training_cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import lock_if_free, read_json, write_json
 from lungddpm.core.labels import Label
@@ -100,6 +102,68 @@ def test_plan_says_where_layouts_are_from(tiny_cohort):
     assert [origin for _, origin in origins(plan)] == ["placed", "reference"] * 2 + ["placed"]
     assert [sample.layout_seed for sample in plan] == [seeds[0], None] * 2 + [seeds[0]]
     assert len({sample.seed for sample in plan}) == 5
+
+
+def test_each_draw_has_its_own_order_layouts_and_noise_whatever_the_number_of_real_cases(tiny_cohort):
+    table = cases.read_cases(tiny_cohort)
+    # Six more references: with two, every other draw would have the order of the table.
+    more = [table.iloc[3].to_dict() | {"case_id": f"more{n}", "patient_id": f"more{n}"} for n in range(6)]
+    table = pd.concat([table, pd.DataFrame(more)], ignore_index=True)
+    config = make_config(arms={"generators": NAMES, "doses": [6.0], "controls": [], "real_cases": [2, "all"]})
+    shared = plan_samples(config, "lung_ddpm", table)
+    draws = [plan_samples(config, "lung_ddpm", table, None, Cohort(None, f"fold0_seed{k}")) for k in (0, 1)]
+    for plan in draws:
+        first, again = ([sample.reference["case_id"] for sample in plan[start : start + 8]] for start in (0, 8))
+        assert first == again
+        assert sorted(first) == sorted(sample.reference["case_id"] for sample in shared[:8])
+    orders = [[sample.reference["case_id"] for sample in plan] for plan in (shared, *draws)]
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    everything = [*shared, *draws[0], *draws[1]]
+    assert len({sample.sample_id for sample in everything}) == len({sample.seed for sample in everything}) == 3 * 18
+    layouts = [sample.layout_seed for sample in everything if sample.layout_seed is not None]
+    assert len(set(layouts)) == len(layouts) == 3 * 10
+    # Common random numbers: the same layouts for all generators, the same samples for all numbers of real cases.
+    other = plan_samples(config, "paste_constant", table, None, Cohort(None, "fold0_seed0"))
+    assert [s.layout_seed for s in other] == [s.layout_seed for s in draws[0]]
+    assert [s.reference["case_id"] for s in other] == orders[1]
+    fewer = plan_samples(config, "lung_ddpm", table, None, Cohort(2, "fold0_seed0"))
+    assert [(s.sample_id, s.seed, s.layout_seed) for s in fewer] == [
+        (s.sample_id, s.seed, s.layout_seed) for s in draws[0][:12]
+    ]
+
+
+@pytest.mark.parametrize("learn_from", ["same", "all"])
+def test_nodules_of_a_cohort_are_those_of_its_real_cases(tiny_cohort, weights, tmp_path, learn_from):
+    table = cases.read_cases(tiny_cohort)
+    arms = {"generators": ["copy_paste", "lung_ddpm"], "doses": [12.0], "controls": [], "real_cases": [1, "all"]}
+    config = make_config(arms={**arms, "generators_learn_from": learn_from})
+    (allowed,) = training_cases(table, 1, config.seed)["patient_id"]
+    for name in arms["generators"]:
+        folder = tmp_path / name
+        job = SynthesisJob(name, tiny_cohort, folder, folder / "t.tsv", weights=weights, device="cpu", cohort=Cohort(1))
+        run_synthesize(config, job)
+        samples = cases.read_cases(folder / "t.tsv")["case_id"]
+        assert len(samples) == 12
+        records = [read_json(folder / sample / "sample.json") for sample in samples]
+        moved = {nodule["patient_id"] for record in records for nodule in record["nodules"]}
+        donors = moved - {record["reference_patient_id"] for record in records}
+        assert donors
+        assert (donors == {allowed}) == (learn_from == "same")
+
+
+def test_a_sample_names_whom_its_weights_were_trained_on(tiny_cohort, tmp_path):
+    config = make_config()
+    generator, path = config.for_generator("lung_ddpm"), tmp_path / "model.safetensors"
+    save_network(
+        path, build_denoiser(generator), Metadata.of(generator, 1, "config", "data", ["patient00", "patient05"])
+    )
+    job = SynthesisJob("lung_ddpm", tiny_cohort, tmp_path, tmp_path / "t.tsv", weights=path, device="cpu")
+    run_synthesize(config, job)
+    record = read_json(tmp_path / "case03_s000" / "sample.json")
+    assert record["trained_on"] == ["patient00", "patient05"]
+    # patient05 is tested on: what its generator has learned from is part of a training set.
+    register = splits.read_register(cases.read_cases(tiny_cohort))
+    assert splits.patients_named_in(record, register) == {"patient00", "patient03", "patient05"}
 
 
 def test_plan_adds_nodules_for_generators_that_keep_the_own_ones(tiny_cohort):

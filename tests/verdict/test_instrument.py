@@ -8,6 +8,7 @@ import pytest
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Calibration
 from lungddpm.quality.calibration import DIFFERENCE, LUNGS_ALONE, NODULES, SPREAD, calibration_table
+from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.answer import CANNOT_TELL, STANDS, answer_row, doubted_arms
 from lungddpm.verdict.convergence import DICE, LOSS
 from lungddpm.verdict.design import Costs
@@ -82,7 +83,7 @@ def tables_of(verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, spre
         "image_quality": quality,
     }
     if fidelity:
-        rows = zip(["lung_ddpm", "(real CT)"], fidelity, strict=True)
+        rows = zip(["lung_ddpm", REAL_CT], fidelity, strict=True)
         tables["label_fidelity"] = pd.DataFrame(rows, columns=["generator", "dice_mean"])
     return tables
 

@@ -14,7 +14,8 @@ def verdict():
     arms = {"real": (0.30, np.nan), "real+lung_ddpm@1.0": (0.35, 0.05), "real+lung_ddpm@0.25": (0.32, 0.02)}
     return pd.DataFrame(
         [
-            {"arm": arm, "metric": metric, "mean": mean, "sd": 0.1, "difference": difference}
+            {"arm": arm, "baseline": "real", "real_cases": 10, "metric": metric}
+            | {"mean": mean, "sd": 0.1, "difference": difference}
             for arm, (mean, difference) in arms.items()
             for metric in ("dice", "sensitivity")
         ]

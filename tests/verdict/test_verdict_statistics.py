@@ -132,6 +132,60 @@ def test_arm_by_replicate_with_a_missing_run_agrees_with_statsmodels():
     assert (ours.value, ours.df) == (pytest.approx(theirs.mse_resid), theirs.df_resid)
 
 
+def test_replicates_have_other_effects_for_each_baseline():
+    means = crossed(6, 4, 20, seed=3).mean(axis=2)
+    means[4, 1] = math.nan
+    groups = [0, 0, 0, 3, 3, 3]
+    arm, replicate = np.indices(means.shape)
+    columns = {"mean": means.ravel(), "arm": arm.ravel(), "replicate": replicate.ravel()}
+    table = pd.DataFrame(columns).assign(group=np.array(groups)[arm.ravel()]).dropna()
+    theirs = [ols("mean ~ C(arm) + C(replicate)", part).fit() for _, part in table.groupby("group")]
+    df = sum(fit.df_resid for fit in theirs)
+    ours = arm_by_replicate(means, groups)
+    assert (ours.value, ours.df) == (pytest.approx(sum(fit.ssr for fit in theirs) / df), df)
+    # What all runs of a replicate of one number have in common counts for nothing.
+    means[:3, 2] += 5
+    moved = arm_by_replicate(means, groups)
+    assert (moved.value, moved.df) == (pytest.approx(ours.value), ours.df)
+
+
+def test_each_arm_is_compared_with_its_own_baseline_in_one_family():
+    values = crossed(6, 5, 60, seed=11)
+    values[2] += 0.2
+    values[3:] += 0.3  # more real cases: all arms of that number are better
+    values[5] -= 0.2
+    scores = Scores(values, np.ones(values.shape[:2], bool), baselines=(0, 0, 0, 3, 3, 3))
+    rows = compare_arms(scores, 200, 0.95, seed=1)
+    verdicts = ["baseline", "no difference shown", "better", "baseline", "no difference shown", "worse"]
+    assert [row.verdict for row in rows] == verdicts
+    assert {row.n_compared for row in rows if row.verdict != "baseline"} == {4}
+    for arm, baseline in ((1, 0), (2, 0), (4, 3), (5, 3)):
+        assert rows[arm].difference == pytest.approx((values[arm] - values[baseline]).mean())
+        assert rows[arm].baseline_mean == pytest.approx(values[baseline].mean())
+    compared_arms = [row for row in rows if row.verdict != "baseline"]
+    _, theirs, _, _ = multipletests([row.p for row in compared_arms], method="holm")
+    np.testing.assert_allclose([row.p_holm for row in compared_arms], theirs)
+
+
+def test_a_number_of_real_cases_without_a_baseline_is_not_measured():
+    values = crossed(4, 3, 30, seed=5)
+    values[2] = math.nan
+    evaluated = ~np.isnan(values).all(axis=2)
+    rows = compare_arms(Scores.over_scored_cases(values, evaluated, None, (0, 0, 2, 2)), 100, 0.95, seed=1)
+    assert [row.verdict for row in rows[2:]] == ["not measured", "not measured"]
+    assert rows[0].verdict == "baseline"
+    assert np.isfinite(rows[1].p)
+
+
+def test_slopes_start_at_their_own_baseline():
+    values = crossed(6, 4, 30, seed=6)
+    alone = Scores(values[3:], np.ones((3, 4), bool))
+    both = Scores(values, np.ones((6, 4), bool), baselines=(0, 0, 0, 3, 3, 3))
+    expected, found = dose_response(alone, {1: 1.0, 2: 2.0}, 0.95), dose_response(both, {4: 1.0, 5: 2.0}, 0.95)
+    assert found.slope.value == pytest.approx(expected.slope.value)
+    np.testing.assert_allclose(found.fitted, expected.fitted)
+
+
 def test_one_replicate_is_the_paired_t_test_over_cases():
     baseline, scores = crossed(2, 1, 25, seed=4)
     theirs = stats.ttest_rel(scores[0], baseline[0])

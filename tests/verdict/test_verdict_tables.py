@@ -80,7 +80,7 @@ def test_numbers_of_one_replicate_agree_with_scipy():
     config = parse_config({"arms": {"controls": []}, "segmentation": {"folds": [0]}})
     cases = simulated_cases(config, gain=0.02)
     real, arm = (cases[cases["arm"] == name]["dice"].to_numpy() for name in config.arms.names())
-    baseline, row = verdict_table(cases, config).query("metric == 'dice'").to_dict("records")
+    baseline, row = verdict_table(cases, config, 10).query("metric == 'dice'").to_dict("records")
     theirs = stats.ttest_rel(arm, real)
     assert (row["p"], row["p_holm"], row["df"]) == pytest.approx((theirs.pvalue, theirs.pvalue, 29))
     assert (row["ci_low"], row["ci_high"]) == pytest.approx(tuple(theirs.confidence_interval(0.95)))
@@ -118,7 +118,9 @@ def test_generators_and_controls_are_corrected_apart_and_seeds_averaged_in_folds
         "synthetic_only": ["lung_ddpm"],
     }
     config = parse_config({"arms": arms, "segmentation": {"folds": [0, 1, 2], "seeds": [0, 1]}})
-    rows = verdict_table(simulated_cases(config), config).query("metric == 'dice' and arm != 'real'").set_index("arm")
+    rows = (
+        verdict_table(simulated_cases(config), config, 10).query("metric == 'dice' and arm != 'real'").set_index("arm")
+    )
     assert rows["family"].to_dict() == {
         "real+lung_ddpm@0.5": "arms with synthetic CT", "real+lung_ddpm@2.0": "arms with synthetic CT",
         "synthetic:lung_ddpm": "arms with synthetic CT", "real+real": "controls", "real+reference@1.0": "controls",
@@ -159,7 +161,7 @@ def test_wilcoxon_against_a_repeated_baseline_is_named_as_luck():
     config = parse_config({"arms": {"controls": ["real"]}, "segmentation": {"folds": [0, 1, 2]}})
     cases = simulated_cases(config)
     cases.loc[(cases["arm"] == "real+real") & (cases["replicate"] == "fold0_seed0"), "dice"] += 0.05
-    row = verdict_table(cases, config).query("metric == 'dice'").set_index("arm").loc["real+real"]
+    row = verdict_table(cases, config, 10).query("metric == 'dice'").set_index("arm").loc["real+real"]
     assert row["p_wilcoxon"] < 0.01
     assert row["verdict"] == "no difference shown"
     assert "its true difference is 0: the Wilcoxon p of " in row["sentence"]
@@ -258,7 +260,8 @@ def test_measures_of_the_cases_with_a_lesion():
     rows.append(rows[0] | {"case_id": "empty", "n_lesions": 0, "hausdorff_95_mm": np.nan, "specificity": 0.1})
     # The other arm has lost the run "b" of case p, and has a value for q where `real` has none.
     rows += [
-        keys | {"arm": "other", "replicate": replicate, "case_id": case_id, "hausdorff_95_mm": distance, "dice": 0.8}
+        keys
+        | {"arm": "real+real", "replicate": replicate, "case_id": case_id, "hausdorff_95_mm": distance, "dice": 0.8}
         for replicate, case_id, distance in [("a", "p", 5), ("a", "q", 13), ("b", "q", 40)]
     ]
     measures = measures_table(pd.DataFrame(rows)).set_index(["arm", "metric"])
@@ -267,10 +270,14 @@ def test_measures_of_the_cases_with_a_lesion():
     assert measures.loc[("real", "specificity"), ["n_cases", "n_undefined", "mean"]].tolist() == [2, 0, 0.5]
     assert measures.loc["real", "difference"].isna().all()
     # Paired by case and replicate: p 5 - 4, q 13 - 10; the unpaired means would differ by 15.75 - 8.
-    assert measures.loc[("other", "hausdorff_95_mm"), ["mean", "difference", "n_compared"]].tolist() == [15.75, 2, 2]
-    assert measures.loc[("other", "dice"), ["difference", "n_compared"]].tolist() == [pytest.approx(0.3), 2]
+    assert measures.loc[("real+real", "hausdorff_95_mm"), ["mean", "difference", "n_compared"]].tolist() == [
+        15.75,
+        2,
+        2,
+    ]
+    assert measures.loc[("real+real", "dice"), ["difference", "n_compared"]].tolist() == [pytest.approx(0.3), 2]
     # A bias nearer to zero may be larger or smaller.
-    assert np.isnan(measures.loc[("other", "volume_error_mm3"), "difference"])
+    assert np.isnan(measures.loc[("real+real", "volume_error_mm3"), "difference"])
 
 
 def test_differences_of_measures_are_those_of_the_verdict(make_results):

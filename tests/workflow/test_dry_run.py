@@ -82,9 +82,42 @@ def test_every_trained_generator_has_weights_of_its_own(repository, tmp_path):
     assert jobs(run.stdout + run.stderr)["train_generator"] == 2
     shown = run.stdout + run.stderr
     for name, folder in (("lung_ddpm", "lung_ddpm/main"), ("lung_ddpm_plus", "lung_ddpm_plus/plus")):
-        assert re.search(f"train .*--generator {name} .*--output results/models/{folder} ", shown)
+        assert re.search(f"train .*--generator {name} --cohort all .*--output results/models/{folder}/all ", shown)
     for name, folder in (("med_ddpm", "lung_ddpm/main"), ("lung_ddpm_plus", "lung_ddpm_plus/plus")):
-        assert re.search(f"--generator {name} .*--weights results/models/{folder}/model.safetensors ", shown)
+        assert re.search(f"--generator {name} .*--weights results/models/{folder}/all/model.safetensors ", shown)
+
+
+def test_a_subset_has_trainings_samples_and_plans_of_its_own_number(repository, tmp_path):
+    arms = "arms={'real_cases': [4, 8], 'doses': [2.0], 'controls': ['real']}"
+    run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--config", arms)
+    assert run.returncode == 0, run.stderr
+    shown = run.stdout + run.stderr
+    counts = jobs(shown)
+    assert (counts["compose"], counts["train_generator"], counts["plan"]) == (6, 2, 6)
+    assert counts["compose_draw"] == counts["train_segmenter"] / 3
+    for number in (4, 8):
+        weights = f"results/models/lung_ddpm/main/real{number}/model.safetensors"
+        assert re.search(f"synthesize .*--cohort real{number}-fold0_seed0 --dose 2.0 .*--weights {weights} ", shown)
+    # The plans are made on the most real cases.
+    planned = re.findall(r"segment plan .*--arm-folder (\S+) --plans-from (\S+) ", shown)
+    assert {origin for _, origin in planned} == {"results/arms/real8"}
+    assert "results/arms/real8" in {arm for arm, _ in planned}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ("arms={'real_cases': [10, 'all']}", "arms.real_cases: names 10, but there are 10 usable discovery cases"),
+        (
+            "synthesis={'draw_per_replicate': False, 'training_per_replicate': True}",
+            "needs synthesis.draw_per_replicate",
+        ),
+    ],
+)
+def test_what_a_simulated_cohort_cannot_give_is_said_before_it_is_made(repository, tmp_path, values, message):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", values)
+    assert run.returncode != 0
+    assert message in run.stdout + run.stderr
 
 
 def test_a_key_of_an_earlier_version_names_the_new_one(repository, tmp_path):

@@ -111,6 +111,7 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
         "cases/PHANTOM-0001/ct.nii.gz",
         "cases/PHANTOM-0002/layout.nii.gz",
         "cases/PHANTOM-0003/qc.png",
+        "label_fidelity/fold0_seed0/metrics.csv",
         "models/lung_ddpm/main/model.safetensors",
         "qc/cases/PHANTOM-0004.html",
         "quality/lung_ddpm.csv",
@@ -135,7 +136,8 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
     run = copied.run()
     assert run.returncode == 0, run.stdout[-5000:]
     done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
-    assert {"prepare", "train_generator", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"} <= done
+    expected = {"prepare", "train_generator", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"}
+    assert expected | {"label_fidelity"} <= done
     assert not {"simulate", "index"} & done
     assert_same_tables(copied, tiny_benchmark)
     assert sums_of(copied.results) == sums_of(tiny_benchmark.results)

@@ -104,5 +104,5 @@ def test_scans_are_counted_below_the_prefix(outer, tiny_benchmark, tmp_path):
     assert run.returncode == 0, run.stdout[-5000:]
     cases = tmp_path / "bench/results/cases"
     assert len(list(cases.glob("cases-*.tsv"))) == 3
-    assert len(list((tmp_path / "bench/results/synthetic/paste_constant").glob("samples-*.tsv"))) == 2
+    assert len(list((tmp_path / "bench/results/synthetic/paste_constant").glob("*/samples-*.tsv"))) == 2
     assert "Nothing to be done" in outer("--dry-run", *targets, overlay=overlay).stdout

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from tiny import TWO_ARMS, assert_same_measures
+from tiny import BIN, TWO_ARMS, assert_same_measures
 
 pytestmark = pytest.mark.workflow
 
@@ -80,6 +80,47 @@ def test_the_verdict_agrees_with_the_measures_of_the_cases(tiny_benchmark):
         assert stated[arm] == pytest.approx(means[arm], abs=1e-9, nan_ok=True)
 
 
+def test_every_sample_and_reference_is_judged_by_real(tiny_benchmark):
+    results = tiny_benchmark.results
+    metrics = pd.read_csv(results / "label_fidelity/fold0_seed0/metrics.csv").set_index("case_id")
+    samples = pd.read_csv(results / "synthetic/lung_ddpm/samples-1.0-0.tsv", sep="\t")
+    cases = pd.read_csv(results / "cases/cases.tsv", sep="\t")
+    references = cases.loc[cases["role"] == "reference", "case_id"]
+    assert metrics.index.tolist() == [*references, *samples["case_id"]]
+    for sample in samples["path"]:
+        record = json.loads((results / "synthetic/lung_ddpm" / sample / "sample.json").read_text())
+        assert metrics.loc[sample, "own_layout"] == (record["layout_origin"] == "reference")
+        assert metrics.loc[sample, "reference"] == record["reference_case_id"]
+    assert not metrics["patient_seen"].any()
+    table = tiny_benchmark.table("label_fidelity.csv").set_index("generator")
+    assert table["n_cases"].to_dict() == {"(real CT)": 1, "lung_ddpm": 3}
+    assert table.loc["lung_ddpm", "dice_mean"] == pytest.approx(metrics.loc[samples["case_id"], "dice"].mean())
+
+
+def test_copies_of_the_references_are_at_the_ceiling(tiny_benchmark, tmp_path):
+    results, arm = tiny_benchmark.results, tmp_path / "real"
+    shutil.copytree(results / "arms/real", arm, symlinks=True)
+    config = ["config.yaml", tiny_benchmark.overlay, '{"arms": {"controls": ["reference"]}}']
+    common = [word for source in config for word in ("--config", source)] + ["--cases", results / "cases/cases.tsv"]
+    copies = tmp_path / "samples.tsv"
+    for command in (
+        ["synthesize", "--generator", "reference", "--output", tmp_path, "--table", copies],
+        ["label-fidelity", copies, "--arm-folder", arm, "--output", tmp_path / "judged", "--device", "cpu"],
+    ):
+        run = subprocess.run(
+            [BIN / "lungddpm", *command, *common], cwd=tiny_benchmark.repository, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert run.returncode == 0, run.stderr[-3000:]
+    found = pd.read_csv(tmp_path / "judged/metrics.csv")
+    real, drawn = found[found["generator"] == "(real CT)"], found[found["generator"] == "reference"]
+    assert (len(real), len(drawn)) == (1, 3)
+    assert set(drawn["dice"]) == set(real["dice"])
+    # What is judged with all others is judged alike.
+    judged = pd.read_csv(results / "label_fidelity/fold0_seed0/metrics.csv")
+    assert set(judged.loc[judged["generator"] == "(real CT)", "dice"]) == set(real["dice"])
+
+
 def test_a_finished_run_has_nothing_left_to_do(tiny_benchmark):
     run = tiny_benchmark.run("--dry-run")
     assert "Nothing to be done" in run.stdout, run.stdout[-3000:]
@@ -87,7 +128,8 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_benchmark):
 
 ONE_ARM = {"compose": 1, "plan": 1, "train_segmenter": 1, "predict": 1, "evaluate": 1}
 BOTH_ARMS_OF_A_GENERATOR = dict.fromkeys(ONE_ARM, 2)
-SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
+SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4, "label_fidelity": 1}
+JUDGE_SAMPLES = {"quality": 1, "label_fidelity": 1}
 
 
 @pytest.mark.parametrize(
@@ -99,13 +141,13 @@ SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
         ("segmentation={'seeds': [0, 1]}", SEGMENT_ALL_ARMS),  # the replicates of seed 0 stay
         (
             "generators={'lung_ddpm': {'sampling': {'steps': 5}}}",
-            {"synthesize": 1, "quality": 1, **BOTH_ARMS_OF_A_GENERATOR},
+            {"synthesize": 1, **JUDGE_SAMPLES, **BOTH_ARMS_OF_A_GENERATOR},
         ),
         # One more of anything leaves alone what is there: a smaller dose only lists samples, a larger one makes more.
         ("arms={'doses': [0.5, 1.0]}", {"synthesize": 1, **ONE_ARM}),
-        ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
-        ("arms={'generators': ['lung_ddpm', 'copy_paste']}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
-        ("arms={'controls': ['real', 'reference']}", {"synthesize": 1, "quality": 1, **ONE_ARM}),
+        ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
+        ("arms={'generators': ['lung_ddpm', 'copy_paste']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
+        ("arms={'controls': ['real', 'reference']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
     ],
 )
 def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change, rerun):

@@ -40,8 +40,22 @@ def stage(stages, name):
     return found
 
 
+NUMBERS = {
+    "arms": {"real_cases": [4, "all", 8], "doses": [0.5, 1.0], "synthetic_only": ["lung_ddpm"]},
+    "synthesis": {"training_per_replicate": True},
+}
+
+
 @pytest.mark.parametrize(
-    ("overlay", "values"), [("config.yaml", EVERYTHING), ("config/paper.yaml", {"source": {"path": "."}})]
+    ("overlay", "values"),
+    [
+        ("config.yaml", EVERYTHING),
+        ("config.yaml", EVERYTHING | {"synthesis": {"draw_per_replicate": False}}),
+        ("config.yaml", NUMBERS),
+        ("config.yaml", NUMBERS | {"synthesis": {}, "arms": NUMBERS["arms"] | {"generators_learn_from": "all"}}),
+        ("config/paper.yaml", {"source": {"path": "."}}),
+    ],
+    ids=["everything", "shared draw", "trainings", "numbers", "paper"],
 )
 def test_jobs_are_those_of_snakemake(repository, tmp_path, overlay, values):
     mine = tmp_path / "mine.yaml"
@@ -57,10 +71,36 @@ def test_jobs_are_those_of_snakemake(repository, tmp_path, overlay, values):
     for each in plan(repository, *files, cases=40):
         planned[each.name] = planned.get(each.name, 0) + each.jobs
     if "path" in values.get("source", {}):  # then Snakemake counts scans and samples once they are known
-        # 40 scans in 64 shards; 5, 10, 20 and 40 samples, and 20 of each of four controls, in 32.
-        assert (planned.pop("prepare"), planned.pop("synthesize")) == (40, 5 + 10 + 20 + 32 + 4 * 20)
+        # 40 scans in 64 shards; 5, 10, 20 and 40 samples, and 20 of each of four controls, in 32, for five replicates.
+        assert (planned.pop("prepare"), planned.pop("synthesize")) == (40, 5 * (5 + 10 + 20 + 32 + 4 * 20))
         expected = {name: count for name, count in expected.items() if not name.startswith(("count_", "list_"))}
     assert planned == expected
+
+
+def test_draws_and_trainings_are_paid_for_each_replicate(repository, tmp_path):
+    def planned(**synthesis):
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(yaml.safe_dump({"synthesis": synthesis}))
+        return plan(repository, *PAPER, mine)
+
+    shared, drawn, trained = (
+        planned(draw_per_replicate=False), planned(), planned(training_per_replicate=True)
+    )  # fmt: skip
+    hours = [sum(each.gpu_hours for each in stages if each.name == "synthesize") for stages in (shared, drawn, trained)]
+    assert hours[1:] == pytest.approx([5 * hours[0]] * 2, rel=0.01)
+    trainings = [stage(stages, "train_generator") for stages in (shared, drawn, trained)]
+    assert [each.jobs for each in trainings] == [1, 1, 5]
+    assert trainings[2].gpu_hours == pytest.approx(5 * trainings[0].gpu_hours)
+    # Why a draw per replicate is the default: one costs a small part of a replicate.
+    replicate = stage(shared, "train_segmenter").gpu_hours / 5
+    assert hours[0] < 0.2 * replicate
+
+
+def test_more_real_cases_than_there_are_cannot_be_planned(repository, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("arms: {real_cases: [11, all]}")
+    with pytest.raises(ConfigError, match=r"arms\.real_cases: names 11, but there are 10 usable discovery cases"):
+        plan(repository, "config.yaml", mine)
 
 
 def test_jobs_ask_for_a_gpu_where_one_is_planned(repository, tmp_path):

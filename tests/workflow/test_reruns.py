@@ -10,10 +10,10 @@ from tiny import rules_of
 pytestmark = pytest.mark.workflow
 
 LAST = {"write_report": 1, "checksums": 1}
-SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
-ARMS = {"compose": 4, "plan": 4, **SEGMENTERS}
-# Of the four arms, two take samples of lung_ddpm.
-SAMPLES = {"synthesize": 1, "quality": 1, **dict.fromkeys(ARMS, 2)}
+SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4, "label_fidelity": 1}
+ARMS = {"compose": 4, "compose_draw": 2, "plan": 4, **SEGMENTERS}
+# Of the four arms, two take samples of lung_ddpm, which stand beside the cases that replicates share.
+SAMPLES = {"synthesize": 1, "quality": 1, "compose_draw": 2, **dict.fromkeys(SEGMENTERS, 2), "label_fidelity": 1}
 MODEL = {"train_generator": 1, **SAMPLES}
 CASES = {"prepare": 1, "collect": 1, "qc": 1, **MODEL, **ARMS}
 
@@ -74,9 +74,62 @@ CHANGES = [
         id="measures of segmenters",
     ),
     pytest.param(
+        [("evaluation/lesions.py", "_TOUCHING = 26", "_TOUCHING = 18")],
+        {"evaluate": 4, "label_fidelity": 1, **LAST},
+        id="lesions of masks",
+    ),
+    pytest.param(
+        [("quality/label_fidelity.py", "def judge(\n    ", "def judge(\n    *, changed=1, ")],
+        {"label_fidelity": 1, **LAST},
+        id="judging of labels",
+    ),
+    pytest.param(
+        [("quality/label_fidelity.py", "def fidelity_table(\n    ", "def fidelity_table(\n    *, changed=1, ")],
+        LAST,
+        id="table of label fidelity",
+    ),
+    pytest.param(
         [("quality/similarity.py", "def ", "def changed():\n    pass\n\n\ndef ")], {}, id="a function that nothing uses"
     ),
 ]
+
+
+def test_one_more_replicate_reruns_nothing_of_the_others(tiny_benchmark, tmp_path):
+    more = tmp_path / "more.yaml"
+    more.write_text("segmentation: {seeds: [0, 1]}\n")
+    command = [*tiny_benchmark.command("--dry-run"), "--configfile", tiny_benchmark.overlay, more]
+    run = subprocess.run(
+        command, cwd=tiny_benchmark.repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "NO_COLOR": "1"}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    new = {"synthesize": 1, "compose_draw": 2, **SEGMENTERS}
+    # Image quality is that of all draws together.
+    assert rules_of(run.stdout) == {"merge_config": 1, "quality": 1, **new, **LAST}, run.stdout[-3000:]
+
+
+@pytest.mark.parametrize(
+    ("values", "rerun"),
+    [
+        # The samples of a shared draw are others; those of the draws stay for whoever turns them on again.
+        ("synthesis: {draw_per_replicate: false}", {"compose": 2, "plan": 2, "synthesize": 1, "quality": 1}),
+        (
+            "synthesis: {training_per_replicate: true}",
+            {"train_generator": 1, "synthesize": 1, "quality": 1, "compose_draw": 2},
+        ),
+    ],
+)
+def test_other_draws_rerun_only_arms_with_synthetic_cases(tiny_benchmark, tmp_path, values, rerun):
+    more = tmp_path / "more.yaml"
+    more.write_text(values + "\n")
+    command = [*tiny_benchmark.command("--dry-run"), "--configfile", tiny_benchmark.overlay, more]
+    run = subprocess.run(
+        command, cwd=tiny_benchmark.repository, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        env={**os.environ, "NO_COLOR": "1"}, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-3000:]
+    trained = dict.fromkeys(SEGMENTERS, 2)
+    assert rules_of(run.stdout) == {"merge_config": 1, **rerun, **trained, **LAST}, run.stdout[-3000:]
 
 
 @pytest.mark.parametrize(("edits", "rerun"), CHANGES)

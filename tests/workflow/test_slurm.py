@@ -148,7 +148,7 @@ def slurm(tmp_path_factory):
         cluster.stop()
 
 
-GPU_RULES = {"train_generator", "synthesize", "train_segmenter", "predict"}
+GPU_RULES = {"train_generator", "synthesize", "train_segmenter", "predict", "label_fidelity"}
 # The profile's threads and memory are for a cluster's nodes; everything else is the profile's.
 ON_TWO_CORES = [
     "--workflow-profile", "profiles/slurm", "--jobs", "4", "--latency-wait", "10",

@@ -18,8 +18,9 @@ if package.origin is None:
     )
 
 from lungddpm.config.loading import parse_config, read_values
-from lungddpm.core.arms import BASELINE, Arm
+from lungddpm.core.arms import Arm
 from lungddpm.core.code import stage_fingerprint
+from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
 from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.generators import plugin
@@ -39,6 +40,7 @@ try:
     PLUGINS = [name for name in GENERATORS if name not in SETTINGS.arms.external]
     # Generators that are trained, each with its part of the config.
     TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
+    PLANNING_ARM = SETTINGS.arms.planning().name
     # Those that draw with weights, each with the generator whose weights these are.
     WEIGHTS_OF = {name: owner for name in PLUGINS if (owner := plugin(name).weights_of)}
 except UserError as error:
@@ -56,6 +58,13 @@ ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # The merged config; see rule `merge_config`.
 MERGED_CONFIG = "results/config.json"
+if SIMULATED_SCANS is not None:
+    try:
+        for number in SETTINGS.arms.numbers():
+            count_real_cases(number, SETTINGS.roles.counts(SIMULATED_SCANS)[DISCOVERY])
+    except UserError as error:
+        report_fault(error)
+        raise WorkflowError(str(error)) from None
 CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
 
 
@@ -68,6 +77,8 @@ wildcard_constraints:
     arm="|".join(map(re.escape, ARMS)),
     run=r"[A-Za-z0-9_]+",
     generator=r"[A-Za-z0-9_]+",
+    cohort=PATTERN,
+    training=PATTERN,
     dose=r"[0-9.e+-]+",
     shard=r"\d+",
     table="index|cases",
@@ -112,18 +123,46 @@ def simulated_cohort(_wildcards):
     return ["results/source/.complete"] if SOURCE.simulate else []
 
 
+def has_own_draws(arm):
+    """Whether each replicate of an arm trains on samples of its own."""
+    return arm.generator is not None and SETTINGS.draws(arm.generator) != [None]
+
+
 def samples_of_arm(wildcards):
-    """Tables of the synthetic cases that an arm takes, or their list."""
+    """Tables of the synthetic cases that all replicates of an arm take, or their list."""
     arm = Arm.parse(wildcards.arm)
-    return sample_tables(arm.generator, arm.dose) if arm.generator else []
+    if arm.generator is None or has_own_draws(arm):
+        return []
+    return sample_tables(arm.generator, Cohort(arm.real_cases), arm.dose)
 
 
-def sample_tables(generator, dose=None):
-    """Tables of a dose, by default the generator's largest; where their number is still to be counted, their list."""
+def samples_of_draw(wildcards):
+    """Tables of the synthetic cases that one replicate alone takes, or their list."""
+    arm = Arm.parse(wildcards.arm)
+    return sample_tables(
+        arm.generator, Cohort(arm.real_cases, wildcards.replicate), arm.dose
+    )
+
+
+def draw_of(arm, replicate):
+    """The record of what one replicate alone trains on, where there is something."""
+    own = has_own_draws(Arm.parse(arm))
+    return [f"results/arms/{arm}/draws/{replicate}/draw.json"] if own else []
+
+
+def samples_to_judge(generator):
+    """Tables of a generator's samples for the most real cases, of all draws, or their lists."""
+    cohorts = SETTINGS.cohorts(generator, SETTINGS.arms.largest_number())
+    return [table for cohort in cohorts for table in sample_tables(generator, cohort)]
+
+
+def sample_tables(generator, cohort, dose=None):
+    """Tables of a dose of a cohort, by default the generator's largest; where their number is still to be counted,
+    their list."""
     dose = dose or SETTINGS.arms.largest_doses()[generator]
     if SOURCE.simulate:
-        return samples_of(generator, dose)
-    return [f"results/synthetic/{generator}/.samples-{dose}"]
+        return samples_of(generator, cohort, dose)
+    return [f"results/synthetic/{generator}/{cohort.name}/.samples-{dose}"]
 
 
 def named_tables(tables):
@@ -134,25 +173,25 @@ def named_tables(tables):
     )
 
 
-def samples_of(generator, dose):
-    """Tables of all shards of a dose, in order.
+def samples_of(generator, cohort, dose):
+    """Tables of all shards of a dose of a cohort, in order.
 
     Doses share their samples, but each has tables of its own, so that one more leaves the others' arms alone.
     """
     known = SOURCE.simulate or generator in SETTINGS.arms.external
     cases = None if known else counted("cases")
     return [
-        f"results/synthetic/{generator}/samples-{dose}-{shard}.tsv"
-        for shard in range(synthesize_jobs(generator, dose, cases))
+        f"results/synthetic/{generator}/{cohort.name}/samples-{dose}-{shard}.tsv"
+        for shard in range(synthesize_jobs(generator, cohort, dose, cases))
     ]
 
 
-def synthesize_jobs(generator, dose, cases):
+def synthesize_jobs(generator, cohort, dose, cases):
     """Jobs that share a dose; a folder is checked as a whole, so that all its errors are reported."""
     if generator in SETTINGS.arms.external:
         return 1
     return SETTINGS.workflow.synthesize_jobs(
-        round(float(dose) * discovery_cases(cases))
+        round(float(dose) * (cohort.real_cases or discovery_cases(cases)))
     )
 
 
@@ -196,11 +235,12 @@ def rows_of(table):
         return list(csv.DictReader(file, delimiter="\t"))
 
 
-def weights_of(generator):
-    """The trained weights, for generators that draw with some."""
+def weights_of(generator, cohort):
+    """The trained weights that a cohort is drawn with, for generators that draw with some."""
     if generator not in WEIGHTS_OF:
         return []
-    return [f"results/{TRAINED[WEIGHTS_OF[generator]].model_folder}/model.safetensors"]
+    owner = SETTINGS.for_generator(WEIGHTS_OF[generator], Cohort.parse(cohort))
+    return [f"results/{owner.model_folder}/model.safetensors"]
 
 
 def files_of_external(generator):
@@ -219,13 +259,20 @@ def external_option(wildcards):
     return f"--external {shlex.quote(str(folder))}" if folder else ""
 
 
-def synthesis_settings(generator):
-    """What decides the samples of a generator, besides its inputs."""
+def synthesis_settings(generator, cohort):
+    """What decides the samples of a generator's cohort, besides its inputs."""
+    layouts = SETTINGS.synthesis.decides_layouts()
     if generator not in PLUGINS:
-        return {}
-    config = SETTINGS.for_generator(generator)
+        return {"synthesis": layouts}
+    config = SETTINGS.for_generator(generator, Cohort.parse(cohort))
     window = SETTINGS.grid.window_hu if generator in WEIGHTS_OF else None
-    return {"run": config.run, "generator": config.decides_samples(), "window": window}
+    generator = config.decides_samples()
+    return {
+        "synthesis": layouts,
+        "run": config.run,
+        "generator": generator,
+        "window": window,
+    }
 
 
 def code_of_synthesis(generator):
@@ -236,12 +283,16 @@ def code_of_synthesis(generator):
 
 
 def plans_of(wildcards):
-    """Every arm but `real` waits for the plans made on `real`."""
-    return [] if wildcards.arm == BASELINE else ["results/arms/real/plan.json"]
+    """Every other arm waits for the plans, which are made on the real cases: all of them, or the largest number."""
+    # One plan for all, also where arms have fewer real cases: with other networks or another scale of intensities, a
+    # difference between numbers of real cases would be one between networks as well.
+    if wildcards.arm == PLANNING_ARM:
+        return []
+    return [f"results/arms/{PLANNING_ARM}/plan.json"]
 
 
 def folder_of_plans(_wildcards, input, output):
-    """The folder of the arm `real`, which makes the plans."""
+    """The folder of the arm that makes the plans."""
     return str(Path((input.plans or output)[0]).parent)
 
 

@@ -5,11 +5,14 @@ rule train_generator:
     input:
         cases="results/cases/cases.tsv",
     output:
-        ensure("results/models/{generator}/{run}/model.safetensors", non_empty=True),
+        ensure(
+            "results/models/{generator}/{run}/{training}/model.safetensors",
+            non_empty=True,
+        ),
     log:
-        "results/logs/train_generator-{generator}-{run}.log",
+        "results/logs/train_generator-{generator}-{run}-{training}.log",
     benchmark:
-        "results/benchmarks/train_generator-{generator}-{run}.tsv"
+        "results/benchmarks/train_generator-{generator}-{run}-{training}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
     threads: half_the_cores
@@ -40,4 +43,5 @@ rule train_generator:
         ),
     shell:
         "{params.launcher} lungddpm --log {log:q} train --config {params.config:q} --generator {wildcards.generator}"
-        " --cases {input.cases:q} --output {params.folder:q} --threads {params.threads_each}"
+        " --cohort {wildcards.training} --cases {input.cases:q} --output {params.folder:q}"
+        " --threads {params.threads_each}"

@@ -1,4 +1,4 @@
-# Training sets -> nnU-Net -> predictions of the test cases. Every arm uses the plans made on `real`.
+# Training sets -> nnU-Net -> predictions of the test cases. All arms use the same plans, made on the real cases.
 
 
 rule plan:
@@ -33,6 +33,10 @@ rule plan:
 rule train_segmenter:
     input:
         plan="results/arms/{arm}/plan.json",
+        draw=lambda wildcards: draw_of(
+            wildcards.arm,
+            SETTINGS.segmentation.replicate_name(wildcards.fold, wildcards.seed),
+        ),
     output:
         ensure(CHECKPOINT, non_empty=True),
     log:

@@ -4,23 +4,24 @@
 rule synthesize:
     input:
         cases="results/cases/cases.tsv",
-        weights=lambda wildcards: weights_of(wildcards.generator),
+        weights=lambda wildcards: weights_of(wildcards.generator, wildcards.cohort),
         external=lambda wildcards: files_of_external(wildcards.generator),
     output:
         ensure(
-            "results/synthetic/{generator}/samples-{dose}-{shard}.tsv", non_empty=True
+            "results/synthetic/{generator}/{cohort}/samples-{dose}-{shard}.tsv",
+            non_empty=True,
         ),
     log:
-        "results/logs/synthesize-{generator}-{dose}-{shard}.log",
+        "results/logs/synthesize-{generator}-{cohort}-{dose}-{shard}.log",
     benchmark:
-        "results/benchmarks/synthesize-{generator}-{dose}-{shard}.tsv"
+        "results/benchmarks/synthesize-{generator}-{cohort}-{dose}-{shard}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
     threads: half_the_cores
     resources:
         mem_mb=16000,
         runtime=1440,
-        gpu=lambda wildcards: len(weights_of(wildcards.generator)),
+        gpu=lambda wildcards: len(weights_of(wildcards.generator, wildcards.cohort)),
     params:
         config=config_of_jobs,
         folder=subpath(output[0], parent=True),
@@ -28,29 +29,35 @@ rule synthesize:
             f"--weights {shlex.quote(str(input.weights))}" if input.weights else ""
         ),
         shards=lambda wildcards, input: synthesize_jobs(
-            wildcards.generator, wildcards.dose, input.cases
+            wildcards.generator,
+            Cohort.parse(wildcards.cohort),
+            wildcards.dose,
+            input.cases,
         ),
         external=external_option,
         settings=lambda wildcards: settings_of(
-            "synthesis", **synthesis_settings(wildcards.generator)
+            learn_from=SETTINGS.arms.generators_learn_from,
+            **synthesis_settings(wildcards.generator, wildcards.cohort),
         ),
         code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
         "lungddpm --log {log:q} synthesize --config {params.config:q} --generator {wildcards.generator}"
-        " --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"
+        " --cohort {wildcards.cohort} --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"
         " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q} --threads {threads}"
 
 
 # See `list_case_tables`.
 rule list_sample_tables:
     input:
-        tables=lambda wildcards: samples_of(wildcards.generator, wildcards.dose),
+        tables=lambda wildcards: samples_of(
+            wildcards.generator, Cohort.parse(wildcards.cohort), wildcards.dose
+        ),
         # The training is part of the run before samples can be counted.
-        weights=lambda wildcards: weights_of(wildcards.generator),
+        weights=lambda wildcards: weights_of(wildcards.generator, wildcards.cohort),
     output:
-        "results/synthetic/{generator}/.samples-{dose}",
+        "results/synthetic/{generator}/{cohort}/.samples-{dose}",
     log:
-        "results/logs/list_sample_tables-{generator}-{dose}.log",
+        "results/logs/list_sample_tables-{generator}-{cohort}-{dose}.log",
     localrule: True
     conda:
         "../../envs/lungddpm.yaml"

@@ -44,7 +44,7 @@ rule evaluate:
 rule quality:
     input:
         cases="results/cases/cases.tsv",
-        samples=lambda wildcards: sample_tables(wildcards.generator),
+        samples=lambda wildcards: samples_to_judge(wildcards.generator),
     output:
         samples=ensure("results/quality/{generator}.csv", non_empty=True),
         sets=ensure("results/quality/{generator}-sets.csv", non_empty=True),
@@ -68,6 +68,44 @@ rule quality:
         " --cases {input.cases:q} --output {output.samples:q} --threads {threads}"
 
 
+# One process for all generators: nnU-Net's start takes as long as several cases.
+rule label_fidelity:
+    input:
+        cases="results/cases/cases.tsv",
+        plan="results/arms/real/plan.json",
+        checkpoint=CHECKPOINT.replace("{arm}", BASELINE),
+        samples=[table for name in GENERATORS for table in sample_tables(name)],
+    output:
+        lesions=ensure(
+            "results/label_fidelity/fold{fold}_seed{seed}/lesions.csv", non_empty=True
+        ),
+        metrics=ensure(
+            "results/label_fidelity/fold{fold}_seed{seed}/metrics.csv", non_empty=True
+        ),
+    log:
+        "results/logs/label_fidelity-fold{fold}_seed{seed}.log",
+    benchmark:
+        "results/benchmarks/label_fidelity-fold{fold}_seed{seed}.tsv"
+    conda:
+        "../../envs/lungddpm.yaml"
+    threads: half_the_cores
+    resources:
+        mem_mb=16000,
+        runtime=480,
+        gpu=1,
+    params:
+        config=config_of_jobs,
+        arm=subpath(input.plan, parent=True),
+        folder=subpath(output.metrics, parent=True),
+        samples=lambda wildcards, input: named_tables(input.samples),
+        settings=settings_of("label_fidelity"),
+        code=stage_fingerprint("label_fidelity"),
+    shell:
+        "lungddpm --log {log:q} label-fidelity {params.samples} --config {params.config:q} --arm-folder {params.arm:q}"
+        " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {params.folder:q}"
+        " --threads {threads}"
+
+
 rule write_report:
     input:
         cases="results/cases/cases.tsv",
@@ -81,6 +119,11 @@ rule write_report:
             "results/quality/{generator}{table}.csv",
             generator=GENERATORS,
             table=["", "-sets"],
+        ),
+        fidelity=collect(
+            "results/label_fidelity/{replicate}/{name}",
+            replicate=SETTINGS.segmentation.replicates() if GENERATORS else [],
+            name=["lesions.csv", "metrics.csv"],
         ),
         layouts="results/qc/index.html",
     output:

@@ -25,8 +25,8 @@ SETTINGS_FILE = "training.json"
 class LungDDPMTrainer(nnUNetTrainer):
     """nnU-Net's trainer for a fixed number of optimizer steps, repeatable and resumable.
 
-    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `seed`) are read from `training.json` in the
-    fold's result folder; without that file it trains as nnU-Net does. On a CPU with the loader in the process
+    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `seed`, `split`) are read from `training.json` in
+    the fold's result folder; without that file it trains as nnU-Net does. On a CPU with the loader in the process
     (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed and resumed.
     """
 
@@ -38,6 +38,7 @@ class LungDDPMTrainer(nnUNetTrainer):
         settings_file = Path(self.output_folder) / SETTINGS_FILE
         settings: dict[str, Any] = read_json(settings_file) if settings_file.exists() else {}
         self.seed = settings.get("seed", 0)
+        self.split: dict[str, list[str]] | None = settings.get("split")
         self.optimizer_name = settings.get("optimizer", "sgd")
         self.initial_lr = settings.get("learning_rate", self.initial_lr)
         self.num_iterations_per_epoch = settings.get("save_every", self.num_iterations_per_epoch)
@@ -54,6 +55,13 @@ class LungDDPMTrainer(nnUNetTrainer):
         self._seed_all("start")
         super().initialize()
         suit_to_device(self.network, self.device)
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """The cases of this replicate, which may have samples of its own; else those of nnU-Net's splits_final.json."""
+        if self.split is None:
+            train, val = super().do_split()
+            return train, val
+        return self.split["train"], self.split["val"]
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
         """SGD as nnU-Net has it, or AdamW, which learns in hundreds of steps."""
