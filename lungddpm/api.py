@@ -27,7 +27,7 @@ def read_case(folder: Path | str) -> tuple[Volume, Volume]:
     """CT and layout of a case or of a sample that a run has made.
 
     Args:
-        folder: e.g. `results/cases/<case_id>` or `results/synthetic/<generator>/<sample>`.
+        folder: e.g. `results/cases/<case_id>` or `results/synthetic/<generator>/<cohort>/<sample>`.
 
     Returns:
         int16 HU and uint8 labels (see `lungddpm.core.labels.Label`), (x, y, z), RAS+, on one grid.

@@ -19,6 +19,7 @@ Size3 = tuple[PositiveInt, PositiveInt, PositiveInt]
 Range = tuple[float, float]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
+Padding = Literal["zeros", "replicate"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -74,6 +75,8 @@ class Denoiser(Section):
     attention: bool = True
     """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops, unless
     sampling sees the same crops."""
+    padding: Padding = "zeros"
+    """What convolutions see beyond the volume: `zeros`, as published, or its outermost voxels (`replicate`)."""
 
     @model_validator(mode="after")
     def _groups(self) -> Denoiser:
@@ -95,6 +98,8 @@ class Training(Section):
 
     steps: PositiveInt = 100_000
     """Optimizer steps."""
+    loss: Literal["l1", "l2"] = "l1"
+    """What the network minimises: its mean absolute error (`l1`, as published) or its mean squared error (`l2`)."""
     batch_size: PositiveInt = 1
     """Volumes (or crops) per forward pass."""
     accumulation: PositiveInt = 2
@@ -103,6 +108,8 @@ class Training(Section):
     """Peak learning rate of Adam."""
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` decays to zero over `steps`."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps over which the learning rate rises to its peak first; none as published."""
     gradient_clip: PositiveFloat | None = None
     """Largest gradient norm; null does not clip (as published)."""
     crop: PositiveInt | None = None
@@ -126,6 +133,12 @@ class Training(Section):
     """Steps between saved states, from which an interrupted training goes on."""
     sample_every: PositiveInt = 5000
     """Steps between grids of samples; one is drawn at the end in any case."""
+
+    @model_validator(mode="after")
+    def _warmup(self) -> Training:
+        if self.warmup_steps >= self.steps:
+            raise ValueError(f"training.warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
+        return self
 
 
 class Solving(Section):
@@ -197,7 +210,7 @@ class TrainedSettings(GeneratorSettings):
     """Settings of a generator that is trained."""
 
     run: Name = "main"
-    """Name of the run: the folder under `results/models/<generator>/`, part of every sample's seed."""
+    """Name of the run: a folder under `results/models/<generator>/`, part of every sample's seed."""
     classes: Classes = ["lung", "nodule"]
     """Layout classes that condition the network, in channel order. Without `vessel`, vessels count as lung."""
     orientation: Orientation = "published"
@@ -268,6 +281,9 @@ class DiffusionSettings(UNetSettings):
 
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""
+    prediction: Literal["epsilon", "v", "clean"] = "epsilon"
+    """What the network predicts: the noise (`epsilon`, as published), the velocity (`v`) or the CT itself (`clean`).
+    Under `epsilon`, a small error at the noisiest levels moves the brightness of a whole volume."""
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
@@ -277,7 +293,7 @@ class DiffusionSettings(UNetSettings):
         return self
 
     def decides_fit(self) -> dict[str, Any]:
-        return {"timesteps": self.timesteps, **super().decides_fit()}
+        return {"timesteps": self.timesteps, "prediction": self.prediction, **super().decides_fit()}
 
 
 S = TypeVar("S", bound=GeneratorSettings, covariant=True)

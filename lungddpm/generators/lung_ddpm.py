@@ -42,8 +42,8 @@ def preview(config: GeneratorConfig[DiffusionSettings]) -> Preview:
     from lungddpm.models.sampling import make_solver, sample_aas
     from lungddpm.models.schedule import cosine_betas
 
-    timesteps = config.settings.timesteps
-    solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(PREVIEW_STEPS, timesteps))
+    timesteps, prediction = config.settings.timesteps, config.settings.prediction
+    solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(PREVIEW_STEPS, timesteps), prediction)
     return lambda network, *inputs: sample_aas(network, solver, *inputs)
 
 
@@ -95,8 +95,8 @@ def load_sampler(
 
     accelerator = make_accelerator(device, config.settings.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
-    betas = cosine_betas(config.settings.timesteps)
-    solver = choose_solver(solving.sampler, solving.order, betas, solving.steps, solving.times, solving.levels)
+    settings = config.settings
+    solver = choose_solver(solving, cosine_betas(settings.timesteps), settings.prediction)
 
     def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         with accelerator.autocast():

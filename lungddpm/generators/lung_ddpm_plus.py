@@ -150,8 +150,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     accelerator = make_accelerator(device, config.settings.training.precision)
     denoiser = load_denoiser(weights, config, accelerator.device)
     sampling, classes = config.settings.sampling, config.settings.classes
-    betas = cosine_betas(config.settings.timesteps)
-    solver = choose_solver(sampling.sampler, sampling.order, betas, sampling.steps, sampling.times, sampling.levels)
+    solver = choose_solver(sampling, cosine_betas(config.settings.timesteps), config.settings.prediction)
 
     def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
         return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(accelerator.device)

@@ -59,7 +59,8 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     from lungddpm.models.recipe import Recipe
 
     settings = config.settings
-    objective = VelocityPrediction(settings.times, settings.lesion_weight, settings.classes.index("nodule"))
+    nodule_channel = settings.classes.index("nodule")
+    objective = VelocityPrediction(settings.times, settings.training.loss, settings.lesion_weight, nodule_channel)
     return Recipe(
         build=lambda: build_denoiser(config),
         load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, winograd=False),

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.sections import GeneratorConfig, Orientation, UNetSettings
+from lungddpm.config.sections import GeneratorConfig, Orientation, Padding, UNetSettings
 from lungddpm.core.labels import Label
 
 ATTENTION_EDGE = 16
@@ -59,6 +59,7 @@ def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
         "norm_groups": settings.norm_groups,
         "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
         "orientation": config.settings.orientation,
+        "padding": settings.padding,
     }
 
 
@@ -99,6 +100,7 @@ class UNet(nn.Module):
         attention_factor: downsampling factor at which self-attention sits besides the middle; 0 leaves it to the middle
             alone. None leaves out all attention; the middle is then `middle_block.0` and `.1`, two residual blocks.
         orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
+        padding: what convolutions see beyond the volume: zeros, or its outermost voxels (`replicate`).
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class UNet(nn.Module):
         norm_groups: int,
         attention_factor: float | None,
         orientation: Orientation = "ras",
+        padding: Padding = "zeros",
     ):
         super().__init__()
         self.base_channels = base_channels
@@ -148,6 +151,9 @@ class UNet(nn.Module):
                 channels = outputs
 
         self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), _zeroed(_convolution(channels, 1)))
+        for module in self.modules():
+            if isinstance(module, Convolution):
+                module.padding_mode = padding
 
     def arrange(self, channels_last: bool, winograd: bool) -> UNet:
         """Choose how to compute from now on; the results stay the same up to rounding.
@@ -318,10 +324,12 @@ class Convolution(nn.Conv3d):
             return super().forward(h)
         if self.kernel_size == (1, 1, 1):
             return _volumes(F.conv2d(_planes(h), self.weight[:, :, 0], self.bias), len(h))
-        return convolve_winograd(h, self.weight, self.bias)
+        return convolve_winograd(h, self.weight, self.bias, replicate=self.padding_mode == "replicate")
 
 
-def convolve_winograd(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+def convolve_winograd(
+    h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, replicate: bool = False
+) -> torch.Tensor:
     """3x3x3 convolution with padding 1, as four two-dimensional ones for two planes of the output.
 
     Minimal filtering F(2, 3) along the depth (Winograd; Lavin and Gray 2016, arXiv 1509.09308, section 4.1): two thirds
@@ -331,19 +339,21 @@ def convolve_winograd(h: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor)
         h: (N, C, D, H, W).
         weight: (K, C, 3, 3, 3).
         bias: (K,).
+        replicate: pad with the outermost voxels instead of zeros.
 
     Returns:
         (N, K, D, H, W), channels last in memory.
     """
     depth = h.shape[2]
-    pairs = F.pad(h, (0, 0, 0, 0, 1, 1 + depth % 2)).unflatten(2, (-1, 2))
+    h = F.pad(h, (1,) * 6, mode="replicate") if replicate else F.pad(h, (0, 0, 0, 0, 1, 1))
+    pairs = F.pad(h, (0, 0, 0, 0, 0, depth % 2)).unflatten(2, (-1, 2))
     (d0, d1), (d2, d3) = pairs[:, :, :-1].unbind(3), pairs[:, :, 1:].unbind(3)
     w0, w1, w2 = weight.unbind(2)
     halved = (w0 + w2) / 2
 
     def convolved(difference: torch.Tensor, kernel: torch.Tensor, offset: torch.Tensor | None = None) -> torch.Tensor:
         kernel = kernel.contiguous(memory_format=torch.channels_last)
-        return F.conv2d(_planes(difference), kernel, offset, padding=1).permute(0, 2, 3, 1)
+        return F.conv2d(_planes(difference), kernel, offset, padding=int(not replicate)).permute(0, 2, 3, 1)
 
     total, contrast = convolved(d1 + d2, halved + w1 / 2), convolved(d2 - d1, halved - w1 / 2)
     even = convolved(d0 - d2, w0, bias) + total + contrast

@@ -1,30 +1,38 @@
-"""What diffusion models are trained for: to predict the noise in a CT (arXiv 2502.15204, section III)."""
+"""What diffusion models are trained for: to predict the noise in a CT (arXiv 2502.15204, section III), or the CT."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
 
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, UNetSettings
 from lungddpm.core.labels import Label
 from lungddpm.models.denoiser import UNet, build_denoiser
+from lungddpm.models.prediction import Prediction, target_of
 from lungddpm.models.published_checkpoint import load_denoiser
 from lungddpm.models.recipe import INSIDE, Batch, Network, Recipe
 from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
 
+Loss = Literal["l1", "l2"]
+ERRORS: dict[Loss, Callable[..., torch.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
 
-class NoisePrediction:
-    """The mean absolute error of the noise that the network predicts, at a timestep drawn evenly.
+
+class DiffusionLoss:
+    """The mean error of what the network predicts, at a timestep drawn evenly.
 
     Args:
         timesteps: noise levels T of the cosine schedule.
+        prediction: what is predicted.
+        loss: how its error counts.
         device: where the batches are.
     """
 
-    def __init__(self, timesteps: int, device: torch.device):
-        self.timesteps = timesteps
+    def __init__(self, timesteps: int, prediction: Prediction, loss: Loss, device: torch.device):
+        self.timesteps, self.prediction, self.error = timesteps, prediction, ERRORS[loss]
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing finer
         self.signal = alphas_cumprod(cosine_betas(timesteps)).to(device, exact)
 
@@ -35,8 +43,11 @@ class NoisePrediction:
     def loss(self, network: Network, batch: Batch) -> torch.Tensor:
         """See `Objective.loss`."""
         noisy = add_noise(batch.clean, batch.noise, batch.levels, self.signal)
+        variance = self.signal[batch.levels].view(-1, 1, 1, 1, 1)
+        scales = variance.sqrt().to(noisy), (1 - variance).sqrt().to(noisy)
+        target = target_of(self.prediction, batch.clean, batch.noise, *scales)
         predicted = network(torch.cat([noisy, batch.condition], dim=1), batch.levels)
-        return (predicted.float() - batch.noise).abs().mean()
+        return self.error(predicted.float(), target)
 
 
 def unet_inputs(config: GeneratorConfig[UNetSettings], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,10 +65,11 @@ def diffusion_recipe(
         # Gradients by planes take half as much memory again, and no less time.
         return load_denoiser(path, config).arrange(channels_last=False, winograd=False)
 
+    settings = config.settings
     return Recipe(
         build=lambda: build_denoiser(config),
         load=load,
-        objective=lambda device: NoisePrediction(config.settings.timesteps, device),
+        objective=lambda device: DiffusionLoss(settings.timesteps, settings.prediction, settings.training.loss, device),
         inputs=lambda shape: unet_inputs(config, shape),
         crop_centres=crop_centres,
         needs_nodule=needs_nodule,

@@ -122,10 +122,13 @@ class Optimization:
 
 
 def learning_rate(training: Training, step: int) -> float:
-    """The learning rate of a 0-based step: constant, or a half cosine from the peak to zero."""
+    """The learning rate of a 0-based step: up to the peak on a line, then constant or a half cosine to zero."""
+    peak, after = training.learning_rate, step - training.warmup_steps
+    if after < 0:
+        return peak * (step + 1) / training.warmup_steps
     if training.learning_rate_schedule == "constant":
-        return training.learning_rate
-    return training.learning_rate * (1 + math.cos(math.pi * step / training.steps)) / 2
+        return peak
+    return peak * (1 + math.cos(math.pi * after / (training.steps - training.warmup_steps))) / 2
 
 
 def checkpoint_stages(model: nn.Module) -> None:

@@ -46,6 +46,12 @@ _CONFIG_KEYS = {
     "attention_factor": "grid.size and denoiser.attention",
 }
 
+_PUBLISHED = {
+    "prediction": ("epsilon", "take what it predicts for noise"),
+    "denoiser.padding": ("zeros", "show it zeros beyond the volume"),
+}
+"""What leaves no trace in weights and is one in all published files; what the published code would do to others."""
+
 
 def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device: str | torch.device = "cpu") -> UNet:
     """Build the denoiser of a config with the EMA weights of a file, ready to predict.
@@ -79,8 +85,8 @@ def export_published(weights: Path, output: Path) -> None:
     cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
 
     Raises:
-        InputError: the weights are missing, cut short, not a denoiser of ours, or of the orientation `ras`; or the
-            output is not named `.pt`.
+        InputError: the weights are missing, cut short, not a denoiser of ours, of the orientation `ras`, or of a
+            prediction or a padding that is not published; or the output is not named `.pt`.
     """
     if output.suffix != ".pt":
         raise InputError(output, "is not a name for a published checkpoint", "End it in .pt.")
@@ -89,9 +95,11 @@ def export_published(weights: Path, output: Path) -> None:
     if "timesteps" not in settings:
         generator = metadata.config["generator"]
         raise InputError(weights, f"was trained by {generator}, which is not a diffusion model", "Give other weights.")
-    if (orientation := settings["orientation"]) != "published":
-        problem = f"was trained with orientation {orientation}: the published code would show it every chest turned"
-        raise InputError(weights, problem, "Train it with orientation: published, then export it.")
+    turned = {"orientation": ("published", "show it every chest turned")}
+    for key, (published, consequence) in {**turned, **_PUBLISHED}.items():
+        if (own := metadata.fit[key]) != published:
+            problem = f"was trained with {key} {own}: the published code would {consequence}"
+            raise InputError(weights, problem, f"Train it with {key}: {published}, then export it.")
     process = published_buffers(cosine_betas(settings["timesteps"]))
     network = {_PREFIX + name: tensor for name, tensor in read_weights(weights).items()}
     with atomic_path(output) as temporary:
@@ -114,6 +122,9 @@ def _read_published(path: Path, config: GeneratorConfig[DiffusionSettings]) -> d
     network = {key: value for key, value in average.items() if key.startswith(_PREFIX)}
     if not network:
         raise InputError(path, f"has no key that starts with {_PREFIX}", _COPY_AGAIN)
+    for key, (published, _) in _PUBLISHED.items():
+        if (asked := config.decides_fit()[key]) != published:
+            raise InputError(path, f"holds a network of {key} {published} (the config says {asked})", ADAPT)
     if "betas" not in average:
         raise InputError(path, "has no key betas, the noise schedule", _COPY_AGAIN)
     refuse_unfit(path, {"betas": average["betas"], **network}, _COPY_AGAIN)

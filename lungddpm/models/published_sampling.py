@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
+from lungddpm.config.sections import Solving
+from lungddpm.models.prediction import Prediction
 from lungddpm.models.sampling import (
     DiffusionSolver,
     NoiseLevels,
     Predictor,
-    Sampler,
     clamp,
     draw_noise,
     noise_levels,
@@ -30,27 +30,27 @@ from lungddpm.models.schedule import alphas_cumprod, between_timesteps
 _PUBLISHED_TIMES = 1000
 _THRESHOLD_QUANTILE = 0.995
 
-Variant = Literal["corrected", "published"]
 
-
-def choose_solver(
-    sampler: Sampler, order: int, betas: torch.Tensor, steps: int, times: Variant, levels: Variant
-) -> DiffusionSolver:
+def choose_solver(solving: Solving, betas: torch.Tensor, prediction: Prediction) -> DiffusionSolver:
     """The solver of `make_solver`, or with what is published of its times and levels.
 
     Args:
-        sampler, order, betas, steps: see `DiffusionSolver` and `noise_levels`.
-        times: `published`: see `with_published_times`.
-        levels: `published`: see `published_levels` and `threshold_dynamically`; with `dpmsolver++` alone.
+        solving: `times: published`: see `with_published_times`; `levels: published`: see `published_levels` and
+            `threshold_dynamically`.
+        betas: (T,) float64 noise schedule.
+        prediction: what the network predicts.
 
     Raises:
         ValueError: see `noise_levels` and `published_levels`.
     """
-    is_published = levels == "published"
-    visited = published_levels(betas, steps) if is_published else noise_levels(sampler, betas, steps)
-    if times == "published":
+    is_published = solving.levels == "published"
+    visited = (
+        published_levels(betas, solving.steps) if is_published else noise_levels(solving.sampler, betas, solving.steps)
+    )
+    if solving.times == "published":
         visited = with_published_times(visited, len(betas))
-    return DiffusionSolver(sampler, order, betas, visited, threshold_dynamically if is_published else clamp)
+    limit = threshold_dynamically if is_published else clamp
+    return DiffusionSolver(solving.sampler, solving.order, betas, visited, prediction, limit)
 
 
 def published_levels(betas: torch.Tensor, steps: int) -> NoiseLevels:

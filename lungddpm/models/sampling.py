@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from lungddpm.models.prediction import Prediction, clean_of, noise_of
 from lungddpm.models.schedule import alphas_cumprod, between_timesteps, spaced_timesteps
 
 Predictor = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -115,13 +116,14 @@ def clamp(implied: torch.Tensor) -> torch.Tensor:
 
 
 class DiffusionSolver:
-    """A `Solver` for networks that predict the noise of the diffusion process; wraps a scheduler of diffusers.
+    """A `Solver` for networks of the diffusion process; wraps a scheduler of diffusers.
 
     Args:
         sampler: the scheduler.
         order: 2 or 3, of `dpmsolver++` and `unipc`.
         betas: (T,) float64 noise schedule.
         levels: the noise levels to visit.
+        prediction: what the network predicts.
         limit: what keeps the clean CT that the network implies within [-1, 1].
     """
 
@@ -131,12 +133,13 @@ class DiffusionSolver:
         order: int,
         betas: torch.Tensor,
         levels: NoiseLevels,
+        prediction: Prediction = "epsilon",
         limit: Callable[[torch.Tensor], torch.Tensor] = clamp,
     ):
         self.levels = levels
         self.times, self.signal, self.noise = levels.times, levels.signal, levels.noise
         self._settings = sampler, order, betas
-        self._limit = limit
+        self.prediction, self._limit = prediction, limit
         self.scheduler = _scheduler(sampler, order, betas)
 
     def start(self, index: int, *, pasting: bool) -> None:
@@ -155,7 +158,7 @@ class DiffusionSolver:
 
     def clean(self, index: int, state: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """See `Solver.clean`."""
-        return self._limit((state - self.noise[index] * prediction) / self.signal[index])
+        return self._limit(clean_of(self.prediction, state, prediction, self.signal[index], self.noise[index]))
 
     def step(
         self, index: int, state: torch.Tensor, clean: torch.Tensor, generators: Sequence[torch.Generator]
@@ -166,16 +169,18 @@ class DiffusionSolver:
 
     def reversed(self) -> DiffusionSolver:
         """One that goes the other way, from the least noisy level to the noisiest; not with `ddpm`."""
-        return DiffusionSolver(*self._settings, self.levels.reversed(), self._limit)
+        return DiffusionSolver(*self._settings, self.levels.reversed(), self.prediction, self._limit)
 
 
-def make_solver(sampler: Sampler, order: int, betas: torch.Tensor, steps: int) -> DiffusionSolver:
+def make_solver(
+    sampler: Sampler, order: int, betas: torch.Tensor, steps: int, prediction: Prediction = "epsilon"
+) -> DiffusionSolver:
     """A solver that visits `noise_levels`.
 
     Raises:
         ValueError: fewer than one step, or more than T.
     """
-    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps))
+    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps), prediction)
 
 
 def _scheduler(
@@ -286,7 +291,7 @@ def invert(predict: Predictor, solver: DiffusionSolver, condition: torch.Tensor,
     back.start(0, pasting=False)
     states = [clean]
     if solver.noise[-1] == 0:  # no solver can leave the clean CT, whose signal-to-noise ratio is infinite
-        least = predictor_of(predict, condition, back.times)(0, clean)
+        least = noise_of(solver.prediction, clean, predictor_of(predict, condition, back.times)(0, clean), 1.0, 0.0)
         states.append(_at_level(back, 0, clean, least))
     for index in range(len(back.signal) - 1):
         states.append(take_step(index, states[-1]))

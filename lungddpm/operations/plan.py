@@ -350,7 +350,9 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     segmenter, judged = segmenter_cost(config), []
     if samples:
         limit, replicates = config.label_fidelity.samples, len(config.segmentation.replicates())
-        volumes = sum(min(number, limit) for number in [*samples.values(), cohort.reference])
+        most = numbers[config.arms.largest_number()]
+        of_generators = [round(dose * most) for dose in config.arms.largest_doses().values()]
+        volumes = sum(min(number, limit) for number in [*of_generators, cohort.reference])
         judged = [_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed)]
     return [
         *stages,

@@ -25,8 +25,8 @@ from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
 
 SHARED_LUCK = (
-    "In simulated benchmarks of three arms where luck that all replicates share is half of all luck of training, false "
-    "claims rise from 5 % to 29 % (3 replicates, 40 cases) or 54 % (5 replicates, 249 cases)."
+    "In simulated benchmarks of three arms whose replicates share half of their luck, false claims rise from 5 % to "
+    "16 % (3 replicates, 40 cases) or 37 % (5 replicates, 249 cases)."
 )
 
 

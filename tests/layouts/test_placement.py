@@ -432,7 +432,7 @@ def test_the_library_without_a_nodule_and_without_files(tmp_path, write_nodules)
     with pytest.raises(InputError, match=r"nodules.nii.gz: does not exist"):
         before.donors[0].shape()
     rows["n_nodules"] = 0
-    with pytest.raises(InputError, match="no discovery case with a nodule"):
+    with pytest.raises(InputError, match="no nodule in the lungs of its 1 discovery cases"):
         open_library(table, rows, allow_shared_patients=False)
 
 

@@ -325,15 +325,28 @@ def test_weights_of_earlier_versions_are_named_as_such(saved):
         load_denoiser(path, PLAIN)
 
 
-def test_weights_of_the_other_orientation_are_refused(saved, tmp_path):
+@pytest.mark.parametrize(
+    ("config", "key"),
+    [
+        (RAS, "orientation ras"),
+        (changed(prediction="v"), "prediction v"),
+        (resized(padding="replicate"), "denoiser.padding replicate"),
+    ],
+)
+def test_what_leaves_no_trace_in_weights_is_compared(saved, published, tmp_path, config, key):
     path, denoiser = saved
-    save_network(path, denoiser, Metadata.of(RAS, 7, "", ""))
-    assert load_denoiser(path, RAS).orientation == "ras"
-    with pytest.raises(InputError, match="was trained with orientation ras, the config says published"):
+    name, value = key.split()
+    save_network(path, denoiser, Metadata.of(config, 7, "", ""))
+    load_denoiser(path, config)
+    usual = PLAIN.decides_fit()[name]
+    with pytest.raises(InputError, match=f"was trained with {key}, the config says {usual}"):
         load_denoiser(path, PLAIN)
-    with pytest.raises(InputError, match="was trained with orientation ras"):
+    with pytest.raises(InputError, match=f"was trained with {key}: the published code would .*Train it with {name}"):
         export_published(path, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
+    if name != "orientation":  # how published files see the chest is the config's to say
+        with pytest.raises(InputError, match=f"holds a network of {name} {usual} .the config says {value}"):
+            load_denoiser(published, config)
 
 
 def test_export_refuses_what_it_cannot_do(saved, tmp_path):

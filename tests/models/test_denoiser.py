@@ -170,6 +170,32 @@ def test_fresh_denoiser_predicts_zero(small_denoiser):
     assert not small_denoiser(torch.randn(1, 4, 8, 8, 8), torch.tensor([5])).any()
 
 
+@pytest.fixture
+def replicating():
+    torch.manual_seed(0)
+    return with_numbers(UNet(3, 8, [1, 2, 4], 2, None, padding="replicate"))
+
+
+def test_without_zeros_beyond_it_the_size_of_an_even_volume_changes_nothing(replicating):
+    """Why a network that is trained on crops should replicate: at its deepest level, most voxels touch a border."""
+    values, timesteps = torch.tensor([-0.7, 1.0, -1.0]).view(1, 3, 1, 1, 1), torch.tensor([100])
+    zeros = UNet(3, 8, [1, 2, 4], 2, None)
+    zeros.load_state_dict(replicating.state_dict())
+    with torch.inference_mode():
+        small, large = (values.expand(1, 3, *[edge] * 3) for edge in (16, 32))
+        torch.testing.assert_close(replicating(large, timesteps)[..., :16, :16, :16], replicating(small, timesteps))
+        assert (zeros(large, timesteps).mean() - zeros(small, timesteps).mean()).abs() > 1e-3
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 8), (12, 8, 16)])
+def test_planes_of_a_replicating_network_compute_the_same(replicating, shape):
+    inputs, timesteps = torch.randn(2, 3, *shape, generator=torch.Generator().manual_seed(1)), torch.tensor([3, 90])
+    with torch.inference_mode():
+        expected = replicating(inputs, timesteps)
+        found = replicating.arrange(channels_last=True, winograd=True)(inputs, timesteps)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_condition_channels_are_disjoint_and_in_zyx_order():
     layout = np.zeros((4, 5, 6), np.uint8)
     layout[1, 2, 3], layout[1, 2, 4], layout[3, 0, 5] = Label.LUNG, Label.NODULE, Label.VESSEL

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
+from lungddpm.config.sections import Solving
 from lungddpm.models.published_sampling import (
     choose_solver,
     sample_published_aas,
@@ -362,7 +363,7 @@ def test_published_times_are_on_a_scale_of_1000(times, expected):
         seen.append(timesteps.item())
         return inputs[:, :1]
 
-    solver = choose_solver("dpmsolver++", 2, BETAS, 2, times, "corrected")
+    solver = choose_solver(Solving(sampler="dpmsolver++", steps=2, times=times), BETAS, "epsilon")
     sample_free(predict_noise, solver, torch.ones(1, 1, 4, 4, 4), [seeded(0)])
     assert seen == expected
 
@@ -423,7 +424,7 @@ def test_inversion_calls_the_denoiser_once_per_step(times, scale):
         return torch.zeros_like(inputs[:, :1])
 
     clean = torch.full((1, 1, 4, 4, 4), 0.5)
-    solver = choose_solver("dpmsolver++", 2, BETAS, 3, times, "corrected")
+    solver = choose_solver(Solving(sampler="dpmsolver++", steps=3, times=times), BETAS, "epsilon")
     state = invert(predict_noise, solver, torch.ones_like(clean), clean)[0]
     # From the clean CT to the least noisy level, and from each level to the next noisier one.
     assert seen == [0, 0, scale * noise_levels("dpmsolver++", BETAS, 3).timesteps[1]]
@@ -505,7 +506,7 @@ def test_published_levels_are_those_of_the_released_sampler(chest_like):
         called.append(timesteps.item())
         return predict(inputs, timesteps)
 
-    solver = choose_solver("dpmsolver++", 3, BETAS, 50, "corrected", "published")
+    solver = choose_solver(Solving(sampler="dpmsolver++", order=3, steps=50, levels="published"), BETAS, "epsilon")
     condition = torch.ones_like(clean)
     path = invert(watched, solver, condition, clean)
     found = sample_free(watched, solver, condition, [seeded(1)], path[0])

@@ -142,7 +142,7 @@ def test_limits_that_no_sample_can_keep_are_refused():
 def test_a_run_whose_lungs_are_too_dark_says_so(make_results, shift):
     """Samples are the reference itself, darker by a number of HU in all that the layout names."""
     config, results = make_results(n_test=1, n_replicates=1)
-    folder, reference = results / "synthetic" / "lung_ddpm", results / "cases" / "case-01"
+    folder, reference = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0", results / "cases" / "case-01"
     ct, layout = (read_volume(reference / name) for name in ("ct.nii.gz", "layout.nii.gz"))
     for number in range(2):
         shutil.copy(reference / "layout.nii.gz", folder / f"sample-{number}" / "layout.nii.gz")

@@ -204,7 +204,7 @@ def test_a_generator_that_changes_nothing_but_brightness_is_as_far_away_as_its_f
     table = results / "cases" / "cases.tsv"
     cases = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False)
     write_cases(table, cases.assign(role=cases["role"].replace("test", "reference")))
-    folder = results / "synthetic" / "lung_ddpm"
+    folder = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0"
     for number in range(2):
         case_id = f"case-0{number + 2}"
         ct, layout = (read_volume(results / "cases" / case_id / f"{name}.nii.gz") for name in ("ct", "layout"))
@@ -264,7 +264,7 @@ def test_floors_come_out_as_floors(make_results):
 
 def add_sample(results, name, source):
     """One more sample with the CT and layout of a case."""
-    folder = results / "synthetic" / "lung_ddpm" / name
+    folder = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0" / name
     shutil.copytree(results / "cases" / source, folder)
     write_json(folder / "sample.json", {"reference_case_id": "case-01"})
     table = pd.read_csv(folder.parent / "samples-0.tsv", sep="\t").assign(case_id=name, path=name)
@@ -281,7 +281,7 @@ def judged(config, results, tables):
 
 def test_a_training_case_among_the_samples_is_flagged(make_results):
     config, results = make_results(n_test=1, n_replicates=1)
-    others = [results / "synthetic" / "lung_ddpm" / f"samples-{number}.tsv" for number in range(2)]
+    others = [results / "synthetic" / "lung_ddpm" / "all-fold0_seed0" / f"samples-{number}.tsv" for number in range(2)]
     _, before = judged(config, results, others)
     table, after = judged(config, results, [*others, add_sample(results, "stolen", "case-00")])
     distance = table[(table["metric"] == NEAREST) & (table["image"] == SYNTHETIC)].set_index("case_id")["value"]
@@ -295,12 +295,14 @@ def test_a_training_case_among_the_samples_is_flagged(make_results):
 
 def test_samples_of_one_layout_are_compared_with_each_other(make_results):
     config, results = make_results(n_test=1, n_replicates=1)
-    tables = [results / "synthetic" / "lung_ddpm" / f"samples-{number}.tsv" for number in range(2)]
+    tables = [results / "synthetic" / "lung_ddpm" / "all-fold0_seed0" / f"samples-{number}.tsv" for number in range(2)]
     _, sets = judged(config, results, tables)
     noise = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
     assert (noise["n"], noise["note"]) == (1, "1 scale, 1 layout")
     assert 0.9 < noise["value"] < 0.999
-    _, sets = judged(config, results, [tables[0], add_sample(results, "again", "../synthetic/lung_ddpm/sample-0")])
+    _, sets = judged(
+        config, results, [tables[0], add_sample(results, "again", "../synthetic/lung_ddpm/all-fold0_seed0/sample-0")]
+    )
     assert sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]["value"] == pytest.approx(1)
     _, sets = judged(config, results, tables[:1])
     alone = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
@@ -310,7 +312,7 @@ def test_samples_of_one_layout_are_compared_with_each_other(make_results):
 
 def test_samples_without_a_reference_are_judged_as_far_as_they_can_be(make_results):
     config, results = make_results(n_test=1, n_replicates=1)
-    folder = results / "synthetic" / "lung_ddpm"
+    folder = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0"
     write_json(folder / "sample-0" / "sample.json", {"reference_case_id": None})
     table, sets = judged(config, results, [folder / "samples-0.tsv"])
     assert set(table.dropna(subset="value")["metric"]) == {NEAREST}
@@ -322,7 +324,7 @@ def test_samples_without_a_reference_are_judged_as_far_as_they_can_be(make_resul
 )
 def test_a_sample_without_a_known_reference_is_refused(make_results, provenance, message):
     config, results = make_results(n_test=1, n_replicates=1)
-    folder = results / "synthetic" / "lung_ddpm"
+    folder = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0"
     write_json(folder / "sample-0" / "sample.json", provenance)
     with pytest.raises(InputError, match=message):
         run_quality(config, results / "cases" / "cases.tsv", [folder / "samples-0.tsv"], "lung_ddpm", results / "q.csv")

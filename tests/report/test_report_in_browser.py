@@ -110,7 +110,10 @@ def test_slices_in_a_browser(make_results, browse):
     titles = [re.match(r"lung_ddpm: (\S+) from (\S+)", title) for title in seen["samples"]]
     assert len(titles) == 2
     samples = [
-        read_sample(CaseFolder(results / "synthetic" / "lung_ddpm" / title[1]), results / "cases" / "cases.tsv")
+        read_sample(
+            CaseFolder(results / "synthetic" / "lung_ddpm" / "all-fold0_seed0" / title[1]),
+            results / "cases" / "cases.tsv",
+        )
         for title in titles
     ]
     assert [sample.reference.case_id for sample in samples] == [title[2] for title in titles]

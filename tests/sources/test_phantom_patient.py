@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from scipy.ndimage import binary_dilation, binary_erosion, label
 
 from lungddpm.sources.phantom.nodules import draw_shape, shape_share
@@ -43,6 +44,15 @@ def test_nodules_have_the_attenuation_of_their_texture(patients: list[Thorax]):
                 assert low <= middle <= high, (nodule.texture, middle)
                 seen.add(nodule.texture)
     assert {"solid", "ground-glass"} <= seen
+
+
+def test_textures_have_the_shares_of_the_settings():
+    textures = {"solid": 0, "part_solid": 0}
+    ground_glass = Phantom(matrix=64, pixel_mm=5, slice_mm=6, nodules=(3, 3), nodule_textures=textures)
+    found = {nodule.texture for seed in range(3) for nodule in thorax(ground_glass, seed).nodules}
+    assert found == {"ground-glass"}
+    with pytest.raises(ValidationError, match="at least one texture"):
+        Phantom(nodule_textures={**textures, "ground_glass": 0})
 
 
 def test_lungs_are_of_human_size_and_two(clean: Thorax, patients: list[Thorax]):

@@ -426,6 +426,14 @@ def test_designs_that_know_little_of_training_luck_claim_little(repository, desi
     assert rates.refused == (design["n_replicates"] == 1)
 
 
+def test_a_draw_per_replicate_covers_the_luck_of_the_draw(repository):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "shared_luck.py"))
+    design, luck = simulation["Design"](5, 60), simulation["Luck"]
+    shared, own = (simulation["false_claims"](design, luck(0.5, own_draw=own), 150, 1) for own in (False, True))
+    assert shared > 0.15
+    assert own <= 0.08
+
+
 def test_one_arm_with_three_replicates_finds_what_it_calls_detectable(repository):
     simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
     rates = simulation["measure"](simulation["Scenario"](n_arms=1, n_replicates=3), runs=400, seed=1)

@@ -156,6 +156,12 @@ def samples_to_judge(generator):
     return [table for cohort in cohorts for table in sample_tables(generator, cohort)]
 
 
+def samples_of_replicate(generator, replicate):
+    """Tables of a generator's samples for the most real cases, of the draw that a replicate trains on, or their list."""
+    own = None if SETTINGS.draws(generator) == [None] else replicate
+    return sample_tables(generator, Cohort(SETTINGS.arms.largest_number(), own))
+
+
 def sample_tables(generator, cohort, dose=None):
     """Tables of a dose of a cohort, by default the generator's largest; where their number is still to be counted,
     their list."""

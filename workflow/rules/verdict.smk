@@ -72,9 +72,16 @@ rule quality:
 rule label_fidelity:
     input:
         cases="results/cases/cases.tsv",
-        plan="results/arms/real/plan.json",
-        checkpoint=CHECKPOINT.replace("{arm}", BASELINE),
-        samples=[table for name in GENERATORS for table in sample_tables(name)],
+        plan=f"results/arms/{PLANNING_ARM}/plan.json",
+        checkpoint=CHECKPOINT.replace("{arm}", PLANNING_ARM),
+        samples=lambda wildcards: [
+            table
+            for name in GENERATORS
+            for table in samples_of_replicate(
+                name,
+                SETTINGS.segmentation.replicate_name(wildcards.fold, wildcards.seed),
+            )
+        ],
     output:
         lesions=ensure(
             "results/label_fidelity/fold{fold}_seed{seed}/lesions.csv", non_empty=True

@@ -13,7 +13,7 @@ import numpy as np
 from lungddpm.core.volume import Box, per_axis
 from lungddpm.sources.phantom.anatomy import Surfaces
 from lungddpm.sources.phantom.scanner import HU, Grid, paint, slice_means
-from lungddpm.sources.phantom.settings import Phantom
+from lungddpm.sources.phantom.settings import Phantom, Textures
 from lungddpm.sources.phantom.shapes import golden_spiral
 
 
@@ -139,13 +139,20 @@ def place_marks(
 
 
 def paint_nodule(
-    hu: np.ndarray, grid: Grid, scan: Grid, site: Site, lung_share: np.ndarray, rng: np.random.Generator
+    hu: np.ndarray,
+    grid: Grid,
+    scan: Grid,
+    site: Site,
+    lung_share: np.ndarray,
+    textures: Textures,
+    rng: np.random.Generator,
 ) -> Nodule:
     """Paint one nodule, cut off at the lung's surface; its `centre_mm` is still in the patient's frame.
 
-    `grid` is the painting grid of `scan`, whose voxels the nodule's mask has.
+    `grid` is the painting grid of `scan`, whose voxels the nodule's mask has; `textures` as in the settings.
     """
-    texture = str(rng.choice(["solid", "part-solid", "ground-glass"], p=[0.6, 0.2, 0.2]))
+    shares = np.array([textures.solid, textures.part_solid, textures.ground_glass])
+    texture = str(rng.choice(["solid", "part-solid", "ground-glass"], p=shares / shares.sum()))
     odds = {"solid": [0.4, 0.3, 0.3], "part-solid": [0.3, 0.4, 0.3], "ground-glass": [0.7, 0.3, 0.0]}[texture]
     margin = str(rng.choice(["smooth", "lobulated", "spiculated"], p=odds))
     shape = draw_shape(site.radius_mm, margin, rng)

@@ -72,7 +72,8 @@ def thorax(parameters: Phantom, seed: int) -> Thorax:
     vessel_share, vessel_radius_mm = paint_vessels(hu, grid, physique, surfaces.lung, tree_rng)
 
     sites = place_nodules(grid, parameters, surfaces, vessel_radius_mm, nodule_rng)
-    nodules = [paint_nodule(hu, grid, scan, site, lung_share, nodule_rng) for site in sites]
+    textures = parameters.nodule_textures
+    nodules = [paint_nodule(hu, grid, scan, site, lung_share, textures, nodule_rng) for site in sites]
     deep = surfaces.lung < -6
     small_nodules = place_marks(grid, deep & (vessel_radius_mm == 0), 3, sites, mark_rng)
     for centre_mm in small_nodules:

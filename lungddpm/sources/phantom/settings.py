@@ -8,6 +8,26 @@ from pydantic import Field, model_validator
 
 from lungddpm.config.sections import PositiveFloat, PositiveInt, Section
 
+Share = Annotated[float, Field(ge=0)]
+
+
+class Textures(Section):
+    """How often nodules of each texture are drawn, relative to the others. What the layout does not show, a generator
+    has to guess: with several textures in a small cohort, the mean HU of its nodules is a matter of luck."""
+
+    solid: Share = 0.6
+    """About 30 HU."""
+    part_solid: Share = 0.2
+    """A solid core in ground glass."""
+    ground_glass: Share = 0.2
+    """About -600 HU, with the vessels in it."""
+
+    @model_validator(mode="after")
+    def _some(self) -> Textures:
+        if not self.solid + self.part_solid + self.ground_glass:
+            raise ValueError("nodule_textures: at least one texture needs a share above 0")
+        return self
+
 
 class Phantom(Section):
     """The procedural thorax cohort. Used when `source.kind` is `phantom`."""
@@ -24,6 +44,7 @@ class Phantom(Section):
     """Fewest and most nodules per patient; with none, a patient can only be a reference that gets placed ones."""
     nodule_diameter_mm: tuple[PositiveFloat, PositiveFloat] = (8.0, 30.0)
     """Smallest and largest nodule diameter in mm."""
+    nodule_textures: Textures = Textures()
     noise_hu: Annotated[float, Field(ge=0)] = 20.0
     """Standard deviation of the scanner noise in HU."""
     kernel: Literal["soft", "standard", "sharp"] = "standard"
