@@ -41,6 +41,8 @@ class Scenario:
     """Of arm x run."""
     arm_case_sd: float = 0.1
     residual_sd: float = RESIDUAL_SD
+    n_primary: int = 0
+    """The first so many arms are tested before the others."""
     n_seeds: int = 1
     """Runs in every fold."""
     fold_share: float = 0.0
@@ -64,6 +66,8 @@ class Scenario:
         said = [f"run sd {self.replicate_sd:g}"]
         if (self.arm_case_sd, self.residual_sd) != (0.1, RESIDUAL_SD):
             said.append(f"arm x case {self.arm_case_sd:g}, residual {self.residual_sd:g}")
+        if self.n_primary:
+            said.append(f"{self.n_primary} primary")
         if self.n_seeds > 1:
             said.append(f"{self.n_seeds} seeds per fold, {self.fold_share:.0%} of the luck in the fold")
         if self.n_lost:
@@ -92,6 +96,8 @@ SCENARIOS = [
     *(Scenario(3, replicates, n_cases, **DEMO) for n_cases in (8, 16, 40) for replicates in (2, 5)),
     *(Scenario(arms, 5, n_cases, **FEW_CASES) for arms, n_cases in ((1, 6), (3, 7), (10, 9))),
     Scenario(1, 1),
+    # A primary arm, or two, tested first.
+    *(Scenario(10, 5, 249, n_primary=primary) for primary in (0, 1, 2)),
     # Missing runs.
     Scenario(3, 3, 40, one_in_common=True),
     Scenario(3, 3, 249, one_in_common=True),
@@ -146,7 +152,11 @@ def judge(
     scenario: Scenario, difference: float, generator: np.random.Generator, bootstraps: int = 1
 ) -> list[Comparison]:
     """The verdict on one benchmark, an entry per arm, without the baseline."""
-    return compare_arms(simulate(scenario, difference, generator), bootstraps, CONFIDENCE, seed=0)[1:]
+    scores = simulate(scenario, difference, generator)
+    first, rest = "primary", "rest"
+    families = ["", *[first] * scenario.n_primary, *[rest] * (scenario.n_arms - scenario.n_primary)]
+    gates = {rest: first} if scenario.n_primary else None
+    return compare_arms(scores, bootstraps, CONFIDENCE, 0, families, gates)[1:]
 
 
 @dataclass(frozen=True)

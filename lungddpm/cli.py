@@ -495,11 +495,36 @@ def plan(
         float | None, typer.Option(help="Seconds of an optimizer step there, as 'train --estimate' shows it.")
     ] = None,
     bench: Annotated[Path | None, typer.Option(help="What 'lungddpm bench' wrote there, instead of a name.")] = None,
+    power: Annotated[
+        bool, typer.Option("--power", help="Show what designs around this one can show, with their hours.")
+    ] = False,
+    results: Annotated[
+        Path | None, typer.Option(help="With --power: folder of a finished run, for its scatter and its times.")
+    ] = None,
+    run_sd: Annotated[
+        float | None, typer.Option(min=0, help="With --power: sd of Dice between training runs (arm x replicate).")
+    ] = None,
+    residual_sd: Annotated[
+        float | None, typer.Option(min=0, help="With --power: sd of a case in a run (arm x replicate x case).")
+    ] = None,
+    arm_case_sd: Annotated[
+        float | None, typer.Option(min=0, help="With --power: sd between cases, the same in all runs (arm x case).")
+    ] = None,
 ) -> None:
-    """Tell jobs, GPU and core hours, memory (GiB) and disk (GiB) of every stage before a run; writes nothing."""
+    """Show jobs, GPU and core hours, memory (GiB) and disk (GiB) of every stage before a run; writes nothing.
+
+    With --power instead: for replicates x test cases, the difference in Dice that can be detected, the power for
+    `verdict.relevant_difference`, and the hours.
+    """
+    tables = [index] if index else [CASES, CASES.with_name("index.tsv")]
+    if power:
+        from lungddpm.operations.design import Assumed, run_design
+
+        assumed = Assumed(run_sd, residual_sd, arm_case_sd)
+        typer.echo(run_design(config, tables, cases, device, step_seconds, bench, results, assumed))
+        return
     from lungddpm.operations.plan import run_plan
 
-    tables = [index] if index else [CASES, CASES.with_name("index.tsv")]
     typer.echo(run_plan(config, tables, cases, device, step_seconds, bench))
 
 

@@ -444,6 +444,29 @@ class Calibration(Section):
         return self
 
 
+class Instrument(Section):
+    """Limits of the instrument check, which stands above the answers: whether the run can show what is there. Those of
+    HU are in `calibration`."""
+
+    loss_fall: Share = 0.1
+    """Largest share of the fall of a segmenter's training loss that may come in the last third of its steps, beyond
+    scatter; above it, segmenters are compared while they learn. (nnU-Net's 1000 epochs end below it.)"""
+    validation_rise: Share = 0.03
+    """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter."""
+    seam_ratio: Range = (0.8, 1.25)
+    """Smallest and largest step at the border of the lungs, as a multiple of the references' own. (Lungs of one grey
+    come to 1.27 on the phantom cohort, other patients' lungs to 0.78.)"""
+    label_fidelity: Share = 0.8
+    """Least Dice of the segmenters of `real` on a generator's samples, as a share of that on the references' CT."""
+
+    @model_validator(mode="after")
+    def _seam(self) -> Instrument:
+        low, high = self.seam_ratio
+        if not 0 <= low <= 1 <= high:
+            raise ValueError(f"seam_ratio: 1 must lie between the two, got {low:g}, {high:g}")
+        return self
+
+
 class Verdict(Section):
     """Statistics of the comparison, and what its page warns of."""
 
@@ -451,7 +474,14 @@ class Verdict(Section):
     """Bootstrap resamples (replicate, then case); they describe, they do not decide."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
     """Level of the confidence intervals; an arm is better or worse where p, corrected for all arms, is below 1 - it."""
+    relevant_difference: Share | None = None
+    """The difference in Dice, the measure that decides, that matters to you: a run reports whether it can show one.
+    null takes the published gain, 0.032 (lungddpm/verdict/published.csv)."""
+    primary: str | list[str] = []
+    """The arm that the run is about, or several, e.g. `real+lung_ddpm@1.0`: tested first, at the full level. The other
+    arms with synthetic CT are tested only where every primary arm was decided. Name it before the run."""
     calibration: Calibration = Calibration()
+    instrument: Instrument = Instrument()
 
 
 class Workflow(Section):
@@ -501,6 +531,13 @@ else:
     Generators = _generators_section()
 
 
+def _name_of_arm(text: str) -> str:
+    try:
+        return Arm.parse(text).name
+    except ConfigError:
+        return text
+
+
 class Config(Section):
     """Everything that decides what a run computes."""
 
@@ -530,6 +567,19 @@ class Config(Section):
         if network is not None and any(p > g for p, g in zip(network.patch, self.grid.size, strict=True)):
             raise ValueError(f"segmentation.network.patch {list(network.patch)} is larger than grid.size")
         return self
+
+    @model_validator(mode="after")
+    def _primary_is_an_arm(self) -> Config:
+        asked = [arm.name for arm in self.arms.all() if not arm.is_control(self.arms.generators)]
+        if unknown := [name for name in self.primary_arms() if name not in asked]:
+            known = f"those are {', '.join(asked)}" if asked else "there is none"
+            raise ValueError(f"verdict.primary: '{unknown[0]}' is not an arm with synthetic CT of this config; {known}")
+        return self
+
+    def primary_arms(self) -> list[str]:
+        """Names of the arms of `verdict.primary`, a dose spelled as in `arms.names()`; what is not a name stays."""
+        given = self.verdict.primary
+        return list(dict.fromkeys(map(_name_of_arm, [given] if isinstance(given, str) else given)))
 
     def differences(self) -> str:
         """All values that are not defaults, as JSON; without the preset, as these then differ from `published`."""

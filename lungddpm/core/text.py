@@ -49,6 +49,11 @@ def plural(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def format_hours(hours: float) -> str:
+    """A cost as a person says it: "24 min", "3.1 h", "120 h"."""
+    return f"{max(1, round(60 * hours))} min" if hours < 1 else f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
+
+
 def format_duration(seconds: float) -> str:
     """Hours, minutes and seconds, e.g. "1:02:05"."""
     minutes, seconds = divmod(round(seconds), 60)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -24,6 +25,7 @@ CANDIDATE_COLUMNS = ["case_id", "patient_id", "candidate", "score", "volume_mm3"
 """`lesions`: numbers as in `lesions.csv`, several joined by "+"; empty for a false positive."""
 PROBABILITY = "probability"
 EVALUATION = "evaluation.json"
+_EVALUATE_AGAIN = "Run 'lungddpm evaluate' for this replicate again (lungddpm run does, once the file is deleted)."
 
 
 def case_columns() -> list[str]:
@@ -61,7 +63,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
 
     Writes to `output`: `metrics.csv` (`case_columns`, one row per case), `lesions.csv` (`LESION_COLUMNS`),
     `candidates.csv` (`CANDIDATE_COLUMNS`; no row without probabilities), and last `evaluation.json` (hashes of what was
-    read and written).
+    read and written, and `verdict.primary` as it stood).
 
     Args:
         config: the run's config.
@@ -111,7 +113,18 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
     for name, table in tables.items():
         write_table(output / name, table)
     hashes = {name: sha256_of(output / name) for name in tables}
-    write_json(output / EVALUATION, {"sha256": hashes, "inputs_sha256": inputs})
+    # So that it can be seen whether the primary arm was named before there was anything to choose it by.
+    primary = {"primary": config.primary_arms()}
+    write_json(output / EVALUATION, {"sha256": hashes, "inputs_sha256": inputs} | primary)
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The `evaluation.json` of a replicate.
+
+    Raises:
+        InputError: it is missing, or is not JSON.
+    """
+    return read_json(folder / EVALUATION, _EVALUATE_AGAIN)
 
 
 def check_unchanged(path: Path) -> None:
@@ -120,15 +133,13 @@ def check_unchanged(path: Path) -> None:
     Raises:
         InputError: it was changed since, or there is no such hash.
     """
-    remedy = "Run 'lungddpm evaluate' for this replicate again (lungddpm run does, once the file is deleted)."
-    record = path.with_name(EVALUATION)
-    content = read_json(record, remedy)
+    content = read_evaluation(path.parent)
     try:
         written = content["sha256"][path.name]
     except (KeyError, TypeError):
-        raise InputError(record, f"holds no hash of {path.name}", remedy) from None
+        raise InputError(path.with_name(EVALUATION), f"holds no hash of {path.name}", _EVALUATE_AGAIN) from None
     if sha256_of(path) != written:
-        raise InputError(path, "was changed after it was evaluated: its hash is not the one recorded", remedy)
+        raise InputError(path, "was changed after it was evaluated: its hash is not the one recorded", _EVALUATE_AGAIN)
 
 
 def _check_complete(expected: set[str], predictions: Path) -> None:

@@ -176,14 +176,26 @@ def run_plan(
         InputError: a table, or the file of `bench`, cannot be read.
     """
     config = load_plan_config(*configs)
-    cohort = count_cohort(config, next((table for table in tables if table.exists()), None), scans)
-    if bench is not None:
-        speed = benchmarked_speed(bench)
-    elif step_seconds is not None:
-        speed = measured_speed(config, device, step_seconds)
-    else:
-        speed = known_speed(device)
+    cohort = count_cohort(config, first_table(tables), scans)
+    speed = choose_speed(config, device, step_seconds, bench)
     return describe_plan(cohort, speed, plan_run(config, cohort, speed))
+
+
+def first_table(tables: Sequence[Path]) -> Path | None:
+    """The first of these tables that exists."""
+    return next((table for table in tables if table.exists()), None)
+
+
+def choose_speed(config: Config, device: str, step_seconds: float | None, bench: Path | None) -> Speed:
+    """The speed of a device: that of a benchmark, of a timed step, or of its data sheet; see `run_plan`.
+
+    Raises:
+        ConfigError: the device is not known.
+        InputError: the file of `bench` cannot be read.
+    """
+    if bench is not None:
+        return benchmarked_speed(bench)
+    return known_speed(device) if step_seconds is None else measured_speed(config, device, step_seconds)
 
 
 def load_plan_config(*sources: Path | str) -> Config:

@@ -128,20 +128,3 @@ def _failure(row: dict) -> str:
 def _digits(row: dict, least: int) -> int:
     """Digits that show a mean outside its limits: -10.4 is not within -10 to 10."""
     return next(n for n in count(least) if not row["limit_low"] <= round(row["mean"], n) <= row["limit_high"])
-
-
-def calibration_summary(table: pd.DataFrame) -> str:
-    """The outcome of the check for every generator, in one sentence; empty without generators."""
-    limited = table[table["limit_low"].notna()]
-    parts = [f"{name} {_outcome(rows)}" for name, rows in limited.groupby("generator", sort=False)]
-    return f"HU calibration: {'; '.join(parts)}." if parts else ""
-
-
-def _outcome(rows: pd.DataFrame) -> str:
-    """Of one generator; regions without a measurement are named where others have one."""
-    missing = rows.loc[rows["status"] == NOT_MEASURED, "region"]
-    if len(missing) == len(rows):
-        return NOT_MEASURED
-    regions = " and ".join(dict.fromkeys(region.split()[0] for region in missing))
-    outcome = FAILED if (rows["status"] == FAILED).any() else PASSED
-    return outcome + (f" ({regions} {NOT_MEASURED})" if regions else "")

@@ -366,16 +366,16 @@ def segmenter_curves(curves: pd.DataFrame) -> Figure:
     alone behind them.
 
     Args:
-        curves: arm, replicate, step, loss.
+        curves: rows of `training_curves.csv`.
     """
     arms = list(dict.fromkeys(curves["arm"]))
     with plt.rc_context(STYLE):
         figure, panels = _panels(len(arms))
         for axis, arm in zip(panels, arms, strict=False):
-            of_baseline = curves[curves["arm"] == Arm.parse(arm).baseline.name].groupby("step")["loss"].mean()
+            of_baseline = curves[curves["arm"] == Arm.parse(arm).baseline.name].groupby("step")["training_loss"].mean()
             axis.plot(of_baseline.index, of_baseline, color="#bbbbbb", linewidth=3)
             for _, run in curves[curves["arm"] == arm].groupby("replicate"):
-                axis.plot(run["step"], run["loss"], color="#0072B2", linewidth=1)
+                axis.plot(run["step"], run["training_loss"], color="#0072B2", linewidth=1)
             axis.set_title(arm, loc="left", fontsize=9)
             axis.grid(color="#eeeeee")
         figure.supxlabel("optimizer step", fontsize=9)

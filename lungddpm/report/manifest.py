@@ -14,6 +14,7 @@ from lungddpm.core.code import PACKAGE, CodeFromStep
 from lungddpm.core.files import read_json, sha256_of
 from lungddpm.core.versions import installed_versions
 from lungddpm.segmentation.nnunet import fold_folder
+from lungddpm.verdict.tables import named_late
 
 
 def arm_files(config: Config, results: Path) -> dict[str, Path]:
@@ -49,8 +50,8 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
         files: the files to hash, in that folder.
 
     Returns:
-        JSON-like: written (UTC), git_commit, platform, versions, config, training_code (see `training_code`), sha256 by
-        relative path.
+        JSON-like: written (UTC), git_commit, platform, versions, config, primary (the arms that are tested first, and
+        replicates that were evaluated before these were named), training_code (see there), sha256 by relative path.
     """
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -58,6 +59,7 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": installed_versions(),
         "config": config.without_folders().model_dump(mode="json"),
+        "primary": {"arms": config.primary_arms(), "evaluated_before": named_late(results, config)},
         "training_code": training_code(config, results),
         "sha256": {path.relative_to(results).as_posix(): sha256_of(path) for path in files},
     }

@@ -15,7 +15,6 @@ from lungddpm.core.files import sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
-from lungddpm.quality.calibration import calibration_summary
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report import figures
 from lungddpm.report.html import render, show_excluded
@@ -24,9 +23,11 @@ from lungddpm.report.sections import (
     extractors_of,
     generators_of,
     limits_of,
+    outcome_of,
     show_arms,
     show_calibration,
     show_case_scores,
+    show_checks,
     show_description,
     show_detection,
     show_dose_response,
@@ -43,7 +44,7 @@ from lungddpm.report.sections import (
     show_verdict,
 )
 from lungddpm.report.viewer import DisplaySample, first_of_generators, samples_to_show, viewer_values
-from lungddpm.segmentation.nnunet import segmenter_curve
+from lungddpm.verdict.answer import doubted_arms
 from lungddpm.verdict.statistics import MINIMUM_CASES, MINIMUM_RUN_DF, POWER
 from lungddpm.verdict.tables import read_csv, write_tables
 
@@ -116,23 +117,12 @@ def draw_figures(
         history = results / trained.model_folder / "history.csv"
         if history.exists():
             drawn[f"training-{trained.name}"] = figures.denoiser_curve(read_csv(history))
-    if len(curves := segmenter_training(config, results)):
-        drawn["segmenter_training"] = figures.segmenter_curves(curves)
+    if len(tables["training_curves"]):
+        drawn["segmenter_training"] = figures.segmenter_curves(tables["training_curves"])
     paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
     for name, figure in drawn.items():
         drawing.save(figure, *paths[name])
     return paths
-
-
-def segmenter_training(config: Config, results: Path) -> pd.DataFrame:
-    """Training loss of every replicate whose log is there: arm, replicate, step, loss."""
-    rows = []
-    for arm in config.arms.names():
-        for fold in config.segmentation.folds:
-            for seed in config.segmentation.seeds:
-                curve = segmenter_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
-                rows += [(arm, config.segmentation.replicate_name(fold, seed), step, loss) for step, loss in curve]
-    return pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"])
 
 
 def render_report(
@@ -174,11 +164,11 @@ def render_report(
         simulated=config.source.is_simulated,
         source=config.source.kind,
         source_note=f"{config.source.declared.title}. {config.source.declared.citation}",
-        warnings=tables["notes"].query("warning")["note"].tolist(),
-        notes=tables["notes"].query("not warning")["note"].tolist(),
+        checks=show_checks(tables["instrument"]),
+        outcome=outcome_of(tables["instrument"]),
+        doubted=doubted_arms(tables["instrument"], verdict, config),
         run_spread=show_run_spread(tables["run_spread"], significance),
         calibration=show_calibration(tables["calibration"]),
-        calibration_summary=calibration_summary(tables["calibration"]),
         decisive=decisive.title,
         supporting=[measure.title for measure in verdict_measures()[1:]],
         answers=compared[compared["metric"] == decisive.column].to_dict("records"),

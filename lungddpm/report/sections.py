@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from string import ascii_lowercase
 
 import pandas as pd
@@ -18,6 +19,8 @@ from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import plugin
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD
 from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOLE
+from lungddpm.verdict.answer import ANSWER
+from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
 
@@ -58,6 +61,52 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     x, y, z = config.grid.size
     limits.append(f"All CT was resampled to {x} x {y} x {z} voxels: nodules of a voxel or two can vanish or merge.")
     return limits
+
+
+@dataclass(frozen=True)
+class DisplayCheck:
+    """A check of the instrument as it is shown: its outcome, and a line for each of its subjects."""
+
+    name: str
+    status: str
+    lines: list[dict[str, str]]
+    """figure, limit, status and sentence of each subject."""
+
+
+def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
+    """The checks of `instrument.csv` for reading; the worst status of its lines is that of a check."""
+    shown = []
+    for name, rows in table[table["check"] != ANSWER].groupby("check", sort=False):
+        lines = [
+            {
+                "figure": format_number(row["value"], _check_form(row["value"])),
+                "measure": row["measure"],
+                "limit": _limit_text(row["limit_low"], row["limit_high"]),
+                "status": row["status"],
+                "sentence": row["sentence"],
+            }
+            for row in rows.to_dict("records")
+        ]
+        statuses = [line["status"] for line in lines]
+        status = next((each for each in (FAILED, PASSED) if each in statuses), NOT_MEASURED)
+        shown.append(DisplayCheck(str(name), status, lines))
+    return shown
+
+
+def outcome_of(table: pd.DataFrame) -> dict[str, str]:
+    """Status and sentence of the answer, the last row of `instrument.csv`."""
+    row = table[table["check"] == ANSWER].iloc[-1]
+    return {"status": row["status"], "sentence": row["sentence"]}
+
+
+def _check_form(value: float) -> str:
+    return ".0f" if float(value).is_integer() else ".3g" if abs(value) >= 1 else ".3f" if abs(value) < 0.1 else ".2f"
+
+
+def _limit_text(low: float, high: float) -> str:
+    if pd.isna(low):
+        return f"at most {high:.3g}" if high else "0"
+    return f"at least {low:.3g}" if pd.isna(high) else f"{low:.3g} to {high:.3g}"
 
 
 def covered_luck(config: Config) -> list[str]:

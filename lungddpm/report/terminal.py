@@ -8,21 +8,22 @@ from pathlib import Path
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import format_number
 from lungddpm.evaluation.measures import deciding_measure
-from lungddpm.report.sections import interval_text, p_text
+from lungddpm.report.sections import interval_text, outcome_of, p_text, show_checks
+from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.tables import read_csv
 
 _WIDTH = 100
+_MARKS = {PASSED: "+", FAILED: "!", NOT_MEASURED: "?"}
 
 
 def verdict_table_text(results: Path) -> str:
-    """The verdict as plain text for a terminal: notes, the deciding measure of each arm in a table and in
-    sentences, and where the report lies.
+    """The verdict as plain text for a terminal: the instrument check, whether the answer stands, the deciding measure
+    of each arm in a table and in sentences, and where the report lies.
 
     Raises:
         InputError: the run has no verdict yet.
     """
-    verdict, notes_path = read_csv(results / "tables" / "verdict.csv"), results / "tables" / "notes.csv"
-    notes = read_csv(notes_path).to_dict("records") if notes_path.exists() else []
+    verdict, instrument = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "instrument"))
     measure = deciding_measure()
     rows = verdict[verdict["metric"] == measure.column].to_dict("records")
     table = DisplayTable(
@@ -36,8 +37,11 @@ def verdict_table_text(results: Path) -> str:
         ],
         [False, True, True, True, True, False],
     )  # fmt: skip
-    lines = [_wrapped(note["note"], "! " if note["warning"] else "") for note in notes]
-    lines += ["", table.text(_WIDTH), ""] if notes else [table.text(_WIDTH), ""]
+    checks = show_checks(instrument)
+    lines = [f"{_MARKS[check.status]} {check.name}: {check.status}" for check in checks]
+    failed = [line["sentence"] for check in checks for line in check.lines if line["status"] == FAILED]
+    lines += ["", *(_wrapped(text, "! ") for text in failed), _wrapped(outcome_of(instrument)["sentence"], "> ")]
+    lines += ["", table.text(_WIDTH), ""]
     lines += [_wrapped(row["sentence"], "- ") for row in rows]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
 

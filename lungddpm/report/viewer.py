@@ -33,7 +33,8 @@ from lungddpm.core.drawing import (
 )
 from lungddpm.core.labels import Label
 from lungddpm.quality.image_quality import SYNTHETIC, Sample, list_samples, read_sample, reference_of
-from lungddpm.verdict.tables import quality_files, read_csv
+from lungddpm.verdict.records import quality_files
+from lungddpm.verdict.tables import read_csv
 
 PANELS = ("reference CT", "layout", "synthetic CT", "synthetic − reference")
 _OUTLINED = (0, 2)

@@ -51,7 +51,7 @@ CONFIGURATION = "lungddpm"
 PLANS = "nnUNetPlans"
 TRAINER = "LungDDPMTrainer"
 _FINAL = "checkpoint_final.pth"
-_LOGGED_EPOCH = re.compile(r"Epoch (\d+) \n(?:.*\n)?.*train_loss (-?\d+\.\d+)")
+_LOGGED_EPOCH = re.compile(r"Epoch (\d+) \n(?:.*\n)?.*train_loss (-?\d+\.\d+), pseudo Dice (nan|\d+\.\d+)")
 TRAINERS = Path(__file__).parent / "trainers"
 
 
@@ -298,15 +298,16 @@ def weights_file(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
     return fold_folder(arm_dir, fold, seed) / _FINAL
 
 
-def segmenter_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float]]:
-    """Optimizer step and mean training loss (nnU-Net's: cross-entropy minus soft Dice) at every saved state of a
-    replicate, from nnU-Net's logs; empty where there are none."""
-    losses = {}
+def segmenter_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float, float]]:
+    """Optimizer step, mean training loss (nnU-Net's: cross-entropy minus soft Dice) and Dice of the validation patches
+    (NaN where they hold no nodule) at every saved state of a replicate, from nnU-Net's logs; empty where there are
+    none."""
+    logged = {}
     for log in sorted(fold_folder(arm_dir, fold, seed).glob("training_log_*.txt")):
         # A resumed training repeats what it had not saved.
-        for epoch, loss in _LOGGED_EPOCH.findall(log.read_text(encoding="utf-8")):
-            losses[int(epoch)] = float(loss)
-    return [((epoch + 1) * save_every, loss) for epoch, loss in sorted(losses.items())]
+        for epoch, loss, dice in _LOGGED_EPOCH.findall(log.read_text(encoding="utf-8")):
+            logged[int(epoch)] = float(loss), float(dice)
+    return [((epoch + 1) * save_every, *values) for epoch, values in sorted(logged.items())]
 
 
 def _select_device(device: str) -> torch.device:

@@ -23,6 +23,12 @@ cases less one, the cases are too few for it, and Satterthwaite's formula with b
 than cases - 1. With fewer than `MINIMUM_RUN_DF` degrees of freedom MS(TR) comes out near 0 too often by chance, and
 df(TR) itself is used.
 
+Order of the tests. Arms of a family are corrected by Holm. A family may have a gate, another family: then its arms are
+tested only where every arm of the gate was decided (serial gatekeeping; with a gate of one arm, the fixed-sequence
+test). Both are tested at the full level, and the error of both together keeps to it: where some arm of the gate does
+not differ truly, the rest is reached only after a false claim in the gate; where all of them do, only the rest can be
+claimed falsely, which is what its own correction limits.
+
 Independent runs. Runs that share a fold share its luck, so seeds are averaged within a fold and folds are counted.
 Where only one fold is trained, its seeds are the replicates, and the luck of that fold is not covered. Without any
 estimate of MS(TR) (a single replicate everywhere) nothing is decided.
@@ -30,13 +36,15 @@ estimate of MS(TR) (a single replicate everywhere) nothing is decided.
 Sources: Obuchowski & Rockette (1995), Communications in Statistics - Simulation and Computation 24:285; degrees of
 freedom by Hillis (2007), Statistics in Medicine 26:596; Satterthwaite (1946), Biometrics Bulletin 2:110; power by
 Hillis, Obuchowski & Berbaum (2011), Academic Radiology 18:129; Holm (1979), Scandinavian Journal of Statistics 6:65;
-the range of a sum of variances by Graybill & Wang (1980), Journal of the American Statistical Association 75:869.
+gatekeeping by Westfall & Krishen (2001), Journal of Statistical Planning and Inference 99:25, and Dmitrienko & Tamhane
+(2007), Pharmaceutical Statistics 6:171; the range of a sum of variances by Graybill & Wang (1980), Journal of the
+American Statistical Association 75:869.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
@@ -348,8 +356,10 @@ class Comparison:
     bootstrap_high: float = math.nan
     p: float = math.nan
     p_holm: float = math.nan
-    """Corrected for the `n_compared` arms of the family; decides."""
+    """Corrected for the `n_compared` arms of the family, and never below `p_gate`; decides."""
     n_compared: int = 0
+    p_gate: float = math.nan
+    """The largest `p_holm` of the arms that have to be decided before this one; NaN where there are none."""
     p_wilcoxon: float = math.nan
     standard_error: float = math.nan
     df: float = math.nan
@@ -366,13 +376,18 @@ class Comparison:
 
 
 def compare_arms(
-    scores: Scores, bootstraps: int, confidence: float, seed: int, families: Sequence[str] | None = None
+    scores: Scores,
+    bootstraps: int,
+    confidence: float,
+    seed: int,
+    families: Sequence[str] | None = None,
+    gates: Mapping[str, str] | None = None,
 ) -> list[Comparison]:
     """Compare every arm with its baseline.
 
-    An arm is better or worse where p after Holm's correction over the arms of its family is below 1 - `confidence`.
-    Nothing is decided ("cannot tell") with fewer test cases than `minimum_cases`, or where the scatter of training
-    runs is not known.
+    An arm is better or worse where p after Holm's correction over the arms of its family is below 1 - `confidence`, and
+    so are those of all arms of the family's gate. Nothing is decided ("cannot tell") with fewer test cases than
+    `minimum_cases`, or where the scatter of training runs is not known.
 
     Args:
         scores: of all arms.
@@ -381,6 +396,7 @@ def compare_arms(
         seed: of the resampling.
         families: a name for each arm (that of a baseline is not used): arms of one name are corrected together,
             whatever their baselines; None takes all as one family.
+        gates: a family -> the family whose arms must all be decided before. A gate has no gate of its own.
 
     Returns:
         One comparison per arm, in their order; a baseline has a row of its own.
@@ -393,12 +409,18 @@ def compare_arms(
         for arm, baseline in enumerate(baselines)
         if arm != baseline and scores.paired(arm, baseline).scores.size
     }
-    corrected: dict[int, tuple[float, int]] = {}
-    for family in dict.fromkeys(families[arm] for arm in effects):
-        members = [arm for arm in effects if families[arm] == family]
-        adjusted = holm(np.array([effects[arm].p() for arm in members]))
-        n_compared = int(np.isfinite(adjusted).sum())
-        corrected |= {arm: (float(p), n_compared) for arm, p in zip(members, adjusted, strict=True)}
+    corrected = _corrected(effects, families)
+    n_cases = scores.values.shape[2]
+    decidable = {
+        arm
+        for arm, (_, n_compared) in corrected.items()
+        if n_compared and n_cases >= minimum_cases(n_compared, confidence) and effects[arm].covers_runs
+    }
+    compared = [arm for arm, baseline in enumerate(baselines) if arm != baseline]
+    p_gates = {
+        family: max(corrected[arm][0] if arm in decidable else 1.0 for arm in compared if families[arm] == gate)
+        for family, gate in (gates or {}).items()
+    }
     counts = scores.evaluated.sum(axis=1)
     rows = []
     for arm, baseline in enumerate(baselines):
@@ -410,10 +432,11 @@ def compare_arms(
             rows.append(_nothing(paired, int(counts[arm])))
             continue
         found, (p_holm, n_compared) = effects[arm], corrected[arm]
+        p_gate = p_gates.get(families[arm], math.nan)
+        p_holm = float(np.fmax(p_holm, p_gate)) if n_compared else p_holm
         differences = paired.scores[0] - paired.scores[1]
-        enough = n_compared and differences.shape[1] >= minimum_cases(n_compared, confidence)
         verdict: Outcome = "no difference shown"
-        if not enough or not found.covers_runs:
+        if arm not in decidable:
             verdict = "cannot tell"
         elif p_holm < 1 - confidence:
             verdict = "better" if found.value > 0 else "worse"
@@ -439,6 +462,7 @@ def compare_arms(
                 p=found.p(),
                 p_holm=p_holm,
                 n_compared=n_compared,
+                p_gate=p_gate,
                 p_wilcoxon=wilcoxon_p(per_case),
                 standard_error=found.standard_error,
                 df=found.df,
@@ -452,6 +476,17 @@ def compare_arms(
             )
         )
     return rows
+
+
+def _corrected(effects: Mapping[int, Effect], families: Sequence[str]) -> dict[int, tuple[float, int]]:
+    """p after Holm's correction within the arm's family, and the number of arms it is corrected for, by arm."""
+    corrected: dict[int, tuple[float, int]] = {}
+    for family in dict.fromkeys(families[arm] for arm in effects):
+        members = [arm for arm in effects if families[arm] == family]
+        adjusted = holm(np.array([effects[arm].p() for arm in members]))
+        n_compared = int(np.isfinite(adjusted).sum())
+        corrected |= {arm: (float(p), n_compared) for arm, p in zip(members, adjusted, strict=True)}
+    return corrected
 
 
 def holm(p: np.ndarray) -> np.ndarray:
@@ -646,6 +681,9 @@ def _limits(c: Comparison, baseline: str, confidence: float) -> list[str]:
         limits.append("Every case scored the same in both: check that the arms differ.")
     if c.verdict != "no difference shown":
         return limits
+    if c.p_gate >= 1 - confidence:
+        alone = f", although alone it would count (p {format_p(c.p, 1 - confidence)})" if c.p < 1 - confidence else ""
+        return [*limits, f"Not claimed{alone}: the primary arms come first, and not all of them were decided."]
     if c.p < 1 - confidence <= c.p_holm:
         alone = format_p(c.p, 1 - confidence)
         limits.append(f"Alone it would count (p {alone}), as one of {c.n_compared} comparisons it does not.")

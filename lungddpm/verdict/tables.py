@@ -12,35 +12,35 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm, is_baseline
-from lungddpm.core.cases import CASES, CaseFolder, read_cases, usable
-from lungddpm.core.device import device_of
+from lungddpm.core.cases import CASES, read_cases, usable
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import read_json, seed_from, write_table, write_text
+from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
-from lungddpm.core.roles import DISCOVERY
+from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
-from lungddpm.evaluation.segmentation import check_unchanged
+from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
 from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
-from lungddpm.verdict.notes import notes_table
-from lungddpm.verdict.power import RunPower, run_power
-from lungddpm.verdict.published import published_comparison, published_gain
+from lungddpm.verdict.answer import answer_row
+from lungddpm.verdict.convergence import convergence_table
+from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
+from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
+from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
+from lungddpm.verdict.published import published_comparison
+from lungddpm.verdict.records import quality_files, quality_table, seconds_per_volume, timing_table, training_curves
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
 NOT_TRUSTED = "not trusted"
 """Verdict in the place of "better" or "worse" in a run with copied replicates."""
-TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 VERDICT_COLUMNS = [
     "arm", "real_cases", "baseline", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd",
-    "baseline_mean", "difference", "relative_percent", "ci_low", "ci_high", "p", "p_holm", "n_compared",
-    "standard_error", "df", "run_df", "detectable_difference", "detectable_low", "detectable_high", "bootstrap_low",
-    "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "confidence", "verdict", "sentence",
+    "baseline_mean", "difference", "relative_percent", "ci_low", "ci_high", "p", "p_holm", "p_gate",
+    "n_compared", "standard_error", "df", "run_df", "detectable_difference", "detectable_low", "detectable_high",
+    "bootstrap_low", "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
-QUESTION, CONTROLS = "arms with synthetic CT", "controls"
-"""Families of arms: Holm's correction is made within each."""
 
 
 def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
@@ -102,11 +102,6 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise InputError(path, "does not exist", "Run the stage that writes it first (see lungddpm --help).") from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(path, f"is not a table ({error})", "Delete it and run again.") from None
-
-
-def family_of(arm: Arm, config: Config) -> str:
-    """`QUESTION` for an arm that tests a generator, `CONTROLS` for any other."""
-    return CONTROLS if arm.is_control(config.arms.generators) else QUESTION
 
 
 def scores_of(cases: pd.DataFrame, config: Config, measure: str) -> Scores:
@@ -182,6 +177,20 @@ def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
     return [names for names in alike.values() if len(names) > 1]
 
 
+def named_late(results: Path, config: Config) -> list[str]:
+    """Replicates, each as "arm, replicate", that were evaluated when `verdict.primary` was another than it is now."""
+    evaluated = {
+        f"{arm}, {replicate}": results / "segmentation" / arm / replicate
+        for arm in config.arms.names()
+        for replicate in config.segmentation.replicates()
+    }
+    return [
+        name
+        for name, folder in evaluated.items()
+        if (folder / EVALUATION).exists() and read_evaluation(folder).get("primary", []) != config.primary_arms()
+    ]
+
+
 def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.DataFrame:
     """One row per arm and measure, `VERDICT_COLUMNS`; differences are to the real cases alone, in the measure's own
     unit.
@@ -202,13 +211,15 @@ def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.D
             settings.confidence,
             seed_from(config.seed, "verdict", measure.column),
             [family_of(arm, config) for arm in arms],
+            gates_of(config),
         )
         for measure in verdict_measures()
     }
     for number, arm in enumerate(arms):
         for measure in verdict_measures():
             comparison = comparisons[measure.column][number]
-            text = sentence(arm.name, arm.baseline.name, measure.title, comparison, settings.confidence)
+            name = f"{arm.name} (primary)" if comparison.family == PRIMARY else arm.name
+            text = sentence(name, arm.baseline.name, measure.title, comparison, settings.confidence)
             if arm.name in missing and comparison.n_replicates:
                 text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
             if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
@@ -222,11 +233,20 @@ def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.D
     return pd.DataFrame(rows)[VERDICT_COLUMNS]
 
 
-def power_of(verdict: pd.DataFrame) -> RunPower:
-    """Which gain from synthetic CT a run can show, from its `verdict.csv`."""
-    measure = deciding_measure()
-    rows = verdict[(verdict["metric"] == measure.column) & (verdict["family"] == QUESTION)]
-    return run_power(rows, measure.title, published_gain(measure.column))
+def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
+    """The variance components of every compared arm and every measure: `COMPONENT_COLUMNS`, NaN where unknown."""
+    rows = []
+    for measure in verdict_measures():
+        scores = scores_of(cases, config, measure.column)
+        for number, arm in enumerate(config.arms.all()):
+            baseline = scores.baseline_of(number)
+            if number == baseline:
+                continue
+            paired, found = scores.paired(number, baseline).scores, components_of(scores, number, baseline)
+            keys = {"arm": arm.name, "family": family_of(arm, config), "metric": measure.column}
+            sizes = {"n_replicates": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
+            rows.append(keys | sizes | (asdict(found) if found else {}))
+    return pd.DataFrame(rows, columns=COMPONENT_COLUMNS)
 
 
 def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
@@ -236,7 +256,8 @@ def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
     """
     claimed = verdict["verdict"].isin(["better", "worse"])
     numbers = verdict["sentence"].str.partition(". ")[2]
-    instead = verdict["arm"] + ": not trusted, as replicates of this run are copies. " + numbers
+    names = verdict["sentence"].str.partition(": ")[0]
+    instead = names + ": not trusted, as replicates of this run are copies. " + numbers
     return verdict.assign(
         verdict=verdict["verdict"].mask(claimed, NOT_TRUSTED), sentence=verdict["sentence"].mask(claimed, instead)
     )
@@ -342,44 +363,6 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFram
     return pd.DataFrame(rows).merge(cpm, on="arm", how="left")
 
 
-def quality_files(results: Path, generators: list[str]) -> dict[str, Path]:
-    """Where the measures of samples are, by generator; those not measured are left out."""
-    paths = {name: results / "quality" / f"{name}.csv" for name in generators}
-    return {name: path for name, path in paths.items() if path.exists()}
-
-
-def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
-    """What `lungddpm quality` measured, over all samples of a generator; one row a generator, image, region and metric.
-
-    Args:
-        samples: rows of `image_quality.COLUMNS`; summarised. Undefined values (empty regions) do not count towards n; a
-            copy of the reference has an infinite mean PSNR.
-        sets: rows of `image_quality.SET_COLUMNS`; their value becomes the mean. Those without a value stay, with n of
-            0, as their note says why.
-
-    Returns:
-        generator, image, region, metric, n, mean, sd, n_real (real cases that the set was compared with), extractor
-        (feature network), weights_sha256, note.
-    """
-    keys, last = ["generator", "image", "region", "metric"], ["n_real", "extractor", "weights_sha256", "note"]
-    with np.errstate(invalid="ignore"):
-        summary = (
-            samples.dropna(subset="value")
-            .groupby(keys, sort=False)
-            .agg(n=("value", "count"), mean=("value", "mean"), sd=("value", "std"), note=("note", _common))
-            .reset_index()
-        )
-    together = sets.rename(columns={"value": "mean"})
-    together["n"] = together["n"].where(together["mean"].notna(), 0)
-    found = pd.concat([summary, together], ignore_index=True)[[*keys, "n", "mean", "sd", *last]]
-    order = {name: place for place, name in enumerate(found["generator"].unique())}
-    return (
-        found.astype({"n_real": "Int64"})
-        .fillna({"extractor": "", "weights_sha256": "", "note": ""})
-        .sort_values("generator", key=lambda names: names.map(order), kind="stable", ignore_index=True)
-    )
-
-
 def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
     """What `lungddpm label-fidelity` found, over the replicates of `real` that judged; nothing where none has.
 
@@ -401,47 +384,6 @@ def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
     }
 
 
-def _common(notes: pd.Series) -> str:
-    """The note that all samples share, if they do."""
-    return notes.iloc[0] if notes.nunique(dropna=False) == 1 else ""
-
-
-def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
-    """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
-    means = {}
-    for name in generators:
-        samples = CaseFolder(Path("*/*")).sample_record.as_posix()
-        records = map(read_json, (results / "synthetic" / name).glob(samples))
-        seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
-        if seconds:
-            means[name] = float(np.mean(seconds))
-    return means
-
-
-def timing_table(results: Path) -> pd.DataFrame:
-    """One row a job that Snakemake timed: `TIMING_COLUMNS`.
-
-    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the record beside the log of the same name;
-    jobs that were too short to be sampled have NaN memory.
-    """
-    rows = []
-    folder = results / "benchmarks"
-    for path in sorted(folder.rglob("*.tsv")):
-        job = path.relative_to(folder).with_suffix("").as_posix()
-        for run in pd.read_csv(path, sep="\t", na_values=["-"]).to_dict("records"):
-            rows.append(
-                {
-                    "stage": job.split("-")[0],
-                    "job": job,
-                    "seconds": run["s"],
-                    "cpu_seconds": run.get("cpu_time"),
-                    "max_rss_mb": run.get("max_rss"),
-                    "device": device_of(results / "logs" / f"{job}.log"),
-                }
-            )
-    return pd.DataFrame(rows, columns=TIMING_COLUMNS)
-
-
 def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
     """Write `<path>.csv` in full precision and `<path>.md` for reading (four digits); returns both paths."""
     csv, markdown = path.with_suffix(".csv"), path.with_suffix(".md")
@@ -453,13 +395,43 @@ def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
     return [csv, markdown]
 
 
+def check_instrument(
+    config: Config, results: Path, tables: dict[str, pd.DataFrame], copies: list[list[str]]
+) -> pd.DataFrame:
+    """The rows of `instrument.csv`: all checks of a run, and last whether its answer stands.
+
+    Args:
+        config: of the run.
+        results: its folder.
+        tables: all others of it.
+        copies: of `identical_replicates`.
+
+    Raises:
+        InputError: `cases/cases.tsv` is missing.
+    """
+    cases, verdict, components = tables["cases"], tables["verdict"], tables["variance_components"]
+    all_cases = read_cases(results / "cases" / CASES)
+    test_cases = usable(all_cases, TEST)["case_id"]
+    not_scored = sorted(set(test_cases) - set(cases["case_id"]))
+    missing = Missing(missing_replicates(cases, config), not_scored)
+    checks = instrument_table(config, tables, missing, copies, named_late(results, config))
+    costs = None
+    if "timing" in tables:
+        design = design_of(config, len(test_cases))
+        n_runs = design.n_arms * len(config.segmentation.replicates())
+        sizes = design.n_replicates, len(test_cases), len(all_cases)
+        costs = costs_of_timing(tables["timing"], n_runs, *sizes, stages_per_replicate(config))
+    answer = answer_row(checks, verdict, components, config, costs)
+    return pd.concat([checks, pd.DataFrame([answer], columns=COLUMNS)], ignore_index=True)
+
+
 def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame], list[Path]]:
     """Assemble all tables of a run and write them to `<results>/tables/` as CSV and Markdown.
 
     Returns:
-        (tables by name, paths written). Tables: cases, lesions, measures, verdict, run_spread, notes, calibration,
-        detection, froc, froc_band, published_comparison; and dose_response, image_quality, label_fidelity and timing
-        where the run has them.
+        (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
+        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, published_comparison; and
+        where the run has them dose_response, image_quality, label_fidelity and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -474,6 +446,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     verdict, copies = verdict_table(cases, config, n_discovery), identical_replicates(cases)
     tables = {
         "verdict": without_trust(verdict) if copies else verdict,
+        "variance_components": component_table(cases, config),
         **dose_tables(cases, config),
         "detection": detection_table(cases, lesions, froc.pop("cpm")),
         "measures": measures_table(cases),
@@ -500,8 +473,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         seed_from(config.seed, "verdict", "run spread"),
         runs.baselines,
     )
-    significance = 1 - config.verdict.confidence
-    tables["notes"] = notes_table(copies, power_of(verdict), tables["calibration"], tables["run_spread"], significance)
+    tables["training_curves"] = training_curves(config, results)
+    tables["convergence"] = convergence_table(tables["training_curves"])
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),
@@ -510,5 +483,6 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     )
     if len(timing := timing_table(results)):
         tables["timing"] = timing
+    tables["instrument"] = check_instrument(config, results, tables, copies)
     written = [path for name, table in tables.items() for path in write_both(results / "tables" / name, table)]
     return tables, written

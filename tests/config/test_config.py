@@ -350,6 +350,21 @@ def test_arm_names_and_doses():
     assert config.arms.largest_doses() == {"lung_ddpm": 2.0, "reference": 1.0}
 
 
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [("real+lung_ddpm@1", ["real+lung_ddpm@1.0"]), (["synthetic:lung_ddpm"], ["synthetic:lung_ddpm"]), ([], [])],
+)
+def test_primary_arms_are_named_in_any_spelling_of_their_dose(given, named):
+    config = parse_config({"arms": {"synthetic_only": ["lung_ddpm"]}, "verdict": {"primary": given}})
+    assert config.primary_arms() == named
+
+
+@pytest.mark.parametrize("name", ["real+lung_ddpm@0.5", "real+real", "real", "lung_ddpm"])
+def test_a_primary_arm_has_to_be_one_with_synthetic_ct(name):
+    with pytest.raises(ConfigError, match=rf"verdict.primary: '{re.escape(name)}' is not an arm with synthetic CT"):
+        parse_config({"verdict": {"primary": [name]}})
+
+
 def test_synthetic_only_takes_as_many_cases_as_are_real():
     arms = {
         "generators": ["lung_ddpm"],

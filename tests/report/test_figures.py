@@ -171,7 +171,7 @@ def test_gains_over_the_number_of_real_cases_have_a_panel_per_generator_and_a_li
 
 def test_segmenter_curves_have_a_panel_for_each_arm():
     rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "real+real") for n in (0, 1) for step in (50, 100)]
-    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "loss"]))
+    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "training_loss"]))
     real, other = figure.axes
     assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "real+real")
     assert len(other.lines) == 3

@@ -84,8 +84,12 @@ def test_full_report(make_results, read_manifest):
     assert "anatomically aware sampling" in page.text
     assert "Cite: Lung-DDPM: Semantic Layout-guided Diffusion Models" in page.text
     assert "several roles" not in page.text
-    assert 'class="notes"' not in html
-    assert "HU calibration: lung_ddpm within limits." in page.text
+    assert html.index('class="checks"') < html.index('class="outcome stands"') < html.index('class="answers"')
+    assert "Segmenters converged passed" in page.text
+    assert "No positive control: add `reference` to arms.controls" in page.text
+    assert "lung_ddpm against its references: lungs" in page.text
+    assert "The answer stands: no check that bears on it failed." in page.text
+    assert "cannot tell: see the checks" not in page.text
 
     manifest = read_manifest(results)
     assert {"report.html", "tables/verdict.csv", "figures/forest.svg", "arms/real/arm.json"} <= set(manifest["sha256"])
@@ -122,10 +126,13 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
     for expected in (
         "With 2 test cases nothing can be decided",
         "how much training runs scatter is not known",
-        "This run cannot tell whether synthetic CT helps: with one replicate",
+        "With one replicate, how much training runs scatter is not known: nothing can be decided.",
+        "This run cannot tell whether synthetic CT helps: it is too small.",
+        "cannot tell: see the checks",
         "Image quality was not measured",
+        "The HU of lung_ddpm were not measured.",
+        "No curve with four saved states or more",
         "Label fidelity was not measured",
-        "HU calibration: lung_ddpm not measured.",
         "No samples with a nodule",
     ):
         assert expected in page.text
@@ -145,6 +152,31 @@ def test_shared_patients_are_shouted(make_results):
     assert html.index('class="alarm"') < html.index('class="answers"')
 
 
+def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):
+    shares = {"real+lung_ddpm": 0.52, "real+reference": 0.52}
+    arms, verdict = {"controls": ["real", "reference"]}, {"relevant_difference": 0.05}
+    config, results = make_results(n_replicates=3, luck=0.1, shares=shares, learning=True, arms=arms, verdict=verdict)
+    run_report(config, results)
+    page, text = page_of(results).text, verdict_table_text(results)
+    assert "real+lung_ddpm@1.0: no difference to real shown. cannot tell: see the checks" in page
+    for said in (page, " ".join(text.split())):
+        assert "the run does not even show what more real data bring" in said
+        assert "its segmenters still learn" in said
+        assert "What would make it able: " in said
+        # Each job of half an hour, by the times of the run.
+        assert " h of jobs, by this run's times)" in said
+
+
+def test_an_arm_that_is_missing_is_named_before_the_answer(make_results):
+    config, results = make_results(n_replicates=3, arms={"controls": ["real", "reference"]})
+    shutil.rmtree(results / "segmentation" / "real+lung_ddpm@1.0")
+    run_report(config, results)
+    page = page_of(results).text
+    assert "Not evaluated and left out: real+lung_ddpm@1.0, fold0_seed0, fold1_seed0, fold2_seed0." in page
+    assert "This run cannot tell whether synthetic CT helps: " in page
+    assert "runs or cases are missing" in page
+
+
 def test_verdict_as_text(make_results):
     config, results = make_results(n_test=6, n_replicates=1, extras=False)
     run_report(config, results)
@@ -154,10 +186,13 @@ def test_verdict_as_text(make_results):
     assert all(len(line) <= 100 for line in lines[:-1])
     assert lines[-1] == f"Report: {results / 'report.html'}"
     assert "- real+lung_ddpm@1.0: this run cannot tell whether it differs from real." in text
-    assert lines[0].startswith("! This run cannot tell whether synthetic CT helps: with one replicate")
+    assert lines[0] == "? positive control found: not measured"
+    assert "! enough runs and cases: failed" in lines
+    assert "! With one replicate, how much training runs scatter is not known" in text
+    assert "\n> This run cannot tell whether synthetic CT helps: it is too small." in text
 
 
-def test_notes_stand_before_the_answers_and_a_run_with_copied_replicates_claims_nothing(make_results):
+def test_checks_stand_before_the_answers_and_a_run_with_copied_replicates_claims_nothing(make_results):
     config, results = make_results(verdict={"calibration": {"lungs_hu": 0.001, "nodules_hu": 0.001}})
     folder = results / "segmentation" / "real+real"
     shutil.rmtree(folder / "fold1_seed0")
@@ -170,18 +205,19 @@ def test_notes_stand_before_the_answers_and_a_run_with_copied_replicates_claims_
         page_of(results).text,
         verdict_table_text(results),
     )
-    assert html.index('class="notes"') < html.index('class="answers"')
+    assert html.index('class="checks"') < html.index('class="answers"')
     said = (
-        "The same measures in every case: real+real, fold0_seed0; real+real, fold1_seed0.",
         "HU calibration of lung_ddpm failed: lungs too",
-        "real+lung_ddpm@1.0: not trusted, as replicates of this run are copies. Mean Dice",
+        "The same measures in every case: real+real, fold0_seed0; real+real, fold1_seed0.",
+        "This run cannot tell whether synthetic CT helps: ",
+        "real+lung_ddpm@1.0: not trusted, as replicates of this run are copies.",
     )
     for words in (page, " ".join(text.split())):
         places = [words.index(sentence) for sentence in said]
         assert places == sorted(places)
         assert "better than real." not in words
-    assert text.startswith("! The same measures in every case")
-    assert "HU calibration: lung_ddpm outside limits." in page
+    assert "! no run is a copy: failed" in text.splitlines()
+    assert "runs are copies of others" in page
 
 
 @pytest.mark.parametrize(

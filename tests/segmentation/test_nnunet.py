@@ -148,14 +148,16 @@ def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch)
 def test_the_training_curve_is_read_from_the_logs(run):
     real = run / "arms" / "real"
     nnunet.run_train_segmenter(SHORT, real, 0, 3, "cpu")
-    steps, losses = zip(*nnunet.segmenter_curve(real, 0, 3, save_every=2), strict=True)
+    steps, losses, dice = zip(*nnunet.segmenter_curve(real, 0, 3, save_every=2), strict=True)
     assert steps == (2, 4, 6, 8)
     logged = torch.load(nnunet.fold_folder(real, 0, 3) / "checkpoint_final.pth", weights_only=False)["logging"]
     assert losses == pytest.approx(logged["train_losses"], abs=5e-5)
+    assert dice == pytest.approx(logged["mean_fg_dice"], abs=5e-5)
     # A resumed training logs again what it had not saved.
     again = nnunet.fold_folder(real, 0, 3) / "training_log_9999.txt"
     again.write_text("9: Epoch 3 \n9: Current learning rate: 0.1 \n9: train_loss -0.7500, pseudo Dice 0.1 \n")
-    assert nnunet.segmenter_curve(real, 0, 3, save_every=2) == [*zip(steps[:3], losses[:3], strict=True), (8, -0.75)]
+    before = [*zip(steps[:3], losses[:3], dice[:3], strict=True)]
+    assert nnunet.segmenter_curve(real, 0, 3, save_every=2) == [*before, (8, -0.75, 0.1)]
     assert nnunet.segmenter_curve(real, 0, 99, save_every=2) == []
 
 

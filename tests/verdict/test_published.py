@@ -6,7 +6,7 @@ import pytest
 
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report.sections import show_published
-from lungddpm.verdict.published import published_comparison, published_figures
+from lungddpm.verdict.published import published_comparison, published_figures, published_gain
 
 
 @pytest.fixture
@@ -112,3 +112,8 @@ def test_an_unmeasured_run_says_so(verdict):
     assert row_of(published_comparison(verdict), method="real only", metric="dice")["why_not"].startswith(
         "not measured"
     )
+
+
+def test_the_published_gain_is_that_of_the_poster():
+    assert published_gain("dice") == pytest.approx(0.3914 - 0.3597, abs=1e-4)
+    assert published_gain("sensitivity") == pytest.approx(0.4393 - 0.3704, abs=1e-4)

@@ -581,6 +581,84 @@ def test_families_are_corrected_apart():
     assert "after correction for 3 controls" in sentence("a", "real", "Dice", rows[4], 0.95)
 
 
+FIRST, REST = "primary arms", "arms with synthetic CT"
+GATES = {REST: FIRST}
+
+
+@pytest.mark.parametrize(("n_first", "seed"), list(itertools.product((1, 2, 3), range(6))))
+def test_a_gate_is_the_closed_test_that_asks_the_primary_arms_first(n_first, seed):
+    values = crossed(6, 5, 60, seed=seed, replicate_sd=0.01)
+    values[1 : 2 + seed % 3] += 0.06
+    families = ["", *[FIRST] * n_first, *[REST] * (5 - n_first)]
+    rows = compare_arms(scores_of(*values), 1, 0.95, 0, families, GATES)[1:]
+
+    def p_together(arms):
+        """Bonferroni of the primary arms in an intersection; of the rest only where none is in it."""
+        asked = [arm for arm in arms if arm < n_first] or arms
+        return min(1, len(asked) * min(rows[arm].p for arm in asked))
+
+    for arm, row in enumerate(rows):
+        others = [other for other in range(5) if other != arm]
+        subsets = [s for n in range(5) for s in itertools.combinations(others, n)]
+        assert row.p_holm == pytest.approx(max(p_together([arm, *subset]) for subset in subsets))
+
+
+def test_what_comes_after_an_undecided_primary_arm_is_not_claimed():
+    values = crossed(4, 5, 60, seed=27, replicate_sd=0.01)
+    values[2] += 0.2
+    families = ["", FIRST, REST, REST]
+    rows = compare_arms(scores_of(*values), 1, 0.95, 0, families, GATES)
+    assert [row.verdict for row in rows[1:]] == ["no difference shown"] * 3
+    assert rows[2].p < 0.001
+    assert rows[2].p_gate == rows[2].p_holm == rows[1].p
+    said = "Not claimed, although alone it would count (p < 0.001): the primary arms come first"
+    assert said in sentence("b", "real", "Dice", rows[2], 0.95)
+    assert "Not claimed: the primary arms come first" in sentence("c", "real", "Dice", rows[3], 0.95)
+    values[1] += 0.2
+    opened = compare_arms(scores_of(*values), 1, 0.95, 0, families, GATES)
+    assert [row.verdict for row in opened[1:]] == ["better", "better", "no difference shown"]
+
+
+@pytest.mark.parametrize("lost", [slice(None), slice(1, None)])
+def test_a_primary_arm_that_cannot_be_decided_keeps_the_gate_closed(lost):
+    values = crossed(3, 1 if lost == slice(1, None) else 4, 60, seed=28, replicate_sd=0.001)
+    values[1:] += 0.3
+    values[1, lost] = math.nan
+    rows = compare_arms(scores_of(*values), 1, 0.95, 0, ["", FIRST, REST], GATES)
+    assert "better" not in [row.verdict for row in rows]
+    assert rows[2].p_holm == rows[2].p_gate == 1
+
+
+def claims(simulation, difference, runs, **design):
+    """Of simulated benchmarks in which the first arm differs: the share that claims the first arm, and any other."""
+    generator, scenario = np.random.default_rng(1), simulation["Scenario"](n_replicates=5, n_cases=249, **design)
+    judged = [simulation["judge"](scenario, difference, generator) for _ in range(runs)]
+    of_first, of_rest = zip(
+        *((run[0].verdict == "better", any(arm.verdict in ("better", "worse") for arm in run[1:])) for run in judged),
+        strict=True,
+    )
+    return np.mean(of_first), np.mean(of_rest)
+
+
+def test_an_arm_named_beforehand_has_twice_the_power_of_one_of_ten(repository):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
+    assert claims(simulation, 0.032, 200, n_arms=10)[0] == pytest.approx(0.33, abs=0.08)
+    named, others = claims(simulation, 0.032, 200, n_arms=10, n_primary=1)
+    assert named == pytest.approx(0.64, abs=0.08)
+    assert others <= 0.08
+
+
+@pytest.mark.parametrize("n_primary", [1, 2])
+def test_a_gate_keeps_the_rate_of_false_claims(repository, n_primary):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
+    scenario = simulation["Scenario"](n_arms=4, n_replicates=5, n_cases=60, n_primary=n_primary)
+    assert simulation["measure"](scenario, 200, seed=2, bootstraps=1).wrong <= 0.08
+    # A primary arm that differs beyond doubt opens the gate where it is the only one.
+    found, others = claims(simulation, 0.3, 200, n_arms=4, n_primary=n_primary)
+    assert found == 1
+    assert others <= 0.08
+
+
 def test_no_replicate_in_common_is_not_called_none_evaluated():
     values = crossed(2, 2, 10, seed=26)
     values[0, 1], values[1, 0] = math.nan, math.nan

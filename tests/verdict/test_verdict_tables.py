@@ -13,18 +13,18 @@ from lungddpm.core.device import log_device
 from lungddpm.core.errors import InputError
 from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
+from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality.image_quality import SET_COLUMNS
+from lungddpm.verdict.records import quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
     dose_tables,
     identical_replicates,
     measures_table,
-    quality_table,
+    named_late,
     run_means,
     scores_of,
-    seconds_per_volume,
-    timing_table,
     verdict_table,
     write_both,
     write_tables,
@@ -129,6 +129,32 @@ def test_generators_and_controls_are_corrected_apart_and_seeds_averaged_in_folds
     assert rows["n_replicates"].tolist() == [6] * 5
     assert rows["n_independent"].tolist() == [3] * 5
     assert rows["run_df"].tolist() == [5 * 2] * 5
+
+
+def test_primary_arms_are_a_family_of_their_own_and_are_called_so():
+    arms = {"generators": ["lung_ddpm"], "doses": [0.5, 2.0], "controls": ["real"], "synthetic_only": ["lung_ddpm"]}
+    verdict = {"primary": "real+lung_ddpm@2"}
+    config = parse_config({"arms": arms, "verdict": verdict, "segmentation": {"folds": [0, 1, 2]}})
+    rows = verdict_table(simulated_cases(config), config).query("metric == 'dice' and arm != 'real'").set_index("arm")
+    primary = "real+lung_ddpm@2.0"
+    assert rows["family"].value_counts().to_dict() == {
+        "arms with synthetic CT": 2, "primary arms": 1, "controls": 1,
+    }  # fmt: skip
+    assert rows.loc[primary, ["family", "n_compared"]].tolist() == ["primary arms", 1]
+    assert rows["sentence"].str.contains("(primary): ", regex=False).tolist() == [arm == primary for arm in rows.index]
+    assert rows["p_gate"].notna().tolist() == [True, False, True, False]
+    assert (rows["p_gate"].dropna() == rows.loc[primary, "p_holm"]).all()
+
+
+def test_a_primary_arm_that_was_named_after_an_evaluation_is_found(make_results):
+    config, results = make_results(n_test=1, n_replicates=2, extras=False)
+    assert named_late(results, config) == []
+    later = parse_config(config.model_dump() | {"verdict": {"primary": ["real+lung_ddpm@1.0"]}})
+    assert len(named_late(results, later)) == 6
+    folder = results / "segmentation" / "real" / "fold0_seed0"
+    run_evaluate(later, results / "cases" / "cases.tsv", folder / "predictions", folder)
+    assert len(named_late(results, later)) == 5
+    assert named_late(results, config) == ["real, fold0_seed0"]
 
 
 def test_wilcoxon_against_a_repeated_baseline_is_named_as_luck():
@@ -331,7 +357,7 @@ def test_sets_stand_beside_their_generators_samples(tmp_path):
 
 def test_times_come_from_benchmarks_and_samples(make_results):
     _, results = make_results(n_test=1, n_replicates=1)
-    (job,) = timing_table(results).to_dict("records")
+    (job,) = timing_table(results).query("stage == 'evaluate'").to_dict("records")
     assert (job["stage"], job["job"], job["seconds"]) == ("evaluate", "evaluate-real-fold0_seed0", 61.5)
     assert np.isnan(job["max_rss_mb"])
     assert job["device"] == "cpu"
@@ -349,4 +375,5 @@ def test_the_device_is_the_one_that_the_stage_used_last(make_results):
         LOG.info("training: 5 of 10")
     LOG.removeHandler(handler)
     handler.close()
-    assert timing_table(results)["device"].tolist() == ["cuda (NVIDIA H200, bf16)"]
+    timing = timing_table(results).query("stage == 'evaluate'")
+    assert timing["device"].tolist() == ["cuda (NVIDIA H200, bf16)"]

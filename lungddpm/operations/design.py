@@ -1,0 +1,175 @@
+"""What designs around the config's can show, and what they cost: the table of `lungddpm plan --power`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lungddpm.config.models import Config
+from lungddpm.core.cases import read_cases, usable
+from lungddpm.core.errors import InputError
+from lungddpm.core.roles import TEST
+from lungddpm.core.tables import DisplayTable
+from lungddpm.core.text import plural
+from lungddpm.evaluation.measures import deciding_measure
+from lungddpm.operations.plan import Cohort, Stage, choose_speed, count_cohort, first_table, load_plan_config, plan_run
+from lungddpm.verdict.design import (
+    ASSUMED,
+    MEASURED_ON_PHANTOMS,
+    Components,
+    Costs,
+    Design,
+    able_designs,
+    costs_of_timing,
+    detectable_by_design,
+    hours_of_design,
+    power_of_design,
+    typical_components,
+)
+from lungddpm.verdict.families import asked_arms, design_of, relevant_difference, stages_per_replicate
+from lungddpm.verdict.statistics import POWER
+from lungddpm.verdict.tables import read_csv
+
+_REPLICATES = (0.5, 1.0, 1.5, 2.0, 3.0)
+_CASES = (0.5, 1.0, 2.0, 4.0)
+"""What the table shows, as multiples of the config's own."""
+
+
+@dataclass(frozen=True)
+class Assumed:
+    """Variance components that the user states; None takes those of the run, or the defaults."""
+
+    run_sd: float | None = None
+    residual_sd: float | None = None
+    arm_case_sd: float | None = None
+
+
+def run_design(
+    configs: Sequence[Path | str],
+    tables: Sequence[Path],
+    scans: int | None,
+    device: str,
+    step_seconds: float | None,
+    bench: Path | None,
+    results: Path | None,
+    assumed: Assumed,
+) -> str:
+    """The designs as text: detectable difference, power and hours for replicates x test cases. Writes nothing.
+
+    Args:
+        configs: see `run_plan`, as are tables, scans, device, step_seconds and bench.
+        tables: of the scans; with `results`, that run's are taken.
+        scans: their number.
+        device: what the hours are estimated for, where no run was timed.
+        step_seconds: of an optimizer step there.
+        bench: what `lungddpm bench` has written.
+        results: folder of a finished run, whose variance components and times are taken.
+        assumed: components that count whatever the run says.
+
+    Raises:
+        ConfigError: see `run_plan`.
+        InputError: `results` holds no table of variance components, or none that can be used.
+    """
+    config = load_plan_config(*configs)
+    tables = tables if results is None else [results / "cases" / "cases.tsv"]
+    cohort = count_cohort(config, first_table(tables), scans)
+    components, origin = _components(config, results, assumed)
+    own = design_of(config, cohort.test)
+    costs = {} if results is None else _timed_costs(config, own, results)
+    of_hours = f"as measured in {results}, one job after another"
+    if not costs:
+        speed = choose_speed(config, device, step_seconds, bench)
+        costs = _planned_costs(config, plan_run(config, cohort, speed), own, cohort)
+        of_hours = f"estimated for {speed.device}, {speed.origin}"
+    relevant = relevant_difference(config)
+    notes = _notes(config, own, components, relevant, costs)
+    notes[-1] += f" ({origin})."
+    return "\n".join([_table(own, components, relevant, costs), "", *notes, f"Hours: {of_hours}."])
+
+
+def _components(config: Config, results: Path | None, assumed: Assumed) -> tuple[Components, str]:
+    """The components to plan with, and where they come from."""
+    if results is not None:
+        path, measure = results / "tables" / "variance_components.csv", deciding_measure().column
+        table = read_csv(path)
+        table = table[table["metric"] == measure]
+        arms = asked_arms(config)
+        known = [arm for arm in arms if arm in set(table["arm"])] or table.loc[table["family"] != "controls", "arm"]
+        found = typical_components(table, list(known))
+        if found is None:
+            raise InputError(path, "holds no variance components", "Take a run with two replicates or more.")
+        run_df = int(table["run_df"].max())
+        origin = f"from {path}, the run's with {plural(run_df, 'degree')} of freedom"
+    elif config.source.is_simulated:
+        found, origin = MEASURED_ON_PHANTOMS, "measured on the phantom cohort's demo"
+    else:
+        found, origin = ASSUMED, "assumed: no real cohort has been measured"
+    given = {name: value for name, value in vars(assumed).items() if value is not None}
+    if given:
+        origin = f"{', '.join(name.replace('_', ' ') for name in given)} as given, the rest {origin}"
+    return replace(found, **given), "as given" if len(given) == len(vars(assumed)) else origin
+
+
+def _timed_costs(config: Config, own: Design, results: Path) -> dict[str, Costs]:
+    """The costs of the design from the times of a run, by head of column; none where it has no times."""
+    timing, cases = results / "tables" / "timing.csv", results / "cases" / "cases.tsv"
+    if not timing.exists() or not cases.exists():
+        return {}
+    table, n_runs = read_cases(cases), own.n_arms * len(config.segmentation.replicates())
+    sizes = own.n_replicates, len(usable(table, TEST)), len(table)
+    return {"job hours": costs_of_timing(read_csv(timing), n_runs, *sizes, stages_per_replicate(config))}
+
+
+def _planned_costs(config: Config, stages: Sequence[Stage], own: Design, cohort: Cohort) -> dict[str, Costs]:
+    """The costs that are planned: those of GPUs, where they are used, and of cores."""
+    hours: dict[str, dict[str, float]] = {"GPU hours": {}, "core hours": {}}
+    for stage in stages:
+        for head, value in (("GPU hours", stage.gpu_hours), ("core hours", stage.core_hours)):
+            hours[head][stage.name] = hours[head].get(stage.name, 0.0) + value
+    sizes = own.n_replicates, cohort.test, cohort.scans
+    grow = stages_per_replicate(config)
+    return {head: Costs(of_stage, *sizes, grow) for head, of_stage in hours.items() if any(of_stage.values())}
+
+
+def _table(own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> str:
+    """A row per design; the config's own is marked."""
+    rows = []
+    for n_replicates in sorted(
+        {max(2, round(own.n_replicates * factor)) for factor in _REPLICATES} | {own.n_replicates}
+    ):
+        for n_cases in sorted({max(1, round(own.n_cases * factor)) for factor in _CASES}):
+            design = replace(own, n_replicates=n_replicates, n_cases=n_cases)
+            detectable = detectable_by_design(design, components)
+            shown = f"{detectable:.3f}" if math.isfinite(detectable) else "nothing"
+            power = power_of_design(design, components, relevant)
+            hours = [_hours(hours_of_design(design, own, each)) for each in costs.values()]
+            mark = "*" if design == own else ""
+            rows.append([mark, str(n_replicates), str(n_cases), shown, f"{power:.2f}", *hours])
+    heads = ["", "replicates", "test cases", "detectable", f"power for {relevant:.3f}", *costs]
+    return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)]).text(100)
+
+
+def _notes(config: Config, own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> list[str]:
+    """What the table rests on, and the smallest designs that can show the relevant difference."""
+    measure, primary = deciding_measure().title, config.primary_arms()
+    compared = f"primary: {', '.join(primary)}" if primary else f"{own.n_compared} compared together"
+    found = able_designs(own, components, relevant, next(iter(costs.values()), None))
+    able = " or ".join(
+        f"{plural(one.n_replicates, 'replicate')} with {plural(one.n_cases, 'test case')}" for one in found
+    )
+    whose = "of the config" if config.verdict.relevant_difference else "the published gain"
+    return [
+        f"* the config's own design: {plural(own.n_arms, 'arm')}, {compared}.",
+        f"Detectable: the true difference in {measure} that is shown with a probability of {100 * POWER:.0f} %.",
+        f"For {relevant:.3f} ({whose}) it takes {able}."
+        if able
+        else f"No design within reach shows {relevant:.3f} ({whose}) with a probability of {100 * POWER:.0f} %.",
+        f"Sd of {measure}: run {components.run_sd:.3g}, residual {components.residual_sd:.3g}, arm x case "
+        f"{components.arm_case_sd:.3g}",
+    ]
+
+
+def _hours(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 0.1 else f"{value:.2f}"

@@ -1,0 +1,164 @@
+"""What follows from the instrument check: the answer stands, or this run cannot tell, and what would be able to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.core.arms import Arm
+from lungddpm.core.text import format_hours, plural
+from lungddpm.evaluation.measures import deciding_measure
+from lungddpm.verdict.design import Costs, able_designs, hours_of_design
+from lungddpm.verdict.families import asked_arms, relevant_difference
+from lungddpm.verdict.instrument import (
+    ALIKE,
+    COMPLETE,
+    CONVERGED,
+    DISTINCT,
+    ENOUGH,
+    FAILED,
+    GENERATOR,
+    NAMED,
+    NOT_MEASURED,
+    NULL,
+    POSITIVE,
+    SHORT,
+    design_of_run,
+)
+
+ANSWER = "the answer"
+STANDS, CANNOT_TELL = "stands", "cannot tell"
+_OF_ANY = {CONVERGED, COMPLETE, DISTINCT}
+_NEEDED = {
+    "better": _OF_ANY | {NULL, ALIKE, NAMED},
+    "worse": _OF_ANY | {NULL, ALIKE, NAMED, GENERATOR},
+    "no difference shown": _OF_ANY | {POSITIVE, ENOUGH, GENERATOR},
+}
+"""The checks that an answer needs: what was found has to be more than luck, what was not found could have been, and
+synthetic CT is not called useless for what is wrong with this generator's. Other outcomes are no answers."""
+_REASONS = {
+    POSITIVE: "it does not show what more real data bring",
+    NULL: "it calls an arm different that adds nothing",
+    CONVERGED: "its segmenters still learn",
+    GENERATOR: "{subject} is not calibrated",
+    ENOUGH: "it is too small",
+    COMPLETE: "runs or cases are missing",
+    DISTINCT: "runs are copies of others",
+    ALIKE: "the runs of one arm scatter more than others",
+    NAMED: "the primary arm was named afterwards",
+}
+_REMEDIES = {
+    POSITIVE: "fewer real cases, to which more data make a difference, or more replicates",
+    NULL: "more replicates",
+    CONVERGED: "more segmentation.steps",
+    GENERATOR: "samples of {subject} within the limits (longer training, or another seed)",
+    COMPLETE: "the missing runs, which the same 'lungddpm run' makes",
+    DISTINCT: "trainings of their own in the place of copies",
+    ALIKE: "more replicates",
+    NAMED: "a run whose primary arm is named before it",
+}
+
+
+def doubted_arms(checks: pd.DataFrame, verdict: pd.DataFrame, config: Config) -> dict[str, list[dict]]:
+    """The failed checks that bear on each arm that the run is about; arms whose answer stands are left out.
+
+    Args:
+        checks: of `instrument_table`.
+        verdict: rows of `verdict.csv`.
+        config: of the run.
+    """
+    rows = verdict[(verdict["metric"] == deciding_measure().column)].set_index("arm")["verdict"]
+    failed = checks[checks["status"] == FAILED].to_dict("records")
+    doubted = {}
+    for name in asked_arms(config):
+        arm, outcome = Arm.parse(name), rows.get(name, "not measured")
+        bearing = [
+            check for check in failed if check["check"] in _NEEDED.get(outcome, _REASONS) and _is_about(check, arm)
+        ]
+        if bearing or outcome not in _NEEDED:
+            doubted[name] = bearing
+    return doubted
+
+
+def _is_about(check: dict, arm: Arm) -> bool:
+    """Whether what a check found concerns an arm."""
+    if check["check"] in (GENERATOR, COMPLETE):
+        return check["subject"] in ("", arm.name, arm.baseline.name, arm.generator)
+    if check["check"] in (POSITIVE, NULL):
+        return Arm.parse(check["subject"]).baseline == arm.baseline
+    # Of the others, the subject is the arm that showed it most.
+    return True
+
+
+def answer_row(
+    checks: pd.DataFrame, verdict: pd.DataFrame, components: pd.DataFrame, config: Config, costs: Costs | None
+) -> dict[str, object]:
+    """The last row of `instrument.csv`: whether the answer stands, and if not, what would make a run able to tell.
+
+    Args:
+        checks: of `instrument_table`.
+        verdict: rows of `verdict.csv`.
+        components: rows of `variance_components.csv`.
+        config: of the run.
+        costs: of the run, from its own times; None where these are not known.
+    """
+    asked, doubted = asked_arms(config), doubted_arms(checks, verdict, config)
+    unknown = [_short(check) for check in checks[checks["status"] == NOT_MEASURED].to_dict("records")]
+    not_known = f" Not measured: {', '.join(dict.fromkeys(unknown))}." if unknown else ""
+    row: dict[str, object] = {"check": ANSWER, "subject": "", "measure": "", "status": STANDS}
+    if not asked:
+        return row | {"sentence": "No arm has synthetic CT: there is nothing to answer."}
+    if not doubted:
+        failed = [_short(check) for check in checks[checks["status"] == FAILED].to_dict("records")]
+        said = "no check that bears on it failed" if failed or unknown else "every check was passed"
+        others = f" Failed, without bearing on it: {', '.join(dict.fromkeys(failed))}." if failed else ""
+        return row | {"sentence": f"The answer stands: {said}.{others}{not_known}"}
+    firm = [name for name in asked if name not in doubted]
+    stands = f"The answer stands for {', '.join(firm)}. " if firm else ""
+    about = f"about {', '.join(doubted)}" if firm else "whether synthetic CT helps"
+    bearing = [check for of_arm in doubted.values() for check in of_arm]
+    reasons = _joined(_REASONS[check["check"]].format(**check) for check in bearing) or "not all arms were measured"
+    wanted = _wanted(bearing, components, config, costs)
+    able = f" What would make it able: {'; '.join(wanted)}." if wanted else ""
+    return row | {
+        "status": CANNOT_TELL,
+        "sentence": f"{stands}This run cannot tell {about}: {reasons}.{able}{not_known}",
+    }
+
+
+def _wanted(bearing: list[dict], components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
+    """What it takes to pass these checks."""
+    wanted = [_REMEDIES[check["check"]].format(**check) for check in bearing if check["check"] in _REMEDIES]
+    if any(check["check"] == ENOUGH for check in bearing):
+        # How many replicates is then said.
+        wanted = [_bigger(components, config, costs), *(text for text in wanted if "more replicates" not in text)]
+    return list(dict.fromkeys(wanted))
+
+
+def _short(check: dict) -> str:
+    """A check by its name, or where it measures several things by what was measured."""
+    name = SHORT.get(check["measure"], check["check"])
+    return f"{name} of {check['subject']}" if check["check"] == GENERATOR else name
+
+
+def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> str:
+    """Designs that show the relevant difference, and what the whole benchmark then takes."""
+    relevant, found = relevant_difference(config), design_of_run(config, components)
+    if found is None:
+        return "three replicates or more"
+    own, typical = found
+    texts = []
+    for one in able_designs(own, typical, relevant, costs):
+        cases = f"these {one.n_cases}" if one.n_cases == own.n_cases else str(one.n_cases)
+        text = f"{plural(one.n_replicates, 'replicate')} with {cases} test cases"
+        if costs is not None:
+            text += f" ({format_hours(hours_of_design(one, own, costs))} of jobs, by this run's times)"
+        texts.append(text)
+    return " or ".join(texts) or f"no design within reach for a difference of {relevant:.2g}"
+
+
+def _joined(texts: Iterable[str]) -> str:
+    *first, last = [*dict.fromkeys(texts)] or [""]
+    return f"{', '.join(first)} and {last}" if first else last

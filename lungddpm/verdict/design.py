@@ -1,0 +1,256 @@
+"""A benchmark before it is run: what so many replicates and test cases can show, and what they cost.
+
+The decision is that of `statistics`, looked at from the other side. With known variance components its mean squares are
+chi-squared and independent of the difference that comes out, so the power is an average over them of a normal
+probability; nothing is simulated. The noncentral t distribution, which takes the estimated variances for the true ones,
+is close to it from some 16 test cases on and promises too much below.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+from scipy import optimize, stats
+
+from lungddpm.verdict.statistics import POWER, Effect, MeanSquare, Scores, minimum_cases
+
+COMPONENT_COLUMNS = ["arm", "family", "metric", "n_replicates", "n_cases", "run_df", "run_sd", "residual_sd",
+                     "arm_case_sd"]  # fmt: skip
+_NODES = (24, 12, 8)
+"""Of the quadrature over the mean squares of runs, cases and residual."""
+_MOST_REPLICATES = 50
+_MORE_CASES = (1.0, 1.5, 2.0, 3.0, 4.0)
+_LARGEST = 1e3
+"""Of a difference, in units of its standard error; no run takes more to show it."""
+
+
+@dataclass(frozen=True)
+class Components:
+    """Standard deviations of an arm's scores, in the measure's unit, apart from what all arms share."""
+
+    run_sd: float
+    """Between training runs (arm x replicate), of the mean over infinitely many cases."""
+    residual_sd: float
+    """Of a case in a run (arm x replicate x case)."""
+    arm_case_sd: float
+    """Between cases (arm x case), the same in all runs."""
+
+
+MEASURED_ON_PHANTOMS = Components(0.034, 0.066, 0.02)
+"""Of the phantom cohort's demo with two replicates and eight cases; another machine gave a run sd of 0.012."""
+ASSUMED = Components(0.015, 0.1, 0.1)
+"""What the rates of docs/reference/measures.md were simulated with; no real cohort has been measured."""
+
+
+@dataclass(frozen=True)
+class Design:
+    """The size of a benchmark."""
+
+    n_arms: int
+    """All arms, the baseline too: the scatter of training runs is taken from all."""
+    n_compared: int
+    """Arms that are corrected together."""
+    n_replicates: int
+    """Independent ones: folds, or seeds of a single fold."""
+    n_cases: int
+    """Test cases with a nodule."""
+    confidence: float
+    n_baselines: int = 1
+    """Arms, of `n_arms`, that others are compared with."""
+
+    @property
+    def run_df(self) -> int:
+        """Degrees of freedom of MS(TR)."""
+        return (self.n_arms - self.n_baselines) * (self.n_replicates - 1)
+
+    @property
+    def decides(self) -> bool:
+        """Whether anything can be decided at all."""
+        return self.n_replicates > 1 and self.n_cases >= minimum_cases(self.n_compared, self.confidence)
+
+
+def power_of_design(design: Design, components: Components, difference: float) -> float:
+    """Probability that an arm which truly differs by `difference` is called so, at the strictest level that Holm asks.
+
+    Args:
+        design: of the benchmark; 0 where it cannot decide anything.
+        components: known, not estimated.
+        difference: positive, in the measure's unit.
+    """
+    if not design.decides:
+        return 0.0
+    thresholds, sd = _thresholds(design, components)
+    return float(stats.norm.sf(thresholds, difference, sd).mean()) if sd else float(difference > 0)
+
+
+def detectable_by_design(design: Design, components: Components) -> float:
+    """The true difference with a power of `POWER`; infinite where the design cannot decide anything."""
+    if not design.decides:
+        return math.inf
+    thresholds, sd = _thresholds(design, components)
+    if not sd:
+        return 0.0
+    return float(optimize.brentq(lambda d: stats.norm.sf(thresholds, d, sd).mean() - POWER, 0, _LARGEST * sd))
+
+
+def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, float]:
+    """Differences from which on an arm is called better, equally probable ones; and the sd of a difference."""
+    n_replicates, n_cases = design.n_replicates, design.n_cases
+    residual = 2 * components.residual_sd**2 / (n_replicates * n_cases)
+    between_cases = 2 * components.arm_case_sd**2 / n_cases + residual
+    from_runs = 2 * components.run_sd**2 / n_replicates + residual
+    degrees = design.run_df, n_cases - 1, (n_cases - 1) * (n_replicates - 1)
+    nodes = [
+        value * stats.chi2.ppf((np.arange(n) + 0.5) / n, df) / df
+        for value, df, n in zip((from_runs, between_cases, residual), degrees, _NODES, strict=True)
+    ]
+    estimates = [
+        Effect(0.0, max(cases - within, 0.0), MeanSquare(runs, design.run_df), n_cases - 1, cases)
+        for runs, cases, within in itertools.product(*nodes)
+    ]
+    critical = stats.t.isf(
+        (1 - design.confidence) / design.n_compared / 2, np.array([estimate.df for estimate in estimates])
+    )
+    errors = np.array([estimate.standard_error for estimate in estimates])
+    return critical * errors, math.sqrt(from_runs + between_cases - residual)
+
+
+def components_of(scores: Scores, arm: int, baseline: int = 0) -> Components | None:
+    """Estimate the components from an arm and its baseline; None with one replicate or one case.
+
+    The scatter of runs, which comes from all arms, is the median-unbiased estimate, as in `Effect.detectable`.
+    """
+    paired, interaction = scores.paired(arm, baseline).scores, scores.interaction
+    if paired.shape[1] < 2 or paired.shape[2] < 2 or not interaction.df:
+        return None
+    covariance = np.cov(paired[0] - paired[1])
+    within = float(covariance.diagonal().mean())
+    shared = float(covariance[~np.eye(len(covariance), dtype=bool)].mean())
+    residual = max(within - shared, 0.0) / 2
+    runs = interaction.value * interaction.df / float(stats.chi2.median(interaction.df))
+    run = max(runs - residual / paired.shape[2], 0.0)
+    return Components(math.sqrt(run), math.sqrt(residual), math.sqrt(max(shared, 0.0) / 2))
+
+
+def typical_components(table: pd.DataFrame, arms: Sequence[str]) -> Components | None:
+    """The median over arms of each variance; None where none of the arms has any.
+
+    Args:
+        table: rows of `variance_components.csv` of one measure.
+        arms: those that count.
+    """
+    rows = table[table["arm"].isin(arms)].dropna(subset="run_sd")
+    if rows.empty:
+        return None
+    run_sd, residual_sd, arm_case_sd = rows[["run_sd", "residual_sd", "arm_case_sd"]].pow(2).median().pow(0.5)
+    return Components(float(run_sd), float(residual_sd), float(arm_case_sd))
+
+
+STAGES_PER_RUN = {"train_segmenter": False, "predict": True, "evaluate": True}
+"""Stages with a job per arm and replicate, and whether it takes longer with more test cases."""
+STAGES_PER_SCAN = ("simulate", "index", "prepare", "collect", "qc", "checksums")
+"""Stages that go through all scans."""
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What the stages of a benchmark take, and the size that they take it for."""
+
+    hours_of: Mapping[str, float]
+    """By stage; of all its jobs, one after another."""
+    replicates: int
+    """Independent ones."""
+    test_cases: int
+    scans: int
+    per_replicate: tuple[str, ...] = ()
+    """Further stages that grow with the replicates."""
+
+    def hours(self, replicates: int, test_cases: int) -> float:
+        """Hours of the same arms with so many replicates and test cases."""
+        more_runs, more_cases = replicates / self.replicates, test_cases / self.test_cases
+        more_scans = (self.scans + test_cases - self.test_cases) / self.scans
+        total = 0.0
+        for stage, hours in self.hours_of.items():
+            if stage in self.per_replicate:
+                total += hours * more_runs
+            elif stage in STAGES_PER_RUN:
+                total += hours * more_runs * (more_cases if STAGES_PER_RUN[stage] else 1.0)
+            else:
+                total += hours * (more_scans if stage in STAGES_PER_SCAN else 1.0)
+        return total
+
+
+def costs_of_timing(
+    timing: pd.DataFrame,
+    n_runs: int,
+    replicates: int,
+    test_cases: int,
+    scans: int,
+    per_replicate: tuple[str, ...] = (),
+) -> Costs:
+    """The costs of a benchmark of `n_runs` runs, from the times of a run that may have had more or fewer.
+
+    Args:
+        timing: rows of `timing.csv`.
+        n_runs: arms x replicates that are paid for.
+        replicates: independent ones, in `n_runs`.
+        test_cases: of the run that was timed.
+        scans: likewise, of all roles.
+        per_replicate: further stages that grow with the replicates.
+    """
+    by_stage = timing.groupby("stage")["seconds"]
+    hours = {
+        str(stage): (seconds.mean() * n_runs if stage in STAGES_PER_RUN else seconds.sum()) / 3600
+        for stage, seconds in by_stage
+    }
+    return Costs(hours, replicates, test_cases, scans, per_replicate)
+
+
+def able_designs(design: Design, components: Components, difference: float, costs: Costs | None) -> list[Design]:
+    """Designs with a power of `POWER` for a difference: with the test cases there are, and a cheaper one with more.
+
+    Args:
+        design: of the run.
+        components: known, not estimated.
+        difference: positive, in the measure's unit.
+        costs: of the run; None takes replicates x test cases as the cost.
+
+    Returns:
+        None, one or two designs, each with the fewest replicates that do.
+    """
+
+    def price(one: Design) -> float:
+        return hours_of_design(one, design, costs) if costs else float(one.n_replicates * one.n_cases)
+
+    least = max(design.n_cases, minimum_cases(design.n_compared, design.confidence))
+    able = [
+        found
+        for n_cases in dict.fromkeys(round(least * factor) for factor in _MORE_CASES)
+        if (found := _fewest_replicates(replace(design, n_cases=n_cases), components, difference)) is not None
+    ]
+    as_many = [one for one in able if one.n_cases == design.n_cases]
+    cheapest = min(able, key=price, default=None)
+    if cheapest is not None and (not as_many or price(cheapest) < price(as_many[0])):
+        return [*as_many, cheapest]
+    return as_many
+
+
+def hours_of_design(wanted: Design, own: Design, costs: Costs) -> float:
+    """Hours of a design, where another one has so many cases with a nodule among the test cases of `costs`."""
+    return costs.hours(wanted.n_replicates, round(costs.test_cases * wanted.n_cases / own.n_cases))
+
+
+def _fewest_replicates(design: Design, components: Components, difference: float) -> Design | None:
+    low, high = 1, _MOST_REPLICATES
+    if power_of_design(replace(design, n_replicates=high), components, difference) < POWER:
+        return None
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = power_of_design(replace(design, n_replicates=middle), components, difference) >= POWER
+        low, high = (low, middle) if enough else (middle, high)
+    return replace(design, n_replicates=high)

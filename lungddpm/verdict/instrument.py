@@ -1,0 +1,364 @@
+"""Can this run show what is there? The checks that stand above the answer, each with its figure and its limit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from lungddpm.config.models import Config, Instrument
+from lungddpm.core.arms import BASELINE
+from lungddpm.core.text import format_p, plural, signed
+from lungddpm.evaluation.measures import deciding_measure
+from lungddpm.quality import calibration
+from lungddpm.quality.image_quality import SEAM, SEAM_RATIO, SYNTHETIC
+from lungddpm.quality.label_fidelity import REAL_CT
+from lungddpm.verdict.convergence import DICE, LOSS
+from lungddpm.verdict.design import Components, Design, detectable_by_design, power_of_design, typical_components
+from lungddpm.verdict.families import asked_arms, design_of, relevant_difference
+from lungddpm.verdict.run_spread import spread_notes
+from lungddpm.verdict.statistics import POWER
+
+COLUMNS = ["check", "subject", "measure", "value", "limit_low", "limit_high", "status", "sentence"]
+PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
+POSITIVE, NULL = "positive control found", "null control quiet"
+CONVERGED, GENERATOR = "segmenters converged", "generator calibrated"
+ENOUGH, COMPLETE = "enough runs and cases", "nothing missing"
+DISTINCT, ALIKE, NAMED = "no run is a copy", "runs scatter alike", "primary arm named before"
+CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
+"""In the order of the page."""
+_FALL, _RISE = "fall of the loss in the last third, of its whole", "rise of validation Dice in the last third"
+_HU, _STEP = "limits of HU exceeded", "step at the lungs' border, over the references'"
+_FIDELITY = "Dice on synthetic CT, over that on real CT"
+SHORT = {_FALL: "training loss", _RISE: "validation Dice", _HU: "HU", _STEP: "seam", _FIDELITY: "label fidelity"}
+"""Names of measures of which a check has several."""
+POSITIVE_GENERATOR = "reference"
+"""The generator that adds real CT: what it adds is known to help, if anything does."""
+_LOWEST_CEILING = 0.1
+"""Dice on real CT below which segmenters know too little to judge synthetic CT."""
+_LEARNING = 0.05
+"""p below which a curve still changes beyond its scatter."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a run should have and has not."""
+
+    replicates: Mapping[str, list[str]]
+    """Of each arm that lacks some."""
+    test_cases: list[str]
+    """Usable test cases that were not evaluated."""
+
+
+def instrument_table(
+    config: Config,
+    tables: Mapping[str, pd.DataFrame],
+    missing: Missing,
+    copies: list[list[str]],
+    named_late: list[str],
+) -> pd.DataFrame:
+    """All checks of a run.
+
+    Args:
+        config: of the run.
+        tables: `verdict`, `variance_components`, `run_spread`, `convergence`, `calibration`; `image_quality` and
+            `label_fidelity` where the run has them.
+        missing: what was not evaluated.
+        copies: groups of replicates that are the same, each as "arm, replicate".
+        named_late: replicates that were evaluated before `verdict.primary` was as it is now.
+
+    Returns:
+        `COLUMNS`, one row per check and subject (an arm or a generator; empty: the whole run): what was measured, its
+        value and limits (NaN: none), `status`, and a sentence. What was not measured never passes.
+    """
+    verdict = tables["verdict"]
+    verdict = verdict[verdict["metric"] == deciding_measure().column]
+    asked = [arm.generator for arm in config.arms.all() if not arm.is_control(config.arms.generators)]
+    rows = [
+        *_controls(config, verdict),
+        *_convergence(tables["convergence"], config.verdict.instrument),
+        *(row for name in dict.fromkeys(asked) if name for row in _generator(name, tables, config.verdict.instrument)),
+        *_size(config, tables["variance_components"], verdict),
+        *_complete(missing),
+        *_distinct(copies),
+        *_alike(tables["run_spread"], 1 - config.verdict.confidence),
+        *(_named(named_late) if config.primary_arms() else ()),
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def _row(
+    check: str, subject: str, measure: str, value: float, limits: tuple[float, float], status: str, sentence: str
+) -> dict[str, object]:
+    return dict(zip(COLUMNS, (check, subject, measure, value, *limits, status, sentence), strict=True))
+
+
+def _judged(value: float, limits: tuple[float, float]) -> str:
+    """The status of a value by its limits, of which either may be NaN."""
+    if math.isnan(value):
+        return NOT_MEASURED
+    return FAILED if value < limits[0] or value > limits[1] else PASSED
+
+
+def _controls(config: Config, verdict: pd.DataFrame) -> list[dict]:
+    """Both controls, a row for each arm that is one."""
+    significance = 1 - config.verdict.confidence
+    controls = [arm for arm in config.arms.all() if arm.real and arm.is_control(config.arms.generators)]
+    positive = [arm.name for arm in controls if arm.added == POSITIVE_GENERATOR]
+    null = [arm.name for arm in controls if arm.added == BASELINE]
+    rows = []
+    for row in verdict[verdict["arm"].isin(positive)].to_dict("records"):
+        found = row["verdict"] == "better"
+        said = (
+            f"{row['arm']}, which adds real cases, was called better ({_numbers(row, significance)}): "
+            "the run shows a gain that is there."
+            if found
+            else f"{row['arm']}, which adds real cases, was not called better ({_numbers(row, significance)}): "
+            "the run does not even show what more real data bring."
+        )
+        rows.append(_control(POSITIVE, row, (math.nan, significance), found, said))
+    if not positive:
+        said = "No positive control: add `reference` to arms.controls, the references' own CT with their annotations."
+        rows.append(_row(POSITIVE, "", "p (Holm)", math.nan, (math.nan, significance), NOT_MEASURED, said))
+    for row in verdict[verdict["arm"].isin(null)].to_dict("records"):
+        quiet = row["verdict"] not in ("better", "worse")
+        called = "not called different" if quiet else f"called {row['verdict']}"
+        said = f"{row['arm']}, which adds nothing, was {called} ({_numbers(row, significance)})."
+        rows.append(_control(NULL, row, (significance, math.nan), quiet, said))
+    if not null:
+        said = "No null control: add `real` to arms.controls, the real cases once more."
+        rows.append(_row(NULL, "", "p (Holm)", math.nan, (significance, math.nan), NOT_MEASURED, said))
+    return rows
+
+
+def _control(check: str, row: dict, limits: tuple[float, float], as_it_should: bool, sentence: str) -> dict:
+    status = PASSED if as_it_should else FAILED
+    if row["verdict"] not in ("better", "worse", "no difference shown"):
+        status, sentence = NOT_MEASURED, f"{row['arm']}: {row['verdict']}."
+    return _row(check, row["arm"], "p (Holm)", row["p_holm"], limits, status, sentence)
+
+
+def _numbers(row: dict, significance: float) -> str:
+    return f"{signed(row['difference'])}, p {format_p(row['p_holm'], significance)}"
+
+
+def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
+    """The arm whose training loss, and the one whose validation curve, moves most in the last third."""
+    rows = []
+    for measure, what, column, limit in (
+        (
+            LOSS,
+            _FALL,
+            "change_of_whole",
+            limits.loss_fall,
+        ),
+        (DICE, _RISE, "change", limits.validation_rise),
+    ):
+        found = table[table["measure"] == measure].dropna(subset=column)
+        if found.empty:
+            said = f"No curve with four saved states or more: the end of the {SHORT[what]} is not known."
+            rows.append(_row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said))
+            continue
+        # An arm that moves within its scatter has not been shown to move.
+        moving = found[found["p"] < _LEARNING]
+        worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
+        status = FAILED if not moving.empty and worst[column] > limit else PASSED
+        said = _convergence_sentence(measure, worst, status)
+        rows.append(_row(CONVERGED, worst["arm"], what, worst[column], (math.nan, limit), status, said))
+    return rows
+
+
+def _convergence_sentence(measure: str, worst: pd.Series, status: str) -> str:
+    if measure == LOSS:
+        moved = f"{100 * worst['change_of_whole']:.0f} % of the fall of its training loss"
+        text = f"{worst['arm']}: {moved} came in the last third of the steps"
+    else:
+        text = f"{worst['arm']}: validation Dice rose by {signed(worst['change'], 2)} in the last third of the steps"
+    if status == FAILED:
+        learning = "The segmenters still learn: arms may differ in how fast they do, not in what their data teach."
+        return f"{text}. {learning}" if measure == LOSS else f"{text}: the segmenters still learn."
+    return f"{text}, the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
+
+
+def _generator(name: str, tables: Mapping[str, pd.DataFrame], limits: Instrument) -> list[dict]:
+    """HU, seam and label fidelity of a generator's samples."""
+    return [
+        _hounsfield(name, tables["calibration"]),
+        _seam(name, tables.get("image_quality"), limits.seam_ratio),
+        _fidelity(name, tables.get("label_fidelity"), limits.label_fidelity),
+    ]
+
+
+def _hounsfield(name: str, table: pd.DataFrame) -> dict:
+    rows = table[(table["generator"] == name) & table["limit_low"].notna()]
+    outside = rows["status"] == calibration.FAILED
+    known = rows[rows["mean"].notna()]
+    value = float(outside.sum()) if len(known) else math.nan
+    status = _judged(value, (math.nan, 0))
+    if status == FAILED:
+        (said,) = calibration.calibration_notes(rows)
+    elif status == PASSED:
+        parts = [
+            f"{row['region'].split()[0]} {signed(row['mean'], 0)} HU (limit ±{row['limit_high']:g})"
+            if row["measure"] == calibration.DIFFERENCE
+            else f"spread of HU {row['mean']:.2f} times theirs ({row['limit_low']:g} to {row['limit_high']:g})"
+            for row in known.to_dict("records")
+        ]
+        unknown = ", ".join(dict.fromkeys(region.split()[0] for region in rows.loc[rows["mean"].isna(), "region"]))
+        said = f"{name} against its references: {', '.join(parts)}" + (f"; {unknown} not measured." if unknown else ".")
+    else:
+        said = f"The HU of {name} were not measured."
+    return _row(GENERATOR, name, _HU, value, (math.nan, 0.0), status, said)
+
+
+def _seam(name: str, quality: pd.DataFrame | None, limits: tuple[float, float]) -> dict:
+    value = math.nan
+    if quality is not None:
+        found = quality[
+            (quality["generator"] == name) & (quality["image"] == SYNTHETIC) & (quality["region"] == SEAM)
+            & (quality["metric"] == SEAM_RATIO)
+        ]  # fmt: skip
+        value = float(found["mean"].iloc[0]) if len(found) else math.nan
+    status = _judged(value, limits)
+    said = f"The step of {name} at the border of the lungs was not measured."
+    if status != NOT_MEASURED:
+        said = f"The step of {name} at the border of the lungs is {value:.2f} times that of its references"
+        said += "." if status == PASSED else ": segmenters may learn the seam."
+    return _row(GENERATOR, name, _STEP, value, limits, status, said)
+
+
+def _fidelity(name: str, table: pd.DataFrame | None, lowest: float) -> dict:
+    value, said = math.nan, f"The label fidelity of {name} was not measured."
+    if table is not None:
+        dice = table.set_index("generator")["dice_mean"]
+        made, real = dice.get(name, math.nan), dice.get(REAL_CT, math.nan)
+        if real >= _LOWEST_CEILING:
+            value = made / real
+        elif not math.isnan(real):
+            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT: too little to judge {name}."
+    status = _judged(value, (lowest, math.nan))
+    if status != NOT_MEASURED:
+        said = f"Segmenters of real reach a Dice of {made:.2f} on {name}, of {real:.2f} on its references' real CT"
+        said += "." if status == PASSED else ": its nodules do not look like nodules to them."
+    return _row(
+        GENERATOR,
+        name,
+        _FIDELITY,
+        value,
+        (lowest, math.nan),
+        status,
+        said,
+    )
+
+
+def design_of_run(config: Config, components: pd.DataFrame) -> tuple[Design, Components] | None:
+    """The design of a run as it was carried out, and its variance components; None where they are not known.
+
+    They are those of the arms that the run is about; where none of these was measured, of all others.
+
+    Args:
+        config: of the run.
+        components: rows of `variance_components.csv`.
+    """
+    arms = asked_arms(config)
+    known = components[components["metric"] == deciding_measure().column].dropna(subset="run_sd")
+    if known["arm"].isin(arms).any():
+        known = known[known["arm"].isin(arms)]
+    typical = typical_components(known, list(known["arm"]))
+    if typical is None:
+        return None
+    design = design_of(config, int(known["n_cases"].max()))
+    return replace(design, n_replicates=int(known["n_replicates"].min())), typical
+
+
+def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame) -> list[dict]:
+    """What the run can show, beside the difference that is relevant; nothing where no arm has synthetic CT."""
+    arms, relevant, title = asked_arms(config), relevant_difference(config), deciding_measure().title
+    verdict = verdict[verdict["arm"].isin(arms)]
+    if verdict.empty:
+        return []
+    name, limits = f"detectable difference, {title}", (math.nan, relevant)
+    found = design_of_run(config, components)
+    if found is None or not found[0].decides:
+        return [_row(ENOUGH, "", name, math.nan, limits, FAILED, _why_nothing(config, found, verdict))]
+    design, typical = found
+    detectable, power = detectable_by_design(design, typical), power_of_design(design, typical, relevant)
+    published = "" if config.verdict.relevant_difference else " (the published gain)"
+    said = (
+        f"A true difference of {detectable:.2g} {title} is shown with a probability of {100 * POWER:.0f} %, "
+        f"the relevant one of {relevant:.2g}{published} with {_percent(power)}."
+    )
+    room = 1 - float(verdict["baseline_mean"].max())
+    if detectable > room:
+        said += f" Above real there is room for {room:.2f} only."
+    return [_row(ENOUGH, "", name, detectable, limits, _judged(detectable, limits), said)]
+
+
+def _percent(power: float) -> str:
+    return "more than 99 %" if power > 0.99 else f"{100 * power:.0f} %"
+
+
+def _why_nothing(config: Config, found: tuple[Design, Components] | None, verdict: pd.DataFrame) -> str:
+    """Why a run decides nothing, as a sentence."""
+    if found is None and len(config.segmentation.replicates()) == 1:
+        return "With one replicate, how much training runs scatter is not known: nothing can be decided."
+    return f"{plural(int(verdict['n_cases'].max()), 'test case')} are too few to decide anything."
+
+
+def _complete(missing: Missing) -> list[dict]:
+    rows = [
+        _row(
+            COMPLETE, arm, "replicates missing", float(len(replicates)), (math.nan, 0.0), FAILED,
+            f"Not evaluated and left out: {arm}, {', '.join(replicates)}.",
+        )
+        for arm, replicates in missing.replicates.items()
+    ]  # fmt: skip
+    if missing.test_cases:
+        shown = ", ".join(missing.test_cases[:5]) + (", ..." if len(missing.test_cases) > 5 else "")
+        said = f"Test cases that no run segmented: {shown}."
+        lost = float(len(missing.test_cases))
+        rows.append(_row(COMPLETE, "", "test cases missing", lost, (math.nan, 0.0), FAILED, said))
+    if not rows:
+        said = "Every arm has all its replicates, every replicate all test cases."
+        rows.append(_row(COMPLETE, "", "replicates missing", 0.0, (math.nan, 0.0), PASSED, said))
+    return rows
+
+
+def _distinct(copies: list[list[str]]) -> list[dict]:
+    said = "No two runs have the same measures in every case."
+    if copies:
+        groups = ". ".join("; ".join(names) for names in copies)
+        said = (
+            f"The same measures in every case: {groups}. Trainings that differ do not end so: look for a copied "
+            "folder. No answer is to be trusted until it is replaced."
+        )
+    limits = (math.nan, 0.0)
+    status = FAILED if copies else PASSED
+    return [_row(DISTINCT, "", "groups of runs that are the same", float(len(copies)), limits, status, said)]
+
+
+def _alike(spread: pd.DataFrame, significance: float) -> list[dict]:
+    """Whether some arm's runs scatter more than the others', beyond chance."""
+    measure, limits = "smallest p that runs scatter alike", (significance, math.nan)
+    notes = spread_notes(spread, deciding_measure().title, significance)
+    smallest = float(spread["p"].min())
+    if math.isnan(smallest):
+        said = "Whether the runs of all arms scatter alike is not known."
+        return [_row(ALIKE, "", measure, smallest, limits, NOT_MEASURED, said)]
+    said = f"No arm's runs scatter more than those of the others beyond chance (p {format_p(smallest, significance)})."
+    return [_row(ALIKE, "", measure, smallest, limits, _judged(smallest, limits), " ".join(notes) or said)]
+
+
+def _named(named_late: list[str]) -> list[dict]:
+    said = "The primary arm was named before anything was evaluated."
+    if named_late:
+        shown = "; ".join(named_late[:3]) + (" ..." if len(named_late) > 3 else "")
+        said = (
+            f"{plural(len(named_late), 'replicate')} had been evaluated when verdict.primary was another than now: "
+            f"{shown}. An arm that is named once results can be seen is not a primary one."
+        )
+    status = FAILED if named_late else PASSED
+    measure = "replicates evaluated before"
+    return [_row(NAMED, "", measure, float(len(named_late)), (math.nan, 0.0), status, said)]

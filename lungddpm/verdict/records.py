@@ -1,0 +1,108 @@
+"""Tables of what the run's other records hold: image quality, sampling times, and the times of its jobs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.core.cases import CaseFolder
+from lungddpm.core.device import device_of
+from lungddpm.core.files import read_json
+from lungddpm.segmentation.nnunet import segmenter_curve
+
+CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
+"""Means since the state saved before: loss of the training patches, Dice of the validation patches."""
+TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
+
+
+def quality_files(results: Path, generators: list[str]) -> dict[str, Path]:
+    """Where the measures of samples are, by generator; those not measured are left out."""
+    paths = {name: results / "quality" / f"{name}.csv" for name in generators}
+    return {name: path for name, path in paths.items() if path.exists()}
+
+
+def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
+    """What `lungddpm quality` measured, over all samples of a generator; one row a generator, image, region and metric.
+
+    Args:
+        samples: rows of `image_quality.COLUMNS`; summarised. Undefined values (empty regions) do not count towards n; a
+            copy of the reference has an infinite mean PSNR.
+        sets: rows of `image_quality.SET_COLUMNS`; their value becomes the mean. Those without a value stay, with n of
+            0, as their note says why.
+
+    Returns:
+        generator, image, region, metric, n, mean, sd, n_real (real cases that the set was compared with), extractor
+        (feature network), weights_sha256, note.
+    """
+    keys, last = ["generator", "image", "region", "metric"], ["n_real", "extractor", "weights_sha256", "note"]
+    with np.errstate(invalid="ignore"):
+        summary = (
+            samples.dropna(subset="value")
+            .groupby(keys, sort=False)
+            .agg(n=("value", "count"), mean=("value", "mean"), sd=("value", "std"), note=("note", _common))
+            .reset_index()
+        )
+    together = sets.rename(columns={"value": "mean"})
+    together["n"] = together["n"].where(together["mean"].notna(), 0)
+    found = pd.concat([summary, together], ignore_index=True)[[*keys, "n", "mean", "sd", *last]]
+    order = {name: place for place, name in enumerate(found["generator"].unique())}
+    return (
+        found.astype({"n_real": "Int64"})
+        .fillna({"extractor": "", "weights_sha256": "", "note": ""})
+        .sort_values("generator", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+    )
+
+
+def _common(notes: pd.Series) -> str:
+    """The note that all samples share, if they do."""
+    return notes.iloc[0] if notes.nunique(dropna=False) == 1 else ""
+
+
+def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
+    """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
+    means = {}
+    for name in generators:
+        samples = CaseFolder(Path("*/*")).sample_record.as_posix()
+        records = map(read_json, (results / "synthetic" / name).glob(samples))
+        seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
+        if seconds:
+            means[name] = float(np.mean(seconds))
+    return means
+
+
+def training_curves(config: Config, results: Path) -> pd.DataFrame:
+    """The training of every replicate whose log is there, one row per saved state: `CURVE_COLUMNS`."""
+    rows = []
+    for arm in config.arms.names():
+        for fold in config.segmentation.folds:
+            for seed in config.segmentation.seeds:
+                curve = segmenter_curve(results / "arms" / arm, fold, seed, config.segmentation.save_every)
+                rows += [(arm, config.segmentation.replicate_name(fold, seed), *point) for point in curve]
+    return pd.DataFrame(rows, columns=CURVE_COLUMNS)
+
+
+def timing_table(results: Path) -> pd.DataFrame:
+    """One row a job that Snakemake timed: `TIMING_COLUMNS`.
+
+    Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the record beside the log of the same name;
+    jobs that were too short to be sampled have NaN memory.
+    """
+    rows = []
+    folder = results / "benchmarks"
+    for path in sorted(folder.rglob("*.tsv")):
+        job = path.relative_to(folder).with_suffix("").as_posix()
+        for run in pd.read_csv(path, sep="\t", na_values=["-"]).to_dict("records"):
+            rows.append(
+                {
+                    "stage": job.split("-")[0],
+                    "job": job,
+                    "seconds": run["s"],
+                    "cpu_seconds": run.get("cpu_time"),
+                    "max_rss_mb": run.get("max_rss"),
+                    "device": device_of(results / "logs" / f"{job}.log"),
+                }
+            )
+    return pd.DataFrame(rows, columns=TIMING_COLUMNS)

@@ -1,0 +1,250 @@
+"""The checks above the answer, and what follows from each: the answer stands, or this run cannot tell."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from lungddpm.config.loading import parse_config
+from lungddpm.config.models import Calibration
+from lungddpm.quality.calibration import DIFFERENCE, LUNGS_ALONE, NODULES, SPREAD, calibration_table
+from lungddpm.quality.label_fidelity import REAL_CT
+from lungddpm.verdict.answer import CANNOT_TELL, STANDS, answer_row, doubted_arms
+from lungddpm.verdict.convergence import DICE, LOSS
+from lungddpm.verdict.design import Costs
+from lungddpm.verdict.instrument import (
+    ALIKE,
+    COMPLETE,
+    CONVERGED,
+    DISTINCT,
+    ENOUGH,
+    FAILED,
+    GENERATOR,
+    NAMED,
+    NOT_MEASURED,
+    NULL,
+    PASSED,
+    POSITIVE,
+    Missing,
+    instrument_table,
+)
+
+ARM, MORE_REAL, REPEATED = "real+lung_ddpm@1.0", "real+reference@1.0", "real+real"
+COSTS = Costs({"train_segmenter": 20.0, "prepare": 1.0}, 5, 16, 40)
+
+
+def config_of(replicates=5, controls=("real", "reference"), **verdict):
+    settings = {"relevant_difference": 0.1} | verdict
+    arms, folds = {"controls": list(controls)}, list(range(replicates))
+    segmentation = {"folds": folds, "n_folds": max(5, replicates)}
+    return parse_config({"arms": arms, "verdict": settings, "segmentation": segmentation})
+
+
+def verdict_of(answer="no difference shown", positive="better", null="no difference shown"):
+    """Rows of `verdict.csv`, Dice alone."""
+    p = {"better": 0.01, "worse": 0.01, "no difference shown": 0.4}
+    arms = {ARM: answer, REPEATED: null, MORE_REAL: positive}
+    rows = [{"arm": "real", "verdict": "baseline", "p_holm": math.nan, "difference": math.nan}]
+    rows += [
+        {"arm": arm, "verdict": told, "p_holm": p.get(told, math.nan), "difference": 0.05} for arm, told in arms.items()
+    ]
+    return pd.DataFrame(rows).assign(metric="dice", n_cases=16, run_df=12, baseline_mean=0.5)
+
+
+def quality_of(lungs=2.0, spread=1.0, nodules=5.0, seam=1.05):
+    values = [(LUNGS_ALONE, DIFFERENCE, lungs), (LUNGS_ALONE, SPREAD, spread), (NODULES, DIFFERENCE, nodules)]
+    rows = [(region, metric, value) for region, metric, value in [*values, ("seam", "gradient_ratio", seam)]]
+    table = pd.DataFrame(rows, columns=["region", "metric", "mean"])
+    return table.assign(generator="lung_ddpm", image="synthetic", n=8, sd=1.0)
+
+
+def tables_of(verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, spread_p=0.6, fidelity=(0.5, 0.55)):
+    """All that the check reads, of a run in which everything is as it should be unless something else is said."""
+    quality = quality_of() if quality is None else quality
+    components = {"n_replicates": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
+    names = [ARM, REPEATED, MORE_REAL]
+    curves = [(arm, LOSS, -0.01, fall, 0.001, 0.001 if fall > 0.02 else 0.5) for arm in names]
+    curves += [(arm, DICE, rise, 0.1, 0.001, 0.001 if rise else 0.5) for arm in names]
+    tables = {
+        "verdict": verdict_of() if verdict is None else verdict,
+        "variance_components": pd.DataFrame(
+            [{"arm": arm, "family": "", "metric": "dice", "residual_sd": 0.06, "arm_case_sd": 0.02} for arm in names]
+        ).assign(**components),
+        "run_spread": pd.DataFrame(
+            [
+                {"arm": arm, "n_replicates": 5, "sd": 0.01 * (1 + n), "p": spread_p}
+                for n, arm in enumerate(["real", ARM])
+            ]
+        ),
+        "convergence": pd.DataFrame(
+            curves, columns=["arm", "measure", "change", "change_of_whole", "standard_error", "p"]
+        ),
+        "calibration": calibration_table(quality, ["lung_ddpm", "reference"], Calibration()),
+        "image_quality": quality,
+    }
+    if fidelity:
+        rows = zip(["lung_ddpm", REAL_CT], fidelity, strict=True)
+        tables["label_fidelity"] = pd.DataFrame(rows, columns=["generator", "dice_mean"])
+    return tables
+
+
+def judge(config=None, missing=None, copies=(), late=(), costs=COSTS, **changes):
+    """The checks' worst status and sentences by name, and the answer's row."""
+    config, tables = config or config_of(), tables_of(**changes)
+    checks = instrument_table(config, tables, missing or Missing({}, []), list(copies), list(late))
+    answer = answer_row(checks, tables["verdict"], tables["variance_components"], config, costs)
+    statuses = {
+        name: next(each for each in (FAILED, NOT_MEASURED, PASSED) if each in set(rows["status"]))
+        for name, rows in checks.groupby("check", sort=False)
+    }
+    said = {name: " ".join(rows["sentence"]) for name, rows in checks.groupby("check", sort=False)}
+    return statuses, said, answer
+
+
+def test_a_run_in_which_everything_passes():
+    statuses, said, answer = judge()
+    names = [POSITIVE, NULL, CONVERGED, GENERATOR, ENOUGH, COMPLETE, DISTINCT, ALIKE]
+    assert statuses == dict.fromkeys(names, PASSED)
+    assert answer["status"] == STANDS
+    assert answer["sentence"] == "The answer stands: every check was passed."
+    assert "lungs +2 HU (limit ±10), spread of HU 1.00 times theirs (0.9 to 1.1), nodules +5 HU" in said[GENERATOR]
+    assert "a Dice of 0.50 on lung_ddpm, of 0.55 on its references' real CT." in said[GENERATOR]
+
+
+COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "doubts_difference", "doubts_none", "said"),
+    [
+        (POSITIVE, {"positive": "no difference shown"}, False, True, "does not even show what more real data bring"),
+        (POSITIVE, {"positive": "worse"}, False, True, "was not called better"),
+        (NULL, {"null": "better"}, True, False, "which adds nothing, was called better"),
+        (NULL, {"null": "worse"}, True, False, "which adds nothing, was called worse"),
+        (CONVERGED, {"fall": 0.3}, True, True, "30 % of the fall of its training loss came in the last third"),
+        (CONVERGED, {"rise": 0.1}, True, True, "validation Dice rose by +0.10"),
+        (GENERATOR, {"quality": quality_of(lungs=60)}, False, True, "lungs too bright, +60 HU"),
+        (GENERATOR, {"quality": quality_of(seam=1.4)}, False, True, "1.40 times that of its references"),
+        (GENERATOR, {"fidelity": (0.3, 0.6)}, False, True, "do not look like nodules"),
+        (ENOUGH, {"run_sd": 0.1}, False, True, "the relevant one of 0.1 with"),
+        (COMPLETE, {"missing": Missing({ARM: ["fold1_seed0"]}, [])}, True, True, f"{ARM}, fold1_seed0"),
+        (COMPLETE, {"missing": Missing({"real": ["fold1_seed0"]}, [])}, True, True, "real, fold1_seed0"),
+        (COMPLETE, {"missing": Missing({REPEATED: ["fold1_seed0"]}, [])}, False, False, "real+real, fold1_seed0"),
+        (COMPLETE, {"missing": Missing({}, ["case-1"])}, True, True, "no run segmented: case-1"),
+        (DISTINCT, {"copies": COPIES}, True, True, "real, fold0_seed0; real+real, fold0_seed0"),
+        (ALIKE, {"spread_p": 0.01}, True, False, "scatter more than those of the other arms"),
+    ],
+)
+def test_a_failed_check_doubts_the_answers_that_it_bears_on(check, changes, doubts_difference, doubts_none, said):
+    for answer, doubted in (("better", doubts_difference), ("no difference shown", doubts_none)):
+        controls = {name: changes[name] for name in ("positive", "null") if name in changes}
+        others = {name: value for name, value in changes.items() if name not in controls}
+        statuses, sentences, told = judge(verdict=verdict_of(answer, **controls), **others)
+        assert [name for name, status in statuses.items() if status == FAILED] == [check]
+        assert said in sentences[check]
+        assert told["status"] == (CANNOT_TELL if doubted else STANDS)
+        text = "This run cannot tell whether synthetic CT helps: " if doubted else "Failed, without bearing on it: "
+        assert text in told["sentence"]
+        assert ("What would make it able: " in told["sentence"]) == doubted
+
+
+def test_what_would_be_able_is_said_with_its_hours():
+    _, _, answer = judge(run_sd=0.06)
+    assert "it is too small. What would make it able: " in answer["sentence"]
+    assert "replicates with these 16 test cases (" in answer["sentence"]
+    assert " h of jobs, by this run's times)" in answer["sentence"]
+    _, _, untimed = judge(run_sd=0.06, costs=None)
+    assert "replicates with these 16 test cases" in untimed["sentence"]
+    assert "jobs" not in untimed["sentence"]
+
+
+def test_patients_who_differ_more_than_any_design_can_average_are_named():
+    tables = tables_of()
+    tables["variance_components"]["arm_case_sd"] = 5.0
+    checks = instrument_table(config_of(), tables, Missing({}, []), [], [])
+    answer = answer_row(checks, tables["verdict"], tables["variance_components"], config_of(), COSTS)
+    assert "no design within reach for a difference of 0.1" in answer["sentence"]
+
+
+def test_a_run_without_controls_says_that_it_has_none():
+    controls = verdict_of().query(f"arm in ['real', '{ARM}']")
+    statuses, said, answer = judge(config=config_of(controls=()), verdict=controls)
+    assert (statuses[POSITIVE], statuses[NULL]) == (NOT_MEASURED, NOT_MEASURED)
+    assert said[POSITIVE].startswith("No positive control: add `reference` to arms.controls")
+    assert said[NULL].startswith("No null control: add `real` to arms.controls")
+    assert answer["status"] == STANDS
+    assert answer["sentence"].endswith("Not measured: positive control found, null control quiet.")
+
+
+def test_one_replicate_can_tell_nothing():
+    verdict = verdict_of("cannot tell", "cannot tell", "cannot tell").assign(run_df=0)
+    statuses, said, answer = judge(config=config_of(replicates=1), verdict=verdict, run_sd=math.nan)
+    assert (statuses[POSITIVE], statuses[NULL], statuses[ENOUGH]) == (NOT_MEASURED, NOT_MEASURED, FAILED)
+    assert said[ENOUGH].startswith("With one replicate, how much training runs scatter is not known")
+    assert answer["status"] == CANNOT_TELL
+    assert "three replicates or more" in answer["sentence"]
+
+
+def test_too_few_test_cases_can_tell_nothing():
+    config, tables = config_of(), tables_of(verdict=verdict_of("cannot tell").assign(n_cases=5))
+    tables["variance_components"]["n_cases"] = 5
+    checks = instrument_table(config, tables, Missing({}, []), [], []).set_index("check")
+    assert checks.loc[ENOUGH, "sentence"] == "5 test cases are too few to decide anything."
+
+
+def test_what_was_not_measured_neither_passes_nor_fails():
+    tables = tables_of(fidelity=None, spread_p=math.nan)
+    del tables["image_quality"]
+    tables["calibration"] = calibration_table(None, ["lung_ddpm"], Calibration())
+    tables["convergence"] = tables["convergence"].iloc[:0]
+    checks = instrument_table(config_of(), tables, Missing({}, []), [], [])
+    unknown = checks[checks["status"] == NOT_MEASURED]
+    assert unknown["check"].value_counts().to_dict() == {CONVERGED: 2, GENERATOR: 3, ALIKE: 1}
+    answer = answer_row(checks, tables["verdict"], tables["variance_components"], config_of(), None)
+    assert answer["sentence"] == (
+        "The answer stands: no check that bears on it failed. Not measured: training loss, validation Dice, "
+        "HU of lung_ddpm, seam of lung_ddpm, label fidelity of lung_ddpm, runs scatter alike."
+    )
+
+
+def test_segmenters_that_know_too_little_do_not_judge_a_generator():
+    statuses, said, _ = judge(fidelity=(0.02, 0.05))
+    assert statuses[GENERATOR] == NOT_MEASURED
+    assert "reach a Dice of 0.05 on real CT: too little to judge lung_ddpm" in said[GENERATOR]
+
+
+def test_an_arm_that_was_not_measured_leaves_the_others_their_answer():
+    config = parse_config(config_of().model_dump() | {"arms": {"doses": [0.5, 1.0], "controls": ["real", "reference"]}})
+    verdict = pd.concat([verdict_of("better"), verdict_of().query(f"arm == '{ARM}'").assign(arm="real+lung_ddpm@0.5")])
+    verdict.loc[verdict["arm"] == "real+lung_ddpm@0.5", "verdict"] = "not measured"
+    missing = Missing({"real+lung_ddpm@0.5": config.segmentation.replicates()}, [])
+    tables = tables_of(verdict=verdict)
+    checks = instrument_table(config, tables, missing, [], [])
+    assert list(doubted_arms(checks, verdict, config)) == ["real+lung_ddpm@0.5"]
+    answer = answer_row(checks, verdict, tables["variance_components"], config, COSTS)
+    expected = f"The answer stands for {ARM}. This run cannot tell about real+lung_ddpm@0.5: runs or cases are missing."
+    assert answer["sentence"].startswith(expected)
+    assert "the missing runs, which the same 'lungddpm run' makes" in answer["sentence"]
+
+
+def test_a_primary_arm_has_to_be_named_before():
+    config = config_of(primary=ARM)
+    statuses, _, _ = judge(config=config)
+    assert statuses[NAMED] == PASSED
+    statuses, said, answer = judge(config=config, late=["real, fold0_seed0"], verdict=verdict_of("better"))
+    assert statuses[NAMED] == FAILED
+    assert "1 replicate had been evaluated" in said[NAMED]
+    assert answer["status"] == CANNOT_TELL
+
+
+def test_a_run_without_synthetic_ct_has_nothing_to_answer():
+    config = parse_config({"arms": {"generators": [], "doses": [], "controls": ["real", "reference"]}})
+    statuses, _, answer = judge(config=config)
+    assert ENOUGH not in statuses
+    assert GENERATOR not in statuses
+    assert answer["sentence"] == "No arm has synthetic CT: there is nothing to answer."
+
+
+def test_the_published_gain_is_relevant_where_nothing_else_is_said():
+    _, said, _ = judge(config=config_of(relevant_difference=None), run_sd=0.01)
+    assert "the relevant one of 0.032 (the published gain) with " in said[ENOUGH]
