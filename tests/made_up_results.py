@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 
 from lungddpm.config.loading import parse_config
+from lungddpm.core.arms import Arm
 from lungddpm.core.cases import CaseFolder, write_cases
 from lungddpm.core.files import write_json, write_table, write_text
 from lungddpm.core.labels import Label
@@ -96,7 +97,7 @@ def write_results(
     for arm in config.arms.names():
         for replicate in config.segmentation.replicates():
             folder = results / "segmentation" / arm / replicate
-            share = shares.get(arm.split("@")[0], 0.5) + luck * rng.normal()
+            share = shares.get(Arm.parse(arm).recipe.name.split("@")[0], 0.5) + luck * rng.normal()
             for row in rows[2 : 2 + n_test]:
                 nodule = layouts[row["case_id"]] == Label.NODULE
                 mask = nodule & (rng.random(SIZE) < share)

@@ -135,7 +135,9 @@ def test_primary_arms_are_a_family_of_their_own_and_are_called_so():
     arms = {"generators": ["lung_ddpm"], "doses": [0.5, 2.0], "controls": ["real"], "synthetic_only": ["lung_ddpm"]}
     verdict = {"primary": "real+lung_ddpm@2"}
     config = parse_config({"arms": arms, "verdict": verdict, "segmentation": {"folds": [0, 1, 2]}})
-    rows = verdict_table(simulated_cases(config), config).query("metric == 'dice' and arm != 'real'").set_index("arm")
+    rows = (
+        verdict_table(simulated_cases(config), config, 8).query("metric == 'dice' and arm != 'real'").set_index("arm")
+    )
     primary = "real+lung_ddpm@2.0"
     assert rows["family"].value_counts().to_dict() == {
         "arms with synthetic CT": 2, "primary arms": 1, "controls": 1,
