@@ -58,6 +58,10 @@ VERDICT = """arm,metric,mean,difference,ci_low,ci_high,p_holm,verdict,sentence
 real,dice,0.5,,,,,baseline,real: the Dice is 0.500
 real+lung_ddpm@1.0,dice,0.45,-0.05,-0.1,0.01,0.2,no difference shown,"−0.05 (95 % CI −0.10 to +0.01, n ≥ 3)"
 """
+INSTRUMENT = """check,subject,measure,value,limit_low,limit_high,status,sentence
+nothing missing,,replicates missing,0,,0,passed,"Every arm has all its replicates, n ≥ 3."
+the answer,,,,,,stands,The answer stands: no check failed.
+"""
 
 
 @pytest.mark.parametrize(
@@ -73,6 +77,7 @@ real+lung_ddpm@1.0,dice,0.45,-0.05,-0.1,0.01,0.2,no difference shown,"−0.05 (9
 def test_any_terminal_is_written_to(environment, tmp_path):
     (tmp_path / "results/tables").mkdir(parents=True)
     (tmp_path / "results/tables/verdict.csv").write_text(VERDICT, encoding="utf-8")
+    (tmp_path / "results/tables/instrument.csv").write_text(INSTRUMENT, encoding="utf-8")
     (tmp_path / "config.yaml").write_text("source: {phantom: {patients: 6}}\n")
     latin = "ascii" not in str(environment) and "C" not in environment.values()
     for verb in (["verdict"], ["config", "schema", "--markdown"], ["--help"]):

@@ -114,7 +114,8 @@ class Training(Section):
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` decays to zero over `steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate rises to its peak first; none as published."""
+    """Steps over which the learning rate first rises to its peak, which a shorter training never reaches; none as
+    published."""
     gradient_clip: PositiveFloat | None = None
     """Largest gradient norm; null does not clip (as published)."""
     crop: PositiveInt | None = None
@@ -138,12 +139,6 @@ class Training(Section):
     """Steps between saved states, from which an interrupted training goes on."""
     sample_every: PositiveInt = 5000
     """Steps between grids of samples; one is drawn at the end in any case."""
-
-    @model_validator(mode="after")
-    def _warmup(self) -> Training:
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"training.warmup_steps {self.warmup_steps} leaves none of {self.steps} steps")
-        return self
 
 
 class Solving(Section):

@@ -109,7 +109,9 @@ def test_jobs_ask_for_a_gpu_where_one_is_planned(repository, tmp_path):
     asked = re.findall(r"^rule (\w+):$.*?^    resources: (.*?)$", run.stdout + run.stderr, re.MULTILINE | re.DOTALL)
     planned = {each.name for each in plan(repository, "config.yaml") if each.gpu_hours}
     assert {name for name, resources in asked if "gpu=1" in resources} == planned
-    assert {name for name, resources in asked if "gpu=1" not in resources} == {name for name, _ in asked} - planned
+    # Of `synthesize`, only the jobs of generators that draw with a network do.
+    without = {name for name, resources in asked if "gpu=1" not in resources}
+    assert without - {"synthesize"} == {name for name, _ in asked} - planned
 
 
 def test_the_protocol_costs_what_its_networks_are_known_to(repository):
