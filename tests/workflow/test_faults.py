@@ -63,8 +63,8 @@ EVALUATE = f"evaluate --cases results/cases/cases.tsv --predictions {REPLICATE}/
     ("stage", "made", "free_kib"),
     [
         (PREPARE, "cases/PHANTOM-0001/ct.nii.gz", 16),
-        (TRAIN, "models/lung_ddpm/main/model.safetensors", 16),  # while it decodes the cases
-        (TRAIN, "models/lung_ddpm/main/model.safetensors", 600),  # while it saves its state
+        (TRAIN, "models/lung_ddpm/main/all/model.safetensors", 16),  # while it decodes the cases
+        (TRAIN, "models/lung_ddpm/main/all/model.safetensors", 600),  # while it saves its state
         (SEGMENT, f"arms/real/{FOLD}/checkpoint_final.pth", 64),
         (EVALUATE, "segmentation/real/fold0_seed0/metrics.csv", 0),
     ],
@@ -112,12 +112,12 @@ def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
         "cases/PHANTOM-0002/layout.nii.gz",
         "cases/PHANTOM-0003/qc.png",
         "label_fidelity/fold0_seed0/metrics.csv",
-        "models/lung_ddpm/main/model.safetensors",
+        "models/lung_ddpm/main/all/model.safetensors",
         "qc/cases/PHANTOM-0004.html",
         "quality/lung_ddpm.csv",
         "segmentation/real+real/fold0_seed0/metrics.csv",
         "segmentation/real/fold0_seed0/predictions/PHANTOM-0001.nii.gz",
-        "synthetic/lung_ddpm/PHANTOM-0003_s000/ct.nii.gz",
+        "synthetic/lung_ddpm/all-fold0_seed0/PHANTOM-0003_fold0_seed0_s000/ct.nii.gz",
         "tables/verdict.md",
     ]
     for name in cut_short:

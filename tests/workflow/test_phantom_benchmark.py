@@ -31,8 +31,8 @@ def test_every_contract_is_kept(tiny_benchmark):
         assert (ct.get_data_dtype(), layout.get_data_dtype()) == (np.int16, np.uint8)
         assert set(np.unique(layout.dataobj)) == {0, 1, 2, 3}
     for path in (
-        "models/lung_ddpm/main/model.safetensors",
-        "models/lung_ddpm/main/history.csv",
+        "models/lung_ddpm/main/all/model.safetensors",
+        "models/lung_ddpm/main/all/history.csv",
         "report.html",
         "manifest.json",
     ):
@@ -42,10 +42,10 @@ def test_every_contract_is_kept(tiny_benchmark):
 
 def test_synthetic_cases_keep_their_reference_outside_the_lungs(tiny_benchmark):
     results = tiny_benchmark.results
-    samples = pd.read_csv(results / "synthetic/lung_ddpm/samples-1.0-0.tsv", sep="\t")
+    samples = pd.read_csv(results / "synthetic/lung_ddpm/all-fold0_seed0/samples-1.0-0.tsv", sep="\t")
     assert len(samples) == 3  # dose 1.0 of three discovery cases
     for sample in samples["path"]:
-        folder = results / "synthetic/lung_ddpm" / sample
+        folder = results / "synthetic/lung_ddpm/all-fold0_seed0" / sample
         record = json.loads((folder / "sample.json").read_text())
         ct = np.asarray(nibabel.load(folder / "ct.nii.gz").dataobj)
         reference = np.asarray(nibabel.load(results / "cases" / record["reference_case_id"] / "ct.nii.gz").dataobj)
@@ -83,12 +83,12 @@ def test_the_verdict_agrees_with_the_measures_of_the_cases(tiny_benchmark):
 def test_every_sample_and_reference_is_judged_by_real(tiny_benchmark):
     results = tiny_benchmark.results
     metrics = pd.read_csv(results / "label_fidelity/fold0_seed0/metrics.csv").set_index("case_id")
-    samples = pd.read_csv(results / "synthetic/lung_ddpm/samples-1.0-0.tsv", sep="\t")
+    samples = pd.read_csv(results / "synthetic/lung_ddpm/all-fold0_seed0/samples-1.0-0.tsv", sep="\t")
     cases = pd.read_csv(results / "cases/cases.tsv", sep="\t")
     references = cases.loc[cases["role"] == "reference", "case_id"]
     assert metrics.index.tolist() == [*references, *samples["case_id"]]
     for sample in samples["path"]:
-        record = json.loads((results / "synthetic/lung_ddpm" / sample / "sample.json").read_text())
+        record = json.loads((results / "synthetic/lung_ddpm/all-fold0_seed0" / sample / "sample.json").read_text())
         assert metrics.loc[sample, "own_layout"] == (record["layout_origin"] == "reference")
         assert metrics.loc[sample, "reference"] == record["reference_case_id"]
     assert not metrics["patient_seen"].any()
@@ -127,7 +127,9 @@ def test_a_finished_run_has_nothing_left_to_do(tiny_benchmark):
 
 
 ONE_ARM = {"compose": 1, "plan": 1, "train_segmenter": 1, "predict": 1, "evaluate": 1}
-BOTH_ARMS_OF_A_GENERATOR = dict.fromkeys(ONE_ARM, 2)
+ONE_ARM_OF_A_GENERATOR = {**ONE_ARM, "compose_draw": 1}
+# Their real cases, and with them what nnU-Net planned, stay.
+BOTH_ARMS_OF_A_GENERATOR = dict.fromkeys(["compose_draw", "train_segmenter", "predict", "evaluate"], 2)
 SEGMENT_ALL_ARMS = {"train_segmenter": 4, "predict": 4, "evaluate": 4, "label_fidelity": 1}
 JUDGE_SAMPLES = {"quality": 1, "label_fidelity": 1}
 
@@ -138,16 +140,20 @@ JUDGE_SAMPLES = {"quality": 1, "label_fidelity": 1}
         ("verdict={'bootstraps': 300}", {}),
         ("workflow={'case_shards': 1}", None),  # as it was
         ("segmentation={'steps': 25}", SEGMENT_ALL_ARMS),
-        ("segmentation={'seeds': [0, 1]}", SEGMENT_ALL_ARMS),  # the replicates of seed 0 stay
+        # The replicates of seed 0 stay.
+        ("segmentation={'seeds': [0, 1]}", {**SEGMENT_ALL_ARMS, "synthesize": 1, "compose_draw": 2, "quality": 1}),
         (
             "generators={'lung_ddpm': {'sampling': {'steps': 5}}}",
             {"synthesize": 1, **JUDGE_SAMPLES, **BOTH_ARMS_OF_A_GENERATOR},
         ),
         # One more of anything leaves alone what is there: a smaller dose only lists samples, a larger one makes more.
-        ("arms={'doses': [0.5, 1.0]}", {"synthesize": 1, **ONE_ARM}),
-        ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
-        ("arms={'generators': ['lung_ddpm', 'copy_paste']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
-        ("arms={'controls': ['real', 'reference']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM}),
+        ("arms={'doses': [0.5, 1.0]}", {"synthesize": 1, **ONE_ARM_OF_A_GENERATOR}),
+        ("arms={'doses': [1.0, 2.0]}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM_OF_A_GENERATOR}),
+        (
+            "arms={'generators': ['lung_ddpm', 'copy_paste']}",
+            {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM_OF_A_GENERATOR},
+        ),
+        ("arms={'controls': ['real', 'reference']}", {"synthesize": 1, **JUDGE_SAMPLES, **ONE_ARM_OF_A_GENERATOR}),
     ],
 )
 def test_a_changed_config_reruns_only_what_depends_on_it(tiny_benchmark, change, rerun):
@@ -191,7 +197,7 @@ def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchma
     assert {"train_generator", "synthesize"} <= done
     assert not {"simulate", "index", "prepare"} & done
     samples = benchmark.results / "synthetic/lung_ddpm_plus"
-    records = [json.loads(path.read_text()) for path in samples.glob("*/sample.json")]
+    records = [json.loads(path.read_text()) for path in samples.rglob("sample.json")]
     assert {record["layout_origin"] for record in records} == {"reference", "added"}
     assert {record["settings"]["sampling"]["steps"] for record in records} == {4}
 

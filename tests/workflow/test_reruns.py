@@ -58,7 +58,7 @@ CHANGES = [
         [("core/drawing.py", "LUNG_WINDOW_HU = (", "LUNG_WINDOW_HU = (1 + ")], {**CASES, **LAST}, id="drawing"
     ),
     pytest.param(
-        [("models/optimization.py", "math.pi * step", "math.pi * (step + 1)")], {**MODEL, **LAST}, id="training"
+        [("models/optimization.py", "math.pi * after", "math.pi * (after + 1)")], {**MODEL, **LAST}, id="training"
     ),
     pytest.param(
         [("models/sampling.py", "implied.clamp(-1, 1)", "implied.clamp(-1, 1.5)")], {**SAMPLES, **LAST}, id="sampling"

@@ -174,7 +174,7 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
             benchmark.command(*ON_TWO_CORES), cwd=benchmark.repository, stdout=log, stderr=subprocess.STDOUT,
             env={**os.environ, "NO_COLOR": "1"},
         )  # fmt: skip
-    state = benchmark.results / "models/lung_ddpm/main/state"
+    state = benchmark.results / "models/lung_ddpm/main/all/state"
     wait_for(lambda: state.exists() and any(state.glob("step-*.pt")), run)
     slurm.kill_node_daemon()
     wait_for(slurm.is_up, run)
