@@ -71,7 +71,7 @@ def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path
     run = benchmark.run("--until", "train_generator", "merge_config")
     assert run.returncode == 0, run.stdout[-5000:]
     assert (tmp_path / "asked").read_text().startswith("--nodes 2 --ntasks 2 ")
-    assert "2 processes" in (benchmark.results / "logs/train_generator-lung_ddpm-main.log").read_text()
+    assert "2 processes" in (benchmark.results / "logs/train_generator-lung_ddpm-main-all.log").read_text()
 
     standalone = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "--", BIN / "lungddpm"]
     files = ["--config", "results/config.json", "--cases", "results/cases/cases.tsv", "--output", tmp_path / "one"]

@@ -99,7 +99,8 @@ def test_scans_are_counted_below_the_prefix(outer, tiny_benchmark, tmp_path):
     no_networks = {"arms": {"generators": ["paste_constant"], "controls": [], "synthetic_only": []}}
     source = {"source": {"kind": "lidc", "path": str(scans)}, "workflow": {"case_shards": 3, "synthesis_shards": 2}}
     overlay = {**no_networks, **source}
-    targets = [f"bench/results/arms/{arm}/arm.json" for arm in ("real", "real+paste_constant@1.0")]
+    arms = "bench/results/arms"
+    targets = [f"{arms}/real/arm.json", f"{arms}/real+paste_constant@1.0/draws/fold0_seed0/draw.json"]
     run = outer(*targets, overlay=overlay)
     assert run.returncode == 0, run.stdout[-5000:]
     cases = tmp_path / "bench/results/cases"

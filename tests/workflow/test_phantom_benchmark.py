@@ -219,7 +219,7 @@ def kill_during(process, log):
 @pytest.mark.slow
 def test_an_interrupted_run_ends_with_the_same_tables(tiny_benchmark, make_benchmark, tmp_path):
     benchmark = make_benchmark(tmp_path, TWO_ARMS)
-    for log in ("train_generator-lung_ddpm-main.log", "train_segmenter-real-fold0_seed0.log"):
+    for log in ("train_generator-lung_ddpm-main-all.log", "train_segmenter-real-fold0_seed0.log"):
         with open(os.devnull, "w") as nowhere:
             process = subprocess.Popen(
                 benchmark.command(), cwd=benchmark.repository, stdout=nowhere, stderr=subprocess.STDOUT
