@@ -366,7 +366,7 @@ class Segmentation(Section):
     network: Network | None = None
     """Patch and features; null takes what nnU-Net plans (`3d_fullres`)."""
     batch_size: Annotated[int, Field(ge=2)] = 2
-    """Patches an optimizer step."""
+    """Patches per optimizer step."""
     steps: PositiveInt = 250_000
     """Optimizer steps in every arm (nnU-Net's default: 1000 epochs of 250)."""
     save_every: PositiveInt = 250
@@ -450,7 +450,7 @@ class Instrument(Section):
 
     loss_fall: Share = 0.1
     """Largest share of the fall of a segmenter's training loss that may come in the last third of its steps, beyond
-    scatter; above it, segmenters are compared while they learn. (nnU-Net's 1000 epochs end below it.)"""
+    scatter; above it, segmenters are compared while they learn."""
     validation_rise: Share = 0.03
     """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter."""
     seam_ratio: Range = (0.8, 1.25)

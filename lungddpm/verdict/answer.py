@@ -37,7 +37,7 @@ _NEEDED = {
     "no difference shown": _OF_ANY | {POSITIVE, ENOUGH, GENERATOR},
 }
 """The checks that an answer needs: what was found has to be more than luck, what was not found could have been, and
-synthetic CT is not called useless for what is wrong with this generator's. Other outcomes are no answers."""
+what is wrong with this generator does not make synthetic CT useless. The other outcomes answer nothing."""
 _REASONS = {
     POSITIVE: "it does not show what more real data bring",
     NULL: "it calls an arm different that adds nothing",

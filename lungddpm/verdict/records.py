@@ -25,7 +25,7 @@ def quality_files(results: Path, generators: list[str]) -> dict[str, Path]:
 
 
 def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
-    """What `lungddpm quality` measured, over all samples of a generator; one row a generator, image, region and metric.
+    """What `lungddpm quality` measured, over all samples of a generator; one row per generator, image, region and metric.
 
     Args:
         samples: rows of `image_quality.COLUMNS`; summarised. Undefined values (empty regions) do not count towards n; a
@@ -85,7 +85,7 @@ def training_curves(config: Config, results: Path) -> pd.DataFrame:
 
 
 def timing_table(results: Path) -> pd.DataFrame:
-    """One row a job that Snakemake timed: `TIMING_COLUMNS`.
+    """One row per job that Snakemake timed: `TIMING_COLUMNS`.
 
     Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the record beside the log of the same name;
     jobs that were too short to be sampled have NaN memory.
