@@ -25,7 +25,7 @@ def quality_files(results: Path, generators: list[str]) -> dict[str, Path]:
 
 
 def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
-    """What `lungddpm quality` measured, over all samples of a generator; one row per generator, image, region and metric.
+    """What `lungddpm quality` measured, over all samples; one row per generator, image, region and metric.
 
     Args:
         samples: rows of `image_quality.COLUMNS`; summarised. Undefined values (empty regions) do not count towards n; a
