@@ -80,7 +80,7 @@ def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path
     )
     histories = [
         pd.read_csv(folder / "history.csv")
-        for folder in (benchmark.results / "models/lung_ddpm/main", tmp_path / "one")
+        for folder in (benchmark.results / "models/lung_ddpm/main/all", tmp_path / "one")
     ]
     assert len(histories[0]) == 3
     np.testing.assert_allclose(*(history["loss"] for history in histories), atol=1e-4, rtol=0)
