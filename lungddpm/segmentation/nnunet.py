@@ -379,6 +379,8 @@ def _preprocess_draw(arm_dir: Path, draw: dict[str, Any]) -> None:
     raw = draw_record(arm_dir, draw["replicate"]).parent
     with Progress(f"preprocessing the draw of {draw['replicate']}", len(draw["cases"])) as progress:
         for case in draw["cases"]:
+            for ending in (".b2nd", "_seg.b2nd", ".pkl"):  # of a killed training: blosc2 refuses to write over a file
+                (target / f"{case['name']}{ending}").unlink(missing_ok=True)
             image, label = (str(raw / file) for file in image_and_label(case["name"]))
             preprocessor.run_case_save(str(target / case["name"]), [image], label, plans, configuration, dataset_json)
             progress.advance()

@@ -398,6 +398,35 @@ def test_a_replicate_trains_on_its_own_draw_and_one_more_leaves_the_others_alone
     assert "is trained already" in caplog.text
 
 
+def test_a_killed_training_on_a_draw_of_its_own_goes_on(run, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "lungddpm")
+    config = parse_config({"segmentation": SHORT.segmentation.model_dump()})
+    table, arm, name = run / "cases" / "cases.tsv", run / "arms" / "drawn_and_killed", "real+lung_ddpm@0.25"
+    path = run / "synthetic" / "sample.tsv"
+    write_cases(path, read_cases(run / "synthetic" / "samples.tsv").iloc[:1])
+    run_compose(config, name, table, [], arm)
+    nnunet.run_plan_segmenter(config, arm, run / "arms" / "real")
+    run_compose_draw(config, name, "fold0_seed0", table, [path], arm)
+    step, steps = LungDDPMTrainer.train_step, 0
+
+    def die_at_the_sixth(trainer, batch):
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+        return step(trainer, batch)
+
+    monkeypatch.setattr(LungDDPMTrainer, "train_step", die_at_the_sixth)
+    with pytest.raises(KeyboardInterrupt):
+        nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
+    # As a kill in the middle of preprocessing leaves it.
+    preprocessed = arm / "nnUNet_preprocessed" / DATASET / "nnUNetPlans_3d_fullres" / "s0.b2nd"
+    preprocessed.write_bytes(preprocessed.read_bytes()[:300])
+    nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
+    assert "goes on after epoch" in caplog.text
+    assert len(checkpoint(arm)["logging"]["train_losses"]) == 4
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(run, tmp_path, monkeypatch):
     target = tmp_path / "checkpoint_latest.pth"
     target.write_bytes(b"complete")
