@@ -375,6 +375,9 @@ class Segmentation(Section):
     """`sgd`: nnU-Net's own (Nesterov momentum, polynomial decay); `adamw`: learns in hundreds of steps."""
     learning_rate: PositiveFloat = 1e-2
     """Initial learning rate, decayed polynomially to zero."""
+    foreground_prior: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Probability of nodule that an untrained network gives every voxel, e.g. 0.01 (as for the focal loss, Lin et al.
+    2017): hundreds of steps are then not spent on learning that nodules are rare. null starts as nnU-Net does."""
     n_folds: Annotated[int, Field(ge=2)] = 5
     """The real training cases are split, by patient, into this many folds, balanced by nodule volume."""
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]

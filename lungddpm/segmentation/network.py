@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import re
+
 import torch
 
 from lungddpm.core.memory import keep_freed_memory
+
+_OF_OUTPUTS = re.compile(r"\bdecoder\.seg_layers\.\d+\.bias$")
 
 
 def suit_to_device(network: torch.nn.Module, device: torch.device) -> None:
@@ -16,3 +21,21 @@ def suit_to_device(network: torch.nn.Module, device: torch.device) -> None:
     if device.type == "cpu":
         keep_freed_memory()
         network.to(memory_format=torch.channels_last_3d)
+
+
+def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
+    """Let an untrained U-Net of nnU-Net give every voxel this probability of nodule, by the biases of its last layers.
+
+    nnU-Net starts at one half. Where nodules are one voxel in a thousand, its network then first learns to answer
+    "background" everywhere, and there the Dice loss hardly has a gradient: hundreds of steps pass before it finds a
+    nodule. Lin et al., Focal loss for dense object detection, 2017, section 4.1.
+
+    Args:
+        network: with two classes, background and nodule, and the layers of its outputs in `decoder.seg_layers`.
+        nodule: probability, between 0 and 1.
+    """
+    logits = torch.tensor([0.0, math.log(nodule / (1 - nodule))])
+    with torch.no_grad():
+        for name, values in network.named_parameters():
+            if _OF_OUTPUTS.search(name):
+                values.copy_(logits)

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 from pathlib import Path
 from shutil import copytree
@@ -349,6 +350,24 @@ def test_two_stages_train_without_deep_supervision(run):
     path.write_text(json.dumps(plans))
     nnunet.run_train_segmenter(configured(steps=2, save_every=1), arm, 0, 0, "cpu")
     assert all(np.isfinite(checkpoint(arm)["logging"]["train_losses"]))
+
+
+def test_a_network_starts_at_the_prior_that_is_set(run):
+    arm = run / "arms" / "prior"
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    first_loss = {}
+    for prior in (None, 0.01):
+        config = configured(steps=1, save_every=1, learning_rate=1e-6, foreground_prior=prior)
+        nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
+        state = checkpoint(arm)
+        first_loss[prior] = state["logging"]["train_losses"][0]
+        heads = [name for name in state["network_weights"] if re.fullmatch(r"decoder\.seg_layers\.\d+\.bias", name)]
+        for name in heads:
+            odds = torch.softmax(state["network_weights"][name], 0)
+            assert (odds[1].item() == pytest.approx(prior, abs=1e-6)) == (prior is not None)
+        assert heads
+    # Cross-entropy of voxels that are nearly all background: ln 2 at one half, ln(1 / 0.99) at the prior.
+    assert first_loss[0.01] < first_loss[None] - 0.4
 
 
 def test_a_finished_training_is_kept_and_one_of_other_settings_discarded(run, caplog):

@@ -12,7 +12,10 @@ import yaml
 BIN = Path(sys.executable).parent
 TINY = {
     "source": {
-        "phantom": {"patients": 6, "matrix": 96, "pixel_mm": 3.6, "slice_mm": 6.0, "nodule_diameter_mm": [16, 30]},
+        "phantom": {
+            "patients": 6, "matrix": 96, "pixel_mm": 3.6, "slice_mm": 6.0,
+            "nodules": [2, 4], "nodule_diameter_mm": [16, 30],
+        },
     },
     "roles": {"discovery": 3, "reference": 1, "test": 2},
     "grid": {"size": [32, 32, 32], "extent": "lungs"},
@@ -23,7 +26,7 @@ TINY = {
             "sampling": {"steps": 4},
         },
     },
-    "arms": {"doses": [1.0], "synthetic_only": ["lung_ddpm"]},
+    "arms": {"doses": [1.0], "controls": ["real"], "control_dose": 1.0, "synthetic_only": ["lung_ddpm"]},
     "segmentation": {
         "network": {"patch": [16, 16, 16], "features": [4, 8]},
         "steps": 20,

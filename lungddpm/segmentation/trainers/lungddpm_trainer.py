@@ -17,7 +17,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from lungddpm.core.files import atomic_path, read_json, seed_from
 from lungddpm.core.progress import Progress, shorten_paths
-from lungddpm.segmentation.network import suit_to_device
+from lungddpm.segmentation.network import start_at_prior, suit_to_device
 
 SETTINGS_FILE = "training.json"
 
@@ -25,9 +25,10 @@ SETTINGS_FILE = "training.json"
 class LungDDPMTrainer(nnUNetTrainer):
     """nnU-Net's trainer for a fixed number of optimizer steps, repeatable and resumable.
 
-    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `seed`, `split`) are read from `training.json` in
-    the fold's result folder; without that file it trains as nnU-Net does. On a CPU with the loader in the process
-    (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed and resumed.
+    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `foreground_prior`, `seed`, `split`) are read
+    from `training.json` in the fold's result folder; without that file it trains as nnU-Net does. On a CPU with the
+    loader in the process (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed
+    and resumed.
     """
 
     initial_lr: float
@@ -41,6 +42,7 @@ class LungDDPMTrainer(nnUNetTrainer):
         self.split: dict[str, list[str]] | None = settings.get("split")
         self.optimizer_name = settings.get("optimizer", "sgd")
         self.initial_lr = settings.get("learning_rate", self.initial_lr)
+        self.foreground_prior: float | None = settings.get("foreground_prior")
         self.num_iterations_per_epoch = settings.get("save_every", self.num_iterations_per_epoch)
         self.num_epochs = settings.get("steps", 1000 * self.num_iterations_per_epoch) // self.num_iterations_per_epoch
         # The validation patches only draw a curve: the last weights are used, whatever it says.
@@ -54,6 +56,8 @@ class LungDDPMTrainer(nnUNetTrainer):
         """Build network, optimizer and loss from the seed."""
         self._seed_all("start")
         super().initialize()
+        if self.foreground_prior is not None:
+            start_at_prior(self.network, self.foreground_prior)
         suit_to_device(self.network, self.device)
 
     def do_split(self) -> tuple[list[str], list[str]]:
