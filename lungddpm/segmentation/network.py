@@ -9,7 +9,7 @@ import torch
 
 from lungddpm.core.memory import keep_freed_memory
 
-_OF_OUTPUTS = re.compile(r"\bdecoder\.seg_layers\.\d+\.bias$")
+_OF_OUTPUTS = re.compile(r"\bdecoder\.seg_layers\.\d+\.(bias|weight)$")
 
 
 def suit_to_device(network: torch.nn.Module, device: torch.device) -> None:
@@ -24,11 +24,12 @@ def suit_to_device(network: torch.nn.Module, device: torch.device) -> None:
 
 
 def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
-    """Let an untrained U-Net of nnU-Net give every voxel this probability of nodule, by the biases of its last layers.
+    """Let an untrained U-Net of nnU-Net give every voxel this probability of nodule.
 
-    nnU-Net starts at one half. Where nodules are one voxel in a thousand, its network then first learns to answer
-    "background" everywhere, and there the Dice loss hardly has a gradient: hundreds of steps pass before it finds a
-    nodule. Lin et al., Focal loss for dense object detection, 2017, section 4.1.
+    nnU-Net starts at about one half. Where nodules are one voxel in a thousand, its network then first learns to answer
+    "background" everywhere, and there the Dice loss hardly has a gradient: hundreds of steps may pass before it finds a
+    nodule. The biases of the last layers set the probability; their weights start small, because nnU-Net's own would
+    make it another one for each seed. Lin et al., Focal loss for dense object detection, 2017, section 4.1.
 
     Args:
         network: with two classes, background and nodule, and the layers of its outputs in `decoder.seg_layers`.
@@ -37,5 +38,7 @@ def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
     logits = torch.tensor([0.0, math.log(nodule / (1 - nodule))])
     with torch.no_grad():
         for name, values in network.named_parameters():
-            if _OF_OUTPUTS.search(name):
+            if (found := _OF_OUTPUTS.search(name)) and found[1] == "bias":
                 values.copy_(logits)
+            elif found:
+                torch.nn.init.normal_(values, std=0.01)

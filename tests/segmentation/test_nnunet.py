@@ -365,6 +365,8 @@ def test_a_network_starts_at_the_prior_that_is_set(run):
         for name in heads:
             odds = torch.softmax(state["network_weights"][name], 0)
             assert (odds[1].item() == pytest.approx(prior, abs=1e-6)) == (prior is not None)
+            spread = state["network_weights"][name.replace("bias", "weight")].std().item()
+            assert (spread < 0.02) == (prior is not None)
         assert heads
     # Cross-entropy of voxels that are nearly all background: ln 2 at one half, ln(1 / 0.99) at the prior.
     assert first_loss[0.01] < first_loss[None] - 0.4
