@@ -28,8 +28,9 @@ def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
 
     nnU-Net starts at about one half. Where nodules are one voxel in a thousand, its network then first learns to answer
     "background" everywhere, and there the Dice loss hardly has a gradient: hundreds of steps may pass before it finds a
-    nodule. The biases of the last layers set the probability; their weights start small, because nnU-Net's own would
-    make it another one for each seed. Lin et al., Focal loss for dense object detection, 2017, section 4.1.
+    nodule. The biases of the last layers set the probability (Lin et al., Focal loss for dense object detection, 2017,
+    section 4.1). Their weights are centered: the normalized channels that they sum all have the same mean at the start,
+    which would make the probability another one for each seed.
 
     Args:
         network: with two classes, background and nodule, and the layers of its outputs in `decoder.seg_layers`.
@@ -41,4 +42,4 @@ def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
             if (found := _OF_OUTPUTS.search(name)) and found[1] == "bias":
                 values.copy_(logits)
             elif found:
-                torch.nn.init.normal_(values, std=0.01)
+                values.sub_(values.mean(dim=1, keepdim=True))
