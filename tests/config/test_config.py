@@ -31,7 +31,7 @@ def leaves(values, prefix=()):
 def test_default_config_is_the_phantom_demo(repository):
     config = load_config(repository / "config.yaml")
     assert config.source.kind == "phantom"
-    assert config.arms.names() == ["real", "real+lung_ddpm@0.5", "real+lung_ddpm@1.0", "real+real"]
+    assert config.arms.names() == ["real", "real+lung_ddpm@3.0", "real+real", "real+reference@3.0"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
