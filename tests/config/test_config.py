@@ -34,6 +34,11 @@ def test_default_config_is_the_phantom_demo(repository):
     assert config.arms.names() == ["real", "real+lung_ddpm@3.0", "real+real", "real+reference@3.0"]
 
 
+def test_nothing_differs_in_the_null_benchmark(repository):
+    config = load_config(repository / "config.yaml", repository / "benchmarks/null.yaml")
+    assert config.arms.names() == ["real", "real+real"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_overlays_are_valid_with_a_path(repository, tmp_path, overlay):
     mine = tmp_path / "mine.yaml"
@@ -83,7 +88,7 @@ def test_a_key_set_back_to_its_default_counts_in_the_jobs():
     assert load_config(config.differences()).grid.size == (64, 64, 64)
 
 
-@pytest.mark.parametrize("file", ["config.yaml", "config/lidc.yaml", "config/paper.yaml"])
+@pytest.mark.parametrize("file", ["config.yaml", "config/lidc.yaml", "config/paper.yaml", "benchmarks/null.yaml"])
 def test_editors_find_the_schema_that_a_config_keeps(repository, file):
     path = repository / file
     schema = re.match(r"# yaml-language-server: \$schema=(.*)\n", path.read_text())[1]

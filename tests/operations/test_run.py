@@ -252,7 +252,7 @@ def test_without_a_snakefile_the_shipped_workflow_runs_with_the_demos_config(tmp
     assert code == 0, output
     assert "No Snakefile in this folder: running the workflow of lungddpm" in output
     assert "'lungddpm init' copies it" in output
-    assert re.search(r"^train_segmenter +8$", output, re.MULTILINE)
+    assert re.search(r"^train_segmenter +16$", output, re.MULTILINE)
     assert "/profiles/default for setting default" in output
 
 
