@@ -89,7 +89,7 @@ def test_version(lungddpm):
 def test_an_empty_folder_plans_the_demo(lungddpm):
     run = lungddpm("run", "--dry-run")
     assert run.returncode == 0, run.stdout[-3000:]
-    assert re.search(r"^train_segmenter +8$", run.stdout, re.MULTILINE)
+    assert re.search(r"^train_segmenter +16$", run.stdout, re.MULTILINE)
     assert "shipped/profiles/default for setting default" in run.stdout
     assert not list(lungddpm.folder.glob("results/[!.]*"))
     validated = lungddpm("config", "validate")

@@ -25,7 +25,7 @@ EVERYTHING = {
         "synthetic_only": ["lung_ddpm"],
         "external": {"maisi": "maisi"},
     },
-    "segmentation": {"folds": [0, 2], "seeds": [0, 1]},
+    "segmentation": {"n_folds": 3, "folds": [0, 2], "seeds": [0, 1]},
 }
 
 
@@ -41,7 +41,7 @@ def stage(stages, name):
 
 
 NUMBERS = {
-    "arms": {"real_cases": [4, "all", 8], "doses": [0.5, 1.0], "synthetic_only": ["lung_ddpm"]},
+    "arms": {"real_cases": [2, "all", 3], "doses": [0.5, 1.0], "synthetic_only": ["lung_ddpm"]},
     "synthesis": {"training_per_replicate": True},
 }
 
@@ -98,8 +98,8 @@ def test_draws_and_trainings_are_paid_for_each_replicate(repository, tmp_path):
 
 def test_more_real_cases_than_there_are_cannot_be_planned(repository, tmp_path):
     mine = tmp_path / "mine.yaml"
-    mine.write_text("arms: {real_cases: [11, all]}")
-    with pytest.raises(ConfigError, match=r"arms\.real_cases: names 11, but there are 10 usable discovery cases"):
+    mine.write_text("arms: {real_cases: [5, all]}")
+    with pytest.raises(ConfigError, match=r"arms\.real_cases: names 5, but there are 4 usable discovery cases"):
         plan(repository, "config.yaml", mine)
 
 
