@@ -105,6 +105,9 @@ class Training(Section):
     """Optimizer steps."""
     loss: Literal["l1", "l2"] = "l1"
     """What the network minimises: its mean absolute error (`l1`, as published) or its mean squared error (`l2`)."""
+    lesion_weight: PositiveFloat = 1.0
+    """How many times as much a nodule voxel counts in the loss as another one (published: 1; MAISI-v2: 100); a batch's
+    weights have the mean 1."""
     batch_size: PositiveInt = 1
     """Volumes (or crops) per forward pass."""
     accumulation: PositiveInt = 2

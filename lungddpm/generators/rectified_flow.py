@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lungddpm.config.sections import GeneratorConfig, PositiveFloat, PositiveInt, Section, UNetSettings
+from lungddpm.config.sections import GeneratorConfig, PositiveInt, Section, UNetSettings
 from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
 
@@ -45,9 +45,6 @@ class Settings(UNetSettings):
     times: Literal["uniform", "logit_normal"] = "uniform"
     """How training draws its times: evenly, or as logistic functions of standard normal numbers, which gives more of
     the middle between CT and noise."""
-    lesion_weight: PositiveFloat = 1.0
-    """How many times as much a nodule voxel counts in the loss as another one (MAISI-v2: 100); a batch's weights have
-    the mean 1."""
     sampling: FlowSampling = FlowSampling()
 
 
@@ -55,12 +52,11 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     """Trained on whole volumes, or on crops around anything that the layouts name."""
     from lungddpm.models.denoiser import build_denoiser
     from lungddpm.models.flow import VelocityPrediction
-    from lungddpm.models.objectives import unet_inputs
+    from lungddpm.models.objectives import WeightedError, unet_inputs
     from lungddpm.models.recipe import Recipe
 
     settings = config.settings
-    nodule_channel = settings.classes.index("nodule")
-    objective = VelocityPrediction(settings.times, settings.training.loss, settings.lesion_weight, nodule_channel)
+    objective = VelocityPrediction(settings.times, WeightedError.of(settings))
     return Recipe(
         build=lambda: build_denoiser(config),
         load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, winograd=False),

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from lungddpm.models.objectives import ERRORS, Loss
+from lungddpm.models.objectives import WeightedError
 from lungddpm.models.recipe import Batch, Network
 from lungddpm.models.sampling import clamp
 
@@ -28,15 +28,11 @@ class VelocityPrediction:
 
     Args:
         times: how times are drawn.
-        loss: how the error counts.
-        lesion_weight: how many times as much a nodule voxel counts as another one; the weights of a batch have the
-            mean 1.
-        nodule_channel: of the condition.
+        error: how the velocity's error counts.
     """
 
-    def __init__(self, times: Times, loss: Loss, lesion_weight: float, nodule_channel: int):
-        self.times, self.error = times, ERRORS[loss]
-        self.lesion_weight, self.nodule_channel = lesion_weight, nodule_channel
+    def __init__(self, times: Times, error: WeightedError):
+        self.times, self.error = times, error
 
     def draw_level(self, generator: torch.Generator) -> torch.Tensor:
         """A time: float32, from 0 to 1."""
@@ -48,10 +44,7 @@ class VelocityPrediction:
         """See `Objective.loss`."""
         noisy = at_time(batch.clean, batch.noise, batch.levels)
         predicted = network(torch.cat([noisy, batch.condition], dim=1), NETWORK_TIME * batch.levels)
-        error = self.error(predicted.float(), batch.noise - batch.clean, reduction="none")
-        in_nodule = batch.condition[:, self.nodule_channel, None] > 0
-        weight = torch.where(in_nodule, self.lesion_weight, 1.0)
-        return (weight * error).mean() / weight.mean()
+        return self.error(predicted, batch.noise - batch.clean, batch.condition)
 
 
 class FlowSolver:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, UNetSettings
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings, UNetSettings
 from lungddpm.core.labels import Label
 from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.prediction import Prediction, target_of
@@ -18,7 +18,32 @@ from lungddpm.models.recipe import INSIDE, Batch, Network, Recipe
 from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
 
 Loss = Literal["l1", "l2"]
-ERRORS: dict[Loss, Callable[..., torch.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+_ERRORS: dict[Loss, Callable[..., torch.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+
+
+class WeightedError:
+    """The mean error of a prediction, in which nodule voxels may count more; the weights of a batch have the mean 1.
+
+    Args:
+        loss: how the error of a voxel counts.
+        lesion_weight: how many times as much a nodule voxel counts as another one.
+        nodule_channel: of the condition.
+    """
+
+    def __init__(self, loss: Loss, lesion_weight: float, nodule_channel: int):
+        self.error, self.lesion_weight, self.nodule_channel = _ERRORS[loss], lesion_weight, nodule_channel
+
+    @classmethod
+    def of(cls, settings: TrainedSettings) -> WeightedError:
+        """As a generator's training has it."""
+        training = settings.training
+        return cls(training.loss, training.lesion_weight, settings.classes.index("nodule"))
+
+    def __call__(self, predicted: torch.Tensor, target: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """A scalar, from tensors (N, 1, D, H, W) and the condition (N, C, D, H, W)."""
+        error = self.error(predicted.float(), target, reduction="none")
+        weight = torch.where(condition[:, self.nodule_channel, None] > 0, self.lesion_weight, 1.0)
+        return (weight * error).mean() / weight.mean()
 
 
 class DiffusionLoss:
@@ -27,12 +52,12 @@ class DiffusionLoss:
     Args:
         timesteps: noise levels T of the cosine schedule.
         prediction: what is predicted.
-        loss: how its error counts.
+        error: how its error counts.
         device: where the batches are.
     """
 
-    def __init__(self, timesteps: int, prediction: Prediction, loss: Loss, device: torch.device):
-        self.timesteps, self.prediction, self.error = timesteps, prediction, ERRORS[loss]
+    def __init__(self, timesteps: int, prediction: Prediction, error: WeightedError, device: torch.device):
+        self.timesteps, self.prediction, self.error = timesteps, prediction, error
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing finer
         self.signal = alphas_cumprod(cosine_betas(timesteps)).to(device, exact)
 
@@ -47,7 +72,7 @@ class DiffusionLoss:
         scales = variance.sqrt().to(noisy), (1 - variance).sqrt().to(noisy)
         target = target_of(self.prediction, batch.clean, batch.noise, *scales)
         predicted = network(torch.cat([noisy, batch.condition], dim=1), batch.levels)
-        return self.error(predicted.float(), target)
+        return self.error(predicted, target, batch.condition)
 
 
 def unet_inputs(config: GeneratorConfig[UNetSettings], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +94,9 @@ def diffusion_recipe(
     return Recipe(
         build=lambda: build_denoiser(config),
         load=load,
-        objective=lambda device: DiffusionLoss(settings.timesteps, settings.prediction, settings.training.loss, device),
+        objective=lambda device: DiffusionLoss(
+            settings.timesteps, settings.prediction, WeightedError.of(settings), device
+        ),
         inputs=lambda shape: unet_inputs(config, shape),
         crop_centres=crop_centres,
         needs_nodule=needs_nodule,

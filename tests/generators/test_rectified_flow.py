@@ -22,12 +22,12 @@ from lungddpm.operations.plan import Cohort, known_speed, plan_run
 NETWORK = {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False}
 TRAINING = {
     "steps": 3, "batch_size": 2, "accumulation": 1, "learning_rate": 2e-3, "crop": 8, "precision": "fp32",
-    "ema_start": 1, "save_every": 2, "sample_every": 2,
+    "ema_start": 1, "save_every": 2, "sample_every": 2, "lesion_weight": 10,
 }  # fmt: skip
 VALUES = {
     "grid": {"size": [16, 16, 16]},
     "generators": {
-        "rectified_flow": {"denoiser": NETWORK, "training": TRAINING, "sampling": {"steps": 3}, "lesion_weight": 10},
+        "rectified_flow": {"denoiser": NETWORK, "training": TRAINING, "sampling": {"steps": 3}},
         "lung_ddpm": {"denoiser": NETWORK, "timesteps": 20, "sampling": {"steps": 3}},
     },
     "arms": {"generators": ["rectified_flow"], "doses": [1.0], "controls": []},
@@ -131,7 +131,7 @@ def test_the_training_goes_on_from_its_own_weights(trained, config):
 
 def test_wrong_settings_are_named():
     for keys, message in (
-        ({"lesion_weight": 0}, "generators.rectified_flow.lesion_weight"),
+        ({"training": {"lesion_weight": 0}}, "generators.rectified_flow.training.lesion_weight"),
         ({"times": "cosine"}, "generators.rectified_flow.times"),
         ({"training": {"crop": 7}}, "training.crop 7 is not divisible by 2"),
     ):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from lungddpm.models.flow import FlowSolver, VelocityPrediction
+from lungddpm.models.objectives import WeightedError
 from lungddpm.models.recipe import Batch
 from lungddpm.models.sampling import sample_aas, sample_free
 
@@ -89,14 +90,14 @@ def batch(clean, condition):
 
 @pytest.mark.parametrize("lesion_weight", [1.0, 10.0])
 def test_the_exact_velocity_has_no_loss(batch, lesion_weight):
-    objective = VelocityPrediction("uniform", "l1", lesion_weight, nodule_channel=1)
+    objective = VelocityPrediction("uniform", WeightedError("l1", lesion_weight, nodule_channel=1))
     assert objective.loss(towards(batch.clean), batch).item() == pytest.approx(0, abs=1e-5)
 
 
 @pytest.mark.parametrize("lesion_weight", [1.0, 10.0])
 @pytest.mark.parametrize(("loss", "power"), [("l1", 1), ("l2", 2)])
 def test_nodules_count_more_and_weights_have_the_mean_one(batch, lesion_weight, loss, power):
-    objective = VelocityPrediction("uniform", loss, lesion_weight, nodule_channel=1)
+    objective = VelocityPrediction("uniform", WeightedError(loss, lesion_weight, nodule_channel=1))
     exact, nodule = towards(batch.clean), batch.condition[:, 1:] > 0
     off_by = 0.5
     everywhere = objective.loss(lambda *inputs: exact(*inputs) + off_by, batch)
@@ -109,7 +110,7 @@ def test_nodules_count_more_and_weights_have_the_mean_one(batch, lesion_weight, 
 
 @pytest.mark.parametrize(("times", "within_one_sd"), [("uniform", 0.462), ("logit_normal", 0.683)])
 def test_times_are_spread_as_they_should(times, within_one_sd):
-    objective, generator = VelocityPrediction(times, "l1", 1.0, 1), torch.Generator().manual_seed(0)
+    objective, generator = VelocityPrediction(times, WeightedError("l1", 1.0, 1)), torch.Generator().manual_seed(0)
     drawn = np.array([objective.draw_level(generator).item() for _ in range(4000)])
     assert drawn.min() >= 0
     assert drawn.max() <= 1

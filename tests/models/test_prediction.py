@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from lungddpm.models.objectives import DiffusionLoss
+from lungddpm.models.objectives import DiffusionLoss, WeightedError
 from lungddpm.models.prediction import clean_of, noise_of, target_of
 from lungddpm.models.recipe import Batch
 from lungddpm.models.sampling import invert, make_solver, sample_aas, sample_free
@@ -66,14 +66,20 @@ def test_without_noise_a_predicted_ct_implies_nothing_about_it(clean):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("name", "power"), [("l1", 1), ("l2", 2)])
-def test_the_loss_is_the_mean_error_of_what_is_predicted(kind, name, power, clean, noise):
-    batch = Batch(clean, torch.ones(2, 2, 6, 6, 6), noise, torch.tensor([10, 220]))
-    found = DiffusionLoss(250, kind, name, torch.device("cpu")).loss(lambda inputs, _: 0.5 * inputs[:, :1], batch)
+@pytest.mark.parametrize("lesion_weight", [1.0, 50.0])
+def test_the_loss_is_the_mean_error_of_what_is_predicted(kind, name, power, lesion_weight, clean, noise):
+    condition = torch.ones(2, 2, 6, 6, 6)
+    condition[:, 1, 2:] = 0
+    batch = Batch(clean, condition, noise, torch.tensor([10, 220]))
+    objective = DiffusionLoss(250, kind, WeightedError(name, lesion_weight, 1), torch.device("cpu"))
+    found = objective.loss(lambda inputs, _: 0.5 * inputs[:, :1], batch)
     a, s = (share.sqrt().view(-1, 1, 1, 1, 1) for share in (SIGNAL[[10, 220]], 1 - SIGNAL[[10, 220]]))
     target = {"epsilon": noise, "v": a * noise - s * clean, "clean": clean}[kind]
-    assert found.item() == pytest.approx(
-        ((a * clean + s * noise) / 2 - target).abs().pow(power).mean().item(), rel=1e-5
-    )
+    error = ((a * clean + s * noise) / 2 - target).abs().pow(power)
+    # The nodule fills a third.
+    of_nodule, of_others = error[:, :, :2].mean().item(), error[:, :, 2:].mean().item()
+    expected = (lesion_weight * of_nodule + 2 * of_others) / (lesion_weight + 2)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
