@@ -29,8 +29,8 @@ def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
     nnU-Net starts at about one half. Where nodules are one voxel in a thousand, its network then first learns to answer
     "background" everywhere, and there the Dice loss hardly has a gradient: hundreds of steps may pass before it finds a
     nodule. The biases of the last layers set the probability (Lin et al., Focal loss for dense object detection, 2017,
-    section 4.1). Their weights are centered: the normalized channels that they sum all have the same mean at the start,
-    which would make the probability another one for each seed.
+    section 4.1). Their weights are centered so that they add no offset: the normalized channels that they sum share one
+    mean at the start, and nnU-Net's random weights would turn it into a different probability for each seed.
 
     Args:
         network: with two classes, background and nodule, and the layers of its outputs in `decoder.seg_layers`.
