@@ -182,22 +182,12 @@ def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
     for copy in (whole, killed):
         copytree(run / "arms" / "real", copy, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
     nnunet.run_train_segmenter(SHORT, whole, 0, 0, "cpu")
-    steps = 0
-    step = LungDDPMTrainer.train_step
-
-    def stop_in_the_third_epoch(trainer, batch):
-        nonlocal steps
-        steps += 1
-        if steps == 6:
-            raise KeyboardInterrupt
-        return step(trainer, batch)
-
-    monkeypatch.setattr(LungDDPMTrainer, "train_step", stop_in_the_third_epoch)
+    taken = stop_at(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         nnunet.run_train_segmenter(SHORT, killed, 0, 0, "cpu")
     assert checkpoint(killed, "checkpoint_latest.pth")["current_epoch"] == 2
     nnunet.run_train_segmenter(SHORT, killed, 0, 0, "cpu")
-    assert steps == 6 + 4
+    assert len(taken) == 6 + 4
     ours, theirs = checkpoint(whole), checkpoint(killed)
     for name, weights in ours["network_weights"].items():
         assert torch.equal(weights, theirs["network_weights"][name])
@@ -437,16 +427,7 @@ def test_a_killed_training_on_a_draw_of_its_own_goes_on(run, monkeypatch, caplog
     run_compose(config, name, table, [], arm)
     nnunet.run_plan_segmenter(config, arm, run / "arms" / "real")
     run_compose_draw(config, name, "fold0_seed0", table, [path], arm)
-    step, steps = LungDDPMTrainer.train_step, 0
-
-    def die_at_the_sixth(trainer, batch):
-        nonlocal steps
-        steps += 1
-        if steps == 6:
-            raise KeyboardInterrupt
-        return step(trainer, batch)
-
-    monkeypatch.setattr(LungDDPMTrainer, "train_step", die_at_the_sixth)
+    stop_at(monkeypatch, 6)
     with pytest.raises(KeyboardInterrupt):
         nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
     # As a kill in the middle of preprocessing leaves it.
