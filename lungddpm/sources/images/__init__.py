@@ -159,10 +159,13 @@ def _without_image(top: Path, label: Path) -> Series:
 
 
 def _check_channels(pair: Pair) -> None:
+    if pair.image in pair.others:
+        remedy = "Add the CT as channel 0000, without the others."
+        raise InputError(pair.image, "is not channel 0000, which should be the CT and is missing", remedy)
     if pair.others:
         others = ", ".join(file.name for file in pair.others)
-        remedy = "Copy the data set without it; the CT is channel 0000."
-        raise InputError(pair.image, f"has further channels beside it ({others}), but a CT is one", remedy)
+        problem = f"has further channels beside it ({others}), but a CT is one"
+        raise InputError(pair.image, problem, "Give a copy of the data set with channel 0000 alone, if that is the CT.")
 
 
 def _describe(top: Path, pair: Pair) -> dict:

@@ -25,7 +25,7 @@ class Pair:
         name: of the case, without suffix and channel.
         image: the CT.
         label: its labels; None where there are none.
-        others: images of further channels.
+        others: images of channels other than the first; `image` is among them where that is missing.
     """
 
     name: str
@@ -102,7 +102,7 @@ def _pair(images: list[Path], labels: list[Path]) -> tuple[list[Pair], list[Path
         name = case_name(image.name)
         pairs.append(Pair(name, image, label_of.get(stem, label_of.get(name))))
     pairs = [Pair(pair.name, pair.image, pair.label, tuple(others.pop(pair.name, ()))) for pair in pairs]
-    pairs += [Pair(name, first, label_of.get(name), tuple(rest)) for name, (first, *rest) in others.items()]
+    pairs += [Pair(name, first, label_of.get(name), (first, *rest)) for name, (first, *rest) in others.items()]
     paired = {pair.label for pair in pairs}
     return pairs, [label for label in labels if label not in paired]
 

@@ -95,10 +95,12 @@ def _names(path: Path, can_do_without: bool) -> dict[int, str]:
         raise InputError(path.absolute(), "has no labels", _EXAMPLE)
     names: dict[int, str] = {}
     for key, value in labels.items():
+        if isinstance(value, list) and can_do_without:
+            continue
         number, name = (int(key), value) if key.isdecimal() else (value, key)
         if not _is_number(number) or not isinstance(name, str) or number in names:
             problem = f"has a label that is not one number and one name ('{key}': {value!r:.60})"
-            raise InputError(path.absolute(), problem, 'Write {"tumour": 1} or {"1": "tumour"}; regions are not read.')
+            raise InputError(path.absolute(), problem, f'Write {{"tumour": 1}} or {{"1": "tumour"}}, or set {_KEY}.')
         names[number] = name
     return names
 

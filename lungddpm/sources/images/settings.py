@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
@@ -25,13 +26,20 @@ def _check_pattern(pattern: str | None) -> str | None:
     return pattern
 
 
+def _check_table(name: str | None) -> str | None:
+    # Jobs and results know the user's folder, and no other place of his.
+    if name is not None and Path(name).name != name:
+        raise ValueError("is the name of a file in the folder of the data set, without a folder of its own")
+    return name
+
+
 class Images(Section):
     """How a folder of image files is read. Used when `source.kind` is `images`."""
 
     labels: dict[LabelName, Meaning] = {}
     """What the labels are, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It goes before
     the names of dataset.json. Without either, 1 is lung, 2 nodule, 3 vessel."""
-    patient_table: str | None = None
+    patient_table: Annotated[str | None, AfterValidator(_check_table)] = None
     """A table with the columns `file` and `patient` in the folder of the data set, such as participants.tsv (tabs) or
     patients.csv, for several scans of one patient. null: each scan is a patient of its own."""
     patient_pattern: Annotated[str | None, AfterValidator(_check_pattern)] = None
