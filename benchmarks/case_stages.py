@@ -22,12 +22,12 @@ import psutil
 
 from lungddpm.config.loading import load_config
 from lungddpm.layouts import compose
-from lungddpm.sources import lidc, nifti
+from lungddpm.sources import images, lidc
 from lungddpm.sources.index import index_source
 
 INTERVAL_S = 0.01
 STAGES = {
-    "read the scan": ((lidc, "load_scan"), (nifti, "load_scan")),
+    "read the scan": ((lidc, "load_scan"), (images, "load_scan")),
     "lungs": ((compose, "segment_lungs"), (compose, "split_lungs")),
     "vessels": ((compose, "segment_vessels"),),
     "nodules": ((compose, "find_nodules"),),

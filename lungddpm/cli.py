@@ -143,7 +143,8 @@ def index(
     from lungddpm.sources.index import index_source, write_index
 
     settings = load_config(*config, needs_source=source is None)
-    found = index_source(settings.source.kind, _source_folder(settings, source), output.with_suffix(".cache.json"))
+    folder, cache = _source_folder(settings, source), output.with_suffix(".cache.json")
+    found = index_source(settings.source.kind, folder, cache, settings.source.reading())
     try:
         found = assign_roles(found, settings.roles, settings.seed)
     finally:

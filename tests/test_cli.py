@@ -156,7 +156,7 @@ def scans(tmp_path):
 
 
 def test_index_without_a_usable_series_leaves_the_reasons_and_fails(tmp_path, scans):
-    config = config_for(tmp_path, source={"kind": "nifti", "path": str(scans)})
+    config = config_for(tmp_path, source={"kind": "images", "path": str(scans)})
     run = lungddpm("index", "-c", config, "--output", "index.tsv", cwd=tmp_path)
     assert run.returncode == 2
     assert "0 usable patients" in run.stderr
@@ -167,7 +167,7 @@ def test_index_without_a_usable_series_leaves_the_reasons_and_fails(tmp_path, sc
 
 @pytest.mark.parametrize("verb", ["index", "prepare"])
 def test_a_source_on_the_command_line_stands_for_the_one_of_the_config(tmp_path, scans, verb):
-    config = config_for(tmp_path, source={"kind": "nifti"})
+    config = config_for(tmp_path, source={"kind": "images"})
     without = lungddpm(verb, "-c", config, cwd=tmp_path)
     assert "source.path is needed" in without.stderr
     run = lungddpm(verb, "-c", config, "--source", scans, cwd=tmp_path)
@@ -178,7 +178,7 @@ def test_a_source_on_the_command_line_stands_for_the_one_of_the_config(tmp_path,
 def test_the_home_folder_on_the_command_line_and_in_the_config(tmp_path, scans, monkeypatch):
     monkeypatch.setenv("HOME", str(scans.parent))
     for path, option in (("~/scans", ()), ("none", ("--source=~/scans",))):
-        config = config_for(tmp_path, source={"kind": "nifti", "path": path})
+        config = config_for(tmp_path, source={"kind": "images", "path": path})
         assert "0 usable patients" in lungddpm("index", "-c", config, *option, cwd=tmp_path).stderr
 
 
@@ -224,7 +224,7 @@ def prepare_pairs(folder, test_patient):
     """Index, prepare and collect with that patient in the role test; the last stage's process."""
     config = config_for(
         folder,
-        source={"kind": "nifti", "path": str(folder / "data")},
+        source={"kind": "images", "path": str(folder / "data")},
         roles={"discovery": ["good1"], "reference": ["good2"], "test": [test_patient]},
         grid={"size": [32, 32, 32]},
         generators={"lung_ddpm": {"denoiser": {"attention": False}}},

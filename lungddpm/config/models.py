@@ -86,6 +86,16 @@ class _SourceKeys(Section):
         """Whether the patients are not real: the source makes them."""
         return self.declared.simulate is not None
 
+    def reading(self, kind: str | None = None) -> tuple[Section, ...]:
+        """The settings by which scans are read, as a source's functions get them: one section, or none.
+
+        Args:
+            kind: of the source; by default this one.
+        """
+        declared = _sources().source_of(kind or self.kind)
+        reads_by_settings = declared.settings is not None and declared.simulate is None
+        return (getattr(self, declared.name),) if reads_by_settings else ()
+
 
 def _source_section() -> type[Section]:
     """`_SourceKeys` and one section for each module in `lungddpm/sources/` that has settings."""

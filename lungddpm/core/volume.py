@@ -95,7 +95,7 @@ class Volume:
 
 @dataclass(frozen=True)
 class Header:
-    """The geometry of a NIfTI file.
+    """The geometry of an image file.
 
     Attributes:
         shape: voxels along the stored axes.
@@ -144,7 +144,7 @@ def read_labels(path: Path) -> Volume:
     image, header = _open_image(path)
     array = _read_array(path, image, header)
     step = 0.0 if array.dtype.kind in "biu" else abs(_stored_step(image))
-    return Volume(_whole_numbers(array, max(LABEL_TOLERANCE, 0.51 * step)), header.affines[0]).canonical()
+    return Volume(whole_numbers(array, max(LABEL_TOLERANCE, 0.51 * step)), header.affines[0]).canonical()
 
 
 def read_grid(path: Path) -> Volume:
@@ -179,12 +179,30 @@ def _open_image(path: Path) -> tuple[SpatialImage, Header]:
         raise InputError(path, "does not exist", "Check the path.") from None
     except Exception as error:  # damaged bytes make nibabel fail in any of its functions
         raise _unreadable(path, error) from None
-    shape = tuple(int(n) for n in image.shape)
+    stored = tuple(int(n) for n in image.shape)
+    shape = volume_shape(path, stored)
+    if image.get_data_dtype().kind not in "biuf":
+        raise InputError(path, "holds colours or complex numbers", "Store one number per voxel.")
+    affines, notes = _affines(image, shape)
+    return image, volume_header(path, stored, affines, notes)
+
+
+def volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
+    """The shape of the volume that a file holds, without further dimensions of length 1.
+
+    Args:
+        path: the file, for messages.
+        stored: its shape by its header.
+
+    Raises:
+        InputError: not 3-D, without voxels, or with more than `LARGEST_VOXELS`.
+    """
+    shape = stored
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3:
         held = {4: "a volume for each of several times or channels", 5: "a vector for each voxel"}.get(len(shape), "")
-        problem = f"has {len(shape)} dimensions instead of 3 (its shape is {image.shape}{held and f': {held}'})"
+        problem = f"has {len(shape)} dimensions instead of 3 (its shape is {stored}{held and f': {held}'})"
         raise InputError(path, problem, "Store one 3-D volume per file.")
     if min(shape) < 1:
         raise InputError(path, f"has no voxels (its shape is {shape})", "Convert or copy the file again.")
@@ -192,14 +210,23 @@ def _open_image(path: Path) -> tuple[SpatialImage, Header]:
         raise InputError(
             path, f"claims {shape} voxels, more than {LARGEST_VOXELS:,}", "Check its header, or crop the scan."
         )
-    if image.get_data_dtype().kind not in "biuf":
-        raise InputError(path, "holds colours or complex numbers", "Store one number per voxel.")
-    affines, notes = _affines(image, shape)
+    return per_axis(shape)
+
+
+def volume_header(
+    path: Path, stored: tuple[int, ...], affines: tuple[np.ndarray, ...], notes: tuple[str, ...]
+) -> Header:
+    """The header of a file of that shape (see `volume_shape`), from those of its affines that can be inverted.
+
+    Raises:
+        InputError: as `volume_shape`, or there is no such affine.
+    """
+    shape, affines = volume_shape(path, stored), tuple(affine for affine in affines if _invertible(affine))
     if not affines:
         raise InputError(path, "has an affine that cannot be inverted", "Write the file with its true geometry.")
-    if len(image.shape) > 3:
-        notes = (*notes, f"further dimensions of length 1 were dropped (its shape is {image.shape})")
-    return image, Header(shape, affines, notes)
+    if len(stored) > 3:
+        notes = (*notes, f"further dimensions of length 1 were dropped (its shape is {stored})")
+    return Header(shape, affines, notes)
 
 
 def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
@@ -208,7 +235,7 @@ def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np
     if sform is None and qform is None:
         affine = np.asarray(image.affine, float)
         note = "neither sform nor qform is set: only the voxel sizes are known, and left and right may be swapped"
-        return ((affine,) if _invertible(affine) else ()), (note,)
+        return (affine,), (note,)
     usable = tuple(affine for affine in (sform, qform) if affine is not None and _invertible(affine))
     if sform is not None and qform is not None and len(usable) == 1:
         used = "sform" if _invertible(sform) else "qform"
@@ -253,8 +280,8 @@ def _stored_step(image: SpatialImage) -> float:
     return float(slope) if image.get_data_dtype().kind in "biu" and np.isfinite(slope) else 0.0
 
 
-def _whole_numbers(array: np.ndarray, tolerance: float) -> np.ndarray:
-    """uint8 where each value is at most this far from a whole number from 0 to 255; else the array as it is."""
+def whole_numbers(array: np.ndarray, tolerance: float = LABEL_TOLERANCE) -> np.ndarray:
+    """Labels, (x, y, z), as uint8 where each is at most this far from a number from 0 to 255; else as they are."""
     if array.dtype == np.uint8:
         return array
     largest, whole = np.iinfo(np.uint8).max, np.empty(array.shape, np.uint8)

@@ -156,7 +156,7 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
     it is.
 
     Args:
-        config: `grid` and `layouts` are used, and `source.kind` through the index.
+        config: `grid` and `layouts` are used, `source.kind` through the index, and its settings.
         index: table written by `lungddpm index`.
         source: folder of the data set.
         output: folder of the cases.
@@ -194,7 +194,7 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -
 
 
 def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
-    scan = source_of(row["source"]).load_scan(source, row)
+    scan = source_of(row["source"]).load_scan(source, row, *config.source.reading(row["source"]))
     for note in scan.notes:
         LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)
@@ -253,7 +253,8 @@ def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[
             "grid": config.grid,
             "layouts": config.layouts,
             "code": stage_fingerprint("prepare", row["source"]),
-            "row": {column: row[column] for column in ("source", "series_uid", "path", "annotations")},
+            "row": {column: row[column] for column in ("patient_id", "source", "series_uid", "path", "annotations")},
+            "reading": config.source.reading(row["source"]),
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }
     )

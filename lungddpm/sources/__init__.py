@@ -11,7 +11,9 @@ load_scan(path, case) -> Scan
 
 and where it applies:
 
-Settings                      its keys in `source.<name>` of the config: a subclass of `Section`
+Settings                      its keys in `source.<name>` of the config: a subclass of `Section`. Unless the source
+                              simulates, they say how scans are read: `find_series` and `load_scan` get them as a third
+                              argument
 size(settings) -> Size        how many scans it has, for `lungddpm plan`; `settings` is None without `Settings`
 simulate(settings, seed, output, threads)
                               writes its cohort into a folder, from which `find_series` reads it, on so many cores, the
@@ -31,16 +33,13 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from lungddpm.config.sections import Section
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.volume import Volume
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 _REQUIRED = ("TITLE", "CITATION", "find_series", "load_scan")
 _NO_SOURCES = {"index"}
@@ -124,7 +123,7 @@ class Source:
     title: str
     citation: str
     find_series: Callable[..., list[Series]]
-    load_scan: Callable[[Path, pd.Series], Scan]
+    load_scan: Callable[..., Scan]
     settings: type[Section] | None
     size: Callable[[Any], Size] | None
     simulate: Callable[[Any, int, Path, int], None] | None

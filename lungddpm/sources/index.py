@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lungddpm.config.sections import Section
 from lungddpm.core import cases
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError, printable
@@ -115,20 +116,21 @@ def check_folder(path: Path) -> None:
         raise InputError(path.absolute(), "is not a folder", remedy)
 
 
-def index_source(kind: str, path: Path, cache: Path | None = None) -> list[dict]:
+def index_source(kind: str, path: Path, cache: Path | None = None, reading: tuple[Section, ...] = ()) -> list[dict]:
     """One row per series, in order of case id, those without a patient last; `role` is still empty.
 
     Args:
         kind: module of the source.
         path: folder of the data set.
         cache: file that remembers what the headers said, so that only what has changed is read the next time.
+        reading: settings by which the source reads, `config.source.reading()`.
 
     Raises:
         InputError: the folder is missing, or holds no series at all.
     """
     check_folder(path)
     remembered = Cache(cache, kind)
-    found = source_of(kind).find_series(path, remembered)
+    found = source_of(kind).find_series(path, remembered, *reading)
     remembered.save()
     if not found:
         problem = f"holds no CT series that the source '{kind}' can read"

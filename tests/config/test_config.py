@@ -394,8 +394,8 @@ def test_schema_and_reference_are_in_step_with_the_models(repository):
 def test_every_key_has_a_meaning():
     rows = [line for line in markdown_reference().splitlines() if line.startswith("| `")]
     optional = {"segmentation": {"network": {}}}
-    # This section has a row of its own; the empty mapping `arms.external` is a leaf, too.
-    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 2
+    # This section has a row of its own; the empty mappings `arms.external` and `source.images.labels` are leaves, too.
+    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 3
     assert all(len(row.split("|")[4].strip()) > 10 for row in rows)
 
 

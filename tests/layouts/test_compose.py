@@ -278,7 +278,7 @@ def cohort(patient, tmp_path, monkeypatch):
                 **numbers,
                 "case_id": name,
                 "patient_id": name,
-                "source": "nifti",
+                "source": "lidc",
                 "role": "test",
                 "series_uid": name,
                 "n_nodules": 7,

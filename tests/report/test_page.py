@@ -100,7 +100,7 @@ def test_full_report(make_results, read_manifest):
 
 
 def test_nothing_names_the_machine(make_results, tmp_path):
-    config, results = make_results(n_test=2, n_replicates=1, source={"kind": "nifti", "path": str(tmp_path / "scans")})
+    config, results = make_results(n_test=2, n_replicates=1, source={"kind": "images", "path": str(tmp_path / "scans")})
     run_report(config, results)
     for path in [results / "report.html", results / "manifest.json", *results.glob("tables/*")]:
         text = re.sub(r"base64,[\w+/=]+", "", path.read_text(encoding="utf-8"))

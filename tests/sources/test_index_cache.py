@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from lidc_files import SLICES, nodule, roi, write_case, write_slice, xml
 
+from lungddpm.sources import images, lidc
 from lungddpm.sources import index as source_index
-from lungddpm.sources import lidc, nifti
 from lungddpm.sources.index import index_source
 
 
@@ -162,15 +162,15 @@ def test_the_cache_is_small(tree):
     assert len(json.dumps(entries)) / 3 < 1500
 
 
-def test_nifti_headers_are_not_read_again(tmp_path, monkeypatch):
+def test_headers_of_images_are_not_read_again(tmp_path, monkeypatch):
     image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4))
     for name in ("images/a.nii.gz", "labels/a.nii.gz", "images/b.nii.gz"):
         (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
         nibabel.save(image, tmp_path / "data" / name)
-    first = index(tmp_path, "nifti")
-    read = count_reads(monkeypatch, (nifti, "read_grid"))
-    assert index(tmp_path, "nifti") == first
+    first = index(tmp_path, "images")
+    read = count_reads(monkeypatch, (images, "read_header"))
+    assert index(tmp_path, "images") == first
     # What has a fault is looked at again.
     assert read == ["b.nii.gz"]
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 7), np.uint8), np.eye(4)), tmp_path / "data/labels/a.nii.gz")
-    assert "has shape (4, 5, 7)" in index(tmp_path, "nifti")[0]["reason"]
+    assert "has shape (4, 5, 7)" in index(tmp_path, "images")[0]["reason"]

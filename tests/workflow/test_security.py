@@ -39,7 +39,7 @@ def cohort(tmp_path_factory):
 def benchmark(cohort, make_benchmark, tmp_path_factory):
     """The tiny benchmark on them, in a folder of such a name; not yet run. Braces Snakemake cannot take there."""
     roles = {"discovery": PATIENTS[:2], "reference": PATIENTS[2:3], "test": PATIENTS[3:]}
-    source = {"kind": "nifti", "path": str(cohort)}
+    source = {"kind": "images", "path": str(cohort)}
     return make_benchmark(tmp_path_factory.mktemp("run") / COMMANDS, {"source": source, "roles": roles})
 
 

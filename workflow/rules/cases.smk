@@ -63,7 +63,7 @@ rule index:
     params:
         config=config_of_jobs,
         source=source_option,
-        settings=settings_of("roles", source=SOURCE.name),
+        settings=settings_of("roles", source=SOURCE.name, reading=READING),
         code=stage_fingerprint("index", SOURCE.name),
     shell:
         "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} --output {output:q}"
@@ -92,7 +92,7 @@ rule prepare:
         source=source_option,
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
-        settings=settings_of("grid", "layouts"),
+        settings=settings_of("grid", "layouts", reading=READING),
         code=stage_fingerprint("prepare", SOURCE.name),
     shell:
         "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"

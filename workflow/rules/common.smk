@@ -50,6 +50,8 @@ except UserError as error:
 offer_own_programs()
 
 SOURCE = SETTINGS.source.declared
+# The settings by which it reads scans, if it has any.
+READING = [section.model_dump(mode="json") for section in SETTINGS.source.reading()]
 # How many scans a simulated cohort has is known beforehand; of others, a checkpoint counts them.
 SIMULATED_SCANS = (
     SOURCE.size(SETTINGS.source.settings).scans if SOURCE.simulate else None

@@ -1,4 +1,4 @@
-"""NIfTI source: files written here with nibabel, and the 8-bit samples published with Lung-DDPM where they are."""
+"""Image files: NIfTI written here with nibabel, and the 8-bit samples published with Lung-DDPM where they are."""
 
 import gzip
 import struct
@@ -15,7 +15,7 @@ from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.volume import is_sheared, write_volume
 from lungddpm.layouts import compose
 from lungddpm.layouts.nodules import centroid_mm
-from lungddpm.sources import nifti
+from lungddpm.sources import images
 from lungddpm.sources.index import Cache, index_source, read_index, write_index
 
 SHAPE = (8, 7, 6)
@@ -35,11 +35,11 @@ def write_case(top, ct=CT, labels=LABELS, image="a_0000.nii.gz", label="a.nii.gz
 
 
 def find(top):
-    return nifti.find_series(top, Cache(None, "nifti"))
+    return images.find_series(top, Cache(None, "images"))
 
 
 def load(top):
-    return nifti.load_scan(top, index_source("nifti", top)[0])
+    return images.load_scan(top, index_source("images", top)[0])
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_pairs_by_name(tmp_path, image, label, case_id):
     write_case(tmp_path, image=image, label=label)
     (series,) = find(tmp_path)
     assert (series.case_id, series.size, series.excluded) == (case_id, SHAPE, "")
-    assert (series.n_nodules, index_source("nifti", tmp_path)[0]["n_nodules"]) == (None, "")
+    assert (series.n_nodules, index_source("images", tmp_path)[0]["n_nodules"]) == (None, "")
     np.testing.assert_allclose(series.spacing_mm, (0.7, 0.8, 2.5))
     scan = load(tmp_path)
     np.testing.assert_array_equal(scan.ct.array, CT)
@@ -105,7 +105,7 @@ def test_values_outside_int16_hu_are_clamped(tmp_path):
 def test_headers_that_do_not_fit_keep_a_row_with_the_reason(tmp_path, options, reason):
     write_case(tmp_path, **options)
     write_case(tmp_path, image="good.nii.gz", label="good.nii.gz")
-    index = pd.DataFrame(index_source("nifti", tmp_path)).set_index("case_id")
+    index = pd.DataFrame(index_source("images", tmp_path)).set_index("case_id")
     assert index["status"][["a", "good"]].tolist() == ["excluded", "ok"]
     assert index["reason"]["a"].startswith(reason)
 
@@ -170,7 +170,7 @@ def test_roles_do_not_claim_to_know_the_nodules(tmp_path, caplog):
     caplog.set_level("INFO")
     for name in "abc":
         write_case(tmp_path, image=f"{name}.nii.gz", label=f"{name}.nii.gz")
-    rows = assign_roles(index_source("nifti", tmp_path), Roles(discovery=1, reference=1, test=1), seed=1)
+    rows = assign_roles(index_source("images", tmp_path), Roles(discovery=1, reference=1, test=1), seed=1)
     assert "role test: 1 patients, nodules not counted yet" in caplog.messages
     write_index(tmp_path / "index.tsv", rows)
     assert read_index(tmp_path / "index.tsv")["n_nodules"].tolist() == [0, 0, 0]
@@ -227,7 +227,7 @@ def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypat
     write_case(data, image="bad.nii.gz", label="bad.nii.gz", **options)
     if harm:
         harm(data / "images" / "bad.nii.gz", data / "labels" / "bad.nii.gz")
-    index = index_source("nifti", data)
+    index = index_source("images", data)
     write_index(results / "index.tsv", index)
     # A layout of so few voxels would never pass; all of these faults show before.
     monkeypatch.setattr(compose, "_write", lambda config, source, row, folder: load_only(source, row))
@@ -241,7 +241,7 @@ def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypat
 
 
 def load_only(source, row):
-    nifti.load_scan(source, row)
+    images.load_scan(source, row)
     return {"qc": {"n_nodules": 1}, "sha256": ""}
 
 
@@ -298,7 +298,9 @@ def test_labels_that_are_none_are_told(tmp_path, value):
     labels = LABELS.astype(np.float64)
     labels[3, 3, 3] = value
     write_case(tmp_path, labels=labels)
-    with pytest.raises(ExcludedCaseError, match=f"labels hold {value:g}, known are 0 to 3"):
+    with pytest.raises(
+        ExcludedCaseError, match=f"labels hold {value:g}, known are 0 background, 1 lung, 2 nodule, 3 vessel"
+    ):
         load(tmp_path)
 
 

@@ -1,0 +1,241 @@
+"""Image files: NIfTI through nibabel, NRRD and MetaImage through SimpleITK, by one set of rules.
+
+SimpleITK's images are in LPS; what leaves this module is RAS. Its reader of MetaImage returns compressed voxels that
+are damaged or cut short without an error, so these are decompressed here first, and counted. SimpleITK is imported
+where it is used: folders of NIfTI do without.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm.core import volume as nifti
+from lungddpm.core.errors import InputError
+from lungddpm.core.volume import Header, Volume, volume_header, volume_shape, whole_numbers
+
+if TYPE_CHECKING:
+    from SimpleITK import ImageFileReader
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
+"""Of images, in small letters or in capitals; where labels of one name have several, the first of these counts."""
+_FORMATS = {".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
+_READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
+_DTYPES = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
+"""Of SimpleITK's first pixel types; the others are complex numbers and vectors."""
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+_ANATOMICAL_SPACES = {
+    "right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps"
+}  # fmt: skip
+"""Of NRRD: those that say where the patient's sides are."""
+_LONGEST_TEXT = 2**20
+_CHUNK = 2**16
+"""Bytes that are decompressed at once, to 64 MiB at most."""
+
+
+def suffix_of(name: str) -> str:
+    """Which of `SUFFIXES` a file's name has; empty if none."""
+    # Not in any mixture: nibabel would look for, or read, another file.
+    return next((suffix for suffix in SUFFIXES if name.endswith((suffix, suffix.upper()))), "")
+
+
+def stem_of(name: str) -> str:
+    """A file's name without its suffix, if that is one of `SUFFIXES`."""
+    return name[: len(name) - len(suffix_of(name))]
+
+
+def read_header(path: Path) -> Header:
+    """The geometry of an image file; its voxels are not read.
+
+    Raises:
+        InputError: missing or unreadable, not 3-D, without voxels or with more than `LARGEST_VOXELS`, not one real
+            number per voxel, an affine that cannot be inverted, or voxels in another file than the one beside it.
+    """
+    return nifti.read_header(path) if suffix_of(path.name) not in _FORMATS else _open(path).header
+
+
+def read_volume(path: Path) -> Volume:
+    """Read a 3-D image in the closest RAS+ orientation, values as stored (scaled where a NIfTI header says so).
+
+    Raises:
+        InputError: as `read_header`, or the voxels are cut short or damaged, or fill more memory than there is.
+    """
+    if suffix_of(path.name) not in _FORMATS:
+        return nifti.read_volume(path)
+    file = _open(path)
+    return Volume(_read_array(file), file.header.affines[0]).canonical()
+
+
+def read_labels(path: Path) -> Volume:
+    """Read a volume of labels: whole numbers, which may be stored as something else (see `core.volume.read_labels`).
+
+    Returns:
+        uint8 where every value is a label from 0 to 255, in the closest RAS+ orientation; else as stored.
+
+    Raises:
+        InputError: as `read_volume`.
+    """
+    if suffix_of(path.name) not in _FORMATS:
+        return nifti.read_labels(path)
+    file = _open(path)
+    return Volume(whole_numbers(_read_array(file)), file.header.affines[0]).canonical()
+
+
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The file itself and, where it is a header alone, the file beside it that holds the voxels, if that is there."""
+    try:
+        data = _read_text(path).data if suffix_of(path.name) in _FORMATS else None
+    except InputError:
+        data = None
+    return (path,) if data is None else (path, data)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text at the start of a file.
+
+    Attributes:
+        fields: values by key, keys in lower case.
+        size: of the text, in bytes.
+        data: file that holds the voxels, if it is another one.
+    """
+
+    fields: dict[str, str]
+    size: int
+    data: Path | None
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that SimpleITK reads, as far as its header."""
+
+    path: Path
+    reader: ImageFileReader
+    header: Header
+    text: _Text
+
+
+def _open(path: Path) -> _File:
+    import SimpleITK
+
+    text = _read_text(path)
+    reader = SimpleITK.ImageFileReader()
+    try:
+        # By name: else any format that SimpleITK knows would be tried.
+        reader.SetImageIO(_READERS[_FORMATS[suffix_of(path.name)]])
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+    except (RuntimeError, UnicodeError) as error:
+        raise _unreadable(path, error) from None
+    if reader.GetNumberOfComponents() > 1 or reader.GetPixelIDValue() >= len(_DTYPES):
+        raise InputError(path, "holds vectors, colours or complex numbers", "Store one number per voxel.")
+    stored = tuple(int(n) for n in reader.GetSize())
+    volume_shape(path, stored)  # before three axes are taken for granted
+    affine = np.eye(4)
+    directions = np.array(reader.GetDirection()).reshape(len(stored), len(stored))
+    affine[:3, :3] = directions[:3, :3] * reader.GetSpacing()[:3]
+    affine[:3, 3] = reader.GetOrigin()[:3]
+    header = volume_header(path, stored, (_LPS_TO_RAS @ affine,), _notes(text.fields))
+    return _File(path, reader, header, text)
+
+
+def _read_text(path: Path) -> _Text:
+    """The text at the start of an NRRD file (up to an empty line) or a MetaImage (up to `ElementDataFile`).
+
+    Raises:
+        InputError: missing or unreadable, or the voxels are elsewhere than in the file or in one beside it.
+    """
+    is_nrrd = _FORMATS[suffix_of(path.name)] == "NRRD"
+    separator, last = (":", "") if is_nrrd else ("=", "elementdatafile")
+    fields, size = {}, 0
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(_LONGEST_TEXT):
+                size += len(line)
+                key, _, value = line.decode("utf-8", "replace").strip().partition(separator)
+                key = key.strip().lower()
+                fields[key] = value.strip()
+                if key == last or (is_nrrd and key in ("data file", "datafile")) or size > _LONGEST_TEXT:
+                    break
+    except FileNotFoundError:
+        raise InputError(path, "does not exist", "Check the path.") from None
+    except OSError as error:
+        raise _unreadable(path, error) from None
+    return _Text(fields, size, _data_file(path, fields))
+
+
+def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
+    """The file beside this one that holds its voxels; None where it holds them itself.
+
+    Raises:
+        InputError: they are elsewhere, or the file is missing.
+    """
+    if {"data file", "datafile"} & set(fields):
+        raise InputError(path, "keeps its voxels in other files", "Store header and voxels as one .nrrd file.")
+    name = fields.get("elementdatafile", "LOCAL")
+    if name.upper() == "LOCAL":
+        return None
+    if name.upper().startswith("LIST") or "%" in name:
+        raise InputError(path, "keeps its voxels in several files", "Store it as .mha, or as .mhd with one .raw.")
+    if PureWindowsPath(name).name != name:
+        raise InputError(path, f"keeps its voxels in {name}, not beside it", "Put the .raw file beside its .mhd file.")
+    data = path.with_name(name)
+    if not data.is_file():
+        raise InputError(path, f"keeps its voxels in {name}, which does not exist", "Copy that file as well.")
+    return data
+
+
+def _notes(fields: dict[str, str]) -> tuple[str, ...]:
+    """What a header leaves open about the patient's sides."""
+    swapped = "left and right may be swapped"
+    if not {"transformmatrix", "orientation", "rotation", "space directions"} & set(fields):
+        return (f"its header has no directions: only the voxel sizes are known, and {swapped}",)
+    space = fields.get("space", "").lower()
+    if "space directions" in fields and space not in _ANATOMICAL_SPACES:
+        return (f"its header says '{space or 'nothing'}' for its space, taken as left-posterior-superior: {swapped}",)
+    return ()
+
+
+def _read_array(file: _File) -> np.ndarray:
+    """The voxels, (x, y, z) along the stored axes."""
+    import SimpleITK
+
+    if file.text.fields.get("compresseddata", "").lower() in ("true", "1"):
+        _check_compressed(file)
+    try:
+        array = SimpleITK.GetArrayFromImage(file.reader.Execute())
+    except (RuntimeError, MemoryError) as error:
+        raise _unreadable(file.path, error) from None
+    return array.T.reshape(file.header.shape)
+
+
+def _check_compressed(file: _File) -> None:
+    """Make sure that the compressed voxels of a MetaImage are whole and intact, which SimpleITK does not.
+
+    Raises:
+        InputError: they are not.
+    """
+    left = math.prod(file.header.shape) * np.dtype(_DTYPES[file.reader.GetPixelIDValue()]).itemsize
+    unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # zlib's own header, or gzip's
+    try:
+        packed = int(file.text.fields["compresseddatasize"])
+        with (file.text.data or file.path).open("rb") as data:
+            data.seek(0 if file.text.data else file.text.size)
+            while packed > 0 and left >= 0 and (chunk := data.read(min(packed, _CHUNK))):
+                packed -= len(chunk)
+                left -= len(unpack.decompress(chunk))
+    except (KeyError, ValueError, OSError, zlib.error) as error:
+        raise _unreadable(file.path, error) from None
+    if left or not unpack.eof:
+        raise _unreadable(file.path, "its compressed voxels are cut short or damaged")
+
+
+def _unreadable(path: Path, error: object) -> InputError:
+    # SimpleITK's messages are long, and start with where in its own code they are from.
+    reason = " ".join(str(error).split())[-200:]
+    return InputError(path, f"cannot be read as {_FORMATS[suffix_of(path.name)]} ({reason})", "Copy the file again.")

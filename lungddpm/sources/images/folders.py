@@ -1,0 +1,121 @@
+"""Which image belongs to which labels, in folders of this project's own and in those of nnU-Net and the Decathlon."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from lungddpm.core.errors import InputError
+from lungddpm.sources.images.files import SUFFIXES, stem_of, suffix_of
+
+CHANNEL = "_0000"
+"""nnU-Net's suffix of the first channel, which may be left out where there is one."""
+DATASET = "dataset.json"
+OWN, TRAINING, TEST = ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")
+_FOLDERS = (OWN, TRAINING, TEST)
+_SEVERAL_CHANNELS = re.compile(r"(.+)_(\d{4})")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One case, as far as names of files tell.
+
+    Attributes:
+        name: of the case, without suffix and channel.
+        image: the CT.
+        label: its labels; None where there are none.
+        others: images of channels other than the first; `image` is among them where that is missing.
+    """
+
+    name: str
+    image: Path
+    label: Path | None
+    others: tuple[Path, ...] = ()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a data set.
+
+    Attributes:
+        pairs: images, with and without labels.
+        lonely: labels without an image.
+        unlabelled: images of a test set, which have no labels by design.
+    """
+
+    pairs: tuple[Pair, ...]
+    lonely: tuple[Path, ...]
+    unlabelled: tuple[Path, ...]
+
+
+def find_pairs(top: Path) -> Found:
+    """Pair the images of a data set with their labels by name.
+
+    Raises:
+        InputError: there are no images.
+    """
+    pairs, lonely, unlabelled = [], [], []
+    for images, labels in _FOLDERS:
+        own_pairs, own_lonely = _pair(_image_files(top / images), _image_files(top / labels))
+        if (images, labels) == TEST:
+            unlabelled = [pair.image for pair in own_pairs if pair.label is None]
+            own_pairs = [pair for pair in own_pairs if pair.label is not None]
+        pairs += own_pairs
+        lonely += own_lonely
+    if not pairs and not lonely:
+        raise _without_images(top, unlabelled)
+    return Found(tuple(pairs), tuple(lonely), tuple(unlabelled))
+
+
+def is_nnunet(top: Path) -> bool:
+    """Whether a data set has the folders of nnU-Net and the Decathlon, where dataset.json says what labels are."""
+    return any((top / folder).is_dir() for folder, _ in (TRAINING, TEST))
+
+
+def case_name(file: str) -> str:
+    """The name of a case from that of its image, with or without suffix and channel."""
+    return stem_of(file).removesuffix(CHANNEL)
+
+
+def _image_files(folder: Path) -> list[Path]:
+    # What starts with a dot is of the system; macOS leaves ._ files in archives.
+    return [file for file in sorted(folder.glob("[!.]*")) if suffix_of(file.name)]
+
+
+def _pair(images: list[Path], labels: list[Path]) -> tuple[list[Pair], list[Path]]:
+    label_of: dict[str, Path] = {}
+    for label in sorted(labels, key=lambda file: SUFFIXES.index(suffix_of(file.name))):
+        label_of.setdefault(stem_of(label.name), label)
+    stems = {stem_of(image.name) for image in images}
+    pairs: list[Pair] = []
+    others: dict[str, list[Path]] = {}
+    for image in images:
+        stem = stem_of(image.name)
+        parts = _SEVERAL_CHANNELS.fullmatch(stem)
+        # Names may end on four digits without being channels: those with labels of the whole name.
+        if stem not in label_of and parts and f"_{parts[2]}" != CHANNEL:
+            first = parts[1] + CHANNEL
+            if parts[1] in label_of or (first in stems and first not in label_of):
+                others.setdefault(parts[1], []).append(image)
+                continue
+        name = case_name(image.name)
+        pairs.append(Pair(name, image, label_of.get(stem, label_of.get(name))))
+    pairs = [Pair(pair.name, pair.image, pair.label, tuple(others.pop(pair.name, ()))) for pair in pairs]
+    pairs += [Pair(name, first, label_of.get(name), (first, *rest)) for name, (first, *rest) in others.items()]
+    paired = {pair.label for pair in pairs}
+    return pairs, [label for label in labels if label not in paired]
+
+
+def _without_images(top: Path, unlabelled: list[Path]) -> InputError:
+    if unlabelled:
+        problem = f"has {len(unlabelled)} images in {TEST[0]}/, but none with labels"
+        return InputError(top.absolute(), problem, f"Add {TRAINING[0]}/ and {TRAINING[1]}/.")
+    inside = [
+        folder.name for folder in sorted(top.glob("[!.]*")) if any((folder / own[0]).is_dir() for own in _FOLDERS)
+    ]
+    remedy = "See docs/how-to/run-on-image-files.md for the folders that are read."
+    if inside:
+        remedy = f"Set source.path to a folder in it, such as {inside[0]}."
+    where = " or ".join(f"{images}/" for images, _ in (OWN, TRAINING))
+    return InputError(top.absolute(), f"has no images in {where} ({', '.join(SUFFIXES)})", remedy)

@@ -1,0 +1,126 @@
+"""What the numbers in labels mean: by the settings, by names in dataset.json, or by this project's own numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.files import read_json
+from lungddpm.core.labels import Label
+from lungddpm.sources.images.folders import DATASET, is_nnunet
+from lungddpm.sources.images.settings import Images
+
+UNDERSTOOD: dict[Label, tuple[str, ...]] = {
+    Label.BACKGROUND: ("background",),
+    Label.LUNG: ("lung", "lungs", "left lung", "right lung"),
+    Label.NODULE: ("nodule", "nodules", "tumour", "tumours", "tumor", "tumors", "cancer", "lesion", "lesions"),
+    Label.VESSEL: ("vessel", "vessels"),
+}
+"""Names in dataset.json that need no setting; capitals, `_` and `-` make no difference."""
+_KEY = "source.images.labels"
+_EXAMPLE = f"Say what they are, e.g. {_KEY}: {{1: nodule}}."
+
+
+def meanings_of(top: Path, settings: Images) -> dict[int, Label]:
+    """What each number in the labels of a data set means.
+
+    Raises:
+        InputError: dataset.json is missing where it is needed, or broken, or names a label that nothing explains.
+        ConfigError: the settings name a label that dataset.json does not have.
+    """
+    if not (top / DATASET).is_file():
+        return _without_names(top, settings)
+    named = _names(top / DATASET, bool(settings.labels))
+    meanings = {Label.BACKGROUND.value: Label.BACKGROUND}
+    understood = {name: label for label, names in UNDERSTOOD.items() for name in names}
+    meanings |= {number: understood[_plain(name)] for number, name in named.items() if _plain(name) in understood}
+    for key, meaning in settings.labels.items():
+        meanings[_number(key, named)] = Label[meaning.upper()]
+    if left := {number: name for number, name in named.items() if number not in meanings}:
+        shown = ", ".join(f"{number} '{name}'" for number, name in left.items())
+        example = f"{{{next(iter(left))}: background}}"
+        raise InputError(
+            (top / DATASET).absolute(),
+            f"names labels that are not understood ({shown})",
+            f"Say in {_KEY} what they are, e.g. {example}; known are background, lung, nodule, vessel.",
+        )
+    return meanings
+
+
+def translate(stored: np.ndarray, meanings: dict[int, Label], origin: Path) -> np.ndarray:
+    """Labels of a file as those of a layout.
+
+    Args:
+        stored: whole numbers as uint8, or anything else, which is refused.
+        meanings: see `meanings_of`.
+        origin: the file, for the message.
+
+    Returns:
+        uint8 `Label`.
+
+    Raises:
+        InputError: a value that nothing explains.
+    """
+    found = np.unique(stored)
+    if unknown := [value for value in found if value not in meanings]:
+        known = ", ".join(f"{number} {label.name.lower()}" for number, label in sorted(meanings.items()))
+        raise InputError(
+            origin,
+            f"the labels hold {', '.join(f'{value:g}' for value in unknown[:5])}, known are {known}",
+            f"Correct the file, or say in {_KEY} what that is.",
+        )
+    table = np.zeros(np.iinfo(np.uint8).max + 1, np.uint8)
+    table[list(meanings)] = list(meanings.values())
+    return table[stored.astype(np.uint8)]
+
+
+def _without_names(top: Path, settings: Images) -> dict[int, Label]:
+    if settings.labels:
+        given = {_number(key, None): Label[meaning.upper()] for key, meaning in settings.labels.items()}
+        return {Label.BACKGROUND.value: Label.BACKGROUND, **given}
+    if is_nnunet(top):
+        raise InputError(top.absolute(), f"has no {DATASET}, which would say what the labels are", _EXAMPLE)
+    return {label.value: label for label in Label}
+
+
+def _names(path: Path, can_do_without: bool) -> dict[int, str]:
+    """Names by number: nnU-Net writes {"tumour": 1}, the Decathlon {"1": "cancer"}."""
+    labels = read_json(path.absolute(), f"Copy it again, or remove it and set {_KEY}.").get("labels")
+    if not isinstance(labels, dict) or not labels:
+        if can_do_without:
+            return {}
+        raise InputError(path.absolute(), "has no labels", _EXAMPLE)
+    names: dict[int, str] = {}
+    for key, value in labels.items():
+        if isinstance(value, list) and can_do_without:
+            continue
+        number, name = (int(key), value) if key.isdecimal() else (value, key)
+        if not _is_number(number) or not isinstance(name, str) or number in names:
+            problem = f"has a label that is not one number and one name ('{key}': {value!r:.60})"
+            raise InputError(path.absolute(), problem, f'Write {{"tumour": 1}} or {{"1": "tumour"}}, or set {_KEY}.')
+        names[number] = name
+    return names
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= np.iinfo(np.uint8).max
+
+
+def _number(key: str, named: dict[int, str] | None) -> int:
+    """The number that a key of the settings stands for."""
+    if key.isdecimal():
+        return int(key)
+    if named is None:
+        raise ConfigError(_KEY, f"has the name '{key}', but there is no {DATASET}", "Give the label's number.")
+    numbers = [number for number, name in named.items() if _plain(name) == _plain(key)]
+    if not numbers:
+        known = ", ".join(named.values()) or "no names"
+        raise ConfigError(_KEY, f"has the name '{key}', which is not in {DATASET}", f"That has {known}.")
+    return numbers[0]
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.lower().replace("_", " ").replace("-", " ").split())

@@ -1,0 +1,86 @@
+"""Whose scan an image is: by a table, by a pattern in its name, or each its own."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path, PureWindowsPath
+
+from lungddpm.core.errors import InputError
+from lungddpm.sources.images.folders import case_name
+from lungddpm.sources.images.settings import Images
+
+PatientOf = Callable[[Path], str]
+"""From an image to its patient; raises InputError where that is not known."""
+
+
+def patient_finder(top: Path, settings: Images) -> PatientOf:
+    """How the patient of an image is known.
+
+    Raises:
+        InputError: the table is missing, cannot be read, lacks a column, or gives a file two patients.
+    """
+    if settings.patient_table is not None:
+        return _by_table(top / settings.patient_table)
+    if settings.patient_pattern is not None:
+        return _by_pattern(settings.patient_pattern)
+    return lambda image: case_name(image.name)
+
+
+def _by_table(table: Path) -> PatientOf:
+    patients = _read_table(table)
+
+    def patient_of(image: Path) -> str:
+        if patient := patients.get(case_name(image.name)):
+            return patient
+        raise InputError(image, f"has no patient in {table.name}", "Add a row, or remove the image.")
+
+    return patient_of
+
+
+def _by_pattern(pattern: str) -> PatientOf:
+    compiled = re.compile(pattern)
+
+    def patient_of(image: Path) -> str:
+        found = compiled.search(case_name(image.name))
+        if found and found[1]:
+            return found[1]
+        raise InputError(
+            image, f"has no patient by the pattern {pattern}", "Change source.images.patient_pattern, or the name."
+        )
+
+    return patient_of
+
+
+def _read_table(table: Path) -> dict[str, str]:
+    """Patients by the name of their case."""
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        remedy = "source.images.patient_table is looked up in the folder of the data set."
+        raise InputError(table.absolute(), "does not exist", remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(table.absolute(), f"cannot be read ({error})", "Save it as UTF-8 text.") from None
+    rows = csv.DictReader(text.splitlines(), delimiter=_delimiter(text))
+    columns = [column.strip() for column in rows.fieldnames or []]
+    if missing := [column for column in ("file", "patient") if column not in columns]:
+        problem = f"has no column {' and no column '.join(missing)} (it has {', '.join(columns) or 'none'})"
+        raise InputError(table.absolute(), problem, "Its first line names the columns: file, patient.")
+    rows.fieldnames = columns
+    return _by_case(table, ((row["file"] or "", row["patient"] or "") for row in rows))
+
+
+def _by_case(table: Path, rows: Iterable[tuple[str, str]]) -> dict[str, str]:
+    patients: dict[str, str] = {}
+    for file, patient in rows:
+        # A file may be written with its folder, by the rules of any system.
+        name = case_name(PureWindowsPath(file.strip()).name)
+        if patients.setdefault(name, patient.strip()) != patient.strip():
+            raise InputError(table.absolute(), f"gives {file.strip()} two patients", "Keep one of the rows.")
+    return patients
+
+
+def _delimiter(text: str) -> str:
+    first = text.partition("\n")[0]
+    return next((mark for mark in "\t;" if mark in first), ",")

@@ -1,0 +1,332 @@
+"""NRRD and MetaImage beside NIfTI: one volume written by SimpleITK and by nibabel, and files with a fault each."""
+
+import itertools
+import json
+import re
+import zlib
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK
+
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.sources import images
+from lungddpm.sources.images.files import files_of, read_header, read_labels, read_volume
+from lungddpm.sources.index import Cache, index_source
+
+SHAPE = (8, 7, 6)
+CT = np.random.default_rng(2).integers(-1000, 2000, SHAPE).astype(np.int16)
+LABELS = np.random.default_rng(3).integers(0, 4, SHAPE).astype(np.uint8)
+SPACING, ORIGIN = (0.7, 0.8, 2.5), (10.0, -20.0, 30.0)
+NAMES = ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.mhd"]
+
+
+def rotation(x, y, z):
+    """About the three axes in turn, by degrees."""
+    turned = np.eye(3)
+    for axis, angle in enumerate(np.radians([x, y, z])):
+        about = np.eye(3)
+        (first, second) = [k for k in range(3) if k != axis]
+        about[[first, first, second, second], [first, second, first, second]] = [
+            np.cos(angle), -np.sin(angle), np.sin(angle), np.cos(angle)
+        ]  # fmt: skip
+        turned = about @ turned
+    return turned
+
+
+DIRECTIONS = {
+    "as the patient lies": np.eye(3),
+    "slices from the head down": np.diag([1.0, 1.0, -1.0]),
+    "all flipped": np.diag([-1.0, -1.0, -1.0]),
+    "sagittal slices": np.array([[0.0, 0, 1], [1, 0, 0], [0, -1, 0]]),
+    "rotated": rotation(4, -7, 20),
+    "rotated and flipped": rotation(11, 3, -25) @ np.diag([1.0, -1.0, 1.0]),
+}
+
+
+def write(path, array, directions=DIRECTIONS["as the patient lies"], compressed=True):
+    """Write an (x, y, z) array with LPS directions in columns."""
+    image = SimpleITK.GetImageFromArray(array.T)
+    image.SetSpacing(SPACING)
+    image.SetOrigin(ORIGIN)
+    image.SetDirection(directions.ravel().tolist())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    SimpleITK.WriteImage(image, str(path), useCompression=compressed)
+    return path
+
+
+def ras_affine(directions):
+    """Of the same, by the definition of NIfTI: x and y count to the right and to the front."""
+    affine = np.eye(4)
+    affine[:3, :3] = np.diag([-1.0, -1.0, 1.0]) @ directions @ np.diag(SPACING)
+    affine[:3, 3] = [-ORIGIN[0], -ORIGIN[1], ORIGIN[2]]
+    return affine
+
+
+def as_nibabel_has_it(array, affine):
+    """Voxels and affine in the closest RAS+ orientation, by nibabel alone."""
+    image = nibabel.as_closest_canonical(nibabel.Nifti1Image(array, affine))
+    return np.asarray(image.dataobj), image.affine
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+@pytest.mark.parametrize("directions", DIRECTIONS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_volume_is_the_same_in_every_format(tmp_path, name, directions, compressed):
+    path = write(tmp_path / name, CT, DIRECTIONS[directions], compressed)
+    array, affine = as_nibabel_has_it(CT, ras_affine(DIRECTIONS[directions]))
+    for volume in (read_volume(path), read_header(path).grid):
+        np.testing.assert_allclose(volume.affine, affine, atol=1e-4)
+        assert volume.shape == array.shape
+    np.testing.assert_array_equal(read_volume(path).array, array)
+    assert read_volume(path).array.dtype == np.int16
+    labels = write(tmp_path / f"labels-{name}", LABELS.astype(np.float32), DIRECTIONS[directions], compressed)
+    np.testing.assert_array_equal(
+        read_labels(labels).array, as_nibabel_has_it(LABELS, ras_affine(DIRECTIONS[directions]))[0]
+    )
+    assert read_labels(labels).array.dtype == np.uint8
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"])
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_every_type_of_real_numbers_is_read(tmp_path, name, dtype):
+    path = write(tmp_path / name, np.abs(CT % 100).astype(dtype))
+    volume = read_volume(path)
+    assert volume.array.dtype == np.dtype(dtype)
+    np.testing.assert_array_equal(volume.array, np.abs(CT % 100)[::-1, ::-1])
+
+
+PAIRS = list(itertools.product(["a.nii.gz", "a.nrrd", "a.mha", "a.mhd"], ["a.nrrd", "a.mhd", "a.nii.gz"]))
+
+
+@pytest.mark.parametrize(("image", "label"), PAIRS)
+def test_a_pair_of_any_two_formats_is_read(tmp_path, image, label):
+    directions = DIRECTIONS["rotated and flipped"]
+    write(tmp_path / "images" / image, CT, directions)
+    write(tmp_path / "labels" / label, LABELS, directions)
+    (row,) = index_source("images", tmp_path)
+    assert (row["case_id"], row["status"], row["path"]) == ("a", "ok", f"images/{image}")
+    scan = images.load_scan(tmp_path, row)
+    array, affine = as_nibabel_has_it(CT, ras_affine(directions))
+    np.testing.assert_array_equal(scan.ct.array, array)
+    np.testing.assert_allclose(scan.ct.affine, affine, atol=1e-4)
+    np.testing.assert_array_equal(scan.labels, as_nibabel_has_it(LABELS, ras_affine(directions))[0])
+    assert scan.notes == ()
+
+
+@pytest.mark.parametrize("suffix", ["NII", "NII.GZ", "NRRD", "MHA", "MHD"])
+def test_suffixes_in_capitals(tmp_path, suffix):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        # Not all of SimpleITK's writers take them.
+        written = write(tmp_path / folder / f"b.{suffix.lower()}", array)
+        written.rename(written.with_name(f"b.{suffix}"))
+    (row,) = index_source("images", tmp_path)
+    assert (row["case_id"], row["status"]) == ("b", "ok")
+    np.testing.assert_array_equal(images.load_scan(tmp_path, row).ct.array, CT[::-1, ::-1])
+
+
+def test_the_file_of_the_voxels_is_an_input_as_well(tmp_path):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write(tmp_path / folder / "a.mhd", array, compressed=False)
+    cache = tmp_path / "cache.json"
+    (row,) = index_source("images", tmp_path, cache)
+    files = {file.relative_to(tmp_path).as_posix() for file in images.load_scan(tmp_path, row).files}
+    assert files == {"images/a.mhd", "images/a.raw", "labels/a.mhd", "labels/a.raw"}
+    (tmp_path / "labels" / "a.raw").unlink()
+    (row,) = index_source("images", tmp_path, cache)
+    assert "labels/a.mhd: keeps its voxels in a.raw, which does not exist" in row["reason"]
+
+
+def test_a_tilted_gantry_is_made_upright_as_for_nifti(tmp_path):
+    shear = np.eye(3)
+    shear[:, 2] = [0, np.sin(np.radians(18)), np.cos(np.radians(18))]
+    affine = ras_affine(shear)
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write(tmp_path / "nrrd" / folder / "a.nrrd", array, shear)
+        (tmp_path / "nifti" / folder).mkdir(parents=True)
+        image = nibabel.Nifti1Image(array, affine)
+        image.set_qform(None)
+        nibabel.save(image, tmp_path / "nifti" / folder / "a.nii.gz")
+    scans = []
+    for name in ("nrrd", "nifti"):
+        (row,) = index_source("images", tmp_path / name)
+        scans.append(images.load_scan(tmp_path / name, row))
+    np.testing.assert_array_equal(scans[0].ct.array, scans[1].ct.array)
+    np.testing.assert_array_equal(scans[0].labels, scans[1].labels)
+    np.testing.assert_allclose(scans[0].ct.affine, scans[1].ct.affine, atol=1e-5)
+    assert "sheared by 18.0 degrees" in scans[0].notes[-1]
+
+
+def change(path, **fields):
+    """Give keys of a header other values; None takes the line out, and what follows the header stays."""
+    content = path.read_bytes()
+    for key, value in fields.items():
+        words = key.replace("_", " ") if path.suffix == ".nrrd" else key
+        line = re.compile(rb"(?m)^" + words.encode() + rb" ?[:=].*\n")
+        assert line.search(content), words
+        separator = ": " if path.suffix == ".nrrd" else " = "
+        new = b"" if value is None else f"{words}{separator}{value}\n".encode()
+        content = line.sub(lambda _, new=new: new, content, count=1)
+    path.write_bytes(content)
+
+
+SPACES = {
+    "left-posterior-superior": (np.diag([-1.0, -1, 1, 1]), ""),
+    "right-anterior-superior": (np.eye(4), ""),
+    "RAS": (np.eye(4), ""),
+    "left-anterior-superior": (np.diag([-1.0, 1, 1, 1]), ""),
+    "scanner-xyz": (np.diag([-1.0, -1, 1, 1]), "its header says 'scanner-xyz' for its space"),
+}
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_spaces_of_nrrd(tmp_path, space):
+    to_ras, note = SPACES[space]
+    path = write(tmp_path / "a.nrrd", CT)
+    change(path, space=space)
+    stored = np.diag([*SPACING, 1.0])
+    stored[:3, 3] = ORIGIN
+    array, affine = as_nibabel_has_it(CT, to_ras @ stored)
+    np.testing.assert_allclose(read_volume(path).affine, affine, atol=1e-6)
+    np.testing.assert_array_equal(read_volume(path).array, array)
+    assert "".join(read_header(path).notes).startswith(note) if note else read_header(path).notes == ()
+
+
+def test_a_header_without_directions_is_noted(tmp_path):
+    path = write(tmp_path / "a.mha", CT)
+    change(path, TransformMatrix=None)
+    assert read_header(path).notes[0].startswith("its header has no directions: only the voxel sizes are known")
+    np.testing.assert_array_equal(read_volume(path).array, CT[::-1, ::-1])
+
+
+def write_4d(path, volumes):
+    image = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(volume.T) for volume in volumes])
+    SimpleITK.WriteImage(image, str(path))
+
+
+def test_a_fourth_dimension_of_length_one_is_dropped(tmp_path):
+    write_4d(tmp_path / "a.mha", [CT])
+    assert "dimensions of length 1 were dropped (its shape is (8, 7, 6, 1))" in read_header(tmp_path / "a.mha").notes[0]
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.mha").array, CT[::-1, ::-1])
+
+
+def cut_short(path, by):
+    path.write_bytes(path.read_bytes()[:-by])
+
+
+def stored_shorter(path):
+    """A stream that ends early, in a header that agrees with it: the reader of MetaImage fills up with nothing."""
+    size = int(re.search(rb"CompressedDataSize = (\d+)", path.read_bytes())[1])
+    change(path, CompressedDataSize=size - 100)
+    cut_short(path, 100)
+
+
+def damage(path, place=-40):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 0xFF
+    path.write_bytes(bytes(content))
+
+
+def of_colours(path):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros((*SHAPE, 3), np.uint8), isVector=True), str(path))
+
+
+def of_complex_numbers(path):
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros(SHAPE, np.complex64)), str(path))
+
+
+# The file, what is done to it, and the reason: in the index, or after "prepare:" when it is read.
+FAULTS = {
+    "4D": ("a.mha", lambda p: write_4d(p, [CT, CT]), "has 4 dimensions instead of 3 (its shape is (8, 7, 6, 2)"),
+    "2D": ("a.mha", lambda p: SimpleITK.WriteImage(SimpleITK.GetImageFromArray(CT[0]), str(p)), "has 2 dimensions"),
+    "colours": ("a.nrrd", of_colours, "holds vectors, colours"),
+    "colours in MetaImage": ("a.mhd", of_colours, "holds vectors, colours"),
+    "complex": ("a.nrrd", of_complex_numbers, "holds vectors, colours or complex numbers"),
+    "no voxels": ("a.mha", lambda p: change(p, DimSize="8 0 6"), "has no voxels (its shape is (8, 0, 6))"),
+    "no voxels in NRRD": ("a.nrrd", lambda p: change(p, sizes="8 0 6"), "axis 1 size is zero"),
+    "negative size": ("a.mha", lambda p: change(p, DimSize="8 -7 6"), "voxels, more than 536,870,912"),
+    "larger than memory": ("a.mha", lambda p: change(p, DimSize="32767 32767 32767"), "more than 536,870,912"),
+    "NRRD larger than memory": ("a.nrrd", lambda p: change(p, sizes="32767 32767 32767"), "more than 536,870,912"),
+    "singular": ("a.mha", lambda p: change(p, TransformMatrix="0 0 0 0 1 0 0 0 1"), "affine that cannot be inverted"),
+    "no spacing": ("a.mha", lambda p: change(p, ElementSpacing="0 1 1"), "affine that cannot be inverted"),
+    "NRRD singular": (
+        "a.nrrd", lambda p: change(p, space_directions="(1,0,0) (0,1,0) (0,2,0)"), "affine that cannot be inverted",
+    ),
+    "data missing": ("a.mhd", lambda p: p.with_suffix(".zraw").unlink(), "keeps its voxels in a.zraw, which does not"),
+    "data in several files": (
+        "a.mhd", lambda p: change(p, ElementDataFile="slice%02d.raw 1 6 1"), "keeps its voxels in several files",
+    ),
+    "data in a list": ("a.mhd", lambda p: change(p, ElementDataFile="LIST"), "keeps its voxels in several files"),
+    "data elsewhere": ("a.mhd", lambda p: change(p, ElementDataFile="../a.raw"), "in ../a.raw, not beside it"),
+    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "/etc/passwd, not beside it"),
+    "NRRD of a header": ("a.nrrd", lambda p: change(p, encoding="raw\ndata file: a.raw"), "its voxels in other files"),
+    "empty": ("a.nrrd", lambda p: p.write_bytes(b""), "a.nrrd: cannot be read as NRRD"),
+    "empty MetaImage": ("a.mhd", lambda p: p.write_bytes(b""), "a.mhd: cannot be read as MetaImage"),
+    "no MetaImage": ("a.mha", lambda p: p.write_bytes(b"x" * 999), "a.mha: cannot be read as MetaImage"),
+    "a picture": ("a.mha", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "a.mha: cannot be read as MetaImage"),
+    "cut short": ("a.mha", lambda p: cut_short(p, 20), "prepare:compressed voxels are cut short or damaged"),
+    "cut short, consistently": ("a.mha", stored_shorter, "prepare:compressed voxels are cut short or damaged"),
+    "NRRD cut short": ("a.nrrd", lambda p: cut_short(p, 30), "prepare:a.nrrd: cannot be read as NRRD"),
+    "zraw cut short": ("a.mhd", lambda p: cut_short(p.with_suffix(".zraw"), 9), "prepare:voxels are cut short"),
+    "damaged": ("a.mha", damage, "prepare:a.mha: cannot be read as MetaImage"),
+    "NRRD damaged": ("a.nrrd", damage, "prepare:a.nrrd: cannot be read as NRRD"),
+    "no size of the packed voxels": (
+        "a.mha", lambda p: change(p, CompressedDataSize=None), "prepare:cannot be read as MetaImage",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("role", ["images", "labels"])
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_told(tmp_path, fault, role):
+    name, harm, reason = FAULTS[fault]
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write(tmp_path / folder / name, array)
+    harm(tmp_path / role / name)
+    (row,) = index_source("images", tmp_path)
+    if reason.startswith("prepare:"):
+        assert row["status"] == "ok"
+        with pytest.raises(ExcludedCaseError) as told:
+            images.load_scan(tmp_path, row)
+        assert reason.removeprefix("prepare:") in str(told.value)
+    else:
+        assert reason in row["reason"]
+        assert row["reason"].startswith(f"{role}/")
+        assert str(tmp_path) not in row["reason"]
+
+
+@pytest.mark.parametrize("by", [1, 20, 300])
+def test_raw_voxels_that_are_cut_short(tmp_path, by):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write(tmp_path / folder / "a.mhd", array, compressed=False)
+    cut_short(tmp_path / "images" / "a.raw", by)
+    (row,) = index_source("images", tmp_path)
+    with pytest.raises(ExcludedCaseError, match=r"images/a.mhd: cannot be read as MetaImage"):
+        images.load_scan(tmp_path, row)
+
+
+def test_packed_voxels_that_would_fill_the_memory_are_not_unpacked(tmp_path):
+    path = write(tmp_path / "a.mha", CT)
+    header = path.read_bytes().partition(b"ElementDataFile = LOCAL\n")[0]
+    packed = zlib.compress(bytes(50_000_000))
+    header = re.sub(rb"CompressedDataSize = \d+", b"CompressedDataSize = %d" % len(packed), header)
+    path.write_bytes(header + b"ElementDataFile = LOCAL\n" + packed)
+    with pytest.raises(InputError, match="cut short or damaged"):
+        read_volume(path)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    for name in ("a.nrrd", "a.mha", "a.nii"):
+        with pytest.raises(InputError, match=f"{name}: does not exist"):
+            read_header(tmp_path / name)
+    assert files_of(tmp_path / "a.mhd") == (tmp_path / "a.mhd",)
+
+
+def test_headers_alone_are_read_for_the_index(tmp_path, monkeypatch):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write(tmp_path / folder / "a.nrrd", array)
+    monkeypatch.setattr(SimpleITK.ImageFileReader, "Execute", None)
+    monkeypatch.setattr(SimpleITK, "ReadImage", None)
+    (series,) = images.find_series(tmp_path, Cache(None, "images"))
+    assert (series.size, series.excluded, json.dumps(series.spacing_mm)) == (SHAPE, "", "[0.7, 0.8, 2.5]")
