@@ -27,7 +27,7 @@ def _check_pattern(pattern: str | None) -> str | None:
 
 
 def _check_table(name: str | None) -> str | None:
-    # Jobs and results know the user's folder, and no other place of his.
+    # Jobs and results know the folder of the data set, and no other place of the user's.
     if name is not None and Path(name).name != name:
         raise ValueError("is the name of a file in the folder of the data set, without a folder of its own")
     return name
