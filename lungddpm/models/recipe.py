@@ -1,16 +1,19 @@
-"""What of a training differs between families of models. The rest (data, optimizer, averaging, states) is shared."""
+"""What of a training differs between families of models. The rest (data, averaging, states, watch) is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from lungddpm.core.labels import Label
+
+if TYPE_CHECKING:
+    from lungddpm.models.optimization import Optimization
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT and condition (N, 1 + C, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
@@ -61,6 +64,7 @@ class Recipe:
         inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
+        optimization: what takes the steps; None trains the network alone, see `Optimization`.
     """
 
     build: Callable[[], nn.Module]
@@ -69,3 +73,4 @@ class Recipe:
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
+    optimization: type[Optimization] | None = None
