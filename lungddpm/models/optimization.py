@@ -171,7 +171,8 @@ def start_optimization(
     accelerator: Accelerator,
 ) -> Optimization:
     """The optimization that a recipe asks for; the arguments are those of `Optimization`."""
-    return (recipe.optimization or Optimization)(config, recipe, model, data, accelerator)
+    of_family: Callable[..., Optimization] = recipe.optimization or Optimization
+    return of_family(config, recipe, model, data, accelerator)
 
 
 def learning_rate(training: Training, step: int) -> float:

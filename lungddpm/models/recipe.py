@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -13,9 +13,6 @@ from torch import nn
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
-
-if TYPE_CHECKING:
-    from lungddpm.models.optimization import Optimization
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT and condition (N, 1 + C, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
@@ -66,7 +63,7 @@ class Recipe:
         inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
-        optimization: what takes the steps; None trains the network alone, see `Optimization`.
+        optimization: what takes the steps, a subclass of `Optimization`; None trains the network alone.
         opponent: in adversarial training, what judges volumes shaped like `inputs`; built as the network is.
     """
 
@@ -76,7 +73,7 @@ class Recipe:
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
-    optimization: type[Optimization] | None = None
+    optimization: Callable[..., Any] | None = None
     opponent: Callable[[], nn.Module] | None = None
 
 
