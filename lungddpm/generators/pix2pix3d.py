@@ -1,7 +1,7 @@
 """Pix2pix3D: a conditional GAN draws the CT of a layout in one pass; the reference may fill the rest.
 
 It has the losses of pix2pixHD in 3-D (see `lungddpm.models.adversarial`); an error of the HU stands in for one of them.
-Noise is an input of the network, which nothing in its losses rewards: two CT of one layout differ little.
+Noise is an input of the network, but no loss rewards its use: two CT of one layout differ in fine noise alone.
 """
 
 from __future__ import annotations
