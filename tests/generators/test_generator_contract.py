@@ -15,6 +15,7 @@ EXPECTED = {
     "lung_ddpm_plus": ("lung_ddpm_plus", "reference", "added"),
     "med_ddpm": ("lung_ddpm", "reference", "jittered"),
     "paste_constant": (None, "reference", "jittered"),
+    "pix2pix3d": ("pix2pix3d", "reference", "jittered"),
     "reference": (None, "reference", "reference"),
 }
 """Generator -> whose weights it draws with, and where layouts are from when a reference is used first, and again."""
