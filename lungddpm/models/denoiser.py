@@ -41,9 +41,15 @@ def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray
     return np.stack(masks).astype(np.float32) * 2 - 1
 
 
-def build_denoiser(config: GeneratorConfig[UNetSettings]) -> UNet:
-    """The denoiser that a config describes, with fresh weights from torch's global generator."""
-    return UNet(**network_arguments(config))
+def build_denoiser(config: GeneratorConfig[UNetSettings], further_channels: int = 0) -> UNet:
+    """The denoiser that a config describes, with fresh weights from torch's global generator.
+
+    Args:
+        config: of the generator.
+        further_channels: of the condition, beside the layout's classes.
+    """
+    arguments = network_arguments(config)
+    return UNet(**{**arguments, "in_channels": arguments["in_channels"] + further_channels})
 
 
 def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:

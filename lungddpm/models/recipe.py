@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -61,6 +62,8 @@ class Recipe:
         inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
+        keep: (names, CT (n, D, H, W) int16 HU, layouts (n, D, H, W)) of all cases -> what drawing needs to know of
+            them, as JSON-like values; it is written beside the weights.
     """
 
     build: Callable[[], nn.Module]
@@ -69,3 +72,4 @@ class Recipe:
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
+    keep: Callable[[Sequence[str], np.ndarray, np.ndarray], dict[str, Any]] = lambda *_: {}
