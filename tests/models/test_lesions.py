@@ -1,4 +1,4 @@
-"""Nodules alone: their histograms, the loss that sees nothing else, and a network that follows its control."""
+"""Nodules alone: their histograms, the loss that sees nothing else, and a network that follows a histogram."""
 
 import math
 
