@@ -164,8 +164,8 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(block, *attention(level, outputs), *upsample))
                 channels = outputs
 
-        last = _zeroed(_convolution(channels, out_channels))
-        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), last)
+        final = _zeroed(_convolution(channels, out_channels))
+        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), final)
         for module in self.modules():
             if isinstance(module, Convolution):
                 module.padding_mode = padding
@@ -225,8 +225,8 @@ class WaveletUNet(UNet):
             reduction. `attention_factor` counts from the first level.
     """
 
-    def __init__(self, in_channels: int, *arguments: Any, **named: Any):
-        super().__init__(BANDS * in_channels, *arguments, **named, out_channels=BANDS)
+    def __init__(self, in_channels: int, **arguments: Any):
+        super().__init__(**{**arguments, "in_channels": BANDS * in_channels, "out_channels": BANDS})
 
     def _predict(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         bands = torch.cat([haar(noisy[:, :1]), space_to_depth(noisy[:, 1:])], dim=1)

@@ -63,6 +63,12 @@ def test_labels_keep_their_places():
         assert torch.equal(channels[:, :, 4 * z + 2 * y + x], volumes[:, :, z::2, y::2, x::2])
 
 
+def wavelet_network(base_channels, norm_groups, **arguments):
+    return WaveletUNet(
+        3, base_channels=base_channels, multipliers=[1, 2], norm_groups=norm_groups, attention_factor=0, **arguments
+    )
+
+
 @pytest.mark.parametrize("orientation", ["ras", "published"])
 def test_a_network_that_returns_its_sub_bands_returns_the_ct(monkeypatch, orientation, volumes):
     inputs = torch.cat([volumes[..., :8], torch.ones(2, 2, 6, 8, 8)], dim=1)
@@ -73,7 +79,7 @@ def test_a_network_that_returns_its_sub_bands_returns_the_ct(monkeypatch, orient
         return bands[:, :8]
 
     monkeypatch.setattr(UNet, "_predict", predict)
-    network = WaveletUNet(3, 4, [1, 2], 2, None, orientation=orientation)
+    network = wavelet_network(4, 2, orientation=orientation)
     torch.testing.assert_close(network(inputs, torch.zeros(2)), inputs[:, :1], rtol=0, atol=1e-6)
     assert seen[0].shape[1] == 8 * 3
     assert (seen[0][:, 8:] == 1).all()
@@ -115,7 +121,7 @@ def test_every_diffusion_generator_trains_and_draws_with_it(owner, tiny_cohort, 
 
 def test_channels_last_and_planes_compute_the_same():
     torch.manual_seed(0)
-    network = WaveletUNet(3, 8, [1, 2], 4, 0, norm="voxel", padding="replicate")
+    network = wavelet_network(8, 4, norm="voxel", padding="replicate")
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     inputs, times = torch.randn(1, 3, 8, 8, 8), torch.tensor([3])
