@@ -80,11 +80,13 @@ class Generator:
             it, and for `med_ddpm`, which has no AAS). A task's array does not depend on the others.
         device: what it computes on, for the record.
         batch_size: tasks that it takes at once on a GPU.
+        describe: what a task's CT is drawn with besides, as JSON-like values for its `sample.json`.
     """
 
     make: Callable[[list[Task]], list[np.ndarray]]
     device: str = "cpu"
     batch_size: int = 1
+    describe: Callable[[Task], dict[str, Any]] = lambda task: {}
 
 
 @dataclass(frozen=True)

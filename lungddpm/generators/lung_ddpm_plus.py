@@ -76,7 +76,8 @@ class PlusSampling(Sampling):
     that do not count in the result keep to the reference at all noise levels."""
 
 
-def _nodules_only(classes: list[Layer]) -> list[Layer]:
+def nodules_only(classes: list[Layer]) -> list[Layer]:
+    """Refuse other classes than nodules."""
     if classes != ["nodule"]:
         raise ValueError("classes is [nodule]")
     return classes
@@ -87,7 +88,7 @@ class Settings(DiffusionSettings):
 
     run: Name = "plus"
     """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
-    classes: Annotated[list[Layer], AfterValidator(_nodules_only)] = ["nodule"]
+    classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
     """Layout classes that condition the denoiser: nodules alone."""
     denoiser: PlusDenoiser = PlusDenoiser()
     training: PlusTraining = PlusTraining()
@@ -110,12 +111,14 @@ class Crop:
 
     Attributes:
         where: its place in the volume.
+        nodule: which one it draws, by the number of `scipy.ndimage.label` with all 26 neighbours.
         drawn: (edge, edge, edge) bool: the nodule voxels that this crop draws.
         weight: (edge, edge, edge) float32: the share of what is drawn in the result; 1 in the nodule and one voxel
             around it, then falling to 0, which it is where the crop meets the rest of the volume.
     """
 
     where: Box
+    nodule: int
     drawn: np.ndarray
     weight: np.ndarray
 
@@ -222,7 +225,8 @@ def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
 
     numbers, count = ndimage.label(layout == Label.NODULE, np.ones((3, 3, 3)))
     if not count:
-        raise InputError("lung_ddpm_plus", "got a layout without a nodule", "Exclude the reference, or fix its layout.")
+        remedy = "Exclude the reference, or fix its layout."
+        raise InputError("drawing nodule by nodule", "got a layout without a nodule", remedy)
     # Where a crop is as long as the volume, it does not meet any rest of it.
     longest = [edge if size == edge else edge - 2 * (edge // 4) for size in layout.shape]
     crops = []
@@ -230,7 +234,7 @@ def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
         for part in itertools.product(*map(_parts, box, longest)):
             nodule = numbers[part] == number
             if nodule.any():
-                crops.append(_crop_around(part, nodule, layout.shape, edge))
+                crops.append(_crop_around(part, number, nodule, layout.shape, edge))
     return crops
 
 
@@ -241,14 +245,14 @@ def _parts(side: slice, longest: int) -> list[slice]:
     return [slice(*pair) for pair in itertools.pairwise(bounds)]
 
 
-def _crop_around(part: Sequence[slice], nodule: np.ndarray, shape: Sequence[int], edge: int) -> Crop:
+def _crop_around(part: Sequence[slice], number: int, nodule: np.ndarray, shape: Sequence[int], edge: int) -> Crop:
     """The crop that draws the nodule voxels of a part of the volume, within the volume."""
     middles = [(side.start + side.stop) // 2 for side in part]
     starts = [min(max(middle - edge // 2, 0), size - edge) for middle, size in zip(middles, shape, strict=True)]
     drawn = np.zeros((edge,) * 3, bool)
     inside = [slice(side.start - start, side.stop - start) for side, start in zip(part, starts, strict=True)]
     drawn[tuple(inside)] = nodule
-    return Crop(per_axis(slice(start, start + edge) for start in starts), drawn, _weight(drawn))
+    return Crop(per_axis(slice(start, start + edge) for start in starts), number, drawn, _weight(drawn))
 
 
 def _weight(drawn: np.ndarray) -> np.ndarray:

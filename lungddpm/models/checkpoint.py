@@ -41,6 +41,7 @@ class Metadata:
         data_fingerprint: of the cases that it saw.
         trained_on: their patients.
         code: which code took which steps, where that is known.
+        kept: see `Recipe.keep`.
     """
 
     config: dict[str, Any]
@@ -50,6 +51,7 @@ class Metadata:
     data_fingerprint: str
     trained_on: list[str]
     code: list[CodeFromStep] = field(default_factory=list)
+    kept: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -89,7 +91,7 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         InputError: missing, cut short, or not weights of ours.
     """
-    held = _read_description(path)
+    held = {"kept": {}, **_read_description(path)}  # files of before have nothing kept
     try:
         return Metadata(**{each.name: held[each.name] for each in fields(Metadata)})
     except KeyError as error:

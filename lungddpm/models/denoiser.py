@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lungddpm.config.sections import GeneratorConfig, Norm, Orientation, Padding, UNetSettings
 from lungddpm.core.labels import Label
+from lungddpm.models.wavelet import BANDS, haar, inverse_haar, space_to_depth
 
 ATTENTION_EDGE = 16
 _TIME_PERIOD = 1000
@@ -41,15 +42,23 @@ def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray
     return np.stack(masks).astype(np.float32) * 2 - 1
 
 
-def build_denoiser(config: GeneratorConfig[UNetSettings]) -> UNet:
-    """The denoiser that a config describes, with fresh weights from torch's global generator."""
-    return UNet(**network_arguments(config))
+def build_denoiser(config: GeneratorConfig[UNetSettings], further_channels: int = 0) -> UNet:
+    """The denoiser that a config describes, with fresh weights from torch's global generator.
+
+    Args:
+        config: of the generator.
+        further_channels: of the condition, beside the layout's classes.
+    """
+    arguments = network_arguments(config)
+    kind = WaveletUNet if config.settings.denoiser.wavelet else UNet
+    return kind(**{**arguments, "in_channels": arguments["in_channels"] + further_channels})
 
 
 def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
-    """The arguments of `UNet` that a config describes."""
+    """The arguments of `UNet`, or of `WaveletUNet`, that a config describes."""
     settings = config.settings.denoiser
-    factor = config.settings.drawn_size(config.grid)[0] / ATTENTION_EDGE
+    first_edge = config.settings.drawn_size(config.grid)[0] / (2 if settings.wavelet else 1)
+    factor = first_edge / ATTENTION_EDGE
     # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
     is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
@@ -103,6 +112,7 @@ class UNet(nn.Module):
         orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
         padding: what convolutions see beyond the volume: zeros, or its outermost voxels (`replicate`).
         norm: over what norms take mean and variance: the voxels of a `volume`, as groups of channels, or each `voxel`.
+        out_channels: of what it predicts.
     """
 
     def __init__(
@@ -115,6 +125,7 @@ class UNet(nn.Module):
         orientation: Orientation = "ras",
         padding: Padding = "zeros",
         norm: Norm = "volume",
+        out_channels: int = 1,
     ):
         super().__init__()
         self.base_channels = base_channels
@@ -153,7 +164,8 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(block, *attention(level, outputs), *upsample))
                 channels = outputs
 
-        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), _zeroed(_convolution(channels, 1)))
+        final = _zeroed(_convolution(channels, out_channels))
+        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), final)
         for module in self.modules():
             if isinstance(module, Convolution):
                 module.padding_mode = padding
@@ -200,6 +212,25 @@ class UNet(nn.Module):
         for block in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), embedding)
         return self.out(h)
+
+
+class WaveletUNet(UNet):
+    """The same network on the Haar sub-bands of the noisy CT; it predicts those of the noise.
+
+    Its first level has half the edge of the volume: less than an eighth of the memory of a `UNet` of the same width.
+    The condition stands beside the sub-bands voxel by voxel (`space_to_depth`).
+
+    Args:
+        in_channels, arguments: as of `UNet`, whose inputs and outputs it has; D, H, W are divisible by twice its
+            reduction. `attention_factor` counts from the first level.
+    """
+
+    def __init__(self, in_channels: int, **arguments: Any):
+        super().__init__(**{**arguments, "in_channels": BANDS * in_channels, "out_channels": BANDS})
+
+    def _predict(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        bands = torch.cat([haar(noisy[:, :1]), space_to_depth(noisy[:, 1:])], dim=1)
+        return inverse_haar(super()._predict(bands, timesteps).float())
 
 
 def turned(volumes: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,10 @@ from lungddpm.models.recipe import INSIDE, Batch, Network, Recipe
 from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
 
 Loss = Literal["l1", "l2"]
-_ERRORS: dict[Loss, Callable[..., torch.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+ERRORS: dict[Loss, Callable[..., torch.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
+"""How the error of a voxel counts, as functions of torch."""
+Error = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(prediction and target (N, 1, D, H, W), condition (N, C, D, H, W)) -> a scalar."""
 
 
 class WeightedError:
@@ -31,7 +34,7 @@ class WeightedError:
     """
 
     def __init__(self, loss: Loss, lesion_weight: float, nodule_channel: int):
-        self.error, self.lesion_weight, self.nodule_channel = _ERRORS[loss], lesion_weight, nodule_channel
+        self.error, self.lesion_weight, self.nodule_channel = ERRORS[loss], lesion_weight, nodule_channel
 
     @classmethod
     def of(cls, settings: TrainedSettings) -> WeightedError:
@@ -56,7 +59,7 @@ class DiffusionLoss:
         device: where the batches are.
     """
 
-    def __init__(self, timesteps: int, prediction: Prediction, error: WeightedError, device: torch.device):
+    def __init__(self, timesteps: int, prediction: Prediction, error: Error, device: torch.device):
         self.timesteps, self.prediction, self.error = timesteps, prediction, error
         exact = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing finer
         self.signal = alphas_cumprod(cosine_betas(timesteps)).to(device, exact)
@@ -75,10 +78,12 @@ class DiffusionLoss:
         return self.error(predicted, target, batch.condition)
 
 
-def unet_inputs(config: GeneratorConfig[UNetSettings], shape: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy CT with condition, and times, for (N, D, H, W) volumes."""
+def unet_inputs(
+    config: GeneratorConfig[UNetSettings], shape: Sequence[int], further_channels: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Noisy CT with condition, and times, for (N, D, H, W) volumes; see `build_denoiser`."""
     size, *edges = shape
-    return torch.zeros(size, 1 + len(config.settings.classes), *edges), torch.zeros(size).long()
+    return torch.zeros(size, 1 + len(config.settings.classes) + further_channels, *edges), torch.zeros(size).long()
 
 
 def diffusion_recipe(

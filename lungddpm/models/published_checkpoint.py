@@ -50,6 +50,7 @@ _PUBLISHED = {
     "prediction": ("epsilon", "take what it predicts for noise"),
     "denoiser.padding": ("zeros", "show it zeros beyond the volume"),
     "denoiser.norm": ("volume", "normalize over the volume"),
+    "denoiser.wavelet": (False, "show it voxels instead of sub-bands"),
 }
 """What leaves no trace in weights and is one in all published files; what the published code would do to others."""
 

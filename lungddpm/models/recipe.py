@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -63,6 +64,8 @@ class Recipe:
         inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
+        keep: (names, CT (n, D, H, W) int16 HU, layouts (n, D, H, W)) of all cases -> what drawing needs to know of
+            them, as JSON-like values; it is written beside the weights.
         optimization: what takes the steps, a subclass of `Optimization`; None trains the network alone.
         opponent: in adversarial training, what judges volumes shaped like `inputs`; built as the network is.
     """
@@ -73,6 +76,7 @@ class Recipe:
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
+    keep: Callable[[Sequence[str], np.ndarray, np.ndarray], dict[str, Any]] = lambda *_: {}
     optimization: Callable[..., Any] | None = None
     opponent: Callable[[], nn.Module] | None = None
 

@@ -191,9 +191,10 @@ class _Run:
         """Write the result, and remove what only a training under way needs."""
         if self.accelerator.is_main_process:
             keep_states(self.output / "state", self.saved)
+            kept = self.recipe.keep(self.data.case_ids, self.data.ct, self.data.layout)
+            metadata = replace(self.metadata, code=self.code, kept=kept)
             # On a network disk, a file that is still open leaves a trace until the process ends.
             shutil.rmtree(self.output / "cache", ignore_errors=True)
-            metadata = replace(self.metadata, code=self.code)
             save_network(self.output / "model.safetensors", self.optimization.average, metadata)
             write_json(self._record, {**self.fingerprints, "steps": metadata.steps, "code": self.code})
 

@@ -181,6 +181,7 @@ class _Synthesis:
             nodules = task.made.nodules if task.made else ()
             kept = 0 if sample.layout_origin == JITTERED else int(sample.reference["n_nodules"])
             record = {
+                **generator.describe(task),
                 "n_nodules": kept + len(nodules),
                 "nodules": [asdict(nodule) for nodule in nodules],
                 "seconds": round(seconds, 3),

@@ -11,6 +11,7 @@ from lungddpm.core.errors import ConfigError
 
 EXPECTED = {
     "copy_paste": (None, "added", "added"),
+    "lefusion": ("lefusion", "reference", "added"),
     "lung_ddpm": ("lung_ddpm", "reference", "jittered"),
     "lung_ddpm_plus": ("lung_ddpm_plus", "reference", "added"),
     "med_ddpm": ("lung_ddpm", "reference", "jittered"),

@@ -1,0 +1,253 @@
+"""LeFusion: a diffusion model draws nodules into the reference, each with a histogram; all else stays exactly as it is.
+
+The network sees a crop around the nodule and a histogram of HU. Outside the nodule the reference is pasted at every
+noise level, so that the nodule fits what lies around it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+from pydantic import AfterValidator, Field, model_validator
+
+from lungddpm.config.sections import (
+    DiffusionSettings,
+    GeneratorConfig,
+    Grid,
+    Layer,
+    PositiveFloat,
+    PositiveInt,
+    Sampling,
+    Size3,
+    Training,
+)
+from lungddpm.core.files import seed_from
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import to_hu, to_model_range
+from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
+from lungddpm.generators.lung_ddpm_plus import NODULES_PER_CASE, Crop, PlusDenoiser, nodules_only, plan_crops
+
+if TYPE_CHECKING:
+    import torch
+
+    from lungddpm.models.denoiser import UNet
+    from lungddpm.models.lesions import DiscoveryNodule
+    from lungddpm.models.recipe import Preview, Recipe
+
+TITLE = "LeFusion: a diffusion model draws nodules with chosen histograms, all else is the reference"
+CITATION = (
+    "LeFusion: Controllable Pathology Synthesis via Lesion-Focused Diffusion Models, ICLR 2025, arXiv 2403.14066 "
+    "(here with the network of Lung-DDPM+)."
+)
+LAYOUTS = OWN, ADDED
+PREVIEW_STEPS = 20
+"""Of the grids of samples that a training draws."""
+
+
+class LesionTraining(Training):
+    """Training on crops around nodules; the loss counts the nodule and one voxel around it, and nothing else."""
+
+    crop: Annotated[int, Field(ge=8)] = 64
+    """Edge of the cubic crops in voxels, each around a voxel of a nodule (published: 64 x 64 x 32); sampling works on
+    crops of this edge, too."""
+    steps: PositiveInt = 50_000
+    """Optimizer steps (published: 20,000 to 50,000)."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate of Adam (published)."""
+    lesion_weight: Annotated[float, Field(ge=1, le=1)] = 1.0
+    """There is none: nothing but nodules counts."""
+
+
+class LesionSampling(Sampling):
+    """From noise to nodules; the reference is pasted around them at every noise level."""
+
+    steps: PositiveInt = 300
+    """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
+
+    @model_validator(mode="after")
+    def _corrected(self) -> LesionSampling:
+        for key in ("aas", "intensities", "times", "levels"):
+            if getattr(self, key) != "corrected":
+                raise ValueError(f"{key} is corrected: what else is published is of other systems")
+        return self
+
+
+class Settings(DiffusionSettings):
+    """LeFusion: a network of its own, for crops around nodules."""
+
+    timesteps: PositiveInt = 300
+    """Noise levels T of the cosine schedule (published)."""
+    classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
+    """Layout classes that condition the network: nodules alone."""
+    denoiser: PlusDenoiser = PlusDenoiser()
+    training: LesionTraining = LesionTraining()
+    sampling: LesionSampling = LesionSampling()
+
+    def drawn_size(self, grid: Grid) -> Size3:
+        """That of a crop."""
+        return (self.training.crop,) * 3
+
+    def decides_samples(self) -> dict[str, Any]:
+        return {**super().decides_samples(), "training.crop": self.training.crop}
+
+    def decides_fit(self) -> dict[str, Any]:
+        return {**super().decides_fit(), "training.crop": self.training.crop}
+
+
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on crops around nodules, for what lies within these; keeps their histograms."""
+    from lungddpm.models.lesions import BINS, LesionError, LesionLoss, keep_histograms
+    from lungddpm.models.objectives import unet_inputs
+    from lungddpm.models.recipe import Recipe
+
+    settings = config.settings
+    error = LesionError(settings.training.loss)
+    return Recipe(
+        build=lambda: _build_network(config),
+        load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, winograd=False),
+        objective=lambda device: LesionLoss(settings.timesteps, settings.prediction, error, device),
+        inputs=lambda shape: unet_inputs(config, shape, further_channels=BINS),
+        crop_centres=[Label.NODULE],
+        needs_nodule=True,
+        keep=keep_histograms(config.grid.window_hu),
+    )
+
+
+def preview(config: GeneratorConfig[Settings]) -> Preview:
+    """The nodules of a crop with the histogram that they have, by DPM-Solver++ with a few steps."""
+    from lungddpm.models.lesions import draw_nodules, histograms_of, show
+    from lungddpm.models.sampling import make_solver
+    from lungddpm.models.schedule import cosine_betas
+
+    settings = config.settings
+    steps = min(PREVIEW_STEPS, settings.timesteps)
+    solver = make_solver("dpmsolver++", 2, cosine_betas(settings.timesteps), steps, settings.prediction)
+
+    def draw(
+        network: torch.nn.Module, nodule: torch.Tensor, reference: torch.Tensor, generators: Sequence[torch.Generator]
+    ) -> torch.Tensor:
+        condition = show(nodule, histograms_of(reference, nodule > 0))
+        return draw_nodules(network, solver, condition, reference, nodule > 0, generators, resampling=1)
+
+    return draw
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """One pass per noise level and visit, for each nodule."""
+    sampling = config.settings.sampling
+    return Drawing(sampling.steps * sampling.resampling * NODULES_PER_CASE, sampling.batch_size)
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
+    """Load the network onto the device.
+
+    Raises:
+        InputError: see `load_network` and `read_histograms`.
+    """
+    import torch
+
+    from lungddpm.models.accelerator import make_accelerator
+    from lungddpm.models.denoiser import condition_channels
+    from lungddpm.models.lesions import draw_nodules, read_histograms, show
+    from lungddpm.models.sampling import make_solver
+    from lungddpm.models.schedule import cosine_betas
+
+    settings, sampling, window = config.settings, config.settings.sampling, config.grid.window_hu
+    accelerator = make_accelerator(device, settings.training.precision)
+    network = _load_network(weights, config, accelerator.device)
+    discovery = read_histograms(weights)
+    betas = cosine_betas(settings.timesteps)
+    solver = make_solver(sampling.sampler, sampling.order, betas, sampling.steps, settings.prediction)
+
+    def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
+        return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(accelerator.device)
+
+    def draw(
+        hu: list[np.ndarray],
+        layouts: list[np.ndarray],
+        drawn: list[np.ndarray],
+        histograms: list[list[float]],
+        generators: list[torch.Generator],
+    ) -> np.ndarray:
+        """Crops with other nodules; (x, y, z) arrays in and out."""
+        nodules = torch.from_numpy(np.stack([condition_channels(layout, settings.classes) for layout in layouts]))
+        condition = show(nodules, torch.tensor(histograms)).to(accelerator.device)
+        reference = to_device([to_model_range(each, window) for each in hu])
+        with accelerator.autocast():
+            made = draw_nodules(
+                network, solver, condition, reference, to_device(drawn), generators, sampling.resampling
+            )
+        return to_hu(made[:, 0].cpu().numpy().transpose(0, 3, 2, 1), window)
+
+    def make(tasks: list[Task]) -> list[np.ndarray]:
+        crops = [plan_crops(task.layout.array, settings.training.crop) for task in tasks]
+        chosen = [choose_histograms(planned, discovery, task.seed) for planned, task in zip(crops, tasks, strict=True)]
+        generators = [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks]
+        volumes = [task.reference.array.astype(np.int16) for task in tasks]
+        missing = [task.layout.array == Label.NODULE for task in tasks]
+        for turn in range(max(map(len, crops))):
+            busy = [place for place, planned in enumerate(crops) if turn < len(planned)]
+            now = [crops[place][turn] for place in busy]
+            made = draw(
+                [volumes[place][crop.where] for place, crop in zip(busy, now, strict=True)],
+                [tasks[place].layout.array[crop.where] for place, crop in zip(busy, now, strict=True)],
+                # With nodule voxels that later crops draw; what stands there yet is not part of any nodule.
+                [missing[place][crop.where] for place, crop in zip(busy, now, strict=True)],
+                [chosen[place][crop.nodule].histogram for place, crop in zip(busy, now, strict=True)],
+                [generators[place] for place in busy],
+            )
+            for place, crop, hu in zip(busy, now, made, strict=True):
+                volumes[place][crop.where][crop.drawn] = hu[crop.drawn]
+                missing[place][crop.where][crop.drawn] = False
+        return volumes
+
+    def describe(task: Task) -> dict[str, Any]:
+        crops = plan_crops(task.layout.array, settings.training.crop)
+        chosen = choose_histograms(crops, discovery, task.seed)
+        return {
+            "histograms": [
+                {"nodule": number, "case_id": one.case_id, "of_nodule": one.number, "histogram": one.histogram}
+                for number, one in chosen.items()
+            ]
+        }
+
+    return Generator(make, str(accelerator.device), sampling.batch_size, describe)
+
+
+def choose_histograms(
+    crops: Sequence[Crop], discovery: Sequence[DiscoveryNodule], seed: int
+) -> dict[int, DiscoveryNodule]:
+    """For each nodule that crops draw, by its number, the discovery nodule whose histogram it gets.
+
+    Args:
+        crops: of one layout.
+        discovery: nodules to choose from.
+        seed: of the task.
+    """
+    from lungddpm.models.lesions import choose_histogram
+
+    voxels: Counter[int] = Counter()
+    for crop in crops:
+        voxels[crop.nodule] += int(crop.drawn.sum())
+    return {
+        number: choose_histogram(discovery, size, seed_from(seed, "histogram", number))
+        for number, size in voxels.items()
+    }
+
+
+def _build_network(config: GeneratorConfig[Settings]) -> UNet:
+    from lungddpm.models.denoiser import build_denoiser
+    from lungddpm.models.lesions import BINS
+
+    return build_denoiser(config, further_channels=BINS)
+
+
+def _load_network(weights: Path, config: GeneratorConfig[Settings], device: str | torch.device) -> UNet:
+    from lungddpm.models.checkpoint import load_network
+    from lungddpm.models.denoiser import place_on_device
+
+    return place_on_device(load_network(weights, config, lambda: _build_network(config), device), device)
