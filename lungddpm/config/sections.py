@@ -21,6 +21,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 Padding = Literal["zeros", "replicate"]
 Norm = Literal["volume", "voxel"]
+Background = Literal["reference", "generated"]
+Hint = Literal["none", "slice", "volume"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -179,11 +181,16 @@ class Sampling(Solving):
     for a better seam between what is generated and what the reference fills."""
     aas: Literal["corrected", "published"] = "corrected"
     """`published` pastes the reference one noise level late and leaves its noise in the background."""
+    background: Background = "reference"
+    """What the voxels show that the layout leaves open: `reference`: its CT (AAS); `generated`: what the network draws
+    there (no AAS)."""
 
     @model_validator(mode="after")
     def _resampling(self) -> Sampling:
         if self.resampling > 1 and self.aas == "published":
             raise ValueError("resampling above 1 needs aas: corrected")
+        if self.background == "generated" and (self.resampling > 1 or self.aas == "published"):
+            raise ValueError("resampling above 1 and aas: published need background: reference")
         return self
 
 
@@ -250,6 +257,10 @@ class UNetSettings(TrainedSettings):
     """Settings of a generator whose network is the published U-Net."""
 
     denoiser: Denoiser = Denoiser()
+    hint: Hint = "none"
+    """What the network sees of the reference beside the layout, as one more channel. `none`: nothing, as published;
+    `slice`: one axial slice, halfway up what the layout names, also where it is to be drawn (as in GEM-3D); `volume`:
+    all but the voxels that the layout names."""
 
     @model_validator(mode="after")
     def _crop(self) -> UNetSettings:
@@ -260,7 +271,14 @@ class UNetSettings(TrainedSettings):
 
     def decides_fit(self) -> dict[str, Any]:
         denoiser = self.denoiser.model_dump(mode="json")
-        return super().decides_fit() | {f"denoiser.{key}": value for key, value in denoiser.items()}
+        return super().decides_fit() | {"hint": self.hint, **{f"denoiser.{key}": it for key, it in denoiser.items()}}
+
+    def decides_weights(self, processes: int) -> dict[str, Any]:
+        decisive = super().decides_weights(processes)
+        if self.hint == "none":
+            # Trainings that began before there was this key go on.
+            del decisive["hint"]
+        return decisive
 
     def check_grid(self, grid: Grid) -> None:
         super().check_grid(grid)

@@ -25,6 +25,8 @@ N = TypeVar("N", bound=nn.Module)
 _FORMAT = "lungddpm-model-4"
 _EARLIER_FORMATS = "lungddpm-denoiser", "lungddpm-model-"
 _RETRAIN = "Train the generator again (lungddpm train), or give the path of its model.safetensors."
+_BEFORE_THE_KEY = {"hint": "none"}
+"""What weights were trained with that do not name a key: it came later."""
 ADAPT = "Set the config to what the weights were trained with, or give other weights."
 _FAULTS_SHOWN = 3
 
@@ -50,6 +52,11 @@ class Metadata:
     data_fingerprint: str
     trained_on: list[str]
     code: list[CodeFromStep] = field(default_factory=list)
+
+    @property
+    def trained_for(self) -> dict[str, Any]:
+        """`fit`, with the keys that there are today."""
+        return {**_BEFORE_THE_KEY, **self.fit}
 
     @classmethod
     def of(
@@ -95,7 +102,6 @@ def read_metadata(path: Path) -> Metadata:
     except KeyError as error:
         raise InputError(path, f"has damaged metadata (no {error})", _RETRAIN) from None
 
-
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the weights of our format, float32, by their keys, and compare the checksum that was written with them.
 
@@ -140,7 +146,7 @@ def check_fit(path: Path, config: GeneratorConfig[TrainedSettings]) -> None:
     Raises:
         InputError: they were not; names the key.
     """
-    trained, asked = read_metadata(path).fit, config.decides_fit()
+    trained, asked = read_metadata(path).trained_for, {**_BEFORE_THE_KEY, **config.decides_fit()}
     for key in dict.fromkeys([*trained, *asked]):
         if trained.get(key) != asked.get(key):
             raise InputError(

@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.sections import GeneratorConfig, Norm, Orientation, Padding, UNetSettings
+from lungddpm.config.sections import GeneratorConfig, Hint, Norm, Orientation, Padding, UNetSettings
 from lungddpm.core.labels import Label
 
 ATTENTION_EDGE = 16
+HINT_CHANNELS: dict[Hint, int] = {"none": 0, "slice": 1, "volume": 1}
+"""Of what `hints.show` gives."""
 _TIME_PERIOD = 1000
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -46,6 +48,11 @@ def build_denoiser(config: GeneratorConfig[UNetSettings]) -> UNet:
     return UNet(**network_arguments(config))
 
 
+def input_channels(config: GeneratorConfig[UNetSettings]) -> int:
+    """Of the network: noisy CT, layout classes, hint."""
+    return 1 + len(config.settings.classes) + HINT_CHANNELS[config.settings.hint]
+
+
 def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
     """The arguments of `UNet` that a config describes."""
     settings = config.settings.denoiser
@@ -53,7 +60,7 @@ def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
     # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
     is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
-        "in_channels": 1 + len(config.settings.classes),
+        "in_channels": input_channels(config),
         "base_channels": settings.base_channels,
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
@@ -94,7 +101,7 @@ class UNet(nn.Module):
     """Residual U-Net: one residual block per level on the way down, two on the way up.
 
     Args:
-        in_channels: noisy CT plus layout classes.
+        in_channels: noisy CT, layout classes and hint.
         base_channels: channels of the first level.
         multipliers: channels of each level as multiples of `base_channels`.
         norm_groups: groups of every GroupNorm.
@@ -178,8 +185,8 @@ class UNet(nn.Module):
         """Predict the noise.
 
         Args:
-            noisy: (N, 1 + classes, D, H, W) noisy CT and condition; D, H, W divisible by the network's reduction. They
-                are z, y, x of RAS+ whatever the network's orientation.
+            noisy: (N, channels, D, H, W) noisy CT, condition and hint; D, H, W divisible by the network's reduction.
+                They are z, y, x of RAS+ whatever the network's orientation.
             timesteps: (N,) integer indices of the noise level.
 
         Returns:

@@ -14,6 +14,7 @@ from torch import nn
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings, Training
 from lungddpm.models.data import SampleStream, TrainingData
 from lungddpm.models.denoiser import Stage
+from lungddpm.models.hints import seeing
 from lungddpm.models.recipe import Recipe
 
 
@@ -104,7 +105,7 @@ class Optimization:
         """Forward and backward; in the last pass of a step, the weights change. Returns the loss, on the device."""
         batch = self.samples.batch(number)
         with self.accelerator.accumulate(self.prepared):
-            loss = self.objective.loss(self.prepared, batch)
+            loss = self.objective.loss(seeing(self.prepared, batch.shown), batch)
             self.accelerator.backward(loss)
             if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
                 self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.gradient_clip)

@@ -10,10 +10,11 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from lungddpm.config.sections import Hint
 from lungddpm.core.labels import Label
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(noisy CT and condition (N, 1 + C, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
+"""(noisy CT, condition and, if it sees one, hint (N, channels, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
 
 Preview = Callable[[nn.Module, torch.Tensor, torch.Tensor, Sequence[torch.Generator]], torch.Tensor]
 """(network, condition (N, C, D, H, W), reference (N, 1, D, H, W), generators) -> CT (N, 1, D, H, W): a quick drawing
@@ -32,12 +33,14 @@ class Batch:
         condition: (N, C, D, H, W) float32, see `condition_channels`.
         noise: standard normal, shaped like `clean`.
         levels: (N,) noise levels, as `Objective.draw_level` gives them.
+        shown: (N, channels, D, H, W) the hint, see `hints.show`; None where there is none.
     """
 
     clean: torch.Tensor
     condition: torch.Tensor
     noise: torch.Tensor
     levels: torch.Tensor
+    shown: torch.Tensor | None = None
 
 
 class Objective(Protocol):
@@ -61,6 +64,7 @@ class Recipe:
         inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
+        hint: what the network sees of the reference.
     """
 
     build: Callable[[], nn.Module]
@@ -69,3 +73,4 @@ class Recipe:
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
+    hint: Hint = "none"
