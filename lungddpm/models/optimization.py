@@ -1,4 +1,8 @@
-"""The optimization: network, average (EMA) and Adam, and what one step does to them."""
+"""The optimization: network, average (EMA) and Adam, and what one step does to them.
+
+`Optimization` trains one network. A family that trains others beside it, as adversarial training does, has a subclass
+of its own, which its recipe names: it adds learners, and says what a forward pass does to each.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,51 @@ from lungddpm.config.sections import GeneratorConfig, TrainedSettings, Training
 from lungddpm.models.data import SampleStream, TrainingData
 from lungddpm.models.denoiser import Stage
 from lungddpm.models.hints import seeing
-from lungddpm.models.recipe import Recipe
+from lungddpm.models.recipe import Batch, Recipe
+
+
+class Learner:
+    """A network and its Adam.
+
+    Args:
+        network: it is trained in place.
+        training: of the generator.
+        accelerator: device, precision and processes.
+        betas: decay of Adam's two moments.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        training: Training,
+        accelerator: Accelerator,
+        betas: tuple[float, float] = (0.9, 0.999),
+    ):
+        self.network, self.training, self.accelerator = network.to(accelerator.device), training, accelerator
+        if training.compile:
+            self.network.compile(dynamic=False)  # in place: the names of the weights stay
+        optimizer = torch.optim.Adam(
+            self.network.parameters(), training.learning_rate, betas, fused=accelerator.device.type == "cuda"
+        )
+        self.prepared, self.optimizer = accelerator.prepare(self.network, optimizer)
+
+    def learn(self, loss: torch.Tensor) -> None:
+        """Follow the gradients of a loss; within `accumulate`, the weights change in the last pass of a step."""
+        self.accelerator.backward(loss)
+        if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
+            self.accelerator.clip_grad_norm_(self.network.parameters(), self.training.gradient_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def set_learning_rate(self, rate: float) -> None:
+        """For the steps that follow."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Weights and moments."""
+        moments = [value for state in self.optimizer.state.values() for value in state.values()]
+        return [*self.network.parameters(), *moments]
 
 
 class Optimization:
@@ -32,6 +80,9 @@ class Optimization:
         accelerator: device, precision and processes; made with the config's `accumulation`.
     """
 
+    betas = 0.9, 0.999
+    """Of the network's Adam."""
+
     def __init__(
         self,
         config: GeneratorConfig[TrainedSettings],
@@ -47,12 +98,9 @@ class Optimization:
         self.samples = SampleStream(data, config, recipe, self.objective, accelerator.device)
         if self.training.gradient_checkpointing:
             checkpoint_stages(self.model)
-        if self.training.compile:
-            self.model.compile(dynamic=False)  # in place: the names of the weights stay
-        optimizer = torch.optim.Adam(
-            self.model.parameters(), self.training.learning_rate, fused=accelerator.device.type == "cuda"
-        )
-        self.prepared, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.learner = Learner(self.model, self.training, accelerator, self.betas)
+        self.optimizer = self.learner.optimizer
+        self.learners = [self.learner]
 
     def take_step(self, step: int, asked_to_stop: Callable[[], bool] = lambda: False) -> torch.Tensor:
         """Take one optimizer step, counted from 0.
@@ -65,21 +113,21 @@ class Optimization:
             (2,) on the device: mean loss, and the share of processes that were asked to stop. Nothing here waits for
             the device to have computed them.
         """
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.training, step)
+        for learner in self.learners:
+            learner.set_learning_rate(learning_rate(self.training, step))
         processes, accumulation = self.accelerator.num_processes, self.training.accumulation
         losses = []
         for number in range(accumulation):
-            number_of_all = (step * accumulation + number) * processes + self.accelerator.process_index
-            losses.append(self._pass(number_of_all))
+            batch = self.samples.batch((step * accumulation + number) * processes + self.accelerator.process_index)
+            with self.accelerator.accumulate(*(learner.prepared for learner in self.learners)):
+                losses.append(self._pass(batch, step))
         self._update_average(step)
         loss = torch.stack(losses).mean()
         return self.accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(asked_to_stop()))]), "mean")
 
     def is_finite(self) -> bool:
         """Whether no weight, average or moment of Adam has become infinite or no number."""
-        moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [*self.model.parameters(), *self.average.parameters(), *moments]
+        tensors = [*self.average.parameters(), *(tensor for learner in self.learners for tensor in learner.tensors())]
         device = self.accelerator.device
         return bool(torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all())
 
@@ -101,16 +149,10 @@ class Optimization:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
 
-    def _pass(self, number: int) -> torch.Tensor:
+    def _pass(self, batch: Batch, step: int) -> torch.Tensor:
         """Forward and backward; in the last pass of a step, the weights change. Returns the loss, on the device."""
-        batch = self.samples.batch(number)
-        with self.accelerator.accumulate(self.prepared):
-            loss = self.objective.loss(seeing(self.prepared, batch.shown), batch)
-            self.accelerator.backward(loss)
-            if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
-                self.accelerator.clip_grad_norm_(self.model.parameters(), self.training.gradient_clip)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+        loss = self.objective.loss(seeing(self.learner.prepared, batch.shown), batch)
+        self.learner.learn(loss)
         return loss.detach()
 
     def _update_average(self, step: int) -> None:
@@ -120,6 +162,17 @@ class Optimization:
         weight = 1.0 if taken < self.training.ema_start else 1 - self.training.ema_decay
         for average, current in zip(self.average.parameters(), self.model.parameters(), strict=True):
             average.lerp_(current.detach(), weight)
+
+
+def start_optimization(
+    config: GeneratorConfig[TrainedSettings],
+    recipe: Recipe,
+    model: nn.Module,
+    data: TrainingData,
+    accelerator: Accelerator,
+) -> Optimization:
+    """The optimization that a recipe asks for; the arguments are those of `Optimization`."""
+    return (recipe.optimization or Optimization)(config, recipe, model, data, accelerator)
 
 
 def learning_rate(training: Training, step: int) -> float:

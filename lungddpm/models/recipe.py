@@ -1,17 +1,20 @@
-"""What of a training differs between families of models. The rest (data, optimizer, averaging, states) is shared."""
+"""What of a training differs between families of models. The rest (data, averaging, states, watch) is shared."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
 
 from lungddpm.config.sections import Hint
 from lungddpm.core.labels import Label
+
+if TYPE_CHECKING:
+    from lungddpm.models.optimization import Optimization
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT, condition and, if it sees one, hint (N, channels, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
@@ -65,6 +68,7 @@ class Recipe:
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
         hint: what the network sees of the reference.
+        optimization: what takes the steps; None trains the network alone, see `Optimization`.
     """
 
     build: Callable[[], nn.Module]
@@ -74,3 +78,4 @@ class Recipe:
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
     hint: Hint = "none"
+    optimization: type[Optimization] | None = None

@@ -36,7 +36,7 @@ from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, memory_mib
-from lungddpm.models.optimization import Optimization, learning_rate
+from lungddpm.models.optimization import learning_rate, start_optimization
 from lungddpm.models.recipe import Preview, Recipe
 from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
 
@@ -145,7 +145,7 @@ class _Run:
             "data_fingerprint": metadata.data_fingerprint,
         }
         self.code: list[CodeFromStep] = metadata.code
-        self.optimization = Optimization(config, recipe, model, data, accelerator)
+        self.optimization = start_optimization(config, recipe, model, data, accelerator)
         self.history: list[list[float]] = []
         self.under_way: list[torch.Tensor] = []
         self.stopping = False

@@ -16,7 +16,7 @@ from lungddpm.generators import plugin
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import memory_mib
-from lungddpm.models.optimization import Optimization, checkpoint_stages
+from lungddpm.models.optimization import Optimization, checkpoint_stages, start_optimization
 from lungddpm.models.recipe import Recipe
 from lungddpm.models.training import MEMORY_OPTIONS, initial_network
 
@@ -42,7 +42,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     LOG.info("Taking two steps of %s each", _flop(operations))
     with explain_out_of_memory(MEMORY_OPTIONS):
         recipe = recipe_of(config)
-        optimization = Optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
+        optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         _, seconds = (_timed_step(optimization, step) for step in range(2))
     state_mib = parameters * _KEPT_A_WEIGHT * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
