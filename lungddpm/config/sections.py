@@ -317,6 +317,104 @@ class DiffusionSettings(UNetSettings):
         return {"timesteps": self.timesteps, "prediction": self.prediction, **super().decides_fit()}
 
 
+class Autoencoder(Section):
+    """The autoencoder whose latents a latent diffusion model draws; trained before that, on CT alone."""
+
+    channels: Annotated[list[PositiveInt], Field(min_length=2)] = [32, 64]
+    """Channels of each level; each but the last halves the grid. On a grid of 128 voxels an edge, a latent of three
+    levels is 11 mm wide: most nodules vanish."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents."""
+    residual_blocks: PositiveInt = 1
+    """Of each level, on the way in and on the way out."""
+    norm_groups: PositiveInt = 32
+    """Groups of every GroupNorm; must divide all `channels`."""
+    padding: Padding = "zeros"
+    """See `denoiser.padding`."""
+    norm: Norm = "volume"
+    """See `denoiser.norm`."""
+    steps: PositiveInt = 20_000
+    """How many of `training.steps` train the autoencoder, the first ones; the others train the denoiser."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate of those steps. What else `training` says holds for both; the average, warmup and decay begin
+    again with the denoiser."""
+    crop: PositiveInt | None = None
+    """Edge of random cubic crops in voxels, anywhere in the volume; null trains on whole volumes."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-7
+    """Weight of the divergence of the latents' distribution from a standard normal one, summed over a sample; that of
+    the mean absolute error is 1."""
+
+    @property
+    def reduction(self) -> int:
+        """How many times smaller latents are than the grid."""
+        return 2 ** (len(self.channels) - 1)
+
+    @model_validator(mode="after")
+    def _channels(self) -> Autoencoder:
+        for channels in self.channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} does not divide {channels} channels")
+        if self.latent_channels > self.reduction**3:
+            raise ValueError(
+                f"latent_channels {self.latent_channels} exceeds {self.reduction**3}, the voxels of a latent: it would "
+                "not compress anything"
+            )
+        return self
+
+
+class LatentSettings(UNetSettings):
+    """Settings of a diffusion model that draws the latents of an autoencoder."""
+
+    orientation: Literal["ras"] = "ras"
+    """As the grid lies: there are no published weights to fit."""
+    autoencoder: Autoencoder = Autoencoder()
+    timesteps: PositiveInt = 250
+    """Noise levels T of the cosine schedule."""
+    prediction: Literal["epsilon", "v", "clean"] = "v"
+    """What the network predicts, see `lung_ddpm.prediction`."""
+
+    @model_validator(mode="after")
+    def _latents(self) -> LatentSettings:
+        crop, own, reduction = self.training.crop, self.autoencoder.crop, self.autoencoder.reduction
+        if self.autoencoder.steps >= self.training.steps:
+            raise ValueError(
+                f"autoencoder.steps {self.autoencoder.steps} leave none of training.steps {self.training.steps} to the "
+                "denoiser"
+            )
+        if crop is not None and crop % (reduction * self.denoiser.reduction):
+            raise ValueError(f"training.crop {crop} is not divisible by {reduction * self.denoiser.reduction}")
+        if own is not None and own % reduction:
+            raise ValueError(f"autoencoder.crop {own} is not divisible by {reduction}")
+        return self
+
+    def phases(self) -> tuple[Training, Training]:
+        """How the autoencoder is trained, and then the denoiser."""
+        own = {name: getattr(self.autoencoder, name) for name in ("steps", "learning_rate", "crop")}
+        left = self.training.steps - self.autoencoder.steps
+        return self.training.model_copy(update=own), self.training.model_copy(update={"steps": left})
+
+    def decides_fit(self) -> dict[str, Any]:
+        trained_only = {"steps", "learning_rate", "crop", "kl_weight"}
+        autoencoder = self.autoencoder.model_dump(mode="json", exclude=trained_only)
+        return {
+            "timesteps": self.timesteps,
+            "prediction": self.prediction,
+            **super().decides_fit(),
+            **{f"autoencoder.{key}": value for key, value in autoencoder.items()},
+        }
+
+    def check_grid(self, grid: Grid) -> None:
+        super().check_grid(grid)
+        reduction, crop = self.autoencoder.reduction * self.denoiser.reduction, self.autoencoder.crop
+        if any(edge % reduction for edge in grid.size):
+            raise ValueError(
+                f"grid.size {list(grid.size)} is not divisible by {reduction}, as the autoencoder and "
+                f"{len(self.denoiser.multipliers)} denoiser levels need"
+            )
+        if crop is not None and crop > min(grid.size):
+            raise ValueError(f"autoencoder.crop {crop} is larger than grid.size {list(grid.size)}")
+
+
 S = TypeVar("S", bound=GeneratorSettings, covariant=True)
 
 

@@ -102,6 +102,7 @@ def read_metadata(path: Path) -> Metadata:
     except KeyError as error:
         raise InputError(path, f"has damaged metadata (no {error})", _RETRAIN) from None
 
+
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the weights of our format, float32, by their keys, and compare the checksum that was written with them.
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.sections import GeneratorConfig, Hint, Norm, Orientation, Padding, UNetSettings
+from lungddpm.config.sections import Denoiser, GeneratorConfig, Hint, Norm, Orientation, Padding, UNetSettings
 from lungddpm.core.labels import Label
 
 ATTENTION_EDGE = 16
@@ -55,17 +55,23 @@ def input_channels(config: GeneratorConfig[UNetSettings]) -> int:
 
 def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
     """The arguments of `UNet` that a config describes."""
-    settings = config.settings.denoiser
-    factor = config.settings.drawn_size(config.grid)[0] / ATTENTION_EDGE
+    return {
+        "in_channels": input_channels(config),
+        "orientation": config.settings.orientation,
+        **body_arguments(config.settings.denoiser, config.settings.drawn_size(config.grid)[0]),
+    }
+
+
+def body_arguments(settings: Denoiser, edge: int) -> dict[str, Any]:
+    """The arguments of `UNet` for its levels; `edge`: voxels along each side of what it sees when it draws."""
+    factor = edge / ATTENTION_EDGE
     # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
     is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
-        "in_channels": input_channels(config),
         "base_channels": settings.base_channels,
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
         "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
-        "orientation": config.settings.orientation,
         "padding": settings.padding,
         "norm": settings.norm,
     }
@@ -110,6 +116,7 @@ class UNet(nn.Module):
         orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
         padding: what convolutions see beyond the volume: zeros, or its outermost voxels (`replicate`).
         norm: over what norms take mean and variance: the voxels of a `volume`, as groups of channels, or each `voxel`.
+        out_channels: of the prediction.
     """
 
     def __init__(
@@ -122,6 +129,7 @@ class UNet(nn.Module):
         orientation: Orientation = "ras",
         padding: Padding = "zeros",
         norm: Norm = "volume",
+        out_channels: int = 1,
     ):
         super().__init__()
         self.base_channels = base_channels
@@ -160,7 +168,9 @@ class UNet(nn.Module):
                 self.output_blocks.append(Stage(block, *attention(level, outputs), *upsample))
                 channels = outputs
 
-        self.out = nn.Sequential(GroupNorm32(norm_groups, channels), SiLUInPlace(), _zeroed(_convolution(channels, 1)))
+        self.out = nn.Sequential(
+            GroupNorm32(norm_groups, channels), SiLUInPlace(), _zeroed(_convolution(channels, out_channels))
+        )
         for module in self.modules():
             if isinstance(module, Convolution):
                 module.padding_mode = padding
@@ -190,7 +200,7 @@ class UNet(nn.Module):
             timesteps: (N,) integer indices of the noise level.
 
         Returns:
-            (N, 1, D, H, W).
+            (N, out_channels, D, H, W).
         """
         if self.orientation == "published":
             return turned(self._predict(turned(noisy), timesteps))

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from lungddpm.config.sections import Hint
 from lungddpm.core.labels import Label
-
-if TYPE_CHECKING:
-    from lungddpm.models.optimization import Optimization
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT, condition and, if it sees one, hint (N, channels, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
@@ -56,6 +53,33 @@ class Objective(Protocol):
         """The mean loss of a batch: a scalar. It waits for nothing that the device computes."""
 
 
+class Steps(Protocol):
+    """What takes the steps of a training; `Optimization` those of one network."""
+
+    @property
+    def average(self) -> nn.Module:
+        """Of the weights: the result."""
+
+    @property
+    def phases(self) -> Sequence[int]:
+        """How many steps each part of the training has whose steps are alike."""
+
+    def take_step(self, step: int, asked_to_stop: Callable[[], bool] = ...) -> torch.Tensor:
+        """See `Optimization.take_step`."""
+
+    def learning_rate(self, step: int) -> float:
+        """Of a 0-based step."""
+
+    def is_finite(self) -> bool:
+        """Whether all that changes from step to step still is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How a generator's network is trained.
@@ -68,7 +92,7 @@ class Recipe:
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
         hint: what the network sees of the reference.
-        optimization: what takes the steps; None trains the network alone, see `Optimization`.
+        optimization: what takes the steps, given what `Optimization` is, which trains the network alone (None).
     """
 
     build: Callable[[], nn.Module]
@@ -78,4 +102,4 @@ class Recipe:
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
     hint: Hint = "none"
-    optimization: type[Optimization] | None = None
+    optimization: Callable[..., Steps] | None = None

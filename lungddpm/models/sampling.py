@@ -210,6 +210,7 @@ def sample_free(
     condition: torch.Tensor,
     generators: Sequence[torch.Generator],
     start: torch.Tensor | None = None,
+    channels: int = 1,
 ) -> torch.Tensor:
     """Generate whole CT volumes for layouts.
 
@@ -219,13 +220,14 @@ def sample_free(
         condition: (N, C, D, H, W), see `condition_channels`.
         generators: one per volume, so that a volume does not depend on its batch; on the device of `condition`.
         start: (N, 1, D, H, W) states at the solver's first level; None draws noise.
+        channels: of what is generated, where it is no CT.
 
     Returns:
-        (N, 1, D, H, W) float32, on the device of `condition`.
+        (N, channels, D, H, W) float32, on the device of `condition`.
     """
-    take_step = stepper(predict, solver, condition, generators)
+    take_step = stepper(predict, solver, condition, generators, channels)
     solver.start(0, pasting=False)
-    state = draw_noise(condition, generators) if start is None else start
+    state = draw_noise(condition, generators, channels) if start is None else start
     for index in range(len(solver.signal) - 1):
         state = take_step(index, state)
     return state
@@ -328,10 +330,14 @@ def redraw(
 
 
 def stepper(
-    predict: Predictor, solver: Solver, condition: torch.Tensor, generators: Sequence[torch.Generator]
+    predict: Predictor,
+    solver: Solver,
+    condition: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    channels: int = 1,
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(index, state at this level) -> state at the next level."""
-    predict_at = predictor_of(predict, condition, solver.times)
+    """(index, state of so many channels at this level) -> state at the next level."""
+    predict_at = predictor_of(predict, condition, solver.times, channels)
 
     def take_step(index: int, state: torch.Tensor) -> torch.Tensor:
         clean = solver.clean(index, state, predict_at(index, state))
@@ -341,23 +347,23 @@ def stepper(
 
 
 def predictor_of(
-    predict: Predictor, condition: torch.Tensor, times: Sequence[float]
+    predict: Predictor, condition: torch.Tensor, times: Sequence[float], channels: int = 1
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(index, state at this level) -> what the network predicts, float32."""
+    """(index, state of so many channels at this level) -> what the network predicts, float32."""
     # Made once, so that a step neither copies the condition nor sends a time to the device.
     of_batch = torch.tensor(times, device=condition.device)[:, None].repeat(1, len(condition))
-    inputs = torch.cat([torch.empty_like(condition[:, :1]), condition], dim=1)
+    inputs = torch.cat([condition.new_empty(len(condition), channels, *condition.shape[2:]), condition], dim=1)
 
     def predict_at(index: int, state: torch.Tensor) -> torch.Tensor:
-        inputs[:, :1] = state
+        inputs[:, :channels] = state
         return predict(inputs, of_batch[index]).float()
 
     return predict_at
 
 
-def draw_noise(condition: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal (N, 1, D, H, W), each volume from its own generator."""
-    shape = (1, 1, *condition.shape[2:])
+def draw_noise(condition: torch.Tensor, generators: Sequence[torch.Generator], channels: int = 1) -> torch.Tensor:
+    """Standard normal (N, channels, D, H, W), each volume from its own generator."""
+    shape = (1, channels, *condition.shape[2:])
     return torch.cat([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
 
 
