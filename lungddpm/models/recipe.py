@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from lungddpm.config.sections import Hint
+from lungddpm.config.sections import GeneratorConfig, Hint, TrainedSettings
+from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -87,19 +88,28 @@ class Recipe:
     Attributes:
         build: the network, with fresh weights from torch's global generator.
         load: the network with the weights of a file, on the CPU; raises InputError where they do not fit.
-        objective: what is minimised, for a device.
+        objective: what is minimised, for a device: an `Objective`, or what `optimization` minimises instead.
         inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
         hint: what the network sees of the reference.
         optimization: what takes the steps, given what `Optimization` is, which trains the network alone (None).
+        opponent: in adversarial training, what judges volumes shaped like `inputs`; built as the network is.
     """
 
     build: Callable[[], nn.Module]
     load: Callable[[Path], nn.Module]
-    objective: Callable[[torch.device], Objective]
+    objective: Callable[[torch.device], Any]
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
     hint: Hint = "none"
     optimization: Callable[..., Steps] | None = None
+    opponent: Callable[[], nn.Module] | None = None
+
+
+def fresh(build: Callable[[], nn.Module], config: GeneratorConfig[TrainedSettings], what: str) -> nn.Module:
+    """A network with the weights that belong to the config's seed and run, and to a name."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_from(config.seed, config.run, what))
+        return build()

@@ -30,14 +30,14 @@ from lungddpm.core import cases
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import exclusive_lock, fingerprint, read_json, seed_from, sha256_of, write_json
+from lungddpm.core.files import exclusive_lock, fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, memory_mib
 from lungddpm.models.optimization import start_optimization
-from lungddpm.models.recipe import Preview, Recipe
+from lungddpm.models.recipe import Preview, Recipe, fresh
 from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
 
 MEMORY_OPTIONS = (
@@ -117,9 +117,7 @@ def initial_network(config: GeneratorConfig[TrainedSettings], recipe: Recipe, we
     """The network that training starts from: with these weights, or with those that belong to the config's seed."""
     if weights is not None:
         return recipe.load(weights).train().requires_grad_(True)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed_from(config.seed, config.run, "weights"))
-        return recipe.build()
+    return fresh(recipe.build, config, "weights")
 
 
 class _Run:

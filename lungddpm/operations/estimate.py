@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,20 +37,22 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     """
     training = config.settings.training
     parameters, forward, whole_pass = count(config)
+    of_opponent, opponent_pass = count_opponent(config)
     accelerator = make_accelerator(device, training.precision, training.accumulation)
     processes = accelerator.num_processes
-    operations = whole_pass * training.accumulation * processes
+    operations = (whole_pass + opponent_pass) * training.accumulation * processes
     LOG.info("Taking two steps of %s each", _flop(operations))
     with explain_out_of_memory(MEMORY_OPTIONS):
         recipe = recipe_of(config)
         optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         seconds = _step_seconds(optimization)
         whole = sum(steps * each for steps, each in zip(optimization.phases, seconds, strict=True))
-    state_mib = parameters * _KEPT_A_WEIGHT * _BYTES_A_WEIGHT / 2**20
+    kept = parameters * _KEPT_A_WEIGHT + of_opponent * (_KEPT_A_WEIGHT - 1)  # it has no average
+    state_mib = kept * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
     kind = "of GPU memory" if accelerator.device.type == "cuda" else "of the process's memory"
     rows = {
-        "parameters": f"{parameters:,}",
+        "parameters": f"{parameters:,}" + (f", and {of_opponent:,} of its opponent" if of_opponent else ""),
         "forward pass": f"{_flop(forward)} (batch of {training.batch_size})",
         "optimizer step": f"{_flop(operations)} (passes: {training.accumulation}, processes: {processes})",
         "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at the most",
@@ -93,6 +96,35 @@ def count(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...] | Non
         predicted.mean().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return parameters, forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+
+
+def count_opponent(config: GeneratorConfig[TrainedSettings]) -> tuple[int, int]:
+    """Parameters of what an adversarial training trains besides, and operations that they add to a pass; 0 without it.
+
+    The opponent sees real and drawn CT twice: when the network learns, which takes a gradient of the drawn CT, and when
+    it learns itself.
+    """
+    recipe = recipe_of(config)
+    if recipe.opponent is None:
+        return 0, 0
+    with torch.device("meta"):
+        opponent, (volumes,) = recipe.opponent(), recipe.inputs(training_shape(config))
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(2):
+            summed(opponent(volumes)).backward()
+        with torch.no_grad():
+            opponent(volumes)
+        opponent.requires_grad_(False)
+        summed(opponent(volumes.requires_grad_(True))).backward()
+    return sum(parameter.numel() for parameter in opponent.parameters()), counter.get_total_flops()
+
+
+def summed(outputs: Any) -> torch.Tensor:
+    """The sum of the last tensors in lists of a network's outputs."""
+    if isinstance(outputs, torch.Tensor):
+        return outputs.sum()
+    last = outputs if isinstance(outputs[0], list) else outputs[-1:]
+    return torch.stack([summed(output) for output in last]).sum()
 
 
 def made_up(config: GeneratorConfig[TrainedSettings]) -> TrainingData:

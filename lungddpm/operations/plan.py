@@ -151,6 +151,8 @@ class NetworkCost:
     drawing_bytes: int
     """To apply it to one volume (or patch), besides the weights: about a quarter of what a forward pass in training
     keeps."""
+    opponent_parameters: int = 0
+    """Of what adversarial training trains besides."""
 
 
 def run_plan(
@@ -373,19 +375,21 @@ def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
 
     A step's are those of its crops, if any; a forward pass is over what the network sees when it draws.
     """
-    from lungddpm.operations.estimate import count, training_shape
+    from lungddpm.operations.estimate import count, count_opponent
 
     drawn = (1, *config.settings.drawn_size(config.grid)[::-1])
     parameters, _, whole_pass = count(config)
     _, forward, _ = count(config, drawn)
+    of_opponent, opponent_pass = count_opponent(config)
     return NetworkCost(
         parameters,
         forward,
-        whole_pass * config.settings.training.accumulation,
-        # Weight, gradient, average and two moments of Adam.
-        5 * 4 * parameters + _kept_by_network(config, training_shape(config)),
+        (whole_pass + opponent_pass) * config.settings.training.accumulation,
+        # Weight, gradient, average (but of an opponent) and two moments of Adam.
+        5 * 4 * parameters + 4 * 4 * of_opponent + _kept_in_training(config),
         4 * parameters,
         _kept_by_network(config, drawn) // 4,
+        of_opponent,
     )
 
 
@@ -486,8 +490,8 @@ def _train_generator(
     trainings: int,
     speed: Speed,
 ) -> Stage:
-    # Three states of weights, average and moments while one is written, and the result.
-    disk = 13 * 4 * cost.parameters + _CACHE_BYTES * voxels
+    # Three states of weights, average and moments while one is written, and the result; an opponent has no average.
+    disk = 4 * (13 * cost.parameters + 9 * cost.opponent_parameters) + _CACHE_BYTES * voxels
     # Each of several processes takes the forward passes of one.
     flop = config.settings.training.steps * cost.step_flop * workflow.training_processes
     return _heavy(
@@ -543,6 +547,22 @@ def _kept_by_network(config: GeneratorConfig[TrainedSettings], shape: tuple[int,
     with torch.device("meta"):
         network, inputs = recipe.build(), recipe.inputs(shape)
     return _kept_bytes(network, lambda: network(*inputs))
+
+
+def _kept_in_training(config: GeneratorConfig[TrainedSettings]) -> int:
+    """The same of a whole training pass: an opponent first judges what the network draws, then that and real CT."""
+    import torch
+
+    from lungddpm.operations.estimate import recipe_of, training_shape
+
+    shape, recipe = training_shape(config), recipe_of(config)
+    of_network = _kept_by_network(config, shape)
+    if recipe.opponent is None:
+        return of_network
+    with torch.device("meta"):
+        opponent, inputs = recipe.opponent(), recipe.inputs(shape)
+    of_opponent = _kept_bytes(opponent, lambda: opponent(*inputs))
+    return max(of_network, of_opponent) + of_opponent
 
 
 def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:

@@ -1,0 +1,222 @@
+"""Pix2pix3D: a conditional GAN draws the CT of a layout in one pass; the reference may fill the rest.
+
+It has the losses of pix2pixHD in 3-D (see `lungddpm.models.adversarial`); an error of the HU stands in for one of them.
+Noise is an input of the network, which learns to ignore it, as such networks do: two CT of one layout hardly differ.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from lungddpm.config.sections import GeneratorConfig, Grid, PositiveInt, Section, TrainedSettings, Training
+from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from lungddpm.models.adversarial import Translator
+    from lungddpm.models.recipe import Preview, Recipe
+
+TITLE = "Pix2pix3D: a conditional GAN draws the lungs in one pass, the reference fills the rest"
+CITATION = (
+    "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs, CVPR 2018, arXiv 1711.11585 "
+    "(pix2pixHD; here in 3-D, with an L1 error of the HU in the place of its perceptual loss)."
+)
+PUBLISHED_AS = "Pix2pix3D"
+LAYOUTS = OWN, JITTERED
+
+_REDUCTION = 16
+"""How many times smaller the deepest feature map is than the grid."""
+_POOLED = 2
+"""How many times smaller the grid is that the second discriminator sees."""
+_SMALLEST_MAP = 3
+"""Edge of the map before a discriminator's last two convolutions, each of which takes one voxel off."""
+
+
+class Translation(Section):
+    """The network that draws: a U-Net of five levels."""
+
+    widths: Annotated[list[PositiveInt], Field(min_length=6, max_length=6)] = [32, 32, 64, 128, 256, 32]
+    """Channels of its five levels, each of which but the last halves the grid, then of its last layer."""
+    norm_groups: PositiveInt = 8
+    """Groups of every GroupNorm; must divide all `widths`."""
+
+    @model_validator(mode="after")
+    def _groups(self) -> Translation:
+        for width in self.widths:
+            if width % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} does not divide {width} of widths {self.widths}")
+        return self
+
+
+class Discriminator(Section):
+    """The two networks that judge patches: one at the grid's scale, one at half of it. They matter in training only."""
+
+    channels: PositiveInt = 64
+    """Channels of the first layer; each further one has twice as many."""
+    layers: int = 3
+    """Layers between the first one and the logits. How many fit depends on the grid (or the crop): 3 at 48 voxels an
+    edge, 4 at 128."""
+
+
+class LossWeights(Section):
+    """Weights of the network's losses; that of the adversarial one is 1."""
+
+    reconstruction: Annotated[float, Field(ge=0)] = 100.0
+    """Of the error of the HU, in units of half of `grid.window_hu` (as in pix2pix; pix2pixHD has a perceptual loss)."""
+    feature_matching: Annotated[float, Field(ge=0)] = 10.0
+    """Of the difference of the discriminators' features between drawn and real CT (as published)."""
+
+
+class AdversarialTraining(Training):
+    """Training of the network and of its discriminators, which have the same learning rate."""
+
+    steps: PositiveInt = 160_000
+    """Optimizer steps, each of both (published: 200 passes over the cases)."""
+    loss: Literal["l1", "l2"] = "l1"
+    """How the error of the HU counts: absolute (`l1`) or squared (`l2`)."""
+    accumulation: PositiveInt = 1
+    """Forward passes per optimizer step, on each process where several share the training."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate of both Adams, whose betas are .5 and .999."""
+    learning_rate_schedule: Literal["constant", "cosine"] = "cosine"
+    """`cosine` decays to zero over `steps` (published: constant for the first half, then on a line to zero)."""
+    gradient_checkpointing: Literal[False] = False
+    """There is none: this network needs little memory."""
+
+
+class TranslationSampling(Section):
+    """From layout to CT."""
+
+    background: Literal["reference", "generated"] = "reference"
+    """What the voxels show that the layout leaves open: `reference`: its CT, pasted; `generated`: what the network
+    draws there."""
+
+
+class Settings(TrainedSettings):
+    """Pix2pix3D: networks, losses, training, drawing."""
+
+    network: Translation = Translation()
+    discriminator: Discriminator = Discriminator()
+    loss_weights: LossWeights = LossWeights()
+    training: AdversarialTraining = AdversarialTraining()
+    sampling: TranslationSampling = TranslationSampling()
+
+    def decides_fit(self) -> dict[str, Any]:
+        network = self.network.model_dump(mode="json")
+        return super().decides_fit() | {f"network.{key}": value for key, value in network.items()}
+
+    def check_grid(self, grid: Grid) -> None:
+        super().check_grid(grid)
+        crop, layers = self.training.crop, self.discriminator.layers
+        for name, edges in {"grid.size": grid.size, "training.crop": grid.size if crop is None else (crop,)}.items():
+            if any(edge % _REDUCTION for edge in edges):
+                raise ValueError(f"{name} {list(edges)} is not divisible by {_REDUCTION}, as five levels need")
+        most = most_layers(min(grid.size) if crop is None else crop)
+        if not 1 <= layers <= most:
+            where = f"grid.size {list(grid.size)}" if crop is None else f"training.crop {crop}"
+            raise ValueError(f"discriminator.layers {layers} does not fit {where}: it is from 1 to {most} there")
+
+
+def most_layers(edge: int) -> int:
+    """The largest number of a discriminator's layers for volumes of such an edge, which must be 16 at least."""
+    # All but the last one halve their input, and so does the layer before them.
+    return (edge // _POOLED // _SMALLEST_MAP).bit_length() - 1
+
+
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """Trained on whole volumes. On crops around what the layouts name, norms see other means than where it draws."""
+    import torch
+
+    from lungddpm.models.adversarial import AdversarialOptimization, Discriminators, TranslationObjective
+    from lungddpm.models.objectives import WeightedError
+    from lungddpm.models.recipe import Recipe
+
+    settings = config.settings
+    channels, judge, weights = 1 + len(settings.classes), settings.discriminator, settings.loss_weights
+    objective = TranslationObjective(WeightedError.of(settings), weights.reconstruction, weights.feature_matching)
+    return Recipe(
+        build=lambda: _build(config),
+        load=lambda path: _load_network(path, config, "cpu"),
+        objective=lambda device: objective,
+        inputs=lambda shape: (torch.zeros(shape[0], channels, *shape[1:]),),
+        optimization=AdversarialOptimization,
+        opponent=lambda: Discriminators(channels, judge.channels, judge.layers),
+    )
+
+
+def preview(config: GeneratorConfig[Settings]) -> Preview:
+    """One pass, whatever `sampling` says of the background."""
+    return lambda network, condition, reference, generators: _paste(
+        _draw(network, condition, generators), condition, reference
+    )
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """One pass."""
+    return Drawing(1)
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
+    """Load the network onto the device.
+
+    Raises:
+        InputError: see `load_network`.
+    """
+    from lungddpm.models.accelerator import make_accelerator
+
+    pastes = config.settings.sampling.background == "reference"
+    accelerator = make_accelerator(device, config.settings.training.precision)
+    network = _load_network(weights, config, accelerator.device)
+
+    def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        with accelerator.autocast():
+            return _draw(network, condition, generators)
+
+    def make(tasks: list[Task]) -> list[np.ndarray]:
+        windows = [config.grid.window_hu] * len(tasks)
+        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
+        if not pastes:
+            return volumes
+        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
+
+    return Generator(make, str(accelerator.device))
+
+
+def _draw(network: torch.nn.Module, condition: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """(N, C, D, H, W) and a generator per volume -> CT (N, 1, D, H, W) float32. Each in a pass of its own, so that it
+    does not depend on the others."""
+    import torch
+
+    from lungddpm.models.sampling import draw_noise
+
+    inputs = torch.cat([draw_noise(condition, generators), condition], dim=1)
+    with torch.inference_mode():
+        return torch.cat([network(each[None]).float() for each in inputs])
+
+
+def _paste(drawn: torch.Tensor, condition: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    from lungddpm.models.sampling import open_voxels
+
+    return reference.where(open_voxels(condition), drawn)
+
+
+def _build(config: GeneratorConfig[Settings]) -> Translator:
+    from lungddpm.models.adversarial import Translator
+
+    settings = config.settings
+    network = settings.network
+    return Translator(1 + len(settings.classes), network.widths, network.norm_groups, settings.orientation)
+
+
+def _load_network(weights: Path, config: GeneratorConfig[Settings], device: str | torch.device) -> Translator:
+    from lungddpm.models.checkpoint import load_network
+
+    return load_network(weights, config, lambda: _build(config), device)
