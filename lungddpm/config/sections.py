@@ -317,6 +317,9 @@ class DiffusionSettings(UNetSettings):
         return {"timesteps": self.timesteps, "prediction": self.prediction, **super().decides_fit()}
 
 
+_SMALLEST_JUDGED = 6
+
+
 class Autoencoder(Section):
     """The autoencoder whose latents a latent diffusion model draws; trained before that, on CT alone."""
 
@@ -343,6 +346,10 @@ class Autoencoder(Section):
     kl_weight: Annotated[float, Field(ge=0)] = 1e-7
     """Weight of the divergence of the latents' distribution from a standard normal one, summed over a sample; that of
     the mean absolute error is 1."""
+    adversarial_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the loss by which a discriminator of patches is fooled (least squares)."""
+    adversarial_from: Annotated[int, Field(ge=0)] = 2000
+    """The step from which on there is this discriminator; from `steps` on, there is none."""
 
     @property
     def reduction(self) -> int:
@@ -394,7 +401,7 @@ class LatentSettings(UNetSettings):
         return self.training.model_copy(update=own), self.training.model_copy(update={"steps": left})
 
     def decides_fit(self) -> dict[str, Any]:
-        trained_only = {"steps", "learning_rate", "crop", "kl_weight"}
+        trained_only = {"steps", "learning_rate", "crop", "kl_weight", "adversarial_weight", "adversarial_from"}
         autoencoder = self.autoencoder.model_dump(mode="json", exclude=trained_only)
         return {
             "timesteps": self.timesteps,
@@ -413,6 +420,8 @@ class LatentSettings(UNetSettings):
             )
         if crop is not None and crop > min(grid.size):
             raise ValueError(f"autoencoder.crop {crop} is larger than grid.size {list(grid.size)}")
+        if (crop or min(grid.size)) < _SMALLEST_JUDGED:
+            raise ValueError(f"the autoencoder's discriminator needs at least {_SMALLEST_JUDGED} voxels an edge")
 
 
 S = TypeVar("S", bound=GeneratorSettings, covariant=True)

@@ -12,11 +12,13 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from torch import nn
 
-from lungddpm.config.sections import GeneratorConfig, LatentSettings, Training
+from lungddpm.config.sections import Autoencoder, GeneratorConfig, LatentSettings, Training
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
+from lungddpm.models.adversarial import AdversarialOptimization, Discriminators, adversarial_loss
 from lungddpm.models.data import TrainingData
 from lungddpm.models.latent import LatentDiffusion, VoxelAutoencoder, batch_in_latents, divergence, latent_noise
 from lungddpm.models.objectives import WeightedError
@@ -24,6 +26,7 @@ from lungddpm.models.optimization import Optimization
 from lungddpm.models.recipe import Batch, Recipe
 
 _LEAST_VARIANCE = 1e-8
+_OPPONENT_CHANNELS, _OPPONENT_LAYERS = 32, 3
 
 
 class LatentOptimization:
@@ -47,9 +50,8 @@ class LatentOptimization:
     ):
         self.data, self.window_hu, self.accelerator = data, config.grid.window_hu, accelerator
         of_autoencoder, of_denoiser = (_with_training(config, training) for training in config.settings.phases())
-        # It encodes whole volumes, so that it learns from all of them, not only from where there is something to draw.
-        anywhere = replace(recipe, crop_centres=tuple(Label), hint="none")
-        self.first = AutoencoderOptimization(of_autoencoder, anywhere, model.autoencoder, data, accelerator)
+        of_first = autoencoder_recipe(of_autoencoder, recipe)
+        self.first = AutoencoderOptimization(of_autoencoder, of_first, model.autoencoder, data, accelerator)
         self.second = DenoiserOptimization(of_denoiser, recipe, model.denoiser, data, accelerator)
         whole = LatentDiffusion(cast(VoxelAutoencoder, self.first.average), self.second.average)
         self.average = self.second.whole = whole.to(accelerator.device)
@@ -91,23 +93,77 @@ class LatentOptimization:
             getattr(self.average, name).copy_(values)
 
 
-class AutoencoderOptimization(Optimization):
-    """An `Optimization` of an autoencoder, see `VoxelAutoencoder`."""
+class AutoencoderObjective:
+    """What a `VoxelAutoencoder` minimises: an `AdversarialObjective`.
 
-    def __init__(self, config: GeneratorConfig[LatentSettings], recipe: Recipe, model: VoxelAutoencoder, *others: Any):
-        super().__init__(config, recipe, model, *others)
-        self.kl_weight = config.settings.autoencoder.kl_weight
-        self.reduction, self.channels = model.reduction, model.latent_channels
-        nodule = config.settings.classes.index("nodule")
-        self.error = WeightedError("l1", self.training.lesion_weight, nodule)
+    Args:
+        error: how the error of a voxel counts; its weight is 1.
+        settings: of the autoencoder, with the other weights.
+    """
+
+    def __init__(self, error: WeightedError, settings: Autoencoder):
+        self.error, self.settings = error, settings
+
+    def draw_level(self, generator: torch.Generator) -> torch.Tensor:
+        """There is one level only."""
+        return torch.zeros(())
+
+    def alone(self, network: nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Without an opponent: error and divergence, a scalar, and the decoded CT."""
+        noise = latent_noise(batch.noise, self.settings.reduction, self.settings.latent_channels)
+        decoded, mean, sd = network(batch.clean, noise)
+        error = self.error(decoded, batch.clean, batch.condition)
+        return error + self.settings.kl_weight * divergence(mean, sd), decoded
+
+    def loss(self, network: nn.Module, batch: Batch, opponent: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """See `AdversarialObjective.loss`."""
+        loss, decoded = self.alone(network, batch)
+        fooled = adversarial_loss(opponent(decoded), taken_for_real=True)
+        return loss + self.settings.adversarial_weight * fooled, decoded
+
+    def opponent_loss(self, opponent: nn.Module, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
+        """See `AdversarialObjective.opponent_loss`."""
+        judged = opponent(torch.cat([batch.clean, drawn]))
+        real, made = ([[features.chunk(2)[half] for features in scale] for scale in judged] for half in range(2))
+        return (adversarial_loss(real, taken_for_real=True) + adversarial_loss(made, taken_for_real=False)) / 2
+
+
+class AutoencoderOptimization(AdversarialOptimization):
+    """An `AdversarialOptimization` of an autoencoder, whose opponent joins after some steps."""
+
+    betas = 0.9, 0.999
+
+    def __init__(self, config: GeneratorConfig[LatentSettings], *others: Any):
+        super().__init__(config, *others)
+        self.adversarial_from = config.settings.autoencoder.adversarial_from
 
     def _pass(self, batch: Batch, step: int) -> torch.Tensor:
-        """See `Optimization`: the mean absolute error, and the divergence of the latents."""
-        noise = latent_noise(batch.noise, self.reduction, self.channels)
-        decoded, mean, sd = self.learner.prepared(batch.clean, noise)
-        loss = self.error(decoded, batch.clean, batch.condition) + self.kl_weight * divergence(mean, sd)
+        if step >= self.adversarial_from:
+            return super()._pass(batch, step)
+        loss, _ = self.objective.alone(self.learner.prepared, batch)
         self.learner.learn(loss)
         return loss.detach()
+
+
+def autoencoder_recipe(config: GeneratorConfig[LatentSettings], recipe: Recipe) -> Recipe:
+    """How the autoencoder is trained, given how the denoiser is."""
+    settings, training = config.settings, config.settings.training
+    error = WeightedError("l1", training.lesion_weight, settings.classes.index("nodule"))
+    edge = training.crop or min(config.grid.size)
+    return replace(
+        recipe,
+        objective=lambda device: AutoencoderObjective(error, settings.autoencoder),
+        opponent=lambda: Discriminators(1, _OPPONENT_CHANNELS, opponent_layers(edge), scales=1),
+        # It encodes whole volumes, so that it learns from all of them, not only from where there is something to draw.
+        crop_centres=tuple(Label),
+        hint="none",
+    )
+
+
+def opponent_layers(edge: int) -> int:
+    """Layers of the opponent for volumes of such an edge, 6 at least: three, or as many as fit."""
+    # The first convolution and all layers but one halve the volume; the last two convolutions take off a voxel each.
+    return min(_OPPONENT_LAYERS, (edge // 3).bit_length() - 1)
 
 
 class DenoiserOptimization(Optimization):

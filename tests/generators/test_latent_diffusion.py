@@ -23,7 +23,9 @@ from lungddpm.operations.plan import Cohort, known_speed, plan_run
 
 SETTINGS = {
     "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
-    "autoencoder": {"channels": [4, 8], "norm_groups": 2, "steps": 3, "learning_rate": 4e-3, "crop": 8},
+    "autoencoder": {
+        "channels": [4, 8], "norm_groups": 2, "steps": 3, "learning_rate": 4e-3, "crop": 8, "adversarial_from": 1,
+    },
     "timesteps": 20,
     "training": {
         "steps": 7, "batch_size": 2, "accumulation": 2, "learning_rate": 2e-3, "learning_rate_schedule": "cosine",
@@ -75,7 +77,8 @@ def trained(tiny_cohort, tmp_path_factory):
         take_step = LatentOptimization.take_step
 
         def watched(self, step, *rest):
-            states[step] = {name: value.clone() for name, value in self.first.average.state_dict().items()}
+            kept = self.first.average.state_dict(), self.first.opponent.network.state_dict()
+            states[step] = {name: value.clone() for held in kept for name, value in held.items()}
             return take_step(self, step, *rest)
 
         patch.setattr(LatentOptimization, "take_step", watched)
@@ -100,9 +103,22 @@ def test_the_first_steps_train_the_autoencoder_and_the_others_leave_it(trained, 
     assert not all(torch.equal(states[0][name], states[2][name]) for name in states[0])
     for step in (3, 4, 5, 6):
         assert all(torch.equal(states[step][name], states[3][name]) for name in states[3])
-    assert all(torch.equal(final[f"autoencoder.{name}"], values) for name, values in states[3].items())
+    assert all(
+        torch.equal(value, states[3][name.removeprefix("autoencoder.")])
+        for name, value in final.items()
+        if name.startswith("autoencoder.")
+    )
     # Zero in a fresh denoiser.
     assert final["denoiser.out.2.weight"].abs().max() > 0
+
+
+def test_the_opponent_joins_at_its_step_and_is_not_part_of_the_weights(trained, weights):
+    _, states = trained
+    of_opponent = [name for name in states[0] if name.startswith("of_scale.")]
+    assert of_opponent
+    changed = [any(not torch.equal(states[k][n], states[k + 1][n]) for n in of_opponent) for k in range(6)]
+    assert changed == [False, True, True, False, False, False]
+    assert not any("of_scale" in name for name in load_file(weights))
 
 
 def test_each_phase_has_its_own_learning_rates(trained):
@@ -240,6 +256,7 @@ def test_wrong_settings_are_named():
         ({"autoencoder": {"latent_channels": 9}}, "latent_channels 9 exceeds 8"),
         ({"autoencoder": {"norm_groups": 3}}, "norm_groups 3 does not divide 4 channels"),
         ({"autoencoder": {"crop": 7}}, "autoencoder.crop 7 is not divisible by 2"),
+        ({"autoencoder": {"crop": 4}}, "discriminator needs at least 6 voxels an edge"),
         ({"autoencoder": {"crop": 32}}, "autoencoder.crop 32 is larger than grid.size"),
         ({"training": {"crop": 6}}, "training.crop 6 is not divisible by 4"),
         ({"autoencoder": {"channels": [4] * 5, "crop": None}}, r"grid.size \[16, 16, 16\] is not divisible by 32"),
@@ -271,7 +288,7 @@ def test_the_plan_counts_its_passes(name, passes):
     config = config_of(name)
     assert plugin(name).drawing(config.for_generator(name)).passes == passes
     stages = plan_run(config, Cohort(6, 1e6, 3, 2, 1, "here"), known_speed("a100"))
-    assert {"train", "synthesize"} <= {stage.name for stage in stages}
+    assert {"train_generator", "synthesize"} <= {stage.name for stage in stages}
 
 
 def test_the_commands_train_and_draw(trained, weights, tiny_cohort, tmp_path):

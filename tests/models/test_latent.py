@@ -9,6 +9,7 @@ from torch.distributions import Normal, kl_divergence
 from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import Autoencoder
 from lungddpm.core.volume import to_model_range
+from lungddpm.models.adversarial import Discriminators
 from lungddpm.models.data import TrainingData
 from lungddpm.models.latent import (
     LatentDiffusion,
@@ -22,7 +23,7 @@ from lungddpm.models.latent import (
     in_voxels,
     latent_noise,
 )
-from lungddpm.models.latent_training import measure_latents
+from lungddpm.models.latent_training import AutoencoderObjective, measure_latents, opponent_layers
 from lungddpm.models.objectives import WeightedError
 from lungddpm.models.recipe import Batch
 from lungddpm.models.sampling import DiffusionSolver, noise_levels
@@ -176,6 +177,45 @@ def test_a_latent_counts_as_nodule_where_one_voxel_does():
     # Two channels of two latents with the weights 1 and 4, whose mean is 2.5.
     expected = np.mean([1 * 1, 4 * 3, 1 * 0, 4 * 2]) / 2.5
     assert error(predicted, target, in_latents(condition, 2)).item() == pytest.approx(expected)
+
+
+class _Shifted(torch.nn.Module):
+    """Decodes everything 0.1 too bright, from latents of mean 0.5 and standard deviation 2."""
+
+    def forward(self, volumes, noise):
+        return volumes + 0.1, torch.full_like(noise, 0.5), torch.full_like(noise, 2.0)
+
+
+class _Undecided(torch.nn.Module):
+    """Gives real CT 0.9 and decoded CT 0.25, which it tells by their brightness."""
+
+    def forward(self, volumes):
+        logits = torch.where(volumes.mean(dim=(1, 2, 3, 4)) > 0.05, 0.25, 0.9)
+        return [[logits.view(-1, 1, 1, 1, 1)]]
+
+
+def test_the_autoencoders_losses_are_those_computed_by_hand():
+    settings = Autoencoder(**SMALL, kl_weight=1e-3, adversarial_weight=0.1)
+    objective = AutoencoderObjective(WeightedError("l1", 1.0, 1), settings)
+    zeros = torch.zeros(2, 1, 4, 4, 4)
+    batch = Batch(zeros, torch.ones(2, 2, 4, 4, 4), torch.randn(2, 1, 4, 4, 4), torch.zeros(2))
+    # 3 channels of 2^3 latents; their divergence is (m^2 + s^2 - 1) / 2 - log s each.
+    expected = 0.1 + 1e-3 * 24 * ((0.25 + 4 - 1) / 2 - np.log(2))
+    alone, decoded = objective.alone(_Shifted(), batch)
+    assert alone.item() == pytest.approx(expected, rel=1e-5)
+    assert torch.equal(decoded, zeros + 0.1)
+    loss, _ = objective.loss(_Shifted(), batch, _Undecided())
+    assert loss.item() == pytest.approx(expected + 0.1 * (1 - 0.25) ** 2, rel=1e-5)
+    opponent = objective.opponent_loss(_Undecided(), batch, decoded)
+    assert opponent.item() == pytest.approx(((1 - 0.9) ** 2 + 0.25**2) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize(("edge", "layers"), [(6, 1), (8, 1), (12, 2), (16, 2), (24, 3), (128, 3)])
+def test_the_opponent_fits_its_volumes(edge, layers):
+    assert opponent_layers(edge) == layers
+    if edge < 30:
+        (features,) = Discriminators(1, 2, layers, scales=1)(torch.zeros(2, 1, edge, edge, edge))
+        assert min(features[-1].shape[2:]) > 0
 
 
 class _Ideal(torch.nn.Module):
