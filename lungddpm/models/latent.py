@@ -23,6 +23,8 @@ from lungddpm.models.objectives import WeightedError
 from lungddpm.models.recipe import Batch
 from lungddpm.models.sampling import Solver, sample_free
 
+_FRESH_LOG_VARIANCE = -6.0
+
 
 class VoxelAutoencoder(nn.Module):
     """MONAI's `AutoencoderKL` without attention, whose noise is given to it.
@@ -47,6 +49,8 @@ class VoxelAutoencoder(nn.Module):
             use_checkpoint=checkpointing,
         )
         _see_as(self.network, settings.padding, settings.norm)
+        # Otherwise a fresh network drowns its latents in noise, and short trainings never use all channels.
+        nn.init.constant_(self.network.get_parameter("quant_conv_log_sigma.conv.bias"), _FRESH_LOG_VARIANCE)
 
     def encode(self, volumes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(N, 1, D, H, W) CT -> mean and standard deviation of its latents, (N, latent_channels, d, h, w) each."""

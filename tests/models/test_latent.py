@@ -162,6 +162,12 @@ def test_the_plain_autoencoder_is_monais():
         assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_a_fresh_autoencoder_does_not_drown_its_latents_in_noise():
+    torch.manual_seed(0)
+    mean, sd = VoxelAutoencoder(Autoencoder()).encode(torch.rand(1, 1, 16, 16, 16) * 2 - 1)
+    assert (sd.mean(dim=(2, 3, 4)) < mean.std(dim=(2, 3, 4))).all()
+
+
 def test_the_divergence_is_torchs():
     mean, sd = torch.randn(4, 3, 2, 2, 2), torch.rand(4, 3, 2, 2, 2) + 0.1
     expected = kl_divergence(Normal(mean, sd), Normal(0.0, 1.0)).sum(dim=(1, 2, 3, 4)).mean()
