@@ -202,7 +202,7 @@ FAULTS = {
     "nodules alone": ({"generators": {"lung_ddpm": {"classes": ["nodule"]}}}, "classes is [lung, nodule] or"),
     "settings of an unknown generator": (
         {"generators": {"GAN": {"steps": 3}}},
-        "generators: there is no generator 'GAN'; known are copy_paste, lung_ddpm,",
+        "generators: there is no generator 'GAN'; known are copy_paste, ",
     ),
     "settings of a generator that has none": ({"generators": {"reference": {"run": "a"}}}, "generators.reference.run"),
     "weights of a generator that does not fit": (
@@ -262,7 +262,7 @@ def test_grids_are_checked_for_generators_in_use_only():
 
 
 def test_a_generator_that_is_not_trained_is_refused():
-    with pytest.raises(ConfigError, match=r"'med_ddpm' is not trained. Generators that are: lung_ddpm, lung_ddpm_plus"):
+    with pytest.raises(ConfigError, match=r"'med_ddpm' is not trained. Generators that are: .*lung_ddpm, lung_ddpm_plus"):
         parse_config({}).for_training("med_ddpm")
 
 
