@@ -87,8 +87,8 @@ def preview(config: GeneratorConfig[Settings]) -> Preview:
     """DPM-Solver++ with a few steps; while the autoencoder is trained, what it makes of the reference."""
     import torch
 
+    from lungddpm.models.denoiser import open_voxels
     from lungddpm.models.latent import LatentDiffusion, draw_by_latents
-    from lungddpm.models.sampling import open_voxels
 
     solver = _solver(config, LatentSampling(sampler="dpmsolver++", steps=min(PREVIEW_STEPS, config.settings.timesteps)))
 

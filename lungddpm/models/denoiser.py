@@ -43,6 +43,11 @@ def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray
     return np.stack(masks).astype(np.float32) * 2 - 1
 
 
+def open_voxels(condition: torch.Tensor) -> torch.Tensor:
+    """Where the layout leaves the CT open: (N, C, D, H, W) channels of -1 and +1 -> (N, 1, D, H, W) bool."""
+    return (condition < 0).all(dim=1, keepdim=True)
+
+
 def build_denoiser(config: GeneratorConfig[UNetSettings]) -> UNet:
     """The denoiser that a config describes, with fresh weights from torch's global generator."""
     return UNet(**network_arguments(config))

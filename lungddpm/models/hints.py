@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from lungddpm.config.sections import Hint
+from lungddpm.models.denoiser import open_voxels
 from lungddpm.models.recipe import Network
-from lungddpm.models.sampling import open_voxels
 
 MASKED = -1.0
 """Stands in `volume` where there is something to draw: air, so that interpolation leaves there what borders of lungs

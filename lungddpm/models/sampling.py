@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from lungddpm.models.denoiser import open_voxels
 from lungddpm.models.prediction import Prediction, clean_of, noise_of
 from lungddpm.models.schedule import alphas_cumprod, between_timesteps, spaced_timesteps
 
@@ -196,11 +197,6 @@ def _scheduler(
         return UniPCMultistepScheduler(**shared, solver_order=order)
     # First-order DPM-Solver++ is DDIM; diffusers' DDIMScheduler takes steps of T // n whatever the timesteps.
     return DPMSolverMultistepScheduler(**shared, solver_order=1 if sampler == "ddim" else order)
-
-
-def open_voxels(condition: torch.Tensor) -> torch.Tensor:
-    """Where the layout leaves the CT open: (N, C, D, H, W) channels of -1 and +1 -> (N, 1, D, H, W) bool."""
-    return (condition < 0).all(dim=1, keepdim=True)
 
 
 @torch.inference_mode()
