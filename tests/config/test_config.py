@@ -262,7 +262,9 @@ def test_grids_are_checked_for_generators_in_use_only():
 
 
 def test_a_generator_that_is_not_trained_is_refused():
-    with pytest.raises(ConfigError, match=r"'med_ddpm' is not trained. Generators that are: .*lung_ddpm, lung_ddpm_plus"):
+    with pytest.raises(
+        ConfigError, match=r"'med_ddpm' is not trained. Generators that are: .*lung_ddpm, lung_ddpm_plus"
+    ):
         parse_config({}).for_training("med_ddpm")
 
 
