@@ -21,6 +21,8 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 Padding = Literal["zeros", "replicate"]
 Norm = Literal["volume", "voxel"]
+Background = Literal["reference", "generated"]
+Hint = Literal["none", "slice", "volume"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -187,11 +189,16 @@ class Sampling(Solving):
     for a better seam between what is generated and what the reference fills."""
     aas: Literal["corrected", "published"] = "corrected"
     """`published` pastes the reference one noise level late and leaves its noise in the background."""
+    background: Background = "reference"
+    """What the voxels show that the layout leaves open: `reference`: its CT (AAS); `generated`: what the network draws
+    there (no AAS)."""
 
     @model_validator(mode="after")
     def _resampling(self) -> Sampling:
         if self.resampling > 1 and self.aas == "published":
             raise ValueError("resampling above 1 needs aas: corrected")
+        if self.background == "generated" and (self.resampling > 1 or self.aas == "published"):
+            raise ValueError("resampling above 1 and aas: published need background: reference")
         return self
 
 
@@ -258,6 +265,10 @@ class UNetSettings(TrainedSettings):
     """Settings of a generator whose network is the published U-Net."""
 
     denoiser: Denoiser = Denoiser()
+    hint: Hint = "none"
+    """What the network sees of the reference beside the layout, as one more channel. `none`: nothing, as published;
+    `slice`: one axial slice, halfway up what the layout names, also where it is to be drawn (as in GEM-3D); `volume`:
+    all but the voxels that the layout names."""
 
     @model_validator(mode="after")
     def _crop(self) -> UNetSettings:
@@ -270,7 +281,14 @@ class UNetSettings(TrainedSettings):
 
     def decides_fit(self) -> dict[str, Any]:
         denoiser = self.denoiser.model_dump(mode="json")
-        return super().decides_fit() | {f"denoiser.{key}": value for key, value in denoiser.items()}
+        return super().decides_fit() | {"hint": self.hint, **{f"denoiser.{key}": it for key, it in denoiser.items()}}
+
+    def decides_weights(self, processes: int) -> dict[str, Any]:
+        decisive = super().decides_weights(processes)
+        if self.hint == "none":
+            # Trainings that began before there was this key go on.
+            del decisive["hint"]
+        return decisive
 
     def check_grid(self, grid: Grid) -> None:
         super().check_grid(grid)
@@ -306,6 +324,115 @@ class DiffusionSettings(UNetSettings):
 
     def decides_fit(self) -> dict[str, Any]:
         return {"timesteps": self.timesteps, "prediction": self.prediction, **super().decides_fit()}
+
+
+_SMALLEST_JUDGED = 6
+
+
+class Autoencoder(Section):
+    """The autoencoder whose latents a latent diffusion model draws; trained before that, on CT alone."""
+
+    channels: Annotated[list[PositiveInt], Field(min_length=2)] = [32, 64]
+    """Channels of each level; each but the last halves the grid. On a grid of 128 voxels an edge, a latent of three
+    levels is 11 mm wide: most nodules vanish."""
+    latent_channels: PositiveInt = 4
+    """Channels of the latents."""
+    residual_blocks: PositiveInt = 1
+    """Of each level, on the way in and on the way out."""
+    norm_groups: PositiveInt = 32
+    """Groups of every GroupNorm; must divide all `channels`."""
+    padding: Padding = "zeros"
+    """See `denoiser.padding`."""
+    norm: Norm = "volume"
+    """See `denoiser.norm`."""
+    steps: PositiveInt = 20_000
+    """How many of `training.steps` train the autoencoder, the first ones; the others train the denoiser."""
+    learning_rate: PositiveFloat = 1e-4
+    """Peak learning rate of those steps. What else `training` says holds for both; the average, warmup and decay begin
+    again with the denoiser."""
+    crop: PositiveInt | None = None
+    """Edge of random cubic crops in voxels, anywhere in the volume; null trains on whole volumes."""
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-7
+    """Weight of the divergence of the latents' distribution from a standard normal one, summed over a sample; that of
+    the mean absolute error is 1."""
+    adversarial_weight: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the loss by which a discriminator of patches is fooled (least squares)."""
+    adversarial_from: Annotated[int, Field(ge=0)] = 2000
+    """The step from which on there is this discriminator; from `steps` on, there is none."""
+
+    @property
+    def reduction(self) -> int:
+        """How many times smaller latents are than the grid."""
+        return 2 ** (len(self.channels) - 1)
+
+    @model_validator(mode="after")
+    def _channels(self) -> Autoencoder:
+        for channels in self.channels:
+            if channels % self.norm_groups:
+                raise ValueError(f"norm_groups {self.norm_groups} does not divide {channels} channels")
+        if self.latent_channels > self.reduction**3:
+            raise ValueError(
+                f"latent_channels {self.latent_channels} exceeds {self.reduction**3}, the voxels of a latent: it would "
+                "not compress anything"
+            )
+        return self
+
+
+class LatentSettings(UNetSettings):
+    """Settings of a diffusion model that draws the latents of an autoencoder."""
+
+    orientation: Literal["ras"] = "ras"
+    """As the grid lies: there are no published weights to fit."""
+    autoencoder: Autoencoder = Autoencoder()
+    timesteps: PositiveInt = 250
+    """Noise levels T of the cosine schedule."""
+    prediction: Literal["epsilon", "v", "clean"] = "v"
+    """What the network predicts, see `lung_ddpm.prediction`."""
+
+    @model_validator(mode="after")
+    def _latents(self) -> LatentSettings:
+        crop, own, reduction = self.training.crop, self.autoencoder.crop, self.autoencoder.reduction
+        if self.denoiser.wavelet:
+            raise ValueError("denoiser.wavelet is for voxels: an autoencoder has shrunk them already")
+        if self.autoencoder.steps >= self.training.steps:
+            raise ValueError(
+                f"autoencoder.steps {self.autoencoder.steps} leave none of training.steps {self.training.steps} to the "
+                "denoiser"
+            )
+        if crop is not None and crop % (reduction * self.denoiser.reduction):
+            raise ValueError(f"training.crop {crop} is not divisible by {reduction * self.denoiser.reduction}")
+        if own is not None and own % reduction:
+            raise ValueError(f"autoencoder.crop {own} is not divisible by {reduction}")
+        return self
+
+    def phases(self) -> tuple[Training, Training]:
+        """How the autoencoder is trained, and then the denoiser."""
+        own = {name: getattr(self.autoencoder, name) for name in ("steps", "learning_rate", "crop")}
+        left = self.training.steps - self.autoencoder.steps
+        return self.training.model_copy(update=own), self.training.model_copy(update={"steps": left})
+
+    def decides_fit(self) -> dict[str, Any]:
+        trained_only = {"steps", "learning_rate", "crop", "kl_weight", "adversarial_weight", "adversarial_from"}
+        autoencoder = self.autoencoder.model_dump(mode="json", exclude=trained_only)
+        return {
+            "timesteps": self.timesteps,
+            "prediction": self.prediction,
+            **super().decides_fit(),
+            **{f"autoencoder.{key}": value for key, value in autoencoder.items()},
+        }
+
+    def check_grid(self, grid: Grid) -> None:
+        super().check_grid(grid)
+        reduction, crop = self.autoencoder.reduction * self.denoiser.reduction, self.autoencoder.crop
+        if any(edge % reduction for edge in grid.size):
+            raise ValueError(
+                f"grid.size {list(grid.size)} is not divisible by {reduction}, as the autoencoder and "
+                f"{len(self.denoiser.multipliers)} denoiser levels need"
+            )
+        if crop is not None and crop > min(grid.size):
+            raise ValueError(f"autoencoder.crop {crop} is larger than grid.size {list(grid.size)}")
+        if (crop or min(grid.size)) < _SMALLEST_JUDGED:
+            raise ValueError(f"the autoencoder's discriminator needs at least {_SMALLEST_JUDGED} voxels an edge")
 
 
 S = TypeVar("S", bound=GeneratorSettings, covariant=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
@@ -84,6 +84,8 @@ class Settings(DiffusionSettings):
     classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
     """Layout classes that condition the network: nodules alone."""
     denoiser: PlusDenoiser = PlusDenoiser()
+    hint: Literal["none"] = "none"
+    """There is none: the network sees a crop of the reference in any case."""
     training: LesionTraining = LesionTraining()
     sampling: LesionSampling = LesionSampling()
 

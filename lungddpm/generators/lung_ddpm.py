@@ -39,12 +39,15 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 def preview(config: GeneratorConfig[DiffusionSettings]) -> Preview:
     """DPM-Solver++ with a few steps."""
+    from lungddpm.models.hints import seeing, show
     from lungddpm.models.sampling import make_solver, sample_aas
     from lungddpm.models.schedule import cosine_betas
 
-    timesteps, prediction = config.settings.timesteps, config.settings.prediction
+    timesteps, prediction, hint = config.settings.timesteps, config.settings.prediction, config.settings.hint
     solver = make_solver("dpmsolver++", 2, cosine_betas(timesteps), min(PREVIEW_STEPS, timesteps), prediction)
-    return lambda network, *inputs: sample_aas(network, solver, *inputs)
+    return lambda network, condition, reference, generators: sample_aas(
+        seeing(network, show(hint, reference, condition)), solver, condition, reference, generators
+    )
 
 
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
@@ -56,7 +59,8 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         InputError: see `load_denoiser`.
     """
     sampling = config.settings.sampling
-    return load_sampler(config, sampling, weights, device, resampling=sampling.resampling, aas=sampling.aas)
+    aas = None if sampling.background == "generated" else sampling.aas
+    return load_sampler(config, sampling, weights, device, resampling=sampling.resampling, aas=aas)
 
 
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
@@ -88,6 +92,7 @@ def load_sampler(
         InputError: see `load_denoiser`.
     """
     from lungddpm.models.accelerator import make_accelerator
+    from lungddpm.models.hints import seeing, show
     from lungddpm.models.published_checkpoint import load_denoiser
     from lungddpm.models.published_sampling import choose_solver, sample_published_aas
     from lungddpm.models.sampling import sample_aas, sample_free
@@ -99,12 +104,13 @@ def load_sampler(
     solver = choose_solver(solving, cosine_betas(settings.timesteps), settings.prediction)
 
     def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        predict = seeing(denoiser, show(settings.hint, reference, condition))
         with accelerator.autocast():
             if aas is None:
-                return sample_free(denoiser, solver, condition, generators)
+                return sample_free(predict, solver, condition, generators)
             if aas == "published":
-                return sample_published_aas(denoiser, solver, condition, reference, generators)
-            return sample_aas(denoiser, solver, condition, reference, generators, resampling)
+                return sample_published_aas(predict, solver, condition, reference, generators)
+            return sample_aas(predict, solver, condition, reference, generators, resampling)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
         windows = [window_of(task.reference.array, solving, config.grid) for task in tasks]

@@ -74,6 +74,8 @@ class PlusSampling(Sampling):
     aas: Literal["corrected", "published"] = "corrected"
     """`published`: a crop starts from the reference's noise and is then drawn freely; `corrected`: voxels of the crop
     that do not count in the result keep to the reference at all noise levels."""
+    background: Literal["reference"] = "reference"
+    """All but the nodules is the reference's own."""
 
 
 def nodules_only(classes: list[Layer]) -> list[Layer]:
@@ -91,6 +93,8 @@ class Settings(DiffusionSettings):
     classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
     """Layout classes that condition the denoiser: nodules alone."""
     denoiser: PlusDenoiser = PlusDenoiser()
+    hint: Literal["none"] = "none"
+    """There is none: a crop is drawn from the reference's own noise."""
     training: PlusTraining = PlusTraining()
     sampling: PlusSampling = PlusSampling()
 

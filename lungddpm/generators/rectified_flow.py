@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lungddpm.config.sections import GeneratorConfig, PositiveInt, Section, UNetSettings
+from lungddpm.config.sections import Background, GeneratorConfig, PositiveInt, Section, UNetSettings
 from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
 
@@ -32,7 +32,7 @@ class FlowSampling(Section):
 
     steps: PositiveInt = 30
     """Steps of equal length, each a forward pass; MAISI-v2 takes 30, and its FID is nearly as good with 10."""
-    background: Literal["reference", "generated"] = "reference"
+    background: Background = "reference"
     """What the voxels show that the layout leaves open: `reference`: its CT, pasted after each step (AAS);
     `generated`: what the network draws there."""
     batch_size: PositiveInt = 1
@@ -62,15 +62,20 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
         load=lambda path: _load_network(path, config, "cpu").arrange(channels_last=False, winograd=False),
         objective=lambda device: objective,
         inputs=lambda shape: unet_inputs(config, shape),
+        hint=settings.hint,
     )
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
     """A few Euler steps, whatever `sampling` says."""
     from lungddpm.models.flow import FlowSolver
+    from lungddpm.models.hints import seeing, show
     from lungddpm.models.sampling import sample_aas
 
-    return lambda network, *inputs: sample_aas(network, FlowSolver(PREVIEW_STEPS), *inputs)
+    hint = config.settings.hint
+    return lambda network, condition, reference, generators: sample_aas(
+        seeing(network, show(hint, reference, condition)), FlowSolver(PREVIEW_STEPS), condition, reference, generators
+    )
 
 
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
@@ -86,6 +91,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     """
     from lungddpm.models.accelerator import make_accelerator
     from lungddpm.models.flow import FlowSolver
+    from lungddpm.models.hints import seeing, show
     from lungddpm.models.sampling import sample_aas, sample_free
 
     sampling = config.settings.sampling
@@ -94,10 +100,11 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     solver = FlowSolver(sampling.steps)
 
     def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        predict = seeing(network, show(config.settings.hint, reference, condition))
         with accelerator.autocast():
             if sampling.background == "generated":
-                return sample_free(network, solver, condition, generators)
-            return sample_aas(network, solver, condition, reference, generators)
+                return sample_free(predict, solver, condition, generators)
+            return sample_aas(predict, solver, condition, reference, generators)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
         windows = [config.grid.window_hu] * len(tasks)

@@ -63,7 +63,7 @@ def augment(
     """Apply an augmentation: the CT is interpolated linearly, labels take their nearest neighbour's.
 
     Args:
-        clean: (1, D, H, W) CT in [-1, 1]: the whole volume where the augmentation is affine, else the crop.
+        clean: (channels, D, H, W) CT in [-1, 1]: the whole volume where the augmentation is affine, else the crop.
         labels: (D, H, W) uint8 on the same grid.
         change: what to do.
         crop: which voxels of the whole volume the result covers. Beyond the volume its outermost voxels go on.

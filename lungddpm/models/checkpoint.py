@@ -25,6 +25,8 @@ N = TypeVar("N", bound=nn.Module)
 _FORMAT = "lungddpm-model-4"
 _EARLIER_FORMATS = "lungddpm-denoiser", "lungddpm-model-"
 _RETRAIN = "Train the generator again (lungddpm train), or give the path of its model.safetensors."
+_BEFORE_THE_KEY = {"hint": "none"}
+"""What weights were trained with that do not name a key: it came later."""
 ADAPT = "Set the config to what the weights were trained with, or give other weights."
 _FAULTS_SHOWN = 3
 
@@ -52,6 +54,11 @@ class Metadata:
     trained_on: list[str]
     code: list[CodeFromStep] = field(default_factory=list)
     kept: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def trained_for(self) -> dict[str, Any]:
+        """`fit`, with the keys that there are today."""
+        return {**_BEFORE_THE_KEY, **self.fit}
 
     @classmethod
     def of(
@@ -142,7 +149,7 @@ def check_fit(path: Path, config: GeneratorConfig[TrainedSettings]) -> None:
     Raises:
         InputError: they were not; names the key.
     """
-    trained, asked = read_metadata(path).fit, config.decides_fit()
+    trained, asked = read_metadata(path).trained_for, {**_BEFORE_THE_KEY, **config.decides_fit()}
     for key in dict.fromkeys([*trained, *asked]):
         if trained.get(key) != asked.get(key):
             raise InputError(

@@ -24,6 +24,7 @@ from lungddpm.core.volume import Box, per_axis, to_model_range
 from lungddpm.models.accelerator import send
 from lungddpm.models.augmentation import augment, draw_augmentation
 from lungddpm.models.denoiser import condition_channels
+from lungddpm.models.hints import show
 from lungddpm.models.recipe import Batch, Objective, Recipe
 
 _CACHE_FORMAT = "z y x, int16 HU, uint8 labels"
@@ -103,7 +104,7 @@ class SampleStream:
         self.data, self.device = data, device
         self.training, self.draw_level = config.settings.training, objective.draw_level
         self.seed, self.run = config.seed, config.run
-        self.centres = recipe.crop_centres
+        self.centres, self.hint = recipe.crop_centres, recipe.hint
         # What `to_model_range` makes of every HU, and `condition_channels` of every label, looked up on the device.
         labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
         channels = condition_channels(labels, config.settings.classes).reshape(-1, len(Label))
@@ -126,15 +127,28 @@ class SampleStream:
             crop = draw_crop(layout, self.training.crop, self.centres, generator)
         level = self.draw_level(generator)
         change = draw_augmentation(self.training.augmentation, generator)
-        # An affine map reaches beyond the crop.
-        read = crop if change is None or change.affine is None else ...
+        is_turned = change is not None and change.affine is not None
+        # An affine map reaches beyond the crop, and so does the hint that is a slice.
+        reads_all = is_turned or self.hint == "slice"
+        read = ... if reads_all else crop
         hu, labels = (send(torch.from_numpy(array[read].copy()), self.device) for array in (ct, layout))
         clean = self.range_of_hu[hu.int() - int(_ALL_HU[0])][None]
+        # Before anything is interpolated, which would carry what is to be drawn into what is shown.
+        images = torch.cat([clean, show(self.hint, clean[None], self._channels(labels)[None])[0]])
+        if reads_all and not is_turned:
+            images, labels = images[:, *crop], labels[crop]
         if change is not None:
-            clean, labels = augment(clean, labels, change, crop)
+            images, labels = augment(images, labels, change, crop)
         generator = torch.Generator(self.device).manual_seed(seed_from(self.seed, self.run, "noise", index))
+        clean, shown, condition = images[:1], images[1:], self._channels(labels)
+        if self.hint == "volume":  # gain and offset changed the mask, too
+            shown = show(self.hint, shown[None], condition[None])[0]
         noise = torch.randn(clean.shape, generator=generator, device=self.device)
-        return clean, self.channels_of_label[:, labels.long()], noise, send(level, self.device)
+        return clean, condition, noise, send(level, self.device), shown
+
+    def _channels(self, labels: torch.Tensor) -> torch.Tensor:
+        """What `condition_channels` makes of labels: (D, H, W) -> (C, D, H, W)."""
+        return self.channels_of_label[:, labels.long()]
 
     def _case(self, index: int) -> int:
         """Every case once, in random order, before any comes again."""

@@ -15,11 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.sections import GeneratorConfig, Norm, Orientation, Padding, UNetSettings
+from lungddpm.config.sections import Denoiser, GeneratorConfig, Hint, Norm, Orientation, Padding, UNetSettings
 from lungddpm.core.labels import Label
 from lungddpm.models.wavelet import BANDS, haar, inverse_haar, space_to_depth
 
 ATTENTION_EDGE = 16
+HINT_CHANNELS: dict[Hint, int] = {"none": 0, "slice": 1, "volume": 1}
+"""Of what `hints.show` gives."""
 _TIME_PERIOD = 1000
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -42,32 +44,49 @@ def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray
     return np.stack(masks).astype(np.float32) * 2 - 1
 
 
+def open_voxels(condition: torch.Tensor) -> torch.Tensor:
+    """Where the layout leaves the CT open: (N, C, D, H, W) channels of -1 and +1 -> (N, 1, D, H, W) bool."""
+    return (condition < 0).all(dim=1, keepdim=True)
+
+
 def build_denoiser(config: GeneratorConfig[UNetSettings], further_channels: int = 0) -> UNet:
     """The denoiser that a config describes, with fresh weights from torch's global generator.
 
     Args:
         config: of the generator.
-        further_channels: of the condition, beside the layout's classes.
+        further_channels: of the condition, beside the layout's classes and the hint.
     """
     arguments = network_arguments(config)
     kind = WaveletUNet if config.settings.denoiser.wavelet else UNet
     return kind(**{**arguments, "in_channels": arguments["in_channels"] + further_channels})
 
 
+def input_channels(config: GeneratorConfig[UNetSettings]) -> int:
+    """Of the network: noisy CT, layout classes, hint."""
+    return 1 + len(config.settings.classes) + HINT_CHANNELS[config.settings.hint]
+
+
 def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
     """The arguments of `UNet`, or of `WaveletUNet`, that a config describes."""
-    settings = config.settings.denoiser
-    first_edge = config.settings.drawn_size(config.grid)[0] / (2 if settings.wavelet else 1)
-    factor = first_edge / ATTENTION_EDGE
+    settings = config.settings
+    edge = settings.drawn_size(config.grid)[0] / (2 if settings.denoiser.wavelet else 1)
+    return {
+        "in_channels": input_channels(config),
+        "orientation": settings.orientation,
+        **body_arguments(settings.denoiser, edge),
+    }
+
+
+def body_arguments(settings: Denoiser, edge: float) -> dict[str, Any]:
+    """The arguments of `UNet` for its levels; `edge`: of the first level's map, in voxels, when it draws."""
+    factor = edge / ATTENTION_EDGE
     # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
     is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
-        "in_channels": 1 + len(config.settings.classes),
         "base_channels": settings.base_channels,
         "multipliers": settings.multipliers,
         "norm_groups": settings.norm_groups,
         "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
-        "orientation": config.settings.orientation,
         "padding": settings.padding,
         "norm": settings.norm,
     }
@@ -103,7 +122,7 @@ class UNet(nn.Module):
     """Residual U-Net: one residual block per level on the way down, two on the way up.
 
     Args:
-        in_channels: noisy CT plus layout classes.
+        in_channels: noisy CT, layout classes and hint.
         base_channels: channels of the first level.
         multipliers: channels of each level as multiples of `base_channels`.
         norm_groups: groups of every GroupNorm.
@@ -190,12 +209,12 @@ class UNet(nn.Module):
         """Predict the noise.
 
         Args:
-            noisy: (N, 1 + classes, D, H, W) noisy CT and condition; D, H, W divisible by the network's reduction. They
-                are z, y, x of RAS+ whatever the network's orientation.
+            noisy: (N, channels, D, H, W) noisy CT, condition and hint; D, H, W divisible by the network's reduction.
+                They are z, y, x of RAS+ whatever the network's orientation.
             timesteps: (N,) integer indices of the noise level.
 
         Returns:
-            (N, 1, D, H, W).
+            (N, out_channels, D, H, W).
         """
         if self.orientation == "published":
             return turned(self._predict(turned(noisy), timesteps))

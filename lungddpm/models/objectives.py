@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings, UNetSettings
 from lungddpm.core.labels import Label
-from lungddpm.models.denoiser import UNet, build_denoiser
+from lungddpm.models.denoiser import UNet, build_denoiser, input_channels
 from lungddpm.models.prediction import Prediction, target_of
 from lungddpm.models.published_checkpoint import load_denoiser
 from lungddpm.models.recipe import INSIDE, Batch, Network, Recipe
@@ -81,9 +81,9 @@ class DiffusionLoss:
 def unet_inputs(
     config: GeneratorConfig[UNetSettings], shape: Sequence[int], further_channels: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Noisy CT with condition, and times, for (N, D, H, W) volumes; see `build_denoiser`."""
+    """Noisy CT with condition and hint, and times, for (N, D, H, W) volumes; see `build_denoiser`."""
     size, *edges = shape
-    return torch.zeros(size, 1 + len(config.settings.classes) + further_channels, *edges), torch.zeros(size).long()
+    return torch.zeros(size, input_channels(config) + further_channels, *edges), torch.zeros(size).long()
 
 
 def diffusion_recipe(
@@ -105,4 +105,5 @@ def diffusion_recipe(
         inputs=lambda shape: unet_inputs(config, shape),
         crop_centres=crop_centres,
         needs_nodule=needs_nodule,
+        hint=settings.hint,
     )

@@ -18,7 +18,8 @@ from torch import nn
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings, Training
 from lungddpm.models.data import SampleStream, TrainingData
 from lungddpm.models.denoiser import Stage
-from lungddpm.models.recipe import Batch, Recipe
+from lungddpm.models.hints import seeing
+from lungddpm.models.recipe import Batch, Recipe, Steps
 
 
 class Learner:
@@ -113,7 +114,7 @@ class Optimization:
             the device to have computed them.
         """
         for learner in self.learners:
-            learner.set_learning_rate(learning_rate(self.training, step))
+            learner.set_learning_rate(self.learning_rate(step))
         processes, accumulation = self.accelerator.num_processes, self.training.accumulation
         losses = []
         for number in range(accumulation):
@@ -123,6 +124,15 @@ class Optimization:
         self._update_average(step)
         loss = torch.stack(losses).mean()
         return self.accelerator.reduce(torch.stack([loss, torch.full_like(loss, float(asked_to_stop()))]), "mean")
+
+    @property
+    def phases(self) -> list[int]:
+        """See `Steps`: all steps are alike."""
+        return [self.training.steps]
+
+    def learning_rate(self, step: int) -> float:
+        """Of a 0-based step."""
+        return learning_rate(self.training, step)
 
     def is_finite(self) -> bool:
         """Whether no weight, average or moment of Adam has become infinite or no number."""
@@ -150,7 +160,7 @@ class Optimization:
 
     def _pass(self, batch: Batch, step: int) -> torch.Tensor:
         """Forward and backward; in the last pass of a step, the weights change. Returns the loss, on the device."""
-        loss = self.objective.loss(self.learner.prepared, batch)
+        loss = self.objective.loss(seeing(self.learner.prepared, batch.shown), batch)
         self.learner.learn(loss)
         return loss.detach()
 
@@ -169,9 +179,9 @@ def start_optimization(
     model: nn.Module,
     data: TrainingData,
     accelerator: Accelerator,
-) -> Optimization:
+) -> Steps:
     """The optimization that a recipe asks for; the arguments are those of `Optimization`."""
-    of_family: Callable[..., Optimization] = recipe.optimization or Optimization
+    of_family: Callable[..., Steps] = recipe.optimization or Optimization
     return of_family(config, recipe, model, data, accelerator)
 
 

@@ -51,8 +51,9 @@ _PUBLISHED = {
     "denoiser.padding": ("zeros", "show it zeros beyond the volume"),
     "denoiser.norm": ("volume", "normalize over the volume"),
     "denoiser.wavelet": (False, "show it voxels instead of sub-bands"),
+    "hint": ("none", "show it nothing of the reference"),
 }
-"""What leaves no trace in weights and is one in all published files; what the published code would do to others."""
+"""What is one in all published files, and what the published code would do to others."""
 
 
 def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device: str | torch.device = "cpu") -> UNet:
@@ -99,7 +100,7 @@ def export_published(weights: Path, output: Path) -> None:
         raise InputError(weights, f"was trained by {generator}, which is not a diffusion model", "Give other weights.")
     turned = {"orientation": ("published", "show it every chest turned")}
     for key, (published, consequence) in {**turned, **_PUBLISHED}.items():
-        if (own := metadata.fit[key]) != published:
+        if (own := metadata.trained_for[key]) != published:
             problem = f"was trained with {key} {own}: the published code would {consequence}"
             raise InputError(weights, problem, f"Train it with {key}: {published}, then export it.")
     process = published_buffers(cosine_betas(settings["timesteps"]))

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from lungddpm.config.sections import Solving
+from lungddpm.models.denoiser import open_voxels
 from lungddpm.models.prediction import Prediction
 from lungddpm.models.sampling import (
     DiffusionSolver,
@@ -22,7 +23,6 @@ from lungddpm.models.sampling import (
     clamp,
     draw_noise,
     noise_levels,
-    open_voxels,
     stepper,
 )
 from lungddpm.models.schedule import alphas_cumprod, between_timesteps

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lungddpm.config.sections import GeneratorConfig, TrainedSettings
+from lungddpm.config.sections import GeneratorConfig, Hint, TrainedSettings
 from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
 
 Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-"""(noisy CT and condition (N, 1 + C, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
+"""(noisy CT, condition and, if it sees one, hint (N, channels, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
 
 Preview = Callable[[nn.Module, torch.Tensor, torch.Tensor, Sequence[torch.Generator]], torch.Tensor]
 """(network, condition (N, C, D, H, W), reference (N, 1, D, H, W), generators) -> CT (N, 1, D, H, W): a quick drawing
@@ -35,12 +35,14 @@ class Batch:
         condition: (N, C, D, H, W) float32, see `condition_channels`.
         noise: standard normal, shaped like `clean`.
         levels: (N,) noise levels, as `Objective.draw_level` gives them.
+        shown: (N, channels, D, H, W) the hint, see `hints.show`; None where there is none.
     """
 
     clean: torch.Tensor
     condition: torch.Tensor
     noise: torch.Tensor
     levels: torch.Tensor
+    shown: torch.Tensor | None = None
 
 
 class Objective(Protocol):
@@ -51,6 +53,33 @@ class Objective(Protocol):
 
     def loss(self, network: Network, batch: Batch) -> torch.Tensor:
         """The mean loss of a batch: a scalar. It waits for nothing that the device computes."""
+
+
+class Steps(Protocol):
+    """What takes the steps of a training; `Optimization` those of one network."""
+
+    @property
+    def average(self) -> nn.Module:
+        """Of the weights: the result."""
+
+    @property
+    def phases(self) -> Sequence[int]:
+        """How many steps each part of the training has whose steps are alike."""
+
+    def take_step(self, step: int, asked_to_stop: Callable[[], bool] = ...) -> torch.Tensor:
+        """See `Optimization.take_step`."""
+
+    def learning_rate(self, step: int) -> float:
+        """Of a 0-based step."""
+
+    def is_finite(self) -> bool:
+        """Whether all that changes from step to step still is."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that changes from step to step."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +95,8 @@ class Recipe:
         needs_nodule: whether only cases with a nodule count.
         keep: (names, CT (n, D, H, W) int16 HU, layouts (n, D, H, W)) of all cases -> what drawing needs to know of
             them, as JSON-like values; it is written beside the weights.
-        optimization: what takes the steps, a subclass of `Optimization`; None trains the network alone.
+        hint: what the network sees of the reference.
+        optimization: what takes the steps, given what `Optimization` is, which trains the network alone (None).
         opponent: in adversarial training, what judges volumes shaped like `inputs`; built as the network is.
     """
 
@@ -77,7 +107,8 @@ class Recipe:
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
     keep: Callable[[Sequence[str], np.ndarray, np.ndarray], dict[str, Any]] = lambda *_: {}
-    optimization: Callable[..., Any] | None = None
+    hint: Hint = "none"
+    optimization: Callable[..., Steps] | None = None
     opponent: Callable[[], nn.Module] | None = None
 
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 import torch
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
+from lungddpm.models.denoiser import open_voxels
 from lungddpm.models.prediction import Prediction, clean_of, noise_of
 from lungddpm.models.schedule import alphas_cumprod, between_timesteps, spaced_timesteps
 
@@ -198,11 +199,6 @@ def _scheduler(
     return DPMSolverMultistepScheduler(**shared, solver_order=1 if sampler == "ddim" else order)
 
 
-def open_voxels(condition: torch.Tensor) -> torch.Tensor:
-    """Where the layout leaves the CT open: (N, C, D, H, W) channels of -1 and +1 -> (N, 1, D, H, W) bool."""
-    return (condition < 0).all(dim=1, keepdim=True)
-
-
 @torch.inference_mode()
 def sample_free(
     predict: Predictor,
@@ -210,6 +206,7 @@ def sample_free(
     condition: torch.Tensor,
     generators: Sequence[torch.Generator],
     start: torch.Tensor | None = None,
+    channels: int = 1,
 ) -> torch.Tensor:
     """Generate whole CT volumes for layouts.
 
@@ -219,13 +216,14 @@ def sample_free(
         condition: (N, C, D, H, W), see `condition_channels`.
         generators: one per volume, so that a volume does not depend on its batch; on the device of `condition`.
         start: (N, 1, D, H, W) states at the solver's first level; None draws noise.
+        channels: of what is generated, where it is no CT.
 
     Returns:
-        (N, 1, D, H, W) float32, on the device of `condition`.
+        (N, channels, D, H, W) float32, on the device of `condition`.
     """
-    take_step = stepper(predict, solver, condition, generators)
+    take_step = stepper(predict, solver, condition, generators, channels)
     solver.start(0, pasting=False)
-    state = draw_noise(condition, generators) if start is None else start
+    state = draw_noise(condition, generators, channels) if start is None else start
     for index in range(len(solver.signal) - 1):
         state = take_step(index, state)
     return state
@@ -328,10 +326,14 @@ def redraw(
 
 
 def stepper(
-    predict: Predictor, solver: Solver, condition: torch.Tensor, generators: Sequence[torch.Generator]
+    predict: Predictor,
+    solver: Solver,
+    condition: torch.Tensor,
+    generators: Sequence[torch.Generator],
+    channels: int = 1,
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(index, state at this level) -> state at the next level."""
-    predict_at = predictor_of(predict, condition, solver.times)
+    """(index, state of so many channels at this level) -> state at the next level."""
+    predict_at = predictor_of(predict, condition, solver.times, channels)
 
     def take_step(index: int, state: torch.Tensor) -> torch.Tensor:
         clean = solver.clean(index, state, predict_at(index, state))
@@ -341,23 +343,23 @@ def stepper(
 
 
 def predictor_of(
-    predict: Predictor, condition: torch.Tensor, times: Sequence[float]
+    predict: Predictor, condition: torch.Tensor, times: Sequence[float], channels: int = 1
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(index, state at this level) -> what the network predicts, float32."""
+    """(index, state of so many channels at this level) -> what the network predicts, float32."""
     # Made once, so that a step neither copies the condition nor sends a time to the device.
     of_batch = torch.tensor(times, device=condition.device)[:, None].repeat(1, len(condition))
-    inputs = torch.cat([torch.empty_like(condition[:, :1]), condition], dim=1)
+    inputs = torch.cat([condition.new_empty(len(condition), channels, *condition.shape[2:]), condition], dim=1)
 
     def predict_at(index: int, state: torch.Tensor) -> torch.Tensor:
-        inputs[:, :1] = state
+        inputs[:, :channels] = state
         return predict(inputs, of_batch[index]).float()
 
     return predict_at
 
 
-def draw_noise(condition: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """Standard normal (N, 1, D, H, W), each volume from its own generator."""
-    shape = (1, 1, *condition.shape[2:])
+def draw_noise(condition: torch.Tensor, generators: Sequence[torch.Generator], channels: int = 1) -> torch.Tensor:
+    """Standard normal (N, channels, D, H, W), each volume from its own generator."""
+    shape = (1, channels, *condition.shape[2:])
     return torch.cat([torch.randn(shape, generator=generator, device=generator.device) for generator in generators])
 
 

@@ -36,7 +36,7 @@ from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, memory_mib
-from lungddpm.models.optimization import learning_rate, start_optimization
+from lungddpm.models.optimization import start_optimization
 from lungddpm.models.recipe import Preview, Recipe, fresh
 from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
 
@@ -227,7 +227,7 @@ class _Run:
             before = self.history[-1][2] if self.history else 0.0
             seconds = time.monotonic() - self.began
             memory = memory_mib(self.accelerator.device)
-            self.history.append([loss, learning_rate(self.training, step), seconds, memory])
+            self.history.append([loss, self.optimization.learning_rate(step), seconds, memory])
             if self.monitor is not None:
                 self.monitor.add_step(step + 1, self.history[-1], seconds - before)
 

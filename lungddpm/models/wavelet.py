@@ -8,6 +8,7 @@ predict noise, velocity or CT of voxels, and noise levels, solvers and pasting s
 from __future__ import annotations
 
 import torch
+from monai.networks.utils import pixelunshuffle
 
 BANDS = 8
 """Of a volume: each of z, y, x either low (sums of neighbours) or high (their differences)."""
@@ -40,8 +41,7 @@ def space_to_depth(volumes: torch.Tensor) -> torch.Tensor:
     Returns:
         (N, 8 C, D/2, H/2, W/2): of each channel in turn, z, y, x of the voxel in its cube, x changing fastest.
     """
-    cubes = volumes.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    return cubes.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
+    return pixelunshuffle(volumes, 3, 2)
 
 
 def _sums_and_differences(octants: torch.Tensor) -> torch.Tensor:

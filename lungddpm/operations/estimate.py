@@ -17,8 +17,8 @@ from lungddpm.generators import plugin
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import memory_mib
-from lungddpm.models.optimization import Optimization, checkpoint_stages, start_optimization
-from lungddpm.models.recipe import Recipe
+from lungddpm.models.optimization import checkpoint_stages, start_optimization
+from lungddpm.models.recipe import Recipe, Steps
 from lungddpm.models.training import MEMORY_OPTIONS, initial_network
 
 _BYTES_A_WEIGHT = 4
@@ -26,10 +26,10 @@ _KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
 
 
 def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto") -> None:
-    """Count parameters and operations, take two steps on made-up volumes, extrapolate, and print. Writes nothing.
+    """Count parameters and operations, take two steps of each phase, extrapolate, and print. Writes nothing.
 
     Args:
-        config: of the generator; no case needs to exist.
+        config: of the generator; no case needs to exist, the volumes are made up.
         device: see `make_accelerator`.
 
     Raises:
@@ -45,7 +45,8 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     with explain_out_of_memory(MEMORY_OPTIONS):
         recipe = recipe_of(config)
         optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
-        _, seconds = (_timed_step(optimization, step) for step in range(2))
+        seconds = _step_seconds(optimization)
+        whole = sum(steps * each for steps, each in zip(optimization.phases, seconds, strict=True))
     kept = parameters * _KEPT_A_WEIGHT + of_opponent * (_KEPT_A_WEIGHT - 1)  # it has no average
     state_mib = kept * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
@@ -55,8 +56,9 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
         "forward pass": f"{_flop(forward)} (batch of {training.batch_size})",
         "optimizer step": f"{_flop(operations)} (passes: {training.accumulation}, processes: {processes})",
         "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at the most",
-        "step time": f"{seconds:.3g} s, {_flop(operations / processes / seconds)}/s a process",
-        "whole training": f"{_duration(seconds * training.steps)} for {training.steps:,} steps, grids of samples apart",
+        "step time": f"{', then '.join(f'{each:.3g} s' for each in seconds)}, "
+        f"{_flop(operations / processes / seconds[-1])}/s a process",
+        "whole training": f"{_duration(whole)} for {training.steps:,} steps, grids of samples apart",
         "disk": f"2 states of {state_mib:.3g} MiB, 3 while one is written; {cache_mib:.3g} MiB a discovery case",
     }
     accelerator.print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))
@@ -136,8 +138,14 @@ def made_up(config: GeneratorConfig[TrainedSettings]) -> TrainingData:
     )
 
 
-def _timed_step(optimization: Optimization, step: int) -> float:
-    """Seconds of a step; the first one includes what the device does once."""
+def _step_seconds(optimization: Steps) -> list[float]:
+    """Seconds of a step of each phase: the second one, as the first one includes what is done once."""
+    begins = [sum(optimization.phases[:phase]) for phase in range(len(optimization.phases))]
+    return [[_timed_step(optimization, begin + step) for step in range(2)][1] for begin in begins]
+
+
+def _timed_step(optimization: Steps, step: int) -> float:
+    """Seconds of a step."""
     began = time.perf_counter()
     optimization.take_step(step).tolist()
     return time.perf_counter() - began

@@ -11,12 +11,14 @@ from lungddpm.core.errors import ConfigError
 
 EXPECTED = {
     "copy_paste": (None, "added", "added"),
+    "latent_diffusion": ("latent_diffusion", "reference", "jittered"),
     "lefusion": ("lefusion", "reference", "added"),
     "lung_ddpm": ("lung_ddpm", "reference", "jittered"),
     "lung_ddpm_plus": ("lung_ddpm_plus", "reference", "added"),
     "med_ddpm": ("lung_ddpm", "reference", "jittered"),
     "paste_constant": (None, "reference", "jittered"),
     "pix2pix3d": ("pix2pix3d", "reference", "jittered"),
+    "reconstruct": ("latent_diffusion", "reference", "reference"),
     "reference": (None, "reference", "reference"),
 }
 """Generator -> whose weights it draws with, and where layouts are from when a reference is used first, and again."""

@@ -1,0 +1,168 @@
+"""Latent diffusion: an autoencoder makes CT small, and a diffusion model draws what it makes of CT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from lungddpm.config.sections import Background, GeneratorConfig, LatentSettings, PositiveInt, Section
+from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+
+if TYPE_CHECKING:
+    import torch
+
+    from lungddpm.models.latent import LatentDiffusion
+    from lungddpm.models.recipe import Preview, Recipe
+    from lungddpm.models.sampling import DiffusionSolver
+
+TITLE = "Latent diffusion: a diffusion model draws the latents of an autoencoder; the reference fills the rest"
+CITATION = (
+    "Rombach et al.: High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022, arXiv 2112.10752 (here "
+    "in 3-D; Make-A-Volume and GEM-3D are of this family)."
+)
+LAYOUTS = OWN, JITTERED
+PREVIEW_STEPS = 20
+"""Of the grids of samples that a training draws."""
+
+
+class LatentSampling(Section):
+    """From noise to latents, and on to CT."""
+
+    sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddim"
+    """`ddpm`: ancestral; `ddim`: first order, as GEM-3D; `dpmsolver++`, `unipc`: multistep, 20 steps will do."""
+    order: Annotated[int, Field(ge=2, le=3)] = 2
+    """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
+    steps: PositiveInt = 200
+    """Noise levels visited, at most `timesteps`."""
+    background: Background = "reference"
+    """What the voxels show that the layout leaves open: `reference`: its CT, pasted after decoding; `generated`: what
+    is decoded there."""
+    batch_size: PositiveInt = 1
+    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
+
+
+class Settings(LatentSettings):
+    """Latent diffusion: autoencoder, denoiser (of latents), training of both, sampling."""
+
+    sampling: LatentSampling = LatentSampling()
+
+    @model_validator(mode="after")
+    def _steps(self) -> Settings:
+        if self.sampling.steps > self.timesteps:
+            raise ValueError(f"sampling.steps {self.sampling.steps} exceeds timesteps {self.timesteps}")
+        return self
+
+
+def recipe(config: GeneratorConfig[Settings]) -> Recipe:
+    """The autoencoder, then the denoiser: on whole volumes, or on crops around anything that the layouts name."""
+    import torch
+
+    from lungddpm.models.latent import LatentError, build_latent_diffusion, denoiser_channels
+    from lungddpm.models.latent_training import LatentOptimization
+    from lungddpm.models.objectives import DiffusionLoss, WeightedError
+    from lungddpm.models.recipe import Recipe
+
+    settings, reduction = config.settings, config.settings.autoencoder.reduction
+    channels = settings.autoencoder.latent_channels + denoiser_channels(config)
+    error = LatentError(WeightedError.of(settings), reduction)
+    return Recipe(
+        build=lambda: build_latent_diffusion(config),
+        load=lambda path: load_latent_diffusion(path, config, "cpu"),
+        objective=lambda device: DiffusionLoss(settings.timesteps, settings.prediction, error, device),
+        inputs=lambda shape: (
+            torch.zeros(shape[0], channels, *(edge // reduction for edge in shape[1:])),
+            torch.zeros(shape[0]).long(),
+        ),
+        hint=settings.hint,
+        optimization=LatentOptimization,
+    )
+
+
+def preview(config: GeneratorConfig[Settings]) -> Preview:
+    """DPM-Solver++ with a few steps; while the autoencoder is trained, what it makes of the reference."""
+    import torch
+
+    from lungddpm.models.denoiser import open_voxels
+    from lungddpm.models.latent import LatentDiffusion, draw_by_latents
+
+    solver = _solver(config, LatentSampling(sampler="dpmsolver++", steps=min(PREVIEW_STEPS, config.settings.timesteps)))
+
+    def draw(
+        network: torch.nn.Module,
+        condition: torch.Tensor,
+        reference: torch.Tensor,
+        generators: Sequence[torch.Generator],
+    ) -> torch.Tensor:
+        if not isinstance(network, LatentDiffusion):
+            raise TypeError(f"{type(network).__name__} does not draw latents")
+        if network.knows_scale:
+            drawn = draw_by_latents(network, solver, config.settings.hint, condition, reference, generators)
+        else:
+            drawn = network.reconstruct(reference)
+        return torch.where(open_voxels(condition), reference, drawn)
+
+    return draw
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
+    """Load autoencoder and denoiser onto the device.
+
+    Raises:
+        InputError: see `load_network`.
+    """
+    from lungddpm.models.accelerator import make_accelerator
+    from lungddpm.models.latent import draw_by_latents
+
+    sampling, hint = config.settings.sampling, config.settings.hint
+    accelerator = make_accelerator(device, config.settings.training.precision)
+    network = load_latent_diffusion(weights, config, accelerator.device)
+    solver = _solver(config, sampling)
+
+    def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        with accelerator.autocast():
+            return draw_by_latents(network, solver, hint, condition, reference, generators)
+
+    def make(tasks: list[Task]) -> list[np.ndarray]:
+        windows = [config.grid.window_hu] * len(tasks)
+        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
+        if sampling.background == "generated":
+            return volumes
+        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
+
+    return Generator(make, str(accelerator.device), sampling.batch_size)
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """One pass per noise level; decoding takes about as much as one more."""
+    return Drawing(config.settings.sampling.steps + 1, config.settings.sampling.batch_size)
+
+
+def load_latent_diffusion(
+    weights: Path, config: GeneratorConfig[LatentSettings], device: str | torch.device
+) -> LatentDiffusion:
+    """The networks of a config with the weights of a file, ready to draw.
+
+    Raises:
+        InputError: see `load_network`.
+    """
+    from lungddpm.models.checkpoint import load_network
+    from lungddpm.models.latent import build_latent_diffusion
+
+    return load_network(weights, config, lambda: build_latent_diffusion(config), device)
+
+
+def _solver(config: GeneratorConfig[Settings], sampling: LatentSampling) -> DiffusionSolver:
+    """Latents have no bounds, so that nothing limits what the denoiser implies."""
+    from lungddpm.models.sampling import DiffusionSolver, noise_levels
+    from lungddpm.models.schedule import cosine_betas
+
+    betas = cosine_betas(config.settings.timesteps)
+    levels = noise_levels(sampling.sampler, betas, sampling.steps)
+    return DiffusionSolver(
+        sampling.sampler, sampling.order, betas, levels, config.settings.prediction, limit=lambda implied: implied
+    )

@@ -1,0 +1,51 @@
+"""Floor: the reference through the autoencoder of latent diffusion. What is lost before any latent is drawn."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
+from lungddpm.generators import OWN, Drawing, Generator, Task
+from lungddpm.generators.latent_diffusion import load_latent_diffusion
+from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+
+if TYPE_CHECKING:
+    import torch
+
+TITLE = "Floor: the reference, encoded and decoded by the autoencoder of latent diffusion"
+CITATION = "None: the reference CT itself, as far as the autoencoder of `latent_diffusion` keeps it."
+WEIGHTS_OF = "latent_diffusion"
+LAYOUTS = OWN, OWN
+Settings = GeneratorSettings
+
+
+def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
+    """Load the autoencoder onto the device.
+
+    Raises:
+        InputError: see `load_network`.
+    """
+    from lungddpm.models.accelerator import make_accelerator
+
+    of_weights = config.of_weights
+    accelerator = make_accelerator(device, of_weights.settings.training.precision)
+    network = load_latent_diffusion(weights, of_weights, accelerator.device)
+
+    def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
+        with accelerator.autocast():
+            return network.reconstruct(reference)
+
+    def make(tasks: list[Task]) -> list[np.ndarray]:
+        windows = [of_weights.grid.window_hu] * len(tasks)
+        volumes = draw_volumes(tasks, windows, of_weights.settings.classes, sample, accelerator.device)
+        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
+
+    return Generator(make, str(accelerator.device))
+
+
+def drawing(config: GeneratorConfig[Settings]) -> Drawing:
+    """Encoding and decoding take about as much as two passes of the denoiser."""
+    return Drawing(2)
