@@ -204,6 +204,11 @@ FAULTS = {
         {"generators": {"GAN": {"steps": 3}}},
         "generators: there is no generator 'GAN'; known are copy_paste,",
     ),
+    "latents in sub-bands": (
+        {"generators": {"latent_diffusion": {"denoiser": {"wavelet": True}}}},
+        "denoiser.wavelet is for voxels",
+    ),
+    "lefusion with a hint": ({"generators": {"lefusion": {"hint": "slice"}}}, "generators.lefusion.hint"),
     "settings of a generator that has none": ({"generators": {"reference": {"run": "a"}}}, "generators.reference.run"),
     "weights of a generator that does not fit": (
         {"arms": {"generators": ["med_ddpm"]}, "grid": {"size": [40, 40, 40]}},
