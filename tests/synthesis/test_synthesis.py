@@ -227,9 +227,8 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         assert record["generator"] == name
         assert record["layout_origin"] == ("reference" if own else "jittered")
         assert (record["weights_sha256"] is None) == (name != "lung_ddpm")
-        modes = {"sampler": "dpmsolver++", "order": 2, "steps": 3, "resampling": 1} | dict.fromkeys(
-            ["aas", "intensities", "times", "levels"], "corrected"
-        )
+        modes = {"sampler": "dpmsolver++", "order": 2, "steps": 3, "resampling": 1, "background": "reference"}
+        modes |= dict.fromkeys(["aas", "intensities", "times", "levels"], "corrected")
         assert record["settings"].get("sampling") == (modes if name == "lung_ddpm" else None)
 
 
