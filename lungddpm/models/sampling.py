@@ -216,7 +216,7 @@ def sample_free(
         condition: (N, C, D, H, W), see `condition_channels`.
         generators: one per volume, so that a volume does not depend on its batch; on the device of `condition`.
         start: (N, 1, D, H, W) states at the solver's first level; None draws noise.
-        channels: of what is generated, where it is no CT.
+        channels: of what is generated, where it is not CT.
 
     Returns:
         (N, channels, D, H, W) float32, on the device of `condition`.

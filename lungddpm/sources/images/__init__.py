@@ -101,8 +101,8 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
         carry = _carry(image, ours, label, theirs)
         ct, stored = read_volume(image), read_labels(label)
         labels = stored.like(translate(stored.array, meanings, label))
-    except InputError as fault:
-        raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None
+    except InputError as error:
+        raise ExcludedCaseError(error.what, error.problem, error.remedy) from None
     # On the CT's own grid from here: the labels' header may be rounded, or hold less.
     labels = ct.like(Volume(labels.array, carry @ labels.affine).canonical().array)
     check_case(ct, labels, image)
@@ -136,8 +136,8 @@ def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf) -> Serie
     try:
         patient = patient_of(pair.image)
         _check_channels(pair)
-    except InputError as fault:
-        excluded = excluded or reason_of(fault, top)
+    except InputError as error:
+        excluded = excluded or reason_of(error, top)
     return Series(
         case_id=pair.name,
         patient_id=patient,
@@ -153,9 +153,9 @@ def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf) -> Serie
 
 def _without_image(top: Path, label: Path) -> Series:
     images = label.parent.name.replace("labels", "images")
-    fault = InputError(label, f"has no image of its name in {images}/", "Add the image, or ignore this row.")
+    error = InputError(label, f"has no image of its name in {images}/", "Add the image, or ignore this row.")
     name = case_name(label.name)
-    return Series(name, name, "", n_nodules=None, path=_within(top, label), excluded=reason_of(fault, top))
+    return Series(name, name, "", n_nodules=None, path=_within(top, label), excluded=reason_of(error, top))
 
 
 def _check_channels(pair: Pair) -> None:
@@ -183,8 +183,8 @@ def _describe(top: Path, pair: Pair) -> dict:
             problem = f"has no label {labels}/{pair.name}{suffix_of(pair.image.name)}"
             raise InputError(pair.image, problem, "Add it, or ignore this row.")
         _carry(pair.image, header, pair.label, read_header(pair.label))
-    except InputError as fault:
-        excluded = reason_of(fault, top)
+    except InputError as error:
+        excluded = reason_of(error, top)
     return {"size": size, "spacing_mm": spacing_mm, "excluded": excluded}
 
 
