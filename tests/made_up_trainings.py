@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from lungddpm.cli import app
 from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
 from lungddpm.generators import plugin
@@ -84,3 +86,17 @@ def write_config() -> Callable[[Path, GeneratorConfig[DiffusionSettings]], None]
         path.write_text(json.dumps({"seed": config.seed, "grid": grid, "generators": {config.name: settings}}))
 
     return write
+
+
+def run_command(*arguments: object) -> str:
+    """What a command of `lungddpm` prints; it has to succeed."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def train_by_command(generator: str, config: Path, cohort: Path, folder: Path) -> Path:
+    """The folder of a training by the command, on one thread."""
+    where = ["--cases", cohort, "--output", folder, "--device", "cpu", "--threads", "1"]
+    run_command("train", "--generator", generator, "--config", config, *where)
+    return folder

@@ -382,7 +382,7 @@ class LatentSettings(UNetSettings):
     """Settings of a diffusion model that draws the latents of an autoencoder."""
 
     orientation: Literal["ras"] = "ras"
-    """As the grid lies: there are no published weights to fit."""
+    """As the grid lies: nobody has published weights that would ask for another."""
     autoencoder: Autoencoder = Autoencoder()
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""

@@ -219,7 +219,7 @@ def volume_header(
     """The header of a file of that shape (see `volume_shape`), from those of its affines that can be inverted.
 
     Raises:
-        InputError: as `volume_shape`, or there is no such affine.
+        InputError: as `volume_shape`, or an affine that cannot be inverted.
     """
     shape, affines = volume_shape(path, stored), tuple(affine for affine in affines if _invertible(affine))
     if not affines:

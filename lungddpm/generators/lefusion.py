@@ -12,24 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from lungddpm.config.sections import (
-    DiffusionSettings,
     GeneratorConfig,
-    Grid,
-    Layer,
     PositiveFloat,
     PositiveInt,
     Sampling,
-    Size3,
-    Training,
 )
 from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
 from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm_plus import NODULES_PER_CASE, Crop, PlusDenoiser, nodules_only, plan_crops
+from lungddpm.generators.lung_ddpm_plus import NODULES_PER_CASE, Crop, CropSettings, PlusTraining, plan_crops
 
 if TYPE_CHECKING:
     import torch
@@ -48,12 +43,10 @@ PREVIEW_STEPS = 20
 """Of the grids of samples that a training draws."""
 
 
-class LesionTraining(Training):
-    """Training on crops around nodules; the loss counts the nodule and one voxel around it, and nothing else."""
+class LesionTraining(PlusTraining):
+    """Training on crops around nodules; the loss counts the nodule and one voxel around it, and nothing else. Published
+    crops are of 64 x 64 x 32 voxels."""
 
-    crop: Annotated[int, Field(ge=8)] = 64
-    """Edge of the cubic crops in voxels, each around a voxel of a nodule (published: 64 x 64 x 32); sampling works on
-    crops of this edge, too."""
     steps: PositiveInt = 50_000
     """Optimizer steps (published: 20,000 to 50,000)."""
     learning_rate: PositiveFloat = 1e-4
@@ -68,6 +61,9 @@ class LesionSampling(Sampling):
     steps: PositiveInt = 300
     """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
 
+    background: Literal["reference"] = "reference"
+    """All but the nodules is the reference's own."""
+
     @model_validator(mode="after")
     def _corrected(self) -> LesionSampling:
         for key in ("aas", "intensities", "times", "levels"):
@@ -76,28 +72,13 @@ class LesionSampling(Sampling):
         return self
 
 
-class Settings(DiffusionSettings):
+class Settings(CropSettings):
     """LeFusion: a network of its own, for crops around nodules."""
 
     timesteps: PositiveInt = 300
     """Noise levels T of the cosine schedule (published)."""
-    classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
-    """Layout classes that condition the network: nodules alone."""
-    denoiser: PlusDenoiser = PlusDenoiser()
-    hint: Literal["none"] = "none"
-    """There is none: the network sees a crop of the reference in any case."""
     training: LesionTraining = LesionTraining()
     sampling: LesionSampling = LesionSampling()
-
-    def drawn_size(self, grid: Grid) -> Size3:
-        """That of a crop."""
-        return (self.training.crop,) * 3
-
-    def decides_samples(self) -> dict[str, Any]:
-        return {**super().decides_samples(), "training.crop": self.training.crop}
-
-    def decides_fit(self) -> dict[str, Any]:
-        return {**super().decides_fit(), "training.crop": self.training.crop}
 
 
 def recipe(config: GeneratorConfig[Settings]) -> Recipe:

@@ -85,18 +85,15 @@ def nodules_only(classes: list[Layer]) -> list[Layer]:
     return classes
 
 
-class Settings(DiffusionSettings):
-    """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
+class CropSettings(DiffusionSettings):
+    """Settings of a generator that draws nodules in crops around them."""
 
-    run: Name = "plus"
-    """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
     classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
     """Layout classes that condition the denoiser: nodules alone."""
     denoiser: PlusDenoiser = PlusDenoiser()
     hint: Literal["none"] = "none"
-    """There is none: a crop is drawn from the reference's own noise."""
+    """There is none: the denoiser works on the reference's own crop."""
     training: PlusTraining = PlusTraining()
-    sampling: PlusSampling = PlusSampling()
 
     def drawn_size(self, grid: Grid) -> Size3:
         """That of a crop."""
@@ -107,6 +104,14 @@ class Settings(DiffusionSettings):
 
     def decides_fit(self) -> dict[str, Any]:
         return {**super().decides_fit(), "training.crop": self.training.crop}
+
+
+class Settings(CropSettings):
+    """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
+
+    run: Name = "plus"
+    """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
+    sampling: PlusSampling = PlusSampling()
 
 
 @dataclass(frozen=True)

@@ -208,6 +208,10 @@ FAULTS = {
         {"generators": {"latent_diffusion": {"denoiser": {"wavelet": True}}}},
         "denoiser.wavelet is for voxels",
     ),
+    "lefusion without a reference": (
+        {"generators": {"lefusion": {"sampling": {"background": "generated"}}}},
+        "generators.lefusion.sampling.background",
+    ),
     "lefusion with a hint": ({"generators": {"lefusion": {"hint": "slice"}}}, "generators.lefusion.hint"),
     "settings of a generator that has none": ({"generators": {"reference": {"run": "a"}}}, "generators.reference.run"),
     "weights of a generator that does not fit": (

@@ -7,12 +7,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from made_up_trainings import train
+from made_up_trainings import run_command, train, train_by_command
 from safetensors.torch import load_file
 from scipy import ndimage
-from typer.testing import CliRunner
 
-from lungddpm.cli import app
 from lungddpm.config.loading import load_config, parse_config
 from lungddpm.core import cases
 from lungddpm.core.errors import ConfigError, InputError
@@ -44,12 +42,6 @@ def changed(**keys):
     return {**VALUES, "generators": {"lefusion": {**SETTINGS, **keys}}}
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
@@ -60,10 +52,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(config, tiny_cohort, tmp_path_factory):
     """Folder of a training by the command."""
-    folder = tmp_path_factory.mktemp("trained")
-    where = ["--cases", tiny_cohort, "--output", folder, "--device", "cpu", "--threads", "1"]
-    run("train", "--generator", "lefusion", "--config", config, *where)
-    return folder
+    return train_by_command("lefusion", config, tiny_cohort, tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +113,7 @@ def test_interrupted_training_ends_bit_identical(trained, config, tiny_cohort, t
 
 def test_samples_are_the_reference_but_for_their_nodules(weights, config, tiny_cohort, tmp_path):
     where = ["--cases", tiny_cohort, "--output", tmp_path, "--device", "cpu", "--threads", "1"]
-    run("synthesize", "--generator", "lefusion", "--config", config, "--weights", weights, *where)
+    run_command("synthesize", "--generator", "lefusion", "--config", config, "--weights", weights, *where)
     table = cases.read_cases(tmp_path / "samples-1.0-0.tsv")
     assert table["case_id"].tolist() == ["case03_s000", "case04_s000", "case03_s001"]
     origins = []
@@ -278,7 +267,7 @@ def test_crops_larger_than_the_grid_are_refused():
 
 def test_the_estimate_counts_the_histograms_channels(config):
     """The first convolution has 18 inputs (CT, nodule, 16 bins) instead of 2: 16 x 4 x 27 weights more."""
-    output = run(
+    output = run_command(
         "train", "--generator", "lefusion", "--config", config, "--estimate", "--device", "cpu", "--threads", "1"
     )
     plus = parse_config(

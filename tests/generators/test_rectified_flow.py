@@ -7,9 +7,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from typer.testing import CliRunner
+from made_up_trainings import run_command, train_by_command
 
-from lungddpm.cli import app
 from lungddpm.config.loading import load_config, parse_config
 from lungddpm.core import cases
 from lungddpm.core.errors import ConfigError, InputError
@@ -34,11 +33,6 @@ VALUES = {
 }
 
 
-def run(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     path = tmp_path_factory.mktemp("config") / "config.yaml"
@@ -49,10 +43,7 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def trained(config, tiny_cohort, tmp_path_factory):
     """Folder of a training by the command."""
-    folder = tmp_path_factory.mktemp("trained")
-    where = ["--cases", tiny_cohort, "--output", folder, "--device", "cpu", "--threads", "1"]
-    run("train", "--generator", "rectified_flow", "--config", config, *where)
-    return folder
+    return train_by_command("rectified_flow", config, tiny_cohort, tmp_path_factory.mktemp("trained"))
 
 
 def test_the_training_leaves_what_every_training_does(trained):
@@ -67,7 +58,7 @@ def test_the_training_leaves_what_every_training_does(trained):
 def test_samples_are_made_by_the_command(trained, config, tiny_cohort, tmp_path):
     weights = trained / "model.safetensors"
     where = ["--cases", tiny_cohort, "--output", tmp_path, "--device", "cpu", "--threads", "1"]
-    run("synthesize", "--generator", "rectified_flow", "--config", config, "--weights", weights, *where)
+    run_command("synthesize", "--generator", "rectified_flow", "--config", config, "--weights", weights, *where)
     table = cases.read_cases(tmp_path / "samples-1.0-0.tsv")
     assert table["case_id"].tolist() == ["case03_s000", "case04_s000", "case03_s001"]
     for name in table["case_id"]:

@@ -53,7 +53,7 @@ def find_pairs(top: Path) -> Found:
     """Pair the images of a data set with their labels by name.
 
     Raises:
-        InputError: there are no images.
+        InputError: no image was found.
     """
     pairs, lonely, unlabelled = [], [], []
     for images, labels in _FOLDERS:

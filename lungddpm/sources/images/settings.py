@@ -37,8 +37,8 @@ class Images(Section):
     """How a folder of image files is read. Used when `source.kind` is `images`."""
 
     labels: dict[LabelName, Meaning] = {}
-    """What the labels are, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It goes before
-    the names of dataset.json. Without either, 1 is lung, 2 nodule, 3 vessel."""
+    """What the labels are, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It overrides
+    the names in dataset.json. Without either, 1 is lung, 2 nodule, 3 vessel."""
     patient_table: Annotated[str | None, AfterValidator(_check_table)] = None
     """A table with the columns `file` and `patient` in the folder of the data set, such as participants.tsv (tabs) or
     patients.csv, for several scans of one patient. null: each scan is a patient of its own."""
