@@ -32,6 +32,17 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: ("slurm" not in item.fixturenames, item.get_closest_marker("workflow") is None))
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch on one thread: small networks are faster so, and their sums come out the same."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
 def logging_as_it_was():
     """A test of the command line sets up logging; the next one must not inherit that."""

@@ -59,14 +59,12 @@ def train(config, table, output):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(one_thread):
+    """A grid of samples that takes no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitoring, "_GRID_CASES", 1)
         patch.setattr(latent_diffusion, "PREVIEW_STEPS", 2)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,7 @@ from lungddpm.models.recipe import Batch
 from lungddpm.models.training import initial_network
 from lungddpm.operations.estimate import made_up as noise_with_labels
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def make_config(seed=1, **changes):

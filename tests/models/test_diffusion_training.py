@@ -55,15 +55,12 @@ training.run_train(config, lung_ddpm.recipe(config), lung_ddpm.preview(config), 
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick():
-    """One thread, and a grid of samples that takes no time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+def quick(one_thread):
+    """A grid of samples that takes no time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(monitoring, "_GRID_CASES", 1)
         patch.setattr(lung_ddpm, "PREVIEW_STEPS", 2)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,7 @@ from lungddpm.operations.bench import BASE, MEASURED, OPTIONS, SAMPLERS, USED, O
 TINY = Problem("cpu", 16, 32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
