@@ -91,8 +91,8 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
     case_rows, lesion_rows, candidate_rows, inputs = [], [], [], {}
     with Progress(f"evaluate {predictions}", total=len(test_cases)) as progress:
         for _, case in test_cases.iterrows():
-            folder = cases.folder_of(cases_table, case)
-            layout = read_volume(folder.layout)
+            case_folder = cases.folder_of(cases_table, case)
+            layout = read_volume(case_folder.layout)
             nodules = layout.like(layout.array == Label.NODULE)
             paths = {what: folder / f"{case['case_id']}.nii.gz" for what, folder in folders.items()}
             measures, detection = evaluate_case(
@@ -105,7 +105,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
             lesion_rows += [
                 who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found} | ratings
                 for number, (lesion, ratings) in enumerate(
-                    zip(detection.lesions, ratings_of(nodules, folder.nodule_figures()), strict=True), start=1
+                    zip(detection.lesions, ratings_of(nodules, case_folder.nodule_figures()), strict=True), start=1
                 )
             ]
             candidate_rows += [
