@@ -21,6 +21,7 @@ import pandas as pd
 import psutil
 
 from lungddpm.config.loading import load_config
+from lungddpm.core.cases import CaseFolder
 from lungddpm.layouts import compose
 from lungddpm.sources import images, lidc
 from lungddpm.sources.index import index_source
@@ -107,7 +108,7 @@ def measure(config, source: Path, row: dict) -> Meter:
             patch.start()
         try:
             with meter.stage("everything else"):
-                compose._write(config, source, pd.Series(row), Path(folder) / row["case_id"])
+                compose._write(config, source, pd.Series(row), CaseFolder(Path(folder) / row["case_id"]))
         finally:
             mock.patch.stopall()
     return meter

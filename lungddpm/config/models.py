@@ -209,8 +209,12 @@ class LayoutLimits(Section):
 class Layouts(Section):
     """From CT and readers' contours to label volumes."""
 
+    consensus_by: Literal["vote", "staple"] = "vote"
+    """How readers' masks become one nodule: `vote` counts the readers of each voxel; `staple` estimates how reliable
+    each reader is, and from that how probable it is that a voxel is nodule (Warfield et al. 2004)."""
     consensus: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of a nodule's own readers who must have drawn a voxel for it to count."""
+    """Share of a nodule's own readers who must have drawn a voxel for it to count; with `staple` the probability that
+    it must reach."""
     minimum_readers: Annotated[int, Field(ge=1, le=4)] = 1
     """Nodules drawn by fewer distinct readers are left out."""
     lungs: Literal["classical", "lungmask", "totalsegmentator"] = "classical"

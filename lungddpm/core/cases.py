@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from lungddpm.core.errors import ExcludedCaseError, InputError
-from lungddpm.core.files import fingerprint, sha256_of, write_table
+from lungddpm.core.files import fingerprint, read_json, sha256_of, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import roles_of
@@ -51,14 +51,17 @@ CHARACTERISTICS = (
     "lobulation", "spiculation", "texture", "malignancy",
 )  # fmt: skip
 """What readers of LIDC-IDRI rate, from 1 to 5 (6 for calcification); `internal_structure` goes up to 4."""
+RATINGS = ("texture", "malignancy", "subtlety")
+"""Of these, what bears on whether a nodule is found; it goes with the nodule into layouts and lesions."""
 
 NODULE_COLUMNS = [
-    "case_id", "patient_id", "nodule", "readers", "flagged", "volume_mm3", "equivalent_diameter_mm",
-    "centroid_x_mm", "centroid_y_mm", "centroid_z_mm", *CHARACTERISTICS, "touches_pleura", "touches_vessel",
-    "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
+    "case_id", "patient_id", "nodule", "readers", "flagged", "volume_mm3", "equivalent_diameter_mm", "long_axis_mm",
+    "short_axis_mm", "elongation", "centroid_x_mm", "centroid_y_mm", "centroid_z_mm", *CHARACTERISTICS,
+    "touches_pleura", "touches_vessel", "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
 ]  # fmt: skip
-"""`nodule` is its value in `nodules.nii.gz`; the position is in patient coordinates, RAS+; characteristics are medians
-over the readers, empty where nobody rated; `notes` reports what was untidy about their contours."""
+"""`nodule` is its value in `nodules.nii.gz`; axes and elongation are those of `extent.Extent`; the position is in
+patient coordinates, RAS+; characteristics are medians over the readers, empty where nobody rated; `notes` reports what
+was untidy about their contours."""
 
 
 def read_cases(path: Path) -> pd.DataFrame:
@@ -140,6 +143,15 @@ class CaseFolder:
     def sample_record(self) -> Path:
         """Provenance of a synthetic case, written last."""
         return self.path / "sample.json"
+
+    def nodule_figures(self) -> list[dict]:
+        """What `case.json` says of the nodules, by number from 1; nothing where the case was made elsewhere.
+
+        Raises:
+            InputError: it is damaged.
+        """
+        record = read_json(self.record) if self.record.exists() else {}
+        return record.get("qc", {}).get("nodules", [])
 
     def hash(self) -> str:
         """What the column `sha256` holds: one SHA-256 over CT and layout.

@@ -79,7 +79,9 @@ def save(figure: Figure, *paths: Path, dpi: int = 160) -> None:
 def oriented_slice(array: np.ndarray, plane: Plane, index: int) -> np.ndarray:
     """One slice of a RAS+ array as a picture (rows from top to bottom), in radiological convention."""
     # RAS+ axes run left to right, back to front, feet to head; every picture here runs against both of its axes.
-    return np.take(array, index, axis=plane.axis).T[::-1, ::-1]
+    cut: list[slice | int] = [slice(None)] * 3
+    cut[plane.axis] = index
+    return array[tuple(cut)].T[::-1, ::-1]
 
 
 def largest_nodule(layout: Volume) -> tuple[int, int, int]:

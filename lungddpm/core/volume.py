@@ -29,6 +29,8 @@ SHEAR_TOLERANCE_DEGREES = 0.05
 LARGEST_VOXELS = 2**29
 """Of a file that is read, four times those of the largest chest CT: a small file can claim, or unpack to, any size."""
 _DISAGREE_MM = 0.1
+_BAND_CELLS = 64
+"""So many cells along an axis are resampled by one product of matrices."""
 
 Window = tuple[float, float] | tuple[np.ndarray, np.ndarray]
 """Lowest and highest HU: of a whole volume, or arrays that broadcast over it."""
@@ -393,8 +395,13 @@ def occupancy(mask: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> 
         ValueError: the axes are not parallel.
     """
     source = mask.canonical()
+    if not source.array.any():
+        return np.zeros(shape, np.float32)
     weights = [_overlap_weights(n, edges) for n, edges in zip(source.shape, _edges(source, affine, shape), strict=True)]
-    return np.clip(_weighted_means(source.array, weights, 0.0), 0.0, 1.0)
+    box = bounding_box(source.array)
+    within = [axis_weights[:, side] for axis_weights, side in zip(weights, box, strict=True)]
+    share = _weighted_means(source.array[box], within, 0.0)
+    return np.clip(share, 0.0, 1.0, out=share)
 
 
 def _edges(source: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> list[np.ndarray]:
@@ -433,10 +440,29 @@ def _weighted_means(array: np.ndarray, weights: list[np.ndarray], outside: float
     x, y, z = (axis_weights.astype(np.float32) for axis_weights in weights)
     used = np.flatnonzero(z.any(axis=0))
     in_plane = np.zeros((len(x), len(y), len(used)), np.float32)
+    along_x, along_y = _bands(x), _bands(y)
+    rows_done = np.empty((len(x), array.shape[1]), np.float32)
     # Slice by slice: a float copy of a whole scan would not fit beside it in a small memory.
     for place, k in enumerate(used):
-        in_plane[:, :, place] = x @ (array[:, :, k].astype(np.float32) - np.float32(outside)) @ y.T
-    return in_plane @ z[:, used].T + np.float32(outside)
+        values = array[:, :, k].astype(np.float32) - np.float32(outside)
+        for cells, voxels, part in along_x:
+            np.matmul(part, values[voxels], out=rows_done[cells])
+        for cells, voxels, part in along_y:
+            in_plane[:, cells, place] = rows_done[:, voxels] @ part.T
+    means = in_plane @ z[:, used].T
+    means += np.float32(outside)
+    return means
+
+
+def _bands(weights: np.ndarray) -> list[tuple[slice, slice, np.ndarray]]:
+    """Some cells, the voxels that they look at, and these weights: of (cells, voxels), nearly all others are 0."""
+    bands = []
+    for first in range(0, len(weights), _BAND_CELLS):
+        cells = slice(first, min(first + _BAND_CELLS, len(weights)))
+        used = np.flatnonzero(weights[cells].any(axis=0))
+        voxels = slice(int(used[0]), int(used[-1]) + 1) if used.size else slice(0, 0)
+        bands.append((cells, voxels, np.ascontiguousarray(weights[cells, voxels])))
+    return bands
 
 
 def tilt_degrees(affine: np.ndarray) -> float:

@@ -7,14 +7,22 @@ candidates: regions that the segmenter takes for a nodule more or less surely, f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import cc3d
 import numpy as np
+from scipy import ndimage, spatial
+
+from lungddpm.core.cases import RATINGS
+from lungddpm.core.extent import extent_of
+from lungddpm.core.volume import Volume
 
 SIZE_BINS = ("< 6 mm", "6-10 mm", "> 10 mm")
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
 """How the size bins are written in names of columns."""
+TEXTURES = ("ground glass", "part-solid", "solid")
+"""By the rating of texture: 1 ground glass, 3 part-solid, 5 solid."""
 CANDIDATE_PROBABILITY = 0.1
 """A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
 to be found at a lower score; not lower, so that neighbours do not grow together."""
@@ -29,6 +37,10 @@ class Lesion:
     """Diameter of the sphere of equal volume."""
     overlap: float
     """Share of the lesion's voxels that the prediction covers."""
+    long_axis_mm: float = math.nan
+    """See `extent.Extent`, for this and the next two."""
+    short_axis_mm: float = math.nan
+    elongation: float = math.nan
     score: float = math.nan
     """Highest score of the candidates that hit it; NaN where none does, or without probabilities."""
 
@@ -66,16 +78,17 @@ class Detection:
 
 
 def lesion_measures(
-    reference: np.ndarray, prediction: np.ndarray, voxel_mm3: float, probability: np.ndarray | None = None
+    reference: np.ndarray, prediction: np.ndarray, spacing_mm: np.ndarray, probability: np.ndarray | None = None
 ) -> Detection:
     """Lesion-wise agreement of a reference with a prediction; lesions are 26-connected components.
 
     Args:
         reference: bool, (x, y, z).
         prediction: bool, same shape.
-        voxel_mm3: volume of a voxel in mm3.
+        spacing_mm: of the voxels, (3,).
         probability: of nodule, 0 to 1, same shape.
     """
+    voxel_mm3 = float(np.prod(spacing_mm))
     numbers, n_lesions = cc3d.connected_components(reference, connectivity=_TOUCHING, return_N=True)
     n_voxels = np.bincount(numbers.ravel(), minlength=n_lesions + 1)[1:]
     n_covered = np.bincount(numbers[prediction], minlength=n_lesions + 1)[1:]
@@ -86,11 +99,46 @@ def lesion_measures(
     for candidate in candidates or ():
         for number in candidate.lesions:
             scores[number - 1] = np.fmax(scores[number - 1], candidate.score)
+    extents = [
+        extent_of(numbers[box] == number, spacing_mm)
+        for number, box in enumerate(ndimage.find_objects(numbers.astype(np.int32)), start=1)
+    ]
     lesions = [
-        Lesion(diameter_mm=(6 * voxels * voxel_mm3 / math.pi) ** (1 / 3), overlap=covered / voxels, score=score)
-        for voxels, covered, score in zip(n_voxels.tolist(), n_covered.tolist(), scores.tolist(), strict=True)
+        Lesion((6 * voxels * voxel_mm3 / math.pi) ** (1 / 3), covered / voxels, **asdict(extent), score=score)
+        for voxels, covered, extent, score in zip(
+            n_voxels.tolist(), n_covered.tolist(), extents, scores.tolist(), strict=True
+        )
     ]
     return Detection(lesions, n_components - n_matched, candidates)
+
+
+def ratings_of(reference: Volume, nodules: Sequence[dict]) -> list[dict[str, float | None]]:
+    """What readers said of each lesion: `RATINGS`, each None where nobody rated.
+
+    A nodule belongs to the lesion nearest its centroid. Nodules that touch on this grid are one lesion, which has the
+    ratings of the largest of them.
+
+    Args:
+        reference: bool; its lesions are numbered as by `lesion_measures`.
+        nodules: figures of the case's nodules, `qc.nodules` of `case.json`.
+    """
+    numbers, n_lesions = cc3d.connected_components(reference.array, connectivity=_TOUCHING, return_N=True)
+    ratings: list[dict[str, float | None]] = [dict.fromkeys(RATINGS) for _ in range(n_lesions)]
+    if not n_lesions:
+        return ratings
+    places = np.argwhere(numbers)
+    nearest = spatial.KDTree(places @ reference.affine[:3, :3].T + reference.affine[:3, 3])
+    for nodule in sorted(nodules, key=lambda nodule: nodule["volume_mm3"]):
+        _, at = nearest.query([nodule[f"centroid_{axis}_mm"] for axis in "xyz"])
+        ratings[numbers[tuple(places[at])] - 1] = {name: nodule[name] for name in RATINGS}
+    return ratings
+
+
+def texture_class(rating: float) -> str:
+    """One of `TEXTURES` for a median rating from 1 to 5, of which 3 is part-solid; empty for NaN."""
+    if math.isnan(rating):
+        return ""
+    return TEXTURES[int(rating >= 2.5) + int(rating > 3.5)]
 
 
 def find_candidates(lesions: np.ndarray, probability: np.ndarray, voxel_mm3: float) -> list[Candidate]:

@@ -11,16 +11,21 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
+from lungddpm.core.cases import RATINGS
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import read_json, sha256_of, write_json, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import TEST
 from lungddpm.core.volume import Volume, read_labels, read_volume
-from lungddpm.evaluation.lesions import Detection, lesion_measures
+from lungddpm.evaluation.lesions import Detection, lesion_measures, ratings_of
 from lungddpm.evaluation.measures import MEASURES, MaskPair, measure_masks
 
-LESION_COLUMNS = ["case_id", "patient_id", "lesion", "diameter_mm", "size_bin", "found", "overlap", "score"]
+LESION_COLUMNS = [
+    "case_id", "patient_id", "lesion", "diameter_mm", "long_axis_mm", "short_axis_mm", "elongation", "size_bin",
+    *RATINGS, "found", "overlap", "score",
+]  # fmt: skip
+"""Sizes are those on the model grid; ratings are medians over the readers, empty where nobody rated."""
 CANDIDATE_COLUMNS = ["case_id", "patient_id", "candidate", "score", "volume_mm3", "lesions"]
 """`lesions`: numbers as in `lesions.csv`, several joined by "+"; empty for a false positive."""
 PROBABILITY = "probability"
@@ -48,7 +53,7 @@ def evaluate_case(
         (`case_columns` without identifiers, lesions and candidates).
     """
     masks = MaskPair(reference, prediction)
-    detection = lesion_measures(reference.array, prediction.array, masks.voxel_mm3, probability)
+    detection = lesion_measures(reference.array, prediction.array, reference.spacing_mm, probability)
     return measure_masks(masks) | {
         "n_lesions": len(detection.lesions),
         "surface_tolerance_mm": masks.tolerance_mm,
@@ -86,18 +91,22 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
     case_rows, lesion_rows, candidate_rows, inputs = [], [], [], {}
     with Progress(f"evaluate {predictions}", total=len(test_cases)) as progress:
         for _, case in test_cases.iterrows():
-            layout = read_volume(cases.folder_of(cases_table, case).layout)
+            case_folder = cases.folder_of(cases_table, case)
+            layout = read_volume(case_folder.layout)
+            nodules = layout.like(layout.array == Label.NODULE)
             paths = {what: folder / f"{case['case_id']}.nii.gz" for what, folder in folders.items()}
             measures, detection = evaluate_case(
-                layout.like(layout.array == Label.NODULE),
+                nodules,
                 _read_mask(paths["prediction"], layout),
                 _read_probability(paths["probability"], layout) if "probability" in paths else None,
             )
             who = {"case_id": case["case_id"], "patient_id": case["patient_id"]}
             case_rows.append(who | measures)
             lesion_rows += [
-                who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found}
-                for number, lesion in enumerate(detection.lesions, start=1)
+                who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found} | ratings
+                for number, (lesion, ratings) in enumerate(
+                    zip(detection.lesions, ratings_of(nodules, case_folder.nodule_figures()), strict=True), start=1
+                )
             ]
             candidate_rows += [
                 who | asdict(candidate) | {"candidate": number, "lesions": "+".join(map(str, candidate.lesions))}

@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from scipy import ndimage
 
 from lungddpm.core.drawing import (
     LABELS,
@@ -40,7 +41,6 @@ def draw_case(found: Segmented, layout: Volume, title: str) -> Figure:
     labels = found.labels()
     box = _around(found.ct, labels > 0)
     scan, labels, nodules = found.ct.crop(box), labels[box], found.nodules[box]
-    cells = _nearest(layout, scan) == Label.NODULE
     centre = largest_nodule(scan.like(labels))
     shown = _largest(nodules)
     widths, heights = zip(*(size_mm(scan, plane) for plane in PLANES), strict=True)
@@ -57,15 +57,16 @@ def draw_case(found: Segmented, layout: Volume, title: str) -> Figure:
                 if row == 0:
                     mark_sides(axis, plane)
                     continue
-                _outline(axis, scan, labels > 0, plane, centre[plane.axis], LABELS[Label.LUNG][1], 1.0)
+                picture = oriented_slice(labels, plane, centre[plane.axis])
+                _outline(axis, scan, picture > 0, plane, LABELS[Label.LUNG][1], 1.0)
                 for label, width in ((Label.VESSEL, 0.5), (Label.NODULE, 1.2)):
-                    _outline(axis, scan, labels == label, plane, centre[plane.axis], LABELS[label][1], width)
+                    _outline(axis, scan, picture == label, plane, LABELS[label][1], width)
         if shown:
             axes = rows[2].subgridspec(1, _CLOSE_UPS).subplots()
             for axis in axes[len(shown) :]:
                 axis.set_axis_off()
-            for axis, number in zip(axes, shown, strict=False):
-                _close_up(axis, scan, nodules == number, cells, number)
+            for axis, (number, inside) in zip(axes, shown.items(), strict=False):
+                _close_up(axis, scan, nodules, inside, layout, number)
         handles = [Line2D([], [], color=colour, label=name) for label, (name, colour) in LABELS.items() if label]
         handles.append(Line2D([], [], color=_CELLS_COLOUR, linestyle="dashed", label="nodule on the model grid"))
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
@@ -83,24 +84,27 @@ def _around(ct: Volume, mask: np.ndarray) -> Box:
     )
 
 
-def _nearest(layout: Volume, scan: Volume) -> np.ndarray:
-    """The layout's labels at the voxels of a scan with parallel axes; background outside the layout's grid."""
+def _cells_on_slice(layout: Volume, scan: Volume, k: int) -> np.ndarray:
+    """The layout's labels at the voxels of an axial slice of a scan with parallel axes, (x, y, 1).
+
+    Background outside the layout's grid.
+    """
     to_cells = np.linalg.solve(layout.affine, scan.affine)
-    on_scan = layout.array
+    places, inside = [], []
     for axis, n in enumerate(scan.shape):
-        places = np.rint(to_cells[axis, axis] * np.arange(n) + to_cells[axis, 3]).astype(int)
-        inside = (places >= 0) & (places < layout.shape[axis])
-        shape = [1, 1, 1]
-        shape[axis] = n
-        on_scan = np.take(on_scan, places.clip(0, layout.shape[axis] - 1), axis=axis) * inside.reshape(shape)
-    return on_scan
+        nearest = np.rint(to_cells[axis, axis] * np.arange(n) + to_cells[axis, 3]).astype(int)
+        inside.append((nearest >= 0) & (nearest < layout.shape[axis]))
+        places.append(nearest.clip(0, layout.shape[axis] - 1))
+    on_slice = layout.array[np.ix_(places[0], places[1], places[2][k : k + 1])]
+    return on_slice * (inside[0][:, None, None] & inside[1][:, None] & inside[2][k])
 
 
-def _largest(nodules: np.ndarray) -> list[int]:
-    """Numbers of the nodules to show, in their order."""
-    voxels = np.bincount(nodules.ravel())[1:]
-    present = np.flatnonzero(voxels) + 1
-    return sorted(sorted(present.tolist(), key=lambda number: -voxels[number - 1])[:_CLOSE_UPS])
+def _largest(nodules: np.ndarray) -> dict[int, Box]:
+    """Numbers of the nodules to show, in their order, and the box of each."""
+    boxes = {number: box for number, box in enumerate(ndimage.find_objects(nodules), start=1) if box is not None}
+    voxels = {number: np.count_nonzero(nodules[box] == number) for number, box in boxes.items()}
+    largest = sorted(boxes, key=lambda number: -voxels[number])[:_CLOSE_UPS]
+    return {number: boxes[number] for number in sorted(largest)}
 
 
 def _show(axis: plt.Axes, scan: Volume, plane: Plane, index: int) -> None:
@@ -116,14 +120,12 @@ def _show(axis: plt.Axes, scan: Volume, plane: Plane, index: int) -> None:
 def _outline(
     axis: plt.Axes,
     scan: Volume,
-    mask: np.ndarray,
+    picture: np.ndarray,
     plane: Plane,
-    index: int,
     colour: str,
     width: float,
     style: str = "solid",
 ) -> None:
-    picture = oriented_slice(mask, plane, index)
     if picture.any():
         extent = (0, size_mm(scan, plane)[0], 0, size_mm(scan, plane)[1])
         axis.contour(
@@ -131,14 +133,15 @@ def _outline(
         )
 
 
-def _close_up(axis: plt.Axes, scan: Volume, nodule: np.ndarray, cells: np.ndarray, number: int) -> None:
+def _close_up(axis: plt.Axes, scan: Volume, nodules: np.ndarray, inside: Box, layout: Volume, number: int) -> None:
     """The axial slice on which a nodule is largest."""
-    k = int(np.count_nonzero(nodule, axis=(0, 1)).argmax())
+    k = inside[2].start + int(np.count_nonzero(nodules[inside] == number, axis=(0, 1)).argmax())
+    cells = _cells_on_slice(layout, scan, k) == Label.NODULE
     _show(axis, scan, _AXIAL, k)
-    _outline(axis, scan, cells, _AXIAL, k, _CELLS_COLOUR, 1.0, "dashed")
-    _outline(axis, scan, nodule, _AXIAL, k, LABELS[Label.NODULE][1], 1.2)
+    _outline(axis, scan, oriented_slice(cells, _AXIAL, 0), _AXIAL, _CELLS_COLOUR, 1.0, "dashed")
+    _outline(axis, scan, oriented_slice(nodules, _AXIAL, k) == number, _AXIAL, LABELS[Label.NODULE][1], 1.2)
     width, _ = size_mm(scan, _AXIAL)
-    x, y = (np.argwhere(nodule[:, :, k]).mean(axis=0) + 0.5) * scan.spacing_mm[:2]
+    x, y = (np.argwhere(nodules[:, :, k] == number).mean(axis=0) + 0.5) * scan.spacing_mm[:2]
     half = _CLOSE_UP_MM / 2
     # The horizontal axis runs against the page: the patient's right is on the left.
     axis.set(xlim=(width - x - half, width - x + half), ylim=(y - half, y + half), facecolor="black")

@@ -16,7 +16,7 @@ All functions are deterministic under the generator of random numbers that they 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -62,12 +62,14 @@ class Shape:
         case_id: its case.
         patient_id: its patient.
         number: which of the case's nodules, from 1.
+        ratings: `cases.RATINGS`, medians over its readers; empty where nobody rated.
     """
 
     mask: Volume
     case_id: str
     patient_id: str
     number: int
+    ratings: dict[str, float] = field(default_factory=dict)
 
     @property
     def centre_mm(self) -> np.ndarray:
@@ -88,6 +90,7 @@ class PlacedNodule:
         centre_mm: centroid of the whole nodule, also of what lies beyond the lungs and is cut off, RAS.
         position_mm: of its centroid in the made layout, RAS.
         volume_mm3: in the made layout.
+        ratings: of the nodule whose shape it has, see `Shape`.
     """
 
     case_id: str
@@ -98,6 +101,7 @@ class PlacedNodule:
     centre_mm: tuple[float, float, float]
     position_mm: tuple[float, float, float]
     volume_mm3: float
+    ratings: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -202,8 +206,15 @@ def read_shapes(folder: cases.CaseFolder, case_id: str, patient_id: str) -> list
     """
     volume = read_volume(folder.nodules)
     boxes = ndimage.find_objects(volume.array.astype(np.int32))
+    figures = dict(enumerate(folder.nodule_figures(), start=1))
     return [
-        Shape(volume.like(volume.array == number).crop(box), case_id, patient_id, number)
+        Shape(
+            volume.like(volume.array == number).crop(box),
+            case_id,
+            patient_id,
+            number,
+            {name: value for name in cases.RATINGS if (value := figures.get(number, {}).get(name)) is not None},
+        )
         for number, box in enumerate(boxes, start=1)
         if box is not None
     ]
@@ -360,6 +371,7 @@ class _Lungs:
                 _rounded(centre_mm),
                 _rounded(position_mm),
                 round(len(cells) * self.layout.voxel_mm3, 1),
+                shape.ratings,
             )
         )
 

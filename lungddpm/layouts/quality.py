@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import cc3d
 import numpy as np
@@ -13,6 +13,7 @@ from scipy import ndimage
 from lungddpm.config.models import LayoutLimits
 from lungddpm.core.cases import CHARACTERISTICS
 from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.extent import extent_of
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Box, Volume, per_axis
 from lungddpm.layouts.lungs import measure_lungs
@@ -140,6 +141,7 @@ def _measure_nodule(found: Segmented, lungs: np.ndarray, nodule: Nodule, number:
         "flagged": nodule.flagged,
         "volume_mm3": round(volume_mm3, 1),
         "equivalent_diameter_mm": round((6 * volume_mm3 / np.pi) ** (1 / 3), 2),
+        **{name: round(value, 2) for name, value in asdict(extent_of(nodule.mask, found.ct.spacing_mm)).items()},
         **{f"centroid_{axis}_mm": round(float(position), 2) for axis, position in centre.items()},
         **{name: ratings.get(name) for name in CHARACTERISTICS},
         "touches_pleura": touches(mask, ~(nearby | mask), spacing_mm),

@@ -282,6 +282,20 @@ def show_detection(detection: pd.DataFrame) -> DisplayTable:
     return DisplayTable(heads, rows, [False, *[True] * 8])
 
 
+def show_strata(strata: pd.DataFrame) -> DisplayTable | None:
+    """`detection_by_stratum.csv` for reading, a column per arm; None where no lesion's texture was rated."""
+    if strata.empty:
+        return None
+    arms = list(dict.fromkeys(strata["arm"]))
+    rows = [
+        [texture, size, str(of_stratum["n_lesions"].iloc[0]),
+         *(format_number(of_stratum.loc[of_stratum["arm"] == arm, "found_percent"].mean(), ".0f") for arm in arms)]
+        for (texture, size), of_stratum in strata.groupby(["texture", "size"], sort=False)
+    ]  # fmt: skip
+    heads = ["texture", "size", "lesions", *(f"{arm}, % found" for arm in arms)]
+    return DisplayTable(heads, rows, [False, False, *[True] * (len(arms) + 1)])
+
+
 def show_case_scores(cases_scored: pd.DataFrame) -> DisplayTable:
     """The deciding measure of every case and arm, mean over replicates."""
     measure = deciding_measure()

@@ -18,7 +18,7 @@ from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.evaluation.froc import froc_tables
-from lungddpm.evaluation.lesions import SIZE_COLUMNS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURES, texture_class
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
 from lungddpm.evaluation.segmentation import EVALUATION, check_unchanged, read_evaluation
 from lungddpm.quality import image_quality, label_fidelity
@@ -41,6 +41,8 @@ VERDICT_COLUMNS = [
     "n_compared", "standard_error", "df", "run_df", "detectable_difference", "detectable_low", "detectable_high",
     "bootstrap_low", "bootstrap_high", "p_wilcoxon", "wins", "ties", "losses", "confidence", "verdict", "sentence",
 ]  # fmt: skip
+
+STRATA_COLUMNS = ["arm", "texture", "size", "n_lesions", "found_percent"]
 
 
 def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
@@ -363,6 +365,29 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFram
     return pd.DataFrame(rows).merge(cpm, on="arm", how="left")
 
 
+def strata_table(lesions: pd.DataFrame) -> pd.DataFrame:
+    """Lesions found by size and texture, means over replicates; lesions whose texture nobody rated are left out.
+
+    Args:
+        lesions: `lesions.csv` of all arms and replicates.
+
+    Returns:
+        `STRATA_COLUMNS`, one row per arm and stratum that has a lesion; no row where nothing was rated.
+    """
+    if "texture" not in lesions:  # evaluated by an earlier version
+        return pd.DataFrame(columns=STRATA_COLUMNS)
+    lesions = lesions.assign(texture_class=lesions["texture"].astype(float).map(texture_class))
+    rows = []
+    for arm in lesions["arm"].unique():
+        marked = lesions[lesions["arm"] == arm]
+        n_replicates = marked["replicate"].nunique()
+        for texture, size in itertools.product(TEXTURES, SIZE_COLUMNS):
+            found = marked.loc[(marked["texture_class"] == texture) & (marked["size_bin"] == size), "found"]
+            if len(found):
+                rows.append((arm, texture, size, len(found) // n_replicates, 100 * found.mean()))
+    return pd.DataFrame(rows, columns=STRATA_COLUMNS)
+
+
 def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
     """What `lungddpm label-fidelity` found, over the replicates of `real` that judged; nothing where none has.
 
@@ -430,7 +455,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
-        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, published_comparison; and
+        run_spread, training_curves, convergence, calibration, detection,
+        detection_by_stratum, froc, froc_band, published_comparison; and
         where the run has them dose_response, image_quality, label_fidelity and timing.
 
     Raises:
@@ -449,6 +475,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         "variance_components": component_table(cases, config),
         **dose_tables(cases, config),
         "detection": detection_table(cases, lesions, froc.pop("cpm")),
+        "detection_by_stratum": strata_table(lesions),
         "measures": measures_table(cases),
         **froc,
         "cases": cases,

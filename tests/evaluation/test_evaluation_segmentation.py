@@ -10,7 +10,7 @@ import pytest
 from lungddpm.config.models import Config
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import sha256_of
+from lungddpm.core.files import sha256_of, write_json
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.evaluation.segmentation import (
     CANDIDATE_COLUMNS,
@@ -85,6 +85,23 @@ def test_masks_without_probabilities_have_all_but_scores(make_results, caplog):
     assert lesions["score"].isna().all()
     assert scored["dice"].notna().all()
     assert pd.read_csv(folder / "candidates.csv").empty
+
+
+def test_lesions_have_the_axes_and_the_ratings_of_the_case(make_results):
+    """The nodule of a made-up case is a cube of 12 x 12 x 15 mm."""
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    figures = {"volume_mm3": 2160.0, "centroid_x_mm": 36.0, "centroid_y_mm": 28.0, "centroid_z_mm": 30.0}
+    record = {"qc": {"nodules": [figures | {"texture": 2.5, "malignancy": 4.0, "subtlety": None}]}}
+    write_json(CaseFolder(results / "cases" / "case-02").record, record)
+    folder = replicate_of(results, config)
+    run_evaluate(Config(), results / "cases" / "cases.tsv", folder / "predictions", folder)
+    lesions = pd.read_csv(folder / "lesions.csv")
+    assert lesions["texture"].tolist() == pytest.approx([2.5, math.nan], nan_ok=True)
+    assert lesions["malignancy"].tolist() == pytest.approx([4.0, math.nan], nan_ok=True)
+    assert lesions["subtlety"].isna().all()
+    # From the middle of one edge of the outline to that of the opposite one, a pixel aside.
+    assert lesions["long_axis_mm"].tolist() == pytest.approx([math.hypot(12, 8)] * 2)
+    assert lesions["elongation"].tolist() == pytest.approx([12 / 15] * 2)
 
 
 def test_predictions_beside_whole_numbers_are_those_numbers(make_results):

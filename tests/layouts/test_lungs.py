@@ -9,7 +9,7 @@ from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.labels import LEFT, RIGHT
 from lungddpm.core.volume import AIR_HU, Volume, bounding_box, read_volume
-from lungddpm.layouts.lungs import _close, check_lungs, segment_lungs, split_lungs
+from lungddpm.layouts.lungs import _amid, _close, check_lungs, segment_lungs, split_lungs
 from lungddpm.sources.lidc import load_scan
 
 
@@ -29,6 +29,19 @@ def test_lungs_match_the_truth(patient, lungs_lr):
 
 def test_nodules_on_the_pleura_are_inside(patient, lungs_lr):
     assert [lungs_lr[nodule].astype(bool).mean() > 0.9 for nodule in patient.nodules] == [True] * 3
+
+
+@pytest.mark.parametrize("spacing", [(1, 1, 1), (1.4, 1.4, 2.5), (0.7, 0.9, 5)])
+@pytest.mark.parametrize("radius_mm", [2.0, 5.0])
+def test_voxels_amid_a_mask_are_those_far_from_its_outside(spacing, radius_mm):
+    """The same voxels as those of a distance transform, whose array goes on outside the mask."""
+    rng = np.random.default_rng(3)
+    mask = rng.random((24, 22, 20)) > 5e-4
+    distance_mm = ndimage.distance_transform_edt(np.pad(mask, 1), spacing)[1:-1, 1:-1, 1:-1]
+    asked = np.flatnonzero(mask & (rng.random(mask.shape) > 0.3))
+    found = _amid(mask, asked, radius_mm, np.array(spacing, float))
+    assert 0 < len(found) < len(asked)
+    assert found.tolist() == [place for place in asked if distance_mm.flat[place] > radius_mm]
 
 
 def test_right_is_right(patient, lungs_lr):

@@ -150,6 +150,58 @@ def test_consensus_of_thirds_is_free_of_rounding():
     assert nodules.consensus(cluster, 2 / 3).voxels == 7**2
 
 
+def expectation_maximization(masks):
+    """STAPLE as Warfield et al. (2004) write it: (probability, sensitivities, specificities)."""
+    masks = masks.astype(float)
+    prior, p, q = masks.mean(), np.full(len(masks), 0.99), np.full(len(masks), 0.99)
+    for _ in range(500):
+        nodule, other = prior, 1 - prior
+        for mask, sensitivity, specificity in zip(masks, p, q, strict=True):
+            nodule = nodule * np.where(mask, sensitivity, 1 - sensitivity)
+            other = other * np.where(mask, 1 - specificity, specificity)
+        probability = nodule / (nodule + other)
+        p = np.array([(probability * mask).sum() for mask in masks]) / probability.sum()
+        q = np.array([((1 - probability) * (1 - mask)).sum() for mask in masks]) / (1 - probability).sum()
+    return probability, p, q
+
+
+def test_staple_finds_how_reliable_readers_are():
+    """Readers who miss and add voxels by chance at known rates, of a ball: their masks and what EM makes of them."""
+    rng = np.random.default_rng(5)
+    truth = np.square(np.indices((14, 14, 14)) - 6.5).sum(axis=0) < 36
+    rates = ((0.95, 0.97), (0.9, 0.95), (0.6, 0.9), (0.55, 0.85))
+    masks = np.stack([np.where(truth, rng.random(truth.shape) < p, rng.random(truth.shape) > q) for p, q in rates])
+    found = nodules.staple(masks)
+    probability, p, _ = expectation_maximization(np.pad(masks, [(0, 0)] + [(1, 1)] * 3))
+    np.testing.assert_allclose(found, probability[1:-1, 1:-1, 1:-1], atol=1e-6)
+    np.testing.assert_allclose(p, [rate for rate, _ in rates], atol=0.03)
+    by_vote = masks.mean(axis=0) >= 0.5
+    assert np.count_nonzero((found >= 0.5) != truth) < 0.8 * np.count_nonzero(by_vote != truth)
+
+
+def test_staple_of_readers_who_agree_is_what_they_drew():
+    cluster = [drawn(reader) for reader in range(3)]
+    by_vote, by_staple = (nodules.consensus(cluster, 0.5, by) for by in ("vote", "staple"))
+    assert np.array_equal(by_staple.mask, by_vote.mask)
+    assert by_staple.corner == by_vote.corner
+    single = nodules.consensus([drawn(0)], 0.5, "staple")
+    assert np.array_equal(single.mask, by_vote.mask)
+    dot = nodules.consensus([drawn(0, 8, 10), drawn(1, 8, 10)], 0.5, "staple")
+    assert dot.voxels == 1
+
+
+def test_staple_is_chosen_in_the_config():
+    """Two readers drew 7 x 7 pixels, a third 9 x 9: one of three has drawn the rim, but he is alone with it."""
+    scan = scan_of(drawn(0, 6, 14), drawn(1, 6, 14), drawn(2, 5, 15))
+    masks = np.ones((3, 9, 9, 1), bool)
+    masks[:2] = np.pad(np.ones((1, 7, 7, 1), bool), [(0, 0), (1, 1), (1, 1), (0, 0)])
+    probability, _, _ = expectation_maximization(np.pad(masks, [(0, 0)] + [(1, 1)] * 3))
+    (by_vote,) = nodules.find_nodules(scan, Layouts(consensus=1 / 3))
+    (by_staple,) = nodules.find_nodules(scan, Layouts(consensus=1 / 3, consensus_by="staple"))
+    assert by_vote.voxels == 9**2
+    assert by_staple.voxels == np.count_nonzero(probability >= 1 / 3) == 7**2
+
+
 def test_characteristics_are_medians():
     nodule = nodules.consensus([drawn(0, malignancy=1), drawn(1, malignancy=4), drawn(2, malignancy=5, texture=2)], 0.5)
     assert nodule.characteristics == {"malignancy": 4.0, "texture": 2.0}

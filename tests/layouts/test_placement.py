@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 from lungddpm.config.models import Synthesis
 from lungddpm.core.cases import CaseFolder, read_cases
 from lungddpm.core.errors import InputError
+from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, write_volume
 from lungddpm.layouts import prior
@@ -451,6 +452,9 @@ def test_shapes_keep_number_and_place(tmp_path):
     affine[:3, 3] = -100, 20, 30
     write_volume(tmp_path / "nodules.nii.gz", Volume(numbers, affine))
     first, third = read_shapes(CaseFolder(tmp_path), "case", "patient")
-    assert (first.number, third.number) == (1, 3)
+    assert (first.number, third.number, third.ratings) == (1, 3, {})
+    figures = [{}, {}, {"texture": 4.0, "malignancy": None, "sphericity": 3.0}]
+    write_json(CaseFolder(tmp_path).record, {"qc": {"nodules": figures}})
+    assert [shape.ratings for shape in read_shapes(CaseFolder(tmp_path), "case", "patient")] == [{}, {"texture": 4.0}]
     assert third.mask.shape == (3, 1, 4)
     np.testing.assert_allclose(third.centre_mm, [-100 + 6 * 0.7, 20 + 4 * 0.7, 30 + 3.5 * 2.5], atol=1e-4)

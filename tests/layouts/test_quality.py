@@ -36,6 +36,9 @@ def test_a_nodule_is_measured():
     figures = figures_of()
     assert (figures["volume_mm3"], figures["layout_volume_mm3"], figures["volume_error"]) == (270, 270, 0)
     assert figures["equivalent_diameter_mm"] == 8.02
+    # An octagon: the box of 6 x 6 mm with its corners cut by half a pixel.
+    assert (figures["long_axis_mm"], figures["short_axis_mm"]) == (7.81, 7.81)
+    assert figures["elongation"] == 0.8
     assert [figures[f"centroid_{axis}_mm"] for axis in "xyz"] == [22.5, 22.5, 27.5]
     assert figures["share_in_or_touching_lungs"] == 1
     assert not figures["touches_pleura"]

@@ -112,6 +112,46 @@ def test_small_and_unrated_marks_are_dropped(tmp_path):
     assert [mark.reader for mark in lidc.read_xml(file).marks] == [3]
 
 
+def points_of(text, path):
+    path.write_text(text)
+    (mark,) = lidc.read_xml(path).marks
+    return [outline.points for outline in mark.outlines]
+
+
+def test_points_are_read_however_they_are_written(tmp_path):
+    """Runs of points take a short cut, which must read what an XML parser reads."""
+    plain = [(3, 4), (5, 6), (7, 8), (9, 10)]
+    edges = [f"<edgeMap><xCoord>{x}</xCoord><yCoord>{y}</yCoord></edgeMap>" for x, y in plain]
+    untidy = roi(0, plain)
+    for edge, instead in zip(
+        edges,
+        (
+            "<edgeMap>\r\n\t<xCoord> 3</xCoord> <yCoord>4\n</yCoord></edgeMap>\n",
+            "<!-- <edgeMap><xCoord>1</xCoord><yCoord>1</yCoord></edgeMap> -->"
+            + edges[1]
+            + "<![CDATA["
+            + edges[0]
+            + "]]>",
+            "<edgeMap note='x'><xCoord>7</xCoord><yCoord>8</yCoord></edgeMap>",
+            "<edgeMap><yCoord>+10</yCoord><xCoord>009</xCoord></edgeMap>",
+        ),
+        strict=True,
+    ):
+        untidy = untidy.replace(edge, instead)
+    for text in (roi(0, plain), untidy):
+        assert points_of(xml(nodule(text)), tmp_path / "a.xml") == [tuple(plain)]
+    prefixed = xml(nodule(roi(0, plain))).replace("</", "</n:").replace("<", "<n:").replace("<n:/n:", "</n:")
+    prefixed = prefixed.replace("<n:?xml", "<?xml").replace("xmlns=", "xmlns:n=")
+    assert points_of(prefixed, tmp_path / "b.xml") == [tuple(plain)]
+
+
+def test_an_error_behind_points_is_placed_as_it_stands_in_the_file(tmp_path):
+    path = tmp_path / "a.xml"
+    path.write_text(xml(nodule("\n".join([roi(0), roi(1).replace("</inclusion>", "")]))))
+    with pytest.raises(InputError, match="mismatched tag: line 3, column 5"):
+        lidc.read_xml(path)
+
+
 def test_xml_in_a_tree_of_its_own_and_read_twice(tmp_path):
     folder = write_case(tmp_path)
     tree = tmp_path / "tcia-lidc-xml" / "157"

@@ -381,7 +381,7 @@ def test_references_without_nodules_get_some(partly_bare_cohort, tmp_path):
             assert nodule["patient_id"] == known[nodule["case_id"]], "discovery cases only"
             assert set(nodule) == {
                 "case_id", "patient_id", "nodule", "scale", "rotation_degrees", "centre_mm", "position_mm",
-                "volume_mm3",
+                "volume_mm3", "ratings",
             }  # fmt: skip
     made = layouts_in(tmp_path / "out")
     before = read_volume(partly_bare_cohort.parent / "case03/layout.nii.gz").array

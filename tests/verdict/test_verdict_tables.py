@@ -15,6 +15,7 @@ from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality.image_quality import SET_COLUMNS
+from lungddpm.report.sections import show_strata
 from lungddpm.verdict.records import quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
@@ -25,6 +26,7 @@ from lungddpm.verdict.tables import (
     named_late,
     run_means,
     scores_of,
+    strata_table,
     verdict_table,
     write_both,
     write_tables,
@@ -212,6 +214,24 @@ def test_means_of_runs_are_over_the_cases_that_every_run_scored():
 def test_one_dose_has_no_dose_response():
     config = parse_config({"segmentation": {"folds": [0]}})
     assert dose_tables(simulated_cases(config), config) == {}
+
+
+def test_detection_by_texture_and_size():
+    # By replicate: two of ground glass, one solid, and a large one that nobody rated.
+    textures, small, large = [1.0, 2.0, 5.0, None], "< 6 mm", "> 10 mm"
+    of_run = pd.DataFrame({"arm": "real", "texture": textures, "size_bin": [small, small, small, large]})
+    runs = {"a": [True, False, True, True], "b": [False, False, True, True]}
+    lesions = pd.concat([of_run.assign(replicate=name, found=found) for name, found in runs.items()])
+    table = strata_table(lesions)
+    assert table.to_numpy().tolist() == [
+        ["real", "ground glass", "< 6 mm", 2, 25.0],
+        ["real", "solid", "< 6 mm", 1, 100.0],
+    ]
+    shown = show_strata(table)
+    assert shown.rows == [["ground glass", "< 6 mm", "2", "25"], ["solid", "< 6 mm", "1", "100"]]
+    unrated = strata_table(lesions.assign(texture=None))
+    assert unrated.columns.tolist() == table.columns.tolist()
+    assert show_strata(unrated) is None
 
 
 def test_detection_by_size():
