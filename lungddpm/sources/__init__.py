@@ -77,12 +77,24 @@ class Contour:
 
 
 @dataclass(frozen=True)
+class Region:
+    """Voxels of a scan, in a box."""
+
+    corner: tuple[int, int, int]
+    """Index of the box's first voxel in the scan."""
+    mask: np.ndarray
+    """bool."""
+
+
+@dataclass(frozen=True)
 class Annotation:
     """What one reader drew for one nodule of at least 3 mm."""
 
     reader: int
     contours: tuple[Contour, ...]
     characteristics: dict[str, int] = field(default_factory=dict)
+    region: Region | None = None
+    """The voxels of the nodule where these are what is stored; the contours are then derived from them."""
 
 
 @dataclass(frozen=True)

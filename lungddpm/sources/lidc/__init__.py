@@ -1,7 +1,8 @@
-"""LIDC-IDRI: chest CT as DICOM (`slices`), and the outlines that four readers drew, as XML (`readings`).
+"""LIDC-IDRI: chest CT as DICOM (`slices`), and what four readers drew, as XML (`readings`) or SEG (`segmentations`).
 
-Both layouts of the download are read: the XML beside the slices, or in a tree of its own; an XML file belongs to the
-series that its header names. Armato et al., Medical Physics 38:915-931, 2011, doi 10.1118/1.3528204.
+All layouts of the download are read: the XML beside the slices, or in a tree of its own, or SEG objects in series of
+their own; each file belongs to the series that its header names. Armato et al., Medical Physics 38:915-931, 2011,
+doi 10.1118/1.3528204.
 """
 
 from __future__ import annotations
@@ -20,22 +21,33 @@ import numpy as np
 
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint
-from lungddpm.core.progress import Progress
+from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import Volume, per_axis
 from lungddpm.sources import Scan, Series, Size
 from lungddpm.sources.index import Cache, case_ids, reason_of
+from lungddpm.sources.lidc.dicom import COPY_AGAIN
 from lungddpm.sources.lidc.headers import Header, read_headers
 from lungddpm.sources.lidc.pixels import can_be_decoded, hounsfield, name_of_syntax
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
+from lungddpm.sources.lidc.segmentations import (
+    LABEL_EXAMPLE,
+    annotations_in,
+    read_segmentation,
+    readers_of,
+)
+from lungddpm.sources.lidc.segmentations import MODALITY as SEGMENTATION
 from lungddpm.sources.lidc.slices import stack_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TITLE = "LIDC-IDRI, as DICOM series with the readers' XML"
+TITLE = "LIDC-IDRI, as DICOM series with the readers' XML or DICOM SEG"
 CITATION = "Lung Image Database Consortium and Image Database Resource Initiative, Medical Physics 38:915, 2011."
 
 _CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
+_DOCUMENTS = {"KO", "PR", "SR"}
+"""Modalities without an image: notes about images."""
+_SHOWN_FILES = 3
 
 
 @dataclass(frozen=True)
@@ -74,15 +86,30 @@ class _Marked:
 
 
 @dataclass(frozen=True)
+class _Drawn:
+    """What the header of one SEG object says, as the cache keeps it."""
+
+    file: str
+    uid: str
+    series_uid: str
+    """Of the CT; empty if it names none."""
+    annotation_ids: list[str]
+    fault: str
+    """Why it cannot be used; empty if it can."""
+
+
+@dataclass(frozen=True)
 class _AllReads:
-    """What all XML files say."""
+    """What all XML files and SEG objects say."""
 
     of_series: dict[str, dict[str, _Marked]]
-    """By series UID and file."""
+    """By series UID and XML file."""
+    drawn: dict[str, list[_Drawn]]
+    """By series UID."""
     faults: dict[str, str]
-    """By series UID, why one of its files cannot be read."""
+    """By series UID, why one of its XML files cannot be read."""
     without_images: list[Series]
-    """Rows for what only XML files name, and for those that cannot be read and belong to no series here."""
+    """Rows for what only such files name, and for those that cannot be read and belong to no series here."""
 
 
 def size(_settings: None) -> Size:
@@ -92,22 +119,25 @@ def size(_settings: None) -> Size:
 
 
 def find_series(path: Path, cache: Cache) -> list[Series]:
-    """All series below a folder, from the headers of their slices and their readers' XML.
+    """All series below a folder, from the headers of their slices and their readers' XML or SEG objects.
 
-    What only an XML file names has a row as well, and so has a folder of which nothing can be read. `n_nodules` is the
+    What only these name has a row as well, and so has a folder of which nothing can be read. `n_nodules` is the
     largest number of nodules of at least 3 mm that any one reader marked: which marks of different readers mean the
     same nodule is known only once their contours are compared (`lungddpm.layouts.nodules`).
     """
     files, nameless = _files_below(path)
     xml_files = [file for file in files if file.suffix.lower() == ".xml"]
-    parts, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
+    parts, drawn, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
     nameless |= damaged
-    reads = _read_annotations(path, xml_files, parts, cache)
+    reads = _read_annotations(path, xml_files, parts, drawn, cache)
     parts = {uid: _keep_one_copy(path, of_series, cache) for uid, of_series in parts.items()}
     found = [
-        _describe(uid, of_series, nameless, _in_force(reads.of_series.get(uid, {})), reads.faults.get(uid, ""))
+        _describe(uid, of_series, nameless, _readings_of(uid, of_series[0].folder, reads))
         for uid, of_series in parts.items()
+        if {modality for part in of_series for modality in part.modalities} - _DOCUMENTS
     ]
+    if documents := len(parts) - len(found):
+        LOG.info("%d series hold documents, not images (%s)", documents, ", ".join(sorted(_DOCUMENTS)))
     with_slices = {part.folder for of_series in parts.values() for part in of_series}
     found += [Series("", "", "", path=name, excluded=nameless[name]) for name in nameless if name not in with_slices]
     found += reads.without_images
@@ -144,13 +174,17 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     array[:, :, 0] = first.T
     for k, slice_hu in enumerate(slices_hu, start=1):
         array[:, :, k] = slice_hu.T
-    xml_files = [path / name for name in json.loads(case["annotations"])]
-    marks = merged([_read_or_exclude(file) for file in xml_files])
+    readings = [path / name for name in json.loads(case["annotations"])]
+    if readings[0].suffix.lower() == ".xml":
+        marks = merged([_read_or_exclude(file) for file in readings])
+        annotations = [in_scan(mark, stack, readings[0]) for mark in marks]
+    else:
+        annotations = annotations_in(readings, stack)
     return Scan(
         ct=Volume(array, stack.affine),
-        annotations=tuple(in_scan(mark, stack, xml_files[0]) for mark in marks),
+        annotations=tuple(annotations),
         slice_thickness_mm=stack.thickness_mm,
-        files=(*dict.fromkeys(header.path for header in stack.headers), *xml_files),
+        files=(*dict.fromkeys(header.path for header in stack.headers), *readings),
         notes=tuple(json.loads(case.get("notes") or "[]")),
     )
 
@@ -180,12 +214,17 @@ def _files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
     return files, faults
 
 
-def _read_folders(top: Path, files: list[Path], cache: Cache) -> tuple[dict[str, list[_Part]], dict[str, str]]:
-    """The parts of every series, and for each folder with files whose series is unknown the reason of the first."""
+def _read_folders(
+    top: Path, files: list[Path], cache: Cache
+) -> tuple[dict[str, list[_Part]], list[_Drawn], dict[str, str]]:
+    """What folders hold of every series but SEG, all SEG objects, and for each folder with files whose series is
+    unknown the reason of the first.
+    """
     in_folder: dict[Path, list[Path]] = defaultdict(list)
     for file in files:
         in_folder[file.parent].append(file)
     parts: dict[str, list[_Part]] = defaultdict(list)
+    drawn: list[_Drawn] = []
     nameless: dict[str, str] = {}
     with Progress("slice headers", total=len(files)) as progress:
         for folder, inside in in_folder.items():
@@ -199,9 +238,10 @@ def _read_folders(top: Path, files: list[Path], cache: Cache) -> tuple[dict[str,
             progress.advance(done + len(inside) - progress.done)
             for part in found["parts"]:
                 parts[part["series_uid"]].append(_Part(**part))
+            drawn += [_Drawn(**each) for each in found["drawn"]]
             if found["nameless"]:
                 nameless[_relative(folder, top)] = found["nameless"]
-    return parts, nameless
+    return parts, drawn, nameless
 
 
 def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> dict:
@@ -213,10 +253,31 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
             advance()
 
     slices, fault = read_headers(each())
+    drawn = {
+        header.path: header for headers in slices.values() for header in headers if header["Modality"] == SEGMENTATION
+    }
+    parts = [headers for headers in slices.values() if headers[0].path not in drawn]
     return {
-        "parts": [asdict(_part(top, headers)) for headers in slices.values()],
+        "parts": [asdict(_part(top, headers)) for headers in parts],
+        "drawn": [asdict(_drawn(top, header)) for header in drawn.values()],
         "nameless": reason_of(fault, top) if fault else "",
     }
+
+
+def _drawn(top: Path, header: Header) -> _Drawn:
+    """What the header of a SEG object says, of which one frame's is given."""
+    file = _relative(header.path, top)
+    try:
+        found = read_segmentation(header.path)
+    except ExcludedCaseError as error:
+        return _Drawn(file, "", "", [], reason_of(error, top))
+    fault = ""
+    if header.fault:
+        fault = reason_of(ExcludedCaseError(header.path, header.fault, COPY_AGAIN), top)
+    elif not found.is_binary:
+        remedy = "Export it as a binary segmentation."
+        fault = reason_of(ExcludedCaseError(header.path, "holds fractions or labels, not bits", remedy), top)
+    return _Drawn(file, found.uid, found.series_uid, list(found.segments.values()), fault)
 
 
 def _part(top: Path, headers: list[Header]) -> _Part:
@@ -271,38 +332,98 @@ def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
     return None
 
 
-def _describe(
-    uid: str, parts: list[_Part], nameless: dict[str, str], reads: dict[str, _Marked], unreadable: str
-) -> Series:
+@dataclass(frozen=True)
+class _Readings:
+    """What the readers of one series say."""
+
+    files: tuple[str, ...] = ()
+    n_nodules: int = 0
+    fault: str = ""
+    """Why it cannot be used, or that there is none; empty if it can."""
+    notes: tuple[str, ...] = ()
+
+
+def _readings_of(uid: str, folder: str, reads: _AllReads) -> _Readings:
+    """The readings of a series that count: XML, which knows its readers, before SEG."""
+    in_force = _in_force(reads.of_series.get(uid, {}))
+    of_ct = {file: read for file, read in in_force.items() if read.is_ct}
+    drawn = reads.drawn.get(uid, [])
+    if of_ct:
+        marks = {(reader, outlines) for read in of_ct.values() for reader, outlines in read.marks}
+        notes = (f"{len(drawn)} SEG object(s) were left out: the readers' XML is here",) if drawn else ()
+        readings = _Readings(tuple(of_ct), _most(reader for reader, _ in marks), notes=notes)
+    elif drawn:
+        readings = _from_segmentations(drawn)
+    elif in_force:
+        fault = f"{next(iter(in_force))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
+        readings = _Readings(fault=fault)
+    else:
+        problem = "no reader XML names this series, and no SEG object"
+        readings = _Readings(fault=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
+    return replace(readings, fault=reads.faults.get(uid, "") or readings.fault)
+
+
+def _from_segmentations(drawn: list[_Drawn]) -> _Readings:
+    """What the SEG objects of one series say; those without a reader, and copies, are left out."""
+    read = [each for each in drawn if each.annotation_ids]
+    if not read:
+        problem = f"no segment is called by nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
+        remedy = "Label the segments so, or export labels for source.kind: images."
+        return _Readings(fault=f"{drawn[0].file}: {problem}. {remedy}")
+    kept: dict[str, _Drawn] = {}
+    for each in read:
+        kept.setdefault(each.uid, each)
+    notes = []
+    if nameless := [each.file for each in drawn if not each.annotation_ids]:
+        shown = ", ".join(nameless[:_SHOWN_FILES]) + (", ..." if len(nameless) > _SHOWN_FILES else "")
+        notes.append(f"{len(nameless)} SEG object(s) that name no reader's annotation were left out ({shown})")
+    if len(kept) < len(read):
+        notes.append(f"{len(read) - len(kept)} SEG object(s) are stored more than once: one was kept")
+    annotation_ids = [name for each in kept.values() for name in each.annotation_ids]
+    readers = readers_of(annotation_ids)
+    return _Readings(
+        files=tuple(each.file for each in kept.values()),
+        n_nodules=_most(readers[name] for name in annotation_ids),
+        fault=next((each.fault for each in kept.values() if each.fault), ""),
+        notes=tuple(notes),
+    )
+
+
+def _most(readers: Iterable[int]) -> int:
+    """The largest number of nodules that any one reader marked, from the reader of each mark."""
+    return max(Counter(readers).values(), default=0)
+
+
+def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: _Readings) -> Series:
     """One row of the index, `case_id` still empty.
 
     Args:
         uid: SeriesInstanceUID.
         parts: what the folders hold of it.
         nameless: for folders with damaged files, the reason.
-        reads: by file, what the readers of this series say.
-        unreadable: why an XML file of this series cannot be read; empty if none is damaged.
+        readings: what the readers of this series say.
     """
     first = parts[0]
-    ct_reads = {file: read for file, read in reads.items() if read.is_ct}
-    marks = {(reader, outlines) for read in ct_reads.values() for reader, outlines in read.marks}
     return Series(
         case_id="",
         patient_id=first.patients[0],
         series_uid=uid,
         size=per_axis(first.size),
         spacing_mm=per_axis(first.spacing_mm),
-        n_nodules=max(Counter(reader for reader, _ in marks).values(), default=0),
+        n_nodules=readings.n_nodules,
         path=first.folder,
-        annotations=tuple(ct_reads),
-        excluded=_fault_of_slices(parts, nameless) or unreadable or _fault_of_reads(first.folder, reads, ct_reads),
-        notes=tuple(first.notes),
+        annotations=readings.files,
+        excluded=_fault_of_slices(parts, nameless) or readings.fault,
+        notes=(*first.notes, *readings.notes),
     )
 
 
 def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     folders = [part.folder for part in parts]
     modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
+    if "RTSTRUCT" in modalities:
+        remedy = "Convert it to DICOM SEG or to labels for source.kind: images, e.g. with 3D Slicer."
+        return f"{folders[0]}: holds contours as RTSTRUCT, which is not read. {remedy}"
     if modalities != ["CT"]:
         kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is no CT"
         return f"{folders[0]}: {kind} (modality {', '.join(modalities)}). Leave it out."
@@ -320,19 +441,13 @@ def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     return parts[0].fault
 
 
-def _fault_of_reads(folder: str, reads: dict[str, _Marked], ct_reads: dict[str, _Marked]) -> str:
-    if ct_reads:
-        return ""
-    if reads:
-        return f"{next(iter(reads))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
-    return f"{folder}: no reader XML names this series. Add its readers' XML."
-
-
 def _relative(path: Path, top: Path) -> str:
     return path.relative_to(top).as_posix()
 
 
-def _read_annotations(top: Path, files: list[Path], parts: dict[str, list[_Part]], cache: Cache) -> _AllReads:
+def _read_annotations(
+    top: Path, files: list[Path], parts: dict[str, list[_Part]], drawn: list[_Drawn], cache: Cache
+) -> _AllReads:
     """Read what belongs to the series found; of other files, what they name."""
     of_series: dict[str, dict[str, _Marked]] = defaultdict(dict)
     absent: dict[str, list[Path]] = defaultdict(list)
@@ -353,6 +468,16 @@ def _read_annotations(top: Path, files: list[Path], parts: dict[str, list[_Part]
                 unreadable.append((file, uid, reason_of(error, top)))
             progress.advance()
 
+    drawn_of: dict[str, list[_Drawn]] = defaultdict(list)
+    for each in drawn:
+        if each.series_uid in parts:
+            drawn_of[each.series_uid].append(each)
+        elif each.series_uid:
+            absent[each.series_uid].append(top / each.file)
+        else:
+            lacking = ExcludedCaseError(top / each.file, "names no CT series", "Export it with its CT.")
+            unreadable.append((top / each.file, "", each.fault or reason_of(lacking, top)))
+
     faults: dict[str, str] = {}
     without_images = []
     for uid, named_by in absent.items():
@@ -365,12 +490,12 @@ def _read_annotations(top: Path, files: list[Path], parts: dict[str, list[_Part]
         folder = _relative(file.parent, top)
         beside = [near for near, its_parts in parts.items() if folder in [part.folder for part in its_parts]]
         # One that does not even name its series belongs to those beside it that have no other.
-        owners = [uid] if uid else [near for near in beside if near not in of_series]
+        owners = [uid] if uid else [near for near in beside if near not in of_series and near not in drawn_of]
         for owner in owners:
             faults.setdefault(owner, reason)
         if not owners:
             without_images.append(Series("", "", "", path=_relative(file, top), excluded=reason))
-    return _AllReads(of_series, faults, without_images)
+    return _AllReads(of_series, drawn_of, faults, without_images)
 
 
 def _marked(file: Path) -> dict:
