@@ -13,7 +13,8 @@ and where it applies:
 
 Settings                      its keys in `source.<name>` of the config: a subclass of `Section`. Unless the source
                               simulates, they say how scans are read: `find_series` and `load_scan` get them as a third
-                              argument
+                              argument. A property `caveat` is a sentence that the report shows: what a reader of it
+                              has to know of the labels
 size(settings) -> Size        how many scans it has, for `lungddpm plan`; `settings` is None without `Settings`
 simulate(settings, seed, output, threads)
                               writes its cohort into a folder, from which `find_series` reads it, on so many cores, the
