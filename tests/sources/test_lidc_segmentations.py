@@ -187,7 +187,11 @@ OFF_GRID = {
     "beyond the slices": (move(0, 0, 40), "no slice lies where its frame 1 does"),
     "between pixels": (move(0.35, 0, 0), "shifted by a part of a pixel"),
     "beyond the pixels": (move(7, 0, 0), "reaches beyond the 10 x 12 pixels"),
-    "nowhere": (lambda dataset: delattr(dataset, "PerFrameFunctionalGroupsSequence"), "holds no voxel"),
+    "nowhere": (
+        lambda dataset: delattr(dataset, "PerFrameFunctionalGroupsSequence"),
+        "does not say of its frame 1 what it shows",
+    ),
+    "far away": (move(1e9, 0, 0), "frame 1 lies far away"),
     "empty": (blank, "holds no voxel in its segment 1"),
     "too few bits": (lambda dataset: setattr(dataset, "NumberOfFrames", 9), "pixels cannot be decoded|cut short"),
 }
@@ -232,6 +236,29 @@ def test_a_segmentation_that_is_cut_short_excludes_its_series(tmp_path):
     file = tmp_path / "P-01" / "a study" / "SEG_12" / "seg.dcm"
     file.write_bytes(file.read_bytes()[:-10])
     assert only(tmp_path).excluded == "P-01/a study/SEG_12/seg.dcm: is cut short. Download or copy the file again."
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_bytes_exclude_and_never_crash(tmp_path):
+    write_idc(tmp_path)
+    file = tmp_path / "P-01" / "a study" / "SEG_12" / "seg.dcm"
+    intact, rng = file.read_bytes(), np.random.default_rng(5)
+    outcomes = set()
+    for _ in range(80):
+        damaged = bytearray(intact)
+        for at in rng.integers(140, len(intact), rng.integers(1, 6)):
+            damaged[at] = rng.integers(256)
+        file.write_bytes(damaged[: rng.integers(140, len(intact))] if rng.random() < 0.3 else damaged)
+        rows = [row for row in index_source("lidc", tmp_path) if row["series_uid"] == "1.2.3"]
+        if rows[0]["status"] == "ok":
+            try:
+                (annotation,) = lidc.load_scan(tmp_path, rows[0]).annotations
+                outcomes.add("read" if annotation.region.mask.any() else "empty")
+            except ExcludedCaseError:
+                outcomes.add("excluded")
+        else:
+            outcomes.add("index")
+    assert outcomes == {"read", "excluded", "index"}
 
 
 @pytest.mark.parametrize("named", ["another series", "none"])

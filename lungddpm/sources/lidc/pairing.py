@@ -134,8 +134,8 @@ def read_all(
         elif each.series_uid:
             absent[each.series_uid].append(top / each.file)
         else:
-            lacking = ExcludedCaseError(top / each.file, "names no CT series", "Export it with its CT.")
-            unreadable.append((top / each.file, "", each.fault or reason_of(lacking, top)))
+            nameless = ExcludedCaseError(top / each.file, "names no CT series", "Export it with its CT.")
+            unreadable.append((top / each.file, "", each.fault or reason_of(nameless, top)))
 
     faults: dict[str, str] = {}
     without_images: list[Series] = []

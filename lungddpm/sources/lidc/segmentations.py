@@ -19,6 +19,7 @@ from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.volume import per_axis
 from lungddpm.sources import Annotation, Contour, Region
 from lungddpm.sources.lidc.dicom import COPY_AGAIN, LARGEST_MULTIFRAME_BYTES, frame_value, read_dataset
+from lungddpm.sources.lidc.headers import LARGEST_NUMBER
 from lungddpm.sources.lidc.slices import Stack
 
 if TYPE_CHECKING:
@@ -153,10 +154,10 @@ def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
     frames = _frames(path, dataset)
     voxels: dict[int, list[np.ndarray]] = {number: [] for number in named}
     for number, frame in enumerate(frames):
-        segment = frame_value(dataset, number, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
+        segment, position, steps = _describe_frame(path, dataset, number)
         if segment not in voxels or not frame.any():
             continue
-        place = _place(path, dataset, number, stack)
+        place = _place(path, number, position, steps, frame.shape, stack)
         # numpy's index of a frame is (row, column).
         voxels[segment].append(np.insert(np.argwhere(frame)[:, ::-1], 2, 0, axis=1) + place)
     return [(named[number], _region(path, number, found, stack)) for number, found in voxels.items()]
@@ -174,22 +175,31 @@ def _region(path: Path, segment: int, found: list[np.ndarray], stack: Stack) -> 
     return Region(per_axis(int(first) for first in low), mask)
 
 
-def _place(path: Path, dataset: pydicom.Dataset, frame: int, stack: Stack) -> tuple[int, int, int]:
-    """Index of a frame's first pixel in the stack."""
-    values = (
-        frame_value(dataset, frame, "PlanePositionSequence", "ImagePositionPatient"),
-        frame_value(dataset, frame, "PlaneOrientationSequence", "ImageOrientationPatient"),
-        frame_value(dataset, frame, "PixelMeasuresSequence", "PixelSpacing"),
-    )
+def _describe_frame(path: Path, dataset: pydicom.Dataset, frame: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The segment of a frame, the place of its first pixel (3,), and the steps to the next column and row (2, 3).
+
+    Lengths are in mm, LPS.
+    """
     try:
-        position, orientation, spacing = (np.array(value, float) for value in values)
-        steps = orientation.reshape(2, 3) * spacing[::-1].reshape(2, 1)
-        offsets = stack.positions_mm - position.reshape(3)
-    except (TypeError, ValueError):
-        raise ExcludedCaseError(path, f"does not say where its frame {frame + 1} lies", COPY_AGAIN) from None
+        segment = frame_value(dataset, frame, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
+        position = frame_value(dataset, frame, "PlanePositionSequence", "ImagePositionPatient")
+        orientation = frame_value(dataset, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+        row_mm, column_mm = frame_value(dataset, frame, "PixelMeasuresSequence", "PixelSpacing")
+        steps = np.array(orientation, float).reshape(2, 3) * [[float(column_mm)], [float(row_mm)]]
+        return int(segment), np.array(position, float).reshape(3), steps
+    except Exception:  # damaged bytes make pydicom fail in any of its functions
+        problem = f"does not say of its frame {frame + 1} what it shows, and where"
+        raise ExcludedCaseError(path, problem, COPY_AGAIN) from None
+
+
+def _place(
+    path: Path, frame: int, position: np.ndarray, steps: np.ndarray, shape: tuple[int, ...], stack: Stack
+) -> tuple[int, int, int]:
+    """Index of a frame's first pixel in the stack; see `_describe_frame`."""
+    offsets = stack.positions_mm - position
     in_plane = stack.affine[:3, :2].T * [-1, -1, 1]  # RAS to LPS
     lengths = np.linalg.norm(in_plane, axis=1)
-    drift = np.linalg.norm(steps - in_plane, axis=1) * (int(dataset.Columns), int(dataset.Rows))
+    drift = np.linalg.norm(steps - in_plane, axis=1) * shape[::-1]
     if not (drift <= _ON_GRID * lengths).all():
         raise _other_grid(path, "its pixels have another size or direction")
     normal = np.cross(*in_plane) / lengths.prod()
@@ -199,6 +209,8 @@ def _place(path: Path, dataset: pydicom.Dataset, frame: int, stack: Stack) -> tu
     if not abs(along[k]) <= _ON_GRID * gap:
         raise _other_grid(path, f"no slice lies where its frame {frame + 1} does")
     shift = -(in_plane @ offsets[k]) / lengths**2
+    if not (np.abs(shift) < LARGEST_NUMBER).all():
+        raise _other_grid(path, f"its frame {frame + 1} lies far away")
     if not (np.abs(shift - np.rint(shift)) <= _ON_GRID).all():
         raise _other_grid(path, "it is shifted by a part of a pixel")
     return int(np.rint(shift[0])), int(np.rint(shift[1])), k
