@@ -29,8 +29,10 @@ app = typer.Typer(
 )
 segment_app = typer.Typer(no_args_is_help=True, help="nnU-Net: plan, train, predict (one arm at a time).")
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and document the configuration.")
+fetch_app = typer.Typer(no_args_is_help=True, help="Fetch a public data set.")
 app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
+app.add_typer(fetch_app, name="fetch", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
     list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; several are merged from left to right.")
@@ -547,6 +549,41 @@ def bench(
         from lungddpm.operations.bench import run_bench
 
         run_bench(claimed, size, base, option or [], rounds, longest, training, output)
+
+
+@fetch_app.command("lidc")
+def fetch_lidc(
+    patients: Annotated[
+        str, typer.Option(help="How many (of those with nodules), or their ids with commas between them, or all.")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder of the data set; made if it does not exist.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before more than 20 GB.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Show what would be fetched, and fetch nothing.")
+    ] = False,
+) -> None:
+    """Fetch LIDC-IDRI from the Imaging Data Commons: CT, and the readers' nodules as DICOM SEG (sizes in GB).
+
+    The same command goes on where an earlier one was stopped; files and bytes of every series are checked.
+    Inputs: the index in the optional package idc-index. Outputs: the data set, and lidc.yaml that names it.
+    Example: lungddpm fetch lidc --patients 20 --output /data/LIDC-IDRI
+    """
+    from lungddpm.core.errors import InputError
+    from lungddpm.operations import fetch
+
+    items = fetch.select(fetch.read_index(), patients)
+    missing = [item for item in items if not item.is_complete(output)]
+    typer.echo("\n".join(fetch.describe(items, missing, output)))
+    if estimate:
+        return
+    if sum(item.size for item in missing) > fetch.LARGE_BYTES and not yes:
+        if not sys.stdin.isatty():
+            raise InputError("--yes", "is needed for more than 20 GB", "Add it, or name fewer patients.")
+        typer.confirm("Fetch all this?", abort=True)
+    fetch.fetch(items, output, fetch.by_idc)
+    config = fetch.write_config(output)
+    typer.echo(f"Licence: {fetch.LICENCE}\nTo cite:\n  " + "\n  ".join(fetch.CITATIONS))
+    typer.echo(f"Go on: lungddpm run --cores all --configfile config/lidc.yaml {config}")
 
 
 @config_app.command("show")

@@ -86,6 +86,11 @@ class _SourceKeys(Section):
         """Whether the patients are not real: the source makes them."""
         return self.declared.simulate is not None
 
+    @property
+    def caveat(self) -> str:
+        """What the report has to say of this kind of source, by its settings; mostly empty."""
+        return getattr(self.settings, "caveat", "")
+
     def reading(self, kind: str | None = None) -> tuple[Section, ...]:
         """The settings by which scans are read, as a source's functions get them: one section, or none.
 

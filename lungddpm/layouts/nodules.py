@@ -237,6 +237,8 @@ def annotation_mask(annotation: Annotation) -> tuple[np.ndarray, np.ndarray]:
     Returns:
         (corner, mask): the index of the first voxel of a box around all contours, (3,), and the box, bool.
     """
+    if annotation.region is not None:
+        return np.array(annotation.region.corner), annotation.region.mask
     points = _contour_points(annotation)
     low, high = points.min(axis=0), points.max(axis=0) + 1
     mask = np.zeros(high - low, bool)
@@ -283,6 +285,8 @@ def untidy_contours(cluster: Sequence[Annotation]) -> dict[str, int]:
     """
     counts: Counter[str] = Counter()
     for annotation in cluster:
+        if annotation.region is not None:  # nobody drew these contours
+            continue
         for contour in annotation.contours:
             counts.update(_untidiness(contour.points))
         slices = Counter(contour.slice_index for contour in annotation.contours if contour.inclusion)

@@ -164,7 +164,7 @@ def render_report(
         shared_patients=config.roles.allow_shared_patients,
         simulated=config.source.is_simulated,
         source=config.source.kind,
-        source_note=f"{config.source.declared.title}. {config.source.declared.citation}",
+        source_note=f"{config.source.declared.title}. {config.source.declared.citation} {config.source.caveat}".strip(),
         checks=show_checks(tables["instrument"]),
         outcome=outcome_of(tables["instrument"]),
         doubted=doubted_arms(tables["instrument"], verdict, config),

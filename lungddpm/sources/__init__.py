@@ -13,7 +13,8 @@ and where it applies:
 
 Settings                      its keys in `source.<name>` of the config: a subclass of `Section`. Unless the source
                               simulates, they say how scans are read: `find_series` and `load_scan` get them as a third
-                              argument
+                              argument. A property `caveat` is a sentence that the report shows: what a reader of it
+                              has to know of the labels
 size(settings) -> Size        how many scans it has, for `lungddpm plan`; `settings` is None without `Settings`
 simulate(settings, seed, output, threads)
                               writes its cohort into a folder, from which `find_series` reads it, on so many cores, the
@@ -77,12 +78,24 @@ class Contour:
 
 
 @dataclass(frozen=True)
+class Region:
+    """Voxels of a scan, in a box."""
+
+    corner: tuple[int, int, int]
+    """Index of the box's first voxel in the scan."""
+    mask: np.ndarray
+    """bool."""
+
+
+@dataclass(frozen=True)
 class Annotation:
     """What one reader drew for one nodule of at least 3 mm."""
 
     reader: int
     contours: tuple[Contour, ...]
     characteristics: dict[str, int] = field(default_factory=dict)
+    region: Region | None = None
+    """The voxels of the nodule where these are what is stored; the contours are then derived from them."""
 
 
 @dataclass(frozen=True)

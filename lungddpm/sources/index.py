@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -103,6 +104,32 @@ def reason_of(error: InputError, top: Path) -> str:
     for root in (top, top.resolve()):
         message = message.replace(printable(f"{root}/"), "")
     return " ".join(message.split())
+
+
+def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
+    """All files that are not hidden, and the reason for each folder that cannot be listed."""
+    files, seen, faults = [], set(), {}
+
+    def note(error: OSError) -> None:
+        folder = Path(error.filename)
+        fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
+        faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
+
+    for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
+        # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
+        if (real := os.path.realpath(folder)) in seen:
+            subfolders.clear()
+            continue
+        seen.add(real)
+        # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    return files, faults
+
+
+def relative_name(path: Path, top: Path) -> str:
+    """A path as tables and caches have it."""
+    return path.relative_to(top).as_posix()
 
 
 def check_folder(path: Path) -> None:

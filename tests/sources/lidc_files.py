@@ -3,7 +3,8 @@
 import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless
+from pydicom.pixels import pack_bits
+from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, SegmentationStorage, generate_uid
 
 from lungddpm.sources import lidc
 from lungddpm.sources.index import Cache, index_source
@@ -114,6 +115,50 @@ def write_case(top, patient="P-01", series="1.2.3", **options):
     folder = write_series(top / patient / "a study" / series, series=series, patient=patient, **options)
     (folder / "reads.xml").write_text(xml(nodule(roi(1, series=series), roi(2, series=series)), series=series))
     return folder
+
+
+def write_seg(path, masks, *, ct="1.2.3", slices=range(SLICES), change=lambda dataset: None):
+    """A SEG object as IDC has them: bits, and frames of the slices with voxels only.
+
+    `masks`: by segment label, bool of (columns, rows, slices).
+    """
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = SegmentationStorage
+    uid = generate_uid(entropy_srcs=[str(path)])
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = uid
+    dataset.Modality, dataset.PatientID, dataset.SeriesInstanceUID = "SEG", "P-01", f"9.{ct}"
+    dataset.SegmentationType = "BINARY"
+    dataset.ReferencedSeriesSequence = [item(SeriesInstanceUID=ct)]
+    dataset.Rows, dataset.Columns, dataset.SamplesPerPixel = ROWS, COLUMNS, 1
+    dataset.PhotometricInterpretation, dataset.PixelRepresentation = "MONOCHROME2", 0
+    dataset.BitsAllocated = dataset.BitsStored = 1
+    dataset.HighBit = 0
+    dataset.SegmentSequence, frames, bits = [], [], []
+    for number, (label, mask) in enumerate(masks.items(), start=1):
+        dataset.SegmentSequence.append(item(SegmentNumber=number, SegmentLabel=label))
+        for k in slices:
+            if mask[:, :, k].any():
+                position = [-20, -30, -40 + k * SPACING[2]]
+                frames.append(
+                    item(
+                        SegmentIdentificationSequence=[item(ReferencedSegmentNumber=number)],
+                        PlanePositionSequence=[item(ImagePositionPatient=position)],
+                    )
+                )
+                bits.append(mask[:, :, k].T)
+    shared = item(
+        PlaneOrientationSequence=[item(ImageOrientationPatient=[1, 0, 0, 0, 1, 0])],
+        PixelMeasuresSequence=[item(PixelSpacing=[SPACING[1], SPACING[0]], SliceThickness="3.0")],
+    )
+    dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], frames
+    dataset.NumberOfFrames = len(frames)
+    dataset.PixelData = pack_bits(np.array(bits, bool))
+    change(dataset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
 
 
 def find(top):

@@ -35,6 +35,7 @@ from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.layouts.nodules import annotation_mask
 from lungddpm.sources import Annotation, Contour, lidc
 from lungddpm.sources.index import index_source, read_index, write_index
+from lungddpm.sources.lidc.readings import merged
 
 
 def test_scan_is_sorted_by_position_and_true_to_the_patient(tmp_path):
@@ -394,7 +395,7 @@ def test_traps_of_the_release(shared_data, file, nodules_of_readers):
 def test_same_reads_in_two_files_count_once(shared_data):
     reads = [lidc.read_xml(shared_data / "lidc-xml" / name) for name in ("189-173.xml", "189-174.xml")]
     assert reads[0].series_uid == reads[1].series_uid
-    assert lidc.merged(reads) == list(reads[0].marks)
+    assert merged(reads) == list(reads[0].marks)
 
 
 def test_real_scans(shared_data):

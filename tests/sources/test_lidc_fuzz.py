@@ -29,6 +29,9 @@ from lungddpm.core.volume import Volume
 from lungddpm.layouts.nodules import find_nodules
 from lungddpm.sources import Scan, lidc
 from lungddpm.sources.index import index_source
+from lungddpm.sources.lidc import pairing, readings
+from lungddpm.sources.lidc.headers import read_headers
+from lungddpm.sources.lidc.slices import stack_of
 
 NUMBERS = [
     b"-1", b"1e999", b"nan", b"-inf", b"0x10", b"9" * 30, b"9" * 5000, b"1_0", b"", b" ", b"2147483648", b"3.5", b"-0",
@@ -145,18 +148,18 @@ def phantom_files(cohort):
 def stack(tmp_path_factory):
     """The slices that belong to `lidc_files`' XML."""
     folder = write_series(tmp_path_factory.mktemp("fuzz"))
-    slices, _ = lidc.read_headers(sorted(folder.iterdir()))
-    return lidc.stack_of(slices["1.2.3"])
+    slices, _ = read_headers(sorted(folder.iterdir()))
+    return stack_of(slices["1.2.3"])
 
 
 def problem_of(data, path, stack):
     """What a user is told of a file; only errors for users may come of reading it and of what follows."""
     path.write_bytes(data)
     try:
-        lidc.named_series(path)
+        readings.named_series(path)
         reads = lidc.read_xml(path)
-        lidc._marked(path)
-        annotations = tuple(lidc.in_scan(mark, stack, path) for mark in lidc.merged([reads, reads]))
+        pairing._marked(path)
+        annotations = tuple(readings.in_scan(mark, stack, path) for mark in readings.merged([reads, reads]))
         find_nodules(Scan(Volume(STORED, stack.affine), annotations=annotations), Layouts())
     except InputError as fault:
         return str(fault)
@@ -300,8 +303,8 @@ resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 for name in sys.argv[1:]:
     began = time.process_time()
     try:
-        lidc.named_series(Path(name))
-        lidc._marked(Path(name))
+        readings.named_series(Path(name))
+        pairing._marked(Path(name))
     except InputError:
         pass
     # Not ru_maxrss, which begins with the peak of the process that started this one.

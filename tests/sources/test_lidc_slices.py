@@ -30,8 +30,9 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
 from lungddpm.core.errors import ExcludedCaseError
-from lungddpm.sources import lidc
 from lungddpm.sources.index import index_source
+from lungddpm.sources.lidc.headers import Header
+from lungddpm.sources.lidc.slices import stack_of
 
 
 def stack_at(positions, axes=UPRIGHT):
@@ -39,10 +40,10 @@ def stack_at(positions, axes=UPRIGHT):
     orientation = np.concatenate([axes[:, 0], axes[:, 1]])
     elements = {"Rows": "12", "Columns": "10", "PixelSpacing": "0.8\\0.7", "ImageOrientationPatient": text(orientation)}
     headers = [
-        lidc.Header(Path("series", f"{k:04d}.dcm"), elements | {"ImagePositionPatient": text(position)})
+        Header(Path("series", f"{k:04d}.dcm"), elements | {"ImagePositionPatient": text(position)})
         for k, position in enumerate(positions)
     ]
-    return lidc.stack_of(headers[::-1])
+    return stack_of(headers[::-1])
 
 
 def text(values):

@@ -36,7 +36,7 @@ def test_declarations_are_read_without_heavy_imports():
         "import sys\n"
         "from lungddpm import sources\n"
         "declared = [sources.source_of(name) for name in sources.names()]\n"
-        "assert [each.name for each in declared] == ['images', 'lidc', 'phantom']\n"
+        "assert [each.name for each in declared] == ['images', 'lidc', 'luna16', 'phantom']\n"
         "assert all(each.title and each.citation for each in declared)\n"
         "heavy = {'torch', 'scipy', 'skimage', 'pandas', 'nibabel', 'pydicom', 'SimpleITK'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
@@ -58,7 +58,7 @@ def test_one_that_simulates_its_patients_says_how_many_there_are(mine):
 
 
 def test_an_unknown_source_is_named():
-    with pytest.raises(ConfigError, match=r"there is no source 'index'\. Known are images, lidc, phantom"):
+    with pytest.raises(ConfigError, match=r"there is no source 'index'\. Known are images, lidc, luna16, phantom"):
         sources.source_of("index")
 
 

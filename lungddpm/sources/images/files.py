@@ -65,10 +65,17 @@ def read_volume(path: Path) -> Volume:
     Raises:
         InputError: as `read_header`, or the voxels are cut short or damaged, or fill more memory than there is.
     """
-    if suffix_of(path.name) not in _FORMATS:
-        return nifti.read_volume(path)
+    return nifti.read_volume(path) if suffix_of(path.name) not in _FORMATS else read_stored(path).canonical()
+
+
+def read_stored(path: Path) -> Volume:
+    """Read an NRRD file or a MetaImage with its voxels in the order in which they are stored.
+
+    Raises:
+        InputError: as `read_volume`.
+    """
     file = _open(path)
-    return Volume(_read_array(file), file.header.affines[0]).canonical()
+    return Volume(_read_array(file), file.header.affines[0])
 
 
 def read_labels(path: Path) -> Volume:

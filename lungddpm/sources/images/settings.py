@@ -26,7 +26,8 @@ def _check_pattern(pattern: str | None) -> str | None:
     return pattern
 
 
-def _check_table(name: str | None) -> str | None:
+def check_table(name: str | None) -> str | None:
+    """Refuse the name of a table that is not in the folder of the data set."""
     # Jobs and results know the folder of the data set, and no other place of the user's.
     if name is not None and Path(name).name != name:
         raise ValueError("is the name of a file in the folder of the data set, without a folder of its own")
@@ -39,7 +40,7 @@ class Images(Section):
     labels: dict[LabelName, Meaning] = {}
     """What the labels are, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It overrides
     the names in dataset.json. Without either, 1 is lung, 2 nodule, 3 vessel."""
-    patient_table: Annotated[str | None, AfterValidator(_check_table)] = None
+    patient_table: Annotated[str | None, AfterValidator(check_table)] = None
     """A table with the columns `file` and `patient` in the folder of the data set, such as participants.tsv (tabs) or
     patients.csv, for several scans of one patient. null: each scan is a patient of its own."""
     patient_pattern: Annotated[str | None, AfterValidator(_check_pattern)] = None

@@ -1,15 +1,14 @@
-"""LIDC-IDRI: chest CT as DICOM (`slices`), and the outlines that four readers drew, as XML (`readings`).
+"""LIDC-IDRI: chest CT as DICOM (`slices`), and what four readers drew, as XML (`readings`) or SEG (`segmentations`).
 
-Both layouts of the download are read: the XML beside the slices, or in a tree of its own; an XML file belongs to the
-series that its header names. Armato et al., Medical Physics 38:915-931, 2011, doi 10.1118/1.3528204.
+All layouts of the download are read: the XML beside the slices, or in a tree of its own, or SEG objects in series of
+their own; each file belongs to the series that its header names. Armato et al., Medical Physics 38:915-931, 2011,
+doi 10.1118/1.3528204.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -18,24 +17,29 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lungddpm.core.errors import ExcludedCaseError, InputError
-from lungddpm.core.files import fingerprint
-from lungddpm.core.progress import Progress
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import Volume, per_axis
 from lungddpm.sources import Scan, Series, Size
-from lungddpm.sources.index import Cache, case_ids, reason_of
+from lungddpm.sources.index import Cache, case_ids, files_below, reason_of, relative_name
 from lungddpm.sources.lidc.headers import Header, read_headers
+from lungddpm.sources.lidc.pairing import Drawn, Readings, annotations_of, drawn_in, read_all, readings_of
 from lungddpm.sources.lidc.pixels import can_be_decoded, hounsfield, name_of_syntax
-from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
+from lungddpm.sources.lidc.readings import read_xml
+from lungddpm.sources.lidc.segmentations import MODALITY as SEGMENTATION
+from lungddpm.sources.lidc.segmentations import annotations_in
 from lungddpm.sources.lidc.slices import stack_of
 
 if TYPE_CHECKING:
     import pandas as pd
 
-TITLE = "LIDC-IDRI, as DICOM series with the readers' XML"
+__all__ = ["CITATION", "TITLE", "find_series", "load_scan", "read_xml", "size"]
+
+TITLE = "LIDC-IDRI, as DICOM series with the readers' XML or DICOM SEG"
 CITATION = "Lung Image Database Consortium and Image Database Resource Initiative, Medical Physics 38:915, 2011."
 
-_CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
+_DOCUMENTS = {"KO", "PR", "SR"}
+"""Modalities without an image: notes about images."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +59,6 @@ class _Part:
     """What was left out of them, and why."""
 
 
-@dataclass(frozen=True)
-class _Marked:
-    """What one XML file says, as the cache keeps it."""
-
-    series_uid: str
-    is_ct: bool
-    marks: list[list]
-    """Reader and a hash of the outlines of every mark."""
-    message: str
-    sessions: int
-    """See `Reads`."""
-
-    def withdraws_from(self, other: _Marked) -> bool:
-        """Whether this is the same message as the other, sent again without some of its nodules."""
-        same_message = self.message and (self.message, self.sessions) == (other.message, other.sessions)
-        return bool(same_message) and {*map(tuple, self.marks)} < {*map(tuple, other.marks)}
-
-
-@dataclass(frozen=True)
-class _AllReads:
-    """What all XML files say."""
-
-    of_series: dict[str, dict[str, _Marked]]
-    """By series UID and file."""
-    faults: dict[str, str]
-    """By series UID, why one of its files cannot be read."""
-    without_images: list[Series]
-    """Rows for what only XML files name, and for those that cannot be read and belong to no series here."""
-
-
 def size(_settings: None) -> Size:
     """The collection as published: 244,527 slices of 512 x 512 in 1,018 scans."""
     origin = "LIDC-IDRI as published; a table of 'lungddpm index' or --cases is more exact"
@@ -92,22 +66,26 @@ def size(_settings: None) -> Size:
 
 
 def find_series(path: Path, cache: Cache) -> list[Series]:
-    """All series below a folder, from the headers of their slices and their readers' XML.
+    """All series below a folder, from the headers of their slices and their readers' XML or SEG objects.
 
-    What only an XML file names has a row as well, and so has a folder of which nothing can be read. `n_nodules` is the
+    What only these name has a row as well, and so has a folder of which nothing can be read. `n_nodules` is the
     largest number of nodules of at least 3 mm that any one reader marked: which marks of different readers mean the
     same nodule is known only once their contours are compared (`lungddpm.layouts.nodules`).
     """
-    files, nameless = _files_below(path)
+    files, nameless = files_below(path)
     xml_files = [file for file in files if file.suffix.lower() == ".xml"]
-    parts, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
+    parts, drawn, damaged = _read_folders(path, [file for file in files if file.suffix.lower() != ".xml"], cache)
     nameless |= damaged
-    reads = _read_annotations(path, xml_files, parts, cache)
+    folders = {uid: [part.folder for part in of_series] for uid, of_series in parts.items()}
+    reads = read_all(path, xml_files, folders, drawn, cache)
     parts = {uid: _keep_one_copy(path, of_series, cache) for uid, of_series in parts.items()}
     found = [
-        _describe(uid, of_series, nameless, _in_force(reads.of_series.get(uid, {})), reads.faults.get(uid, ""))
+        _describe(uid, of_series, nameless, readings_of(uid, of_series[0].folder, reads))
         for uid, of_series in parts.items()
+        if {modality for part in of_series for modality in part.modalities} - _DOCUMENTS
     ]
+    if documents := len(parts) - len(found):
+        LOG.info("%d series hold documents, not images (%s)", documents, ", ".join(sorted(_DOCUMENTS)))
     with_slices = {part.folder for of_series in parts.values() for part in of_series}
     found += [Series("", "", "", path=name, excluded=nameless[name]) for name in nameless if name not in with_slices]
     found += reads.without_images
@@ -144,13 +122,16 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     array[:, :, 0] = first.T
     for k, slice_hu in enumerate(slices_hu, start=1):
         array[:, :, k] = slice_hu.T
-    xml_files = [path / name for name in json.loads(case["annotations"])]
-    marks = merged([_read_or_exclude(file) for file in xml_files])
+    readings = [path / name for name in json.loads(case["annotations"])]
+    if readings[0].suffix.lower() == ".xml":
+        annotations = annotations_of(readings, stack)
+    else:
+        annotations = annotations_in(readings, stack)
     return Scan(
         ct=Volume(array, stack.affine),
-        annotations=tuple(in_scan(mark, stack, xml_files[0]) for mark in marks),
+        annotations=tuple(annotations),
         slice_thickness_mm=stack.thickness_mm,
-        files=(*dict.fromkeys(header.path for header in stack.headers), *xml_files),
+        files=(*dict.fromkeys(header.path for header in stack.headers), *readings),
         notes=tuple(json.loads(case.get("notes") or "[]")),
     )
 
@@ -159,39 +140,23 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for file in sorted(folder.glob("*")) if file.is_file()]
 
 
-def _files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
-    """All files that are not hidden, and the reason for each folder that cannot be listed."""
-    files, seen, faults = [], set(), {}
-
-    def note(error: OSError) -> None:
-        folder = Path(error.filename)
-        fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
-        faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
-
-    for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
-        # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return files, faults
-
-
-def _read_folders(top: Path, files: list[Path], cache: Cache) -> tuple[dict[str, list[_Part]], dict[str, str]]:
-    """The parts of every series, and for each folder with files whose series is unknown the reason of the first."""
+def _read_folders(
+    top: Path, files: list[Path], cache: Cache
+) -> tuple[dict[str, list[_Part]], list[Drawn], dict[str, str]]:
+    """What folders hold of every series but SEG, all SEG objects, and for each folder with files whose series is
+    unknown the reason of the first.
+    """
     in_folder: dict[Path, list[Path]] = defaultdict(list)
     for file in files:
         in_folder[file.parent].append(file)
     parts: dict[str, list[_Part]] = defaultdict(list)
+    drawn: list[Drawn] = []
     nameless: dict[str, str] = {}
     with Progress("slice headers", total=len(files)) as progress:
         for folder, inside in in_folder.items():
             done = progress.done
             found = cache.recall(
-                f"slices {_relative(folder, top)}",
+                f"slices {relative_name(folder, top)}",
                 inside,
                 partial(_read_folder, top, inside, progress.advance),
                 keep=lambda found: not found["nameless"],
@@ -199,9 +164,10 @@ def _read_folders(top: Path, files: list[Path], cache: Cache) -> tuple[dict[str,
             progress.advance(done + len(inside) - progress.done)
             for part in found["parts"]:
                 parts[part["series_uid"]].append(_Part(**part))
+            drawn += [Drawn(**each) for each in found["drawn"]]
             if found["nameless"]:
-                nameless[_relative(folder, top)] = found["nameless"]
-    return parts, nameless
+                nameless[relative_name(folder, top)] = found["nameless"]
+    return parts, drawn, nameless
 
 
 def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> dict:
@@ -213,8 +179,13 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
             advance()
 
     slices, fault = read_headers(each())
+    drawn = {
+        header.path: header for headers in slices.values() for header in headers if header["Modality"] == SEGMENTATION
+    }
+    parts = [headers for headers in slices.values() if headers[0].path not in drawn]
     return {
-        "parts": [asdict(_part(top, headers)) for headers in slices.values()],
+        "parts": [asdict(_part(top, headers)) for headers in parts],
+        "drawn": [asdict(drawn_in(top, header)) for header in drawn.values()],
         "nameless": reason_of(fault, top) if fault else "",
     }
 
@@ -230,7 +201,7 @@ def _part(top: Path, headers: list[Header]) -> _Part:
     except ExcludedCaseError as error:
         fault = reason_of(error, top)
     return _Part(
-        folder=_relative(headers[0].path.parent, top),
+        folder=relative_name(headers[0].path.parent, top),
         series_uid=headers[0]["SeriesInstanceUID"],
         patients=sorted({header["PatientID"] for header in headers}),
         modalities=sorted({header["Modality"] for header in headers}),
@@ -271,38 +242,36 @@ def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
     return None
 
 
-def _describe(
-    uid: str, parts: list[_Part], nameless: dict[str, str], reads: dict[str, _Marked], unreadable: str
-) -> Series:
+def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: Readings) -> Series:
     """One row of the index, `case_id` still empty.
 
     Args:
         uid: SeriesInstanceUID.
         parts: what the folders hold of it.
         nameless: for folders with damaged files, the reason.
-        reads: by file, what the readers of this series say.
-        unreadable: why an XML file of this series cannot be read; empty if none is damaged.
+        readings: what the readers of this series say.
     """
     first = parts[0]
-    ct_reads = {file: read for file, read in reads.items() if read.is_ct}
-    marks = {(reader, outlines) for read in ct_reads.values() for reader, outlines in read.marks}
     return Series(
         case_id="",
         patient_id=first.patients[0],
         series_uid=uid,
         size=per_axis(first.size),
         spacing_mm=per_axis(first.spacing_mm),
-        n_nodules=max(Counter(reader for reader, _ in marks).values(), default=0),
+        n_nodules=readings.n_nodules,
         path=first.folder,
-        annotations=tuple(ct_reads),
-        excluded=_fault_of_slices(parts, nameless) or unreadable or _fault_of_reads(first.folder, reads, ct_reads),
-        notes=tuple(first.notes),
+        annotations=readings.files,
+        excluded=_fault_of_slices(parts, nameless) or readings.fault,
+        notes=(*first.notes, *readings.notes),
     )
 
 
 def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     folders = [part.folder for part in parts]
     modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
+    if "RTSTRUCT" in modalities:
+        remedy = "Convert it to DICOM SEG or to labels for source.kind: images, e.g. with 3D Slicer."
+        return f"{folders[0]}: holds contours as RTSTRUCT, which is not read. {remedy}"
     if modalities != ["CT"]:
         kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is no CT"
         return f"{folders[0]}: {kind} (modality {', '.join(modalities)}). Leave it out."
@@ -318,84 +287,3 @@ def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
             "Convert it, e.g. to JPEG 2000."
         )
     return parts[0].fault
-
-
-def _fault_of_reads(folder: str, reads: dict[str, _Marked], ct_reads: dict[str, _Marked]) -> str:
-    if ct_reads:
-        return ""
-    if reads:
-        return f"{next(iter(reads))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
-    return f"{folder}: no reader XML names this series. Add its readers' XML."
-
-
-def _relative(path: Path, top: Path) -> str:
-    return path.relative_to(top).as_posix()
-
-
-def _read_annotations(top: Path, files: list[Path], parts: dict[str, list[_Part]], cache: Cache) -> _AllReads:
-    """Read what belongs to the series found; of other files, what they name."""
-    of_series: dict[str, dict[str, _Marked]] = defaultdict(dict)
-    absent: dict[str, list[Path]] = defaultdict(list)
-    unreadable: list[tuple[Path, str, str]] = []
-    with Progress("readers' XML", total=len(files)) as progress:
-        for file in files:
-            name, uid = _relative(file, top), ""
-            try:
-                uid = cache.recall(f"series of {name}", [file], partial(named_series, file))
-                if not uid or uid in parts:
-                    read = _Marked(**cache.recall(f"reads of {name}", [file], partial(_marked, file)))
-                    uid = read.series_uid
-                    if uid in parts:
-                        of_series[uid][name] = read
-                if uid and uid not in parts:
-                    absent[uid].append(file)
-            except InputError as error:
-                unreadable.append((file, uid, reason_of(error, top)))
-            progress.advance()
-
-    faults: dict[str, str] = {}
-    without_images = []
-    for uid, named_by in absent.items():
-        lacking = InputError(
-            named_by[0], "names a series whose images are not here", "Download them, or ignore this row."
-        )
-        names = tuple(_relative(file, top) for file in named_by)
-        without_images.append(Series("", "", uid, path=names[0], annotations=names, excluded=reason_of(lacking, top)))
-    for file, uid, reason in unreadable:
-        folder = _relative(file.parent, top)
-        beside = [near for near, its_parts in parts.items() if folder in [part.folder for part in its_parts]]
-        # One that does not even name its series belongs to those beside it that have no other.
-        owners = [uid] if uid else [near for near in beside if near not in of_series]
-        for owner in owners:
-            faults.setdefault(owner, reason)
-        if not owners:
-            without_images.append(Series("", "", "", path=_relative(file, top), excluded=reason))
-    return _AllReads(of_series, faults, without_images)
-
-
-def _marked(file: Path) -> dict:
-    """What one XML file says, ready for the cache."""
-    read = read_xml(file)
-    marks = [
-        [mark.reader, fingerprint([[o.sop_uid, o.z_mm, o.inclusion, o.points] for o in mark.outlines])[:16]]
-        for mark in read.marks
-    ]
-    return asdict(_Marked(read.series_uid, read.is_ct, marks, read.message, read.sessions))
-
-
-def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
-    """The files that count: a correction replaces what it corrects.
-
-    LIDC-IDRI-0101 has one, `161-resubmitted-correction-3-9-12.xml`. Its header is that of the file that it corrects;
-    what differs is that a nodule is gone.
-    """
-    named = {file: read for file, read in reads.items() if _CORRECTION.search(Path(file).name)}
-    left = named or reads
-    return {file: read for file, read in left.items() if not any(other.withdraws_from(read) for other in left.values())}
-
-
-def _read_or_exclude(path: Path) -> Reads:
-    try:
-        return read_xml(path)
-    except InputError as fault:
-        raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None

@@ -1,0 +1,189 @@
+"""`lungddpm fetch lidc`: LIDC-IDRI from the Imaging Data Commons, as CT and the readers' SEG objects.
+
+What there is and how large it is says the index that the optional package `idc-index` brings with it; nothing is asked
+over the network before the transfer. Fedorov et al., RadioGraphics 43:e230180, 2023, doi 10.1148/rg.230180.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lungddpm.core.errors import InputError, OutputError, UserError
+from lungddpm.core.files import write_text
+from lungddpm.core.progress import Progress
+from lungddpm.core.text import plural
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LARGE_BYTES = 20 * 10**9
+"""More than this is fetched only once somebody has agreed."""
+CONFIG = "lidc.yaml"
+LICENCE = "CC BY 3.0 (https://creativecommons.org/licenses/by/3.0/)"
+CITATIONS = (
+    "Armato et al., Data From LIDC-IDRI, The Cancer Imaging Archive, 2015, doi 10.7937/K9/TCIA.2015.LO9QL9SX",
+    "Armato et al., Medical Physics 38:915-931, 2011, doi 10.1118/1.3528204",
+    "Fedorov et al., Standardized representation of the TCIA LIDC-IDRI annotations using DICOM, The Cancer Imaging "
+    "Archive, 2018, doi 10.7937/TCIA.2018.h7umfurq",
+    "Fedorov et al., RadioGraphics 43:e230180, 2023, doi 10.1148/rg.230180 (Imaging Data Commons)",
+)
+_COLLECTION, _READINGS = "lidc_idri", "dicom_lidc_idri_nodules"
+_COLUMNS = {
+    "collection_id": "collection",
+    "analysis_result_id": "result",
+    "PatientID": "patient",
+    "StudyInstanceUID": "study",
+    "SeriesInstanceUID": "series",
+    "Modality": "modality",
+    "instanceCount": "files",
+    "series_size_MB": "megabytes",
+}
+_TEMPLATE = "%PatientID/%StudyInstanceUID/%Modality_%SeriesInstanceUID"
+
+Transfer = Callable[[Sequence[str], Path], None]
+"""Fetch series, by UID, into a folder, laid out as `Item.folder` says."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One series to fetch."""
+
+    patient: str
+    study: str
+    series: str
+    modality: str
+    files: int
+    size: int
+    """In bytes."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it lies, in the folder of the data set."""
+        return Path(self.patient, self.study, f"{self.modality}_{self.series}")
+
+    def is_complete(self, output: Path) -> bool:
+        """Whether it lies there with all its files and bytes."""
+        sizes = [file.stat().st_size for file in (output / self.folder).glob("*.dcm")]
+        return (len(sizes), sum(sizes)) == (self.files, self.size)
+
+
+def read_index() -> pd.DataFrame:
+    """The series of LIDC-IDRI in the index of `idc-index`, with short names of columns.
+
+    Raises:
+        UserError: `idc-index` is not installed.
+    """
+    import pandas as pd
+
+    try:
+        from idc_index_data import IDC_INDEX_PARQUET_FILEPATH
+
+        table = pd.read_parquet(
+            IDC_INDEX_PARQUET_FILEPATH, columns=list(_COLUMNS), filters=[("collection_id", "==", _COLLECTION)]
+        )
+    except ImportError as error:
+        raise UserError("idc-index", f"is not installed ({error})", "Install it: pip install idc-index.") from None
+    return table.rename(columns=_COLUMNS)
+
+
+def select(index: pd.DataFrame, patients: str) -> list[Item]:
+    """What to fetch: CT, and for each reader and nodule a SEG object.
+
+    Args:
+        index: as of `read_index`.
+        patients: how many, in order of their ids, of those with nodules of at least 3 mm; or ids with commas between
+            them; or `all`, which is all with such nodules.
+
+    Raises:
+        InputError: no patient, or one who is not in the collection.
+    """
+    scans = index[(index["modality"] == "CT") & index["result"].isna()]
+    drawn = index[(index["modality"] == "SEG") & (index["result"] == _READINGS)]
+    with_nodules = sorted(set(scans["patient"]) & set(drawn["patient"]))
+    if patients == "all":
+        wanted = with_nodules
+    elif patients.isdecimal():
+        wanted = with_nodules[: int(patients)]
+    else:
+        wanted = sorted({name.strip() for name in patients.split(",") if name.strip()})
+    if unknown := sorted(set(wanted) - set(scans["patient"])):
+        shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        raise InputError("--patients", f"names who is not in LIDC-IDRI ({shown})", "Ids are such as LIDC-IDRI-0001.")
+    if not wanted:
+        raise InputError("--patients", f"'{patients}' is no patient", "Give a number, ids with commas, or all.")
+    items = [
+        Item(row.patient, row.study, row.series, row.modality, int(row.files), round(row.megabytes * 10**6))
+        for table in (scans, drawn)
+        for row in table[table["patient"].isin(wanted)].itertuples()
+    ]
+    return sorted(items, key=lambda item: (item.patient, item.modality, item.series))
+
+
+def describe(items: Sequence[Item], missing: Sequence[Item], output: Path) -> list[str]:
+    """The plan, one line per fact."""
+    patients = {item.patient for item in items}
+    without = sorted(patients - {item.patient for item in items if item.modality == "SEG"})
+    lines = [
+        f"{plural(len(patients), 'patient')}: {sum(item.modality == 'CT' for item in items)} CT series, "
+        f"{plural(sum(item.modality == 'SEG' for item in items), 'SEG object')}, "
+        f"{plural(sum(item.files for item in items), 'file')}, {_gigabytes(items)}",
+        f"here already: {len(items) - len(missing)} series; to fetch: {_gigabytes(missing)} into {output}",
+    ]
+    if without:
+        lines.append(f"no nodule of 3 mm or more, so that the scan will not be used: {', '.join(without)}")
+    return lines
+
+
+def fetch(items: Sequence[Item], output: Path, transfer: Transfer) -> None:
+    """Fetch what is not complete, patient by patient, and check its files and bytes.
+
+    What an earlier call has fetched stays; of a series that was cut short, the files are removed first.
+
+    Raises:
+        OutputError: the disk is too small.
+        UserError: series are not complete after all.
+    """
+    missing = [item for item in items if not item.is_complete(output)]
+    output.mkdir(parents=True, exist_ok=True)
+    needed, free = sum(item.size for item in missing), shutil.disk_usage(output).free
+    if needed > free:
+        problem = f"{needed / 10**9:.1f} GB are needed, {free / 10**9:.1f} GB are free"
+        raise OutputError(output, problem, "Name fewer patients, or another folder.")
+    with Progress("series", total=len(missing)) as progress:
+        for _, group in groupby(missing, key=lambda item: item.patient):
+            of_patient = list(group)
+            for item in of_patient:
+                shutil.rmtree(output / item.folder, ignore_errors=True)
+            transfer([item.series for item in of_patient], output)
+            for _ in of_patient:
+                progress.advance()
+    if left := [item for item in missing if not item.is_complete(output)]:
+        problem = f"{len(left)} of {len(missing)} series did not come as the index says"
+        raise UserError(output / left[0].folder, problem, "Run the same command again: it fetches what is missing.")
+
+
+def write_config(output: Path) -> Path:
+    """Write the overlay that names the folder, and return where it is."""
+    path = output / CONFIG
+    # JSON is YAML, and quotes whatever a path can hold.
+    write_text(path, f"source: {{kind: lidc, path: {json.dumps(str(output.resolve()), ensure_ascii=False)}}}\n")
+    return path
+
+
+def by_idc(series: Sequence[str], folder: Path) -> None:
+    """Fetch series through `idc-index`, which uses s5cmd and asks for no account."""
+    from idc_index import IDCClient
+
+    IDCClient.client().download_from_selection(
+        downloadDir=str(folder), seriesInstanceUID=list(series), dirTemplate=_TEMPLATE, show_progress_bar=False
+    )
+
+
+def _gigabytes(items: Sequence[Item]) -> str:
+    return f"{sum(item.size for item in items) / 10**9:.2f} GB"

@@ -1,0 +1,245 @@
+"""Pairing: which readers' XML files and SEG objects belong to which series, and which of them count."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.files import fingerprint
+from lungddpm.core.progress import Progress
+from lungddpm.sources import Annotation, Series
+from lungddpm.sources.index import Cache, reason_of, relative_name
+from lungddpm.sources.lidc.dicom import COPY_AGAIN
+from lungddpm.sources.lidc.headers import Header
+from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
+from lungddpm.sources.lidc.segmentations import LABEL_EXAMPLE, read_segmentation, readers_of
+from lungddpm.sources.lidc.slices import Stack
+
+_CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
+_SHOWN_FILES = 3
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """What one XML file says, as the cache keeps it."""
+
+    series_uid: str
+    is_ct: bool
+    marks: list[list]
+    """Reader and a hash of the outlines of every mark."""
+    message: str
+    sessions: int
+    """See `Reads`."""
+
+    def withdraws_from(self, other: _Marked) -> bool:
+        """Whether this is the same message as the other, sent again without some of its nodules."""
+        same_message = self.message and (self.message, self.sessions) == (other.message, other.sessions)
+        return bool(same_message) and {*map(tuple, self.marks)} < {*map(tuple, other.marks)}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the header of one SEG object says, as the cache keeps it."""
+
+    file: str
+    uid: str
+    series_uid: str
+    """Of the CT; empty if it names none."""
+    annotation_ids: list[str]
+    fault: str
+    """Why it cannot be used; empty if it can."""
+
+
+@dataclass(frozen=True)
+class AllReads:
+    """What all XML files and SEG objects say."""
+
+    of_series: dict[str, dict[str, _Marked]]
+    """By series UID and XML file."""
+    drawn: dict[str, list[Drawn]]
+    """By series UID."""
+    faults: dict[str, str]
+    """By series UID, why one of its XML files cannot be read."""
+    without_images: list[Series]
+    """Rows for what only such files name, and for those that cannot be read and belong to no series here."""
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the readers of one series say."""
+
+    files: tuple[str, ...] = ()
+    n_nodules: int = 0
+    fault: str = ""
+    """Why it cannot be used, or that there is none; empty if it can."""
+    notes: tuple[str, ...] = ()
+
+
+def drawn_in(top: Path, header: Header) -> Drawn:
+    """What the header of a SEG object says, of which one frame's is given."""
+    file = relative_name(header.path, top)
+    try:
+        found = read_segmentation(header.path)
+    except ExcludedCaseError as error:
+        return Drawn(file, "", "", [], reason_of(error, top))
+    fault = ""
+    if header.fault:
+        fault = reason_of(ExcludedCaseError(header.path, header.fault, COPY_AGAIN), top)
+    elif not found.is_binary:
+        remedy = "Export it as a binary segmentation."
+        fault = reason_of(ExcludedCaseError(header.path, "holds fractions or labels, not bits", remedy), top)
+    return Drawn(file, found.uid, found.series_uid, list(found.segments.values()), fault)
+
+
+def read_all(
+    top: Path, xml_files: list[Path], folders: Mapping[str, list[str]], drawn: list[Drawn], cache: Cache
+) -> AllReads:
+    """Read what belongs to the series found; of other files, what they name.
+
+    Args:
+        top: folder of the data set.
+        xml_files: all of it.
+        folders: of every series, where its images are, relative to `top`.
+        drawn: all SEG objects.
+        cache: of the source.
+    """
+    of_series: dict[str, dict[str, _Marked]] = defaultdict(dict)
+    absent: dict[str, list[Path]] = defaultdict(list)
+    unreadable: list[tuple[Path, str, str]] = []
+    with Progress("readers' XML", total=len(xml_files)) as progress:
+        for file in xml_files:
+            name, uid = relative_name(file, top), ""
+            try:
+                uid = cache.recall(f"series of {name}", [file], partial(named_series, file))
+                if not uid or uid in folders:
+                    read = _Marked(**cache.recall(f"reads of {name}", [file], partial(_marked, file)))
+                    uid = read.series_uid
+                    if uid in folders:
+                        of_series[uid][name] = read
+                if uid and uid not in folders:
+                    absent[uid].append(file)
+            except InputError as error:
+                unreadable.append((file, uid, reason_of(error, top)))
+            progress.advance()
+
+    drawn_of: dict[str, list[Drawn]] = defaultdict(list)
+    for each in drawn:
+        if each.series_uid in folders:
+            drawn_of[each.series_uid].append(each)
+        elif each.series_uid:
+            absent[each.series_uid].append(top / each.file)
+        else:
+            nameless = ExcludedCaseError(top / each.file, "names no CT series", "Export it with its CT.")
+            unreadable.append((top / each.file, "", each.fault or reason_of(nameless, top)))
+
+    faults: dict[str, str] = {}
+    without_images: list[Series] = []
+    for uid, named_by in absent.items():
+        lacking = InputError(
+            named_by[0], "names a series whose images are not here", "Download them, or ignore this row."
+        )
+        names = tuple(relative_name(file, top) for file in named_by)
+        without_images.append(Series("", "", uid, path=names[0], annotations=names, excluded=reason_of(lacking, top)))
+    for file, uid, reason in unreadable:
+        folder = relative_name(file.parent, top)
+        beside = [near for near, its_folders in folders.items() if folder in its_folders]
+        # One that does not even name its series belongs to those beside it that have no other.
+        owners = [uid] if uid else [near for near in beside if near not in of_series and near not in drawn_of]
+        for owner in owners:
+            faults.setdefault(owner, reason)
+        if not owners:
+            without_images.append(Series("", "", "", path=relative_name(file, top), excluded=reason))
+    return AllReads(of_series, drawn_of, faults, without_images)
+
+
+def readings_of(uid: str, folder: str, reads: AllReads) -> Readings:
+    """The readings of a series that count: XML, which knows its readers, before SEG."""
+    in_force = _in_force(reads.of_series.get(uid, {}))
+    of_ct = {file: read for file, read in in_force.items() if read.is_ct}
+    drawn = reads.drawn.get(uid, [])
+    if of_ct:
+        marks = {(reader, outlines) for read in of_ct.values() for reader, outlines in read.marks}
+        notes = (f"{len(drawn)} SEG object(s) were left out: the readers' XML is here",) if drawn else ()
+        readings = Readings(tuple(of_ct), _most(reader for reader, _ in marks), notes=notes)
+    elif drawn:
+        readings = _from_segmentations(drawn)
+    elif in_force:
+        fault = f"{next(iter(in_force))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
+        readings = Readings(fault=fault)
+    else:
+        problem = "no reader XML names this series, and no SEG object"
+        readings = Readings(fault=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
+    return replace(readings, fault=reads.faults.get(uid, "") or readings.fault)
+
+
+def _from_segmentations(drawn: list[Drawn]) -> Readings:
+    """What the SEG objects of one series say; those without a reader, and copies, are left out."""
+    read = [each for each in drawn if each.annotation_ids]
+    if not read:
+        problem = f"no segment is called by nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
+        remedy = "Label the segments so, or export labels for source.kind: images."
+        return Readings(fault=f"{drawn[0].file}: {problem}. {remedy}")
+    kept: dict[str, Drawn] = {}
+    for each in read:
+        kept.setdefault(each.uid, each)
+    notes = []
+    if nameless := [each.file for each in drawn if not each.annotation_ids]:
+        shown = ", ".join(nameless[:_SHOWN_FILES]) + (", ..." if len(nameless) > _SHOWN_FILES else "")
+        notes.append(f"{len(nameless)} SEG object(s) that name no reader's annotation were left out ({shown})")
+    if len(kept) < len(read):
+        notes.append(f"{len(read) - len(kept)} SEG object(s) are stored more than once: one was kept")
+    annotation_ids = [name for each in kept.values() for name in each.annotation_ids]
+    readers = readers_of(annotation_ids)
+    return Readings(
+        files=tuple(each.file for each in kept.values()),
+        n_nodules=_most(readers[name] for name in annotation_ids),
+        fault=next((each.fault for each in kept.values() if each.fault), ""),
+        notes=tuple(notes),
+    )
+
+
+def _most(readers: Iterable[int]) -> int:
+    """The largest number of nodules that any one reader marked, from the reader of each mark."""
+    return max(Counter(readers).values(), default=0)
+
+
+def annotations_of(xml_files: Sequence[Path], stack: Stack) -> list[Annotation]:
+    """What the XML files of one series hold, in the index space of the stack.
+
+    Raises:
+        ExcludedCaseError: a file cannot be read, or does not fit the slices.
+    """
+    return [in_scan(mark, stack, xml_files[0]) for mark in merged([_read_or_exclude(file) for file in xml_files])]
+
+
+def _marked(file: Path) -> dict:
+    """What one XML file says, ready for the cache."""
+    read = read_xml(file)
+    marks = [
+        [mark.reader, fingerprint([[o.sop_uid, o.z_mm, o.inclusion, o.points] for o in mark.outlines])[:16]]
+        for mark in read.marks
+    ]
+    return asdict(_Marked(read.series_uid, read.is_ct, marks, read.message, read.sessions))
+
+
+def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
+    """The files that count: a correction replaces what it corrects.
+
+    LIDC-IDRI-0101 has one, `161-resubmitted-correction-3-9-12.xml`. Its header is that of the file that it corrects;
+    what differs is that a nodule is gone.
+    """
+    named = {file: read for file, read in reads.items() if _CORRECTION.search(Path(file).name)}
+    left = named or reads
+    return {file: read for file, read in left.items() if not any(other.withdraws_from(read) for other in left.values())}
+
+
+def _read_or_exclude(path: Path) -> Reads:
+    try:
+        return read_xml(path)
+    except InputError as fault:
+        raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None

@@ -1,0 +1,242 @@
+"""Segmentations: what readers drew as DICOM SEG objects, instead of outlines in XML.
+
+The Imaging Data Commons (IDC) serves LIDC-IDRI so: one object for each reader and nodule, on the CT's own grid, whose
+segment is called "Nodule 1 - Annotation IL057_127364". Fedorov et al., Medical Physics 47:5953, 2020,
+doi 10.1002/mp.14445.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.core.volume import per_axis
+from lungddpm.sources import Annotation, Contour, Region
+from lungddpm.sources.lidc.dicom import COPY_AGAIN, LARGEST_MULTIFRAME_BYTES, frame_value, read_dataset
+from lungddpm.sources.lidc.headers import LARGEST_NUMBER
+from lungddpm.sources.lidc.slices import Stack
+
+if TYPE_CHECKING:
+    import pydicom
+
+MODALITY = "SEG"
+LABEL_EXAMPLE = "Nodule 1 - Annotation IL057_127364"
+_LABEL = re.compile(r"Nodule \d+ - Annotation (.*\S)")
+_NAMED = re.compile(r"(.*?)(\d{0,18})", re.DOTALL)
+_SAME_READER = 100
+"""Ids that are numbers are one reader's while no gap is larger. Of the release's 2,651 nodules, 23 then hold two
+annotations of one reader, with 200 already 28, and with 1,000 89; by the readers' XML, 17 do."""
+_ON_GRID = 0.25
+"""How far a frame may lie from a place on the grid, in voxels."""
+_HEADER = [
+    "SOPInstanceUID",
+    "SeriesDescription",
+    "SegmentationType",
+    "SegmentSequence",
+    "ReferencedSeriesSequence",
+]
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What the header of a SEG object says."""
+
+    uid: str
+    series_uid: str
+    """Of the CT; empty if it names none."""
+    segments: dict[int, str]
+    """By the segment's number, which annotation it is; segments that name none are left out."""
+    is_binary: bool
+
+
+def read_segmentation(path: Path) -> Segmentation:
+    """Read the header of a SEG object.
+
+    Raises:
+        ExcludedCaseError: the file cannot be read.
+    """
+    dataset = _read(path, only=_HEADER)
+    try:
+        referenced = dataset.get("ReferencedSeriesSequence") or []
+        described = dataset.get("SegmentSequence") or []
+        # What a series of one segment is called, its segment is.
+        shared = [str(dataset.get("SeriesDescription", ""))] if len(described) == 1 else []
+        names = {
+            int(segment.SegmentNumber): _annotation_id(
+                [str(segment.get("SegmentLabel", "")), str(segment.get("SegmentDescription", "")), *shared]
+            )
+            for segment in described
+        }
+        return Segmentation(
+            uid=str(dataset.get("SOPInstanceUID", "")),
+            series_uid=str(referenced[0].get("SeriesInstanceUID", "")) if referenced else "",
+            segments={number: name for number, name in names.items() if name},
+            is_binary=dataset.get("SegmentationType") == "BINARY",
+        )
+    except Exception as error:  # damaged bytes make pydicom fail in any of its functions
+        raise ExcludedCaseError(path, f"cannot be read as DICOM SEG ({error})", COPY_AGAIN) from None
+
+
+def readers_of(annotation_ids: Iterable[str]) -> dict[str, int]:
+    """Number the readers of one scan by the ids of their annotations.
+
+    LIDC's ids name no reader. But each reader's workstation had its own way of counting: ids of one reader differ in
+    their last number only ("IL057_127364", "Nodule 001"), or are numbers that lie close to each other.
+
+    Args:
+        annotation_ids: of one scan.
+
+    Returns:
+        Readers from 0, by id.
+    """
+    ways: dict[str, int] = {}
+    readers: dict[str, int] = {}
+    last, chain = 0, 0
+    for name, number, annotation_id in sorted(_parts(annotation_id) for annotation_id in set(annotation_ids)):
+        if not name:
+            chain += number - last > _SAME_READER
+            last = number
+            name = str(chain)
+        readers[annotation_id] = ways.setdefault(name, len(ways))
+    return readers
+
+
+def annotations_in(files: Sequence[Path], stack: Stack) -> list[Annotation]:
+    """What the SEG objects of one series hold, in the index space of the stack.
+
+    The contours are what LIDC's readers would have drawn: the first voxels outside the nodule.
+
+    Raises:
+        ExcludedCaseError: an object is damaged, empty, or not on the grid of the slices.
+    """
+    drawn = [(name, region) for file in files for name, region in _regions(file, stack)]
+    readers = readers_of(name for name, _ in drawn)
+    return [Annotation(readers[name], outlines(region), region=region) for name, region in drawn]
+
+
+def outlines(region: Region) -> tuple[Contour, ...]:
+    """The voxels around a region, slice by slice: those outside that share a side with one inside.
+
+    Their order is not that of a line.
+    """
+    from scipy.ndimage import binary_dilation, generate_binary_structure
+
+    mask = np.pad(region.mask, ((1, 1), (1, 1), (0, 0)))
+    around = binary_dilation(mask, generate_binary_structure(2, 1)[:, :, np.newaxis]) & ~mask
+    x, y, z = region.corner
+    first = np.array([x - 1, y - 1])  # of the padded mask
+    return tuple(
+        Contour(z + k, np.argwhere(around[:, :, k]) + first) for k in range(mask.shape[2]) if around[:, :, k].any()
+    )
+
+
+def _annotation_id(texts: Iterable[str]) -> str:
+    return next((found[1] for text in texts if (found := _LABEL.search(text))), "")
+
+
+def _parts(annotation_id: str) -> tuple[str, int, str]:
+    """What is before the number at the end of an id, that number, and the id."""
+    found = _NAMED.fullmatch(annotation_id)
+    assert found is not None  # it matches every text
+    return found[1], int(found[2] or 0), annotation_id
+
+
+def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
+    """The annotation and the voxels of every segment of a SEG object that names its annotation."""
+    named = read_segmentation(path).segments
+    dataset = _read(path)
+    frames = _frames(path, dataset)
+    voxels: dict[int, list[np.ndarray]] = {number: [] for number in named}
+    for number, frame in enumerate(frames):
+        segment, position, steps = _describe_frame(path, dataset, number)
+        if segment not in voxels or not frame.any():
+            continue
+        place = _place(path, number, position, steps, frame.shape, stack)
+        # numpy's index of a frame is (row, column).
+        voxels[segment].append(np.insert(np.argwhere(frame)[:, ::-1], 2, 0, axis=1) + place)
+    return [(named[number], _region(path, number, found, stack)) for number, found in voxels.items()]
+
+
+def _region(path: Path, segment: int, found: list[np.ndarray], stack: Stack) -> Region:
+    if not found:
+        raise ExcludedCaseError(path, f"holds no voxel in its segment {segment}", COPY_AGAIN)
+    voxels = np.concatenate(found)
+    low, high = voxels.min(axis=0), voxels.max(axis=0) + 1
+    if (low < 0).any() or (high > stack.size).any():
+        raise _other_grid(path, f"it reaches beyond the {stack.size[0]} x {stack.size[1]} pixels")
+    mask = np.zeros(high - low, bool)
+    mask[tuple((voxels - low).T)] = True
+    return Region(per_axis(int(first) for first in low), mask)
+
+
+def _describe_frame(path: Path, dataset: pydicom.Dataset, frame: int) -> tuple[int, np.ndarray, np.ndarray]:
+    """The segment of a frame, the place of its first pixel (3,), and the steps to the next column and row (2, 3).
+
+    Lengths are in mm, LPS.
+    """
+    try:
+        segment = frame_value(dataset, frame, "SegmentIdentificationSequence", "ReferencedSegmentNumber")
+        position = frame_value(dataset, frame, "PlanePositionSequence", "ImagePositionPatient")
+        orientation = frame_value(dataset, frame, "PlaneOrientationSequence", "ImageOrientationPatient")
+        row_mm, column_mm = frame_value(dataset, frame, "PixelMeasuresSequence", "PixelSpacing")
+        steps = np.array(orientation, float).reshape(2, 3) * [[float(column_mm)], [float(row_mm)]]
+        return int(segment), np.array(position, float).reshape(3), steps
+    except Exception:  # damaged bytes make pydicom fail in any of its functions
+        problem = f"does not say of its frame {frame + 1} what it shows, and where"
+        raise ExcludedCaseError(path, problem, COPY_AGAIN) from None
+
+
+def _place(
+    path: Path, frame: int, position: np.ndarray, steps: np.ndarray, shape: tuple[int, ...], stack: Stack
+) -> tuple[int, int, int]:
+    """Index of a frame's first pixel in the stack; see `_describe_frame`."""
+    offsets = stack.positions_mm - position
+    in_plane = stack.affine[:3, :2].T * [-1, -1, 1]  # RAS to LPS
+    lengths = np.linalg.norm(in_plane, axis=1)
+    drift = np.linalg.norm(steps - in_plane, axis=1) * shape[::-1]
+    if not (drift <= _ON_GRID * lengths).all():
+        raise _other_grid(path, "its pixels have another size or direction")
+    normal = np.cross(*in_plane) / lengths.prod()
+    along = -offsets @ normal
+    k = int(np.argmin(np.abs(along)))
+    gap = np.abs(np.diff(stack.positions_mm @ normal)).max()
+    if not abs(along[k]) <= _ON_GRID * gap:
+        raise _other_grid(path, f"no slice lies where its frame {frame + 1} does")
+    shift = -(in_plane @ offsets[k]) / lengths**2
+    if not (np.abs(shift) < LARGEST_NUMBER).all():
+        raise _other_grid(path, f"its frame {frame + 1} lies far away")
+    if not (np.abs(shift - np.rint(shift)) <= _ON_GRID).all():
+        raise _other_grid(path, "it is shifted by a part of a pixel")
+    return int(np.rint(shift[0])), int(np.rint(shift[1])), k
+
+
+def _other_grid(path: Path, why: str) -> ExcludedCaseError:
+    return ExcludedCaseError(path, f"is not on the grid of the slices: {why}", "Export it on the grid of its CT.")
+
+
+def _frames(path: Path, dataset: pydicom.Dataset) -> np.ndarray:
+    """(frames, rows, columns) of 0 and 1."""
+    try:
+        return dataset.pixel_array.reshape(-1, int(dataset.Rows), int(dataset.Columns))
+    except Exception as error:  # damaged bytes make the decoders fail in any of their functions
+        raise ExcludedCaseError(path, f"pixels cannot be decoded ({error})", COPY_AGAIN) from None
+
+
+def _read(path: Path, only: list[str] | None = None) -> pydicom.Dataset:
+    from pydicom import config
+
+    try:
+        with config.disable_value_validation(), path.open("rb") as file:
+            dataset, _, size = read_dataset(path, file, LARGEST_MULTIFRAME_BYTES, only)
+    except OSError as error:
+        problem = f"cannot be read ({error.strerror})"
+        raise ExcludedCaseError(path, problem, "Check the file and its rights.") from None
+    if size is None:
+        raise ExcludedCaseError(path, f"unpacks to more than {LARGEST_MULTIFRAME_BYTES >> 20} MiB", "Check what it is.")
+    return dataset

@@ -1,0 +1,271 @@
+"""LUNA16: 888 CT of LIDC-IDRI as MetaImage, subset0/ to subset9/, each file called by its series.
+
+Nodules are what LIDC-IDRI's readers outlined: XML files anywhere below the folder, found by the series that they name.
+Without them, and on request only, they are spheres from `annotations.csv`. Setio et al., Medical Image Analysis
+42:1-13, 2017, doi 10.1016/j.media.2017.06.015.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import numpy as np
+from pydantic import AfterValidator
+
+from lungddpm.config.sections import Section
+from lungddpm.core.errors import ExcludedCaseError, InputError
+from lungddpm.core.labels import Label
+from lungddpm.core.progress import Progress
+from lungddpm.core.volume import AIR_HU, Volume, per_axis
+from lungddpm.sources import Scan, Series
+from lungddpm.sources.images.files import files_of, read_header, read_stored, stem_of, suffix_of
+from lungddpm.sources.images.patients import PatientOf, patient_finder
+from lungddpm.sources.images.settings import Images, check_table
+from lungddpm.sources.index import Cache, case_ids, files_below, reason_of, relative_name
+from lungddpm.sources.lidc.pairing import annotations_of, read_all, readings_of
+from lungddpm.sources.lidc.slices import Stack
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TITLE = "LUNA16, as MetaImage with LIDC-IDRI's reader XML"
+CITATION = "Setio et al., Medical Image Analysis 42:1, 2017, and Armato et al., Medical Physics 38:915, 2011."
+
+TABLE = "annotations.csv"
+_COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
+_SUFFIXES = (".mhd", ".mha")
+_LUNGS = "seg-lungs"
+"""Folders whose names begin so hold LUNA16's lung masks, under the names of the images."""
+_LARGEST_MM = 1e6
+_KEY = "source.luna16.nodules"
+SPHERES = f"nodules are spheres of the diameters in {TABLE}, not readers' outlines"
+
+
+class Settings(Section):
+    """How LUNA16 is read. Used when `source.kind` is `luna16`."""
+
+    nodules: Literal["readers", "spheres"] = "readers"
+    """`readers`: LIDC-IDRI's XML, which has to be below `source.path` as well. `spheres`: as large as
+    annotations.csv says, and where it says; they have no reader, and no shape."""
+    patient_table: Annotated[str | None, AfterValidator(check_table)] = None
+    """A table with the columns `file` (the series) and `patient` in the folder of the data set. null: each scan is a
+    patient of its own, though LIDC-IDRI has patients with two scans."""
+
+    @property
+    def caveat(self) -> str:
+        """What the report says of the nodules."""
+        return f"The {SPHERES}." if self.nodules == "spheres" else ""
+
+
+_DEFAULTS = Settings()
+
+
+@dataclass(frozen=True)
+class Sphere:
+    """One row of `annotations.csv`."""
+
+    centre_mm: tuple[float, float, float]
+    """LPS."""
+    diameter_mm: float
+
+
+def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> list[Series]:
+    """One series per image, from the headers of the images and the readers' XML, or from `annotations.csv`.
+
+    XML of series that are not here, and of chest radiographs, is no reason for a row: LUNA16 is a part of LIDC-IDRI.
+
+    Raises:
+        InputError: `annotations.csv` or the table of patients is needed, and missing or broken.
+    """
+    files, faults = files_below(path)
+    patient_of = patient_finder(path, Images(patient_table=settings.patient_table))
+    images: dict[str, list[Path]] = defaultdict(list)
+    for file in files:
+        if suffix_of(file.name) in _SUFFIXES and not _is_mask(file, path):
+            images[stem_of(file.name)].append(file)
+    found = [Series("", "", "", path=name, excluded=reason) for name, reason in faults.items()]
+    with Progress("headers of images", total=len(images)) as progress:
+        for copies in images.values():
+            found.append(_described(path, cache, copies, patient_of))
+            progress.advance()
+    annotated = _with_spheres if settings.nodules == "spheres" else _with_readings
+    found = annotated(path, cache, files, found)
+    names = case_ids(each.series_uid or each.path for each in found)
+    return [replace(each, case_id=name) for each, name in zip(found, names, strict=True)]
+
+
+def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Scan:
+    """Read one scan of the index in full, in the order in which its voxels are stored, as outlines count in that.
+
+    Args:
+        path: folder of the data set.
+        case: row of the index; `path`, `series_uid` and `annotations` are used.
+        settings: where nodules are from.
+
+    Raises:
+        ExcludedCaseError: an unreadable file, or outlines that do not fit the image.
+        InputError: `annotations.csv` is broken.
+    """
+    image = path / case["path"]
+    annotated = [path / name for name in json.loads(case["annotations"])]
+    try:
+        stored = read_stored(image)
+    except InputError as error:
+        raise ExcludedCaseError(error.what, error.problem, error.remedy) from None
+    array = stored.array
+    if array.dtype.kind == "f":
+        if not np.isfinite(array).all():
+            raise ExcludedCaseError(image, "holds NaN or infinity", "Copy it again.")
+        array = np.rint(array)
+    ct = stored.like(np.clip(array, AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
+    files = (*files_of(image), *annotated)
+    if settings.nodules == "spheres":
+        spheres = read_spheres(annotated[0]).get(case["series_uid"], [])
+        labels = paint(ct, spheres, image)
+        return Scan(ct=ct, labels=labels, files=files, notes=(SPHERES,))
+    return Scan(ct=ct, annotations=tuple(annotations_of(annotated, _stack(ct))), files=files)
+
+
+def read_spheres(table: Path) -> dict[str, list[Sphere]]:
+    """The rows of `annotations.csv`, by series.
+
+    Raises:
+        InputError: the table cannot be read, lacks a column, or holds what is no place or diameter.
+    """
+    try:
+        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(table.absolute(), f"cannot be read ({error})", "Copy it again.") from None
+    spheres: dict[str, list[Sphere]] = defaultdict(list)
+    for number, row in enumerate(rows, start=2):
+        if missing := [column for column in _COLUMNS if row.get(column) is None]:
+            problem = f"has no {', no '.join(missing)} in line {number}"
+            raise InputError(table.absolute(), problem, f"It has the columns {', '.join(_COLUMNS)}.")
+        try:
+            x, y, z, diameter = (float(row[column]) for column in _COLUMNS[1:])
+        except ValueError:
+            x = y = z = diameter = float("nan")
+        if not (all(abs(value) < _LARGEST_MM for value in (x, y, z)) and 0 < diameter < _LARGEST_MM):
+            raise InputError(table.absolute(), f"has no place and diameter in mm in line {number}", "Correct the line.")
+        spheres[row["seriesuid"].strip()].append(Sphere((x, y, z), diameter))
+    return dict(spheres)
+
+
+def paint(ct: Volume, spheres: list[Sphere], origin: Path) -> np.ndarray:
+    """Labels with a nodule in every voxel whose centre lies in a sphere, and at least in the one at its centre.
+
+    Args:
+        ct: the scan.
+        spheres: of it.
+        origin: its file, for messages.
+
+    Returns:
+        uint8 `Label`, of the scan's shape.
+
+    Raises:
+        ExcludedCaseError: a centre lies outside the scan.
+    """
+    labels = np.zeros(ct.shape, np.uint8)
+    to_index = np.linalg.inv(ct.affine)
+    for sphere in spheres:
+        centre_mm = np.array(sphere.centre_mm) * [-1, -1, 1]  # LPS to RAS
+        centre = to_index[:3, :3] @ centre_mm + to_index[:3, 3]
+        nearest = np.rint(centre).astype(int)
+        if (nearest < 0).any() or (nearest >= ct.shape).any():
+            raise ExcludedCaseError(origin, f"does not reach to a nodule of {TABLE}", "Match the table and the images.")
+        # A sphere of mm reaches as far along an axis of indices as that axis is long in the inverse.
+        reach = np.linalg.norm(to_index[:3, :3], axis=1) * sphere.diameter_mm / 2
+        low = np.maximum(np.floor(centre - reach), 0).astype(int)
+        high = np.minimum(np.ceil(centre + reach).astype(int) + 1, ct.shape)
+        inside = per_axis(slice(first, last) for first, last in zip(low.tolist(), high.tolist(), strict=True))
+        offsets = np.moveaxis(np.indices(high - low), 0, -1) + low - centre
+        near = np.linalg.norm(offsets @ ct.affine[:3, :3].T, axis=-1) <= sphere.diameter_mm / 2
+        labels[inside][near] = Label.NODULE
+        labels[tuple(nearest)] = Label.NODULE
+    return labels
+
+
+def _is_mask(image: Path, top: Path) -> bool:
+    return any(part.lower().startswith(_LUNGS) for part in image.relative_to(top).parts[:-1])
+
+
+def _described(top: Path, cache: Cache, copies: list[Path], patient_of: PatientOf) -> Series:
+    """What the header of an image says, and whose it is; `case_id` is still empty."""
+    image, *others = copies
+
+    def describe() -> dict:
+        try:
+            grid = read_header(image).grid
+            return {"size": list(grid.shape), "spacing_mm": grid.spacing_mm.tolist(), "excluded": ""}
+        except InputError as error:
+            return {"size": [0, 0, 0], "spacing_mm": [0.0, 0.0, 0.0], "excluded": reason_of(error, top)}
+
+    name = relative_name(image, top)
+    header = cache.recall(name, files_of(image), describe, keep=lambda header: not header["excluded"])
+    patient, excluded = "", header["excluded"]
+    try:
+        patient = patient_of(image)
+        if others:
+            named = ", ".join(relative_name(other, top) for other in others)
+            raise InputError(image, f"is there more than once ({named})", "Keep one copy of it.")
+    except InputError as error:
+        excluded = excluded or reason_of(error, top)
+    return Series(
+        case_id="",
+        patient_id=patient,
+        series_uid=stem_of(image.name),
+        size=tuple(header["size"]),
+        spacing_mm=tuple(header["spacing_mm"]),
+        path=name,
+        excluded=excluded,
+    )
+
+
+def _with_readings(top: Path, cache: Cache, files: list[Path], found: list[Series]) -> list[Series]:
+    """The series with what their readers' XML says, and a row for XML that cannot be read."""
+    xml_files = [file for file in files if file.suffix.lower() == ".xml"]
+    folders = {each.series_uid: [Path(each.path).parent.as_posix()] for each in found if each.series_uid}
+    reads = read_all(top, xml_files, folders, [], cache)
+
+    def read(series: Series) -> Series:
+        readings = readings_of(series.series_uid, series.path, reads)
+        fault = readings.fault
+        if not {series.series_uid} & (set(reads.of_series) | set(reads.faults)):
+            fault = f"{series.path}: no reader XML names this series. Add LIDC-IDRI's XML, or set {_KEY}: spheres."
+        return replace(
+            series,
+            n_nodules=readings.n_nodules,
+            annotations=readings.files,
+            excluded=series.excluded or fault,
+        )
+
+    return [
+        *(read(series) if series.series_uid else series for series in found),
+        *(row for row in reads.without_images if not row.series_uid),
+    ]
+
+
+def _with_spheres(top: Path, _cache: Cache, files: list[Path], found: list[Series]) -> list[Series]:
+    """The series with what `annotations.csv` says."""
+    table = next((file for file in files if file.name == TABLE), None)
+    if table is None:
+        remedy = f"Add it, or set {_KEY}: readers."
+        raise InputError(top.absolute(), f"has no {TABLE}, which {_KEY}: spheres needs", remedy)
+    spheres, name = read_spheres(table), relative_name(table, top)
+    return [
+        replace(each, n_nodules=len(spheres.get(each.series_uid, ())), annotations=(name,), notes=(SPHERES,))
+        if each.series_uid
+        else each
+        for each in found
+    ]
+
+
+def _stack(ct: Volume) -> Stack:
+    """The slices of an image, as outlines in XML find them: by position, as an image has no UIDs."""
+    positions = np.outer(np.arange(ct.shape[2]), ct.affine[:3, 2]) + ct.affine[:3, 3]
+    return Stack((), ct.shape, ct.affine, positions * [-1, -1, 1], None)
