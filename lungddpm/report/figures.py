@@ -80,7 +80,7 @@ _WORTH = {
     "kid_lungs": ("KID, lungs", "lower"),
 }
 """Column of `quality_and_cost.csv` -> what it is, and which values are good."""
-_COLOURS, _SHAPES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8a8a8a"), "osD^vP*X"
+_COLOURS, _SHAPES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8a8a8a"), "osD^vPX<"
 _MARKS = [(colour, _SHAPES[(n + turn) % 8]) for turn in range(8) for n, colour in enumerate(_COLOURS)]
 """Colours and shapes of points: every pair once, and neighbours differ in both."""
 _BY_NETWORK = ("fid", "mmd_squared")
@@ -499,7 +499,7 @@ def cost_plot(costs: pd.DataFrame) -> Figure:
         costs: rows of `quality_and_cost.csv`; of several runs, with names that tell them apart.
     """
     real = costs[costs["generator"] == REAL_CT]
-    made = costs[costs["generator"] != REAL_CT]
+    made = costs[(costs["generator"] != REAL_CT) & costs[list(_COSTS)].notna().any(axis=1)]
     worth = {column: text for column, text in _WORTH.items() if made[column].notna().any()}
     if not worth:
         return _empty_figure("no generator's worth was measured")
@@ -526,12 +526,16 @@ def cost_plot(costs: pd.DataFrame) -> Figure:
             line[0].set_ylabel(f"{title}\n({better}: better)", fontsize=8)
             line[0].margins(y=0.15)
         for axis, (cost, title) in zip(axes[-1], _COSTS.items(), strict=True):
-            # Generators without a network ask for none.
-            if cost == "function_evaluations":
-                axis.set_xscale("symlog", linthresh=1)
-                axis.set_xlim(left=-0.4)
-            else:
+            most = made[cost].max()
+            if cost == "memory_mib":
+                axis.set_xlim(0, 1.15 * most if most > 0 else 1)
+            elif cost == "seconds_per_volume":
                 axis.set_xscale("log")
+            else:
+                # Generators without a network ask for none.
+                axis.set_xscale("symlog", linthresh=1)
+                axis.set_xlim(-0.4, 3 * most if most > 0 else 1)
+            axis.xaxis.set_major_formatter("{x:g}")
             axis.set_xlabel(title, fontsize=8)
         handles = [
             Line2D([], [], color=colour, marker=marker, linestyle="", label=name)

@@ -80,6 +80,11 @@ def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=DRAWING_COLUMNS)
 
 
+def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
+    """Mean sampling time in seconds by generator, where recorded."""
+    return drawing_costs(results, generators).set_index("generator")["seconds_per_volume"].dropna().to_dict()
+
+
 def training_curves(config: Config, results: Path) -> pd.DataFrame:
     """The training of every replicate whose log is there, one row per saved state: `CURVE_COLUMNS`."""
     rows = []

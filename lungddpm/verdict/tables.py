@@ -30,7 +30,14 @@ from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_t
 from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
 from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
 from lungddpm.verdict.published import published_comparison
-from lungddpm.verdict.records import drawing_costs, quality_files, quality_table, timing_table, training_curves
+from lungddpm.verdict.records import (
+    drawing_costs,
+    quality_files,
+    quality_table,
+    seconds_per_volume,
+    timing_table,
+    training_curves,
+)
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
@@ -476,13 +483,12 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     )
     tables["training_curves"] = training_curves(config, results)
     tables["convergence"] = convergence_table(tables["training_curves"])
-    drawing = drawing_costs(results, generators)
     if generators:
-        tables["quality_and_cost"] = cost_table(config, drawing, tables)
+        tables["quality_and_cost"] = cost_table(config, drawing_costs(results, generators), tables)
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),
-        drawing.set_index("generator")["seconds_per_volume"].dropna().to_dict(),
+        seconds_per_volume(results, generators),
         simulated=config.source.is_simulated,
     )
     if len(timing := timing_table(results)):

@@ -204,7 +204,8 @@ def test_costs_have_a_row_for_each_measure_and_a_column_for_each_cost():
     }
     none = {"generator": "none", "function_evaluations": 0, "seconds_per_volume": 0.1, "memory_mib": 200}
     none |= {"label_fidelity_dice": 0.1, "nodule_hu_difference": 300, "kid_lungs": 0.9}
-    table = pd.DataFrame([real, slow, none]).assign(fid_lungs=np.nan)
+    external = {"generator": "of unknown cost", "label_fidelity_dice": 0.5}
+    table = pd.DataFrame([real, slow, none, external]).assign(fid_lungs=np.nan)
     figure = cost_plot(table)
     axes = np.array(figure.axes).reshape(3, 3)
     assert [axis.get_ylabel().split("\n(")[0] for axis in axes[:, 0]] == [
@@ -216,6 +217,8 @@ def test_costs_have_a_row_for_each_measure_and_a_column_for_each_cost():
     points = [line.get_xydata().tolist() for line in axes[0, 0].lines if line.get_marker() not in ("None", "")]
     assert points == [[[250, 0.7]], [[0, 0.1]]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["slow", "none", "real CT"]
+    left, right = axes[0, 0].get_xlim()
+    assert left < 0 < 250 < right
     (bars,) = axes[2, 1].collections
     assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.25, 0.35])
     assert "measured" in cost_plot(table[["generator"]].reindex(columns=table.columns)).texts[0].get_text()

@@ -15,7 +15,7 @@ from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality.image_quality import SET_COLUMNS
-from lungddpm.verdict.records import drawing_costs, quality_table, timing_table
+from lungddpm.verdict.records import drawing_costs, quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
@@ -373,6 +373,7 @@ def test_times_come_from_benchmarks_and_samples(make_results):
     }
     assert (nothing["n_volumes"], nothing["device"]) == (0, "")
     assert np.isnan(nothing["seconds_per_volume"])
+    assert seconds_per_volume(results, ["lung_ddpm", "reference"]) == {"lung_ddpm": 2.5}
 
 
 def test_the_device_is_the_one_that_the_stage_used_last(make_results):
