@@ -31,6 +31,7 @@ from lungddpm.quality.image_quality import (
     VOXEL_SD,
     WHOLE,
 )
+from lungddpm.quality.textures import TEXTURES
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.statistics import caveats, minimum_cases
@@ -385,12 +386,14 @@ def show_costs(costs: pd.DataFrame) -> DisplayTable:
 
 
 def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
-    """`label_fidelity.csv` for reading."""
+    """`label_fidelity.csv` for reading; textures of which there is no lesion are left out."""
+    kinds = {size: f"_{column}" for size, column in SIZE_COLUMNS.items()}
+    kinds |= {text: f"_{column}" for text, column in TEXTURES.items() if fidelity[f"n_lesions_{column}"].any()}
     rows = []
     for row in fidelity.to_dict("records"):
         recalls = [
-            f"{100 * row[f'recall{size}']:.0f} % of {row[f'n_lesions{size}']}" if row[f"n_lesions{size}"] else ""
-            for size in ("", *(f"_{column}" for column in SIZE_COLUMNS.values()))
+            f"{100 * row[f'recall{kind}']:.0f} % of {row[f'n_lesions{kind}']}" if row[f"n_lesions{kind}"] else ""
+            for kind in ("", *kinds.values())
         ]
         rows.append(
             [
@@ -401,9 +404,9 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
             ]
         )  # fmt: skip
     heads = ["CT", "cases", "Dice ± sd", "to the ceiling", "CI", "lesions found",
-             *[f"found, {size}" for size in SIZE_COLUMNS], "to the ceiling, points",
+             *[f"found, {kind}" for kind in kinds], "to the ceiling, points",
              "false positives per scan"]  # fmt: skip
-    return DisplayTable(heads, rows, [False, *[True] * 10])
+    return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)])
 
 
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
