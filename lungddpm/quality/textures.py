@@ -1,8 +1,8 @@
 """Whether the nodules of a layout are solid: by readers' ratings of the real nodules that they are, or were made of.
 
 A layout does not show it, and most generators do not know it. So what is found by texture says how a generator draws
-the nodules of a kind, beside how real ones of that kind are found: of one that draws all of them solid,
-segmenters find more ground glass than in real CT.
+the nodules of a kind, beside how real ones of that kind are found. Where it draws all of them solid, segmenters find
+more of the ground glass than in real CT.
 """
 
 from __future__ import annotations

@@ -31,15 +31,10 @@ def layout_of(*cubes):
 @pytest.mark.parametrize(
     ("rating", "texture"),
     [
-        (1, "ground glass"),
-        (2, "ground glass"),
-        (2.5, "part-solid"),
-        (3, "part-solid"),
-        (3.5, "part-solid"),
-        (4, "solid"),
-    ]
-    + [(5, "solid"), (math.nan, "")],
-)
+        (1, "ground glass"), (2, "ground glass"), (2.5, "part-solid"), (3, "part-solid"), (3.5, "part-solid"),
+        (4, "solid"), (5, "solid"), (math.nan, ""),
+    ],
+)  # fmt: skip
 def test_ratings_are_read_as_radiologists_give_them(rating, texture):
     assert texture_of(rating) == texture
 
