@@ -1,8 +1,10 @@
-"""How this process gets its memory from the kernel."""
+"""How this process gets its memory from the kernel, and how much it took."""
 
 from __future__ import annotations
 
 import ctypes
+import resource
+import sys
 
 # Parameters of glibc's mallopt.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -17,3 +19,13 @@ def keep_freed_memory() -> None:
     if set_option is not None:
         set_option(_M_MMAP_MAX, 0)
         set_option(_M_TRIM_THRESHOLD, -1)
+
+
+def peak_memory_mib(device: str = "cpu") -> float:
+    """Most memory in MiB so far: of tensors on a GPU, else of the whole process."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)

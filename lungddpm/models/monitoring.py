@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core import drawing
 from lungddpm.core.files import seed_from, write_table
 from lungddpm.core.labels import Label
+from lungddpm.core.memory import peak_memory_mib
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
 from lungddpm.models.data import TrainingData, draw_crop
@@ -90,10 +89,7 @@ class Monitor:
 
 def memory_mib(device: torch.device) -> float:
     """Most memory in MiB so far: of tensors on a GPU, else of the whole process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+    return peak_memory_mib(str(device))
 
 
 def grid_cases(data: TrainingData) -> list[int]:

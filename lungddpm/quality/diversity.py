@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 
+import cc3d
 import numpy as np
 
-from lungddpm.quality.similarity import similarities
+from lungddpm.core.volume import per_axis
+from lungddpm.quality.similarity import WINDOW, n_scales, similarities
 
 
 def nearest_case(image: np.ndarray, mask: np.ndarray, cases: Mapping[str, np.ndarray]) -> tuple[str, float]:
@@ -27,21 +30,80 @@ def nearest_case(image: np.ndarray, mask: np.ndarray, cases: Mapping[str, np.nda
     return nearest, distances[nearest]
 
 
-def memorisation(samples: np.ndarray, real: np.ndarray) -> tuple[float, int]:
+@dataclass(frozen=True)
+class Nearness:
+    """How near samples come to training cases, against how near real cases of other patients do.
+
+    None of the figures proves a copy, or that there is none. Distance also shrinks where an image is smoother than a
+    real one: with cases that are alike on average, one without any texture is 1 / sqrt 2 times as far as a real one.
+    The ratio of the medians does not see a few copies among many samples; the others see one, but the smallest of many
+    distances is small by chance as well. A copy that was shifted, or is brighter, escapes all of them.
+    """
+
+    ratio: float
+    """Of the medians, samples over real cases."""
+    smallest_ratio: float
+    """Of the smallest distances."""
+    n_nearer: int
+    """Samples that are nearer than the nearest real case."""
+
+
+def memorisation(samples: np.ndarray, real: np.ndarray) -> Nearness:
     """Whether samples lie nearer to the training cases than real cases lie to each other.
 
     Args:
-        samples: distance of each sample to its nearest training case.
+        samples: distance of each sample to its nearest training case; at least one.
         real: the same of real cases, itself and its patient left out; at least one.
-
-    Returns:
-        Ratio of the medians (samples over real), and number of samples that are nearer than the nearest real case.
-        Distance also shrinks where an image is smoother than a real one, so neither proves a copy by itself.
     """
-    return float(np.median(samples) / np.median(real)), int(np.count_nonzero(samples < real.min()))
+    nearer = int(np.count_nonzero(samples < real.min()))
+    return Nearness(float(np.median(samples) / np.median(real)), float(samples.min() / real.min()), nearer)
 
 
-def pairwise_similarity(images: list[np.ndarray], masks: dict[str, np.ndarray]) -> dict[str, list[float]]:
+@dataclass(frozen=True)
+class NoduleDraws:
+    """How one nodule of a layout differs between draws."""
+
+    voxel_sd: float
+    """Root of the variance over draws, averaged over its voxels."""
+    mean_sd: float
+    """Standard deviation over draws of its mean."""
+    similarities: list[float]
+    """MS-SSIM within it, of every two draws."""
+    scales: int
+    """Of MS-SSIM; with one it is SSIM."""
+
+
+def compare_draws(images: Sequence[np.ndarray], nodules: np.ndarray) -> list[NoduleDraws]:
+    """How several draws of one layout differ in each of its nodules (components by all 26 neighbours).
+
+    Similarity is taken in a box that holds the nodule and what SSIM's window sees from it, so that the coarser scales
+    of MS-SSIM do not compare what lies far around. Small nodules have room for one scale.
+
+    Args:
+        images: (x, y, z) each, in [0, 1]; at least two.
+        nodules: bool, of that shape.
+    """
+    numbers = cc3d.connected_components(nodules, connectivity=26)
+    boxes = cc3d.statistics(numbers)["bounding_boxes"][1:]
+    return [_compare_nodule(images, numbers == number, box) for number, box in enumerate(boxes, start=1)]
+
+
+def _compare_nodule(images: Sequence[np.ndarray], nodule: np.ndarray, box: Sequence[slice]) -> NoduleDraws:
+    values = np.array([image[nodule] for image in images], np.float64)
+    around = per_axis(_seen_from(side, size) for side, size in zip(box, nodule.shape, strict=True))
+    within = pairwise_similarity([image[around] for image in images], {"nodule": nodule[around]})["nodule"]
+    scales = n_scales(nodule[around].shape)
+    voxel_sd = float(np.sqrt(values.var(axis=0, ddof=1).mean()))
+    return NoduleDraws(voxel_sd, float(values.mean(axis=1).std(ddof=1)), within, scales)
+
+
+def _seen_from(side: slice, size: int) -> slice:
+    """What SSIM's window sees from a part of an axis, within the axis; no shorter than the window."""
+    low, high = max(int(side.start) - WINDOW // 2, 0), min(int(side.stop) + WINDOW // 2, size)
+    return slice(max(min(low, size - WINDOW), 0), max(high, min(WINDOW, size)))
+
+
+def pairwise_similarity(images: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """MS-SSIM of every two images, within each region; the lower, the more they differ.
 
     Args:

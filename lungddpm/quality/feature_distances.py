@@ -1,8 +1,9 @@
-"""Distances between two sets of CT volumes, in the features of a network: FID and MMD."""
+"""How far two sets of CT volumes are apart, in the features of a network: FID, MMD, KID, and what `two_samples` has."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy.spatial.distance import cdist, pdist
@@ -11,6 +12,8 @@ MEDICALNET = "MedicalNet ResNet-50"
 """What tables call the feature network with its public weights."""
 _ROUNDING = 1e-12
 _TOO_FEW = "needs two images on each side"
+_TOO_FEW_NEIGHBOURS = "needs four images on each side"
+_TOO_FEW_PATIENTS = "needs two patients on each side"
 _SINGULAR = "fewer images than features: biased upwards, compare with the floors only"
 
 
@@ -56,41 +59,139 @@ def median_distance(features: np.ndarray) -> float:
     return float(np.median(pdist(features)))
 
 
-def distances_of_sets(
-    sets: dict[str, list[np.ndarray]], references: list[np.ndarray], others: list[np.ndarray], regions: tuple[str, ...]
-) -> list[dict]:
-    """FID and squared MMD of sets of images against the references.
+@dataclass(frozen=True)
+class ImageSet:
+    """Features of several images, and whose images they are.
+
+    Attributes:
+        features: (regions, features) of each.
+        patients: a name for each; images of one patient are not independent of each other.
+    """
+
+    features: list[np.ndarray] = field(default_factory=list)
+    patients: list[str] = field(default_factory=list)
+
+    def add(self, features: np.ndarray, patient: str) -> None:
+        """One more image."""
+        self.features.append(features)
+        self.patients.append(patient)
+
+    def of_region(self, place: int) -> np.ndarray:
+        """(images, features) of one region."""
+        return np.array([each[place] for each in self.features])
+
+
+def kernel_distance(
+    first: np.ndarray, second: np.ndarray, first_patients: list[str], second_patients: list[str]
+) -> tuple[float, float]:
+    """KID: the squared MMD, unbiased, with the kernel (x y / features + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401).
+
+    Its expectation does not depend on the numbers of images, as that of FID does. All pairs of images are taken, not
+    random blocks of them. The standard error is a jackknife over patients: each is left out once, with all images on
+    both sides, as those of one patient are alike. Where both sets are from one distribution, it is too large.
 
     Args:
-        sets: image -> (regions, features) of each volume.
-        references: the same of each reference.
-        others: the same of each other real case: the median distance between all real cases is the kernel's bandwidth,
-            one for all sets, so that they can be compared.
+        first: (n1, features), n1 >= 2.
+        second: (n2, features), n2 >= 2.
+        first_patients: of whom each image is.
+        second_patients: likewise.
+
+    Returns:
+        (distance, standard error); the latter is NaN where a patient's absence leaves less than two images on a side.
+    """
+
+    def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1) ** 3
+
+    matrices = kernel(first, first), kernel(second, second), kernel(first, second)
+    named = np.array(first_patients), np.array(second_patients)
+    patients = sorted({*first_patients, *second_patients})
+    left = [_of_pairs(*matrices, *(names != patient for names in named)) for patient in patients]
+    spread = (len(left) - 1) * float(np.var(left)) if len(left) > 1 else math.nan
+    everybody = (np.ones(len(names), bool) for names in named)
+    return _of_pairs(*matrices, *everybody), math.sqrt(spread)
+
+
+def _of_pairs(
+    within_first: np.ndarray, within_second: np.ndarray, across: np.ndarray, in_first: np.ndarray, in_second: np.ndarray
+) -> float:
+    """The unbiased estimate from the kernel's values, over some of the images on either side."""
+    if min(in_first.sum(), in_second.sum()) < 2:
+        return math.nan
+    within = 0.0
+    for matrix, chosen in ((within_first, in_first), (within_second, in_second)):
+        number, pairs = int(chosen.sum()), matrix[np.ix_(chosen, chosen)]
+        within += float(pairs.sum() - pairs.trace()) / (number * (number - 1))
+    return within - 2 * float(across[np.ix_(in_first, in_second)].mean())
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A figure of two sets, and what else to know about it."""
+
+    value: float
+    note: str
+    standard_error: float = math.nan
+
+
+def distances_of_sets(
+    sets: dict[str, ImageSet], references: ImageSet, others: ImageSet, regions: tuple[str, ...]
+) -> list[dict]:
+    """How far sets of images are from the references: FID, squared MMD, KID, precision, recall, and a classifier's AUC.
+
+    Args:
+        sets: image -> its volumes.
+        references: the real cases that they are compared with.
+        others: all other real cases: the median distance between all real cases is the bandwidth of MMD's kernel, one
+            for all sets, so that they can be compared.
         regions: their names.
 
     Returns:
-        One dict {image, region, metric, value, n, n_real, note} a set, region and metric; the value is NaN, and the
-        note says why, where a set has fewer than two images.
+        One dict {image, region, metric, value, standard_error, n, n_real, note} a set, region and metric; the value is
+        NaN, and the note says why, where a set has too few images.
     """
     rows = []
     for place, region in enumerate(regions):
-        real, every_real = (np.array([x[place] for x in cases]) for cases in (references, [*references, *others]))
+        real = references.of_region(place)
+        every_real = np.array([each[place] for each in [*references.features, *others.features]])
         for image, volumes in sets.items():
-            if not volumes:
+            if not volumes.features:
                 continue
-            features = np.array([x[place] for x in volumes])
-            values, notes = {"fid": math.nan, "mmd_squared": math.nan}, dict.fromkeys(("fid", "mmd_squared"), _TOO_FEW)
-            if min(len(features), len(real)) > 1:
-                bandwidth = median_distance(every_real)
-                values = {
-                    "fid": frechet_distance(features, real),
-                    "mmd_squared": squared_mmd(features, real, bandwidth),
-                }
-                few = min(len(features), len(real)) <= features.shape[1]
-                notes = {"fid": _SINGULAR if few else "", "mmd_squared": f"bandwidth {bandwidth:.4g}"}
+            made = volumes.of_region(place)
+            found = _moments(made, real, every_real) | _samples(made, real, volumes.patients, references.patients)
             rows += [
-                {"image": image, "region": region, "metric": metric, "value": value, "n": len(features)}
-                | {"n_real": len(real), "note": notes[metric]}
-                for metric, value in values.items()
+                {"image": image, "region": region, "metric": metric, "value": one.value}
+                | {"standard_error": one.standard_error, "n": len(made), "n_real": len(real), "note": one.note}
+                for metric, one in found.items()
             ]
     return rows
+
+
+def _moments(made: np.ndarray, real: np.ndarray, every_real: np.ndarray) -> dict[str, _Measured]:
+    """FID and squared MMD."""
+    if min(len(made), len(real)) < 2:
+        return dict.fromkeys(("fid", "mmd_squared"), _Measured(math.nan, _TOO_FEW))
+    bandwidth, few = median_distance(every_real), min(len(made), len(real)) <= made.shape[1]
+    return {
+        "fid": _Measured(frechet_distance(made, real), _SINGULAR if few else ""),
+        "mmd_squared": _Measured(squared_mmd(made, real, bandwidth), f"bandwidth {bandwidth:.4g}"),
+    }
+
+
+def _samples(
+    made: np.ndarray, real: np.ndarray, made_patients: list[str], real_patients: list[str]
+) -> dict[str, _Measured]:
+    """KID, precision, recall, and the AUC of a classifier."""
+    # They import scikit-learn, which those who only read what is written here can do without.
+    from lungddpm.quality.two_samples import NEIGHBOURS, classifier_auc, share_within
+
+    found = {"kid": _Measured(math.nan, _TOO_FEW)}
+    if min(len(made), len(real)) > 1:
+        kid, standard_error = kernel_distance(made, real, made_patients, real_patients)
+        found["kid"] = _Measured(kid, "standard error: patients left out in turn", standard_error)
+    enough = min(len(made), len(real)) > NEIGHBOURS
+    for metric, points, centres in (("feature_precision", made, real), ("feature_recall", real, made)):
+        share = share_within(points, centres) if enough else math.nan
+        found[metric] = _Measured(share, f"{NEIGHBOURS} neighbours" if enough else _TOO_FEW_NEIGHBOURS)
+    auc = classifier_auc(made, real, made_patients, real_patients)
+    return found | {"classifier_auc": _Measured(auc, _TOO_FEW_PATIENTS if math.isnan(auc) else "")}

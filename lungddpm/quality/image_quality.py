@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from scipy.ndimage import binary_dilation, generate_binary_structure
+from scipy.ndimage import binary_dilation, generate_binary_structure, label, mean
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases
@@ -26,9 +26,9 @@ from lungddpm.core.progress import Progress
 from lungddpm.core.roles import DISCOVERY, REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, to_model_range
-from lungddpm.quality.calibration import compare_hu
-from lungddpm.quality.diversity import memorisation, nearest_case, pairwise_similarity
-from lungddpm.quality.feature_distances import distances_of_sets
+from lungddpm.quality.calibration import NODULES, compare_hu
+from lungddpm.quality.diversity import NoduleDraws, compare_draws, memorisation, nearest_case, pairwise_similarity
+from lungddpm.quality.feature_distances import ImageSet, distances_of_sets
 from lungddpm.quality.similarity import n_scales, similarities
 
 if TYPE_CHECKING:
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 COLUMNS = ["generator", "case_id", "reference", "image", "region", "metric", "value", "note"]
 """One row per sample, image, region and metric. `image` is what is compared: `SYNTHETIC` or a floor."""
 SET_COLUMNS = [
-    "generator", "image", "region", "metric", "value", "n", "n_real", "extractor", "weights_sha256", "note",
+    "generator", "image", "region", "metric", "value", "standard_error", "n", "n_real", "extractor", "weights_sha256",
+    "note",
 ]  # fmt: skip
-"""One row per set of images, region and metric: `n` images (or pairs of them) beside `n_real` real cases."""
+"""One row per set of images, region and metric: `n` images (or pairs, or nodules) beside `n_real` real cases."""
 SYNTHETIC, CONSTANT_LUNGS, SHIFTED = "synthetic", "constant lungs", "shifted references"
 """Of the two floors, one keeps nothing but the references' brightness, the other changes nothing but that."""
 OTHER_PATIENTS, COPIES = "other patients", "copies of the references"
@@ -48,6 +49,10 @@ WHOLE, LUNGS, SEAM = "whole volume", "lungs", "seam"
 """Two of the `regions`, and the border between what the layout names and what it leaves open."""
 METRICS = ("mse", "psnr_db", "ssim", "ms_ssim", "mean_difference_hu")
 SEAM_RATIO, NEAREST = "gradient_ratio", "nearest_training_rms_hu"
+MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER = "nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real"
+"""Memorisation, see `diversity.Nearness`."""
+PAIRWISE, VOXEL_SD, MEAN_SD = "pairwise_ms_ssim", "voxel_sd_hu", "nodule_mean_sd_hu"
+"""Diversity of the draws of one layout; the last also of real nodules, beside which it can be read."""
 _SHELL_VOXELS = 2
 
 
@@ -99,7 +104,7 @@ def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.nd
     return {
         WHOLE: np.ones(layout.shape, bool),
         LUNGS: (layout != Label.BACKGROUND) & same,
-        "nodules": nodules,
+        NODULES: nodules,
         "nodules and shell": with_shell & (layout != Label.BACKGROUND),
     }
 
@@ -186,6 +191,17 @@ def seam_ratio(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, sam
     return float(of_image / of_reference) if of_reference else math.nan
 
 
+def nodule_means(hu: np.ndarray, layout: np.ndarray) -> list[float]:
+    """Mean HU of each nodule (component by all 26 neighbours).
+
+    Args:
+        hu: (x, y, z).
+        layout: labels, same shape.
+    """
+    numbers, count = label(layout == Label.NODULE, generate_binary_structure(3, 3))
+    return [float(value) for value in mean(hu, numbers, range(1, count + 1))] if count else []
+
+
 def list_samples(sample_tables: list[Path]) -> pd.DataFrame:
     """The usable rows of a generator's case tables, in order, with the `folder` of each sample; each once, though
     doses share samples."""
@@ -242,12 +258,14 @@ class RealCase:
         patient_id: its patient.
         hu: (x, y, z) int16, clipped to the window.
         lungs: bool, same shape: what its layout names, nodules and vessels too.
+        nodules_hu: mean HU of each of its nodules.
     """
 
     case_id: str
     patient_id: str
     hu: np.ndarray
     lungs: np.ndarray
+    nodules_hu: list[float]
 
 
 def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], generator: str, output: Path) -> None:
@@ -275,7 +293,7 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
     rows = _judge_samples(cases_table, samples, training, window, f"image quality of {generator}")
     rows += _nearest_of_real(training, references)
     sets = _distance_rows(cases_table, samples, training, references, window, extractor)
-    sets += _memorisation_rows(rows, len(training)) + _diversity_rows(samples, window)
+    sets += _memorisation_rows(rows, len(training)) + _diversity_rows(samples, window) + _real_nodules_row(training)
     for path, found, columns in ((output, rows, COLUMNS), (sets_beside(output), sets, SET_COLUMNS)):
         write_table(path, pd.DataFrame([{"generator": generator, **row} for row in found], columns=columns))
 
@@ -289,8 +307,8 @@ def _read_real(cases_table: Path, table: pd.DataFrame, role: str, window: tuple[
     found = []
     for _, row in cases.usable(table, role).iterrows():
         ct, layout = cases.folder_of(cases_table, row).read()
-        lungs = layout.array != Label.BACKGROUND
-        found.append(RealCase(row["case_id"], row["patient_id"], _clip(ct, window), lungs))
+        lungs, hu = layout.array != Label.BACKGROUND, _clip(ct, window)
+        found.append(RealCase(row["case_id"], row["patient_id"], hu, lungs, nodule_means(hu, layout.array)))
     return found
 
 
@@ -363,17 +381,26 @@ def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
     distances = {image: found.loc[found["image"] == image, "value"].to_numpy() for image in found["image"].unique()}
     real, summary = distances.pop(OTHER_PATIENTS, np.array([])), []
     for image, of_image in distances.items():
-        keys = {"image": image, "region": LUNGS, "n": len(of_image), "n_real": n_training}
-        ratio, nearer = math.nan, math.nan
-        ratio_note = nearer_note = "no two real cases of different patients"
+        values = dict.fromkeys((MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER), math.nan)
+        notes = dict.fromkeys(values, "no two real cases of different patients")
         if len(real):
-            ratio, nearer = memorisation(of_image, real)
+            nearness = memorisation(of_image, real)
+            values = {
+                MEDIAN_RATIO: nearness.ratio,
+                SMALLEST_RATIO: nearness.smallest_ratio,
+                N_NEARER: nearness.n_nearer,
+            }
+            nearest = found[found["image"] == image].sort_values("value", kind="stable").iloc[0]
             # Were samples and real cases alike, each would be as likely the nearest of all.
             by_chance = len(of_image) / (len(real) + 1)
-            ratio_note = f"real: {np.median(real):.0f} HU"
-            nearer_note = f"real: {real.min():.0f} HU; by chance {by_chance:.2g}"
-        summary.append(keys | {"metric": "nearest_training_ratio", "value": ratio, "note": ratio_note})
-        summary.append(keys | {"metric": "n_nearer_than_any_real", "value": nearer, "note": nearer_note})
+            notes = {
+                MEDIAN_RATIO: f"real: {np.median(real):.0f} HU",
+                SMALLEST_RATIO: f"{nearest['case_id']} is {nearest['value']:.0f} HU from {nearest['note']}; "
+                f"real: {real.min():.0f} HU",
+                N_NEARER: f"real: {real.min():.0f} HU; by chance {by_chance:.2g}",
+            }
+        keys = {"image": image, "region": LUNGS, "n": len(of_image), "n_real": n_training}
+        summary += [keys | {"metric": name, "value": value, "note": notes[name]} for name, value in values.items()]
     return summary
 
 
@@ -381,7 +408,7 @@ def _distance_rows(
     cases_table: Path, samples: pd.DataFrame, training: list[RealCase], references: list[RealCase],
     window: tuple[float, float], extractor: Extractor,
 ) -> list[dict]:  # fmt: skip
-    """FID and MMD of the samples and of all floors, in the features of a network."""
+    """How far the samples and all floors are from the references, in the features of a network."""
     with Progress(f"features by {extractor.name}", len(training) + len(references) + 2 * len(samples)) as progress:
 
         def features(hu: np.ndarray, lungs: np.ndarray) -> np.ndarray:
@@ -390,40 +417,80 @@ def _distance_rows(
             progress.advance()
             return found
 
-        of_reference = {case.case_id: features(case.hu, case.lungs) for case in references}
-        sets: dict[str, list[np.ndarray]] = {SYNTHETIC: [], SHIFTED: [], CONSTANT_LUNGS: [], COPIES: []}
-        sets[OTHER_PATIENTS] = [features(case.hu, case.lungs) for case in training]
-        for folder in samples["folder"]:
-            sample = read_sample(folder, cases_table)
+        real, sets = ImageSet(), {image: ImageSet() for image in (SYNTHETIC, SHIFTED, CONSTANT_LUNGS, COPIES)}
+        sets[OTHER_PATIENTS] = ImageSet()
+        for to, of_role in ((real, references), (sets[OTHER_PATIENTS], training)):
+            for case in of_role:
+                to.add(features(case.hu, case.lungs), case.patient_id)
+        of_reference = dict(zip((case.case_id for case in references), real.features, strict=True))
+        for row in samples.to_dict("records"):
+            sample = read_sample(row["folder"], cases_table)
+            # One that was made without a reference is of nobody.
+            patient = row["case_id"] if sample.reference is None else row["patient_id"]
             for image, hu in _images_of(sample, window).items():
-                sets[image].append(features(hu, sample.layout.array != Label.BACKGROUND))
+                sets[image].add(features(hu, sample.layout.array != Label.BACKGROUND), patient)
             if sample.reference is not None and sample.reference.case_id in of_reference:
-                sets[COPIES].append(of_reference[sample.reference.case_id])
-    rows = distances_of_sets(sets, list(of_reference.values()), sets[OTHER_PATIENTS], (WHOLE, LUNGS))
+                sets[COPIES].add(of_reference[sample.reference.case_id], patient)
+    rows = distances_of_sets(sets, real, sets[OTHER_PATIENTS], (WHOLE, LUNGS))
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     return [row | network for row in rows]
 
 
 def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[dict]:
-    """How alike the samples of one layout are: mean MS-SSIM of all pairs."""
+    """How alike the samples of one layout are: over all pairs, MS-SSIM; in the nodules, HU as well."""
     by_layout = defaultdict(list)
     for row in samples.to_dict("records"):
         by_layout[row["patient_id"], sha256_of(row["folder"].layout)].append(row["folder"])
     alike = [folders for folders in by_layout.values() if len(folders) > 1]
     note = "no two samples have one layout"
     pairs: dict[str, list[float]] = {WHOLE: [], LUNGS: []}
+    nodules: list[NoduleDraws] = []
     for folders in alike:
         volumes = [folder.read() for folder in folders]
-        lungs = volumes[0][1].array != Label.BACKGROUND
+        layout = volumes[0][1].array
+        lungs = layout != Label.BACKGROUND
         images = [unit_range(ct.array, window) for ct, _ in volumes]
         for region, values in pairwise_similarity(images, {WHOLE: np.ones_like(lungs), LUNGS: lungs}).items():
             pairs[region] += values
+        nodules += compare_draws(images, layout == Label.NODULE)
         note = f"{plural(n_scales(lungs.shape), 'scale')}, {plural(len(alike), 'layout')}"
-    return [
-        {"image": SYNTHETIC, "region": region, "metric": "pairwise_ms_ssim"}
-        | {"value": float(np.mean(values)) if values else math.nan, "n": len(values), "n_real": 0, "note": note}
+    rows = [
+        {"region": region, "metric": PAIRWISE, "n": len(values), "note": note}
+        | {"value": float(np.mean(values)) if values else math.nan}
         for region, values in pairs.items()
     ]
+    of_nodules = f"{plural(len(nodules), 'nodule')}, {plural(len(alike), 'layout')}" if alike else note
+    rows += _nodule_rows(nodules, window[1] - window[0], of_nodules)
+    return [{"image": SYNTHETIC, "n_real": 0, **row} for row in rows]
+
+
+def _nodule_rows(nodules: list[NoduleDraws], width_hu: float, note: str) -> list[dict]:
+    """Diversity within nodules, over all of them; spreads are roots of mean variances."""
+    spreads = {
+        VOXEL_SD: [nodule.voxel_sd for nodule in nodules],
+        MEAN_SD: [nodule.mean_sd for nodule in nodules],
+    }
+    rows = [
+        {"metric": metric, "n": len(sds), "note": note}
+        | {"value": width_hu * math.sqrt(np.square(sds).mean()) if sds else math.nan}
+        for metric, sds in spreads.items()
+    ]
+    pairs = [value for nodule in nodules for value in nodule.similarities]
+    if nodules:
+        least, most = (pick(nodule.scales for nodule in nodules) for pick in (min, max))
+        note = f"{plural(most, 'scale') if least == most else f'{least} to {most} scales'}, {note}"
+    value = float(np.mean(pairs)) if pairs else math.nan
+    rows.append({"metric": PAIRWISE, "value": value, "n": len(pairs), "note": note})
+    return [{"region": NODULES, **row} for row in rows]
+
+
+def _real_nodules_row(training: list[RealCase]) -> list[dict]:
+    """How much the mean HU of real nodules differ: what draws that vary as much as real nodules would come to."""
+    found = [hu for case in training for hu in case.nodules_hu]
+    sd = float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
+    note = f"{plural(len(found), 'real nodule')}, each of its own layout"
+    row = {"image": OTHER_PATIENTS, "region": NODULES, "metric": MEAN_SD, "value": sd, "note": note}
+    return [row | {"n": len(found), "n_real": len(training)}]
 
 
 def _clip(volume: Volume, window: tuple[float, float]) -> np.ndarray:

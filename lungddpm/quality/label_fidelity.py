@@ -10,7 +10,7 @@ to judge.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ from lungddpm.core.volume import Volume, read_volume
 from lungddpm.evaluation.lesions import SIZE_COLUMNS, Lesion
 from lungddpm.evaluation.segmentation import case_columns, evaluate_case
 from lungddpm.quality.image_quality import SYNTHETIC, reference_of
+from lungddpm.quality.textures import TEXTURES, KnownNodule, RealNodules, lesion_textures
 from lungddpm.segmentation.nnunet import open_segmenter
 
 REAL_CT = "(real CT)"
@@ -47,11 +48,14 @@ METRIC_COLUMNS = [
 """One row per case. `sha256`: of its CT and layout; `reference`: case whose CT it was made from; `own_layout`: it has
 the layout of that case; `patient_seen`, `nodules_seen`: the segmenter was trained on that patient, or on patients whose
 nodules are in it."""
-LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "found", "overlap"]
+LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "texture", "found", "overlap"]
+"""One row per lesion. `texture`: see `textures`; empty where it is not known."""
+STRATA = [*SIZE_COLUMNS.values(), *TEXTURES.values()]
+"""Kinds of lesions, as columns have them: by size, and by texture."""
 RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_positives_per_scan"]
 TABLE_COLUMNS = [
     "generator", "images", "n_replicates", "n_cases", "n_empty_cases", "n_lesions", "dice_mean", "dice_sd", "recall",
-    *(f"{what}_{size}" for size in SIZE_COLUMNS.values() for what in ("n_lesions", "recall")),
+    *(f"{what}_{stratum}" for stratum in STRATA for what in ("n_lesions", "recall")),
     "false_positives_per_scan", "n_paired", "difference", "ci_low", "ci_high",
     "recall_difference", "recall_ci_low", "recall_ci_high", "note",
 ]  # fmt: skip
@@ -64,10 +68,12 @@ class JudgedCase:
     Attributes:
         who: the columns of `METRIC_COLUMNS` that say what it is.
         folder: CT and layout.
+        nodules: of the layout, as far as they are known.
     """
 
     who: dict[str, object]
     folder: CaseFolder
+    nodules: Sequence[KnownNodule] = ()
 
 
 def run_label_fidelity(
@@ -123,10 +129,12 @@ def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tabl
     made_from = [reference_of(folder) or "" for folder in folders]
     ceiling = references[(np.arange(len(references)) < limit) | references["case_id"].isin(made_from)]
     seen = _Seen(arm_dir, real, None if config.roles.allow_shared_patients else cases_table)
+    nodules = RealNodules(cases_table)
     judged = [
         JudgedCase(
             _who(row, REAL_CT, REFERENCE, row["case_id"], own_layout=True, seen=seen.of_reference(row)),
             cases.unchanged_folder_of(cases_table, row),
+            nodules.of_case(row["case_id"]),
         )
         for _, row in ceiling.iterrows()
     ]
@@ -134,7 +142,8 @@ def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tabl
     for (_, row), folder, reference in zip(chosen, folders, made_from, strict=True):
         own = _is_same(read_volume(folder.layout), layouts.get(reference))
         who = _who(row, row["source"], SYNTHETIC, reference, own_layout=own, seen=seen.of_sample(row, folder))
-        judged.append(JudgedCase(who, folder))
+        known = nodules.of_sample(read_json(folder.sample_record), reference, own_layout=own)
+        judged.append(JudgedCase(who, folder, known))
     return judged
 
 
@@ -226,10 +235,12 @@ def judge(
                 )
                 found[files] = measures, detection.lesions
             measures, of_case = found[files]
+            textures = lesion_textures(read_volume(case.folder.layout), case.nodules)
             metrics.append(case.who | measures)
             lesions += [
-                case.who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found}
-                for number, lesion in enumerate(of_case, start=1)
+                {**case.who, **asdict(lesion), "lesion": number, "texture": texture}
+                | {"size_bin": lesion.size_bin, "found": lesion.found}
+                for number, (lesion, texture) in enumerate(zip(of_case, textures, strict=True), start=1)
             ]
             progress.advance()
     return pd.DataFrame(metrics, columns=METRIC_COLUMNS), pd.DataFrame(lesions, columns=LESION_COLUMNS)
@@ -312,10 +323,12 @@ def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
         "dice_sd": by_case["dice"].std(),
         "false_positives_per_scan": metrics["n_false_positives"].mean(),
     }
-    by_size = {f"_{column}": lesions[lesions["size_bin"] == size] for size, column in SIZE_COLUMNS.items()}
-    for suffix, of_size in {"": lesions, **by_size}.items():
-        row[f"n_lesions{suffix}"] = len(of_size[[*_ONE, "lesion"]].drop_duplicates())
-        row[f"recall{suffix}"] = of_size["found"].astype(float).mean()
+    strata = {f"_{column}": lesions["size_bin"] == size for size, column in SIZE_COLUMNS.items()}
+    strata |= {f"_{column}": lesions["texture"] == texture for texture, column in TEXTURES.items()}
+    for suffix, chosen in {"": lesions["size_bin"].notna(), **strata}.items():
+        of_kind = lesions[chosen]
+        row[f"n_lesions{suffix}"] = len(of_kind[[*_ONE, "lesion"]].drop_duplicates())
+        row[f"recall{suffix}"] = of_kind["found"].astype(float).mean()
     return row
 
 

@@ -68,6 +68,21 @@ _QUALITY_PANELS = {
 }
 """Metric and region -> title, and which values are good."""
 _FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}
+_COSTS = {
+    "function_evaluations": "function evaluations",
+    "seconds_per_volume": "seconds per volume",
+    "memory_mib": "memory, MiB",
+}
+_WORTH = {
+    "label_fidelity_dice": ("label fidelity,\nDice", "higher"),
+    "nodule_hu_difference": ("nodules, HU\nto reference", "near 0"),
+    "fid_lungs": ("FID, lungs", "lower"),
+    "kid_lungs": ("KID, lungs", "lower"),
+}
+"""Column of `quality_and_cost.csv` -> what it is, and which values are good."""
+_COLOURS, _SHAPES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8a8a8a"), "osD^vPX<"
+_MARKS = [(colour, _SHAPES[(n + turn) % 8]) for turn in range(8) for n, colour in enumerate(_COLOURS)]
+"""Colours and shapes of points: every pair once, and neighbours differ in both."""
 _BY_NETWORK = ("fid", "mmd_squared")
 _LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 """Colour and dashes of lines in one panel."""
@@ -473,6 +488,61 @@ def fidelity_plot(runs: pd.DataFrame) -> Figure:
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
         figure.supxlabel("dot: a replicate of real; bar: their mean; dashed: the ceiling, real CT", fontsize=9)
+    return figure
+
+
+def cost_plot(costs: pd.DataFrame) -> Figure:
+    """What generators are worth over what a volume of theirs takes: a row per measure, a column per cost, a mark per
+    generator; dashed: real CT.
+
+    Args:
+        costs: rows of `quality_and_cost.csv`; of several runs, with names that tell them apart.
+    """
+    real = costs[costs["generator"] == REAL_CT]
+    made = costs[(costs["generator"] != REAL_CT) & costs[list(_COSTS)].notna().any(axis=1)]
+    worth = {column: text for column, text in _WORTH.items() if made[column].notna().any()}
+    if not worth:
+        return _empty_figure("no generator's worth was measured")
+    marks = dict(zip(made["generator"], itertools.cycle(_MARKS)))
+    legend_rows = math.ceil(len(marks) / 3)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            len(worth), len(_COSTS), figsize=(7.2, 0.6 + 1.45 * len(worth) + 0.22 * legend_rows), squeeze=False,
+            sharex="col", sharey="row", layout="constrained",
+        )  # fmt: skip
+        for line, (measure, (title, better)) in zip(axes, worth.items(), strict=True):
+            for axis, cost in zip(line, _COSTS, strict=True):
+                for at in real[measure].dropna() if measure != "nodule_hu_difference" else (0,):
+                    axis.axhline(at, color="#777777", linestyle="--", linewidth=1, zorder=1)
+                for row in made.to_dict("records"):
+                    colour, marker = marks[row["generator"]]
+                    spread = row["kid_lungs_standard_error"] if measure == "kid_lungs" else math.nan
+                    axis.errorbar(
+                        row[cost], row[measure], None if math.isnan(spread) else spread, fmt=marker, color=colour,
+                        markersize=6.5, markeredgecolor="white", markeredgewidth=0.5, elinewidth=1, zorder=2,
+                    )  # fmt: skip
+                axis.grid(color="#eeeeee")
+                axis.tick_params(labelsize=7.5)
+            line[0].set_ylabel(f"{title}\n({better}: better)", fontsize=8)
+            line[0].margins(y=0.15)
+        for axis, (cost, title) in zip(axes[-1], _COSTS.items(), strict=True):
+            most = made[cost].max()
+            if cost == "memory_mib":
+                axis.set_xlim(0, 1.15 * most if most > 0 else 1)
+            elif cost == "seconds_per_volume":
+                axis.set_xscale("log")
+            else:
+                # Generators without a network ask for none.
+                axis.set_xscale("symlog", linthresh=1)
+                axis.set_xlim(-0.4, 3 * most if most > 0 else 1)
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.set_xlabel(title, fontsize=8)
+        handles = [
+            Line2D([], [], color=colour, marker=marker, linestyle="", label=name)
+            for name, (colour, marker) in marks.items()
+        ]
+        handles.append(Line2D([], [], color="#777777", linestyle="--", linewidth=1, label="real CT"))
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 

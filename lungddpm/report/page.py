@@ -28,12 +28,14 @@ from lungddpm.report.sections import (
     show_calibration,
     show_case_scores,
     show_checks,
+    show_costs,
     show_description,
     show_detection,
     show_dose_response,
     show_fidelity,
     show_measure_differences,
     show_measures,
+    show_memorisation_and_diversity,
     show_published,
     show_quality,
     show_roles,
@@ -83,7 +85,7 @@ def draw_figures(
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
     Names: forest, forest_narrow, dose_response, real_cases, dice_by_arm, paired, runs, froc, image_quality,
-    label_fidelity, montage-<generator>, training, segmenter_training.
+    label_fidelity, quality_and_cost, montage-<generator>, training, segmenter_training.
     """
     folder = results / "figures"
     measure, prose = deciding_measure().column, deciding_measure().title
@@ -109,6 +111,8 @@ def draw_figures(
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
     if "label_fidelity_runs" in tables:
         drawn["label_fidelity"] = figures.fidelity_plot(tables["label_fidelity_runs"])
+    if "quality_and_cost" in tables and tables["quality_and_cost"]["seconds_per_volume"].notna().any():
+        drawn["quality_and_cost"] = figures.cost_plot(tables["quality_and_cost"])
     for one in first_of_generators(shown):
         sample, reference = one.sample, one.sample.reference
         if reference is not None:
@@ -194,6 +198,10 @@ def render_report(
         scores_by_case=show_case_scores(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,
         quality_sets=show_sets(tables["image_quality"]) if "image_quality" in tables else None,
+        quality_nearness=show_memorisation_and_diversity(tables["image_quality"])
+        if "image_quality" in tables
+        else None,
+        costs=show_costs(tables["quality_and_cost"]) if "quality_and_cost" in tables else None,
         fidelity=show_fidelity(tables["label_fidelity"]) if "label_fidelity" in tables else None,
         fidelity_notes=(
             tables["label_fidelity"].query("note != ''")[["generator", "note"]].to_dict("records")

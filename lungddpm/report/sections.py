@@ -17,8 +17,21 @@ from lungddpm.core.text import bound, format_duration, format_number, format_p, 
 from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import plugin
-from lungddpm.quality.calibration import DIFFERENCE, SPREAD
-from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOLE
+from lungddpm.quality.calibration import DIFFERENCE, NODULES, SPREAD
+from lungddpm.quality.image_quality import (
+    COPIES,
+    LUNGS,
+    MEAN_SD,
+    MEDIAN_RATIO,
+    N_NEARER,
+    PAIRWISE,
+    SEAM,
+    SEAM_RATIO,
+    SMALLEST_RATIO,
+    VOXEL_SD,
+    WHOLE,
+)
+from lungddpm.quality.textures import TEXTURES
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.statistics import caveats, minimum_cases
@@ -326,31 +339,75 @@ def show_quality(quality: pd.DataFrame) -> DisplayTable:
 
 
 def show_sets(quality: pd.DataFrame) -> DisplayTable:
-    """The rest of `image_quality.csv`, for reading: one row per generator and image, samples taken together."""
-    columns = {
+    """What compares sets in `image_quality.csv`, for reading: one row per generator and image."""
+    return _by_image(quality, {
         ("fid", WHOLE): ("FID, whole volume", ".3g"), ("fid", LUNGS): ("FID, lungs", ".3g"),
+        ("kid", WHOLE): ("KID ± se, whole volume", ".2g"), ("kid", LUNGS): ("KID ± se, lungs", ".2g"),
         ("mmd_squared", WHOLE): ("MMD², whole volume", "+.3f"), ("mmd_squared", LUNGS): ("MMD², lungs", "+.3f"),
+        ("feature_precision", LUNGS): ("precision, lungs", ".2f"), ("feature_recall", LUNGS): ("recall, lungs", ".2f"),
+        ("classifier_auc", LUNGS): ("AUC of a classifier, lungs", ".2f"),
         (SEAM_RATIO, SEAM): ("step at the lungs' border", ".2f"),
-        ("nearest_training_ratio", LUNGS): ("distance to training case", ".2f"),
-        ("n_nearer_than_any_real", LUNGS): ("nearer than any real", ".0f"),
-        ("pairwise_ms_ssim", LUNGS): ("MS-SSIM within a layout, lungs", ".3f"),
-    }  # fmt: skip
+    })  # fmt: skip
+
+
+def show_memorisation_and_diversity(quality: pd.DataFrame) -> DisplayTable:
+    """How near images come to training cases, and how much draws of one layout differ, for reading."""
+    return _by_image(quality, {
+        (MEDIAN_RATIO, LUNGS): ("distance to training case, median", ".2f"),
+        (SMALLEST_RATIO, LUNGS): ("smallest", ".2f"), (N_NEARER, LUNGS): ("nearer than any real", ".0f"),
+        (PAIRWISE, LUNGS): ("MS-SSIM of draws, lungs", ".3f"),
+        (PAIRWISE, NODULES): ("MS-SSIM of draws, nodules", ".3f"),
+        (VOXEL_SD, NODULES): ("sd of a nodule's voxels, HU", ".0f"),
+        (MEAN_SD, NODULES): ("sd of a nodule's mean, HU", ".0f"),
+    })  # fmt: skip
+
+
+def _by_image(quality: pd.DataFrame, columns: dict[tuple[str, str], tuple[str, str]]) -> DisplayTable:
+    """One row per generator and image that has any of these values, one column each of (metric, region).
+
+    Args:
+        quality: rows of `image_quality.csv`.
+        columns: metric and region -> head and format; a standard error stands beside its value.
+    """
     rows = []
     for (generator, image), group in quality.groupby(["generator", "image"], sort=False):
-        values = group.set_index(["metric", "region"])["mean"].reindex(list(columns))
-        cells = [format_number(value, form) for value, (_, form) in zip(values, columns.values(), strict=True)]
-        rows.append([generator, image, *cells])
+        of_image = group.set_index(["metric", "region"])[["mean", "standard_error"]].reindex(list(columns))
+        if of_image["mean"].notna().any():
+            cells = [
+                format_spread(value, error, form)
+                for (value, error), (_, form) in zip(of_image.to_numpy(), columns.values(), strict=True)
+            ]
+            rows.append([generator, image, *cells])
     heads = ["generator", "images", *(head for head, _ in columns.values())]
     return DisplayTable(heads, rows, [False, False, *[True] * len(columns)])
 
 
+def show_costs(costs: pd.DataFrame) -> DisplayTable:
+    """`quality_and_cost.csv` for reading."""
+    rows = [
+        [
+            row["generator"], format_number(row["function_evaluations"], ".3g"),
+            format_number(row["seconds_per_volume"], ".3g"), format_number(row["memory_mib"], ".0f"), row["device"],
+            format_number(row["label_fidelity_dice"], ".3f"), format_number(row["nodule_hu_difference"], "+.0f"),
+            format_number(row["fid_lungs"], ".3g"),
+            format_spread(row["kid_lungs"], row["kid_lungs_standard_error"], ".2g"),
+        ]
+        for row in costs.to_dict("records")
+    ]  # fmt: skip
+    heads = ["CT", "function evaluations", "seconds per volume", "memory, MiB", "device", "Dice of label fidelity",
+             "nodules, HU off", "FID, lungs", "KID ± se, lungs"]  # fmt: skip
+    return DisplayTable(heads, rows, [False, True, True, True, False, *[True] * 4])
+
+
 def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
-    """`label_fidelity.csv` for reading."""
+    """`label_fidelity.csv` for reading; textures of which there is no lesion are left out."""
+    kinds = {size: f"_{column}" for size, column in SIZE_COLUMNS.items()}
+    kinds |= {text: f"_{column}" for text, column in TEXTURES.items() if fidelity[f"n_lesions_{column}"].any()}
     rows = []
     for row in fidelity.to_dict("records"):
         recalls = [
-            f"{100 * row[f'recall{size}']:.0f} % of {row[f'n_lesions{size}']}" if row[f"n_lesions{size}"] else ""
-            for size in ("", *(f"_{column}" for column in SIZE_COLUMNS.values()))
+            f"{100 * row[f'recall{kind}']:.0f} % of {row[f'n_lesions{kind}']}" if row[f"n_lesions{kind}"] else ""
+            for kind in ("", *kinds.values())
         ]
         rows.append(
             [
@@ -361,9 +418,9 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
             ]
         )  # fmt: skip
     heads = ["CT", "cases", "Dice ± sd", "to the ceiling", "CI", "lesions found",
-             *[f"found, {size}" for size in SIZE_COLUMNS], "to the ceiling, points",
+             *[f"found, {kind}" for kind in kinds], "to the ceiling, points",
              "false positives per scan"]  # fmt: skip
-    return DisplayTable(heads, rows, [False, *[True] * 10])
+    return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)])
 
 
 def generators_of(config: Config) -> list[tuple[str, str, str]]:

@@ -19,6 +19,7 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import SHARED, Cohort, training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
+from lungddpm.core.memory import peak_memory_mib
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import write_volume
@@ -185,6 +186,7 @@ class _Synthesis:
                 "n_nodules": kept + len(nodules),
                 "nodules": [asdict(nodule) for nodule in nodules],
                 "seconds": round(seconds, 3),
+                "memory_mib": round(peak_memory_mib(generator.device)),
                 "device": generator.device,
                 "sha256": folder.hash(),
             }

@@ -20,6 +20,7 @@ from lungddpm.verdict.instrument import (
     ENOUGH,
     FAILED,
     GENERATOR,
+    MEMORISED,
     NAMED,
     NOT_MEASURED,
     NULL,
@@ -140,7 +141,7 @@ def _wanted(bearing: list[dict], components: pd.DataFrame, config: Config, costs
 def _short(check: dict) -> str:
     """A check by its name, or where it measures several things by what was measured."""
     name = SHORT.get(check["measure"], check["check"])
-    return f"{name} of {check['subject']}" if check["check"] == GENERATOR else name
+    return f"{name} of {check['subject']}" if check["check"] in (GENERATOR, MEMORISED) else name
 
 
 def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> str:

@@ -13,7 +13,16 @@ from lungddpm.core.arms import BASELINE
 from lungddpm.core.text import format_p, plural, signed
 from lungddpm.evaluation.measures import deciding_measure
 from lungddpm.quality import calibration
-from lungddpm.quality.image_quality import SEAM, SEAM_RATIO, SYNTHETIC
+from lungddpm.quality.image_quality import (
+    CONSTANT_LUNGS,
+    LUNGS,
+    MEDIAN_RATIO,
+    N_NEARER,
+    SEAM,
+    SEAM_RATIO,
+    SMALLEST_RATIO,
+    SYNTHETIC,
+)
 from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.convergence import DICE, LOSS
 from lungddpm.verdict.design import Components, Design, detectable_by_design, power_of_design, typical_components
@@ -24,15 +33,20 @@ from lungddpm.verdict.statistics import POWER
 COLUMNS = ["check", "subject", "measure", "value", "limit_low", "limit_high", "status", "sentence"]
 PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
 POSITIVE, NULL = "positive control found", "null control quiet"
-CONVERGED, GENERATOR = "segmenters converged", "generator calibrated"
+CONVERGED, GENERATOR, MEMORISED = "segmenters converged", "generator calibrated", "no sample near a training case"
 ENOUGH, COMPLETE = "enough runs and cases", "nothing missing"
 DISTINCT, ALIKE, NAMED = "no run is a copy", "runs scatter alike", "primary arm named before"
-CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
+CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
 """In the order of the page."""
 _FALL, _RISE = "fall of the loss in the last third, of its whole", "rise of validation Dice in the last third"
 _HU, _STEP = "limits of HU exceeded", "step at the lungs' border, over the references'"
 _FIDELITY = "Dice on synthetic CT, over that on real CT"
-SHORT = {_FALL: "training loss", _RISE: "validation Dice", _HU: "HU", _STEP: "seam", _FIDELITY: "label fidelity"}
+_TO_MANY = "median distance to the nearest training case, over that of real cases"
+_TO_ONE = "smallest distance to a training case, over that of real cases"
+SHORT = {
+    _FALL: "training loss", _RISE: "validation Dice", _HU: "HU", _STEP: "seam", _FIDELITY: "label fidelity",
+    _TO_MANY: "median distance to training cases", _TO_ONE: "smallest distance to a training case",
+}  # fmt: skip
 """Names of measures of which a check has several."""
 POSITIVE_GENERATOR = "reference"
 """The generator that adds real CT: what it adds is known to help, if anything does."""
@@ -76,10 +90,12 @@ def instrument_table(
     verdict = tables["verdict"]
     verdict = verdict[verdict["metric"] == deciding_measure().column]
     asked = [arm.generator for arm in config.arms.all() if not arm.is_control(config.arms.generators)]
+    names, limits = [name for name in dict.fromkeys(asked) if name], config.verdict.instrument
     rows = [
         *_controls(config, verdict),
-        *_convergence(tables["convergence"], config.verdict.instrument),
-        *(row for name in dict.fromkeys(asked) if name for row in _generator(name, tables, config.verdict.instrument)),
+        *_convergence(tables["convergence"], limits),
+        *(row for name in names for row in _generator(name, tables, limits)),
+        *(row for name in names for row in _memorised(name, tables.get("image_quality"), limits.training_distance)),
         *_size(config, tables["variance_components"], verdict),
         *_complete(missing),
         *_distinct(copies),
@@ -211,6 +227,38 @@ def _hounsfield(name: str, table: pd.DataFrame) -> dict:
     else:
         said = f"The HU of {name} were not measured."
     return _row(GENERATOR, name, _HU, value, (math.nan, 0.0), status, said)
+
+
+def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[dict]:
+    """How near a generator's samples come to the cases that it was trained on: most of them, and the nearest."""
+    found: dict[tuple[str, str], dict] = {}
+    if quality is not None:
+        of_lungs = quality[(quality["generator"] == name) & (quality["region"] == LUNGS)]
+        found = of_lungs.set_index(["image", "metric"]).to_dict("index")
+    unknown = {"mean": math.nan, "note": "", "n": 0}
+    many, one, nearer = (found.get((SYNTHETIC, metric), unknown) for metric in (MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER))
+    smooth = found.get((CONSTANT_LUNGS, MEDIAN_RATIO), unknown)["mean"]
+    of_many = (
+        f"Samples of {name} are {many['mean']:.2f} times as far from their nearest training case as real cases are "
+        f"(lungs of one grey, which remember nothing: {smooth:.2f})"
+    )
+    of_one = (
+        f"The nearest sample of {name}: {one['note']}; {nearer['mean']:.0f} of {nearer['n']} samples are nearer than "
+        "any real case"
+    )
+    return [
+        _distance(name, _TO_MANY, many["mean"], least, of_many, "copies, or smooth images"),
+        _distance(name, _TO_ONE, one["mean"], least, of_one, "look at this pair for a copy"),
+    ]
+
+
+def _distance(name: str, measure: str, value: float, least: float, said: str, doubt: str) -> dict:
+    """A line of that check; no distance proves a copy, so a failed one says what to look for."""
+    status = _judged(value, (least, math.nan))
+    said += f": {doubt}." if status == FAILED else "."
+    if status == NOT_MEASURED:
+        said = f"How near samples of {name} come to training cases was not measured."
+    return _row(MEMORISED, name, measure, value, (least, math.nan), status, said)
 
 
 def _seam(name: str, quality: pd.DataFrame | None, limits: tuple[float, float]) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from lungddpm.segmentation.nnunet import segmenter_curve
 
 CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
 """Means since the state saved before: loss of the training patches, Dice of the validation patches."""
+DRAWING_COLUMNS = ["generator", "n_volumes", "seconds_per_volume", "memory_mib", "device"]
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 
 
@@ -34,10 +36,11 @@ def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
             0, as their note says why.
 
     Returns:
-        generator, image, region, metric, n, mean, sd, n_real (real cases that the set was compared with), extractor
-        (feature network), weights_sha256, note.
+        generator, image, region, metric, n, mean, sd, standard_error (of a set's value, where it is known), n_real
+        (real cases that the set was compared with), extractor (feature network), weights_sha256, note.
     """
-    keys, last = ["generator", "image", "region", "metric"], ["n_real", "extractor", "weights_sha256", "note"]
+    keys = ["generator", "image", "region", "metric"]
+    last = ["standard_error", "n_real", "extractor", "weights_sha256", "note"]
     with np.errstate(invalid="ignore"):
         summary = (
             samples.dropna(subset="value")
@@ -61,16 +64,25 @@ def _common(notes: pd.Series) -> str:
     return notes.iloc[0] if notes.nunique(dropna=False) == 1 else ""
 
 
-def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
-    """Mean sampling time in seconds by generator, from the `seconds` of the samples' provenance, where recorded."""
-    means = {}
+def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
+    """What it took to draw the samples, from their records: `DRAWING_COLUMNS`, one row per generator.
+
+    `n_volumes` have a record of their time; `seconds_per_volume` is a mean, `memory_mib` the most that a process took.
+    """
+    rows, samples = [], CaseFolder(Path("*/*")).sample_record.as_posix()
     for name in generators:
-        samples = CaseFolder(Path("*/*")).sample_record.as_posix()
-        records = map(read_json, (results / "synthetic" / name).glob(samples))
-        seconds = [record["seconds"] for record in records if record.get("seconds") is not None]
-        if seconds:
-            means[name] = float(np.mean(seconds))
-    return means
+        records = list(map(read_json, sorted((results / "synthetic" / name).glob(samples))))
+        timed = [record for record in records if record.get("seconds") is not None]
+        known = [record["memory_mib"] for record in timed if record.get("memory_mib") is not None]
+        seconds = float(np.mean([record["seconds"] for record in timed])) if timed else math.nan
+        devices = "; ".join(dict.fromkeys(record["device"] for record in timed if "device" in record))
+        rows.append((name, len(timed), seconds, max(known, default=math.nan), devices))
+    return pd.DataFrame(rows, columns=DRAWING_COLUMNS)
+
+
+def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
+    """Mean sampling time in seconds by generator, where recorded."""
+    return drawing_costs(results, generators).set_index("generator")["seconds_per_volume"].dropna().to_dict()
 
 
 def training_curves(config: Config, results: Path) -> pd.DataFrame:

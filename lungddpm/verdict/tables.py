@@ -25,11 +25,19 @@ from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
+from lungddpm.verdict.cost import cost_table
 from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
 from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
 from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
 from lungddpm.verdict.published import published_comparison
-from lungddpm.verdict.records import quality_files, quality_table, seconds_per_volume, timing_table, training_curves
+from lungddpm.verdict.records import (
+    drawing_costs,
+    quality_files,
+    quality_table,
+    seconds_per_volume,
+    timing_table,
+    training_curves,
+)
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
@@ -455,9 +463,9 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
-        run_spread, training_curves, convergence, calibration, detection,
-        detection_by_stratum, froc, froc_band, published_comparison; and
-        where the run has them dose_response, image_quality, label_fidelity and timing.
+        run_spread, training_curves, convergence, calibration, detection, detection_by_stratum, froc, froc_band,
+        published_comparison; and where the run has them dose_response, image_quality, label_fidelity, quality_and_cost
+        and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -502,6 +510,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     )
     tables["training_curves"] = training_curves(config, results)
     tables["convergence"] = convergence_table(tables["training_curves"])
+    if generators:
+        tables["quality_and_cost"] = cost_table(config, drawing_costs(results, generators), tables)
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
         tables.get("image_quality"),

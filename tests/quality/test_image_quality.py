@@ -28,6 +28,7 @@ from lungddpm.quality.image_quality import (
     SYNTHETIC,
     compare_images,
     constant_lungs,
+    nodule_means,
     regions,
     run_quality,
     seam_ratio,
@@ -223,6 +224,15 @@ def test_a_generator_that_changes_nothing_but_brightness_is_as_far_away_as_its_f
     assert mse[SHIFTED] == pytest.approx((58 / 1624) ** 2, rel=1e-3)
 
 
+def test_nodules_that_touch_by_a_corner_are_one():
+    layout = np.full((8, 8, 8), Label.LUNG, np.uint8)
+    layout[1, 1, 1] = layout[2, 2, 2] = layout[6, 6, 6] = Label.NODULE
+    hu = np.full(layout.shape, -850)
+    hu[1, 1, 1], hu[2, 2, 2], hu[6, 6, 6] = 10, 30, -500
+    assert nodule_means(hu, layout) == [20, -500]
+    assert nodule_means(hu, np.zeros_like(layout)) == []
+
+
 def test_unit_range_clips_to_the_window():
     assert unit_range(np.array([-3000, -1024, -212, 600, 3000]), WINDOW).tolist() == [0, 0, 0.5, 1, 1]
 
@@ -254,12 +264,13 @@ def test_floors_come_out_as_floors(make_results):
         (20**2 + share * (1 - share) * 890**2) / 1624**2, rel=0.05
     )
     sets = pd.read_csv(sets_beside(results / "quality" / "lung_ddpm.csv"))
-    distances = sets[sets["metric"].isin(["fid", "mmd_squared"])]
-    assert len(distances) == 5 * 2 * 2
+    distances = sets[sets["extractor"].notna()]
+    assert len(distances) == 5 * 2 * 6
     assert distances["extractor"].str.contains("random weights").all()
     assert distances["weights_sha256"].str.len().eq(64).all()
     assert distances["value"].isna().all()  # there is one reference only
-    assert distances["note"].eq("needs two images on each side").all()
+    of_pairs = distances[distances["metric"].isin(["fid", "mmd_squared", "kid"])]
+    assert of_pairs["note"].eq("needs two images on each side").all()
 
 
 def add_sample(results, name, source):
@@ -287,6 +298,10 @@ def test_a_training_case_among_the_samples_is_flagged(make_results):
     distance = table[(table["metric"] == NEAREST) & (table["image"] == SYNTHETIC)].set_index("case_id")["value"]
     assert distance["stolen"] == 0
     assert distance.drop("stolen").min() > 20
+    nearest = [sets.loc[(SYNTHETIC, "lungs", "smallest_training_ratio")] for sets in (before, after)]
+    assert nearest[0]["value"] > 0.7
+    assert nearest[1]["value"] == 0
+    assert nearest[1]["note"].startswith("stolen is 0 HU from case-00; real: ")
     flagged = [sets.loc[(SYNTHETIC, "lungs", "n_nearer_than_any_real")] for sets in (before, after)]
     assert flagged[1]["value"] == flagged[0]["value"] + 1
     assert (flagged[1]["n"], flagged[1]["n_real"]) == (3, 1)
@@ -300,13 +315,26 @@ def test_samples_of_one_layout_are_compared_with_each_other(make_results):
     noise = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
     assert (noise["n"], noise["note"]) == (1, "1 scale, 1 layout")
     assert 0.9 < noise["value"] < 0.999
+    # Two draws of independent noise of 20 HU, in one nodule of 27 voxels.
+    voxels, means = (sets.loc[(SYNTHETIC, "nodules", metric)] for metric in ("voxel_sd_hu", "nodule_mean_sd_hu"))
+    assert voxels["value"] == pytest.approx(20, rel=0.3)
+    assert means["value"] < 20
+    assert {(row["n"], row["note"]) for row in (voxels, means)} == {(1, "1 nodule, 1 layout")}
+    pair = sets.loc[(SYNTHETIC, "nodules", "pairwise_ms_ssim")]
+    assert (pair["n"], pair["note"]) == (1, "1 scale, 1 nodule, 1 layout")
+    of_real = sets.loc[(OTHER_PATIENTS, "nodules", "nodule_mean_sd_hu")]
+    assert (of_real["n"], of_real["note"]) == (1, "1 real nodule, each of its own layout")
+    assert math.isnan(of_real["value"])
     _, sets = judged(
         config, results, [tables[0], add_sample(results, "again", "../synthetic/lung_ddpm/all-fold0_seed0/sample-0")]
     )
     assert sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]["value"] == pytest.approx(1)
+    assert sets.loc[(SYNTHETIC, "nodules", "pairwise_ms_ssim")]["value"] == pytest.approx(1)
+    assert sets.loc[(SYNTHETIC, "nodules", "voxel_sd_hu")]["value"] == 0
     _, sets = judged(config, results, tables[:1])
     alone = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
     assert (alone["n"], alone["note"]) == (0, "no two samples have one layout")
+    assert sets.loc[(SYNTHETIC, "nodules", "voxel_sd_hu")]["note"] == "no two samples have one layout"
     assert math.isnan(alone["value"])
 
 

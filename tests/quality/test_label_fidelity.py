@@ -8,9 +8,9 @@ import pytest
 from made_up_results import AFFINE, SIZE, case_row, write_case
 
 from lungddpm.config.loading import parse_config
-from lungddpm.core.cases import CaseFolder, write_cases
+from lungddpm.core.cases import NODULE_COLUMNS, NODULES, CaseFolder, write_cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import write_json
+from lungddpm.core.files import write_json, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.quality import label_fidelity
@@ -149,6 +149,25 @@ def test_a_case_without_a_nodule_counts_false_positives_and_no_dice(cohort):
     assert np.isnan(row["dice_mean"])
     assert np.isnan(row["difference"])
     assert table.loc["lung_ddpm", "dice_mean"] == pytest.approx(2 * 27 / 55)
+
+
+def test_lesions_are_counted_by_texture(cohort):
+    """The nodule of every case is at voxels 8 to 10, 6 to 8, 5 to 7; a segmenter finds none of ground glass."""
+    at = dict(zip(("centroid_x_mm", "centroid_y_mm", "centroid_z_mm"), (AFFINE @ [9, 7, 6, 1])[:3], strict=True))
+    rows = [{"case_id": f"case-{number}", "nodule": 1, "texture": rating, **at} for number, rating in ((1, 1), (2, 5))]
+    write_table(cohort.table.with_name(NODULES), pd.DataFrame(rows, columns=NODULE_COLUMNS))
+    cohort.add_samples("lung_ddpm", ["case-1", "case-2", "case-3"])
+
+    def solid_alone(ct):
+        return nothing_in(ct) if ct.parent.name.startswith("case-1") else nodules_of(ct)
+
+    metrics, lesions = cohort.judged(solid_alone)
+    assert lesions["texture"].tolist() == ["ground glass", "solid", ""] * 2
+    for _, row in table_of((metrics, lesions)).iterrows():
+        assert (row["n_lesions"], row["n_lesions_ground_glass"], row["n_lesions_solid"]) == (3, 1, 1)
+        assert (row["recall_ground_glass"], row["recall_solid"], row["recall"]) == pytest.approx((0, 1, 2 / 3))
+        assert row["n_lesions_part_solid"] == 0
+        assert np.isnan(row["recall_part_solid"])
 
 
 def test_copies_of_the_references_are_at_the_ceiling(cohort):

@@ -8,6 +8,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.report.figures import (
     case_plot,
+    cost_plot,
     dose_response_plot,
     fidelity_plot,
     forest_plot,
@@ -190,3 +191,44 @@ def test_label_fidelity_has_a_line_for_each_generator_below_the_ceiling():
     assert [text.get_text() for text in dice.texts] == ["0.65", "0.25", "0.05"]
     assert [text.get_text() for text in recall.texts] == ["0.60", "0.20", "0.00"]
     assert dice.lines[0].get_xdata() == pytest.approx([0.65, 0.65])
+
+
+def test_costs_have_a_row_for_each_measure_and_a_column_for_each_cost():
+    real = {"generator": "(real CT)", "label_fidelity_dice": 0.8, "kid_lungs": 0.1, "kid_lungs_standard_error": 0.01}
+    slow = {"generator": "slow", "function_evaluations": 250, "seconds_per_volume": 50, "memory_mib": 900}
+    slow |= {
+        "label_fidelity_dice": 0.7,
+        "nodule_hu_difference": -20,
+        "kid_lungs": 0.3,
+        "kid_lungs_standard_error": 0.05,
+    }
+    none = {"generator": "none", "function_evaluations": 0, "seconds_per_volume": 0.1, "memory_mib": 200}
+    none |= {"label_fidelity_dice": 0.1, "nodule_hu_difference": 300, "kid_lungs": 0.9}
+    external = {"generator": "of unknown cost", "label_fidelity_dice": 0.5}
+    table = pd.DataFrame([real, slow, none, external]).assign(fid_lungs=np.nan)
+    figure = cost_plot(table)
+    axes = np.array(figure.axes).reshape(3, 3)
+    assert [axis.get_ylabel().split("\n(")[0] for axis in axes[:, 0]] == [
+        "label fidelity,\nDice", "nodules, HU\nto reference", "KID, lungs",
+    ]  # fmt: skip
+    assert [axis.get_xlabel() for axis in axes[-1]] == ["function evaluations", "seconds per volume", "memory, MiB"]
+    for row, at in zip(axes, (0.8, 0, 0.1), strict=True):
+        assert [axis.lines[0].get_ydata()[0] for axis in row] == [at] * 3
+    points = [line.get_xydata().tolist() for line in axes[0, 0].lines if line.get_marker() not in ("None", "")]
+    assert points == [[[250, 0.7]], [[0, 0.1]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["slow", "none", "real CT"]
+    left, right = axes[0, 0].get_xlim()
+    assert left < 0 < 250 < right
+    (bars,) = axes[2, 1].collections
+    assert bars.get_segments()[0][:, 1].tolist() == pytest.approx([0.25, 0.35])
+    assert "measured" in cost_plot(table[["generator"]].reindex(columns=table.columns)).texts[0].get_text()
+
+
+def test_more_generators_than_colours_have_marks_of_their_own():
+    names = [f"generator {number}" for number in range(20)]
+    table = pd.DataFrame({"generator": names}).assign(
+        function_evaluations=1, seconds_per_volume=1, memory_mib=1, label_fidelity_dice=0.5,
+        nodule_hu_difference=np.nan, fid_lungs=np.nan, kid_lungs=np.nan, kid_lungs_standard_error=np.nan,
+    )  # fmt: skip
+    handles = cost_plot(table).legends[0].legend_handles[:-1]
+    assert len({(handle.get_color(), handle.get_marker()) for handle in handles}) == 20

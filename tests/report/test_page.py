@@ -13,7 +13,15 @@ from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
 from lungddpm.report.page import run_report
-from lungddpm.report.sections import covered_luck, extractors_of, p_text, show_arms, show_sets
+from lungddpm.report.sections import (
+    covered_luck,
+    extractors_of,
+    p_text,
+    show_arms,
+    show_costs,
+    show_memorisation_and_diversity,
+    show_sets,
+)
 from lungddpm.report.terminal import verdict_table_text
 from lungddpm.report.viewer import ranked_samples
 from lungddpm.segmentation.nnunet import fold_folder
@@ -76,7 +84,7 @@ def test_full_report(make_results, read_manifest):
     assert {f'id="{link[1:]}"' in html for link in page.links} == {True}
     assert len(html) < 25e6
     assert html.count("plotly.js v") == 1
-    assert len(page.images) == 10
+    assert len(page.images) == 11
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
     assert "real+lung_ddpm@1.0: better than real." in page.text
     assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
@@ -324,9 +332,35 @@ def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
     assert list(cells) == ["synthetic", *floors]
     assert cells["copies of the references"]["step at the lungs' border"] == "1.00"
     assert cells["synthetic"]["FID, lungs"] == ""  # there is one reference only
-    assert float(cells["synthetic"]["MS-SSIM within a layout, lungs"]) > 0.9
+    assert cells["synthetic"]["KID ± se, lungs"] == ""
+    shown = show_memorisation_and_diversity(tables["image_quality"])
+    cells = {row[1]: dict(zip(shown.heads, row, strict=True)) for row in shown.rows}
+    assert list(cells) == ["synthetic", "constant lungs"]
+    assert float(cells["synthetic"]["MS-SSIM of draws, lungs"]) > 0.9
+    assert float(cells["synthetic"]["sd of a nodule's voxels, HU"]) > 10
+    assert float(cells["synthetic"]["smallest"]) > 0.7
     (extractor,) = extractors_of(tables["image_quality"])
     assert extractor.startswith("ResNet-50, random weights")
+
+
+def test_costs_stand_beside_what_they_buy(make_results):
+    config, results = make_results(n_test=1, n_replicates=2)
+    run_report(config, results)
+    table = pd.read_csv(results / "tables" / "quality_and_cost.csv").set_index("generator")
+    assert list(table.index) == ["(real CT)", "lung_ddpm"]
+    row = table.loc["lung_ddpm"]
+    # The published sampler visits all of its 250 noise levels.
+    assert (row["function_evaluations"], row["seconds_per_volume"], row["memory_mib"]) == (250, 2.5, 810)
+    fidelity = pd.read_csv(results / "tables" / "label_fidelity.csv").set_index("generator")["dice_mean"]
+    assert row["label_fidelity_dice"] == fidelity["lung_ddpm"]
+    assert table.loc["(real CT)", "label_fidelity_dice"] == fidelity["(real CT)"] == 1
+    calibration = pd.read_csv(results / "tables" / "calibration.csv").query("measure == 'hu_difference'")
+    assert row["nodule_hu_difference"] == calibration.set_index("region").loc["nodules", "mean"]
+    shown = show_costs(table.reset_index().fillna({"device": ""})).rows
+    assert [line[:5] for line in shown] == [["(real CT)", "", "", "", ""], ["lung_ddpm", "250", "2.5", "810", "cpu"]]
+    page = page_of(results)
+    assert "Quality against cost" in page.text
+    assert any("over function evaluations" in image["alt"] for image in page.images)
 
 
 def test_label_fidelity_has_the_ceiling_first(make_results):

@@ -225,6 +225,7 @@ def test_samples_fulfil_the_case_contract(synthesize, tiny_cohort, tmp_path, nam
         record = json.loads((folder / "sample.json").read_text())
         assert record["reference_case_id"] == row["case_id"].split("_")[0]
         assert record["generator"] == name
+        assert record["memory_mib"] > 0
         assert record["layout_origin"] == ("reference" if own else "jittered")
         assert (record["weights_sha256"] is None) == (name != "lung_ddpm")
         modes = {"sampler": "dpmsolver++", "order": 2, "steps": 3, "resampling": 1, "background": "reference"}

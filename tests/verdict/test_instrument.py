@@ -20,6 +20,7 @@ from lungddpm.verdict.instrument import (
     ENOUGH,
     FAILED,
     GENERATOR,
+    MEMORISED,
     NAMED,
     NOT_MEASURED,
     NULL,
@@ -51,11 +52,16 @@ def verdict_of(answer="no difference shown", positive="better", null="no differe
     return pd.DataFrame(rows).assign(metric="dice", n_cases=16, run_df=12, baseline_mean=0.5)
 
 
-def quality_of(lungs=2.0, spread=1.0, nodules=5.0, seam=1.05):
+def quality_of(lungs=2.0, spread=1.0, nodules=5.0, seam=1.05, nearest=(1.0, 0.9)):
     values = [(LUNGS_ALONE, DIFFERENCE, lungs), (LUNGS_ALONE, SPREAD, spread), (NODULES, DIFFERENCE, nodules)]
+    names = ("nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real")
+    values += [("lungs", name, value) for name, value in zip(names, (*nearest, 3.0), strict=True)]
     rows = [(region, metric, value) for region, metric, value in [*values, ("seam", "gradient_ratio", seam)]]
-    table = pd.DataFrame(rows, columns=["region", "metric", "mean"])
-    return table.assign(generator="lung_ddpm", image="synthetic", n=8, sd=1.0)
+    table = pd.DataFrame(rows, columns=["region", "metric", "mean"]).assign(image="synthetic")
+    smooth = {"region": "lungs", "metric": "nearest_training_ratio", "mean": 0.8, "image": "constant lungs"}
+    table = pd.concat([table, pd.DataFrame([smooth])], ignore_index=True)
+    note = table["metric"].map({"smallest_training_ratio": "s1 is 40 HU from case-3; real: 50 HU"}).fillna("")
+    return table.assign(generator="lung_ddpm", n=8, sd=1.0, note=note)
 
 
 def tables_of(verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, spread_p=0.6, fidelity=(0.5, 0.55)):
@@ -103,7 +109,7 @@ def judge(config=None, missing=None, copies=(), late=(), costs=COSTS, **changes)
 
 def test_a_run_in_which_everything_passes():
     statuses, said, answer = judge()
-    names = [POSITIVE, NULL, CONVERGED, GENERATOR, ENOUGH, COMPLETE, DISTINCT, ALIKE]
+    names = [POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE]
     assert statuses == dict.fromkeys(names, PASSED)
     assert answer["status"] == STANDS
     assert answer["sentence"] == "The answer stands: every check was passed."
@@ -126,6 +132,14 @@ COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
         (GENERATOR, {"quality": quality_of(lungs=60)}, False, True, "lungs too bright, +60 HU"),
         (GENERATOR, {"quality": quality_of(seam=1.4)}, False, True, "1.40 times that of its references"),
         (GENERATOR, {"fidelity": (0.3, 0.6)}, False, True, "do not look like nodules"),
+        (MEMORISED, {"quality": quality_of(nearest=(0.69, 0.9))}, False, False, "0.69 times as far"),
+        (
+            MEMORISED,
+            {"quality": quality_of(nearest=(1.0, 0.2))},
+            False,
+            False,
+            "s1 is 40 HU from case-3; real: 50 HU; 3 of 8",
+        ),
         (ENOUGH, {"run_sd": 0.1}, False, True, "the relevant one of 0.1 with"),
         (COMPLETE, {"missing": Missing({ARM: ["fold1_seed0"]}, [])}, True, True, f"{ARM}, fold1_seed0"),
         (COMPLETE, {"missing": Missing({"real": ["fold1_seed0"]}, [])}, True, True, "real, fold1_seed0"),
@@ -199,11 +213,12 @@ def test_what_was_not_measured_neither_passes_nor_fails():
     tables["convergence"] = tables["convergence"].iloc[:0]
     checks = instrument_table(config_of(), tables, Missing({}, []), [], [])
     unknown = checks[checks["status"] == NOT_MEASURED]
-    assert unknown["check"].value_counts().to_dict() == {CONVERGED: 2, GENERATOR: 3, ALIKE: 1}
+    assert unknown["check"].value_counts().to_dict() == {CONVERGED: 2, GENERATOR: 3, MEMORISED: 2, ALIKE: 1}
     answer = answer_row(checks, tables["verdict"], tables["variance_components"], config_of(), None)
     assert answer["sentence"] == (
         "The answer stands: no check that bears on it failed. Not measured: training loss, validation Dice, "
-        "HU of lung_ddpm, seam of lung_ddpm, label fidelity of lung_ddpm, runs scatter alike."
+        "HU of lung_ddpm, seam of lung_ddpm, label fidelity of lung_ddpm, median distance to training cases of "
+        "lung_ddpm, smallest distance to a training case of lung_ddpm, runs scatter alike."
     )
 
 
@@ -211,6 +226,14 @@ def test_segmenters_that_know_too_little_do_not_judge_a_generator():
     statuses, said, _ = judge(fidelity=(0.02, 0.05))
     assert statuses[GENERATOR] == NOT_MEASURED
     assert "reach a Dice of 0.05 on real CT: too little to judge lung_ddpm" in said[GENERATOR]
+
+
+def test_the_limit_of_memorisation_is_the_configs():
+    config, quality = config_of(instrument={"training_distance": 0.95}), quality_of()
+    statuses, said, _ = judge(config=config, quality=quality)
+    assert statuses[MEMORISED] == FAILED
+    assert "(lungs of one grey, which remember nothing: 0.80)." in said[MEMORISED]
+    assert said[MEMORISED].endswith("nearer than any real case: look at this pair for a copy.")
 
 
 def test_an_arm_that_was_not_measured_leaves_the_others_their_answer():

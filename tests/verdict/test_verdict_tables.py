@@ -16,7 +16,7 @@ from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality.image_quality import SET_COLUMNS
 from lungddpm.report.sections import show_strata
-from lungddpm.verdict.records import quality_table, seconds_per_volume, timing_table
+from lungddpm.verdict.records import drawing_costs, quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
@@ -357,7 +357,7 @@ def test_quality_is_summarised_over_samples_with_the_region():
 
 
 def test_sets_stand_beside_their_generators_samples(tmp_path):
-    keys = {"image": "synthetic", "region": "lungs", "note": ""}
+    keys = {"image": "synthetic", "region": "lungs", "note": "", "standard_error": 0.1}
     samples = [keys | {"generator": name, "metric": "mse", "value": 1.0, "note": note} for name, note in ("ax", "by")]
     network = {"extractor": "network", "weights_sha256": "1f", "n": 4, "n_real": 7}
     sets = [
@@ -369,7 +369,7 @@ def test_sets_stand_beside_their_generators_samples(tmp_path):
     assert table["metric"].tolist() == ["mse", "fid", "mse", "fid"]
     distance, absent = table.iloc[1], table.iloc[3]
     assert (distance["mean"], distance["n"], distance["n_real"], distance["extractor"]) == (0.5, 4, 7, "network")
-    assert np.isnan(distance["sd"])
+    assert (distance["standard_error"], distance["sd"]) == (0.1, pytest.approx(np.nan, nan_ok=True))
     assert (absent["n"], absent["note"]) == (0, "of b")
     csv, markdown = write_both(tmp_path / "image_quality", table)
     assert pd.read_csv(csv)["n_real"].tolist()[1] == 7
@@ -383,6 +383,16 @@ def test_times_come_from_benchmarks_and_samples(make_results):
     assert (job["stage"], job["job"], job["seconds"]) == ("evaluate", "evaluate-real-fold0_seed0", 61.5)
     assert np.isnan(job["max_rss_mb"])
     assert job["device"] == "cpu"
+    drawn, nothing = drawing_costs(results, ["lung_ddpm", "reference"]).to_dict("records")
+    assert drawn == {
+        "generator": "lung_ddpm",
+        "n_volumes": 2,
+        "seconds_per_volume": 2.5,
+        "memory_mib": 810,
+        "device": "cpu",
+    }
+    assert (nothing["n_volumes"], nothing["device"]) == (0, "")
+    assert np.isnan(nothing["seconds_per_volume"])
     assert seconds_per_volume(results, ["lung_ddpm", "reference"]) == {"lung_ddpm": 2.5}
 
 

@@ -1,0 +1,108 @@
+"""Whether the nodules of a layout are solid: by readers' ratings of the real nodules that they are, or were made of.
+
+A layout does not show it, and most generators do not know it. So what is found by texture says how a generator draws
+the nodules of a kind, beside how real ones of that kind are found. Where it draws all of them solid, segmenters find
+more of the ground glass than in real CT.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cc3d
+import numpy as np
+import pandas as pd
+
+from lungddpm.core.cases import NODULES
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
+from lungddpm.generators import ADDED
+
+TEXTURES = {"ground glass": "ground_glass", "part-solid": "part_solid", "solid": "solid"}
+"""Textures, and how they are written in names of columns."""
+_PART_SOLID = 2.5, 3.5
+"""Ratings are medians over readers, who give 1 for ground glass, 3 for part-solid and 5 for solid."""
+
+
+@dataclass(frozen=True)
+class KnownNodule:
+    """A nodule of a layout.
+
+    Attributes:
+        position_mm: RAS.
+        texture: one of `TEXTURES`, or empty where nobody rated it.
+    """
+
+    position_mm: tuple[float, float, float]
+    texture: str
+
+
+def texture_of(rating: float) -> str:
+    """The texture that a median rating from 1 to 5 stands for; empty for NaN."""
+    if math.isnan(rating):
+        return ""
+    return "ground glass" if rating < _PART_SOLID[0] else "part-solid" if rating <= _PART_SOLID[1] else "solid"
+
+
+class RealNodules:
+    """The nodules of the real cases.
+
+    Args:
+        cases_table: `cases.tsv`, beside which `nodules.tsv` lies; without that, no nodule is known.
+    """
+
+    def __init__(self, cases_table: Path):
+        path = cases_table.with_name(NODULES)
+        table = pd.read_csv(path, sep="\t", dtype={"case_id": str}) if path.exists() else pd.DataFrame()
+        self._of_case: dict[str, dict[int, KnownNodule]] = {}
+        for row in table.to_dict("records"):
+            position = tuple(row[f"centroid_{axis}_mm"] for axis in "xyz")
+            self._of_case.setdefault(row["case_id"], {})[row["nodule"]] = KnownNodule(
+                position, texture_of(row["texture"])
+            )
+
+    def of_case(self, case_id: str) -> list[KnownNodule]:
+        """Those of a real case."""
+        return list(self._of_case.get(case_id, {}).values())
+
+    def of_sample(self, record: Mapping[str, Any], reference: str, *, own_layout: bool) -> list[KnownNodule]:
+        """Those of a synthetic case: its reference's own where they are still there, and those that were placed.
+
+        Args:
+            record: its `sample.json`.
+            reference: the case that its CT was made from; empty where there is none.
+            own_layout: it has the layout of that case.
+        """
+        own = self.of_case(reference) if own_layout or record.get("layout_origin") == ADDED else []
+        placed = [
+            KnownNodule(tuple(nodule["position_mm"]), known.texture)
+            for nodule in record.get("nodules", [])
+            if (known := self._of_case.get(nodule.get("case_id"), {}).get(nodule.get("nodule"))) is not None
+        ]
+        return [*own, *placed]
+
+
+def lesion_textures(layout: Volume, nodules: Iterable[KnownNodule]) -> list[str]:
+    """The texture of each lesion of a layout, in the order of `lesion_measures`.
+
+    A nodule is the lesion that its position is in, or next to. Where nodules of several textures grew together on the
+    grid, or none is known, the texture is empty.
+
+    Args:
+        layout: labels.
+        nodules: of that layout, as far as they are known.
+    """
+    numbers, count = cc3d.connected_components(layout.array == Label.NODULE, connectivity=26, return_N=True)
+    voxels = np.argwhere(numbers)
+    found: list[set[str]] = [set() for _ in range(count)]
+    for nodule in nodules:
+        at = np.linalg.solve(layout.affine, [*nodule.position_mm, 1])[:3]
+        apart = np.linalg.norm(voxels - at, axis=1)
+        # A diagonal of a voxel: centres that are rounded, or lie in the hollow of a nodule.
+        if count and apart.min() <= math.sqrt(3):
+            found[numbers[tuple(voxels[apart.argmin()])] - 1].add(nodule.texture)
+    return [textures.pop() if len(textures) == 1 else "" for textures in found]

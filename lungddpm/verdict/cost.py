@@ -1,0 +1,76 @@
+"""Quality against cost: what a volume of each generator takes, beside what it is worth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.generators import plugin
+from lungddpm.quality.calibration import DIFFERENCE, NODULES
+from lungddpm.quality.image_quality import LUNGS, OTHER_PATIENTS, SYNTHETIC
+from lungddpm.quality.label_fidelity import REAL_CT
+from lungddpm.verdict.records import DRAWING_COLUMNS
+
+_OF_SETS = {"fid": "fid_lungs", "kid": "kid_lungs"}
+QUALITY_COLUMNS = ["label_fidelity_dice", "nodule_hu_difference", *_OF_SETS.values(), "kid_lungs_standard_error"]
+COLUMNS = ["generator", "function_evaluations", *DRAWING_COLUMNS[1:], *QUALITY_COLUMNS, "extractor"]
+
+
+def function_evaluations(config: Config, generator: str) -> float:
+    """Forward passes of a network per volume: 0 where none is asked, NaN where another system made the CT."""
+    if generator in config.arms.external:
+        return math.nan
+    declared = plugin(generator)
+    return 0.0 if declared.drawing is None else declared.drawing(config.for_generator(generator)).passes
+
+
+def cost_table(config: Config, drawing: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Cost and quality of every generator, and first of real CT, what it would be worth: `COLUMNS`.
+
+    Args:
+        config: of the run.
+        drawing: of `records.drawing_costs`.
+        tables: of them `image_quality` and `label_fidelity` count, where the run has them.
+
+    Returns:
+        One row per generator, controls too; NaN where something was not measured. Of real CT: the Dice of label
+        fidelity on the references, and FID and KID of other patients against them.
+    """
+    quality, fidelity = tables.get("image_quality"), tables.get("label_fidelity")
+    rows = [{"generator": REAL_CT, **_quality(None, quality), **_fidelity(REAL_CT, fidelity)}]
+    for row in drawing.to_dict("records"):
+        name = row["generator"]
+        measured = {**_quality(name, quality), **_fidelity(name, fidelity)}
+        rows.append({**row, "function_evaluations": function_evaluations(config, name), **measured})
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"n_volumes": "Int64"})
+    return table.fillna({"device": "", "extractor": ""})
+
+
+def _fidelity(name: str, table: pd.DataFrame | None) -> dict[str, float]:
+    dice = {} if table is None else table.set_index("generator")["dice_mean"].to_dict()
+    return {"label_fidelity_dice": dice.get(name, math.nan)}
+
+
+def _quality(name: str | None, table: pd.DataFrame | None) -> dict[str, float | str]:
+    """HU of the nodules, FID and KID of a generator; of other real patients where None."""
+    if table is None:
+        return {}
+    if name is None:
+        # How far they are from the references does not depend on the generator.
+        chosen = table[table["image"] == OTHER_PATIENTS].drop_duplicates(["region", "metric"])
+    else:
+        chosen = table[(table["generator"] == name) & (table["image"] == SYNTHETIC)]
+    rows = chosen.set_index(["region", "metric"]).to_dict("index")
+    found: dict[str, float | str] = {}
+    if (NODULES, DIFFERENCE) in rows:
+        found["nodule_hu_difference"] = rows[NODULES, DIFFERENCE]["mean"]
+    for metric, column in _OF_SETS.items():
+        if (LUNGS, metric) in rows:
+            row = rows[LUNGS, metric]
+            found |= {column: row["mean"], "extractor": row["extractor"]}
+            if metric == "kid":
+                found[f"{column}_standard_error"] = row["standard_error"]
+    return found
