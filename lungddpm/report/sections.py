@@ -380,13 +380,18 @@ def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
     rows = []
     for row in comparison.to_dict("records"):
         form = {"sampling": ".1f", "image_quality": ".4f"}.get(row["table"], ".3f")
+        form = {"function_evaluations": ".0f", "specificity": ".4f"}.get(row["metric"], form)
+        data = row["training_set"] or row["cohort"]
+        if row["table"] == "context":
+            data = ", ".join(filter(None, (row["cohort"], row["training_set"])))
+        published = format_spread(row["published_mean"], row["published_sd"], form)
         measured = format_spread(row["measured_mean"], row["measured_sd"], form)
         rows.append(
             [
                 row["method"],
-                row["training_set"] or row["cohort"],
+                data + (f", {row['steps']} steps" if row["steps"] else ""),
                 MEASURES[row["metric"]].title if row["metric"] in MEASURES else row["metric"].replace("_", " "),
-                format_spread(row["published_mean"], row["published_sd"], form),
+                published if row["reported"] == "yes" else "not reported",
                 format_number(row["published_change"], "+.3f"),
                 row["arm"],
                 measured + (" (MMD²)" if measured and row["measured_metric"] == "mmd_squared" else ""),

@@ -480,6 +480,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         tables.get("image_quality"),
         seconds_per_volume(results, generators),
         simulated=config.source.is_simulated,
+        measures=tables["measures"],
     )
     if len(timing := timing_table(results)):
         tables["timing"] = timing
