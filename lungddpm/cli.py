@@ -199,7 +199,7 @@ def qc(
 
 @app.command(rich_help_panel=STAGES)
 def train(
-    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/ that is trained.")],
+    generator: Annotated[str, typer.Option(help="Generator that is trained: a module of lungddpm/generators/, or a variant in config.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     cohort: CohortName = "all",
@@ -237,14 +237,14 @@ def train(
         from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        recipe, preview = plugin(generator).training(settings)
+        recipe, preview = plugin(settings.kind).training(settings)
         folder = output or RESULTS / settings.model_folder
         run_train(settings, recipe, preview, cases, folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)
 def synthesize(
-    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, or a name in arms.external.")],
+    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, a variant in config, or a name in arms.external.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     weights: Annotated[

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lungddpm.config.sections import Background, GeneratorConfig, LatentSettings, PositiveInt, Section
-from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators import JITTERED, LAYOUT, OWN, SLICE, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
 
 if TYPE_CHECKING:
@@ -25,6 +25,8 @@ CITATION = (
     "Rombach et al.: High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022, arXiv 2112.10752 (here "
     "in 3-D; Make-A-Volume and GEM-3D are of this family)."
 )
+FAMILY = "latent diffusion"
+PUBLISHED_AS = {LAYOUT: "Make-A-Volume", SLICE: "GEM-3D"}
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 20
 """Of the grids of samples that a training draws."""

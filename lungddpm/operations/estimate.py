@@ -66,7 +66,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
 
 def recipe_of(config: GeneratorConfig[TrainedSettings]) -> Recipe:
     """How a generator is trained."""
-    return plugin(config.name).training(config)[0]
+    return plugin(config.kind).training(config)[0]
 
 
 def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:

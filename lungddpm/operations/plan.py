@@ -296,8 +296,6 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     Hours of networks are their operations at the given speed; those of the other stages were measured on the demo and
     on scans of LIDC-IDRI, on one core.
     """
-    from lungddpm.generators import plugin
-
     grid = math.prod(config.grid.size)
     numbers = {number: count_real_cases(number, cohort.discovery) for number in config.arms.numbers()}
     samples = {
@@ -337,12 +335,12 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         stages.append(_train_generator(trained, config.workflow, cost, grid * cohort.discovery, trainings, speed))
     light = []
     for name, number in samples.items():
-        declared = None if name in config.arms.external else plugin(name)
-        if declared is None or declared.drawing is None or declared.weights_of is None:
+        owner = None if name in config.arms.external else config.weights_owner(name)
+        if owner is None:
             light.append(name)
         else:
-            drawing = declared.drawing(config.for_generator(name))
-            stages.append(_draw(drawing, costs[declared.weights_of], jobs_of[name], number, grid, speed))
+            drawing = config.plugin_of(name).drawing(config.for_generator(name))
+            stages.append(_draw(drawing, costs[owner], jobs_of[name], number, grid, speed))
     if light:
         made = sum(samples[name] for name in light)
         jobs = sum(jobs_of[name] for name in light)

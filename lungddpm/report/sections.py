@@ -16,11 +16,12 @@ from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
 from lungddpm.evaluation.lesions import SIZE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
-from lungddpm.generators import plugin
+from lungddpm.generators import GIVEN, NOTHING
 from lungddpm.quality.calibration import DIFFERENCE, SPREAD
 from lungddpm.quality.image_quality import COPIES, LUNGS, SEAM, SEAM_RATIO, WHOLE
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
+from lungddpm.verdict.ladder import NOT_IN_RUN
 from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
 
@@ -352,6 +353,47 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
     return DisplayTable(heads, rows, [False, *[True] * 10])
 
 
+def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, DisplayTable, list[str]]:
+    """`ladder.csv` for reading: the families crossed with what is given, then a row per generator, and notes on
+    published methods.
+
+    Args:
+        ladder: `LADDER_COLUMNS`.
+        confidence: of the intervals, e.g. "95 %".
+    """
+    crossed = []
+    for family, rows in ladder.groupby("family", sort=False):
+        cells = [[_in_cell(row) for row in rows[rows["given"] == given].to_dict("records")] for given in GIVEN]
+        crossed.append([str(family), *("; ".join(cell) for cell in cells)])
+    heads = ["family", *("nothing" if given == NOTHING else given.replace("+", " + ") for given in GIVEN)]
+    listed = [
+        [
+            row["family"], row["given"].replace("+", " + "), row["generator"], row["stands_for"],
+            format_number(row["fid"], ".3g"), format_number(row["fid_lungs"], ".3g"),
+            format_number(row["fidelity_dice"], ".3f"), format_number(row["fidelity_difference"], "+.3f"),
+            row["arm"], format_number(row["difference"], "+.3f"), interval_text(row), row["verdict"],
+        ]
+        for row in ladder[ladder["generator"] != ""].to_dict("records")
+    ]  # fmt: skip
+    names = ["family", "given", "generator", "stands for", "FID, whole volume", "FID, lungs", "label fidelity, Dice",
+             "to the ceiling", "arm", "difference to real", f"{confidence} CI", "verdict"]  # fmt: skip
+    numeric = [False] * 4 + [True] * 4 + [False, True, True, False]
+    return (
+        DisplayTable(heads, crossed, [False] * len(heads)),
+        DisplayTable(names, listed, numeric),
+        [note for note in ladder["note"].unique() if note not in ("", NOT_IN_RUN)],
+    )
+
+
+def _in_cell(row: dict) -> str:
+    """A generator with the difference that it made and the method that it stands for, or such a method alone."""
+    if not row["generator"]:
+        return f"({row['stands_for']}: {NOT_IN_RUN})"
+    difference = format_number(row["difference"], "+.3f")
+    method = f" = {row['stands_for']}" if row["stands_for"] else ""
+    return f"{row['generator']}{f' {difference}' if difference else ''}{method}"
+
+
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
     """Name, title and citation of every generator in use.
 
@@ -362,9 +404,10 @@ def generators_of(config: Config) -> list[tuple[str, str, str]]:
         if name in config.arms.external:
             described.append((name, "external: made by another system", ""))
         else:
-            declared = plugin(name)
+            declared = config.plugin_of(name)
             cited = "" if declared.citation.startswith("None") else declared.citation
-            described.append((name, declared.title, cited))
+            variant = "" if config.kind_of(name) == name else f"Variant of {config.kind_of(name)}. "
+            described.append((name, variant + declared.title, cited))
     return described
 
 

@@ -12,7 +12,6 @@ from importlib.resources import files
 import numpy as np
 import pandas as pd
 
-from lungddpm import generators
 from lungddpm.core.arms import Arm
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.quality.image_quality import SYNTHETIC, WHOLE
@@ -45,7 +44,7 @@ _NOT_MEASURED = "not measured in this run"
 _SIMULATED = "the patients of this run are simulated"
 _NOT_REPORTED = "not reported"
 _CONTEXT = "other data and another task: context only"
-_WITHOUT_LAYOUT = {
+WITHOUT_LAYOUT = {
     "HA-GAN": "HA-GAN draws without a layout: there are no labels to train a segmenter with, so it is not an arm here; "
     "its CT may enter image quality from a folder (docs/how-to/bring-your-own-synthetic-ct.md)"
 }
@@ -67,12 +66,6 @@ def published_figures() -> pd.DataFrame:
         )
 
 
-def published_generators() -> dict[str, str]:
-    """Published methods that this benchmark has -> their generators."""
-    declared = (generators.plugin(name) for name in generators.names())
-    return {each.published_as: each.name for each in declared if each.published_as is not None}
-
-
 def published_gain(metric: str) -> float:
     """The largest published gain of Lung-DDPM over real data alone, in the metric's own unit."""
     figures = published_figures().query("table == 'segmentation' and metric == @metric").set_index("method")["mean"]
@@ -81,6 +74,7 @@ def published_gain(metric: str) -> float:
 
 def published_comparison(
     verdict: pd.DataFrame,
+    stand_ins: Mapping[str, str],
     image_quality: pd.DataFrame | None = None,
     seconds_per_volume: Mapping[str, float] | None = None,
     simulated: bool = False,
@@ -92,6 +86,7 @@ def published_comparison(
 
     Args:
         verdict: rows of `verdict.csv`.
+        stand_ins: published methods -> the generators of this run that stand for them.
         image_quality: rows of `image_quality.csv`, if measured.
         seconds_per_volume: mean sampling time by generator, if known.
         simulated: the run's patients are not real, so that nothing compares.
@@ -125,11 +120,11 @@ def published_comparison(
         if figure["table"] == "segmentation":
             if figure["method"] != "real only":
                 row["published_change"] = figure["mean"] - real_only[figure["metric"]]
-            row |= _segmentation(figure, verdict, scores)
+            row |= _segmentation(figure, stand_ins, verdict, scores)
         elif figure["table"] == "image_quality":
-            row |= _quality(figure, image_quality)
+            row |= _quality(figure, stand_ins, image_quality)
         elif figure["table"] == "sampling":
-            row |= _sampling(figure, drawing[figure["metric"]])
+            row |= _sampling(figure, stand_ins, drawing[figure["metric"]])
         else:
             row |= {"comparable": "no", "why_not": _CONTEXT}
         if figure["reported"] == "no" and row["arm"]:
@@ -140,12 +135,14 @@ def published_comparison(
     return pd.DataFrame(rows)
 
 
-def _segmentation(figure: dict, verdict: pd.DataFrame, scores: pd.DataFrame) -> dict:
+def _segmentation(
+    figure: dict, stand_ins: Mapping[str, str], verdict: pd.DataFrame, scores: pd.DataFrame
+) -> dict:
     if figure["method"] == "real only":
         arm = verdict["baseline"].iloc[0]
-    elif figure["method"] in published_generators():
+    elif figure["method"] in stand_ins:
         dose = int(figure["training_set"].split("+")[1].split()[0]) / REAL_CASES
-        arm = _arm_of_dose(verdict["arm"], published_generators()[figure["method"]], dose)
+        arm = _arm_of_dose(verdict["arm"], stand_ins[figure["method"]], dose)
         if not arm:
             return {"comparable": "no", "why_not": f"this run has no arm with a dose of about {dose:.2g}"}
     else:
@@ -176,10 +173,10 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
     return closest if closest and distance[closest] <= 0.1 else ""
 
 
-def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
-    if figure["method"] not in published_generators():
+def _quality(figure: dict, stand_ins: Mapping[str, str], image_quality: pd.DataFrame | None) -> dict:
+    if figure["method"] not in stand_ins:
         return _absent(figure)
-    generator = published_generators()[figure["method"]]
+    generator = stand_ins[figure["method"]]
     if image_quality is not None:
         rows = image_quality[
             (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
@@ -197,8 +194,8 @@ def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
     return {"comparable": "no", "why_not": _NOT_MEASURED}
 
 
-def _sampling(figure: dict, by_generator: Mapping[str, float]) -> dict:
-    generator = published_generators().get(figure["method"])
+def _sampling(figure: dict, stand_ins: Mapping[str, str], by_generator: Mapping[str, float]) -> dict:
+    generator = stand_ins.get(figure["method"])
     if generator is None:
         return _absent(figure)
     if generator not in by_generator:
@@ -214,4 +211,4 @@ def _sampling(figure: dict, by_generator: Mapping[str, float]) -> dict:
 
 def _absent(figure: dict) -> dict:
     method = figure["method"]
-    return {"comparable": "no", "why_not": _WITHOUT_LAYOUT.get(method, f"{method} is not part of this benchmark")}
+    return {"comparable": "no", "why_not": WITHOUT_LAYOUT.get(method, f"no generator of this run stands for {method}")}

@@ -73,6 +73,16 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
     return means
 
 
+def passes_per_sample(config: Config) -> dict[str, float]:
+    """Forward passes of the network per sample, by generator in use that draws with one."""
+    in_use = [name for name in config.arms.largest_doses() if name not in config.arms.external]
+    return {
+        name: float(config.plugin_of(name).drawing(config.for_generator(name)).passes)
+        for name in in_use
+        if config.weights_owner(name) is not None
+    }
+
+
 def training_curves(config: Config, results: Path) -> pd.DataFrame:
     """The training of every replicate whose log is there, one row per saved state: `CURVE_COLUMNS`."""
     rows = []

@@ -28,8 +28,16 @@ from lungddpm.verdict.convergence import convergence_table
 from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
 from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
 from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
+from lungddpm.verdict.ladder import ladder_table, published_generators
 from lungddpm.verdict.published import published_comparison
-from lungddpm.verdict.records import quality_files, quality_table, seconds_per_volume, timing_table, training_curves
+from lungddpm.verdict.records import (
+    passes_per_sample,
+    quality_files,
+    quality_table,
+    seconds_per_volume,
+    timing_table,
+    training_curves,
+)
 from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
@@ -430,7 +438,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
-        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, published_comparison; and
+        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, ladder, published_comparison; and
         where the run has them dose_response, image_quality, label_fidelity and timing.
 
     Raises:
@@ -475,12 +483,17 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     )
     tables["training_curves"] = training_curves(config, results)
     tables["convergence"] = convergence_table(tables["training_curves"])
+    tables["ladder"] = ladder_table(
+        config, tables["verdict"], tables.get("image_quality"), tables.get("label_fidelity")
+    )
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
+        published_generators(config),
         tables.get("image_quality"),
         seconds_per_volume(results, generators),
         simulated=config.source.is_simulated,
         measures=tables["measures"],
+        passes=passes_per_sample(config),
     )
     if len(timing := timing_table(results)):
         tables["timing"] = timing

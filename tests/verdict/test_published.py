@@ -6,7 +6,14 @@ import pytest
 
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report.sections import show_published
-from lungddpm.verdict.published import published_comparison, published_figures, published_gain
+from lungddpm.verdict import published
+from lungddpm.verdict.published import published_figures, published_gain
+
+STAND_INS = {"Lung-DDPM": "lung_ddpm", "Med-DDPM": "med_ddpm", "Pix2pix3D": "pix2pix3d"}
+
+
+def published_comparison(verdict, *arguments, **options):
+    return published.published_comparison(verdict, STAND_INS, *arguments, **options)
 
 
 @pytest.fixture

@@ -23,7 +23,6 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
 from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
-from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
 
 try:
@@ -42,7 +41,9 @@ try:
     TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
     PLANNING_ARM = SETTINGS.arms.planning().name
     # Those that draw with weights, each with the generator whose weights these are.
-    WEIGHTS_OF = {name: owner for name in PLUGINS if (owner := plugin(name).weights_of)}
+    WEIGHTS_OF = {
+        name: owner for name in PLUGINS if (owner := SETTINGS.weights_owner(name))
+    }
 except UserError as error:
     report_fault(error)
     raise WorkflowError(str(error)) from None
@@ -287,7 +288,7 @@ def code_of_synthesis(generator):
     """The fingerprint of the code that makes a generator's samples, or takes them from a folder."""
     if generator in SETTINGS.arms.external:
         return stage_fingerprint("import_external")
-    return stage_fingerprint("synthesize", generator)
+    return stage_fingerprint("synthesize", SETTINGS.kind_of(generator))
 
 
 def plans_of(wildcards):
