@@ -269,6 +269,16 @@ class Synthesis(Section):
         return self
 
 
+class SampleFilter(Section):
+    """Which samples count in arms `real+<generator>.filtered@<dose>`, after FreeTumor's rule."""
+
+    found: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Least share of a sample's nodule voxels that the segmenters of the same real cases alone find."""
+    draws: Annotated[float, Field(ge=1)] = 2.0
+    """Samples that are drawn and judged, as a multiple of those that the arm takes: the first ones of those kept. Where
+    fewer are kept, the arm has fewer, and the tables say so."""
+
+
 class Arms(Section):
     """The training sets that are compared. `real` is always there; the others are named after what they add."""
 
@@ -292,13 +302,16 @@ class Arms(Section):
     synthetic_only: list[Name] = []
     """Generators that are also trained on alone, with as many synthetic cases as there are real ones: arm
     `synthetic:<generator>`."""
+    filtered: list[Name] = []
+    """Those of `generators` that also give arms `real+<generator>.filtered@<dose>`, of samples that pass `filter`."""
+    filter: SampleFilter = SampleFilter()
     external: dict[Name, UserPath] = {}
     """Folders of synthetic CT that other systems made, by name, e.g. `{maisi: /data/maisi}`; the names may stand where
     generators do (docs/how-to/bring-your-own-synthetic-ct.md)."""
 
     @model_validator(mode="after")
     def _lists(self) -> Arms:
-        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only"):
+        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only", "filtered"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"arms.{key} lists a value twice: {values}")
@@ -306,6 +319,8 @@ class Arms(Section):
             raise ValueError("arms.doses is set, but arms.generators is empty: name a generator, or empty both")
         if self.generators and not self.doses:
             raise ValueError("arms.generators is set, but arms.doses is empty: name a dose, e.g. [1.0]")
+        if others := set(self.filtered) - set(self.generators):
+            raise ValueError(f"arms.filtered: {sorted(others)[0]} is not in arms.generators")
         if both := set(self.generators) & set(self.controls):
             raise ValueError(f"{sorted(both)[0]} is listed in arms.generators and in arms.controls: keep one")
         return self
@@ -336,6 +351,18 @@ class Arms(Section):
         """Generators in use and the largest dose that any arm takes of each."""
         return {name: doses[-1] for name, doses in self.doses_of().items()}
 
+    def drawn_dose(self, arm: Arm) -> float:
+        """Samples that are drawn for an arm, as a multiple of its real cases: more than its dose where it is filtered."""
+        return round(arm.dose * self.filter.draws, 9) if arm.filtered else arm.dose
+
+    def drawn_doses_of(self) -> dict[str, list[float]]:
+        """The same as `doses_of` of what is drawn: with the candidates of filtered arms."""
+        drawn: dict[str, set[float]] = {name: set(doses) for name, doses in self.doses_of().items()}
+        for arm in self.all():
+            if arm.generator is not None:
+                drawn[arm.generator].add(self.drawn_dose(arm))
+        return {name: sorted(doses) for name, doses in drawn.items()}
+
     def numbers(self) -> list[int | None]:
         """The numbers of real cases, in the order of the config; None is all."""
         return [None if number == ALL else int(number) for number in self.real_cases]
@@ -348,6 +375,7 @@ class Arms(Section):
     def all(self) -> list[Arm]:
         """All arms, number by number of real cases: `real` first, then those with synthetic CT, then the controls."""
         mixed = [Arm(True, name, dose) for name in self.generators for dose in self.doses]
+        mixed += [Arm(True, name, dose, filtered=True) for name in self.filtered for dose in self.doses]
         alone = [Arm(False, name, 1.0) for name in self.synthetic_only]
         controls = [Arm(True, name, 1.0 if name == BASELINE else self.control_dose) for name in self.controls]
         recipes = [Arm(True, None, 0.0), *mixed, *alone, *controls]

@@ -298,10 +298,14 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     """
     grid = math.prod(config.grid.size)
     numbers = {number: count_real_cases(number, cohort.discovery) for number in config.arms.numbers()}
-    samples = {
-        name: len(config.draws(name)) * sum(round(dose * number) for number in numbers.values())
-        for name, dose in config.arms.largest_doses().items()
-    }
+    drawn = {name: doses[-1] for name, doses in config.arms.drawn_doses_of().items()}
+    samples, trained_on = (
+        {
+            name: len(config.draws(name)) * sum(round(dose * number) for number in numbers.values())
+            for name, dose in doses.items()
+        }
+        for doses in (drawn, config.arms.largest_doses())
+    )
     # Doses share samples, but each is a job of its own.
     jobs_of = {
         name: len(config.draws(name))
@@ -310,7 +314,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
             for number in numbers.values()
             for dose in doses
         )
-        for name, doses in config.arms.doses_of().items()
+        for name, doses in config.arms.drawn_doses_of().items()
     }
     prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
     arms = config.arms.all()
@@ -346,14 +350,19 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         jobs = sum(jobs_of[name] for name in light)
         stages.append(_light("synthesize", jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
     if samples:
-        stages.append(_light("quality", len(samples), sum(samples.values()), grid))
+        stages.append(_light("quality", len(samples), sum(trained_on.values()), grid))
     segmenter, judged = segmenter_cost(config), []
+    if filtered := [arm for arm in arms if arm.filtered]:
+        replicates = len(config.segmentation.replicates())
+        candidates = sum(round(config.arms.drawn_dose(arm) * numbers[arm.real_cases]) for arm in filtered)
+        jobs = len(filtered) * replicates
+        judged.append(_predict("filter_samples", config, segmenter, jobs, replicates * candidates, speed))
     if samples:
         limit, replicates = config.label_fidelity.samples, len(config.segmentation.replicates())
         most = numbers[config.arms.largest_number()]
         of_generators = [round(dose * most) for dose in config.arms.largest_doses().values()]
         volumes = sum(min(number, limit) for number in [*of_generators, cohort.reference])
-        judged = [_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed)]
+        judged.append(_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed))
     return [
         *stages,
         _light("compose", len(arms), training_cases, grid),

@@ -463,8 +463,9 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
     for arm, content in arms.items():
         draws = content["draws"]
         shared_cases = [case for case in content["cases"] if case["trained_on"]]
-        # Draws are of one size.
+        # Draws are of one size, but for those of a filter that kept too few.
         trained_on = shared_cases + (draws[0]["cases"] if draws else [])
+        sizes = sorted({len(shared_cases) + len(draw["cases"]) for draw in draws} or {len(shared_cases)})
         sources = Counter(case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in trained_on)
         drawn = {case["source"] for draw in draws for case in draw["cases"]}
         everybody = shared_cases + [case for draw in draws for case in draw["cases"]]
@@ -476,10 +477,23 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
             for source, count in sources.items()
         )
         guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
-        rows.append([arm, str(len(trained_on)), made_of, str(len(patients)), guard])
+        rows.append([arm, " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))), made_of, str(len(patients)), guard])
     return DisplayTable(
         ["arm", "training cases", "from", "patients", "leak guard"], rows, [False, True, False, True, False]
     )
+
+
+def show_filter(kept: pd.DataFrame) -> DisplayTable:
+    """`sample_filter.csv` for reading."""
+    rows = [
+        [
+            row["arm"], row["replicate"] or "all", str(row["judged"]), f"{100 * row['found_mean']:.0f} %",
+            f"{row['kept']} ({100 * row['share_kept']:.0f} %)", f"{row['taken']} of {row['wanted']}",
+        ]
+        for row in kept.to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", "replicate", "judged", "nodule voxels found, mean", "kept", "taken"]
+    return DisplayTable(heads, rows, [False, False, *[True] * 4])
 
 
 def show_timing(timing: pd.DataFrame) -> DisplayTable:

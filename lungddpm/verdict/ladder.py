@@ -118,6 +118,6 @@ def _largest_arm(config: Config, generator: str) -> Arm | None:
     arms = [
         arm
         for arm in config.arms.all()
-        if arm.real and arm.generator == generator and arm.real_cases == config.arms.largest_number()
+        if arm.real and not arm.filtered and arm.generator == generator and arm.real_cases == config.arms.largest_number()
     ]
     return max(arms, key=lambda arm: arm.dose, default=None)

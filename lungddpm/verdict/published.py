@@ -167,7 +167,7 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
     distance = {
         name: abs(arm.dose / dose - 1)
         for name, arm in zip(arms, map(Arm.parse, arms), strict=True)
-        if arm.real and arm.generator == generator
+        if arm.real and not arm.filtered and arm.generator == generator
     }
     closest = min(distance, key=lambda name: distance[name], default="")
     return closest if closest and distance[closest] <= 0.1 else ""

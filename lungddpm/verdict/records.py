@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lungddpm.arms.compose import draw_record
 from lungddpm.config.models import Config
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.device import device_of
@@ -15,6 +16,11 @@ from lungddpm.segmentation.nnunet import segmenter_curve
 
 CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
 """Means since the state saved before: loss of the training patches, Dice of the validation patches."""
+KEPT_COLUMNS = [
+    "arm", "replicate", "found_limit", "found_mean", "judged", "kept", "share_kept", "wanted", "taken",
+]  # fmt: skip
+"""Of the samples of a filtered arm, or of one replicate's draw: how many were judged, kept, wanted and taken; the mean
+share of a sample's nodule voxels that was found. `replicate` is empty where all share one draw."""
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 
 
@@ -81,6 +87,24 @@ def passes_per_sample(config: Config) -> dict[str, float]:
         for name in in_use
         if config.weights_owner(name) is not None
     }
+
+
+def filter_table(config: Config, results: Path) -> pd.DataFrame:
+    """What the quality filter kept for each arm and draw that has one: `KEPT_COLUMNS`."""
+    rows = []
+    for arm in config.arms.all():
+        if not arm.filtered:
+            continue
+        folder = results / "arms" / arm.name
+        records = {"": folder / "arm.json"}
+        records |= {name: draw_record(folder, name) for name in config.segmentation.replicates()}
+        for replicate, path in records.items():
+            kept = read_json(path).get("filter") if path.exists() else None
+            if kept is not None:
+                row = {name: kept[name] for name in ("found_mean", "judged", "kept", "wanted", "taken")}
+                row |= {"found_limit": kept["found"], "share_kept": kept["kept"] / kept["judged"]}
+                rows.append({"arm": arm.name, "replicate": replicate, **row})
+    return pd.DataFrame(rows, columns=KEPT_COLUMNS)
 
 
 def training_curves(config: Config, results: Path) -> pd.DataFrame:

@@ -31,6 +31,7 @@ from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
 from lungddpm.verdict.ladder import ladder_table, published_generators
 from lungddpm.verdict.published import published_comparison
 from lungddpm.verdict.records import (
+    filter_table,
     passes_per_sample,
     quality_files,
     quality_table,
@@ -288,7 +289,7 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
             doses = {
                 place: arm.dose
                 for place, arm in enumerate(arms)
-                if (arm.real, arm.generator, arm.real_cases) == (True, generator, number)
+                if (arm.real, arm.filtered, arm.generator, arm.real_cases) == (True, False, generator, number)
                 and scores.evaluated[place].any()
             }
             if len(doses) < 2 or not scores.paired(scores.baseline_of(min(doses)), *doses).scores.size:
@@ -439,7 +440,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
         run_spread, training_curves, convergence, calibration, detection, froc, froc_band, ladder, published_comparison; and
-        where the run has them dose_response, image_quality, label_fidelity and timing.
+        where the run has them dose_response, image_quality, label_fidelity, sample_filter and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
@@ -495,6 +496,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         measures=tables["measures"],
         passes=passes_per_sample(config),
     )
+    if len(kept := filter_table(config, results)):
+        tables["sample_filter"] = kept
     if len(timing := timing_table(results)):
         tables["timing"] = timing
     tables["instrument"] = check_instrument(config, results, tables, copies)
