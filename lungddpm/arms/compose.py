@@ -29,7 +29,7 @@ from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cases import CaseFolder, hash_voxels, read_cases, unchanged_folder_of, usable
 from lungddpm.core.cohorts import training_cases
-from lungddpm.core.errors import ConfigError, InputError
+from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
