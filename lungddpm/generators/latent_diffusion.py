@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -65,14 +66,14 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     import torch
 
     from lungddpm.models.latent import LatentError, build_latent_diffusion, denoiser_channels
-    from lungddpm.models.latent_training import LatentOptimization
+    from lungddpm.models.latent_training import LatentOptimization, autoencoder_phase
     from lungddpm.models.objectives import DiffusionLoss, WeightedError
     from lungddpm.models.recipe import Recipe
 
     settings, reduction = config.settings, config.settings.autoencoder.reduction
     channels = settings.autoencoder.latent_channels + denoiser_channels(config)
     error = LatentError(WeightedError.of(settings), reduction)
-    return Recipe(
+    whole = Recipe(
         build=lambda: build_latent_diffusion(config),
         load=lambda path: load_latent_diffusion(path, config, "cpu"),
         objective=lambda device: DiffusionLoss(settings.timesteps, settings.prediction, error, device),
@@ -82,7 +83,10 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
         ),
         hint=settings.hint,
         optimization=LatentOptimization,
+        # The denoiser learns what the autoencoder makes of a batch.
+        prepares=lambda network, shape: network.autoencoder.encode(torch.zeros(shape[0], 1, *shape[1:])),
     )
+    return replace(whole, before=lambda: autoencoder_phase(config, whole))
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
