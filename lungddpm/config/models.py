@@ -302,6 +302,10 @@ class Arms(Section):
     synthetic_only: list[Name] = []
     """Generators that are also trained on alone, with as many synthetic cases as there are real ones: arm
     `synthetic:<generator>`."""
+    quality_only: list[Name] = []
+    """Further generators, or names in `external`, whose samples are made and judged (image quality, label fidelity), as
+    many as the largest of `doses` takes, without an arm. Their external CT may come without nodules: it is the place of
+    systems that draw without a layout, such as HA-GAN, and of variants that differ in how they sample."""
     filtered: list[Name] = []
     """Those of `generators` that also give arms `real+<generator>.filtered@<dose>`, of samples that pass `filter`."""
     filter: SampleFilter = SampleFilter()
@@ -311,7 +315,7 @@ class Arms(Section):
 
     @model_validator(mode="after")
     def _lists(self) -> Arms:
-        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only", "filtered"):
+        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only", "quality_only", "filtered"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"arms.{key} lists a value twice: {values}")
@@ -319,6 +323,8 @@ class Arms(Section):
             raise ValueError("arms.doses is set, but arms.generators is empty: name a generator, or empty both")
         if self.generators and not self.doses:
             raise ValueError("arms.generators is set, but arms.doses is empty: name a dose, e.g. [1.0]")
+        if taken := set(self.quality_only) & {*self.generators, *self.controls, *self.synthetic_only}:
+            raise ValueError(f"arms.quality_only: {sorted(taken)[0]} has an arm already, which is judged as well")
         if others := set(self.filtered) - set(self.generators):
             raise ValueError(f"arms.filtered: {sorted(others)[0]} is not in arms.generators")
         if both := set(self.generators) & set(self.controls):
@@ -335,16 +341,18 @@ class Arms(Section):
             raise ValueError(f"arms.external: the name {taken[0]} is taken, use another one")
         controls = [name for name in self.controls if name != BASELINE]
         lists = {"generators": self.generators, "controls": controls, "synthetic_only": self.synthetic_only}
-        for key, names in lists.items():
+        for key, names in {**lists, "quality_only": self.quality_only}.items():
             for name in names:
                 _check_known(name, generators | set(self.external), f"arms.{key}")
 
     def doses_of(self) -> dict[str, list[float]]:
-        """Generators in use and the doses that the arms take of each, in ascending order."""
+        """Generators in use and the doses that the arms take of each, in ascending order; of those without an arm, the
+        dose that is judged."""
         doses = {name: set(self.doses) for name in self.generators}
         doses |= {name: {self.control_dose} for name in self.controls if name != BASELINE}
         for name in self.synthetic_only:
             doses.setdefault(name, set()).add(1.0)
+        doses |= {name: {max(self.doses, default=1.0)} for name in self.quality_only}
         return {name: sorted(values) for name, values in doses.items()}
 
     def largest_doses(self) -> dict[str, float]:

@@ -46,7 +46,7 @@ _NOT_REPORTED = "not reported"
 _CONTEXT = "other data and another task: context only"
 WITHOUT_LAYOUT = {
     "HA-GAN": "HA-GAN draws without a layout: there are no labels to train a segmenter with, so it is not an arm here; "
-    "its CT may enter image quality from a folder (docs/how-to/bring-your-own-synthetic-ct.md)"
+    "its CT may enter image quality from a folder (arms.quality_only)"
 }
 """Published methods that no generator here can stand for."""
 
