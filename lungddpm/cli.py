@@ -199,7 +199,9 @@ def qc(
 
 @app.command(rich_help_panel=STAGES)
 def train(
-    generator: Annotated[str, typer.Option(help="Generator that is trained: a module of lungddpm/generators/, or a variant in config.")],
+    generator: Annotated[
+        str, typer.Option(help="Generator that is trained: a module of lungddpm/generators/, or a variant in config.")
+    ],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     cohort: CohortName = "all",
@@ -244,7 +246,9 @@ def train(
 
 @app.command(rich_help_panel=STAGES)
 def synthesize(
-    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, a variant in config, or a name in arms.external.")],
+    generator: Annotated[
+        str, typer.Option(help="Module of lungddpm/generators/, a variant in config, or a name in arms.external.")
+    ],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     weights: Annotated[

@@ -15,7 +15,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -42,8 +42,8 @@ from lungddpm.config.sections import (
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cohorts import ALL, SHARED, Cohort
 from lungddpm.core.errors import ConfigError
-from lungddpm.core.values import merge_values
 from lungddpm.core.roles import ROLES
+from lungddpm.core.values import merge_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
@@ -360,7 +360,7 @@ class Arms(Section):
         return {name: doses[-1] for name, doses in self.doses_of().items()}
 
     def drawn_dose(self, arm: Arm) -> float:
-        """Samples that are drawn for an arm, as a multiple of its real cases: more than its dose where it is filtered."""
+        """Samples that are drawn for an arm, as a multiple of its real cases: more than its dose if it is filtered."""
         return round(arm.dose * self.filter.draws, 9) if arm.filtered else arm.dose
 
     def drawn_doses_of(self) -> dict[str, list[float]]:
@@ -618,7 +618,7 @@ def _generators_section() -> type[Section]:
         keys: dict[str, Any] = {"kind": (Literal[name], ...), "weights_of": (Name | None, None)}
         of_variants.append(create_model(f"{name}_variant", __base__=plugin.settings, **keys))
     schema = {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": list(fields)}}}
-    one_of_them = Annotated[Union[tuple(of_variants)], Field(discriminator="kind"), WithJsonSchema(schema)]
+    one_of_them = Annotated[tuple(of_variants), Field(discriminator="kind"), WithJsonSchema(schema)]
     _Variants.__annotations__["__pydantic_extra__"] = dict[str, one_of_them]
     return create_model("Generators", __base__=_Variants, __doc__=_Variants.__doc__, **fields)
 

@@ -118,9 +118,7 @@ def count(
     return parameters, one, one + both + beside.get_total_flops()
 
 
-def count_opponent(
-    config: GeneratorConfig[TrainedSettings], recipe: Recipe | None = None
-) -> tuple[int, int]:
+def count_opponent(config: GeneratorConfig[TrainedSettings], recipe: Recipe | None = None) -> tuple[int, int]:
     """Parameters of what an adversarial training trains besides, and operations that they add to a pass; 0 without it.
 
     The opponent sees real and drawn CT twice: when the network learns, which takes a gradient of the drawn CT, and when

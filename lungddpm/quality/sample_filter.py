@@ -1,8 +1,8 @@
 """The quality filter of samples: how much of its nodules do segmenters that learned from real cases find in each?
 
 After FreeTumor, where a synthetic lesion counts only if the baseline segmenter finds at least 70 % of its voxels. Here
-every candidate for an arm is judged as a whole; `lungddpm.arms.compose` then keeps those above `arms.filter.found`. The segmenters are those of the arm's own real cases alone, so that nobody is behind
-the choice who is not in the arm already.
+every candidate for an arm is judged as a whole; `lungddpm.arms.compose` then keeps those above `arms.filter.found`. The
+segmenters are those of the arm's own real cases alone, so that nobody is behind the choice who is not in the arm.
 """
 
 from __future__ import annotations

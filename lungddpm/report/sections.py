@@ -477,7 +477,9 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
             for source, count in sources.items()
         )
         guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
-        rows.append([arm, " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))), made_of, str(len(patients)), guard])
+        rows.append(
+            [arm, " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))), made_of, str(len(patients)), guard]
+        )
     return DisplayTable(
         ["arm", "training cases", "from", "patients", "leak guard"], rows, [False, True, False, True, False]
     )

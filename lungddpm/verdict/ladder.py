@@ -98,7 +98,15 @@ def _published_cells() -> list[dict[str, str]]:
         for given, method in declared.published_as.items():
             cells[method] = (str(declared.family), given, NOT_IN_RUN)
     return [
-        {"family": family, "given": given, "generator": "", "stands_for": method, "arm": "", "verdict": "", "note": note}
+        {
+            "family": family,
+            "given": given,
+            "generator": "",
+            "stands_for": method,
+            "arm": "",
+            "verdict": "",
+            "note": note,
+        }
         for method, (family, given, note) in cells.items()
     ]
 
@@ -118,6 +126,9 @@ def _largest_arm(config: Config, generator: str) -> Arm | None:
     arms = [
         arm
         for arm in config.arms.all()
-        if arm.real and not arm.filtered and arm.generator == generator and arm.real_cases == config.arms.largest_number()
+        if arm.real
+        and not arm.filtered
+        and arm.generator == generator
+        and arm.real_cases == config.arms.largest_number()
     ]
     return max(arms, key=lambda arm: arm.dose, default=None)

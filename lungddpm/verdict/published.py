@@ -60,9 +60,8 @@ def published_figures() -> pd.DataFrame:
     not published, and there is no mean). Text is empty, and a number NaN, where it is not stated.
     """
     with files(__package__).joinpath("published.csv").open(encoding="utf-8") as file:
-        return (
-            pd.read_csv(file, keep_default_na=False, dtype=str)
-            .assign(**{name: lambda table, name=name: pd.to_numeric(table[name]) for name in ("mean", "sd")})
+        return pd.read_csv(file, keep_default_na=False, dtype=str).assign(
+            **{name: lambda table, name=name: pd.to_numeric(table[name]) for name in ("mean", "sd")}
         )
 
 
@@ -135,9 +134,7 @@ def published_comparison(
     return pd.DataFrame(rows)
 
 
-def _segmentation(
-    figure: dict, stand_ins: Mapping[str, str], verdict: pd.DataFrame, scores: pd.DataFrame
-) -> dict:
+def _segmentation(figure: dict, stand_ins: Mapping[str, str], verdict: pd.DataFrame, scores: pd.DataFrame) -> dict:
     if figure["method"] == "real only":
         arm = verdict["baseline"].iloc[0]
     elif figure["method"] in stand_ins:

@@ -439,8 +439,9 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
-        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, ladder, published_comparison; and
-        where the run has them dose_response, image_quality, label_fidelity, sample_filter and timing.
+        run_spread, training_curves, convergence, calibration, detection, froc, froc_band, ladder,
+        published_comparison; and where the run has them dose_response, image_quality, label_fidelity, sample_filter
+        and timing.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.

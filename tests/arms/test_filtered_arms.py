@@ -1,4 +1,4 @@
-"""Arms of filtered samples: which samples they take, who chose them, and what refuses a filter that cannot be trusted."""
+"""Arms of filtered samples: which samples they take, who chose them, and which filters are refused."""
 
 import json
 
@@ -44,7 +44,9 @@ def write_filter(cohort, shares=SHARES, replicate="fold0_seed0", arm=ARM):
     """What `lungddpm filter` leaves, of a segmenter of the arm `real` of this cohort."""
     real = json.loads((cohort / "arms" / "real" / "arm.json").read_text())
     rows = read_cases(cohort / "synthetic" / "samples.tsv").to_dict("records")
-    table = [(i, row["case_id"], row["sha256"], 9, share) for i, (row, share) in enumerate(zip(rows, shares, strict=True))]
+    table = [
+        (i, row["case_id"], row["sha256"], 9, share) for i, (row, share) in enumerate(zip(rows, shares, strict=True))
+    ]
     folder = cohort / "filter" / replicate
     write_table(folder / FILTER_TABLE, pd.DataFrame(table, columns=FILTER_COLUMNS))
     segmenter = {"arm": "real", "replicate": replicate, "arm_fingerprint": real["fingerprint"]}
