@@ -13,6 +13,8 @@ import json
 import os
 import re
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -618,7 +620,7 @@ def _generators_section() -> type[Section]:
         keys: dict[str, Any] = {"kind": (Literal[name], ...), "weights_of": (Name | None, None)}
         of_variants.append(create_model(f"{name}_variant", __base__=plugin.settings, **keys))
     schema = {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": list(fields)}}}
-    one_of_them = Annotated[tuple(of_variants), Field(discriminator="kind"), WithJsonSchema(schema)]
+    one_of_them = Annotated[reduce(or_, of_variants), Field(discriminator="kind"), WithJsonSchema(schema)]
     _Variants.__annotations__["__pydantic_extra__"] = dict[str, one_of_them]
     return create_model("Generators", __base__=_Variants, __doc__=_Variants.__doc__, **fields)
 
