@@ -609,6 +609,11 @@ class _Variants(Section):
         return dict(self.__pydantic_extra__ or {})
 
 
+def _typed(generic: Any, *arguments: Any) -> Any:
+    """A generic type with arguments that are known at run time only."""
+    return generic[arguments]
+
+
 def _generators_section() -> type[Section]:
     """One section for each plug-in in `lungddpm/generators/`, of its settings with their defaults; and what variants
     of them may have."""
@@ -617,11 +622,11 @@ def _generators_section() -> type[Section]:
     for name in _generators().names():
         plugin = _generators().plugin(name)
         fields[name] = (plugin.settings, Field(default=plugin.settings(), description=plugin.title))
-        keys: dict[str, Any] = {"kind": (Literal[name], ...), "weights_of": (Name | None, None)}
+        keys: dict[str, Any] = {"kind": (_typed(Literal, name), ...), "weights_of": (Name | None, None)}
         of_variants.append(create_model(f"{name}_variant", __base__=plugin.settings, **keys))
     schema = {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": list(fields)}}}
-    one_of_them = Annotated[reduce(or_, of_variants), Field(discriminator="kind"), WithJsonSchema(schema)]
-    _Variants.__annotations__["__pydantic_extra__"] = dict[str, one_of_them]
+    one_of_them = _typed(Annotated, reduce(or_, of_variants), Field(discriminator="kind"), WithJsonSchema(schema))
+    _Variants.__annotations__["__pydantic_extra__"] = _typed(dict, str, one_of_them)
     return create_model("Generators", __base__=_Variants, __doc__=_Variants.__doc__, **fields)
 
 
@@ -719,7 +724,8 @@ class Config(Section):
 
     def kind_of(self, generator: str) -> str:
         """The module of a generator: for a variant its `kind`, else the name itself."""
-        return getattr(getattr(self.generators, generator, None), "kind", generator)
+        kind: str = getattr(getattr(self.generators, generator, None), "kind", generator)
+        return kind
 
     def plugin_of(self, generator: str) -> Any:
         """What the module of a generator declares: a `lungddpm.generators.Plugin`.

@@ -461,7 +461,8 @@ class GeneratorConfig(Generic[S]):
     @property
     def kind(self) -> str:
         """Its module in `lungddpm/generators/`: that of a variant has another name than it has itself."""
-        return getattr(self.settings, "kind", self.name)
+        kind: str = getattr(self.settings, "kind", self.name)
+        return kind
 
     @property
     def of_weights(self) -> GeneratorConfig[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -65,7 +65,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     """The autoencoder, then the denoiser: on whole volumes, or on crops around anything that the layouts name."""
     import torch
 
-    from lungddpm.models.latent import LatentError, build_latent_diffusion, denoiser_channels
+    from lungddpm.models.latent import LatentDiffusion, LatentError, build_latent_diffusion, denoiser_channels
     from lungddpm.models.latent_training import LatentOptimization, autoencoder_phase
     from lungddpm.models.objectives import DiffusionLoss, WeightedError
     from lungddpm.models.recipe import Recipe
@@ -84,7 +84,9 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
         hint=settings.hint,
         optimization=LatentOptimization,
         # The denoiser learns what the autoencoder makes of a batch.
-        prepares=lambda network, shape: network.autoencoder.encode(torch.zeros(shape[0], 1, *shape[1:])),
+        prepares=lambda network, shape: cast(LatentDiffusion, network).autoencoder.encode(
+            torch.zeros(shape[0], 1, *shape[1:])
+        ),
     )
     return replace(whole, before=lambda: autoencoder_phase(config, whole))
 

@@ -8,6 +8,8 @@ otherwise; two cells of a family are two variants of one generator.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -71,11 +73,11 @@ def ladder_table(
         is empty where no generator in use stands for a published method.
     """
     deciding = verdict[verdict["metric"] == deciding_measure().column].set_index("arm")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name in config.arms.largest_doses():
         if (cell := cell_of(config, name)) is None:
             continue
-        row = dict.fromkeys(LADDER_COLUMNS, np.nan) | dict.fromkeys(("arm", "verdict", "note"), "")
+        row: dict[str, Any] = dict.fromkeys(LADDER_COLUMNS, np.nan) | dict.fromkeys(("arm", "verdict", "note"), "")
         row |= {"family": cell[0], "given": cell[1], "generator": name, "stands_for": stands_for(config, name)}
         row |= {"fid": _fid(image_quality, name, WHOLE), "fid_lungs": _fid(image_quality, name, LUNGS)}
         if fidelity is not None and len(found := fidelity[fidelity["generator"] == name]):
@@ -91,7 +93,7 @@ def ladder_table(
     return pd.DataFrame(rows, columns=LADDER_COLUMNS)
 
 
-def _published_cells() -> list[dict[str, str]]:
+def _published_cells() -> list[dict[str, Any]]:
     """The cells of all published methods, each once, without a generator."""
     cells = {method: (_UNCONDITIONAL, NOTHING, reason) for method, reason in WITHOUT_LAYOUT.items()}
     for declared in map(generators.plugin, generators.names()):
