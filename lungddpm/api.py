@@ -96,15 +96,16 @@ def synthesize(
         ExcludedCaseError: CT and layout do not fit together.
     """
     from lungddpm.config.models import Config
-    from lungddpm.generators import ADDED, Task, plugin
+    from lungddpm.generators import ADDED, Task
 
     check_case(ct, layout, "the reference")
-    chosen = plugin(generator)
+    settings = config or Config()
+    chosen = settings.plugin_of(generator)
     if chosen.layouts[0] == ADDED:
         raise ConfigError(generator, "takes nodules from other cases", "Use 'lungddpm synthesize' on a table of cases.")
-    if chosen.weights_of is not None and weights is None:
+    if settings.weights_owner(generator) is not None and weights is None:
         raise InputError(f"generator '{generator}'", "needs weights", "Give the path of a model.safetensors.")
-    own = (config or Config()).for_generator(generator)
+    own = settings.for_generator(generator)
     ready = chosen.load(own, None if weights is None else Path(weights), device)
     (hu,) = ready.make([Task(ct, layout, seed)])
     return ct.like(hu)

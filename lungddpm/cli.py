@@ -201,7 +201,9 @@ def qc(
 
 @app.command(rich_help_panel=STAGES)
 def train(
-    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/ that is trained.")],
+    generator: Annotated[
+        str, typer.Option(help="Generator that is trained: a module of lungddpm/generators/, or a variant in config.")
+    ],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     cohort: CohortName = "all",
@@ -239,14 +241,16 @@ def train(
         from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
-        recipe, preview = plugin(generator).training(settings)
+        recipe, preview = plugin(settings.kind).training(settings)
         folder = output or RESULTS / settings.model_folder
         run_train(settings, recipe, preview, cases, folder, claimed, initial, restart=restart)
 
 
 @app.command(rich_help_panel=STAGES)
 def synthesize(
-    generator: Annotated[str, typer.Option(help="Module of lungddpm/generators/, or a name in arms.external.")],
+    generator: Annotated[
+        str, typer.Option(help="Module of lungddpm/generators/, a variant in config, or a name in arms.external.")
+    ],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     weights: Annotated[
@@ -293,6 +297,10 @@ def compose(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     output: Annotated[Path | None, typer.Option(help="Folder of the arm; default results/arms/<arm>.")] = None,
+    filters: Annotated[
+        list[Path] | None,
+        typer.Option("--filter", help="Of a filtered arm: filter.json of each segmenter that judged its samples."),
+    ] = None,
     replicate: Annotated[
         str | None, typer.Option(help="Add the samples of the draw that this replicate alone trains on: fold0_seed1.")
     ] = None,
@@ -304,9 +312,9 @@ def compose(
 
     settings, folder = load_config(*config), output or RESULTS / "arms" / Arm.parse(arm).name
     if replicate is None:
-        run_compose(settings, arm, cases, samples or [], folder)
+        run_compose(settings, arm, cases, samples or [], folder, filters or [])
     else:
-        run_compose_draw(settings, arm, replicate, cases, samples or [], folder)
+        run_compose_draw(settings, arm, replicate, cases, samples or [], folder, filters or [])
 
 
 @segment_app.command("plan")
@@ -363,6 +371,30 @@ def segment_predict(
         from lungddpm.segmentation.nnunet import run_predict
 
         run_predict(settings, arm_folder, fold, seed, cases, output, claimed, threads)
+
+
+@app.command("filter", rich_help_panel=STAGES)
+def filter_samples(
+    samples: Annotated[list[Path], typer.Argument(help="Tables of the candidates, in order of shards.")],
+    arm: Annotated[str, typer.Option(help="Name of the filtered arm, e.g. real+lung_ddpm.filtered@1.0.")],
+    output: Annotated[Path, typer.Option(help="Folder for samples.csv (one row per sample) and filter.json.")],
+    arm_folder: ArmFolder = RESULTS / "arms/real",
+    fold: Fold = 0,
+    seed: Seed = 0,
+    config: ConfigFiles = DEFAULT_CONFIG,
+    cases: CasesTable = CASES,
+    device: Device = "auto",
+    threads: Threads = 0,
+) -> None:
+    """Segment the candidates of a filtered arm with a replicate of the same real cases alone: share of their nodule
+    voxels that it finds."""
+    from lungddpm.config.loading import load_config
+
+    settings, threads = load_config(*config), _set_threads(threads)
+    with claim_device(device) as claimed:
+        from lungddpm.quality.sample_filter import run_filter
+
+        run_filter(settings, arm, arm_folder, fold, seed, cases, samples, output, claimed, threads)
 
 
 @app.command(rich_help_panel=STAGES)

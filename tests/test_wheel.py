@@ -115,7 +115,13 @@ def test_init_copies_what_is_edited_and_overwrites_nothing(lungddpm, repository)
     copied = {
         str(p.relative_to(lungddpm.folder / "mine")) for p in (lungddpm.folder / "mine").rglob("*") if p.is_file()
     }
-    assert {"config.yaml", "config/lidc.yaml", "config/paper.yaml", "profiles/slurm/profile.yaml"} <= copied
+    assert {
+        "config.yaml",
+        "config/lidc.yaml",
+        "config/paper.yaml",
+        "config/rivals.yaml",
+        "profiles/slurm/profile.yaml",
+    } <= copied
     for name in copied:
         assert (lungddpm.folder / "mine" / name).read_bytes() == (repository / name).read_bytes()
     (lungddpm.folder / "mine/config.yaml").write_text("seed: 7\n")

@@ -5,6 +5,9 @@
 <arm>/draws/<replicate>/                  imagesTr, labelsTr: the samples that this replicate alone trains on
 <arm>/draws/<replicate>/draw.json         the same of them as `arm.json` of all others
 
+An arm `real+<generator>.filtered@<dose>` takes the first of those candidates whose nodules the segmenters of its
+baseline have found, by what `lungddpm.quality.sample_filter` left; both records then say how many these were.
+
 Where replicates have draws of their own, the dataset holds the cases that all of them share, and each draw stands
 beside it: so one more replicate leaves what the others train on as it is.
 """
@@ -12,7 +15,7 @@ beside it: so one more replicate leaves what the others train on as it is.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +29,8 @@ from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cases import CaseFolder, hash_voxels, read_cases, unchanged_folder_of, usable
 from lungddpm.core.cohorts import training_cases
-from lungddpm.core.errors import ConfigError, InputError
-from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, write_json
+from lungddpm.core.errors import ConfigError, InputError, LeakError
+from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import DISCOVERY, TEST
@@ -35,6 +38,11 @@ from lungddpm.core.volume import read_volume, write_volume
 
 DATASET = "Dataset501_LungNodule"
 FILE_ENDING = ".nii.gz"
+FILTER_TABLE = "samples.csv"
+"""Beside each `filter.json`: one row per candidate of a filtered arm."""
+FILTER_COLUMNS = ["number", "case_id", "sha256", "n_nodule_voxels", "found"]
+"""`number`: in the plan of the synthesis; `found`: share of the nodule voxels that the segmenter found, NaN where the
+layout has none."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,14 @@ class TrainingCase:
     sha256: str
 
 
-def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list[Path], output: Path) -> None:
+def run_compose(
+    config: Config,
+    arm: str,
+    cases_table: Path,
+    sample_tables: list[Path],
+    output: Path,
+    filters: Sequence[Path] = (),
+) -> None:
     """Compose one arm from scratch: nnU-Net's raw dataset and, last, `arm.json`.
 
     The first `round(dose x real cases)` samples of the synthesis plan are taken, so that a smaller dose is a subset of
@@ -65,11 +80,13 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
         cases_table: table of the real cases, with roles.
         sample_tables: tables of all shards of the arm's generator, in the order of shards.
         output: folder of the arm.
+        filters: `filter.json` of every segmenter that judged the samples of a filtered arm.
 
     Raises:
         ConfigError: not an arm, there are not as many real cases, or the folds cannot be made.
-        InputError: no training case with a nodule, too few samples, or files that differ from their table.
-        LeakError: a test patient is in the training set, or a patient beyond the arm's real cases.
+        InputError: no training case with a nodule, too few samples, files that differ from their table, or a filter
+            that keeps nothing.
+        LeakError: a test patient is in the training set or behind the filter, or a patient beyond the arm's real cases.
     """
     # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
     (output / "arm.json").unlink(missing_ok=True)
@@ -81,11 +98,13 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
     )
     own_draws = recipe.generator is not None and config.draws(recipe.generator) != [None]
     added: list[TrainingCase] = []
+    kept: dict[str, Any] = {}
     if recipe.added == BASELINE:
         added = [replace(case, name=_repeated_name(case.name)) for case in real]
         folds = [{**fold, "train": fold["train"] + [_repeated_name(name) for name in fold["train"]]} for fold in folds]
     elif recipe.generator is not None:
-        added = [] if own_draws else _samples_of_arm(recipe, len(real), sample_tables)
+        if not own_draws:
+            added, kept = _samples_of_arm(config, around, sample_tables, filters)
         names = [case.name for case in added]
         folds = [{**fold, "train": (fold["train"] if recipe.real else []) + names} for fold in folds]
     trained = {name for fold in folds for name in fold["train"]}
@@ -106,6 +125,7 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
         "own_draws": own_draws,
         "folds": folds,
         "cases": [_entry(case, nodule_voxels, case.name in trained) for case in training],
+        **_filter_entry(kept, proof),
     }
     write_json(output / "arm.json", {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
     n_real = sum(case.name in trained for case in real)
@@ -113,7 +133,13 @@ def run_compose(config: Config, arm: str, cases_table: Path, sample_tables: list
 
 
 def run_compose_draw(
-    config: Config, arm: str, replicate: str, cases_table: Path, sample_tables: list[Path], arm_folder: Path
+    config: Config,
+    arm: str,
+    replicate: str,
+    cases_table: Path,
+    sample_tables: list[Path],
+    arm_folder: Path,
+    filters: Sequence[Path] = (),
 ) -> None:
     """Compose what one replicate alone trains on: images and labels of the samples of its draw and, last, `draw.json`.
 
@@ -124,10 +150,12 @@ def run_compose_draw(
         cases_table: table of the real cases, with roles.
         sample_tables: tables of all shards of this draw, in the order of shards.
         arm_folder: folder of the composed arm.
+        filters: as for `run_compose`; of this replicate alone, so that replicates share no luck.
 
     Raises:
         ConfigError: not an arm with draws of its own.
-        InputError: too few samples, files that differ from their table, or an arm that is not composed.
+        InputError: too few samples, files that differ from their table, an arm that is not composed, or a filter that
+            keeps nothing.
         LeakError: as for `run_compose`.
     """
     record = draw_record(arm_folder, replicate)
@@ -138,7 +166,7 @@ def run_compose_draw(
         raise ConfigError(
             "--replicate", f"the replicates of {around.arm.name} share their cases", "Compose it without --replicate."
         )
-    samples = _samples_of_arm(around.arm, len(around.real), sample_tables)
+    samples, kept = _samples_of_arm(config, around, sample_tables, filters)
     proof = around.guard([*around.real, *samples])
     with _replaced_folder(record.parent) as folder:
         nodule_voxels, _ = _write_images(folder, record.parent, samples)
@@ -147,6 +175,7 @@ def run_compose_draw(
             "replicate": replicate,
             "arm_fingerprint": composed["fingerprint"],
             "cases": [_entry(case, nodule_voxels, True) for case in samples],
+            **_filter_entry(kept, proof),
         }
         write_json(folder / record.name, {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
     LOG.info("arm %s: %d samples for %s alone", around.arm.name, len(samples), replicate)
@@ -217,11 +246,98 @@ class _Surroundings:
         return splits.check_leaks(origins, tested, self.shared, known.values())
 
 
-def _samples_of_arm(arm: Arm, n_real: int, tables: list[Path]) -> list[TrainingCase]:
-    """The samples that an arm takes of a cohort."""
+def _samples_of_arm(
+    config: Config, around: _Surroundings, tables: list[Path], filters: Sequence[Path]
+) -> tuple[list[TrainingCase], dict[str, Any]]:
+    """The samples that an arm takes of a cohort, and what its filter kept; empty where it has none."""
+    arm, n_real = around.arm, len(around.real)
     if not (wanted := round(arm.dose * n_real)):
         raise ConfigError("arms.doses", f"{arm.dose} of {n_real} real cases is not one case", "Raise the dose.")
-    return [_training_case(*sample) for sample in first_samples(tables, wanted)]
+    drawn = first_samples(tables, round(config.arms.drawn_dose(arm) * n_real))
+    kept: dict[str, Any] = {}
+    if arm.filtered:
+        drawn, kept = _filtered(config.arms.filter.found, around, drawn, wanted, filters)
+    return [_training_case(*sample) for sample in drawn[:wanted]], kept
+
+
+def _filtered(
+    limit: float, around: _Surroundings, drawn: list[tuple[Path, pd.Series]], wanted: int, filters: Sequence[Path]
+) -> tuple[list[tuple[Path, pd.Series]], dict[str, Any]]:
+    """The samples of which the segmenters, on average, found such a share of the nodule voxels; and the record of it.
+
+    Raises:
+        InputError: the filter was not run, for other samples, or it keeps nothing.
+        LeakError: a segmenter was trained on a case that is not a real case of this arm.
+    """
+    if not filters:
+        raise InputError("--filter", f"is missing: {around.arm.name} is filtered", "Run 'lungddpm filter' first.")
+    shares, segmenters = [], []
+    for path in filters:
+        record = read_json(path, "Run 'lungddpm filter' first.")
+        _check_segmenter(path, record, around)
+        shares.append(_shares_of(path, record, drawn))
+        segmenters.append({key: record["segmenter"][key] for key in ("arm", "replicate", "arm_fingerprint")})
+    found = np.mean(shares, axis=0)
+    kept = [sample for sample, share in zip(drawn, found, strict=True) if share >= limit]
+    if not kept:
+        best = "none of them shows a nodule" if np.isnan(found).all() else f"at most {100 * np.nanmax(found):.0f} %"
+        raise InputError(
+            filters[0],
+            f"keeps none of {len(drawn)} samples for {around.arm.name}: the segmenters of "
+            f"{around.arm.baseline.name} find {best} of a sample's nodule voxels, and arms.filter.found is {limit:g}",
+            "Look at label fidelity: train the generator or the segmenters longer, lower arms.filter.found, raise "
+            "arms.filter.draws, or take the generator out of arms.filtered.",
+        )
+    return kept, {
+        "found": limit,
+        "found_mean": float(np.nanmean(found)),
+        "judged": len(drawn),
+        "kept": len(kept),
+        "wanted": wanted,
+        "taken": min(wanted, len(kept)),
+        "segmenters": segmenters,
+    }
+
+
+def _check_segmenter(path: Path, record: dict[str, Any], around: _Surroundings) -> None:
+    """Make sure that who judged has learned from this arm's real cases alone, by their ids and hashes."""
+    if record["arm"] != around.arm.name:
+        raise InputError(path, f"is that of {record['arm']}, not of {around.arm.name}", "Run 'lungddpm filter' again.")
+    known = {(case.case_id, case.sha256) for case in around.real}
+    strangers = [
+        case["case_id"] for case in record["segmenter"]["cases"] if (case["case_id"], case["sha256"]) not in known
+    ]
+    if strangers:
+        raise LeakError(
+            "leak guard",
+            f"the segmenter that chose the samples of {around.arm.name} was trained on {', '.join(strangers[:3])}, "
+            "which this arm does not have as they are now",
+            "Train the segmenters of its real cases and run 'lungddpm filter' again.",
+        )
+
+
+def _shares_of(path: Path, record: dict[str, Any], drawn: list[tuple[Path, pd.Series]]) -> list[float]:
+    """What a segmenter found of each of these samples."""
+    table = path.with_name(FILTER_TABLE)
+    if not table.exists() or sha256_of(table) != record["samples_sha256"]:
+        raise InputError(table, "is missing, or was changed since it was written", "Run 'lungddpm filter' again.")
+    judged = pd.read_csv(table, dtype={"case_id": str})
+    samples = [(row["case_id"], row["sha256"]) for _, row in drawn]
+    if list(zip(judged["case_id"], judged["sha256"], strict=True)) != samples:
+        raise InputError(table, "is of other samples than there are now", "Run 'lungddpm filter' again.")
+    return judged["found"].tolist()
+
+
+def _filter_entry(kept: dict[str, Any], proof: dict[str, Any]) -> dict[str, Any]:
+    """What `arm.json` and `draw.json` say of the filter, with the proof that no test patient is behind it."""
+    if not kept:
+        return {}
+    guard = {
+        "disjoint": proof["disjoint"],
+        "checked": "the segmenters were trained on no other cases than the real ones of this arm, by id and hash; "
+        "these are among the training cases that leak_guard compares with the test cases",
+    }
+    return {"filter": {**kept, "leak_guard": guard}}
 
 
 def _entry(case: TrainingCase, nodule_voxels: dict[str, int], trained_on: bool) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from lungddpm.core.errors import ConfigError
+from lungddpm.core.values import merge_values
 
 if TYPE_CHECKING:
     from lungddpm.config.models import Config
@@ -82,14 +83,14 @@ def read_values(*sources: Path | str) -> dict[str, Any]:
         values = parse_yaml(str(source) if _is_text(source) else _read_text(Path(source)), name)
         if not isinstance(values or {}, dict):
             raise ConfigError(name, "is not a mapping of keys to values", "Start from config.yaml.")
-        merged = _merge(merged, values or {})
+        merged = merge_values(merged, values or {})
     return merged
 
 
 def _over_preset(values: dict[str, Any]) -> dict[str, Any]:
     """The values over those of their preset; `published` is the defaults of the models, and has no file."""
     file = _PRESETS.get(str(values.get("preset")))
-    return _merge(read_values(file), values) if file else values
+    return merge_values(read_values(file), values) if file else values
 
 
 def _is_text(source: Path | str) -> bool:
@@ -167,26 +168,21 @@ def _repeated_keys(root: yaml.Node | None, loader: yaml.SafeLoader) -> Iterator[
             lines |= dict.fromkeys((meaning, str(meaning)), line)
 
 
-def _merge(base: dict[str, Any], overlay: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in overlay.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _merge(merged[key], value) if both else value
-    return merged
-
-
 def _explain(problem: ErrorDetails) -> str:
     # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
-    path = ".".join(str(part) for part in problem["loc"] if re.fullmatch(r"[a-z0-9_]+", str(part)))
+    from lungddpm.config.models import Generators
+
+    location = problem["loc"]
+    if location[:1] == ("generators",) and len(location) > 2 and location[1] not in Generators.model_fields:
+        # The same of the kinds of variants.
+        location = (*location[:2], *location[3:])
+    path = ".".join(str(part) for part in location if re.fullmatch(r"[A-Za-z0-9_]+", str(part)))
     if problem["type"] == "extra_forbidden" and path in _MOVED:
         return f"{path}: is now {_MOVED[path]}"
-    if problem["type"] == "extra_forbidden" and problem["loc"][:-1] == ("generators",):
-        from lungddpm.config.models import Generators
-
-        known = ", ".join(Generators.model_fields)
-        return f"generators: there is no generator '{problem['loc'][-1]}'; known are {known}"
     if problem["type"] == "extra_forbidden":
-        return f"{path}: there is no such key"
+        given = " (what this generator is given of the reference cannot be chosen)"
+        of_ladder = location[:1] == ("generators",) and location[-1] in ("hint", "background")
+        return f"{path}: there is no such key{given if of_ladder else ''}"
     message = problem["msg"].removeprefix("Value error, ")
     shown = problem.get("input")
     return (

@@ -9,17 +9,28 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import os
+import re
 from dataclasses import replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, create_model, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    create_model,
+    field_validator,
+    model_validator,
+)
 
 from lungddpm.config.sections import (
     GeneratorConfig,
-    GeneratorSettings,
     Grid,
     Name,
     PositiveFloat,
@@ -34,6 +45,7 @@ from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cohorts import ALL, SHARED, Cohort
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.roles import ROLES
+from lungddpm.core.values import merge_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
@@ -268,12 +280,22 @@ class Synthesis(Section):
         return self
 
 
+class SampleFilter(Section):
+    """Which samples count in arms `real+<generator>.filtered@<dose>`, after FreeTumor's rule."""
+
+    found: Annotated[float, Field(gt=0, le=1)] = 0.7
+    """Least share of a sample's nodule voxels that the segmenters of the same real cases alone find."""
+    draws: Annotated[float, Field(ge=1)] = 2.0
+    """Samples that are drawn and judged, as a multiple of those that the arm takes: the first ones of those kept. Where
+    fewer are kept, the arm has fewer, and the tables say so."""
+
+
 class Arms(Section):
     """The training sets that are compared. `real` is always there; the others are named after what they add."""
 
     generators: list[Name] = ["lung_ddpm"]
-    """Generators of synthetic CT, modules of `lungddpm/generators/` or names in `external`; each gives an arm
-    `real+<generator>@<dose>`."""
+    """Generators of synthetic CT: modules of `lungddpm/generators/`, variants of them in `generators`, or names in
+    `external`; each gives an arm `real+<generator>@<dose>`."""
     doses: list[PositiveFloat] = [1.0]
     """Synthetic cases as a multiple of the real training cases."""
     real_cases: Annotated[list[PositiveInt | Literal["all"]], Field(min_length=1)] = ["all"]
@@ -291,21 +313,20 @@ class Arms(Section):
     synthetic_only: list[Name] = []
     """Generators that are also trained on alone, with as many synthetic cases as there are real ones: arm
     `synthetic:<generator>`."""
+    quality_only: list[Name] = []
+    """Further generators, or names in `external`, whose samples are made and judged (image quality, label fidelity), as
+    many as the largest of `doses` takes, without an arm. Their external CT may come without nodules: it is the place of
+    systems that draw without a layout, such as HA-GAN, and of variants that differ in how they sample."""
+    filtered: list[Name] = []
+    """Those of `generators` that also give arms `real+<generator>.filtered@<dose>`, of samples that pass `filter`."""
+    filter: SampleFilter = SampleFilter()
     external: dict[Name, UserPath] = {}
     """Folders of synthetic CT that other systems made, by name, e.g. `{maisi: /data/maisi}`; the names may stand where
     generators do (docs/how-to/bring-your-own-synthetic-ct.md)."""
 
     @model_validator(mode="after")
-    def _known(self) -> Arms:
-        modules = set(_generators().names())
-        if taken := sorted(set(self.external) & {*modules, BASELINE}):
-            raise ValueError(f"arms.external: the name {taken[0]} is taken, use another one")
-        controls = [name for name in self.controls if name != BASELINE]
-        lists = {"generators": self.generators, "controls": controls, "synthetic_only": self.synthetic_only}
-        for key, names in lists.items():
-            for name in names:
-                _check_known(name, modules | set(self.external), f"arms.{key}")
-        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only"):
+    def _lists(self) -> Arms:
+        for key in ("generators", "doses", "real_cases", "controls", "synthetic_only", "quality_only", "filtered"):
             values = getattr(self, key)
             if len(set(values)) != len(values):
                 raise ValueError(f"arms.{key} lists a value twice: {values}")
@@ -313,21 +334,53 @@ class Arms(Section):
             raise ValueError("arms.doses is set, but arms.generators is empty: name a generator, or empty both")
         if self.generators and not self.doses:
             raise ValueError("arms.generators is set, but arms.doses is empty: name a dose, e.g. [1.0]")
+        if taken := set(self.quality_only) & {*self.generators, *self.controls, *self.synthetic_only}:
+            raise ValueError(f"arms.quality_only: {sorted(taken)[0]} has an arm already, which is judged as well")
+        if others := set(self.filtered) - set(self.generators):
+            raise ValueError(f"arms.filtered: {sorted(others)[0]} is not in arms.generators")
         if both := set(self.generators) & set(self.controls):
             raise ValueError(f"{sorted(both)[0]} is listed in arms.generators and in arms.controls: keep one")
         return self
 
+    def check_names(self, generators: set[str]) -> None:
+        """Make sure that the lists name generators, of the config or of `external`.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if taken := sorted(set(self.external) & {*generators, BASELINE}):
+            raise ValueError(f"arms.external: the name {taken[0]} is taken, use another one")
+        controls = [name for name in self.controls if name != BASELINE]
+        lists = {"generators": self.generators, "controls": controls, "synthetic_only": self.synthetic_only}
+        for key, names in {**lists, "quality_only": self.quality_only}.items():
+            for name in names:
+                _check_known(name, generators | set(self.external), f"arms.{key}")
+
     def doses_of(self) -> dict[str, list[float]]:
-        """Generators in use and the doses that the arms take of each, in ascending order."""
+        """Generators in use and the doses that the arms take of each, in ascending order; of those without an arm, the
+        dose that is judged."""
         doses = {name: set(self.doses) for name in self.generators}
         doses |= {name: {self.control_dose} for name in self.controls if name != BASELINE}
         for name in self.synthetic_only:
             doses.setdefault(name, set()).add(1.0)
+        doses |= {name: {max(self.doses, default=1.0)} for name in self.quality_only}
         return {name: sorted(values) for name, values in doses.items()}
 
     def largest_doses(self) -> dict[str, float]:
         """Generators in use and the largest dose that any arm takes of each."""
         return {name: doses[-1] for name, doses in self.doses_of().items()}
+
+    def drawn_dose(self, arm: Arm) -> float:
+        """Samples that are drawn for an arm, as a multiple of its real cases: more than its dose if it is filtered."""
+        return round(arm.dose * self.filter.draws, 9) if arm.filtered else arm.dose
+
+    def drawn_doses_of(self) -> dict[str, list[float]]:
+        """The same as `doses_of` of what is drawn: with the candidates of filtered arms."""
+        drawn: dict[str, set[float]] = {name: set(doses) for name, doses in self.doses_of().items()}
+        for arm in self.all():
+            if arm.generator is not None:
+                drawn[arm.generator].add(self.drawn_dose(arm))
+        return {name: sorted(doses) for name, doses in drawn.items()}
 
     def numbers(self) -> list[int | None]:
         """The numbers of real cases, in the order of the config; None is all."""
@@ -341,6 +394,7 @@ class Arms(Section):
     def all(self) -> list[Arm]:
         """All arms, number by number of real cases: `real` first, then those with synthetic CT, then the controls."""
         mixed = [Arm(True, name, dose) for name in self.generators for dose in self.doses]
+        mixed += [Arm(True, name, dose, filtered=True) for name in self.filtered for dose in self.doses]
         alone = [Arm(False, name, 1.0) for name in self.synthetic_only]
         controls = [Arm(True, name, 1.0 if name == BASELINE else self.control_dose) for name in self.controls]
         recipes = [Arm(True, None, 0.0), *mixed, *alone, *controls]
@@ -537,20 +591,61 @@ class Workflow(Section):
         return self.training_gpus * self.training_nodes
 
 
+class _Variants(Section):
+    """Settings of the generators, each by its name. Any other name is a variant of one of them: `kind` names that one,
+    whose section holds for all keys that the variant does not give. `weights_of` names a generator of that kind with
+    whose weights the variant draws; without it, a variant of a generator that is trained is trained as well."""
+
+    model_config = ConfigDict(extra="allow")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_their_kind(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        known = ", ".join(cls.model_fields)
+        for name in values.keys() - cls.model_fields.keys():
+            given = values[name]
+            kind = given.get("kind") if isinstance(given, dict) else None
+            if kind not in cls.model_fields:
+                raise ValueError(
+                    f"there is no generator '{name if kind is None else kind}'; known are {known}. A variant names one "
+                    f"of them: {name}: {{kind: ...}}"
+                )
+            if name == BASELINE or re.fullmatch(r"[A-Za-z0-9_]+", name) is None:
+                raise ValueError(f"'{name}' is no name for a generator: letters, digits and _, and not {BASELINE}")
+            values = {**values, name: merge_values(values.get(kind) or {}, given)}
+        return values
+
+    def variants(self) -> dict[str, Any]:
+        """The settings of the variants, by name."""
+        return dict(self.__pydantic_extra__ or {})
+
+
+def _typed(generic: Any, *arguments: Any) -> Any:
+    """A generic type with arguments that are known at run time only."""
+    return generic[arguments]
+
+
 def _generators_section() -> type[Section]:
-    """One section for each plug-in in `lungddpm/generators/`, of its settings with their defaults."""
+    """One section for each plug-in in `lungddpm/generators/`, of its settings with their defaults; and what variants
+    of them may have."""
     fields: dict[str, Any] = {}
+    of_variants: list[Any] = []
     for name in _generators().names():
         plugin = _generators().plugin(name)
         fields[name] = (plugin.settings, Field(default=plugin.settings(), description=plugin.title))
-    return create_model(
-        "Generators", __base__=Section, __doc__="Settings of the generators, each by its name.", **fields
-    )
+        keys: dict[str, Any] = {"kind": (_typed(Literal, name), ...), "weights_of": (Name | None, None)}
+        of_variants.append(create_model(f"{name}_variant", __base__=plugin.settings, **keys))
+    schema = {"type": "object", "required": ["kind"], "properties": {"kind": {"enum": list(fields)}}}
+    one_of_them = _typed(Annotated, reduce(or_, of_variants), Field(discriminator="kind"), WithJsonSchema(schema))
+    _Variants.__annotations__["__pydantic_extra__"] = _typed(dict, str, one_of_them)
+    return create_model("Generators", __base__=_Variants, __doc__=_Variants.__doc__, **fields)
 
 
 if TYPE_CHECKING:
 
-    class Generators(Section):
+    class Generators(_Variants):
         """See below: the fields are known once the plug-ins are."""
 
 else:
@@ -586,6 +681,11 @@ class Config(Section):
     workflow: Workflow = Workflow()
 
     @model_validator(mode="after")
+    def _arms_name_generators(self) -> Config:
+        self.arms.check_names({name for name, _ in self.generators})
+        return self
+
+    @model_validator(mode="after")
     def _grid_fits(self) -> Config:
         for name in self.generators_in_use():
             self._check(name)
@@ -609,7 +709,11 @@ class Config(Section):
 
     def differences(self) -> str:
         """All values that are not defaults, as JSON; without the preset, as these then differ from `published`."""
-        return self.model_dump_json(exclude_defaults=True, exclude={"preset"})
+        values = self.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
+        # In full: what a variant leaves out would be taken from the section of its kind.
+        for name, settings in self.generators.variants().items():
+            values["generators"][name] = settings.model_dump(mode="json")
+        return json.dumps(values, separators=(",", ":"))
 
     def without_folders(self) -> Config:
         """The same for results: of the user's folders, which may tell who ran it and where, only the names."""
@@ -628,8 +732,33 @@ class Config(Section):
     def generators_in_use(self) -> list[str]:
         """Plug-ins that the arms name, and those whose weights they draw with."""
         names = [name for name in self.arms.largest_doses() if name not in self.arms.external]
-        owners = [owner for name in names if (owner := _generators().plugin(name).weights_of) is not None]
+        owners = [owner for name in names if (owner := self.weights_owner(name)) is not None]
         return list(dict.fromkeys([*names, *owners]))
+
+    def kind_of(self, generator: str) -> str:
+        """The module of a generator: for a variant its `kind`, else the name itself."""
+        kind: str = getattr(getattr(self.generators, generator, None), "kind", generator)
+        return kind
+
+    def plugin_of(self, generator: str) -> Any:
+        """What the module of a generator declares: a `lungddpm.generators.Plugin`.
+
+        Raises:
+            ConfigError: there is no such generator.
+        """
+        return _generators().plugin(self.kind_of(generator))
+
+    def weights_owner(self, generator: str) -> str | None:
+        """The generator with whose weights a generator draws: itself, if it is trained; None if it needs none.
+
+        Raises:
+            ConfigError: there is no such generator.
+        """
+        declared, settings = self.plugin_of(generator), getattr(self.generators, generator)
+        shared: str | None = getattr(settings, "weights_of", None)
+        if shared is not None:
+            return shared
+        return generator if declared.recipe is not None else declared.weights_of
 
     def draws(self, generator: str) -> list[str | None]:
         """The replicates that have a draw of their own of a generator's samples; [None] where all share one."""
@@ -669,7 +798,7 @@ class Config(Section):
             self._check(name)
         except ValueError as error:
             raise ConfigError("config", str(error), "See config/README.md.") from None
-        owner = _generators().plugin(name).weights_of
+        owner = self.weights_owner(name)
         weights_from = self.for_generator(owner, cohort) if owner not in (None, name) else None
         settings, trained_for = getattr(self.generators, name), self.training_of(cohort)
         return GeneratorConfig(name, settings, self.grid, self.seed, weights_from, trained_for)
@@ -683,7 +812,7 @@ class Config(Section):
         config = self.for_generator(name, cohort)
         if is_trained(config):
             return config
-        known = [each for each, settings in self.generators if isinstance(settings, TrainedSettings)]
+        known = [each for each, _ in self.generators if self.weights_owner(each) == each]
         raise ConfigError("--generator", f"'{name}' is not trained", f"Generators that are: {', '.join(known)}.")
 
     def trained_generators(self) -> list[GeneratorConfig[TrainedSettings]]:
@@ -698,11 +827,24 @@ class Config(Section):
             ConfigError: there is no such generator.
             ValueError: it cannot.
         """
-        owner = _generators().plugin(name).weights_of
-        settings: GeneratorSettings = getattr(self.generators, name)
+        owner, settings = self.weights_owner(name), getattr(self.generators, name)
         try:
             settings.check_grid(self.grid)
             if owner not in (None, name):
-                settings.check_weights(getattr(self.generators, owner))
+                self._check_weights(name, owner)
         except ValueError as error:
             raise ValueError(f"generators.{name}: {error}") from None
+
+    def _check_weights(self, name: str, owner: str) -> None:
+        """Make sure that a generator can draw with the weights of another one."""
+        wanted, settings = self.plugin_of(name).weights_of, getattr(self.generators, name)
+        if owner not in {each for each, _ in self.generators} or self.kind_of(owner) != wanted:
+            raise ValueError(f"weights_of: '{owner}' is not {wanted}, nor a variant of it")
+        if self.weights_owner(owner) != owner:
+            raise ValueError(f"weights_of: '{owner}' is not trained, it has the weights of {self.weights_owner(owner)}")
+        trained = getattr(self.generators, owner)
+        settings.check_weights(trained)
+        if isinstance(settings, TrainedSettings):
+            own, others = settings.decides_fit(), trained.decides_fit()
+            if differ := sorted(key for key in own.keys() | others.keys() if own.get(key) != others.get(key)):
+                raise ValueError(f"weights_of: '{owner}' is trained with another {', '.join(differ)}")

@@ -443,7 +443,7 @@ class GeneratorConfig(Generic[S]):
     """What a generator is given of the configuration.
 
     Attributes:
-        name: its module in `lungddpm/generators/`.
+        name: its section in `generators`; see `kind`.
         settings: its own settings.
         grid: the grid of all cases.
         seed: root of every random number.
@@ -459,17 +459,23 @@ class GeneratorConfig(Generic[S]):
     trained_for: Cohort = SHARED
 
     @property
+    def kind(self) -> str:
+        """Its module in `lungddpm/generators/`: that of a variant has another name than it has itself."""
+        kind: str = getattr(self.settings, "kind", self.name)
+        return kind
+
+    @property
     def of_weights(self) -> GeneratorConfig[Any]:
         """The same of the generator whose weights it draws with: its own, or another's.
 
         Raises:
             ValueError: it draws with none.
         """
-        if isinstance(self.settings, TrainedSettings):
-            return self
-        if self.weights_from is None:
+        if self.weights_from is not None:
+            return self.weights_from
+        if not isinstance(self.settings, TrainedSettings):
             raise ValueError(f"{self.name} draws without weights")
-        return self.weights_from
+        return self
 
     @property
     def run(self) -> str:
@@ -498,7 +504,8 @@ class GeneratorConfig(Generic[S]):
     def decides_fit(self: GeneratorConfig[TrainedSettings]) -> dict[str, Any]:
         """What weights were trained for, by dotted key, as JSON-like values: their use must agree on all of it."""
         grid = self.grid.model_dump(mode="json", include={"size", "extent", "window_hu"})
-        return {"generator": self.name, **self.settings.decides_fit(), **{f"grid.{k}": v for k, v in grid.items()}}
+        of_weights = self.of_weights.name
+        return {"generator": of_weights, **self.settings.decides_fit(), **{f"grid.{k}": v for k, v in grid.items()}}
 
     def dump(self) -> dict[str, Any]:
         """All of it as JSON-like values."""
@@ -507,5 +514,5 @@ class GeneratorConfig(Generic[S]):
 
 
 def is_trained(config: GeneratorConfig[GeneratorSettings]) -> TypeGuard[GeneratorConfig[TrainedSettings]]:
-    """Whether it is that of a generator that is trained."""
-    return isinstance(config.settings, TrainedSettings)
+    """Whether it is that of a generator that is trained, and does not draw with the weights of another one."""
+    return isinstance(config.settings, TrainedSettings) and config.weights_from is None

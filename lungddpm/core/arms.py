@@ -15,15 +15,16 @@ name."""
 _NUMBER = r"(?P<{0}>[1-9][0-9]*)?"
 _NAME = re.compile(
     rf"real{_NUMBER.format('n_real')}"
-    r"(?:(?P<repeated>\+real)|\+(?P<added>[A-Za-z0-9_]+)@(?P<dose>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?))?"
+    r"(?:(?P<repeated>\+real)|\+(?P<added>[A-Za-z0-9_]+)(?P<filtered>\.filtered)?@(?P<dose>[0-9]+(?:\.[0-9]+)?(?:e[+-]?[0-9]+)?))?"
     rf"|synthetic{_NUMBER.format('n_alone')}:(?P<alone>[A-Za-z0-9_]+)"
 )
 
 
 @dataclass(frozen=True)
 class Arm:
-    """A training set: `real`, `real+real`, `real+<generator>@<dose>` or `synthetic:<generator>`; with fewer real cases
-    than there are, `real4`, `real4+real`, `real4+<generator>@<dose>` or `synthetic4:<generator>`."""
+    """A training set: `real`, `real+real`, `real+<generator>@<dose>`, `real+<generator>.filtered@<dose>` or
+    `synthetic:<generator>`; with fewer real cases than there are, `real4`, `real4+real`, `real4+<generator>@<dose>`,
+    and so on."""
 
     real: bool
     """Whether it is trained on the real cases; every arm is validated on them."""
@@ -33,6 +34,8 @@ class Arm:
     """How much is added, as a multiple of the real cases: 1 where the name has no dose, 0 where nothing is added."""
     real_cases: int | None = None
     """How many real cases there are; None for all. Arms of one number have the same ones."""
+    filtered: bool = False
+    """Whether only those samples count whose nodules the segmenters of its `baseline` find (`arms.filter`)."""
 
     @classmethod
     def parse(cls, text: str) -> Arm:
@@ -49,15 +52,15 @@ class Arm:
             raise ConfigError(
                 f"arm '{text}'",
                 "is not the name of an arm",
-                "Names are real, real+real, real+<generator>@<dose> and synthetic:<generator>, e.g. "
-                "real+lung_ddpm@1.0; with 4 real cases real4, real4+real, and so on.",
+                "Names are real, real+real, real+<generator>@<dose>, real+<generator>.filtered@<dose> and "
+                "synthetic:<generator>, e.g. real+lung_ddpm@1.0; with 4 real cases real4, real4+real, and so on.",
             )
         number = found["n_real"] or found["n_alone"]
         real_cases = int(number) if number else None
         if found["alone"]:
             return cls(False, found["alone"], 1.0, real_cases)
         if added := BASELINE if found["repeated"] else found["added"]:
-            return cls(True, added, dose, real_cases)
+            return cls(True, added, dose, real_cases, bool(found["filtered"]))
         return cls(True, None, 0.0, real_cases)
 
     @property
@@ -69,7 +72,8 @@ class Arm:
             return f"synthetic{number}:{self.added}"
         if self.added is None:
             return f"{BASELINE}{number}"
-        added = BASELINE if self.added == BASELINE else f"{self.added}@{float(self.dose)}"
+        filtered = ".filtered" if self.filtered else ""
+        added = BASELINE if self.added == BASELINE else f"{self.added}{filtered}@{float(self.dose)}"
         return f"{BASELINE}{number}+{added}"
 
     @property

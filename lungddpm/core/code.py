@@ -65,6 +65,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "predict": ("lungddpm.segmentation.nnunet:run_predict",),
     "evaluate": ("lungddpm.evaluation.segmentation:run_evaluate",),
     "quality": ("lungddpm.quality.image_quality:run_quality",),
+    "filter_samples": ("lungddpm.quality.sample_filter:run_filter",),
     "label_fidelity": ("lungddpm.quality.label_fidelity:run_label_fidelity",),
     "report": ("lungddpm.report.page:run_report",),
     "checksums": ("lungddpm.operations.verify:run_checksums",),

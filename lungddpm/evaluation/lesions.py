@@ -23,6 +23,8 @@ SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), 
 """How the size bins are written in names of columns."""
 TEXTURES = ("ground glass", "part-solid", "solid")
 """By the rating of texture: 1 ground glass, 3 part-solid, 5 solid."""
+TEXTURE_COLUMNS = dict(zip(TEXTURES, ("ground_glass", "part_solid", "solid"), strict=True))
+"""How textures are written in names of columns."""
 CANDIDATE_PROBABILITY = 0.1
 """A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
 to be found at a lower score; not lower, so that neighbours do not grow together."""

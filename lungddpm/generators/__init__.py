@@ -17,7 +17,10 @@ WEIGHTS_OF: str               the generator whose weights it draws with; one tha
 recipe(config) -> Recipe      how it is trained; required where `Settings` are `TrainedSettings`, as is
 preview(config) -> Preview    what draws a few samples while it trains
 drawing(config) -> Drawing    what a sample costs, for `lungddpm plan`; required of those that draw with weights
-PUBLISHED_AS: str             the method's name in `lungddpm/verdict/published.csv`
+FAMILY: str                   the family of its model, a row of the ladder (`lungddpm.verdict.ladder`); controls and
+                              floors have none
+PUBLISHED_AS: Mapping         by what it is given of the reference (`given_of`), the method in
+                              `lungddpm/verdict/published.csv` that it then stands for
 
 A module imports heavy libraries inside its functions only: light commands import it to read what it declares. It
 imports no other part of the configuration than `lungddpm.config.sections`. Synthetic CT that other systems made needs
@@ -47,6 +50,11 @@ if TYPE_CHECKING:
 OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
 """Where a sample's layout is from: it is the reference's own; nodules were placed in a reference that has none; the
 reference's nodules were moved; they are where they were, and others were placed beside them."""
+
+NOTHING, LAYOUT, SLICE, VOLUME = "none", "layout", "layout+slice", "layout+volume"
+GIVEN = NOTHING, LAYOUT, SLICE, VOLUME
+"""What a generator is given of the CT that it is to draw, as `published.csv` has it. (Of nothing but the random
+numbers, no generator here draws: without a layout there is no label.)"""
 
 _REQUIRED = ("TITLE", "CITATION", "Settings", "LAYOUTS", "load")
 
@@ -121,7 +129,8 @@ class Plugin:
     recipe: Callable[[GeneratorConfig[Any]], Recipe] | None
     preview: Callable[[GeneratorConfig[Any]], Preview] | None
     drawing: Callable[[GeneratorConfig[Any]], Drawing] | None
-    published_as: str | None
+    family: str | None
+    published_as: Mapping[str, str]
 
     def training(self, config: GeneratorConfig[TrainedSettings]) -> tuple[Recipe, Preview]:
         """How it is trained, and what draws a few samples meanwhile.
@@ -167,5 +176,18 @@ def plugin(name: str) -> Plugin:
         recipe=module.recipe if trains else None,
         preview=module.preview if trains else None,
         drawing=module.drawing if weights_of is not None else None,
-        published_as=getattr(module, "PUBLISHED_AS", None),
+        family=getattr(module, "FAMILY", None),
+        published_as=getattr(module, "PUBLISHED_AS", {}),
     )
+
+
+def given_of(config: GeneratorConfig[Any]) -> str:
+    """What a generator that draws with a network is given of the reference beside the layout: one of `GIVEN`.
+
+    Where the open voxels are pasted, that is the whole volume around what is drawn, whatever the network sees of it.
+    """
+    sampling = getattr(config.settings, "sampling", None)
+    if getattr(sampling, "background", "generated") == "reference":
+        return VOLUME
+    hint = getattr(config.of_weights.settings, "hint", "none")
+    return {"none": LAYOUT, "slice": SLICE, "volume": VOLUME}[hint]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
 
 from lungddpm.config.sections import Background, GeneratorConfig, LatentSettings, PositiveInt, Section
-from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators import JITTERED, LAYOUT, OWN, SLICE, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
 
 if TYPE_CHECKING:
@@ -25,6 +26,8 @@ CITATION = (
     "Rombach et al.: High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022, arXiv 2112.10752 (here "
     "in 3-D; Make-A-Volume and GEM-3D are of this family)."
 )
+FAMILY = "latent diffusion"
+PUBLISHED_AS = {LAYOUT: "Make-A-Volume", SLICE: "GEM-3D"}
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 20
 """Of the grids of samples that a training draws."""
@@ -62,15 +65,15 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     """The autoencoder, then the denoiser: on whole volumes, or on crops around anything that the layouts name."""
     import torch
 
-    from lungddpm.models.latent import LatentError, build_latent_diffusion, denoiser_channels
-    from lungddpm.models.latent_training import LatentOptimization
+    from lungddpm.models.latent import LatentDiffusion, LatentError, build_latent_diffusion, denoiser_channels
+    from lungddpm.models.latent_training import LatentOptimization, autoencoder_phase
     from lungddpm.models.objectives import DiffusionLoss, WeightedError
     from lungddpm.models.recipe import Recipe
 
     settings, reduction = config.settings, config.settings.autoencoder.reduction
     channels = settings.autoencoder.latent_channels + denoiser_channels(config)
     error = LatentError(WeightedError.of(settings), reduction)
-    return Recipe(
+    whole = Recipe(
         build=lambda: build_latent_diffusion(config),
         load=lambda path: load_latent_diffusion(path, config, "cpu"),
         objective=lambda device: DiffusionLoss(settings.timesteps, settings.prediction, error, device),
@@ -80,7 +83,12 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
         ),
         hint=settings.hint,
         optimization=LatentOptimization,
+        # The denoiser learns what the autoencoder makes of a batch.
+        prepares=lambda network, shape: cast(LatentDiffusion, network).autoencoder.encode(
+            torch.zeros(shape[0], 1, *shape[1:])
+        ),
     )
+    return replace(whole, before=lambda: autoencoder_phase(config, whole))
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:

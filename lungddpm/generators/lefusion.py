@@ -38,6 +38,7 @@ CITATION = (
     "LeFusion: Controllable Pathology Synthesis via Lesion-Focused Diffusion Models, ICLR 2025, arXiv 2403.14066 "
     "(here with the network of Lung-DDPM+)."
 )
+FAMILY = "nodule inpainting"
 LAYOUTS = OWN, ADDED
 PREVIEW_STEPS = 20
 """Of the grids of samples that a training draws."""

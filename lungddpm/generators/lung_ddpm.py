@@ -11,7 +11,7 @@ import numpy as np
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Grid, Solving
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
-from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators import JITTERED, LAYOUT, OWN, VOLUME, Drawing, Generator, Task
 
 if TYPE_CHECKING:
     import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 TITLE = "Lung-DDPM: a diffusion model draws the lungs, the reference fills the rest (anatomically aware sampling)"
 CITATION = "Lung-DDPM: Semantic Layout-guided Diffusion Models for Thoracic CT Image Synthesis, arXiv 2502.15204, 2025."
-PUBLISHED_AS = "Lung-DDPM"
+FAMILY = "pixel diffusion"
+PUBLISHED_AS = {LAYOUT: "Med-DDPM", VOLUME: "Lung-DDPM"}
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 20
 """Of the grids of samples that a training draws."""

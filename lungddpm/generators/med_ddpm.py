@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, GeneratorSettings, Solving, TrainedSettings
-from lungddpm.generators import JITTERED, OWN, Drawing, Generator
+from lungddpm.generators import JITTERED, LAYOUT, OWN, Drawing, Generator
 from lungddpm.generators.lung_ddpm import load_sampler
 
 TITLE = "Med-DDPM: the diffusion model of Lung-DDPM draws the whole volume"
@@ -13,7 +13,8 @@ CITATION = (
     "Conditional Diffusion Models for Semantic 3D Brain MRI Synthesis, IEEE Journal of Biomedical and Health "
     "Informatics 28:4084, 2024 (here with the denoiser of Lung-DDPM)."
 )
-PUBLISHED_AS = "Med-DDPM"
+FAMILY = "pixel diffusion"
+PUBLISHED_AS = {LAYOUT: "Med-DDPM"}
 WEIGHTS_OF = "lung_ddpm"
 LAYOUTS = OWN, JITTERED
 

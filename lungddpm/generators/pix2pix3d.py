@@ -13,7 +13,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from lungddpm.config.sections import GeneratorConfig, Grid, PositiveInt, Section, TrainedSettings, Training
-from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
+from lungddpm.generators import JITTERED, LAYOUT, OWN, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ CITATION = (
     "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs, CVPR 2018, arXiv 1711.11585 "
     "(pix2pixHD; here in 3-D, with an L1 error of the HU in the place of its perceptual loss)."
 )
-PUBLISHED_AS = "Pix2pix3D"
+FAMILY = "one-pass GAN"
+PUBLISHED_AS = {LAYOUT: "Pix2pix3D"}
 LAYOUTS = OWN, JITTERED
 
 _REDUCTION = 16

@@ -22,6 +22,7 @@ CITATION = (
     "Liu, Gong, Liu: Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow, arXiv "
     "2209.03003, 2022; as in MAISI-v2, arXiv 2508.05772, 2025 (here on voxels, with the network of Lung-DDPM)."
 )
+FAMILY = "rectified flow"
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 10
 """Of the grids of samples that a training draws."""

@@ -49,8 +49,8 @@ class LatentOptimization:
         accelerator: Accelerator,
     ):
         self.data, self.window_hu, self.accelerator = data, config.grid.window_hu, accelerator
-        of_autoencoder, of_denoiser = (_with_training(config, training) for training in config.settings.phases())
-        of_first = autoencoder_recipe(of_autoencoder, recipe)
+        of_autoencoder, of_first = autoencoder_phase(config, recipe)
+        of_denoiser = _with_training(config, config.settings.phases()[1])
         self.first = AutoencoderOptimization(of_autoencoder, of_first, model.autoencoder, data, accelerator)
         self.second = DenoiserOptimization(of_denoiser, recipe, model.denoiser, data, accelerator)
         whole = LatentDiffusion(cast(VoxelAutoencoder, self.first.average), self.second.average)
@@ -145,15 +145,32 @@ class AutoencoderOptimization(AdversarialOptimization):
         return loss.detach()
 
 
+def autoencoder_phase(
+    config: GeneratorConfig[LatentSettings], recipe: Recipe
+) -> tuple[GeneratorConfig[LatentSettings], Recipe]:
+    """The config and the recipe of the steps that train the autoencoder, given those of the whole training."""
+    of_autoencoder = _with_training(config, config.settings.phases()[0])
+    return of_autoencoder, autoencoder_recipe(of_autoencoder, recipe)
+
+
 def autoencoder_recipe(config: GeneratorConfig[LatentSettings], recipe: Recipe) -> Recipe:
     """How the autoencoder is trained, given how the denoiser is."""
     settings, training = config.settings, config.settings.training
     error = WeightedError("l1", training.lesion_weight, settings.classes.index("nodule"))
     edge = training.crop or min(config.grid.size)
+    latents, reduction = settings.autoencoder.latent_channels, settings.autoencoder.reduction
     return replace(
         recipe,
+        build=lambda: VoxelAutoencoder(settings.autoencoder, training.gradient_checkpointing),
+        inputs=lambda shape: (
+            torch.zeros(shape[0], 1, *shape[1:]),
+            torch.zeros(shape[0], latents, *(edge // reduction for edge in shape[1:])),
+        ),
+        before=None,
+        prepares=None,
         objective=lambda device: AutoencoderObjective(error, settings.autoencoder),
         opponent=lambda: Discriminators(1, _OPPONENT_CHANNELS, opponent_layers(edge), scales=1),
+        opponent_from=settings.autoencoder.adversarial_from,
         # It encodes whole volumes, so that it learns from all of them, not only from where there is something to draw.
         crop_centres=tuple(Label),
         hint="none",

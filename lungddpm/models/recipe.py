@@ -97,7 +97,11 @@ class Recipe:
             them, as JSON-like values; it is written beside the weights.
         hint: what the network sees of the reference.
         optimization: what takes the steps, given what `Optimization` is, which trains the network alone (None).
-        opponent: in adversarial training, what judges volumes shaped like `inputs`; built as the network is.
+        opponent: in adversarial training, what judges volumes shaped like the first of `inputs`; built as the network.
+        opponent_from: the first step that it judges.
+        before: config and recipe of what the first steps of the training train, `training.steps` of that config; None
+            where all steps are alike. For counting: `optimization` takes these steps.
+        prepares: (network, (N, D, H, W) of volumes) -> anything: what a pass computes besides, without gradients.
     """
 
     build: Callable[[], nn.Module]
@@ -110,6 +114,9 @@ class Recipe:
     hint: Hint = "none"
     optimization: Callable[..., Steps] | None = None
     opponent: Callable[[], nn.Module] | None = None
+    opponent_from: int = 0
+    before: Callable[[], tuple[GeneratorConfig[Any], Recipe]] | None = None
+    prepares: Callable[[nn.Module, Sequence[int]], Any] | None = None
 
 
 def fresh(build: Callable[[], nn.Module], config: GeneratorConfig[TrainedSettings], what: str) -> nn.Module:

@@ -100,7 +100,7 @@ def run_train(
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
         trained_on=sorted(set(rows["patient_id"])),
-        code=code_of_steps([], 0, stage_fingerprint("train", config.name)),
+        code=code_of_steps([], 0, stage_fingerprint("train", config.kind)),
     )
     with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
         if restart or not _is_complete(output / "model.safetensors", metadata):

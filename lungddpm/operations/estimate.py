@@ -66,7 +66,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
 
 def recipe_of(config: GeneratorConfig[TrainedSettings]) -> Recipe:
     """How a generator is trained."""
-    return plugin(config.name).training(config)[0]
+    return plugin(config.kind).training(config)[0]
 
 
 def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:
@@ -75,7 +75,21 @@ def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:
     return (batch_size, *(config.grid.size[::-1] if crop is None else (crop,) * 3))
 
 
-def count(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...] | None = None) -> tuple[int, int, int]:
+def phases_of(
+    config: GeneratorConfig[TrainedSettings],
+) -> list[tuple[int, GeneratorConfig[TrainedSettings], Recipe]]:
+    """The parts of a training whose steps are alike, in order: how many steps each has, its config and its recipe."""
+    recipe, steps = recipe_of(config), config.settings.training.steps
+    if recipe.before is None:
+        return [(steps, config, recipe)]
+    first, of_first = recipe.before()
+    begin = first.settings.training.steps
+    return [(begin, first, of_first), (steps - begin, config, recipe)]
+
+
+def count(
+    config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...] | None = None, recipe: Recipe | None = None
+) -> tuple[int, int, int]:
     """Parameters, floating point operations of a forward pass, and of a pass forward and backward.
 
     Multiplications and additions count apart, and only those of convolutions and matrix products do. Nothing is
@@ -84,31 +98,37 @@ def count(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...] | Non
     Args:
         config: of the generator.
         shape: (N, D, H, W) of the input; by default `training_shape`.
+        recipe: of a part of its training; by default that of the whole.
     """
-    recipe = recipe_of(config)
+    recipe, shape = recipe or recipe_of(config), shape or training_shape(config)
     with torch.device("meta"):
-        model, inputs = recipe.build(), recipe.inputs(shape or training_shape(config))
+        model, inputs = recipe.build(), recipe.inputs(shape)
     if config.settings.training.gradient_checkpointing:
         checkpoint_stages(model)
     with FlopCounterMode(display=False) as forward:
         predicted = model(*inputs)
+    with FlopCounterMode(display=False) as beside, torch.no_grad(), torch.device("meta"):
+        if recipe.prepares is not None:
+            recipe.prepares(model, shape)
+    outputs = predicted if isinstance(predicted, tuple) else (predicted,)
     with FlopCounterMode(display=False) as backward:
-        predicted.mean().backward()
+        torch.stack([output.mean() for output in outputs]).sum().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return parameters, forward.get_total_flops(), forward.get_total_flops() + backward.get_total_flops()
+    one, both = (counter.get_total_flops() for counter in (forward, backward))
+    return parameters, one, one + both + beside.get_total_flops()
 
 
-def count_opponent(config: GeneratorConfig[TrainedSettings]) -> tuple[int, int]:
+def count_opponent(config: GeneratorConfig[TrainedSettings], recipe: Recipe | None = None) -> tuple[int, int]:
     """Parameters of what an adversarial training trains besides, and operations that they add to a pass; 0 without it.
 
     The opponent sees real and drawn CT twice: when the network learns, which takes a gradient of the drawn CT, and when
     it learns itself.
     """
-    recipe = recipe_of(config)
+    recipe = recipe or recipe_of(config)
     if recipe.opponent is None:
         return 0, 0
     with torch.device("meta"):
-        opponent, (volumes,) = recipe.opponent(), recipe.inputs(training_shape(config))
+        opponent, (volumes, *_) = recipe.opponent(), recipe.inputs(training_shape(config))
     with FlopCounterMode(display=False) as counter:
         for _ in range(2):
             summed(opponent(volumes)).backward()

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from lungddpm.generators import Drawing
+    from lungddpm.models.recipe import Recipe
 
 GIB = 2**30
 PEAK_TFLOP_PER_S = {
@@ -142,7 +143,7 @@ class NetworkCost:
     forward_flop: int
     """Of one volume (or patch)."""
     step_flop: int
-    """Of one optimizer step."""
+    """Of one optimizer step; where a training has several parts, of the last one."""
     memory_bytes: int
     """In training: weights, their gradients, averages and moments, and what a forward pass keeps for the backward pass,
     in fp32. The savings of mixed precision go into what libraries need besides: nnU-Net's default network, 7.2 GiB by
@@ -153,6 +154,8 @@ class NetworkCost:
     keeps."""
     opponent_parameters: int = 0
     """Of what adversarial training trains besides."""
+    training_flop: int = 0
+    """Of all steps of a generator's training, of one process."""
 
 
 def run_plan(
@@ -296,14 +299,16 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     Hours of networks are their operations at the given speed; those of the other stages were measured on the demo and
     on scans of LIDC-IDRI, on one core.
     """
-    from lungddpm.generators import plugin
-
     grid = math.prod(config.grid.size)
     numbers = {number: count_real_cases(number, cohort.discovery) for number in config.arms.numbers()}
-    samples = {
-        name: len(config.draws(name)) * sum(round(dose * number) for number in numbers.values())
-        for name, dose in config.arms.largest_doses().items()
-    }
+    drawn = {name: doses[-1] for name, doses in config.arms.drawn_doses_of().items()}
+    samples, trained_on = (
+        {
+            name: len(config.draws(name)) * sum(round(dose * number) for number in numbers.values())
+            for name, dose in doses.items()
+        }
+        for doses in (drawn, config.arms.largest_doses())
+    )
     # Doses share samples, but each is a job of its own.
     jobs_of = {
         name: len(config.draws(name))
@@ -312,7 +317,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
             for number in numbers.values()
             for dose in doses
         )
-        for name, doses in config.arms.doses_of().items()
+        for name, doses in config.arms.drawn_doses_of().items()
     }
     prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
     arms = config.arms.all()
@@ -334,28 +339,33 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     for trained in config.trained_generators():
         cost = costs[trained.name] = network_cost(trained)
         trainings = len(config.trainings())
-        stages.append(_train_generator(trained, config.workflow, cost, grid * cohort.discovery, trainings, speed))
+        stages.append(_train_generator(config.workflow, cost, grid * cohort.discovery, trainings, speed))
     light = []
     for name, number in samples.items():
-        declared = None if name in config.arms.external else plugin(name)
-        if declared is None or declared.drawing is None or declared.weights_of is None:
+        owner = None if name in config.arms.external else config.weights_owner(name)
+        if owner is None:
             light.append(name)
         else:
-            drawing = declared.drawing(config.for_generator(name))
-            stages.append(_draw(drawing, costs[declared.weights_of], jobs_of[name], number, grid, speed))
+            drawing = config.plugin_of(name).drawing(config.for_generator(name))
+            stages.append(_draw(drawing, costs[owner], jobs_of[name], number, grid, speed))
     if light:
         made = sum(samples[name] for name in light)
         jobs = sum(jobs_of[name] for name in light)
         stages.append(_light("synthesize", jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
     if samples:
-        stages.append(_light("quality", len(samples), sum(samples.values()), grid))
+        stages.append(_light("quality", len(samples), sum(trained_on.values()), grid))
     segmenter, judged = segmenter_cost(config), []
+    if filtered := [arm for arm in arms if arm.filtered]:
+        replicates = len(config.segmentation.replicates())
+        candidates = sum(round(config.arms.drawn_dose(arm) * numbers[arm.real_cases]) for arm in filtered)
+        jobs = len(filtered) * replicates
+        judged.append(_predict("filter_samples", config, segmenter, jobs, replicates * candidates, speed))
     if samples:
         limit, replicates = config.label_fidelity.samples, len(config.segmentation.replicates())
         most = numbers[config.arms.largest_number()]
         of_generators = [round(dose * most) for dose in config.arms.largest_doses().values()]
         volumes = sum(min(number, limit) for number in [*of_generators, cohort.reference])
-        judged = [_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed)]
+        judged.append(_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed))
     return [
         *stages,
         _light("compose", len(arms), training_cases, grid),
@@ -373,23 +383,31 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
 def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
     """Operations and memory of the network of a generator that is trained.
 
-    A step's are those of its crops, if any; a forward pass is over what the network sees when it draws.
+    A step's are those of its crops, if any, in the last part of the training; memory is that of the largest part. A
+    forward pass is over what the network sees when it draws.
     """
-    from lungddpm.operations.estimate import count, count_opponent
+    from lungddpm.operations.estimate import count, count_opponent, phases_of, recipe_of
 
     drawn = (1, *config.settings.drawn_size(config.grid)[::-1])
-    parameters, _, whole_pass = count(config)
-    _, forward, _ = count(config, drawn)
-    of_opponent, opponent_pass = count_opponent(config)
+    parameters, forward, _ = count(config, drawn)
+    step, whole, kept, of_opponent = 0, 0, 0, 0
+    for steps, of_phase, recipe in phases_of(config):
+        accumulation = of_phase.settings.training.accumulation
+        judge, opponent_pass = count_opponent(of_phase, recipe)
+        alone = count(of_phase, recipe=recipe)[2] * accumulation
+        step = alone + opponent_pass * accumulation
+        whole += steps * alone + max(0, steps - recipe.opponent_from) * opponent_pass * accumulation
+        kept, of_opponent = max(kept, _kept_in_training(of_phase, recipe)), max(of_opponent, judge)
     return NetworkCost(
         parameters,
         forward,
-        (whole_pass + opponent_pass) * config.settings.training.accumulation,
+        step,
         # Weight, gradient, average (but of an opponent) and two moments of Adam.
-        5 * 4 * parameters + 4 * 4 * of_opponent + _kept_in_training(config),
+        5 * 4 * parameters + 4 * 4 * of_opponent + kept,
         4 * parameters,
-        _kept_by_network(config, drawn) // 4,
+        _kept_by_network(recipe_of(config), drawn) // 4,
         of_opponent,
+        whole,
     )
 
 
@@ -483,7 +501,6 @@ def _heavy(
 
 
 def _train_generator(
-    config: GeneratorConfig[TrainedSettings],
     workflow: Workflow,
     cost: NetworkCost,
     voxels: int,
@@ -493,7 +510,7 @@ def _train_generator(
     # Three states of weights, average and moments while one is written, and the result; an opponent has no average.
     disk = 4 * (13 * cost.parameters + 9 * cost.opponent_parameters) + _CACHE_BYTES * voxels
     # Each of several processes takes the forward passes of one.
-    flop = config.settings.training.steps * cost.step_flop * workflow.training_processes
+    flop = cost.training_flop * workflow.training_processes
     return _heavy(
         "train_generator", trainings, trainings * flop, cost.memory_bytes, trainings * disk, speed,
         workflow.training_gpus,
@@ -537,31 +554,28 @@ def _patch(config: Config) -> tuple[int, int, int]:
     return network.patch if network is not None else per_axis(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
 
 
-def _kept_by_network(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...]) -> int:
+def _kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
     """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
     import torch
 
-    from lungddpm.operations.estimate import recipe_of
-
-    recipe = recipe_of(config)
     with torch.device("meta"):
         network, inputs = recipe.build(), recipe.inputs(shape)
     return _kept_bytes(network, lambda: network(*inputs))
 
 
-def _kept_in_training(config: GeneratorConfig[TrainedSettings]) -> int:
+def _kept_in_training(config: GeneratorConfig[TrainedSettings], recipe: Recipe) -> int:
     """The same of a whole training pass: an opponent first judges what the network draws, then that and real CT."""
     import torch
 
-    from lungddpm.operations.estimate import recipe_of, training_shape
+    from lungddpm.operations.estimate import training_shape
 
-    shape, recipe = training_shape(config), recipe_of(config)
-    of_network = _kept_by_network(config, shape)
+    shape = training_shape(config)
+    of_network = _kept_by_network(recipe, shape)
     if recipe.opponent is None:
         return of_network
     with torch.device("meta"):
-        opponent, inputs = recipe.opponent(), recipe.inputs(shape)
-    of_opponent = _kept_bytes(opponent, lambda: opponent(*inputs))
+        opponent, (volumes, *_) = recipe.opponent(), recipe.inputs(shape)
+    of_opponent = _kept_bytes(opponent, lambda: opponent(volumes))
     return max(of_network, of_opponent) + of_opponent
 
 

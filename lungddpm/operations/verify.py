@@ -146,6 +146,8 @@ def _outputs(results: Path, file: PurePosixPath) -> list[PurePosixPath]:
             return [PurePosixPath("arms", arm, "arm.json")]
         case ("arms", arm, "nnUNet_preprocessed", *_):
             return [PurePosixPath("arms", arm, "plan.json")]
+        case ("filter", arm, replicate, _):
+            return [PurePosixPath("filter", arm, replicate, "filter.json")]
         case ("segmentation", arm, replicate, "predictions", *_):
             return [PurePosixPath("segmentation", arm, replicate, "predictions")]
         case ("qc", *_):

@@ -30,10 +30,10 @@ from lungddpm.core.progress import Progress
 from lungddpm.core.roles import REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, read_volume
-from lungddpm.evaluation.lesions import SIZE_COLUMNS, Lesion
+from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, Lesion
 from lungddpm.evaluation.segmentation import case_columns, evaluate_case
 from lungddpm.quality.image_quality import SYNTHETIC, reference_of
-from lungddpm.quality.textures import TEXTURES, KnownNodule, RealNodules, lesion_textures
+from lungddpm.quality.textures import KnownNodule, RealNodules, lesion_textures
 from lungddpm.segmentation.nnunet import open_segmenter
 
 REAL_CT = "(real CT)"
@@ -50,7 +50,7 @@ the layout of that case; `patient_seen`, `nodules_seen`: the segmenter was train
 nodules are in it."""
 LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "texture", "found", "overlap"]
 """One row per lesion. `texture`: see `textures`; empty where it is not known."""
-STRATA = [*SIZE_COLUMNS.values(), *TEXTURES.values()]
+STRATA = [*SIZE_COLUMNS.values(), *TEXTURE_COLUMNS.values()]
 """Kinds of lesions, as columns have them: by size, and by texture."""
 RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_positives_per_scan"]
 TABLE_COLUMNS = [
@@ -324,7 +324,7 @@ def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
         "false_positives_per_scan": metrics["n_false_positives"].mean(),
     }
     strata = {f"_{column}": lesions["size_bin"] == size for size, column in SIZE_COLUMNS.items()}
-    strata |= {f"_{column}": lesions["texture"] == texture for texture, column in TEXTURES.items()}
+    strata |= {f"_{column}": lesions["texture"] == texture for texture, column in TEXTURE_COLUMNS.items()}
     for suffix, chosen in {"": lesions["size_bin"].notna(), **strata}.items():
         of_kind = lesions[chosen]
         row[f"n_lesions{suffix}"] = len(of_kind[[*_ONE, "lesion"]].drop_duplicates())

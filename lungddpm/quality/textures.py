@@ -20,12 +20,8 @@ import pandas as pd
 from lungddpm.core.cases import NODULES
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
+from lungddpm.evaluation.lesions import texture_class
 from lungddpm.generators import ADDED
-
-TEXTURES = {"ground glass": "ground_glass", "part-solid": "part_solid", "solid": "solid"}
-"""Textures, and how they are written in names of columns."""
-_PART_SOLID = 2.5, 3.5
-"""Ratings are medians over readers, who give 1 for ground glass, 3 for part-solid and 5 for solid."""
 
 
 @dataclass(frozen=True)
@@ -34,18 +30,11 @@ class KnownNodule:
 
     Attributes:
         position_mm: RAS.
-        texture: one of `TEXTURES`, or empty where nobody rated it.
+        texture: one of `lesions.TEXTURES`, or empty where nobody rated it.
     """
 
     position_mm: tuple[float, float, float]
     texture: str
-
-
-def texture_of(rating: float) -> str:
-    """The texture that a median rating from 1 to 5 stands for; empty for NaN."""
-    if math.isnan(rating):
-        return ""
-    return "ground glass" if rating < _PART_SOLID[0] else "part-solid" if rating <= _PART_SOLID[1] else "solid"
 
 
 class RealNodules:
@@ -62,7 +51,7 @@ class RealNodules:
         for row in table.to_dict("records"):
             position = tuple(row[f"centroid_{axis}_mm"] for axis in "xyz")
             self._of_case.setdefault(row["case_id"], {})[row["nodule"]] = KnownNodule(
-                position, texture_of(row["texture"])
+                position, texture_class(row["texture"])
             )
 
     def of_case(self, case_id: str) -> list[KnownNodule]:

@@ -318,7 +318,7 @@ def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, co
             of_baseline = verdict[verdict["difference"].notna() & (verdict["baseline"] == baseline)]
             for row in of_baseline.to_dict("records"):
                 arm = Arm.parse(row["arm"])
-                if not arm.real or arm.generator != generator:
+                if not arm.real or arm.filtered or arm.generator != generator:
                     continue
                 colour, marker, filled = _outcome_style(row["verdict"])
                 axis.plot([arm.dose, arm.dose], [row["ci_low"], row["ci_high"]], color=colour, linewidth=2)

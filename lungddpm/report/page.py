@@ -33,6 +33,8 @@ from lungddpm.report.sections import (
     show_detection,
     show_dose_response,
     show_fidelity,
+    show_filter,
+    show_ladder,
     show_measure_differences,
     show_measures,
     show_memorisation_and_diversity,
@@ -210,9 +212,12 @@ def render_report(
         ),
         extractors=extractors,
         random_weights=any(not name.startswith(MEDICALNET) for name in extractors),
+        ladder=show_ladder(tables["ladder"], confidence),
         compared=show_published(tables["published_comparison"].query("arm != ''")),
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
+        kept=show_filter(tables["sample_filter"]) if "sample_filter" in tables else None,
+        filter_limit=f"{100 * config.arms.filter.found:g} %",
         generators_in_use=generators_of(config),
         arm_cases={
             arm: [case["name"] for case in content["cases"] if case["trained_on"]]

@@ -14,9 +14,9 @@ from lungddpm.core.arms import is_baseline
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
-from lungddpm.evaluation.lesions import SIZE_COLUMNS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
-from lungddpm.generators import plugin
+from lungddpm.generators import GIVEN, NOTHING
 from lungddpm.quality.calibration import DIFFERENCE, NODULES, SPREAD
 from lungddpm.quality.image_quality import (
     COPIES,
@@ -31,9 +31,9 @@ from lungddpm.quality.image_quality import (
     VOXEL_SD,
     WHOLE,
 )
-from lungddpm.quality.textures import TEXTURES
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
+from lungddpm.verdict.ladder import NOT_IN_RUN
 from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
 
@@ -402,7 +402,7 @@ def show_costs(costs: pd.DataFrame) -> DisplayTable:
 def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
     """`label_fidelity.csv` for reading; textures of which there is no lesion are left out."""
     kinds = {size: f"_{column}" for size, column in SIZE_COLUMNS.items()}
-    kinds |= {text: f"_{column}" for text, column in TEXTURES.items() if fidelity[f"n_lesions_{column}"].any()}
+    kinds |= {text: f"_{column}" for text, column in TEXTURE_COLUMNS.items() if fidelity[f"n_lesions_{column}"].any()}
     rows = []
     for row in fidelity.to_dict("records"):
         recalls = [
@@ -423,6 +423,47 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
     return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)])
 
 
+def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, DisplayTable, list[str]]:
+    """`ladder.csv` for reading: the families crossed with what is given, then a row per generator, and notes on
+    published methods.
+
+    Args:
+        ladder: `LADDER_COLUMNS`.
+        confidence: of the intervals, e.g. "95 %".
+    """
+    crossed = []
+    for family, rows in ladder.groupby("family", sort=False):
+        cells = [[_in_cell(row) for row in rows[rows["given"] == given].to_dict("records")] for given in GIVEN]
+        crossed.append([str(family), *("; ".join(cell) for cell in cells)])
+    heads = ["family", *("nothing" if given == NOTHING else given.replace("+", " + ") for given in GIVEN)]
+    listed = [
+        [
+            row["family"], row["given"].replace("+", " + "), row["generator"], row["stands_for"],
+            format_number(row["fid"], ".3g"), format_number(row["fid_lungs"], ".3g"),
+            format_number(row["fidelity_dice"], ".3f"), format_number(row["fidelity_difference"], "+.3f"),
+            row["arm"], format_number(row["difference"], "+.3f"), interval_text(row), row["verdict"],
+        ]
+        for row in ladder[ladder["generator"] != ""].to_dict("records")
+    ]  # fmt: skip
+    names = ["family", "given", "generator", "stands for", "FID, whole volume", "FID, lungs", "label fidelity, Dice",
+             "to the ceiling", "arm", "difference to real", f"{confidence} CI", "verdict"]  # fmt: skip
+    numeric = [False] * 4 + [True] * 4 + [False, True, True, False]
+    return (
+        DisplayTable(heads, crossed, [False] * len(heads)),
+        DisplayTable(names, listed, numeric),
+        [note for note in ladder["note"].unique() if note not in ("", NOT_IN_RUN)],
+    )
+
+
+def _in_cell(row: dict) -> str:
+    """A generator with the difference that it made and the method that it stands for, or such a method alone."""
+    if not row["generator"]:
+        return f"({row['stands_for']}: {NOT_IN_RUN})"
+    difference = format_number(row["difference"], "+.3f")
+    method = f" = {row['stands_for']}" if row["stands_for"] else ""
+    return f"{row['generator']}{f' {difference}' if difference else ''}{method}"
+
+
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
     """Name, title and citation of every generator in use.
 
@@ -433,9 +474,10 @@ def generators_of(config: Config) -> list[tuple[str, str, str]]:
         if name in config.arms.external:
             described.append((name, "external: made by another system", ""))
         else:
-            declared = plugin(name)
+            declared = config.plugin_of(name)
             cited = "" if declared.citation.startswith("None") else declared.citation
-            described.append((name, declared.title, cited))
+            variant = "" if config.kind_of(name) == name else f"Variant of {config.kind_of(name)}. "
+            described.append((name, variant + declared.title, cited))
     return described
 
 
@@ -451,13 +493,18 @@ def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
     rows = []
     for row in comparison.to_dict("records"):
         form = {"sampling": ".1f", "image_quality": ".4f"}.get(row["table"], ".3f")
+        form = {"function_evaluations": ".0f", "specificity": ".4f"}.get(row["metric"], form)
+        data = row["training_set"] or row["cohort"]
+        if row["table"] == "context":
+            data = ", ".join(filter(None, (row["cohort"], row["training_set"])))
+        published = format_spread(row["published_mean"], row["published_sd"], form)
         measured = format_spread(row["measured_mean"], row["measured_sd"], form)
         rows.append(
             [
                 row["method"],
-                row["training_set"] or row["cohort"],
+                data + (f", {row['steps']} steps" if row["steps"] else ""),
                 MEASURES[row["metric"]].title if row["metric"] in MEASURES else row["metric"].replace("_", " "),
-                format_spread(row["published_mean"], row["published_sd"], form),
+                published if row["reported"] == "yes" else "not reported",
                 format_number(row["published_change"], "+.3f"),
                 row["arm"],
                 measured + (" (MMD²)" if measured and row["measured_metric"] == "mmd_squared" else ""),
@@ -486,8 +533,9 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
     for arm, content in arms.items():
         draws = content["draws"]
         shared_cases = [case for case in content["cases"] if case["trained_on"]]
-        # Draws are of one size.
+        # Draws are of one size, but for those of a filter that kept too few.
         trained_on = shared_cases + (draws[0]["cases"] if draws else [])
+        sizes = sorted({len(shared_cases) + len(draw["cases"]) for draw in draws} or {len(shared_cases)})
         sources = Counter(case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in trained_on)
         drawn = {case["source"] for draw in draws for case in draw["cases"]}
         everybody = shared_cases + [case for draw in draws for case in draw["cases"]]
@@ -499,10 +547,25 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
             for source, count in sources.items()
         )
         guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
-        rows.append([arm, str(len(trained_on)), made_of, str(len(patients)), guard])
+        rows.append(
+            [arm, " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))), made_of, str(len(patients)), guard]
+        )
     return DisplayTable(
         ["arm", "training cases", "from", "patients", "leak guard"], rows, [False, True, False, True, False]
     )
+
+
+def show_filter(kept: pd.DataFrame) -> DisplayTable:
+    """`sample_filter.csv` for reading."""
+    rows = [
+        [
+            row["arm"], row["replicate"] or "all", str(row["judged"]), f"{100 * row['found_mean']:.0f} %",
+            f"{row['kept']} ({100 * row['share_kept']:.0f} %)", f"{row['taken']} of {row['wanted']}",
+        ]
+        for row in kept.to_dict("records")
+    ]  # fmt: skip
+    heads = ["arm", "replicate", "judged", "nodule voxels found, mean", "kept", "taken"]
+    return DisplayTable(heads, rows, [False, False, *[True] * 4])
 
 
 def show_timing(timing: pd.DataFrame) -> DisplayTable:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -102,8 +102,9 @@ def import_external(
     usable = real_cases[real_cases["status"] == "ok"].set_index("case_id", drop=False)
     grids = {name: read_grid(cases.folder_of(cases_table, row).ct) for name, row in usable.iterrows()}
     with Progress(f"checking {generator}", len(declaration.samples)) as progress:
+        named = {Label.LUNG} if generator in config.arms.quality_only else {Label.LUNG, Label.NODULE}
         for entry in declaration.samples:
-            violations += check_sample(root, entry, config, grids)
+            violations += check_sample(root, entry, config, grids, named)
             progress.advance()
     if violations:
         more = f"; and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
@@ -159,7 +160,13 @@ def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]
     return [f"samples.json: {fault}" for fault in faults]
 
 
-def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mapping[str, Volume]) -> list[str]:
+def check_sample(
+    root: Path,
+    entry: DeclaredSample,
+    config: Config,
+    grids: Mapping[str, Volume],
+    named: Collection[Label] = (Label.LUNG, Label.NODULE),
+) -> list[str]:
     """What is wrong with the files of one sample, each as "<file>: <fault>".
 
     Args:
@@ -167,6 +174,8 @@ def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mappi
         entry: the sample's declaration.
         config: `grid.size` and `layouts.limits` are used.
         grids: of the usable real cases, by case id.
+        named: labels that a layout must have; nobody trains on samples of `arms.quality_only`, so that these need no
+            nodule.
     """
     faults, volumes = [], {}
     for name in _FILES:
@@ -184,7 +193,7 @@ def check_sample(root: Path, entry: DeclaredSample, config: Config, grids: Mappi
     elif ct is not None:
         faults += [(_CT, fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:
-        faults += [(_LAYOUT, fault) for fault in _label_faults(layout.array)]
+        faults += [(_LAYOUT, fault) for fault in _label_faults(layout.array, named)]
     off_grid = ct is not None and layout is not None and not ct.same_grid(layout)
     if off_grid:
         faults.append((_LAYOUT, "is not on the grid of its CT"))
@@ -221,12 +230,12 @@ def _intensity_faults(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLi
     return []
 
 
-def _label_faults(labels: np.ndarray) -> list[str]:
+def _label_faults(labels: np.ndarray, named: Collection[Label]) -> list[str]:
     found = np.unique(labels).tolist()
     faults = []
     if unknown := [label for label in found if label not in list(Label)]:
         faults.append(f"holds the label {unknown[0]:g}; known are 0 background, 1 lung, 2 nodule, 3 vessel")
-    faults += [f"has no {label.name.lower()}" for label in (Label.LUNG, Label.NODULE) if label not in found]
+    faults += [f"has no {label.name.lower()}" for label in Label if label in named and label not in found]
     return faults
 
 

@@ -13,7 +13,7 @@ from lungddpm.core.cohorts import SHARED, Cohort, count_real_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import seed_from, seeded_order
 from lungddpm.core.roles import DISCOVERY, REFERENCE
-from lungddpm.generators import OWN, PLACED, plugin
+from lungddpm.generators import OWN, PLACED
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def plan_samples(
         InputError: there is no reference to use.
     """
     number = samples_wanted(config, generator, table, dose, cohort)
-    first, again = plugin(generator).layouts
+    first, again = config.plugin_of(generator).layouts
     run = config.for_generator(generator, cohort).run
     if not number:
         return []

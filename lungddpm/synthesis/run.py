@@ -23,7 +23,7 @@ from lungddpm.core.memory import peak_memory_mib
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import write_volume
-from lungddpm.generators import JITTERED, OWN, Generator, Plugin, Task, plugin
+from lungddpm.generators import JITTERED, OWN, Generator, Plugin, Task
 from lungddpm.synthesis.external import import_external
 from lungddpm.synthesis.plan import PlannedSample, plan_samples, samples_wanted
 from lungddpm.synthesis.records import is_complete
@@ -102,10 +102,15 @@ def run_synthesize(config: Config, job: SynthesisJob) -> None:
 class _Synthesis:
     """The samples of one job under way."""
 
+    plugin: Plugin
+
     def __init__(self, config: Config, job: SynthesisJob, real_cases: pd.DataFrame, planned: list[PlannedSample]):
         self.config, self.job, self.planned = config, job, planned
-        self.plugin, self.of_generator = plugin(job.generator), config.for_generator(job.generator, job.cohort)
-        self.weights = _weights_for(self.plugin, job.weights)
+        self.plugin, self.of_generator = (
+            config.plugin_of(job.generator),
+            config.for_generator(job.generator, job.cohort),
+        )
+        self.weights = _weights_for(job.generator, config.weights_owner(job.generator), job.weights)
         self.library: NoduleLibrary | None = None
         if any(sample.layout_origin != OWN for sample in planned):
             # Placement imports scipy, which light commands do without.
@@ -232,15 +237,15 @@ def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -
     return batch, left
 
 
-def _weights_for(generator: Plugin, given: Path | None) -> Path | None:
+def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path | None:
     """The weights that a generator draws with; None where it needs none, whatever is given."""
-    if generator.weights_of is None:
+    if owner is None:
         return None
     if given is None:
-        problem = f"needs the weights of a trained {generator.weights_of}"
-        raise InputError(f"generator '{generator.name}'", problem, "Give --weights.")
+        problem = f"needs the weights of a trained {owner}"
+        raise InputError(f"generator '{generator}'", problem, "Give --weights.")
     if not given.exists():
-        remedy = f"Train it first (lungddpm train --generator {generator.weights_of})."
+        remedy = f"Train it first (lungddpm train --generator {owner})."
         raise InputError(given, "does not exist", remedy)
     return given
 
@@ -249,7 +254,7 @@ def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) 
     """What decides a sample besides its reference, its layout and its seed."""
     return {
         "generator": config.name,
-        "code": stage_fingerprint("draw", config.name),
+        "code": stage_fingerprint("draw", config.kind),
         "settings": config.decides_samples(),
         "weights_sha256": None if weights is None else sha256_of(weights),
         "trained_on": None if weights is None else _patients_of(weights),

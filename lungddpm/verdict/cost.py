@@ -8,7 +8,6 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lungddpm.config.models import Config
-from lungddpm.generators import plugin
 from lungddpm.quality.calibration import DIFFERENCE, NODULES
 from lungddpm.quality.image_quality import LUNGS, OTHER_PATIENTS, SYNTHETIC
 from lungddpm.quality.label_fidelity import REAL_CT
@@ -23,7 +22,7 @@ def function_evaluations(config: Config, generator: str) -> float:
     """Forward passes of a network per volume: 0 where none is asked, NaN where another system made the CT."""
     if generator in config.arms.external:
         return math.nan
-    declared = plugin(generator)
+    declared = config.plugin_of(generator)
     return 0.0 if declared.drawing is None else declared.drawing(config.for_generator(generator)).passes
 
 

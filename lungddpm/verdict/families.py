@@ -52,5 +52,6 @@ def design_of(config: Config, n_cases: int) -> Design:
 def stages_per_replicate(config: Config) -> tuple[str, ...]:
     """Stages that are done once per replicate, for all arms together."""
     draws = ("synthesize", "compose_draw") if config.synthesis.draw_per_replicate else ()
+    filters = ("filter_samples",) if config.arms.filtered else ()
     trainings = ("train_generator",) if config.synthesis.training_per_replicate else ()
-    return ("label_fidelity", *draws, *trainings)
+    return ("label_fidelity", *filters, *draws, *trainings)

@@ -1,16 +1,17 @@
 """The published figures (published.csv is their only copy) beside this run's, and whether the two can be compared.
 
-Sources: the poster of Lung-DDPM (arXiv 2502.15204) and the README of its successor, Lung-DDPM+.
+Sources: the poster of Lung-DDPM (arXiv 2502.15204), the README of its successor, Lung-DDPM+, and the code of both. What
+MAISI-v2 and LeFusion report of their own data stands beside them as context.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.resources import files
 
 import numpy as np
 import pandas as pd
 
-from lungddpm import generators
 from lungddpm.core.arms import Arm
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.quality.image_quality import SYNTHETIC, WHOLE
@@ -38,24 +39,30 @@ _SQUARED = (
     "what is measured here is MMD², its unbiased estimate; whether the published MMD is a square is not stated, and "
 )
 _OTHER_MACHINE = "sampling time depends on the machine and the grid, which differ"
+_OTHER_SETTINGS = "forward passes per sample as configured here; their networks and grids differ"
 _NOT_MEASURED = "not measured in this run"
 _SIMULATED = "the patients of this run are simulated"
+_NOT_REPORTED = "not reported"
+_CONTEXT = "other data and another task: context only"
+WITHOUT_LAYOUT = {
+    "HA-GAN": "HA-GAN draws without a layout: there are no labels to train a segmenter with, so it is not an arm here; "
+    "its CT may enter image quality from a folder (arms.quality_only)"
+}
+"""Published methods that no generator here can stand for."""
 
 
 def published_figures() -> pd.DataFrame:
-    """The published figures: table, source, cohort, method, condition, training_set, metric, mean, sd."""
+    """The published figures, one row each.
+
+    Columns: table (image_quality, segmentation, sampling, or context), source, cohort, method, condition (what of the
+    target the method is given), training_set, metric, mean, sd, n (cases), spread_over (what the sd is over: folds,
+    cases or unknown), network (that was trained on the set), steps (of sampling), reported ("no": that experiment was
+    not published, and there is no mean). Text is empty, and a number NaN, where it is not stated.
+    """
     with files(__package__).joinpath("published.csv").open(encoding="utf-8") as file:
-        return (
-            pd.read_csv(file, keep_default_na=False, dtype=str)
-            .astype({"mean": float})
-            .assign(sd=lambda table: pd.to_numeric(table["sd"]))
+        return pd.read_csv(file, keep_default_na=False, dtype=str).assign(
+            **{name: lambda table, name=name: pd.to_numeric(table[name]) for name in ("mean", "sd")}
         )
-
-
-def published_generators() -> dict[str, str]:
-    """Published methods that this benchmark has -> their generators."""
-    declared = (generators.plugin(name) for name in generators.names())
-    return {each.published_as: each.name for each in declared if each.published_as is not None}
 
 
 def published_gain(metric: str) -> float:
@@ -66,17 +73,24 @@ def published_gain(metric: str) -> float:
 
 def published_comparison(
     verdict: pd.DataFrame,
+    stand_ins: Mapping[str, str],
     image_quality: pd.DataFrame | None = None,
-    seconds_per_volume: dict[str, float] | None = None,
+    seconds_per_volume: Mapping[str, float] | None = None,
     simulated: bool = False,
+    *,
+    measures: pd.DataFrame | None = None,
+    passes: Mapping[str, float] | None = None,
 ) -> pd.DataFrame:
     """Published figures and this run's, row by row.
 
     Args:
         verdict: rows of `verdict.csv`.
+        stand_ins: published methods -> the generators of this run that stand for them.
         image_quality: rows of `image_quality.csv`, if measured.
         seconds_per_volume: mean sampling time by generator, if known.
         simulated: the run's patients are not real, so that nothing compares.
+        measures: rows of `measures.csv`, for what the verdict does not have.
+        passes: forward passes per sample by generator, of those that draw with a network.
 
     Returns:
         The published rows with: published_change (against real only), arm (or generator) of this run that comes
@@ -85,11 +99,15 @@ def published_comparison(
     """
     rows = []
     figures = published_figures()
-    real_only = figures[figures["method"] == "real only"].set_index("metric")["mean"]
+    of_segmenters = figures[figures["table"] == "segmentation"]
+    real_only = of_segmenters[of_segmenters["method"] == "real only"].set_index("metric")["mean"]
     # The arms with the most real cases: as published, with all that there were.
     verdict = verdict[verdict["real_cases"] == verdict["real_cases"].max()]
+    scores = verdict if measures is None else pd.concat([verdict, measures[measures["arm"].isin(verdict["arm"])]])
+    drawing = {"seconds_per_volume": seconds_per_volume or {}, "function_evaluations": passes or {}}
     for figure in figures.to_dict("records"):
-        row = {name: figure[name] for name in ("table", "source", "cohort", "method", "training_set", "metric")}
+        kept = ("table", "source", "cohort", "method", "training_set", "metric", "n", "spread_over", "network", "steps")
+        row = {name: figure[name] for name in (*kept, "reported")}
         row |= {"published_mean": figure["mean"], "published_sd": figure["sd"], "published_change": np.nan}
         row |= {
             "arm": "",
@@ -101,30 +119,35 @@ def published_comparison(
         if figure["table"] == "segmentation":
             if figure["method"] != "real only":
                 row["published_change"] = figure["mean"] - real_only[figure["metric"]]
-            row |= _segmentation(figure, verdict)
+            row |= _segmentation(figure, stand_ins, verdict, scores)
         elif figure["table"] == "image_quality":
-            row |= _quality(figure, image_quality)
+            row |= _quality(figure, stand_ins, image_quality)
+        elif figure["table"] == "sampling":
+            row |= _sampling(figure, stand_ins, drawing[figure["metric"]])
         else:
-            row |= _sampling(figure, seconds_per_volume or {})
+            row |= {"comparable": "no", "why_not": _CONTEXT}
+        if figure["reported"] == "no" and row["arm"]:
+            row |= {"comparable": "no", "why_not": _NOT_REPORTED}
         if simulated and row["arm"]:
             row |= {"comparable": "no", "why_not": _SIMULATED}
         rows.append(row)
     return pd.DataFrame(rows)
 
 
-def _segmentation(figure: dict, verdict: pd.DataFrame) -> dict:
+def _segmentation(figure: dict, stand_ins: Mapping[str, str], verdict: pd.DataFrame, scores: pd.DataFrame) -> dict:
     if figure["method"] == "real only":
         arm = verdict["baseline"].iloc[0]
-    elif figure["method"] in published_generators():
+    elif figure["method"] in stand_ins:
         dose = int(figure["training_set"].split("+")[1].split()[0]) / REAL_CASES
-        arm = _arm_of_dose(verdict["arm"], published_generators()[figure["method"]], dose)
+        arm = _arm_of_dose(verdict["arm"], stand_ins[figure["method"]], dose)
         if not arm:
             return {"comparable": "no", "why_not": f"this run has no arm with a dose of about {dose:.2g}"}
     else:
         return _absent(figure)
-    measured = verdict[(verdict["arm"] == arm) & (verdict["metric"] == figure["metric"])].iloc[0]
-    if np.isnan(measured["mean"]):
+    found = scores[(scores["arm"] == arm) & (scores["metric"] == figure["metric"])].dropna(subset="mean")
+    if found.empty:
         return {"comparable": "no", "why_not": _NOT_MEASURED}
+    measured = found.iloc[0]
     return {
         "arm": arm,
         "measured_metric": figure["metric"],
@@ -141,16 +164,16 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
     distance = {
         name: abs(arm.dose / dose - 1)
         for name, arm in zip(arms, map(Arm.parse, arms), strict=True)
-        if arm.real and arm.generator == generator
+        if arm.real and not arm.filtered and arm.generator == generator
     }
     closest = min(distance, key=lambda name: distance[name], default="")
     return closest if closest and distance[closest] <= 0.1 else ""
 
 
-def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
-    if figure["method"] not in published_generators():
+def _quality(figure: dict, stand_ins: Mapping[str, str], image_quality: pd.DataFrame | None) -> dict:
+    if figure["method"] not in stand_ins:
         return _absent(figure)
-    generator = published_generators()[figure["method"]]
+    generator = stand_ins[figure["method"]]
     if image_quality is not None:
         rows = image_quality[
             (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
@@ -168,20 +191,21 @@ def _quality(figure: dict, image_quality: pd.DataFrame | None) -> dict:
     return {"comparable": "no", "why_not": _NOT_MEASURED}
 
 
-def _sampling(figure: dict, seconds_per_volume: dict[str, float]) -> dict:
-    generator = published_generators().get(figure["method"])
+def _sampling(figure: dict, stand_ins: Mapping[str, str], by_generator: Mapping[str, float]) -> dict:
+    generator = stand_ins.get(figure["method"])
     if generator is None:
         return _absent(figure)
-    if generator not in seconds_per_volume:
+    if generator not in by_generator:
         return {"comparable": "no", "why_not": _NOT_MEASURED}
     return {
         "arm": generator,
         "measured_metric": figure["metric"],
-        "measured_mean": seconds_per_volume[generator],
+        "measured_mean": by_generator[generator],
         "comparable": "no",
-        "why_not": _OTHER_MACHINE,
+        "why_not": _OTHER_MACHINE if figure["metric"] == "seconds_per_volume" else _OTHER_SETTINGS,
     }
 
 
 def _absent(figure: dict) -> dict:
-    return {"comparable": "no", "why_not": f"{figure['method']} is not part of this benchmark"}
+    method = figure["method"]
+    return {"comparable": "no", "why_not": WITHOUT_LAYOUT.get(method, f"no generator of this run stands for {method}")}

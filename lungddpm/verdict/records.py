@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from lungddpm.arms.compose import draw_record
 from lungddpm.config.models import Config
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.device import device_of
@@ -17,6 +18,11 @@ from lungddpm.segmentation.nnunet import segmenter_curve
 CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
 """Means since the state saved before: loss of the training patches, Dice of the validation patches."""
 DRAWING_COLUMNS = ["generator", "n_volumes", "seconds_per_volume", "memory_mib", "device"]
+KEPT_COLUMNS = [
+    "arm", "replicate", "found_limit", "found_mean", "judged", "kept", "share_kept", "wanted", "taken",
+]  # fmt: skip
+"""Of the samples of a filtered arm, or of one replicate's draw: how many were judged, kept, wanted and taken; the mean
+share of a sample's nodule voxels that was found. `replicate` is empty where all share one draw."""
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 
 
@@ -83,6 +89,24 @@ def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
 def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
     """Mean sampling time in seconds by generator, where recorded."""
     return drawing_costs(results, generators).set_index("generator")["seconds_per_volume"].dropna().to_dict()
+
+
+def filter_table(config: Config, results: Path) -> pd.DataFrame:
+    """What the quality filter kept for each arm and draw that has one: `KEPT_COLUMNS`."""
+    rows = []
+    for arm in config.arms.all():
+        if not arm.filtered:
+            continue
+        folder = results / "arms" / arm.name
+        records = {"": folder / "arm.json"}
+        records |= {name: draw_record(folder, name) for name in config.segmentation.replicates()}
+        for replicate, path in records.items():
+            kept = read_json(path).get("filter") if path.exists() else None
+            if kept is not None:
+                row = {name: kept[name] for name in ("found_mean", "judged", "kept", "wanted", "taken")}
+                row |= {"found_limit": kept["found"], "share_kept": kept["kept"] / kept["judged"]}
+                rows.append({"arm": arm.name, "replicate": replicate, **row})
+    return pd.DataFrame(rows, columns=KEPT_COLUMNS)
 
 
 def training_curves(config: Config, results: Path) -> pd.DataFrame:

@@ -25,13 +25,15 @@ from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
-from lungddpm.verdict.cost import cost_table
+from lungddpm.verdict.cost import cost_table, function_evaluations
 from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
 from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
 from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
+from lungddpm.verdict.ladder import ladder_table, published_generators
 from lungddpm.verdict.published import published_comparison
 from lungddpm.verdict.records import (
     drawing_costs,
+    filter_table,
     quality_files,
     quality_table,
     seconds_per_volume,
@@ -290,7 +292,7 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
             doses = {
                 place: arm.dose
                 for place, arm in enumerate(arms)
-                if (arm.real, arm.generator, arm.real_cases) == (True, generator, number)
+                if (arm.real, arm.filtered, arm.generator, arm.real_cases) == (True, False, generator, number)
                 and scores.evaluated[place].any()
             }
             if len(doses) < 2 or not scores.paired(scores.baseline_of(min(doses)), *doses).scores.size:
@@ -463,8 +465,9 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
 
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
-        run_spread, training_curves, convergence, calibration, detection, detection_by_stratum, froc, froc_band,
-        published_comparison; and where the run has them dose_response, image_quality, label_fidelity, quality_and_cost
+        run_spread, training_curves, convergence, calibration, detection, detection_by_stratum, froc, froc_band, ladder,
+        published_comparison; and where the run has them dose_response, image_quality, label_fidelity, quality_and_cost,
+        sample_filter
         and timing.
 
     Raises:
@@ -512,12 +515,20 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     tables["convergence"] = convergence_table(tables["training_curves"])
     if generators:
         tables["quality_and_cost"] = cost_table(config, drawing_costs(results, generators), tables)
+    tables["ladder"] = ladder_table(
+        config, tables["verdict"], tables.get("image_quality"), tables.get("label_fidelity")
+    )
     tables["published_comparison"] = published_comparison(
         tables["verdict"],
+        published_generators(config),
         tables.get("image_quality"),
         seconds_per_volume(results, generators),
         simulated=config.source.is_simulated,
+        measures=tables["measures"],
+        passes={name: passes for name in generators if (passes := function_evaluations(config, name)) > 0},
     )
+    if len(kept := filter_table(config, results)):
+        tables["sample_filter"] = kept
     if len(timing := timing_table(results)):
         tables["timing"] = timing
     tables["instrument"] = check_instrument(config, results, tables, copies)

@@ -14,7 +14,7 @@ NUMBERS = st.none() | st.integers(1, 10**6)
 ARMS = st.one_of(
     st.builds(Arm, real=st.just(True), added=st.none(), dose=st.just(0.0), real_cases=NUMBERS),
     st.builds(Arm, real=st.just(True), added=st.just("real"), dose=st.just(1.0), real_cases=NUMBERS),
-    st.builds(Arm, real=st.just(True), added=GENERATORS, dose=DOSES, real_cases=NUMBERS),
+    st.builds(Arm, real=st.just(True), added=GENERATORS, dose=DOSES, real_cases=NUMBERS, filtered=st.booleans()),
     st.builds(Arm, real=st.just(False), added=GENERATORS, dose=st.just(1.0), real_cases=NUMBERS),
 )
 
@@ -26,6 +26,8 @@ ARMS = st.one_of(
         ("real+real", Arm(real=True, added="real", dose=1.0)),
         ("real+lung_ddpm@0.5", Arm(real=True, added="lung_ddpm", dose=0.5)),
         ("real+lung_ddpm@1.0", Arm(real=True, added="lung_ddpm", dose=1.0)),
+        ("real+lung_ddpm.filtered@1.0", Arm(real=True, added="lung_ddpm", dose=1.0, filtered=True)),
+        ("real4+lung_ddpm.filtered@0.5", Arm(True, "lung_ddpm", 0.5, real_cases=4, filtered=True)),
         ("synthetic:lung_ddpm", Arm(real=False, added="lung_ddpm", dose=1.0)),
         ("real4", Arm(real=True, added=None, dose=0.0, real_cases=4)),
         ("real16+real", Arm(real=True, added="real", dose=1.0, real_cases=16)),

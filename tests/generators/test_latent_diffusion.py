@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core import cases
@@ -15,11 +16,13 @@ from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.generators import Task, latent_diffusion, plugin, reconstruct
 from lungddpm.models import monitoring
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.latent import LatentDiffusion
-from lungddpm.models.latent_training import LatentOptimization
-from lungddpm.models.training import run_train
-from lungddpm.operations.estimate import run_estimate
-from lungddpm.operations.plan import Cohort, known_speed, plan_run
+from lungddpm.models.latent_training import LatentOptimization, measure_latents
+from lungddpm.models.optimization import start_optimization
+from lungddpm.models.training import initial_network, run_train
+from lungddpm.operations.estimate import made_up, run_estimate
+from lungddpm.operations.plan import Cohort, known_speed, network_cost, plan_run
 
 SETTINGS = {
     "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
@@ -274,6 +277,25 @@ def test_the_estimate_counts_both_phases(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert "1 s, then 3 s" in shown
     assert "15 seconds for 7 steps" in shown  # 3 of 1 s, 4 of 3 s
+
+
+def test_the_plan_counts_what_the_steps_of_both_phases_take():
+    """Against the operations of a real training: 3 steps of the autoencoder, the last 2 with an opponent, then 4."""
+    config = settings_of()
+    recipe, _ = plugin("latent_diffusion").training(config)
+    accelerator = make_accelerator("cpu", "fp32", 2)
+    optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
+    taken = []
+    for step in range(7):
+        if step == 3:  # what measures the latents once is not a step's
+            measure_latents(optimization.average, optimization.data, (-1024.0, 600.0))
+        with FlopCounterMode(display=False) as counter:
+            optimization.second.take_step(step - 3) if step >= 3 else optimization.take_step(step)
+        taken.append(counter.get_total_flops())
+    assert network_cost(config).training_flop == pytest.approx(sum(taken), rel=0.05)
+    # The steps of the denoiser alone, as they were counted before there was a first phase, are about half.
+    assert sum(taken[3:]) < 0.55 * sum(taken)
+    assert network_cost(config).step_flop == pytest.approx(taken[-1], rel=0.01)
 
 
 def test_the_estimate_takes_steps_of_both_phases(capsys):

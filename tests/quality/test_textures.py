@@ -1,7 +1,5 @@
 """Textures of lesions: by hand-made tables and layouts, and as layouts are made."""
 
-import math
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,7 +9,7 @@ from lungddpm.core.files import write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.evaluation.lesions import lesion_measures
-from lungddpm.quality.textures import KnownNodule, RealNodules, lesion_textures, texture_of
+from lungddpm.quality.textures import KnownNodule, RealNodules, lesion_textures
 
 AFFINE = np.array([[4.0, 0, 0, -40], [0, 4, 0, 10], [0, 0, 5, 100], [0, 0, 0, 1]])
 
@@ -26,17 +24,6 @@ def layout_of(*cubes):
     for x, y, z in cubes:
         labels[x - 1 : x + 2, y - 1 : y + 2, z - 1 : z + 2] = Label.NODULE
     return Volume(labels, AFFINE)
-
-
-@pytest.mark.parametrize(
-    ("rating", "texture"),
-    [
-        (1, "ground glass"), (2, "ground glass"), (2.5, "part-solid"), (3, "part-solid"), (3.5, "part-solid"),
-        (4, "solid"), (5, "solid"), (math.nan, ""),
-    ],
-)  # fmt: skip
-def test_ratings_are_read_as_radiologists_give_them(rating, texture):
-    assert texture_of(rating) == texture
 
 
 def test_each_lesion_has_the_texture_of_the_nodule_in_it():

@@ -278,6 +278,19 @@ def test_too_few_samples(take, folder):
         take(1.0)
 
 
+def test_without_an_arm_layouts_need_no_nodule(folder, tiny_cohort, tmp_path):
+    for layout in folder.glob("*/layout.nii.gz"):
+        labels = read_volume(layout)
+        write_volume(layout, labels.like(np.where(labels.array == Label.NODULE, Label.LUNG, labels.array)))
+    arms = {"external": {"gan": folder}, "generators": [], "doses": [], "controls": []}
+    job = SynthesisJob("gan", tiny_cohort, tmp_path / "out", tmp_path / "out" / "samples.tsv")
+    grid = {"grid": {"size": [16, 16, 16]}}
+    run_synthesize(parse_config({**grid, "arms": {**arms, "quality_only": ["gan"]}}), job)
+    assert cases.read_cases(job.table)["n_nodules"].tolist() == [0, 0, 0]
+    with pytest.raises(InputError, match="has no nodule"):
+        run_synthesize(parse_config({**grid, "arms": {**arms, "controls": ["gan"]}}), job)
+
+
 @pytest.mark.parametrize(
     ("arms", "message"),
     [

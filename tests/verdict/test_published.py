@@ -6,7 +6,14 @@ import pytest
 
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report.sections import show_published
-from lungddpm.verdict.published import published_comparison, published_figures, published_gain
+from lungddpm.verdict import published
+from lungddpm.verdict.published import published_figures, published_gain
+
+STAND_INS = {"Lung-DDPM": "lung_ddpm", "Med-DDPM": "med_ddpm", "Pix2pix3D": "pix2pix3d"}
+
+
+def published_comparison(verdict, *arguments, **options):
+    return published.published_comparison(verdict, STAND_INS, *arguments, **options)
 
 
 @pytest.fixture
@@ -30,10 +37,96 @@ def row_of(comparison, **wanted):
 
 def test_figures_equal_their_source(shared_data):
     source = pd.read_csv(shared_data.parent / "reference" / "published_results.csv", keep_default_na=False, dtype=str)
-    ours = published_figures()
-    assert ours[["method", "training_set", "metric"]].equals(source[["method", "training_set", "metric"]])
+    ours = published_figures().head(len(source))
+    names = ["table", "source", "cohort", "method", "condition", "training_set", "metric"]
+    assert ours[names].equals(source[names])
     assert ours["mean"].tolist() == source["mean"].astype(float).tolist()
     assert ours["sd"].isna().tolist() == (source["sd"] == "").tolist()
+
+
+def test_what_the_source_file_lacks_was_added():
+    figures = published_figures()
+    specificity = figures[figures["metric"] == "specificity"]
+    # Of real data alone, and of four methods on three training sets: .9999, but for two.
+    assert len(specificity[specificity["reported"] == "yes"]) == 1 + 4 * 3
+    other = specificity[specificity["mean"] != 0.9999].dropna(subset="mean").set_index("method")
+    assert other["mean"].to_dict() == {"GEM-3D": 0.9980, "Med-DDPM": 0.9998}
+    assert set(other["training_set"]) == {"800 real + 183 LIDC synthetic"}
+    seconds = figures[(figures["cohort"] == "512x512x16")].set_index("method")["mean"]
+    assert seconds.to_dict() == {"Lung-DDPM+": 3.79, "Lung-DDPM": 45.42, "Med-DDPM": 45.89, "GEM-3D": 34.10}
+    evaluations = figures[figures["metric"] == "function_evaluations"].set_index("method")["mean"]
+    assert evaluations.to_dict() == {"Lung-DDPM": 250, "Med-DDPM": 250, "GEM-3D": 1800, "Lung-DDPM+": 102}
+    maisi = figures[(figures["method"] == "MAISI-v2") & (figures["metric"] == "FID")].set_index("steps")["mean"]
+    assert maisi.to_dict() == {"5": 20.33, "10": 4.42, "20": 2.65, "30": 2.32, "50": 2.06, "100": 1.97}
+    lefusion = figures[figures["source"].str.startswith("LeFusion")]
+    assert lefusion["mean"].tolist() == [0.7826, 0.7877, 0.8062, 0.8344]
+
+
+def test_what_was_not_published_has_rows_that_say_so():
+    figures = published_figures()
+    missing = figures[figures["reported"] == "no"]
+    assert set(zip(missing["method"], missing["metric"], strict=True)) == {
+        (method, metric) for method in ("HA-GAN", "Pix2pix3D") for metric in ("dice", "sensitivity", "specificity")
+    }
+    assert len(missing) == 2 * 3 * 3
+    assert missing["mean"].isna().all()
+    assert figures.loc[figures["reported"] == "yes", "mean"].notna().all()
+
+
+def test_what_a_spread_is_over_is_said_of_every_spread():
+    figures = published_figures()
+    assert set(figures["reported"]) == {"yes", "no"}
+    assert set(figures.loc[figures["sd"].notna(), "spread_over"]) <= {"folds", "cases", "unknown"}
+    assert (figures.loc[figures["sd"].isna(), "spread_over"] == "").all()
+    segmentation = figures[(figures["table"] == "segmentation") & (figures["reported"] == "yes")]
+    assert set(segmentation["n"]) == {"249"}
+
+
+def test_what_was_not_reported_stands_beside_what_was_measured():
+    rows = [
+        {"arm": arm, "baseline": "real", "real_cases": 10, "metric": "dice", "mean": 0.4, "sd": 0.1, "difference": 0.1}
+        for arm in ("real", "real+pix2pix3d@1.0")
+    ]
+    row = row_of(
+        published_comparison(pd.DataFrame(rows)),
+        method="Pix2pix3D", training_set="800 real + 800 IUCPQ synthetic", metric="dice",
+    )  # fmt: skip
+    assert (row["arm"], row["measured_mean"], row["why_not"]) == ("real+pix2pix3d@1.0", 0.4, "not reported")
+    shown, reasons = show_published(pd.DataFrame([row]))
+    assert shown.rows[0][shown.heads.index("published")] == "not reported"
+    assert reasons == ["not reported"]
+
+
+def test_the_row_of_a_method_without_layouts_says_where_its_ct_may_enter(verdict):
+    rows = published_comparison(verdict)
+    for why_not in rows.loc[rows["method"] == "HA-GAN", "why_not"]:
+        assert "without a layout" in why_not
+        assert "image quality" in why_not
+
+
+def test_measures_that_the_verdict_lacks_are_those_of_the_other_table(verdict):
+    measured = [
+        {"arm": arm, "metric": "specificity", "mean": mean, "sd": 0.001, "difference": difference}
+        for arm, mean, difference in (("real", 0.997, np.nan), ("real+lung_ddpm@1.0", 0.998, 0.001))
+    ]
+    row = row_of(
+        published_comparison(verdict, measures=pd.DataFrame(measured)),
+        method="Lung-DDPM", training_set="800 real + 800 IUCPQ synthetic", metric="specificity",
+    )  # fmt: skip
+    assert (row["measured_mean"], row["measured_change"]) == (0.998, 0.001)
+
+
+def test_passes_of_this_run_stand_beside_published_function_evaluations(verdict):
+    comparison = published_comparison(verdict, passes={"lung_ddpm": 20.0})
+    row = row_of(comparison, method="Lung-DDPM", metric="function_evaluations")
+    assert (row["published_mean"], row["measured_mean"], row["comparable"]) == (250, 20, "no")
+
+
+def test_context_of_other_data_compares_with_nothing(verdict):
+    context = published_comparison(verdict).query("table == 'context'")
+    assert len(context) == 6 + 6 + 4
+    assert (context["arm"] == "").all()
+    assert set(context["comparable"]) == {"no"}
 
 
 def test_every_published_figure_keeps_its_row(verdict):
@@ -62,13 +155,13 @@ def test_levels_never_compare_and_every_row_says_why(verdict):
     comparison = published_comparison(verdict)
     assert (comparison["why_not"] != "").all()
     assert set(comparison["comparable"]) == {"no", "change only"}
-    assert row_of(comparison, method="real only", metric="dice")["comparable"] == "no"
+    assert row_of(comparison, method="real only", metric="dice", table="segmentation")["comparable"] == "no"
 
 
 def test_simulated_patients_compare_with_nothing(verdict):
     comparison = published_comparison(verdict, simulated=True)
     assert set(comparison["comparable"]) == {"no"}
-    assert "simulated" in row_of(comparison, method="real only", metric="dice")["why_not"]
+    assert "simulated" in row_of(comparison, method="real only", metric="dice", table="segmentation")["why_not"]
 
 
 def test_image_quality_and_sampling_time_are_filled_in(verdict):
@@ -77,7 +170,8 @@ def test_image_quality_and_sampling_time_are_filled_in(verdict):
     comparison = published_comparison(verdict, quality, {"lung_ddpm": 7.0})
     mse = comparison[(comparison["method"] == "Lung-DDPM") & (comparison["metric"] == "MSE")]
     assert mse["measured_mean"].tolist() == [0.002, 0.002]
-    assert row_of(comparison, method="Lung-DDPM", metric="seconds_per_volume")["measured_mean"] == 7.0
+    seconds = comparison[(comparison["method"] == "Lung-DDPM") & (comparison["metric"] == "seconds_per_volume")]
+    assert seconds["measured_mean"].tolist() == [7.0, 7.0]
     assert comparison[comparison["metric"] == "FID"]["measured_mean"].isna().all()
 
 
@@ -109,9 +203,9 @@ def test_mmd_is_measured_as_its_square_and_says_so(verdict):
 
 def test_an_unmeasured_run_says_so(verdict):
     verdict["mean"] = np.nan
-    assert row_of(published_comparison(verdict), method="real only", metric="dice")["why_not"].startswith(
-        "not measured"
-    )
+    assert row_of(published_comparison(verdict), method="real only", metric="dice", table="segmentation")[
+        "why_not"
+    ].startswith("not measured")
 
 
 def test_the_published_gain_is_that_of_the_poster():

@@ -41,13 +41,41 @@ def test_the_demo(repository, tmp_path):
     assert not (tmp_path / "results").exists(), "a dry run writes nothing"
 
 
-@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 4, 3), ("paper", 11, 5)])
+@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 4, 3), ("paper", 21, 5)])
 def test_overlays(repository, tmp_path, overlay_with_path, overlay, arms, replicates):
     run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", f"config/{overlay}.yaml", overlay_with_path)
     assert run.returncode == 0, run.stderr
     counts = jobs(run.stdout + run.stderr)
     assert (counts["compose"], counts["train_segmenter"]) == (arms, arms * replicates)
     assert "simulate" not in counts
+
+
+def test_the_rivals_train_each_network_once(repository, tmp_path):
+    run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--configfile", "config/rivals.yaml")
+    assert run.returncode == 0, run.stderr
+    shown = run.stdout + run.stderr
+    # Eight networks; three controls and twelve generators with arms, four without.
+    assert (jobs(shown)["train_generator"], jobs(shown)["compose"], jobs(shown)["quality"]) == (8, 15, 17)
+    assert re.search("--generator flow_4 .*--weights results/models/rectified_flow/main/all/model.safetensors ", shown)
+    assert re.search("--generator gem_3d .*--weights results/models/gem_3d/main/all/model.safetensors ", shown)
+
+
+def test_a_filtered_arm_waits_for_segmenters_of_the_same_real_cases(repository, tmp_path):
+    arms = "arms={'filtered': ['lung_ddpm'], 'real_cases': [3, 'all'], 'doses': [1.0], 'controls': []}"
+    for shared, names in ((False, ["fold0_seed1"]), (True, [f"fold0_seed{seed}" for seed in range(4)])):
+        draws = f"synthesis={{'draw_per_replicate': {not shared}}}"
+        run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--config", arms, draws)
+        assert run.returncode == 0, run.stderr
+        shown = run.stdout + run.stderr
+        assert jobs(shown)["filter_samples"] == 2 * 4
+        arm = "real3+lung_ddpm.filtered@1.0"
+        cohort = "real3" if shared else "real3-fold0_seed1"
+        (judged,) = re.findall(rf" filter (\S+) .*--arm {re.escape(arm)} --arm-folder (\S+) --fold 0 --seed 1 ", shown)
+        assert judged == (f"results/synthetic/lung_ddpm/{cohort}/samples-2.0-0.tsv", "results/arms/real3")
+        stage = f"compose .*--arm {re.escape(arm)} "
+        composed = re.search(stage if shared else f"{stage}--replicate fold0_seed1 .*", shown)[0]
+        line = next(line for line in shown.splitlines() if composed in line)
+        assert re.findall(r"--filter (\S+)", line) == [f"results/filter/{arm}/{name}/filter.json" for name in names]
 
 
 def test_slurm_profile(repository, tmp_path):

@@ -14,13 +14,17 @@ from lungddpm.core.cases import write_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.operations import plan as planning
 
-PAPER = ["config.yaml", "config/paper.yaml"]
+ALONE = '{"arms": {"generators": ["lung_ddpm"], "controls": ["real", "reference", "paste_constant", "med_ddpm"]}}'
+PAPER = ["config.yaml", "config/paper.yaml", ALONE]
+"""The published protocol without the rivals that have networks of their own."""
 EVERYTHING = {
     "grid": {"size": [64, 64, 64]},
     "generators": {"lung_ddpm": {"training": {"gradient_checkpointing": True}}},
     "arms": {
         "generators": ["lung_ddpm", "lung_ddpm_plus", "maisi"],
         "doses": [0.5, 1.0],
+        "filtered": ["lung_ddpm", "maisi"],
+        "quality_only": ["pix2pix3d"],
         "controls": ["real", "paste_constant"],
         "synthetic_only": ["lung_ddpm"],
         "external": {"maisi": "maisi"},
@@ -29,8 +33,12 @@ EVERYTHING = {
 }
 
 
+def located(repository, files):
+    return [file if str(file).startswith("{") else repository / file for file in files]
+
+
 def plan(repository, *files, cases=None, device="a100"):
-    config = planning.load_plan_config(*(repository / file for file in files))
+    config = planning.load_plan_config(*located(repository, files))
     cohort = planning.count_cohort(config, None, cases)
     return planning.plan_run(config, cohort, planning.known_speed(device))
 
@@ -71,8 +79,9 @@ def test_jobs_are_those_of_snakemake(repository, tmp_path, overlay, values):
     for each in plan(repository, *files, cases=40):
         planned[each.name] = planned.get(each.name, 0) + each.jobs
     if "path" in values.get("source", {}):  # then Snakemake counts scans and samples once they are known
-        # 40 scans in 64 shards; 5, 10, 20 and 40 samples, and 20 of each of four controls, in 32, for five replicates.
-        assert (planned.pop("prepare"), planned.pop("synthesize")) == (40, 5 * (5 + 10 + 20 + 32 + 4 * 20))
+        # 40 scans in 64 shards; 5, 10 and 20 samples of five generators, and 20 of each of three controls, in 32, for
+        # five replicates.
+        assert (planned.pop("prepare"), planned.pop("synthesize")) == (40, 5 * (5 * (5 + 10 + 20) + 3 * 20))
         expected = {name: count for name, count in expected.items() if not name.startswith(("count_", "list_"))}
     assert planned == expected
 
@@ -143,7 +152,7 @@ def test_without_a_gpu_the_hours_are_those_of_cores(repository):
 
 
 def test_a_measured_step_is_taken_as_it_is(repository):
-    config = planning.load_plan_config(*(repository / file for file in PAPER))
+    config = planning.load_plan_config(*located(repository, PAPER))
     speed = planning.measured_speed(config, "h200", 0.9)
     cohort = planning.count_cohort(config, None, None)
     training = stage(planning.plan_run(config, cohort, speed), "train_generator")
@@ -166,7 +175,7 @@ def test_a_result_of_bench_is_read(tmp_path):
 
 
 def test_roles_and_sizes_come_from_a_table_of_the_same_source(repository, tmp_path):
-    config = planning.load_plan_config(*(repository / file for file in PAPER))
+    config = planning.load_plan_config(*located(repository, PAPER))
     row = dict.fromkeys(["case_id", "patient_id", "series_uid", "reason", "path", "sha256"], "")
     row |= {"source": "lidc", "status": "ok", "size_x": 512, "size_y": 512, "n_nodules": 1}
     row |= {f"spacing_{axis}_mm": 1.0 for axis in "xyz"}

@@ -23,7 +23,6 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
 from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
-from lungddpm.generators import plugin
 from lungddpm.operations.run import offer_own_programs, report_fault
 
 try:
@@ -42,7 +41,9 @@ try:
     TRAINED = {each.name: each for each in SETTINGS.trained_generators()}
     PLANNING_ARM = SETTINGS.arms.planning().name
     # Those that draw with weights, each with the generator whose weights these are.
-    WEIGHTS_OF = {name: owner for name in PLUGINS if (owner := plugin(name).weights_of)}
+    WEIGHTS_OF = {
+        name: owner for name in PLUGINS if (owner := SETTINGS.weights_owner(name))
+    }
 except UserError as error:
     report_fault(error)
     raise WorkflowError(str(error)) from None
@@ -135,15 +136,61 @@ def samples_of_arm(wildcards):
     arm = Arm.parse(wildcards.arm)
     if arm.generator is None or has_own_draws(arm):
         return []
-    return sample_tables(arm.generator, Cohort(arm.real_cases), arm.dose)
+    return sample_tables(
+        arm.generator, Cohort(arm.real_cases), SETTINGS.arms.drawn_dose(arm)
+    )
 
 
 def samples_of_draw(wildcards):
     """Tables of the synthetic cases that one replicate alone takes, or their list."""
     arm = Arm.parse(wildcards.arm)
     return sample_tables(
-        arm.generator, Cohort(arm.real_cases, wildcards.replicate), arm.dose
+        arm.generator,
+        Cohort(arm.real_cases, wildcards.replicate),
+        SETTINGS.arms.drawn_dose(arm),
     )
+
+
+def samples_to_filter(wildcards):
+    """Tables of the samples that a replicate of a filtered arm's baseline judges, or their list."""
+    arm = Arm.parse(wildcards.arm)
+    own = has_own_draws(arm)
+    name = SETTINGS.segmentation.replicate_name(wildcards.fold, wildcards.seed)
+    return sample_tables(
+        arm.generator,
+        Cohort(arm.real_cases, name if own else None),
+        SETTINGS.arms.drawn_dose(arm),
+    )
+
+
+def filters_of_arm(wildcards):
+    """What the segmenters found in the samples that all replicates of a filtered arm take."""
+    arm = Arm.parse(wildcards.arm)
+    if not arm.filtered or has_own_draws(arm):
+        return []
+    return [
+        f"results/filter/{arm.name}/{name}/filter.json"
+        for name in SETTINGS.segmentation.replicates()
+    ]
+
+
+def filter_of_draw(wildcards):
+    """The same of what one replicate alone takes: its own segmenter judges, so that replicates share no luck."""
+    filtered = Arm.parse(wildcards.arm).filtered
+    path = f"results/filter/{wildcards.arm}/{wildcards.replicate}/filter.json"
+    return [path] if filtered else []
+
+
+def filter_options(_wildcards, input):
+    """The filters of an arm, as options."""
+    return " ".join(f"--filter {shlex.quote(str(path))}" for path in input.filters)
+
+
+def filter_settings(arm):
+    """What decides which of its samples a filtered arm keeps."""
+    if not Arm.parse(arm).filtered:
+        return {}
+    return {"filter": SETTINGS.arms.filter.model_dump(mode="json")}
 
 
 def draw_of(arm, replicate):
@@ -287,7 +334,7 @@ def code_of_synthesis(generator):
     """The fingerprint of the code that makes a generator's samples, or takes them from a folder."""
     if generator in SETTINGS.arms.external:
         return stage_fingerprint("import_external")
-    return stage_fingerprint("synthesize", generator)
+    return stage_fingerprint("synthesize", SETTINGS.kind_of(generator))
 
 
 def plans_of(wildcards):

@@ -35,7 +35,9 @@ rule train_generator:
                 SETTINGS.workflow.training_processes
             ),
         ),
-        code=lambda wildcards: stage_fingerprint("train", wildcards.generator),
+        code=lambda wildcards: stage_fingerprint(
+            "train", SETTINGS.kind_of(wildcards.generator)
+        ),
         # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
         launcher=training_launcher,
         threads_each=lambda wildcards, threads: max(

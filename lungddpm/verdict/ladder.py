@@ -1,0 +1,136 @@
+"""The ladder: what a generator is given of the CT that it is to draw, crossed with the family of its model.
+
+In the published table both change together: each method of another family is given another part of the target, and
+Lung-DDPM alone gets the whole volume around the lungs. A run that fills several cells of a row, or of a column, takes
+the two apart. Which cell a generator is in follows from its settings (`generators.given_of`), so no config can say
+otherwise; two cells of a family are two variants of one generator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from lungddpm import generators
+from lungddpm.config.models import Config
+from lungddpm.core.arms import Arm
+from lungddpm.evaluation.measures import deciding_measure
+from lungddpm.generators import GIVEN, NOTHING, given_of
+from lungddpm.quality.image_quality import LUNGS, SYNTHETIC, WHOLE
+from lungddpm.verdict.published import WITHOUT_LAYOUT
+
+LADDER_COLUMNS = [
+    "family", "given", "generator", "stands_for", "fid", "fid_lungs", "fidelity_dice", "fidelity_difference",
+    "arm", "difference", "ci_low", "ci_high", "verdict", "note",
+]  # fmt: skip
+NOT_IN_RUN = "not in this run"
+_UNCONDITIONAL = "unconditional GAN"
+
+
+def cell_of(config: Config, generator: str) -> tuple[str, str] | None:
+    """Family and what is given, of a generator of the config; None where it is in no cell: controls, floors, and what
+    other systems made."""
+    if generator in config.arms.external or (family := config.plugin_of(generator).family) is None:
+        return None
+    return family, given_of(config.for_generator(generator))
+
+
+def stands_for(config: Config, generator: str) -> str:
+    """The published method that a generator stands for, as it is configured; empty where there is none."""
+    cell = cell_of(config, generator)
+    return "" if cell is None else config.plugin_of(generator).published_as.get(cell[1], "")
+
+
+def published_generators(config: Config) -> dict[str, str]:
+    """Published methods -> the generator in use that stands for each, the first one of several."""
+    found: dict[str, str] = {}
+    for name in config.arms.largest_doses():
+        if method := stands_for(config, name):
+            found.setdefault(method, name)
+    return found
+
+
+def ladder_table(
+    config: Config,
+    verdict: pd.DataFrame,
+    image_quality: pd.DataFrame | None = None,
+    fidelity: pd.DataFrame | None = None,
+) -> pd.DataFrame:
+    """The cells of a run, and those of published methods that it leaves empty.
+
+    Args:
+        config: of the run.
+        verdict: rows of `verdict.csv`.
+        image_quality: rows of `image_quality.csv`, if measured.
+        fidelity: rows of `label_fidelity.csv`, if measured.
+
+    Returns:
+        `LADDER_COLUMNS`, one row per generator in use that is in a cell, ordered by family and by what is given:
+        image quality (FID of whole volumes and of the lungs), label fidelity (Dice, and its difference to the ceiling)
+        and the difference of the arm of its largest dose to the real cases (the most of them) alone. Then `generator`
+        is empty where no generator in use stands for a published method.
+    """
+    deciding = verdict[verdict["metric"] == deciding_measure().column].set_index("arm")
+    rows: list[dict[str, Any]] = []
+    for name in config.arms.largest_doses():
+        if (cell := cell_of(config, name)) is None:
+            continue
+        row: dict[str, Any] = dict.fromkeys(LADDER_COLUMNS, np.nan) | dict.fromkeys(("arm", "verdict", "note"), "")
+        row |= {"family": cell[0], "given": cell[1], "generator": name, "stands_for": stands_for(config, name)}
+        row |= {"fid": _fid(image_quality, name, WHOLE), "fid_lungs": _fid(image_quality, name, LUNGS)}
+        if fidelity is not None and len(found := fidelity[fidelity["generator"] == name]):
+            row |= {"fidelity_dice": found["dice_mean"].iloc[0], "fidelity_difference": found["difference"].iloc[0]}
+        arm = _largest_arm(config, name)
+        if arm is not None and arm.name in deciding.index:
+            of_arm = deciding.loc[arm.name]
+            row |= {"arm": arm.name, **of_arm[["difference", "ci_low", "ci_high", "verdict"]]}
+        rows.append(row)
+    there = {row["stands_for"] for row in rows}
+    rows += [row for row in _published_cells() if row["stands_for"] not in there]
+    rows.sort(key=lambda row: (row["family"], GIVEN.index(row["given"])))
+    return pd.DataFrame(rows, columns=LADDER_COLUMNS)
+
+
+def _published_cells() -> list[dict[str, Any]]:
+    """The cells of all published methods, each once, without a generator."""
+    cells = {method: (_UNCONDITIONAL, NOTHING, reason) for method, reason in WITHOUT_LAYOUT.items()}
+    for declared in map(generators.plugin, generators.names()):
+        for given, method in declared.published_as.items():
+            cells[method] = (str(declared.family), given, NOT_IN_RUN)
+    return [
+        {
+            "family": family,
+            "given": given,
+            "generator": "",
+            "stands_for": method,
+            "arm": "",
+            "verdict": "",
+            "note": note,
+        }
+        for method, (family, given, note) in cells.items()
+    ]
+
+
+def _fid(image_quality: pd.DataFrame | None, generator: str, region: str) -> float:
+    if image_quality is None:
+        return np.nan
+    rows = image_quality[
+        (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
+        & (image_quality["region"] == region) & (image_quality["metric"] == "fid")
+    ]  # fmt: skip
+    return float(rows["mean"].iloc[0]) if len(rows) else np.nan
+
+
+def _largest_arm(config: Config, generator: str) -> Arm | None:
+    """The arm of a generator's largest dose, of the most real cases; None where it is only trained on alone."""
+    arms = [
+        arm
+        for arm in config.arms.all()
+        if arm.real
+        and not arm.filtered
+        and arm.generator == generator
+        and arm.real_cases == config.arms.largest_number()
+    ]
+    return max(arms, key=lambda arm: arm.dose, default=None)
