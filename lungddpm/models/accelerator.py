@@ -62,5 +62,5 @@ def explain_out_of_memory(remedy: str) -> Iterator[None]:
         on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
         if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
             raise
-        problem = f"the memory of {'the GPU' if on_gpu else 'this machine'} does not suffice"
+        problem = f"{'the GPU' if on_gpu else 'this machine'} ran out of memory"
         raise ConfigError("training", problem, remedy) from None

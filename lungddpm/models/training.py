@@ -77,7 +77,7 @@ def run_train(
     Raises:
         InputError: no usable case, a case that breaks its contract, initial weights that are missing or do not fit, or
             a loss that is no longer a number.
-        ConfigError: the device is not there, its memory does not suffice, or there are not as many cases.
+        ConfigError: the device is not there, it ran out of memory, or there are not as many cases.
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
     number = config.trained_for.real_cases

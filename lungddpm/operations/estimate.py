@@ -33,7 +33,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
         device: see `make_accelerator`.
 
     Raises:
-        ConfigError: the device is not there, or its memory does not suffice.
+        ConfigError: the device is not there, or it ran out of memory.
     """
     training = config.settings.training
     parameters, forward, whole_pass = count(config)
