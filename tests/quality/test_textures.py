@@ -12,6 +12,7 @@ from lungddpm.evaluation.lesions import lesion_measures
 from lungddpm.quality.textures import KnownNodule, RealNodules, lesion_textures
 
 AFFINE = np.array([[4.0, 0, 0, -40], [0, 4, 0, 10], [0, 0, 5, 100], [0, 0, 0, 1]])
+SPACING_MM = np.array([4.0, 4.0, 5.0])
 
 
 def position(voxel):
@@ -36,14 +37,14 @@ def test_each_lesion_has_the_texture_of_the_nodule_in_it():
         # Of no lesion: it vanished on the grid.
         KnownNodule(position((17, 17, 17)), "solid"),
     ]
-    lesions = lesion_measures(layout.array == Label.NODULE, layout.array == Label.NODULE, 80.0).lesions
+    lesions = lesion_measures(layout.array == Label.NODULE, layout.array == Label.NODULE, SPACING_MM).lesions
     textures = lesion_textures(layout, nodules)
     assert len(textures) == len(lesions) == 4
     assert sorted(textures) == ["", "ground glass", "part-solid", "solid"]
     # In the order of the lesions: cut one away, and its overlap falls.
     without = layout.array == Label.NODULE
     without[3:6, 11:14, 11:14] = False
-    overlaps = [each.overlap for each in lesion_measures(layout.array == Label.NODULE, without, 80.0).lesions]
+    overlaps = [each.overlap for each in lesion_measures(layout.array == Label.NODULE, without, SPACING_MM).lesions]
     assert [texture for texture, overlap in zip(textures, overlaps, strict=True) if not overlap] == ["ground glass"]
 
 
