@@ -297,7 +297,7 @@ READ_IN_BOUNDS = r"""
 import re, resource, sys, time
 from pathlib import Path
 from lungddpm.core.errors import ExcludedCaseError, InputError
-from lungddpm.sources import lidc
+from lungddpm.sources.lidc import pairing, readings
 
 resource.setrlimit(resource.RLIMIT_CPU, (60, 60))
 for name in sys.argv[1:]:
