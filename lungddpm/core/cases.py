@@ -63,6 +63,10 @@ NODULE_COLUMNS = [
 patient coordinates, RAS+; characteristics are medians over the readers, empty where nobody rated; `notes` reports what
 was untidy about their contours."""
 
+OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
+"""Where a sample's layout is from: it is the reference's own; nodules were placed in a reference that has none; the
+reference's nodules were moved; they are where they were, and others were placed beside them."""
+
 
 def read_cases(path: Path) -> pd.DataFrame:
     """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 where nobody has counted).

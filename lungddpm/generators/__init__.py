@@ -39,6 +39,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungddpm.config.sections import GeneratorConfig, GeneratorSettings, TrainedSettings
+from lungddpm.core.cases import ADDED as ADDED
+from lungddpm.core.cases import JITTERED as JITTERED
+from lungddpm.core.cases import OWN as OWN
+from lungddpm.core.cases import PLACED as PLACED
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.volume import Volume
@@ -46,10 +50,6 @@ from lungddpm.core.volume import Volume
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import MadeLayout
     from lungddpm.models.recipe import Preview, Recipe
-
-OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
-"""Where a sample's layout is from: it is the reference's own; nodules were placed in a reference that has none; the
-reference's nodules were moved; they are where they were, and others were placed beside them."""
 
 NOTHING, LAYOUT, SLICE, VOLUME = "none", "layout", "layout+slice", "layout+volume"
 GIVEN = NOTHING, LAYOUT, SLICE, VOLUME

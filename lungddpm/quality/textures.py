@@ -17,11 +17,10 @@ import cc3d
 import numpy as np
 import pandas as pd
 
-from lungddpm.core.cases import NODULES
+from lungddpm.core.cases import ADDED, NODULES
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.evaluation.lesions import texture_class
-from lungddpm.generators import ADDED
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_what_is_stated_counts(finished):
 def test_a_primary_arm_needs_less():
     named = CONFIG | {"verdict": {"relevant_difference": 0.1, "primary": "real+lung_ddpm@1"}}
     (_, among, _), (_, alone, below) = design_rows(), design_rows(config=named)
-    assert float(alone[4, 8][2]) > float(among[4, 8][2])
+    assert float(alone[4, 24][2]) > float(among[4, 24][2])
     assert "4 arms, primary: real+lung_ddpm@1.0." in below
 
 

@@ -123,7 +123,7 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     for k, slice_hu in enumerate(slices_hu, start=1):
         array[:, :, k] = slice_hu.T
     readings = [path / name for name in json.loads(case["annotations"])]
-    if readings[0].suffix.lower() == ".xml":
+    if all(reading.suffix.lower() == ".xml" for reading in readings):
         annotations = annotations_of(readings, stack)
     else:
         annotations = annotations_in(readings, stack)
