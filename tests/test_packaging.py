@@ -104,7 +104,7 @@ def test_the_page_of_dependencies_has_their_versions_and_licences(repository):
     table = page.partition("|---")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\S+) \| (\S+) \| (.+?) \|", table, re.MULTILINE)
     listed = {normal(name): (version, licence) for name, version, licence in rows}
-    extras = ("test", "lungmask", "totalsegmentator", "idc", "dicom-seg")
+    extras = ("test", "lungmask", "totalsegmentator", "idc")
     assert list(listed) == direct_dependencies(repository, *extras)
     assert {name: version for name, (version, _) in listed.items()} == {name: pins(repository)[name] for name in listed}
     optional = set(direct_dependencies(repository, *extras)) - set(direct_dependencies(repository, "test"))

@@ -2,6 +2,7 @@
 
 import shutil
 
+import highdicom
 import numpy as np
 import pytest
 from lidc_files import (
@@ -20,6 +21,7 @@ from lidc_files import (
 )  # fmt: skip
 from pydicom import dcmread
 from pydicom.pixels import pack_bits
+from pydicom.sr.codedict import codes
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
@@ -285,9 +287,6 @@ def test_the_label_may_be_the_series_description_of_a_single_segment(tmp_path):
 
 def export(scan, slices, folder):
     """Write what readers outlined with highdicom, one object for each annotation, as IDC has them."""
-    highdicom = pytest.importorskip("highdicom", reason="highdicom is not installed")
-    from pydicom.sr.codedict import codes
-
     sources = sorted((dcmread(file) for file in slices), key=lambda one: one.ImagePositionPatient[2])
     for source in sources:
         source.SOPClassUID = source.file_meta.MediaStorageSOPClassUID
