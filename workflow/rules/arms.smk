@@ -83,9 +83,7 @@ rule filter_samples:
         ),
         samples=samples_to_filter,
     output:
-        ensure(
-            "results/filter/{arm}/fold{fold}_seed{seed}/filter.json", non_empty=True
-        ),
+        ensure("results/filter/{arm}/fold{fold}_seed{seed}/filter.json", non_empty=True),
     log:
         "results/logs/filter_samples-{arm}-fold{fold}_seed{seed}.log",
     benchmark:
