@@ -47,7 +47,7 @@ CONFIG = Config(grid={"size": (128, 128, 128)})
 
 
 def main() -> None:
-    """Print a row a scan as it is done, then the table."""
+    """Print one row per scan as it is done, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--patients", type=int, default=20)
     parser.add_argument("--matrix", type=int, default=256)

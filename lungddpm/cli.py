@@ -400,7 +400,9 @@ def filter_samples(
 @app.command(rich_help_panel=STAGES)
 def evaluate(
     predictions: Annotated[Path, typer.Option(help="Folder with <case>.nii.gz masks of all test cases.")],
-    output: Annotated[Path, typer.Option(help="Folder for metrics.csv (a row a case), lesions.csv, candidates.csv.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder for metrics.csv (one row per case), lesions.csv, candidates.csv.")
+    ],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
 ) -> None:
@@ -418,7 +420,7 @@ def evaluate(
 def quality(
     samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, in order of shards.")],
     generator: Annotated[str, typer.Option(help="Generator whose samples are judged.")],
-    output: Annotated[Path, typer.Option(help="Table to write, a row a sample and measure; NAME-sets.csv beside.")],
+    output: Annotated[Path, typer.Option(help="Table to write, one row per sample and measure; NAME-sets.csv beside.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     threads: Threads = 0,

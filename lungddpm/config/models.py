@@ -613,7 +613,9 @@ class _Variants(Section):
                     f"of them: {name}: {{kind: ...}}"
                 )
             if name == BASELINE or re.fullmatch(r"[A-Za-z0-9_]+", name) is None:
-                raise ValueError(f"'{name}' is no name for a generator: letters, digits and _, and not {BASELINE}")
+                raise ValueError(
+                    f"'{name}' is not a valid name for a generator: use letters, digits and _, but not '{BASELINE}'"
+                )
             values = {**values, name: merge_values(values.get(kind) or {}, given)}
         return values
 

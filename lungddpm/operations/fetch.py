@@ -114,9 +114,13 @@ def select(index: pd.DataFrame, patients: str) -> list[Item]:
         wanted = sorted({name.strip() for name in patients.split(",") if name.strip()})
     if unknown := sorted(set(wanted) - set(scans["patient"])):
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
-        raise InputError("--patients", f"names who is not in LIDC-IDRI ({shown})", "Ids are such as LIDC-IDRI-0001.")
+        raise InputError(
+            "--patients", f"names patients that are not in LIDC-IDRI ({shown})", "Ids are such as LIDC-IDRI-0001."
+        )
     if not wanted:
-        raise InputError("--patients", f"'{patients}' is no patient", "Give a number, ids with commas, or all.")
+        raise InputError(
+            "--patients", f"'{patients}' does not name a patient", "Give a number, ids with commas, or all."
+        )
     items = [
         Item(row.patient, row.study, row.series, row.modality, int(row.files), round(row.megabytes * 10**6))
         for table in (scans, drawn)

@@ -106,10 +106,8 @@ class _Synthesis:
 
     def __init__(self, config: Config, job: SynthesisJob, real_cases: pd.DataFrame, planned: list[PlannedSample]):
         self.config, self.job, self.planned = config, job, planned
-        self.plugin, self.of_generator = (
-            config.plugin_of(job.generator),
-            config.for_generator(job.generator, job.cohort),
-        )
+        self.plugin = config.plugin_of(job.generator)
+        self.of_generator = config.for_generator(job.generator, job.cohort)
         self.weights = _weights_for(job.generator, config.weights_owner(job.generator), job.weights)
         self.library: NoduleLibrary | None = None
         if any(sample.layout_origin != OWN for sample in planned):

@@ -63,8 +63,8 @@ def test_samples_of_variants_differ_in_their_record_and_their_seeds():
         ({"gan": {"kind": "stylegan"}}, "there is no generator 'stylegan'; known are copy_paste"),
         ({"gan": {}}, "there is no generator 'gan'; known are copy_paste"),
         ({"flow_4": {"kind": "rectified_flow", "stpes": 3}}, r"generators\.flow_4\.stpes: there is no such key"),
-        ({"real": {"kind": "lung_ddpm"}}, "'real' is no name for a generator"),
-        ({"a/b": {"kind": "lung_ddpm"}}, "'a/b' is no name for a generator"),
+        ({"real": {"kind": "lung_ddpm"}}, "'real' is not a valid name for a generator"),
+        ({"a/b": {"kind": "lung_ddpm"}}, "'a/b' is not a valid name for a generator"),
         (
             {"flow_4": {"kind": "rectified_flow", "weights_of": "lung_ddpm"}},
             "weights_of: 'lung_ddpm' is not rectified_flow, nor a variant of it",

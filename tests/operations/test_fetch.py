@@ -77,7 +77,8 @@ def test_patients_by_name_need_no_nodule():
 
 
 @pytest.mark.parametrize(
-    ("patients", "problem"), [("P-9", "who is not in LIDC-IDRI"), ("0", "no patient"), (",", "no")]
+    ("patients", "problem"),
+    [("P-9", "not in LIDC-IDRI"), ("0", "does not name a patient"), (",", "does not name a patient")],
 )
 def test_patients_that_are_none(patients, problem):
     with pytest.raises(InputError, match=problem):
