@@ -651,12 +651,12 @@ def config_schema(
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
     """Versions, devices, free disk and memory, and what is missing."""
-    from lungddpm.operations.doctor import describe, faults
+    from lungddpm.operations.doctor import describe, problems
 
     for line in describe():
         typer.echo(line)
-    if problems := faults():
-        for problem in problems:
+    if found := problems():
+        for problem in found:
             typer.echo(f"missing: {problem}", err=True)
         raise typer.Exit(2)
 
@@ -676,10 +676,10 @@ def main() -> None:
 
 
 def _refuse(error: UserError) -> None:
-    from lungddpm.operations.run import report_fault
+    from lungddpm.operations.run import report_error
 
     LOG.error("error: %s", error)
-    report_fault(error)
+    report_error(error)
     sys.exit(2)
 
 

@@ -257,8 +257,8 @@ def log_excluded(rows: Iterable[Mapping]) -> None:
     for alike in excluded_alike(rows):
         named = ", ".join(row["case_id"] for row in alike[:_EXAMPLES])
         more = f" and {len(alike) - _EXAMPLES} more" if len(alike) > _EXAMPLES else ""
-        told = "excluded" if len(alike) == 1 else "excluded for reasons like"
-        LOG.warning("%s%s: %s: %s", named, more, told, alike[0]["reason"])
+        action = "excluded" if len(alike) == 1 else "excluded for reasons like"
+        LOG.warning("%s%s: %s: %s", named, more, action, alike[0]["reason"])
 
 
 def of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lungddpm.core.errors import InputError
-from lungddpm.core.locks import FileLock, tell_once
+from lungddpm.core.locks import FileLock, warn_once
 from lungddpm.core.progress import LOG
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def link_or_copy(target: Path, link: Path, seen_from: Path | None = None) -> Non
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
-        tell_once("LINKS", "%s: this disk has no symbolic links (%s); files are copied", link.parent, error.strerror)
+        warn_once("LINKS", "%s: this disk has no symbolic links (%s); files are copied", link.parent, error.strerror)
         copy = shutil.copytree if target.is_dir() else shutil.copyfile
         copy(target, link)
 

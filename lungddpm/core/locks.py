@@ -117,9 +117,9 @@ class FileLock:
                 os.utime(self.held)
 
 
-def tell_once(key: str, message: str, *values: object) -> None:
+def warn_once(key: str, message: str, *values: object) -> None:
     """Warn of what a disk lacks: once, and not again in the processes that this one starts."""
-    variable = f"LUNGDDPM_TOLD_{key}"
+    variable = f"LUNGDDPM_WARNED_{key}"
     if variable not in os.environ:
         os.environ[variable] = "1"
         LOG.warning(message, *values)
@@ -129,7 +129,7 @@ def _check_missing(error: OSError, path: Path) -> None:
     """Say that the disk has no locks, unless the error is another one."""
     if error.errno == errno.EBADF:
         raise error
-    tell_once(
+    warn_once(
         "LOCKS",
         "%s: this disk has no file locks (%s); files called *.held stand in for them",
         path.parent,

@@ -65,7 +65,7 @@ def unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
     return named
 
 
-def fault_of(value: Any) -> str | None:
+def problem_of(value: Any) -> str | None:
     """Why a network cannot take a value as a weight, as a clause ("holds a sparse tensor"); None where it can."""
     if not isinstance(value, torch.Tensor):
         return "holds no tensor"

@@ -31,7 +31,7 @@ from lungddpm.core.volume import (
     resample_upright,
     write_volume,
 )
-from lungddpm.layouts.hounsfield import REMEDY, hounsfield_fault, recognised_fault
+from lungddpm.layouts.hounsfield import REMEDY, hounsfield_problem, recognised_problem
 from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
 from lungddpm.layouts.pictures import draw_case
@@ -82,7 +82,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     Ready labels are used where the scan brings them; what they lack of lungs and vessels is segmented.
 
     Raises:
-        ExcludedCaseError: the CT is not in HU (see `hounsfield_fault`), the scan does not show both lungs in full (see
+        ExcludedCaseError: the CT is not in HU (see `hounsfield_problem`), the scan does not show both lungs in full (see
             `segment_lungs`), or the layout is outside the limits of the config (see `check_layout`).
     """
     ct = scan.ct.canonical()
@@ -273,11 +273,11 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
             lungs_lr = segment_lungs(ct, config.layouts)
         except ExcludedCaseError:
             # Lungs are looked for by their HU: where those are wrong, that is the reason to give.
-            _check_hounsfield(recognised_fault(ct.array, limits))
+            _check_hounsfield(recognised_problem(ct.array, limits))
             raise
-        _check_hounsfield(hounsfield_fault(ct.array, lungs_lr > 0, limits))
+        _check_hounsfield(hounsfield_problem(ct.array, lungs_lr > 0, limits))
         return lungs_lr
-    _check_hounsfield(hounsfield_fault(ct.array, labels == Label.LUNG, limits))
+    _check_hounsfield(hounsfield_problem(ct.array, labels == Label.LUNG, limits))
     lungs = (labels == Label.LUNG) | (labels == Label.VESSEL)
     for nodule in nodules:
         around, mask = surroundings(nodule, ct, CONTACT_MM)
@@ -288,9 +288,9 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
     return lungs_lr
 
 
-def _check_hounsfield(fault: str | None) -> None:
-    if fault is not None:
-        raise ExcludedCaseError("CT", fault, REMEDY)
+def _check_hounsfield(problem: str | None) -> None:
+    if problem is not None:
+        raise ExcludedCaseError("CT", problem, REMEDY)
 
 
 def _vessels(ct: Volume, labels: np.ndarray | None, lungs: np.ndarray) -> np.ndarray:

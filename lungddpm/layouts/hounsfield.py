@@ -119,7 +119,7 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
     )
 
 
-def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) -> str | None:
+def hounsfield_problem(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) -> str | None:
     """What is wrong with a CT's values, as a clause that names what they look like; None where they are HU.
 
     What scans differ in passes: padding, contrast, metal, emphysema, noise, a field of view inside the body, air cut at
@@ -157,7 +157,7 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     return f"is not in Hounsfield units: {looks} ({levels})"
 
 
-def recognised_fault(ct: np.ndarray, limits: LayoutLimits) -> str | None:
+def recognised_problem(ct: np.ndarray, limits: LayoutLimits) -> str | None:
     """The same without lungs, where none can be found: None also where nothing shows that the values are not HU."""
     found = find_landmarks(ct)
     if found is None or _in_hounsfield(found, limits):

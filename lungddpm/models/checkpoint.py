@@ -18,7 +18,7 @@ from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.code import CodeFromStep
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path
-from lungddpm.core.torch_files import fault_of
+from lungddpm.core.torch_files import problem_of
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -28,7 +28,7 @@ _RETRAIN = "Train the generator again (lungddpm train), or give the path of its 
 _BEFORE_THE_KEY = {"hint": "none"}
 """What weights were trained with that do not name a key: it came later."""
 ADAPT = "Set the config to what the weights were trained with, or give other weights."
-_FAULTS_SHOWN = 3
+_PROBLEMS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,9 @@ def fill(
     """
     with torch.device("meta"):
         network = build()
-    if faults := faults_of(weights, network):
-        shown = ", ".join(f"key {prefix}{fault}" for fault in faults[:_FAULTS_SHOWN])
-        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+    if problems := problems_of(weights, network):
+        shown = ", ".join(f"key {prefix}{problem}" for problem in problems[:_PROBLEMS_SHOWN])
+        more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
         raise InputError(path, f"does not hold the network of the config: {shown}{more}", ADAPT)
     network.to_empty(device=device).load_state_dict(weights)
     return network.eval().requires_grad_(False)
@@ -219,11 +219,11 @@ def _checksum(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor
 def refuse_unfit(path: Path, weights: Mapping[str, Any], remedy: str) -> None:
     """Refuse what is not a tensor of finite numbers; names the key."""
     for key, value in weights.items():
-        if (fault := fault_of(value)) is not None:
-            raise InputError(path, f"key {key} {fault}", remedy)
+        if (problem := problem_of(value)) is not None:
+            raise InputError(path, f"key {key} {problem}", remedy)
 
 
-def faults_of(weights: Mapping[str, torch.Tensor], network: nn.Module) -> list[str]:
+def problems_of(weights: Mapping[str, torch.Tensor], network: nn.Module) -> list[str]:
     """What is wrong with the weights of a network, key by key; empty where all is right."""
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}

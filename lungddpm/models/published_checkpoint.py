@@ -19,9 +19,9 @@ from lungddpm.core.progress import LOG
 from lungddpm.core.torch_files import load_checked, unwrapped
 from lungddpm.models.checkpoint import (
     ADAPT,
-    faults_of,
     fill,
     load_network,
+    problems_of,
     read_metadata,
     read_weights,
     refuse_unfit,
@@ -163,7 +163,7 @@ def _explain_other_network(
         for name, value in inferred.items()
         if value != asked[name]
     ]
-    if differing and not faults_of(weights, other):
+    if differing and not problems_of(weights, other):
         raise InputError(path, f"holds another network, {'; '.join(differing)}", ADAPT)
 
 

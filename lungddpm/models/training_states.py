@@ -27,7 +27,7 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any], previous: Path
     """
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        # Given a path, torch writes it itself, and does not tell a full disk from other faults.
+        # Given a path, torch writes the file itself and does not distinguish a full disk from other errors.
         torch.save(state, file)
     keep_states(folder, path, previous)
     return path

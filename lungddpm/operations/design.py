@@ -21,11 +21,11 @@ from lungddpm.verdict.design import (
     Components,
     Costs,
     Design,
-    able_designs,
     costs_of_timing,
     detectable_by_design,
     hours_of_design,
     power_of_design,
+    sufficient_designs,
     typical_components,
 )
 from lungddpm.verdict.families import asked_arms, design_of, relevant_difference, stages_per_replicate
@@ -155,7 +155,7 @@ def _notes(config: Config, own: Design, components: Components, relevant: float,
     """What the table rests on, and the smallest designs that can show the relevant difference."""
     measure, primary = deciding_measure().title, config.primary_arms()
     compared = f"primary: {', '.join(primary)}" if primary else f"{own.n_compared} compared together"
-    found = able_designs(own, components, relevant, next(iter(costs.values()), None))
+    found = sufficient_designs(own, components, relevant, next(iter(costs.values()), None))
     able = " or ".join(
         f"{plural(one.n_replicates, 'replicate')} with {plural(one.n_cases, 'test case')}" for one in found
     )

@@ -23,7 +23,7 @@ def describe() -> list[str]:
     return lines + _devices()
 
 
-def faults() -> list[str]:
+def problems() -> list[str]:
     """What would stop a run: missing libraries, a torchvision that does not load, a known bad torch."""
     found = installed_versions()
     problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in found]

@@ -26,8 +26,8 @@ from lungddpm.core.progress import LOG
 from lungddpm.core.shipped import default_config, shipped_folder
 from lungddpm.operations.verify import outputs_to_make_again
 
-FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
-"""Names a file to which stages append the user's faults, so that `run` can repeat them where they are seen: last."""
+ERRORS_VARIABLE = "LUNGDDPM_ERRORS"
+"""Names a file to which stages append user errors, so that `run` can repeat them at the end, where they are seen."""
 
 SNAKEFILES = [Path("Snakefile"), Path("snakefile"), Path("workflow/Snakefile"), Path("workflow/snakefile")]
 """Where Snakemake looks for the workflow."""
@@ -57,9 +57,9 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     _check_configs(arguments, directory)
     with (
         _lock(directory / "results") as lock,
-        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as faults,
+        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as problems,
     ):
-        environment = _environment(faults.name, directory)
+        environment = _environment(problems.name, directory)
         _check_space(directory / "results")
         _date_no_later_than_now(directory / "results")
         # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
@@ -70,7 +70,7 @@ def run_snakemake(arguments: Sequence[str]) -> int:
         damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
         forced = ["--forcerun", *damaged] if damaged else []
         code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced]), environment, lock)
-        messages = list(dict.fromkeys(faults.read().splitlines()))
+        messages = list(dict.fromkeys(problems.read().splitlines()))
     for message in messages:
         LOG.error("error: %s", message)
     return 2 if messages else code
@@ -100,9 +100,9 @@ def _with_config_first(path: Path, arguments: list[str]) -> list[str]:
     return [CONFIG_OPTIONS[0], str(path), *arguments]
 
 
-def report_fault(error: UserError) -> None:
+def report_error(error: UserError) -> None:
     """Leave a message for `run_snakemake`, if one is listening."""
-    if path := os.environ.get(FAULTS_VARIABLE):
+    if path := os.environ.get(ERRORS_VARIABLE):
         with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
             file.write(" ".join(str(error).split()) + "\n")
 
@@ -122,12 +122,12 @@ def _snakemake(arguments: Sequence[str]) -> list[str]:
     return [program, *arguments]
 
 
-def _environment(faults: str, directory: Path) -> dict[str, str]:
+def _environment(problems: str, directory: Path) -> dict[str, str]:
     # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     caches = _caches_in(directory / ".snakemake" / "cache") if not _can_keep_caches() else {}
     # On a cluster, jobs are `python -m snakemake`, which would import what lies in the working folder first.
-    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", FAULTS_VARIABLE: faults, **caches}
+    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", ERRORS_VARIABLE: problems, **caches}
 
 
 def _can_keep_caches() -> bool:

@@ -20,7 +20,7 @@ from torch import nn
 
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import sha256_of
-from lungddpm.core.torch_files import fault_of, load_checked, unwrapped
+from lungddpm.core.torch_files import load_checked, problem_of, unwrapped
 from lungddpm.quality.feature_distances import MEDICALNET
 
 MEDICALNET_CHANNELS = 64
@@ -32,7 +32,7 @@ RANDOM_SEED = 0
 _HUB_REPOSITORY, _HUB_FILE = "TencentMedicalNet/MedicalNet-Resnet50", "resnet_50.pth"
 _SEGMENTATION_HEAD = "conv_seg."
 _COPY_AGAIN = f"Give the public file {_HUB_FILE} of MedicalNet as image_quality.weights, downloaded again."
-_FAULTS_SHOWN = 3
+_PROBLEMS_SHOWN = 3
 
 
 def build_network(channels: int) -> nn.Module:
@@ -121,25 +121,25 @@ def read_resnet_weights(path: Path, network: nn.Module) -> dict[str, torch.Tenso
     except ValueError as error:
         raise InputError(path, str(error), _COPY_AGAIN) from None
     state = {key: value for key, value in state.items() if not key.startswith(_SEGMENTATION_HEAD)}
-    if faults := _faults(state, network.state_dict()):
-        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        problem = f"is not a ResNet-50 of MedicalNet: {', '.join(faults[:_FAULTS_SHOWN])}{more}"
+    if problems := _problems(state, network.state_dict()):
+        more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+        problem = f"is not a ResNet-50 of MedicalNet: {', '.join(problems[:_PROBLEMS_SHOWN])}{more}"
         raise InputError(path, problem, _COPY_AGAIN)
     return {key: value.float() for key, value in state.items() if not _is_counter(key)}
 
 
-def _faults(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> list[str]:
-    faults = [f"key {key} is missing" for key in wanted if key not in found and not _is_counter(key)]
+def _problems(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+    problems = [f"key {key} is missing" for key in wanted if key not in found and not _is_counter(key)]
     for key, value in found.items():
         if key not in wanted:
-            faults.append(f"key {key} has no place in it")
+            problems.append(f"key {key} has no place in it")
         elif _is_counter(key):
             continue
-        elif (fault := fault_of(value)) is not None:
-            faults.append(f"key {key} {fault}")
+        elif (problem := problem_of(value)) is not None:
+            problems.append(f"key {key} {problem}")
         elif value.shape != wanted[key].shape:
-            faults.append(f"key {key} has the shape {tuple(value.shape)} instead of {tuple(wanted[key].shape)}")
-    return faults
+            problems.append(f"key {key} has the shape {tuple(value.shape)} instead of {tuple(wanted[key].shape)}")
+    return problems
 
 
 def _is_counter(key: str) -> bool:

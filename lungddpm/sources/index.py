@@ -108,12 +108,12 @@ def reason_of(error: InputError, top: Path) -> str:
 
 def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
     """All files that are not hidden, and the reason for each folder that cannot be listed."""
-    files, seen, faults = [], set(), {}
+    files, seen, problems = [], set(), {}
 
     def note(error: OSError) -> None:
         folder = Path(error.filename)
-        fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
-        faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
+        problem = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
+        problems[folder.relative_to(top).as_posix()] = reason_of(problem, top)
 
     for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
         # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
@@ -124,7 +124,7 @@ def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
         # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return files, faults
+    return files, problems
 
 
 def relative_name(path: Path, top: Path) -> str:

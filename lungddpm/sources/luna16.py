@@ -82,13 +82,13 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
     Raises:
         InputError: `annotations.csv` or the table of patients is needed, and missing or broken.
     """
-    files, faults = files_below(path)
+    files, problems = files_below(path)
     patient_of = patient_finder(path, Images(patient_table=settings.patient_table))
     images: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if suffix_of(file.name) in _SUFFIXES and not _is_mask(file, path):
             images[stem_of(file.name)].append(file)
-    found = [Series("", "", "", path=name, excluded=reason) for name, reason in faults.items()]
+    found = [Series("", "", "", path=name, excluded=reason) for name, reason in problems.items()]
     with Progress("headers of images", total=len(images)) as progress:
         for copies in images.values():
             found.append(_described(path, cache, copies, patient_of))
@@ -234,14 +234,14 @@ def _with_readings(top: Path, cache: Cache, files: list[Path], found: list[Serie
 
     def read(series: Series) -> Series:
         readings = readings_of(series.series_uid, series.path, reads)
-        fault = readings.fault
-        if not {series.series_uid} & (set(reads.of_series) | set(reads.faults)):
-            fault = f"{series.path}: no reader XML names this series. Add LIDC-IDRI's XML, or set {_KEY}: spheres."
+        problem = readings.problem
+        if not {series.series_uid} & (set(reads.of_series) | set(reads.problems)):
+            problem = f"{series.path}: no reader XML names this series. Add LIDC-IDRI's XML, or set {_KEY}: spheres."
         return replace(
             series,
             n_nodules=readings.n_nodules,
             annotations=readings.files,
-            excluded=series.excluded or fault,
+            excluded=series.excluded or problem,
         )
 
     return [

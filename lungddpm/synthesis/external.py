@@ -24,7 +24,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
-from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
+from lungddpm.layouts.hounsfield import hounsfield_problem, recognised_problem
 from lungddpm.synthesis.records import is_complete
 
 if TYPE_CHECKING:
@@ -125,39 +125,41 @@ def read_declaration(root: Path) -> Declaration:
     """Read `samples.json`.
 
     Raises:
-        InputError: it is missing, is no JSON, or does not say what it should; the message has every fault.
+        InputError: it is missing, is not JSON, or has wrong keys or values; the message lists all errors.
     """
     path = root / "samples.json"
     content = read_json(path, _REMEDY)
     try:
         return Declaration.model_validate(content)
     except ValidationError as error:
-        faults = {
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r:.60}"
-            for fault in error.errors()
+        problems = {
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r:.60}"
+            for problem in error.errors()
         }
-        raise InputError(path, f"has {len(faults)} faults: {'; '.join(sorted(faults)[:_SHOWN])}", _REMEDY) from None
+        raise InputError(path, f"has {len(problems)} errors: {'; '.join(sorted(problems)[:_SHOWN])}", _REMEDY) from None
 
 
 def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]:
-    """What is wrong with the names in a declaration, each as "<file>: <fault>".
+    """Errors in the names of a declaration, each as "<file>: <problem>".
 
     A patient of elsewhere cannot be told from one of this run who is misspelt, so both are refused.
     """
     known = {name for key in ("case_id", "patient_id", "series_uid") for name in real_cases[key]}
-    faults = []
+    problems = []
     for sample, times in Counter(entry.sample for entry in declaration.samples).items():
         if times > 1:
-            faults.append(f"lists {sample} {times} times")
+            problems.append(f"lists {sample} {times} times")
         if sample in known:
-            faults.append(f"gives a sample the name of the case {sample}")
+            problems.append(f"gives a sample the name of the case {sample}")
     lists = {"trained_on": declaration.trained_on}
     lists |= {f"donors of {entry.sample}": entry.donors for entry in declaration.samples}
     for key, names in lists.items():
         strangers = [] if names == NOBODY else sorted(set(names) - known)
         if strangers:
-            faults.append(f"{key} names {', '.join(strangers[:5])}, not in this run (leave out patients of elsewhere)")
-    return [f"samples.json: {fault}" for fault in faults]
+            problems.append(
+                f"{key} names {', '.join(strangers[:5])}, not in this run (leave out patients of elsewhere)"
+            )
+    return [f"samples.json: {problem}" for problem in problems]
 
 
 def check_sample(
@@ -167,7 +169,7 @@ def check_sample(
     grids: Mapping[str, Volume],
     named: Collection[Label] = (Label.LUNG, Label.NODULE),
 ) -> list[str]:
-    """What is wrong with the files of one sample, each as "<file>: <fault>".
+    """Errors in the files of one sample, each as "<file>: <problem>".
 
     Args:
         root: folder of the other system.
@@ -177,66 +179,66 @@ def check_sample(
         named: labels that a layout must have; nobody trains on samples of `arms.quality_only`, so that these need no
             nodule.
     """
-    faults, volumes = [], {}
+    problems, volumes = [], {}
     for name in _FILES:
         path = root / entry.sample / name
         if not path.resolve().is_relative_to(root.resolve()):
-            faults.append((name, f"leads out of the folder, to {path.resolve()}"))
+            problems.append((name, f"leads out of the folder, to {path.resolve()}"))
             continue
         try:
             volumes[name] = _READERS[name](path)
         except InputError as error:
-            faults.append((name, error.problem))
+            problems.append((name, error.problem))
     ct, layout = (volumes.get(name) for name in _FILES)
     if entry.reference != NOBODY and entry.reference not in grids:
-        faults.append((_CT, f"is made from {entry.reference}, which is not a usable case of this run"))
+        problems.append((_CT, f"is made from {entry.reference}, which is not a usable case of this run"))
     elif ct is not None:
-        faults += [(_CT, fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
+        problems += [(_CT, problem) for problem in _grid_problems(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:
-        faults += [(_LAYOUT, fault) for fault in _label_faults(layout.array, named)]
+        problems += [(_LAYOUT, problem) for problem in _label_problems(layout.array, named)]
     off_grid = ct is not None and layout is not None and not ct.same_grid(layout)
     if off_grid:
-        faults.append((_LAYOUT, "is not on the grid of its CT"))
+        problems.append((_LAYOUT, "is not on the grid of its CT"))
     if ct is not None:
         lungs = None if off_grid or layout is None else layout.array == Label.LUNG
-        faults += [(_CT, fault) for fault in _intensity_faults(ct.array, lungs, config.layouts.limits)]
-    return [f"{entry.sample}/{name}: {fault}" for name, fault in faults]
+        problems += [(_CT, problem) for problem in _intensity_problems(ct.array, lungs, config.layouts.limits)]
+    return [f"{entry.sample}/{name}: {problem}" for name, problem in problems]
 
 
-def _grid_faults(ct: Volume, reference: str, size: tuple[int, int, int], grids: Mapping[str, Volume]) -> list[str]:
+def _grid_problems(ct: Volume, reference: str, size: tuple[int, int, int], grids: Mapping[str, Volume]) -> list[str]:
     if reference != NOBODY:
         return [] if ct.same_grid(grids[reference]) else [f"is not on the grid of {reference}: resample it"]
-    faults = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
+    problems = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
     if is_sheared(ct.affine):
-        faults.append("has sheared axes: resample it to an upright grid")
+        problems.append("has sheared axes: resample it to an upright grid")
     real_mm = np.array([grid.spacing_mm for grid in grids.values()])
     low, high = real_mm.min(axis=0) / SPACING_FACTOR, real_mm.max(axis=0) * SPACING_FACTOR
     if ((ct.spacing_mm < low) | (ct.spacing_mm > high)).any():
         shown = " x ".join(f"{edge:.2f}" for edge in ct.spacing_mm)
-        faults.append(f"has voxels of {shown} mm, the real cases' are elsewhere: write its true affine")
-    return faults
+        problems.append(f"has voxels of {shown} mm, the real cases' are elsewhere: write its true affine")
+    return problems
 
 
-def _intensity_faults(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLimits) -> list[str]:
+def _intensity_problems(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLimits) -> list[str]:
     if not np.isfinite(hu).all():
         return [f"holds NaN or infinity in {np.count_nonzero(~np.isfinite(hu))} voxels"]
     if hu.min() == hu.max():
         return [f"is constant ({hu.flat[0]:g} HU)"]
-    if fault := recognised_fault(hu, limits) if lungs is None else hounsfield_fault(hu, lungs, limits):
-        return [fault]
+    if problem := recognised_problem(hu, limits) if lungs is None else hounsfield_problem(hu, lungs, limits):
+        return [problem]
     stored = np.iinfo(np.int16)
     if hu.min() < stored.min or hu.max() > stored.max:
         return [f"ranges from {hu.min():g} to {hu.max():g}, which are no HU"]
     return []
 
 
-def _label_faults(labels: np.ndarray, named: Collection[Label]) -> list[str]:
+def _label_problems(labels: np.ndarray, named: Collection[Label]) -> list[str]:
     found = np.unique(labels).tolist()
-    faults = []
+    problems = []
     if unknown := [label for label in found if label not in list(Label)]:
-        faults.append(f"holds the label {unknown[0]:g}; known are 0 background, 1 lung, 2 nodule, 3 vessel")
-    faults += [f"has no {label.name.lower()}" for label in Label if label in named and label not in found]
-    return faults
+        problems.append(f"holds the label {unknown[0]:g}; known are 0 background, 1 lung, 2 nodule, 3 vessel")
+    problems += [f"has no {label.name.lower()}" for label in Label if label in named and label not in found]
+    return problems
 
 
 def _copy(

@@ -206,7 +206,7 @@ def test_ids_and_hashes_are_found_at_any_depth_and_words_of_paths_are_not():
     assert splits.patients_named_in({"declared": declared}, known) == {"1", "2", "3"}
 
 
-def test_a_case_and_a_patient_of_one_name_are_told_apart():
+def test_a_case_and_a_patient_of_one_name_are_distinguished():
     # The second scan of patient a, and the only one of a patient called a_2.
     known = splits.read_register(
         pd.DataFrame(

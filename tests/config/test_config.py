@@ -130,7 +130,7 @@ def test_what_is_not_a_default_is_the_whole_config(repository, overlay):
     assert load_config(config.model_dump_json()) == config
 
 
-FAULTS = {
+ERRORS = {
     "typo": ({"grdi": {}}, "grdi: there is no such key"),
     "nested typo": (
         {"generators": {"lung_ddpm": {"training": {"stpes": 3}}}},
@@ -246,8 +246,8 @@ def test_paths_of_the_home_folder(monkeypatch, tmp_path):
     assert parse_config({"source": {"path": "~nobody-of-this-name/x"}}).source.path == Path("~nobody-of-this-name/x")
 
 
-@pytest.mark.parametrize(("values", "message"), FAULTS.values(), ids=FAULTS)
-def test_faults_are_named(values, message):
+@pytest.mark.parametrize(("values", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_named(values, message):
     with pytest.raises(ConfigError, match="my.yaml") as caught:
         parse_config(values, "my.yaml")
     assert message in str(caught.value)

@@ -35,7 +35,7 @@ def test_usable_knows_roles_and_exclusions(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "case_id\trole\na\ttest\n", "\x00\x01"])
-def test_damaged_tables_are_told(tmp_path, text):
+def test_damaged_tables_are_reported(tmp_path, text):
     path = tmp_path / "cases.tsv"
     path.write_text(text)
     with pytest.raises(InputError, match=r"cases.tsv.*Delete it"):

@@ -96,12 +96,12 @@ def test_who_waits_gets_it(disk):
     lock.release()
 
 
-def test_what_is_missing_is_told_once(disk, caplog):
+def test_what_is_missing_is_reported_once(disk, caplog):
     for _ in range(3):
         with exclusive_lock(disk / ".lock", "working"):
             pass
-    told = [record for record in caplog.records if "has no file locks" in record.getMessage()]
-    assert len(told) == (fcntl.flock.__module__ == __name__)
+    reported = [record for record in caplog.records if "has no file locks" in record.getMessage()]
+    assert len(reported) == (fcntl.flock.__module__ == __name__)
 
 
 def held_by(folder, host, process, began, seconds_ago=0.0):

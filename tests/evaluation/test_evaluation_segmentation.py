@@ -61,7 +61,7 @@ def test_run_evaluate_records_what_it_read_and_wrote(make_results):
     check_unchanged(folder / "lesions.csv")
 
 
-def test_a_table_edited_by_hand_is_told_with_the_way_out(make_results):
+def test_a_table_edited_by_hand_is_reported_with_the_way_out(make_results):
     config, results = make_results(n_test=1, n_replicates=1, extras=False)
     path = replicate_of(results, config) / "metrics.csv"
     path.write_text(path.read_text().replace("case-02", "case-03"))

@@ -120,18 +120,18 @@ def test_what_a_network_does_not_find_excludes_the_case(patient, lungs_lr, insta
 
 
 @pytest.mark.parametrize("name", ["lungmask", "totalsegmentator"])
-def test_a_missing_package_is_told_with_its_extra(patient, monkeypatch, name):
+def test_a_missing_package_is_reported_with_its_extra(patient, monkeypatch, name):
     # None in sys.modules makes the import fail, whether the package is there or not.
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'lungddpm\[" + name) as told:
+    with pytest.raises(UserError, match=r"pip install 'lungddpm\[" + name) as caught:
         segment_lungs(patient.ct, Layouts(lungs=name))
-    assert not isinstance(told.value, ExcludedCaseError)
+    assert not isinstance(caught.value, ExcludedCaseError)
 
 
 @pytest.mark.parametrize(
     "error", [OSError("<urlopen error no network>"), RuntimeError('invalid hash value (expected "d5d')]
 )
-def test_lungmask_without_weights_is_told(patient, install, error):
+def test_lungmask_without_weights_is_reported(patient, install, error):
     class LMInferer:
         def __init__(self, **options):
             raise error
@@ -141,7 +141,7 @@ def test_lungmask_without_weights_is_told(patient, install, error):
         segment_lungs(patient.ct, Layouts(lungs="lungmask"))
 
 
-def test_totalsegmentator_without_weights_is_told(patient, install):
+def test_totalsegmentator_without_weights_is_reported(patient, install):
     def fail(image):
         raise requests.ConnectionError("Max retries exceeded")
 

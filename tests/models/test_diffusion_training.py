@@ -141,7 +141,7 @@ def test_tensorboard_holds_the_history(uninterrupted):
     assert [scalar.step for scalar in board.Scalars("mse")] == [4, 6]
 
 
-def test_no_tensorboard_is_no_fault(tiny_cohort, training_config, tmp_path, monkeypatch, log):
+def test_no_tensorboard_is_no_error(tiny_cohort, training_config, tmp_path, monkeypatch, log):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     train(training_config(steps=1), tiny_cohort, tmp_path, "cpu")
     assert log.text.count("TensorBoard is not installed") == 1

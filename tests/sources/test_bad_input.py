@@ -99,7 +99,7 @@ ATTRIBUTES = f'<!DOCTYPE a [<!ATTLIST a b CDATA "{"x" * 10**6}">]><a>' + "<a/>" 
 
 # What happens to a case, the options it is written with, and the reason in the index or, after "prepare:", in the case
 # table.
-FAULTS = {
+ERRORS = {
     "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or no DICOM file"),
     "cut short": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is cut short"),
     "cut in the header": (lambda f: truncate(f / THIRD, 0.4), {}, f"{THIRD}: "),
@@ -175,34 +175,34 @@ def everything_below(folder):
 
 
 @pytest.mark.filterwarnings("ignore:End of file reached")
-def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, cohort):
+def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, cohort):
     data, results = tmp_path / "data", tmp_path / "results"
     shutil.copytree(cohort / "PHANTOM-0001", data / "PHANTOM-0001")
-    numbers = {fault: f"P-{number:02d}" for number, fault in enumerate(FAULTS)}
-    for number, (fault, (harm, options, _)) in enumerate(FAULTS.items()):
-        folder = data / numbers[fault] / "a study" / f"1.2.{number}"
-        write_series(folder, series=folder.name, **{"patient": numbers[fault], **options})
+    numbers = {error: f"P-{number:02d}" for number, error in enumerate(ERRORS)}
+    for number, (error, (harm, options, _)) in enumerate(ERRORS.items()):
+        folder = data / numbers[error] / "a study" / f"1.2.{number}"
+        write_series(folder, series=folder.name, **{"patient": numbers[error], **options})
         (folder / "reads.xml").write_text(xml(nodule(roi(1, series=folder.name)), series=folder.name))
         harm(folder)
     index = index_source("lidc", data)
     series_of = {row["path"].split("/")[0]: row for row in index if not row["path"].endswith(".xml")}
     reasons = {number: row["reason"] for number, row in series_of.items()}
     table = prepare(data, "lidc", index, results)
-    for fault, (_, _, expected) in FAULTS.items():
-        told = table.loc[series_of[numbers[fault]]["case_id"], "reason"]
+    for error, (_, _, expected) in ERRORS.items():
+        reported = table.loc[series_of[numbers[error]]["case_id"], "reason"]
         if expected.startswith("prepare:"):
-            assert (reasons[numbers[fault]], fault) == ("", fault)
+            assert (reasons[numbers[error]], error) == ("", error)
         else:
-            assert told == reasons[numbers[fault]], fault
-        assert expected.removeprefix("prepare:") in told, fault
-        assert str(tmp_path) not in told, fault
+            assert reported == reasons[numbers[error]], error
+        assert expected.removeprefix("prepare:") in reported, error
+        assert str(tmp_path) not in reported, error
     assert table.index[table["status"] == "ok"].tolist() == ["PHANTOM-0001"]
     # Nothing is left of the others.
     folders = {path for path in everything_below(results) if (results / path).is_dir()}
     assert folders == {"PHANTOM-0001"}
 
 
-def test_two_series_in_one_folder_are_told_apart_when_one_is_damaged(tmp_path):
+def test_two_series_in_one_folder_are_distinguished_when_one_is_damaged(tmp_path):
     folder = write_case(tmp_path)
     mix_in_a_broken_series(folder)
     write_slice(folder / "third.dcm", 1, series="7.7", patient="P-third")
@@ -392,7 +392,7 @@ def test_published_radiograph_reads_name_the_radiograph(shared_data, tmp_path):
     assert "185-068.xml: names a series whose images are not here" in radiograph.excluded
 
 
-def test_reasons_of_one_kind_are_told_together():
+def test_reasons_of_one_kind_are_reported_together():
     reasons = {
         "a": "x/1: 1 slice(s) missing between 000089.dcm and 000087.dcm. Download",
         "b": "y/2: 3 slice(s) missing between 000012.dcm and 000016.dcm. Download",

@@ -131,9 +131,9 @@ def test_a_dataset_json_that_says_too_little_ends_the_run(tmp_path, case):
     write(tmp_path, "a")
     if dataset is not None:
         describe(tmp_path, dataset)
-    with pytest.raises((InputError, ConfigError)) as told:
+    with pytest.raises((InputError, ConfigError)) as caught:
         rows_of(tmp_path, labels=labels)
-    assert reason in str(told.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("labels", [{1: "heart"}, {256: "lung"}, {"": "lung"}, ["lung"]])

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage beside NIfTI: one volume written by SimpleITK and by nibabel, and files with a fault each."""
+"""NRRD and MetaImage beside NIfTI: one volume written by SimpleITK and by nibabel, and files with one error each."""
 
 import itertools
 import json
@@ -237,7 +237,7 @@ def of_complex_numbers(path):
 
 
 # The file, what is done to it, and the reason: in the index, or after "prepare:" when it is read.
-FAULTS = {
+ERRORS = {
     "4D": ("a.mha", lambda p: write_4d(p, [CT, CT]), "has 4 dimensions instead of 3 (its shape is (8, 7, 6, 2)"),
     "2D": ("a.mha", lambda p: SimpleITK.WriteImage(SimpleITK.GetImageFromArray(CT[0]), str(p)), "has 2 dimensions"),
     "colours": ("a.nrrd", of_colours, "holds vectors, colours"),
@@ -278,18 +278,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("role", ["images", "labels"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told(tmp_path, fault, role):
-    name, harm, reason = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_is_reported(tmp_path, error, role):
+    name, harm, reason = ERRORS[error]
     for folder, array in (("images", CT), ("labels", LABELS)):
         write(tmp_path / folder / name, array)
     harm(tmp_path / role / name)
     (row,) = index_source("images", tmp_path)
     if reason.startswith("prepare:"):
         assert row["status"] == "ok"
-        with pytest.raises(ExcludedCaseError) as told:
+        with pytest.raises(ExcludedCaseError) as caught:
             images.load_scan(tmp_path, row)
-        assert reason.removeprefix("prepare:") in str(told.value)
+        assert reason.removeprefix("prepare:") in str(caught.value)
     else:
         assert reason in row["reason"]
         assert row["reason"].startswith(f"{role}/")
@@ -316,7 +316,7 @@ def test_packed_voxels_that_would_fill_the_memory_are_not_unpacked(tmp_path):
         read_volume(path)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     for name in ("a.nrrd", "a.mha", "a.nii"):
         with pytest.raises(InputError, match=f"{name}: does not exist"):
             read_header(tmp_path / name)

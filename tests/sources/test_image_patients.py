@@ -106,14 +106,14 @@ BAD_TABLES = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_TABLES)
-def test_tables_that_cannot_be_used_end_the_run(data, fault):
-    content, reason = BAD_TABLES[fault]
+@pytest.mark.parametrize("error", BAD_TABLES)
+def test_tables_that_cannot_be_used_end_the_run(data, error):
+    content, reason = BAD_TABLES[error]
     if content is not None:
         (data / "participants.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         rows_of(data, patient_table="participants.tsv")
-    assert reason in str(told.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,9 @@ def test_tables_that_cannot_be_used_end_the_run(data, fault):
     ],
 )
 def test_settings_that_say_no_patient_are_refused(settings, reason):
-    with pytest.raises(ValidationError) as told:
+    with pytest.raises(ValidationError) as caught:
         Settings(**settings)
-    assert reason in str(told.value)
+    assert reason in str(caught.value)
 
 
 def test_a_case_is_prepared_again_when_its_patient_changes(data, monkeypatch):

@@ -193,7 +193,7 @@ LARGE = {"ct": np.tile(CT, (4, 4, 4)), "labels": np.tile(LABELS, (4, 4, 4))}
 HUGE = struct.pack("<3h", 32767, 32767, 32767)
 # What is written instead of a good pair, what is done to image and label, and the reason: in the index or, after
 # "prepare:", in the case table.
-FAULTS = {
+ERRORS = {
     "singular affine": ({}, lambda image, label: patch(image, SROW_Y, bytes(16)), "affine that cannot be inverted"),
     "affine that is no number": ({}, lambda image, label: patch(image, SROW_X, b"\0\0\xc0\x7f"), "be inverted"),
     "singular label": ({}, lambda image, label: patch(label, SROW_Y, bytes(16)), "labels/bad.nii.gz: has an affine"),
@@ -219,9 +219,9 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypatch):
-    options, harm, reason = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, error, monkeypatch):
+    options, harm, reason = ERRORS[error]
     data, results = tmp_path / "data", tmp_path / "results"
     write_case(data, image="good.nii.gz", label="good.nii.gz", labels=LABELS.astype(np.float64))
     write_case(data, image="bad.nii.gz", label="bad.nii.gz", **options)
@@ -229,14 +229,14 @@ def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypat
         harm(data / "images" / "bad.nii.gz", data / "labels" / "bad.nii.gz")
     index = index_source("images", data)
     write_index(results / "index.tsv", index)
-    # A layout of so few voxels would never pass; all of these faults show before.
+    # A layout of so few voxels would never pass; all of these errors are found before that.
     monkeypatch.setattr(compose, "_write", lambda config, source, row, folder: load_only(source, row))
     compose.run_prepare(Config(), results / "index.tsv", data, results, 0, 1, results / "cases-0.tsv")
     table = read_cases(results / "cases-0.tsv").set_index("case_id")
     assert table["status"].to_dict() == {"bad": "excluded", "good": "ok"}
-    told = table.loc["bad", "reason"]
-    assert reason.removeprefix("prepare:") in told
-    assert str(tmp_path) not in told
+    reported = table.loc["bad", "reason"]
+    assert reason.removeprefix("prepare:") in reported
+    assert str(tmp_path) not in reported
     assert (index[0]["status"] == "ok") == reason.startswith("prepare:")
 
 
@@ -294,7 +294,7 @@ def test_float_labels_that_were_scaled_into_an_integer_header(tmp_path, header_t
 
 
 @pytest.mark.parametrize("value", [1.002, 0.5, -1, 4, 256, 300.0, np.nan, np.inf])
-def test_labels_that_are_none_are_told(tmp_path, value):
+def test_labels_with_invalid_values_are_reported(tmp_path, value):
     labels = LABELS.astype(np.float64)
     labels[3, 3, 3] = value
     write_case(tmp_path, labels=labels)
@@ -465,7 +465,7 @@ def test_axes_that_are_only_rotated_stay_as_they_are(tmp_path):
     assert scan.notes == ()
 
 
-def test_a_shear_without_end_is_told(tmp_path):
+def test_a_shear_without_end_is_reported(tmp_path):
     affine = np.diag([1e-6, 1.0, 1e6, 1.0])
     affine[0, 2] = 1e6
     write_case(tmp_path)

@@ -256,7 +256,7 @@ def as_radiograph(folder):
         write_slice(folder / f"{90 - k:06d}.dcm", k, Modality="DX")
 
 
-FAULTS = {
+ERRORS = {
     "missing slice": (lambda f: (f / "000088.dcm").unlink(), "1 slice(s) missing between 000089.dcm and 000087.dcm"),
     "doubled slice": (
         lambda f: write_slice(f / "copy.dcm", 2, RescaleIntercept=-1000),
@@ -279,9 +279,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
-    harm, reason = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_bad_series_keep_a_row_with_the_reason(tmp_path, error):
+    harm, reason = ERRORS[error]
     harm(write_case(tmp_path))
     write_case(tmp_path, "P-02", "1.2.4")
     index = pd.DataFrame(index_source("lidc", tmp_path))
@@ -290,7 +290,7 @@ def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
     assert str(tmp_path) not in index["reason"][0]
 
 
-def test_faults_that_appear_after_indexing_exclude_the_case(tmp_path):
+def test_errors_that_appear_after_indexing_exclude_the_case(tmp_path):
     folder = write_case(tmp_path)
     case, *_ = index_source("lidc", tmp_path)
     write_slice(folder / "000088.dcm", 2, PixelData=b"\0\0")

@@ -187,9 +187,9 @@ def test_damaged_images_are_excluded_under_the_name_of_their_syntax(tmp_path, sy
         return coded[: int(len(coded) * share)]
 
     recode(case(tmp_path), STORED[:, :, :3], uid, encode_and_cut)
-    with pytest.raises(Exception, match="pixels cannot be decoded") as told:
+    with pytest.raises(Exception, match="pixels cannot be decoded") as caught:
         load(tmp_path)
-    assert uid.name in str(told.value)
+    assert uid.name in str(caught.value)
 
 
 @pytest.mark.parametrize("syntax", CODED)

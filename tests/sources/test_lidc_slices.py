@@ -329,7 +329,7 @@ def test_localizer_frames_are_left_out(tmp_path):
     np.testing.assert_array_equal(load(tmp_path).ct.array, STORED[:, :, :4] - 1024)
 
 
-MULTIFRAME_FAULTS = {
+MULTIFRAME_ERRORS = {
     "no position": (
         lambda d: delattr(d.PerFrameFunctionalGroupsSequence[2], "PlanePositionSequence"),
         "enhanced.dcm: has no ImagePositionPatient",
@@ -351,9 +351,9 @@ MULTIFRAME_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", MULTIFRAME_FAULTS)
-def test_faults_of_multi_frame_files_are_named(tmp_path, fault):
-    change, reason = MULTIFRAME_FAULTS[fault]
+@pytest.mark.parametrize("error", MULTIFRAME_ERRORS)
+def test_errors_of_multi_frame_files_are_named(tmp_path, error):
+    change, reason = MULTIFRAME_ERRORS[error]
     enhance(write_case(tmp_path), change=change)
     if reason.startswith("prepare:"):
         with pytest.raises(ExcludedCaseError, match=reason.removeprefix("prepare:")):

@@ -180,7 +180,7 @@ def test_a_missing_table_and_a_place_outside_the_scan(tmp_path):
         found(tmp_path, SPHERES)
 
 
-def test_the_report_is_told_of_spheres():
+def test_the_report_is_informed_of_spheres():
     chosen = Config(source={"kind": "luna16", "path": "x", "luna16": {"nodules": "spheres"}})
     assert chosen.source.caveat == (
         "The nodules are spheres of the diameters in annotations.csv, not readers' outlines."

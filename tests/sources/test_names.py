@@ -79,9 +79,9 @@ def test_a_data_set_whose_own_folder_is_not_utf_8(tmp_path):
     top = renamed(tmp_path / "data", b"\xfc")
     (top / "P-01" / "a study" / "1.2.3" / "reads.xml").write_text("<a>")
     assert only(top).excluded.startswith("P-01/a study/1.2.3/reads.xml: cannot be read as LIDC XML")
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         index_source("lidc", top / "nowhere")
-    str(told.value).encode("utf-8")
+    str(caught.value).encode("utf-8")
 
 
 PATIENTS = {

@@ -173,7 +173,7 @@ def without(label):
     return lambda volume: volume.like(np.where(volume.array == label, 3, volume.array))
 
 
-FAULTS = {
+ERRORS = {
     "missing file": (lambda f: (f / "s1/ct.nii.gz").unlink(), "s1/ct.nii.gz: does not exist"),
     "damaged file": (lambda f: (f / "s1/ct.nii.gz").write_bytes(b"no"), "s1/ct.nii.gz: cannot be read"),
     "link out": (link_out, "s0/ct.nii.gz: leads out of the folder"),
@@ -224,21 +224,21 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_violation_is_told_with_its_file(take, folder, fault):
-    break_it, message = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_violation_is_reported_with_its_file(take, folder, error):
+    break_it, message = ERRORS[error]
     break_it(folder)
     with pytest.raises(InputError, match=message):
         take()
 
 
-def test_all_violations_are_told_at_once(take, folder, tmp_path):
+def test_all_violations_are_reported_at_once(take, folder, tmp_path):
     for name in ("nan", "no nodule", "unknown donor"):
-        FAULTS[name][0](folder)
+        ERRORS[name][0](folder)
     with pytest.raises(InputError) as caught:
         take()
     assert "3 times" in str(caught.value)
-    assert all(FAULTS[name][1] in str(caught.value) for name in ("nan", "no nodule", "unknown donor"))
+    assert all(ERRORS[name][1] in str(caught.value) for name in ("nan", "no nodule", "unknown donor"))
     assert not (tmp_path / "out").exists()
 
 
@@ -248,7 +248,7 @@ DECLARATIONS = {
     "a key twice": ('{"trained_on": ["patient05"], "trained_on": "none"}', "has the key 'trained_on' twice"),
     "a list": ("[]", "is not a JSON object"),
     "nothing said": ('{"samples": [{"sample": "s0"}]}', r"samples.0.donors: .*samples.0.reference: .*trained_on: "),
-    "nobody by silence": ('{"trained_on": [], "samples": []}', "has . faults: .*trained_on"),
+    "nobody by silence": ('{"trained_on": [], "samples": []}', "has . errors: .*trained_on"),
     "typo": ('{"trained_on": "none", "sampels": []}', "sampels: Extra inputs"),
 }
 

@@ -102,7 +102,7 @@ def test_an_arm_that_was_not_evaluated_does_not_stop_the_others(make_results, ca
     assert rows.loc["real+lung_ddpm@1.0", "sentence"].endswith("Not evaluated and left out: fold1_seed0.")
     assert rows.loc["real+lung_ddpm@1.0", "n_compared"] == 1
     assert tables["detection"]["n_lesions"].tolist() == [7, 7]
-    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict goes on without" in caplog.text
+    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict leaves them out" in caplog.text
 
 
 def test_without_the_baseline_there_is_no_verdict(make_results):

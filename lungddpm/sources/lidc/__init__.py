@@ -53,7 +53,7 @@ class _Part:
     syntaxes: list[str]
     size: Sequence[int]
     spacing_mm: Sequence[float]
-    fault: str
+    problem: str
     """Why these slices are no scan; empty if they are."""
     notes: Sequence[str]
     """What was left out of them, and why."""
@@ -108,9 +108,9 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         ExcludedCaseError: slices are missing, doubled or damaged, or the XML does not fit them.
     """
     folder = path / case["path"]
-    slices, fault = read_headers(_files_in(folder))
-    if fault is not None:
-        raise fault
+    slices, problem = read_headers(_files_in(folder))
+    if problem is not None:
+        raise problem
     if case["series_uid"] not in slices:
         raise ExcludedCaseError(folder, f"no longer holds series {case['series_uid']}", "Index the data set again.")
     stack = stack_of(slices[case["series_uid"]])
@@ -178,7 +178,7 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
             yield file
             advance()
 
-    slices, fault = read_headers(each())
+    slices, problem = read_headers(each())
     drawn = {
         header.path: header for headers in slices.values() for header in headers if header["Modality"] == SEGMENTATION
     }
@@ -186,7 +186,7 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
     return {
         "parts": [asdict(_part(top, headers)) for headers in parts],
         "drawn": [asdict(drawn_in(top, header)) for header in drawn.values()],
-        "nameless": reason_of(fault, top) if fault else "",
+        "nameless": reason_of(problem, top) if problem else "",
     }
 
 
@@ -194,12 +194,12 @@ def _part(top: Path, headers: list[Header]) -> _Part:
     size: tuple[int, int, int] = (0, 0, 0)
     spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
-    fault = ""
+    problem = ""
     try:
         stack = stack_of(headers)
         size, spacing_mm, notes = stack.size, stack.spacing_mm, stack.notes
     except ExcludedCaseError as error:
-        fault = reason_of(error, top)
+        problem = reason_of(error, top)
     return _Part(
         folder=relative_name(headers[0].path.parent, top),
         series_uid=headers[0]["SeriesInstanceUID"],
@@ -208,7 +208,7 @@ def _part(top: Path, headers: list[Header]) -> _Part:
         syntaxes=sorted({header["TransferSyntaxUID"] for header in headers}),
         size=size,
         spacing_mm=spacing_mm,
-        fault=fault,
+        problem=problem,
         notes=notes,
     )
 
@@ -230,7 +230,7 @@ def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
     """The number of the first part that holds all slices of the others, with equal content."""
     of_part = [read_headers(_files_in(top / part.folder))[0].get(part.series_uid, []) for part in parts]
     for number, part in enumerate(parts):
-        if part.fault:
+        if part.problem:
             continue
         try:
             size = stack_of(of_part[number]).size
@@ -261,12 +261,12 @@ def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: 
         n_nodules=readings.n_nodules,
         path=first.folder,
         annotations=readings.files,
-        excluded=_fault_of_slices(parts, nameless) or readings.fault,
+        excluded=_problem_of_slices(parts, nameless) or readings.problem,
         notes=(*first.notes, *readings.notes),
     )
 
 
-def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
+def _problem_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     folders = [part.folder for part in parts]
     modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
     if "RTSTRUCT" in modalities:
@@ -286,4 +286,4 @@ def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
             f"{folders[0]}: is in a transfer syntax that cannot be decoded, {name_of_syntax(undecodable)}. "
             "Convert it, e.g. to JPEG 2000."
         )
-    return parts[0].fault
+    return parts[0].problem

@@ -68,7 +68,7 @@ class Header:
 
     path: Path
     elements: dict[str, str]
-    fault: str = ""
+    problem: str = ""
     """What is wrong with the file beyond its header, as a clause."""
     frame: int = 0
     """Which image of the file it is."""
@@ -99,14 +99,14 @@ class Header:
 
 
 def read_headers(files: Iterable[Path]) -> tuple[dict[str, list[Header]], ExcludedCaseError | None]:
-    """Slices by series UID, and the first fault of a DICOM file whose series is unknown."""
+    """Slices by series UID, and the first error of a DICOM file whose series is unknown."""
     slices: dict[str, list[Header]] = defaultdict(list)
     first = None
     for path in files:
         try:
             headers = _read_header(path)
-        except ExcludedCaseError as fault:
-            first = first or fault
+        except ExcludedCaseError as problem:
+            first = first or problem
         else:
             for header in headers:
                 slices[header["SeriesInstanceUID"]].append(header)
@@ -134,9 +134,9 @@ def _read_header(path: Path) -> list[Header]:
                 return []
             unpacked: int | None = size
             if quick := _explicit_elements(start):
-                images, fault, end = [quick[0]], "", quick[1]
+                images, problem, end = [quick[0]], "", quick[1]
             else:
-                images, fault, end, unpacked = _elements_by_pydicom(path, file)
+                images, problem, end, unpacked = _elements_by_pydicom(path, file)
     except OSError as error:
         raise ExcludedCaseError(path, f"cannot be read ({error.strerror})", "Check the file and its rights.") from None
     largest = LARGEST_SLICE_BYTES if len(images) == 1 else LARGEST_MULTIFRAME_BYTES
@@ -147,12 +147,12 @@ def _read_header(path: Path) -> list[Header]:
     if not images[0].get("SeriesInstanceUID"):
         raise ExcludedCaseError(path, "is cut short, or lacks its SeriesInstanceUID", COPY_AGAIN)
     if len(images) == 1 and unpacked is None:
-        fault = f"unpacks to more than the {largest >> 20} MiB that a slice can take"
+        problem = f"unpacks to more than the {largest >> 20} MiB that a slice can take"
     elif end is None:
-        fault = fault or "has no pixel data, or is cut short before them"
+        problem = problem or "has no pixel data, or is cut short before them"
     elif unpacked is not None and end > unpacked:
-        fault = fault or "is cut short"
-    return [Header(path, elements, fault, frame, len(images)) for frame, elements in enumerate(images)]
+        problem = problem or "is cut short"
+    return [Header(path, elements, problem, frame, len(images)) for frame, elements in enumerate(images)]
 
 
 def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None:
@@ -206,10 +206,10 @@ def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str
     with config.disable_value_validation():
         dataset, stream, size = read_dataset(path, file, only=[*_TAGS.values(), *_FUNCTIONAL_GROUPS])
         try:
-            images, fault = _images_of(dataset)
+            images, problem = _images_of(dataset)
         except Exception as error:  # damaged bytes make pydicom fail in any of its functions
             raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-        return images, fault, _end_of_pixels(dataset, stream), size
+        return images, problem, _end_of_pixels(dataset, stream), size
 
 
 def _images_of(dataset: pydicom.Dataset) -> tuple[list[dict[str, str]], str]:

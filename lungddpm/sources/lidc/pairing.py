@@ -51,7 +51,7 @@ class Drawn:
     series_uid: str
     """Of the CT; empty if it names none."""
     annotation_ids: list[str]
-    fault: str
+    problem: str
     """Why it cannot be used; empty if it can."""
 
 
@@ -63,7 +63,7 @@ class AllReads:
     """By series UID and XML file."""
     drawn: dict[str, list[Drawn]]
     """By series UID."""
-    faults: dict[str, str]
+    problems: dict[str, str]
     """By series UID, why one of its XML files cannot be read."""
     without_images: list[Series]
     """Rows for what only such files name, and for those that cannot be read and belong to no series here."""
@@ -75,7 +75,7 @@ class Readings:
 
     files: tuple[str, ...] = ()
     n_nodules: int = 0
-    fault: str = ""
+    problem: str = ""
     """Why it cannot be used, or that there is none; empty if it can."""
     notes: tuple[str, ...] = ()
 
@@ -87,13 +87,13 @@ def drawn_in(top: Path, header: Header) -> Drawn:
         found = read_segmentation(header.path)
     except ExcludedCaseError as error:
         return Drawn(file, "", "", [], reason_of(error, top))
-    fault = ""
-    if header.fault:
-        fault = reason_of(ExcludedCaseError(header.path, header.fault, COPY_AGAIN), top)
+    problem = ""
+    if header.problem:
+        problem = reason_of(ExcludedCaseError(header.path, header.problem, COPY_AGAIN), top)
     elif not found.is_binary:
         remedy = "Export it as a binary segmentation."
-        fault = reason_of(ExcludedCaseError(header.path, "holds fractions or labels, not bits", remedy), top)
-    return Drawn(file, found.uid, found.series_uid, list(found.segments.values()), fault)
+        problem = reason_of(ExcludedCaseError(header.path, "holds fractions or labels, not bits", remedy), top)
+    return Drawn(file, found.uid, found.series_uid, list(found.segments.values()), problem)
 
 
 def read_all(
@@ -135,9 +135,9 @@ def read_all(
             absent[each.series_uid].append(top / each.file)
         else:
             nameless = ExcludedCaseError(top / each.file, "names no CT series", "Export it with its CT.")
-            unreadable.append((top / each.file, "", each.fault or reason_of(nameless, top)))
+            unreadable.append((top / each.file, "", each.problem or reason_of(nameless, top)))
 
-    faults: dict[str, str] = {}
+    problems: dict[str, str] = {}
     without_images: list[Series] = []
     for uid, named_by in absent.items():
         lacking = InputError(
@@ -151,10 +151,10 @@ def read_all(
         # One that does not even name its series belongs to those beside it that have no other.
         owners = [uid] if uid else [near for near in beside if near not in of_series and near not in drawn_of]
         for owner in owners:
-            faults.setdefault(owner, reason)
+            problems.setdefault(owner, reason)
         if not owners:
             without_images.append(Series("", "", "", path=relative_name(file, top), excluded=reason))
-    return AllReads(of_series, drawn_of, faults, without_images)
+    return AllReads(of_series, drawn_of, problems, without_images)
 
 
 def readings_of(uid: str, folder: str, reads: AllReads) -> Readings:
@@ -169,12 +169,12 @@ def readings_of(uid: str, folder: str, reads: AllReads) -> Readings:
     elif drawn:
         readings = _from_segmentations(drawn)
     elif in_force:
-        fault = f"{next(iter(in_force))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
-        readings = Readings(fault=fault)
+        problem = f"{next(iter(in_force))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
+        readings = Readings(problem=problem)
     else:
         problem = "no reader XML names this series, and no SEG object"
-        readings = Readings(fault=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
-    return replace(readings, fault=reads.faults.get(uid, "") or readings.fault)
+        readings = Readings(problem=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
+    return replace(readings, problem=reads.problems.get(uid, "") or readings.problem)
 
 
 def _from_segmentations(drawn: list[Drawn]) -> Readings:
@@ -183,7 +183,7 @@ def _from_segmentations(drawn: list[Drawn]) -> Readings:
     if not read:
         problem = f"no segment is called by nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
         remedy = "Label the segments so, or export labels for source.kind: images."
-        return Readings(fault=f"{drawn[0].file}: {problem}. {remedy}")
+        return Readings(problem=f"{drawn[0].file}: {problem}. {remedy}")
     kept: dict[str, Drawn] = {}
     for each in read:
         kept.setdefault(each.uid, each)
@@ -198,7 +198,7 @@ def _from_segmentations(drawn: list[Drawn]) -> Readings:
     return Readings(
         files=tuple(each.file for each in kept.values()),
         n_nodules=_most(readers[name] for name in annotation_ids),
-        fault=next((each.fault for each in kept.values() if each.fault), ""),
+        problem=next((each.problem for each in kept.values() if each.problem), ""),
         notes=tuple(notes),
     )
 
@@ -241,5 +241,5 @@ def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
 def _read_or_exclude(path: Path) -> Reads:
     try:
         return read_xml(path)
-    except InputError as fault:
-        raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None
+    except InputError as problem:
+        raise ExcludedCaseError(problem.what, problem.problem, problem.remedy) from None

@@ -66,8 +66,8 @@ def stack_of(headers: list[Header]) -> Stack:
     first = headers[0]
     folder = first.path.parent
     for header in headers:
-        if header.fault:
-            raise ExcludedCaseError(header.path, header.fault, COPY_AGAIN)
+        if header.problem:
+            raise ExcludedCaseError(header.path, header.problem, COPY_AGAIN)
     along_row, along_column, row_mm, column_mm, rows, columns = _common_plane(headers)
     if min(row_mm, column_mm, rows, columns) <= 0:
         raise ExcludedCaseError(first.path, "has no rows, no columns, or pixels without a size", COPY_AGAIN)
