@@ -32,7 +32,7 @@ def case_row(case_id, patient_id, role, **changes):
 
 
 def write_case(folder, rng, nodule=True, provenance=None, offset_hu=0):
-    """A block of lung with one cubic nodule of 3 voxels an edge."""
+    """A block of lung with one cubic nodule of 3 voxels per edge."""
     layout = np.zeros(SIZE, np.uint8)
     layout[3:17, 3:15, 3:13] = Label.LUNG
     if nodule:

@@ -173,5 +173,5 @@ def _in_words(argument: str, value: Any) -> str:
     if argument == "attention_factor":
         if value is None:
             return "no attention"
-        return f"attention for {value * ATTENTION_EDGE:g} voxels an edge" if value else "attention in the middle alone"
+        return f"attention for {value * ATTENTION_EDGE:g} voxels per edge" if value else "attention in the middle alone"
     return str(value)

@@ -170,7 +170,7 @@ class Problem:
 
     Attributes:
         device: `cpu`, `cuda` or `cuda:<number>`.
-        size: voxels an edge.
+        size: voxels per edge.
         base_channels: width of the published network.
     """
 
@@ -210,7 +210,7 @@ def run_bench(
 
     Args:
         device: see `make_accelerator`; CPU or CUDA.
-        size: voxels an edge.
+        size: voxels per edge.
         base_channels: width of the published network.
         names: options to measure beside the base; all where none is named.
         rounds: turns of each option.
@@ -225,7 +225,7 @@ def run_bench(
     """
     if unknown := set(names) - {option.name for option in OPTIONS}:
         known = "; ".join(option.name for option in OPTIONS)
-        raise ConfigError("--option", f"there is no option '{min(unknown)}'", f"Known are: {known}.")
+        raise ConfigError("--option", f"there is no option '{min(unknown)}'", f"Available: {known}.")
     found = make_accelerator(device, "fp32").device
     problem = Problem(str(found), size, base_channels)
     if problem.kind not in _PASSES:

@@ -154,7 +154,7 @@ def source_of(kind: str) -> Source:
         ConfigError: there is no such source, or its module lacks a declaration.
     """
     if kind not in names():
-        raise ConfigError("source.kind", f"there is no source '{kind}'", f"Known are {', '.join(names())}.")
+        raise ConfigError("source.kind", f"there is no source '{kind}'", f"Available: {', '.join(names())}.")
     module = importlib.import_module(f"{__name__}.{kind}")
     required = (*_REQUIRED, "Settings", "size") if hasattr(module, "simulate") else _REQUIRED
     if missing := [name for name in required if not hasattr(module, name)]:

@@ -47,18 +47,18 @@ SPHERES = f"nodules are spheres of the diameters in {TABLE}, not readers' outlin
 
 
 class Settings(Section):
-    """How LUNA16 is read. Used when `source.kind` is `luna16`."""
+    """Reading of LUNA16. Used when `source.kind` is `luna16`."""
 
     nodules: Literal["readers", "spheres"] = "readers"
-    """`readers`: LIDC-IDRI's XML, which has to be below `source.path` as well. `spheres`: as large as
-    annotations.csv says, and where it says; they have no reader, and no shape."""
+    """`readers`: LIDC-IDRI's XML, which must be below `source.path` as well. `spheres`: spheres with the positions and
+    diameters of annotations.csv, without readers and shape."""
     patient_table: Annotated[str | None, AfterValidator(check_table)] = None
-    """A table with the columns `file` (the series) and `patient` in the folder of the data set. null: each scan is a
-    patient of its own, though LIDC-IDRI has patients with two scans."""
+    """A table with the columns `file` (the series) and `patient` in the folder of the data set. null: each scan counts
+    as a separate patient, although LIDC-IDRI has patients with two scans."""
 
     @property
     def caveat(self) -> str:
-        """What the report says of the nodules."""
+        """The caveat about the nodules in the report."""
         return f"The {SPHERES}." if self.nodules == "spheres" else ""
 
 

@@ -79,8 +79,8 @@ def test_without_symbolic_links_the_images_are_copies(cohort, monkeypatch, caplo
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "symlink", symlink)
-    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
-    monkeypatch.delenv("LUNGDDPM_TOLD_LINKS")
+    monkeypatch.setenv("LUNGDDPM_WARNED_LINKS", "1")
+    monkeypatch.delenv("LUNGDDPM_WARNED_LINKS")
     arm, raw = compose(cohort, "real")
     for case in arm["cases"]:
         image = raw / f"imagesTr/{case['name']}_0000.nii.gz"

@@ -257,7 +257,7 @@ def test_wrong_settings_are_named():
         ({"autoencoder": {"latent_channels": 9}}, "latent_channels 9 exceeds 8"),
         ({"autoencoder": {"norm_groups": 3}}, "norm_groups 3 does not divide 4 channels"),
         ({"autoencoder": {"crop": 7}}, "autoencoder.crop 7 is not divisible by 2"),
-        ({"autoencoder": {"crop": 4}}, "discriminator needs at least 6 voxels an edge"),
+        ({"autoencoder": {"crop": 4}}, "discriminator needs at least 6 voxels per edge"),
         ({"autoencoder": {"crop": 32}}, "autoencoder.crop 32 is larger than grid.size"),
         ({"training": {"crop": 6}}, "training.crop 6 is not divisible by 4"),
         ({"autoencoder": {"channels": [4] * 5, "crop": None}}, r"grid.size \[16, 16, 16\] is not divisible by 32"),

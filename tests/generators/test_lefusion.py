@@ -249,8 +249,8 @@ def test_weights_of_another_generator_are_refused(weights):
         ({"classes": ["lung", "nodule"]}, r"lefusion.classes"),
         ({"training": {"crop": None}}, r"lefusion.training.crop"),
         ({"training": {"lesion_weight": 10}}, r"lefusion.training.lesion_weight"),
-        ({"sampling": {"aas": "published"}}, r"aas is corrected"),
-        ({"sampling": {"intensities": "published"}}, r"intensities is corrected"),
+        ({"sampling": {"aas": "published"}}, r"aas must be corrected"),
+        ({"sampling": {"intensities": "published"}}, r"intensities must be corrected"),
         ({"sampling": {"steps": 21}}, r"sampling.steps 21 exceeds timesteps 20"),
     ],
 )

@@ -141,14 +141,14 @@ def test_the_training_goes_on_from_its_own_weights(trained, config):
 @pytest.mark.parametrize(
     ("grid", "keys", "message"),
     [
-        (16, {"discriminator": {"layers": 0}}, "layers 0 does not fit grid.size [16, 16, 16]: it is from 1 to 1 there"),
-        (48, {"discriminator": {"layers": 4}}, "layers 4 does not fit grid.size [48, 48, 48]: it is from 1 to 3 there"),
+        (16, {"discriminator": {"layers": 0}}, "layers 0 does not fit grid.size [16, 16, 16]: it must be from 1 to 1"),
+        (48, {"discriminator": {"layers": 4}}, "layers 4 does not fit grid.size [48, 48, 48]: it must be from 1 to 3"),
         (
             64,
             {"training": {"crop": 32}, "discriminator": {"layers": 3}},
-            "layers 3 does not fit training.crop 32: it is from 1 to 2 there",
+            "layers 3 does not fit training.crop 32: it must be from 1 to 2",
         ),
-        (40, {}, "grid.size [40, 40, 40] is not divisible by 16, as five levels need"),
+        (40, {}, "grid.size [40, 40, 40] is not divisible by 16, as required by five levels"),
         (64, {"training": {"crop": 24}}, "training.crop [24] is not divisible by 16"),
         (16, {"training": {"crop": 32}}, "training.crop 32 is larger than grid.size [16, 16, 16]"),
         (

@@ -256,9 +256,9 @@ def test_only_a_few_wrong_keys_are_shown(saved):
         (resized(multipliers=[1, 2, 2]), r"denoiser.multipliers: \[1, 2\] \(the config says \[1, 2, 2\]\)"),
         (
             resized(attention=False),
-            r"denoiser.attention: attention for 32 voxels an edge \(the config says no attention\)",
+            r"denoiser.attention: attention for 32 voxels per edge \(the config says no attention\)",
         ),
-        (with_grid(size=[16, 16, 16]), "grid.size .* 32 voxels an edge .the config says .* 16 voxels an edge"),
+        (with_grid(size=[16, 16, 16]), "grid.size .* 32 voxels per edge .the config says .* 16 voxels per edge"),
         (
             changed(classes=["lung", "nodule", "vessel"]),
             r"classes: 2 classes \(the config says 3 classes\)",

@@ -134,7 +134,7 @@ def test_failures_are_reported_with_their_limits():
 
 
 def test_limits_that_no_sample_can_keep_are_refused():
-    with pytest.raises(ConfigError, match="spread_ratio: 1 must lie between"):
+    with pytest.raises(ConfigError, match="spread_ratio: 1 must be between"):
         parse_config({"verdict": {"calibration": {"spread_ratio": [1.1, 0.9]}}})
 
 

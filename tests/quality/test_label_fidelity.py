@@ -105,7 +105,7 @@ def table_of(*of_replicates, generators=("lung_ddpm",), folds=None):
     return fidelity_table(metrics, lesions, list(generators), folds, 0.95).set_index("generator")
 
 
-# The nodule of every case is a cube of 3 voxels an edge. Shifted by one voxel, 18 of 27 are hit: Dice 2 x 18 / 54.
+# The nodule of every case is a cube of 3 voxels per edge. Shifted by one voxel, 18 of 27 are hit: Dice 2 x 18 / 54.
 @pytest.mark.parametrize(
     ("segment", "dice", "recall", "overlap", "false_positives"),
     [(nodules_of, 1, 1, 1, 0), (nothing_in, 0, 0, 0, 0), (shifted_in, 2 / 3, 1, 2 / 3, 0)],

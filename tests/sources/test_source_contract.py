@@ -58,7 +58,7 @@ def test_one_that_simulates_its_patients_says_how_many_there_are(mine):
 
 
 def test_an_unknown_source_is_named():
-    with pytest.raises(ConfigError, match=r"there is no source 'index'\. Known are images, lidc, luna16, phantom"):
+    with pytest.raises(ConfigError, match=r"there is no source 'index'\. Available: images, lidc, luna16, phantom"):
         sources.source_of("index")
 
 

@@ -277,7 +277,7 @@ def test_the_more_arms_the_stricter():
     assert (alone.n_compared, among.n_compared) == (1, 8)
     assert among.detectable_difference > alone.detectable_difference
     text = sentence("a", "real", "Dice", among, 0.95)
-    assert "as one of 8 comparisons it does not" in text
+    assert "but not as one of 8 comparisons" in text
     assert "after correction for 8 arms" in text
 
 
