@@ -155,7 +155,7 @@ ERRORS = {
     ),
     "patient that YAML takes for yes": (
         yaml.safe_load("roles: {reference: [no]}"),
-        "roles.reference: a patient is read",
+        "roles.reference: a patient id is read",
     ),
     "shares above all": ({"roles": {"discovery": 0.8, "test": 0.5, "reference": 0.2}}, "more than all patients"),
     "groups do not divide": ({"generators": {"lung_ddpm": {"denoiser": {"base_channels": 20}}}}, "does not divide"),
