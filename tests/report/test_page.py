@@ -163,7 +163,7 @@ def test_shared_patients_are_shouted(make_results):
 def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):
     shares = {"real+lung_ddpm": 0.52, "real+reference": 0.52}
     arms, verdict = {"controls": ["real", "reference"]}, {"relevant_difference": 0.05}
-    config, results = make_results(n_replicates=3, luck=0.1, shares=shares, learning=True, arms=arms, verdict=verdict)
+    config, results = make_results(n_replicates=3, run_sd=0.1, shares=shares, learning=True, arms=arms, verdict=verdict)
     run_report(config, results)
     page, text = page_of(results).text, verdict_table_text(results)
     assert "real+lung_ddpm@1.0: no difference to real shown. cannot tell: see the checks" in page

@@ -258,10 +258,10 @@ def test_a_clear_gain_and_its_mirror_image():
     assert (gain.p, gain.detectable_difference) == pytest.approx((loss.p, loss.detectable_difference))
 
 
-def test_training_luck_alone_is_no_difference_although_every_case_agrees():
+def test_run_to_run_variation_alone_is_no_difference_although_every_case_agrees():
     baseline = crossed(1, 3, 250, seed=6, replicate_sd=0)[0]
-    lucky = baseline + np.array([[0.05], [0.0], [0.01]])
-    result = compared(lucky, baseline)
+    shifted = baseline + np.array([[0.05], [0.0], [0.01]])
+    result = compared(shifted, baseline)
     assert result.p_wilcoxon < 1e-6
     assert result.verdict == "no difference shown"
     assert result.df == pytest.approx(2)
@@ -419,17 +419,17 @@ def test_the_verdict_is_seldom_wrong_and_finds_what_it_calls_detectable(reposito
         {"n_arms": 1, "n_replicates": 1},
     ],
 )
-def test_designs_that_know_little_of_training_luck_claim_little(repository, design):
+def test_designs_that_with_few_run_degrees_of_freedom_claim_little(repository, design):
     simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
     rates = simulation["measure"](simulation["Scenario"](**design), runs=120, seed=1, bootstraps=1)
     assert rates.wrong <= 0.08
     assert rates.refused == (design["n_replicates"] == 1)
 
 
-def test_a_draw_per_replicate_covers_the_luck_of_the_draw(repository):
-    simulation = runpy.run_path(str(repository / "benchmarks" / "shared_luck.py"))
-    design, luck = simulation["Design"](5, 60), simulation["Luck"]
-    shared, own = (simulation["false_claims"](design, luck(0.5, own_draw=own), 150, 1) for own in (False, True))
+def test_a_draw_per_replicate_covers_variation_between_draws(repository):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "shared_variance.py"))
+    design, shares = simulation["Design"](5, 60), simulation["VarianceShares"]
+    shared, own = (simulation["false_claims"](design, shares(0.5, own_draw=own), 150, 1) for own in (False, True))
     assert shared > 0.15
     assert own <= 0.08
 

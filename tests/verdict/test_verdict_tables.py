@@ -161,7 +161,7 @@ def test_a_primary_arm_that_was_named_after_an_evaluation_is_found(make_results)
     assert named_late(results, config) == ["real, fold0_seed0"]
 
 
-def test_wilcoxon_against_a_repeated_baseline_is_named_as_luck():
+def test_wilcoxon_against_a_repeated_baseline_is_reported_as_run_to_run_variation():
     config = parse_config({"arms": {"controls": ["real"]}, "segmentation": {"folds": [0, 1, 2]}})
     cases = simulated_cases(config)
     cases.loc[(cases["arm"] == "real+real") & (cases["replicate"] == "fold0_seed0"), "dice"] += 0.05
