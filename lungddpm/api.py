@@ -119,7 +119,7 @@ def measure(prediction: Volume, truth: Volume) -> dict[str, float]:
         truth: the same, on the same grid.
 
     Returns:
-        All measures in docs/reference/measures.md by column, e.g. `dice` and `hausdorff_95_mm`; NaN where undefined.
+        All measures in docs/reference/measures.md by column, e.g. `dice` and `hausdorff_95_mm`; NaN if undefined.
 
     Raises:
         InputError: the two masks are on different grids.

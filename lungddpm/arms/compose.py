@@ -3,7 +3,7 @@
 <arm>/nnUNet_raw/Dataset501_LungNodule/   imagesTr (links to the cases' CT), labelsTr, dataset.json, splits_final.json
 <arm>/arm.json                            every case with its patient and hash, the folds, the leak guard's proof
 <arm>/draws/<replicate>/                  imagesTr, labelsTr: the samples that this replicate alone trains on
-<arm>/draws/<replicate>/draw.json         the same of them as `arm.json` of all others
+<arm>/draws/<replicate>/draw.json         the same for them as `arm.json` of all others
 
 An arm `real+<generator>.filtered@<dose>` takes the first of those candidates whose nodules the segmenters of its
 baseline have found, by what `lungddpm.quality.sample_filter` left; both records then say how many these were.
@@ -41,7 +41,7 @@ FILE_ENDING = ".nii.gz"
 FILTER_TABLE = "samples.csv"
 """Beside each `filter.json`: one row per candidate of a filtered arm."""
 FILTER_COLUMNS = ["number", "case_id", "sha256", "n_nodule_voxels", "found"]
-"""`number`: in the plan of the synthesis; `found`: share of the nodule voxels that the segmenter found, NaN where the
+"""`number`: in the plan of the synthesis; `found`: share of the nodule voxels that the segmenter found, NaN if the
 layout has none."""
 
 
@@ -249,7 +249,7 @@ class _Surroundings:
 def _samples_of_arm(
     config: Config, around: _Surroundings, tables: list[Path], filters: Sequence[Path]
 ) -> tuple[list[TrainingCase], dict[str, Any]]:
-    """The samples that an arm takes of a cohort, and what its filter kept; empty where it has none."""
+    """The samples that an arm takes of a cohort, and what its filter kept; empty if it has none."""
     arm, n_real = around.arm, len(around.real)
     if not (wanted := round(arm.dose * n_real)):
         raise ConfigError("arms.doses", f"{arm.dose} of {n_real} real cases is not one case", "Raise the dose.")
@@ -300,7 +300,7 @@ def _filtered(
 
 
 def _check_segmenter(path: Path, record: dict[str, Any], around: _Surroundings) -> None:
-    """Make sure that who judged has learned from this arm's real cases alone, by their ids and hashes."""
+    """Check that who judged has learned from this arm's real cases alone, by their ids and hashes."""
     if record["arm"] != around.arm.name:
         raise InputError(path, f"is that of {record['arm']}, not of {around.arm.name}", "Run 'lungddpm filter' again.")
     known = {(case.case_id, case.sha256) for case in around.real}

@@ -90,7 +90,7 @@ class _SourceKeys(Section):
 
     @property
     def settings(self) -> Any:
-        """The section of this kind of source; None where it has none."""
+        """The section of this kind of source; None if it has none."""
         return getattr(self, self.kind, None)
 
     @property

@@ -60,7 +60,7 @@ NODULE_COLUMNS = [
     "touches_pleura", "touches_vessel", "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
 ]  # fmt: skip
 """`nodule` is its value in `nodules.nii.gz`; axes and elongation are those of `extent.Extent`; the position is in
-patient coordinates, RAS+; characteristics are medians over the readers, empty where nobody rated; `notes` reports what
+patient coordinates, RAS+; characteristics are medians over the readers, empty if nobody rated; `notes` reports what
 was untidy about their contours."""
 
 OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
@@ -72,7 +72,7 @@ def read_cases(path: Path) -> pd.DataFrame:
     """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 where nobody has counted).
 
     Raises:
-        InputError: missing file or columns, or a file that was cut short.
+        InputError: missing file or columns, or a file that was truncated.
     """
     import pandas as pd
 
@@ -84,7 +84,7 @@ def read_cases(path: Path) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(path, f"is not a table of cases ({error})", "Delete it and run again.") from None
     if not text.endswith("\n"):
-        raise InputError(path, "is cut short", "Delete it and run again.")
+        raise InputError(path, "is truncated", "Delete it and run again.")
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(path, f"lacks the columns {', '.join(missing)}", "Delete it and run again.")
     table["n_nodules"] = table["n_nodules"].replace("", "0")

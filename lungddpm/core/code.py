@@ -4,7 +4,7 @@ A stage starts at its entries in `STAGES`. From there every name is followed to 
 stands for, through imports in modules and in functions. Comments, docstrings, type-only imports, the order of
 definitions and what is only said to the user do not count. Annotations of functions do not either, but they are
 followed, as methods are called on the values that they describe. What no name leads to does not count: a module that
-`importlib` loads has to be named by the table, with `{name}` in the place of its name.
+`importlib` loads has to be named by the table, with `{name}` instead of its name.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _own_code() -> Code:
 
 
 class CodeFromStep(TypedDict):
-    """The code that a training ran with from a step on, counted from 1."""
+    """The code that a training ran with from a step on, from 1."""
 
     from_step: int
     code: str
@@ -217,7 +217,7 @@ class Code:
         return []
 
     def _module(self, name: str) -> _Module | None:
-        """A module of the package by its dotted name; None where there is none."""
+        """A module of the package by its dotted name; None if there is none."""
         if name not in self._modules:
             first, *rest = name.split(".")
             stem = self._package.joinpath(*rest)

@@ -28,7 +28,7 @@ class Cohort:
     real_cases: int | None = None
     """How many real cases the generator learned from, and a dose is a multiple of; None for all."""
     replicate: str | None = None
-    """The only replicate that trains on this draw; None where all replicates share it."""
+    """The only replicate that trains on this draw; None if all replicates share it."""
 
     @classmethod
     def parse(cls, text: str) -> Cohort:

@@ -52,7 +52,7 @@ class Plane:
 
     name: str
     axis: int
-    """Voxel axis at right angles to the plane."""
+    """Voxel axis perpendicular to the plane."""
     sides: tuple[str, str, str, str]
     """What lies at the left, right, top and bottom of the picture."""
 

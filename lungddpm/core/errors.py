@@ -60,7 +60,7 @@ _OUTPUT_PROBLEMS = {
 
 
 def from_os_error(error: BaseException | None) -> OutputError | None:
-    """The user-facing form of a full or read-only disk; None where `error` is something else.
+    """The user-facing form of a full or read-only disk; None if `error` is something else.
 
     Libraries wrap the system's error in errors of their own: what an exception came from is looked at as well.
     """

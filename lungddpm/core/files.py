@@ -156,7 +156,7 @@ def check_archive(path: Path) -> None:
     """Compare the checksums of a zip archive, such as torch.save writes; torch.load does not.
 
     Raises:
-        BadZipFile: it is cut short, or a part differs from its checksum.
+        BadZipFile: it is truncated, or a part differs from its checksum.
     """
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:

@@ -66,7 +66,7 @@ def unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 def problem_of(value: Any) -> str | None:
-    """Why a network cannot take a value as a weight, as a clause ("holds a sparse tensor"); None where it can."""
+    """Why a network cannot take a value as a weight, as a clause ("holds a sparse tensor"); None if it can."""
     if not isinstance(value, torch.Tensor):
         return "holds no tensor"
     if value.is_meta:
@@ -100,5 +100,5 @@ def _problem(error: Exception) -> str:
     reason = re.sub(r"\x1b\[[0-9;]*m", "", text).partition("\n")[0][:200]
     shown = f" ({reason})" if reason.isprintable() and reason and "weights" not in reason.lower() else ""
     if isinstance(error, zipfile.BadZipFile):
-        return f"is cut short or damaged{shown}"
-    return f"is cut short, damaged, or not a checkpoint of torch{shown}"
+        return f"is truncated or damaged{shown}"
+    return f"is truncated, damaged, or not a checkpoint of torch{shown}"

@@ -125,7 +125,7 @@ def read_volume(path: Path) -> Volume:
     """Read a 3-D NIfTI file in the closest RAS+ orientation, values as stored (scaled where the header says so).
 
     Raises:
-        InputError: as `read_header`, or the voxels are cut short or damaged, or fill more memory than there is.
+        InputError: as `read_header`, or the voxels are truncated or damaged, or fill more memory than there is.
     """
     image, header = _open_image(path)
     return Volume(_read_array(path, image, header), header.affines[0]).canonical()
@@ -251,7 +251,7 @@ def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np
 
 
 def _coded(header: Nifti1Header, kind: str) -> np.ndarray | None:
-    """The sform or qform of a header; None where its code is 0, or its numbers make no affine."""
+    """The sform or qform of a header; None if its code is 0, or its numbers make no affine."""
     try:
         affine, code = getattr(header, f"get_{kind}")(coded=True)
     except Exception:  # a quaternion of arbitrary bytes
@@ -546,7 +546,7 @@ def resample_upright(volume: Volume, labels: bool = False, outside: float = AIR_
 
 
 def slice_windows(hu: np.ndarray, axis: int) -> Window:
-    """The least and the greatest HU of each slice across an axis, for `to_model_range` and `to_hu`.
+    """The least and the largest HU of each slice across an axis, for `to_model_range` and `to_hu`.
 
     Published Lung-DDPM scales its volumes so (arXiv 2502.15204), which loses the HU that slices have in common.
 

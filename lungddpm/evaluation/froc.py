@@ -1,4 +1,4 @@
-"""FROC: the share of lesions that candidates find, against the false positives a scan that come with them.
+"""FROC: the share of lesions that candidates find, against the false positives per scan that come with them.
 
 Every score is a place where one could cut: candidates of at least that score count, all of equal score together.
 Between two cuts, and from no candidate at all to the first, the curve is a straight line; above the highest rate that
@@ -16,8 +16,8 @@ import pandas as pd
 
 RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
 """False positives a scan at which sensitivity is read; CPM is the mean over them."""
-FROC_COLUMNS = ["arm", "replicate", "false_positives_a_scan", "sensitivity"]
-BAND_COLUMNS = ["arm", "false_positives_a_scan", "sensitivity", "ci_low", "ci_high"]
+FROC_COLUMNS = ["arm", "replicate", "false_positives_per_scan", "sensitivity"]
+BAND_COLUMNS = ["arm", "false_positives_per_scan", "sensitivity", "ci_low", "ci_high"]
 CPM_COLUMNS = ["arm", "cpm", "cpm_ci_low", "cpm_ci_high"]
 # Every fourth is one of the seven.
 _CURVE_RATES = 2.0 ** (np.arange(-12, 13) / 4)
@@ -30,7 +30,7 @@ class Findings:
 
     n_scans: int
     lesion_scores: np.ndarray
-    """(lesions,): highest score of the candidates that hit the lesion, NaN where none does."""
+    """(lesions,): highest score of the candidates that hit the lesion, NaN if none does."""
     lesion_scans: np.ndarray
     """(lesions,) int: which scan, from 0, each is in."""
     false_scores: np.ndarray
@@ -39,7 +39,7 @@ class Findings:
     """(false positives,) int."""
 
     def sensitivity(self, rates: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Sensitivity at rates of false positives a scan, with every scan counted as often as its weight says.
+        """Sensitivity at rates of false positives per scan, with every scan counted as often as its weight says.
 
         Args:
             rates: (rates,), ascending, above 0.
@@ -65,7 +65,7 @@ class Findings:
 
 
 def findings_of(cases: pd.DataFrame, lesions: pd.DataFrame, candidates: pd.DataFrame) -> Findings | None:
-    """What one replicate's tables say; None where its predictions came without probabilities.
+    """What one replicate's tables say; None if its predictions came without probabilities.
 
     Args:
         cases: rows of `metrics.csv` (`case_id`, `n_candidates`).
@@ -120,7 +120,7 @@ def froc_tables(
         curves = np.stack([found.sensitivity(_CURVE_RATES, weights) for found in replicates.values()])
         for replicate, curve in zip(replicates, curves[:, 0, at_seven], strict=True):
             keys = {"arm": arm, "replicate": replicate}
-            points.append(pd.DataFrame(keys | {"false_positives_a_scan": RATES, "sensitivity": curve}))
+            points.append(pd.DataFrame(keys | {"false_positives_per_scan": RATES, "sensitivity": curve}))
         drawn = np.einsum("br,rbk->bk", _draws(len(replicates), generator) / len(replicates), curves[:, 1:])
         tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
         low, high = np.nanquantile(drawn, tails, axis=0)

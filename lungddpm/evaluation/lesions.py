@@ -44,7 +44,7 @@ class Lesion:
     short_axis_mm: float = math.nan
     elongation: float = math.nan
     score: float = math.nan
-    """Highest score of the candidates that hit it; NaN where none does, or without probabilities."""
+    """Highest score of the candidates that hit it; NaN if none does, or without probabilities."""
 
     @property
     def found(self) -> bool:
@@ -115,7 +115,7 @@ def lesion_measures(
 
 
 def ratings_of(reference: Volume, nodules: Sequence[dict]) -> list[dict[str, float | None]]:
-    """What readers said of each lesion: `RATINGS`, each None where nobody rated.
+    """What readers said of each lesion: `RATINGS`, each None if nobody rated.
 
     A nodule belongs to the lesion nearest its centroid. Nodules that touch on this grid are one lesion, which has the
     ratings of the largest of them.

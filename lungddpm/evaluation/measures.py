@@ -92,7 +92,7 @@ class Measure:
     meaning: str
     """What it is, as a phrase."""
     compute: Callable[[MaskPair], float]
-    """Asked only where neither `without_nodule` nor `without_prediction` has the answer; NaN where it is undefined."""
+    """Asked only where neither `without_nodule` nor `without_prediction` has the answer; NaN if it is undefined."""
     better: Literal["larger", "smaller", "near 0"]
     form: str
     """Format of a value, e.g. ".3f"; a "+" shows the sign."""
@@ -111,7 +111,7 @@ class Measure:
             raise ValueError(f"measure {self.column}: it {self.role}, so it must lie in 0 to 1, larger being better")
 
     def of(self, masks: MaskPair) -> float:
-        """Its value for one case; NaN where it has none."""
+        """Its value for one case; NaN if it has none."""
         fixed = None
         if not masks.n_reference:
             fixed = self.without_nodule
@@ -198,7 +198,7 @@ MEASURES = {measure.column: measure for measure in _ENTRIES}
 
 
 def measure_masks(masks: MaskPair) -> dict[str, float]:
-    """Every measure of one case, by column; NaN where it has no value."""
+    """Every measure of one case, by column; NaN if it has no value."""
     return {column: measure.of(masks) for column, measure in MEASURES.items()}
 
 

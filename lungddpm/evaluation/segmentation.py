@@ -25,7 +25,7 @@ LESION_COLUMNS = [
     "case_id", "patient_id", "lesion", "diameter_mm", "long_axis_mm", "short_axis_mm", "elongation", "size_bin",
     *RATINGS, "found", "overlap", "score",
 ]  # fmt: skip
-"""Sizes are those on the model grid; ratings are medians over the readers, empty where nobody rated."""
+"""Sizes are those on the model grid; ratings are medians over the readers, empty if nobody rated."""
 CANDIDATE_COLUMNS = ["case_id", "patient_id", "candidate", "score", "volume_mm3", "lesions"]
 """`lesions`: numbers as in `lesions.csv`, several joined by "+"; empty for a false positive."""
 PROBABILITY = "probability"
@@ -137,7 +137,7 @@ def read_evaluation(folder: Path) -> dict[str, Any]:
 
 
 def check_unchanged(path: Path) -> None:
-    """Make sure that a table is as `run_evaluate` wrote it, by the hash in `evaluation.json` beside it.
+    """Check that a table is as `run_evaluate` wrote it, by the hash in `evaluation.json` beside it.
 
     Raises:
         InputError: it was changed since, or there is no such hash.

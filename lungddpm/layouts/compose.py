@@ -128,7 +128,7 @@ def nodules_on_grid(masks: list[Volume], affine: np.ndarray, shape: tuple[int, i
         shape: cells of the target along x, y, z.
 
     Returns:
-        int32 of `shape`: 0, or the nodule's place in `masks`, counted from 1.
+        int32 of `shape`: 0, or the nodule's place in `masks`, from 1.
     """
     cells = np.zeros(shape, np.int32)
     cell_mm3 = abs(np.linalg.det(affine[:3, :3]))
@@ -242,7 +242,7 @@ def _write_nodules(path: Path, found: Segmented) -> None:
 
 
 def _hash_nodules(path: Path) -> str:
-    """SHA-256 of the file of nodules; empty where there is none."""
+    """SHA-256 of the file of nodules; empty if there is none."""
     return sha256_of(path) if path.exists() else ""
 
 

@@ -51,7 +51,7 @@ class Landmarks:
 
     Attributes:
         lung: median of the lungs.
-        tissue: level of the soft tissue around them; None where nothing surrounds them.
+        tissue: level of the soft tissue around them; None if nothing surrounds them.
         darkest: 1st percentile of the lungs.
         guessed: lung and tissue are the darker and the brighter part of the scan; where lungs are given, False.
         cut: the lungs' lowest value, if many lung voxels have it and nothing in the scan is lower; else None.
@@ -120,7 +120,7 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
 
 
 def hounsfield_problem(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) -> str | None:
-    """What is wrong with a CT's values, as a clause that names what they look like; None where they are HU.
+    """What is wrong with a CT's values, as a clause that names what they look like; None if they are HU.
 
     What scans differ in passes: padding, contrast, metal, emphysema, noise, a field of view inside the body, air cut at
     -1000.
@@ -185,7 +185,7 @@ def _cut_to_a_window(found: Landmarks) -> str | None:
 
 
 def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
-    """What the values look like; None where that is not clear."""
+    """What the values look like; None if that is not clear."""
     low, high, lung = found.low, found.high, found.lung
     tissue = lung if found.tissue is None else found.tissue
     if high - low <= 1e-6:

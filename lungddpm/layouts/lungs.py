@@ -59,7 +59,7 @@ def segment_lungs(ct: Volume, settings: Layouts = _DEFAULTS) -> np.ndarray:
 
     Raises:
         ExcludedCaseError: there are no lungs, only one, too little of them, or they are cut off by the field of view.
-        UserError: the method needs a package or weights that cannot be had.
+        UserError: the method needs a package or weights that are not available.
     """
     if settings.lungs == "classical":
         lungs_lr = _classically(ct)

@@ -41,7 +41,7 @@ def lungs_by_network(ct: Volume, name: str) -> np.ndarray:
         uint8 of the CT's shape: 0 outside, `RIGHT`, `LEFT`.
 
     Raises:
-        UserError: the package is not installed, or its weights cannot be had.
+        UserError: the package is not installed, or its weights are not available.
     """
     return {"lungmask": _by_lungmask, "totalsegmentator": _by_totalsegmentator}[name](ct)
 
@@ -63,7 +63,7 @@ def _lungmask_model() -> Any:
         raise _missing("lungmask", error) from None
     try:
         model = LMInferer(modelname="R231", tqdm_disable=True)
-    # No network (URLError is an OSError), or a download that was cut short.
+    # No network (URLError is an OSError), or a download that was truncated.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         fetch = 'python -c "from lungmask import LMInferer; LMInferer()"'
         raise _without_weights("lungmask", error, fetch, "TORCH_HOME") from None
@@ -134,6 +134,6 @@ def _missing(package: str, error: ImportError) -> UserError:
 def _without_weights(package: str, error: Exception, fetch: str, folder: str) -> UserError:
     return UserError(
         f"{_KEY} = {package}",
-        f"the network's weights cannot be had ({' '.join(str(error).split())[:300]})",
+        f"the network's weights are not available ({' '.join(str(error).split())[:300]})",
         f"Run `{fetch}` where there is a network (${folder} says where they are kept), or set {_KEY} to classical.",
     )

@@ -46,9 +46,9 @@ class Nodule:
     flagged: bool = False
     """One reader drew it more than once, in contours that touch: their union was taken."""
     characteristics: dict[str, float] = field(default_factory=dict)
-    """Median rating over the annotations, e.g. `malignancy`; empty where nobody rated."""
+    """Median rating over the annotations, e.g. `malignancy`; empty if nobody rated."""
     untidy: dict[str, int] = field(default_factory=dict)
-    """See `untidy_contours`; empty where labels were ready."""
+    """See `untidy_contours`; empty if labels were ready."""
 
     @property
     def voxels(self) -> int:
@@ -116,7 +116,7 @@ def number_voxels(nodules: Sequence[Nodule], shape: tuple[int, int, int]) -> np.
         shape: of the scan.
 
     Returns:
-        uint8 of `shape`: 0, or the nodule's place in `nodules`, counted from 1.
+        uint8 of `shape`: 0, or the nodule's place in `nodules`, from 1.
 
     Raises:
         ExcludedCaseError: there are more nodules than uint8 can number.

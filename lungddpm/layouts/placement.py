@@ -62,7 +62,7 @@ class Shape:
         case_id: its case.
         patient_id: its patient.
         number: which of the case's nodules, from 1.
-        ratings: `cases.RATINGS`, medians over its readers; empty where nobody rated.
+        ratings: `cases.RATINGS`, medians over its readers; empty if nobody rated.
     """
 
     mask: Volume
@@ -221,7 +221,7 @@ def read_shapes(folder: cases.CaseFolder, case_id: str, patient_id: str) -> list
 
 
 def place(layout: Volume, library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator) -> MadeLayout:
-    """Put new nodules into a layout: as many as some discovery case has, each a real one's shape, turned and scaled.
+    """Put new nodules into a layout: as many as some discovery case has, each a real one's shape, rotated and scaled.
 
     Args:
         layout: uint8 `Label`, RAS+; nodules that it has stay.

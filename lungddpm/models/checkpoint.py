@@ -96,7 +96,7 @@ def read_metadata(path: Path) -> Metadata:
     """Read what is written beside the weights of our format; cheap.
 
     Raises:
-        InputError: missing, cut short, or not weights of ours.
+        InputError: missing, truncated, or not weights trained here.
     """
     held = {"kept": {}, **_read_description(path)}  # files of before have nothing kept
     try:
@@ -109,13 +109,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the weights of our format, float32, by their keys, and compare the checksum that was written with them.
 
     Raises:
-        InputError: missing, cut short, damaged, or not a denoiser of ours.
+        InputError: missing, truncated, damaged, or not a denoiser trained here.
     """
     held = _read_description(path)
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(path, f"is cut short or damaged ({error})", _RETRAIN) from None
+        raise InputError(path, f"is truncated or damaged ({error})", _RETRAIN) from None
     refuse_unfit(path, weights, _RETRAIN)
     if held.pop("sha256", None) != _checksum(held, weights):
         raise InputError(path, "is damaged: it differs from the checksum that was written with it", _RETRAIN)
@@ -137,14 +137,14 @@ def load_network(
         device: where the network goes.
 
     Raises:
-        InputError: missing, cut short, damaged, not weights of ours, or made for something else than the config asks.
+        InputError: missing, truncated, damaged, not weights trained here, or made for something else than the config asks.
     """
     check_fit(path, config)
     return fill(path, build, read_weights(path), device)
 
 
 def check_fit(path: Path, config: GeneratorConfig[TrainedSettings]) -> None:
-    """Make sure that weights of ours were trained for what the config asks.
+    """Check that weights trained here were trained for what the config asks.
 
     Raises:
         InputError: they were not; names the key.
@@ -196,7 +196,7 @@ def _read_description(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(path, "does not exist", _RETRAIN) from None
     except (OSError, SafetensorError) as error:
-        raise InputError(path, f"is cut short or not a safetensors file ({error})", _RETRAIN) from None
+        raise InputError(path, f"is truncated or not a safetensors file ({error})", _RETRAIN) from None
     if _FORMAT not in texts and any(name.startswith(_EARLIER_FORMATS) for name in texts):
         raise InputError(path, "was trained by an earlier version, whose weights are not read any more", _RETRAIN)
     if _FORMAT not in texts:
@@ -224,7 +224,7 @@ def refuse_unfit(path: Path, weights: Mapping[str, Any], remedy: str) -> None:
 
 
 def problems_of(weights: Mapping[str, torch.Tensor], network: nn.Module) -> list[str]:
-    """What is wrong with the weights of a network, key by key; empty where all is right."""
+    """What is wrong with the weights of a network, key by key; empty if all is right."""
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     return [

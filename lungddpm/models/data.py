@@ -180,7 +180,7 @@ def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator
 
 
 def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
-    """The arrays as they lie on disk; None where one is missing or not whole."""
+    """The arrays as they lie on disk; None if one is missing or not whole."""
     if not all(path.exists() for path in paths.values()):
         return None
     try:

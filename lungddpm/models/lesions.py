@@ -165,7 +165,7 @@ def read_histograms(weights: Path) -> list[DiscoveryNodule]:
     """The nodules that a network was trained on.
 
     Raises:
-        InputError: the file is none of ours, or holds no histograms.
+        InputError: the file was not written here, or holds no histograms.
     """
     kept = read_metadata(weights).kept.get(_KEPT)
     if not kept:

@@ -65,7 +65,7 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
         device: where the denoiser goes.
 
     Raises:
-        InputError: missing, cut short, damaged, of neither format, with code inside, or made for something else than
+        InputError: missing, truncated, damaged, of neither format, with code inside, or made for something else than
             the config asks; names the keys that are wrong.
     """
 
@@ -82,13 +82,13 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
 
 
 def export_published(weights: Path, output: Path) -> None:
-    """Write a denoiser of ours in the published format, its EMA weights in both places.
+    """Write a denoiser trained here in the published format, its EMA weights in both places.
 
     The published code shows it volumes in the published orientation, so it must have been trained in that one. Kernels
     cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
 
     Raises:
-        InputError: the weights are missing, cut short, not a denoiser of ours, of the orientation `ras`, or of a
+        InputError: the weights are missing, truncated, not a denoiser trained here, of the orientation `ras`, or of a
             prediction or a padding that is not published; or the output is not named `.pt`.
     """
     if output.suffix != ".pt":

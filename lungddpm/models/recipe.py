@@ -35,7 +35,7 @@ class Batch:
         condition: (N, C, D, H, W) float32, see `condition_channels`.
         noise: standard normal, shaped like `clean`.
         levels: (N,) noise levels, as `Objective.draw_level` gives them.
-        shown: (N, channels, D, H, W) the hint, see `hints.show`; None where there is none.
+        shown: (N, channels, D, H, W) the hint, see `hints.show`; None if there is none.
     """
 
     clean: torch.Tensor

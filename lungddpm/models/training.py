@@ -199,7 +199,7 @@ class _Run:
             write_json(self._record, {**self.fingerprints, "steps": metadata.steps, "code": self.code})
 
     def _newest_state(self) -> Path | None:
-        """The newest state of this training; None where it is the last one of a training that other code finished."""
+        """The newest state of this training; None if it is the last one of a training that other code finished."""
         found = newest_state(self.output / "state", self.fingerprints)
         if found is None or not self._record.exists():
             return found

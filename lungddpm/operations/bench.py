@@ -119,7 +119,7 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Row:
-    """What is reported of an option; None where it was not measured.
+    """What is reported of an option; None if it was not measured.
 
     Attributes:
         option: its name.

@@ -55,7 +55,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
         "parameters": f"{parameters:,}" + (f", and {of_opponent:,} of its opponent" if of_opponent else ""),
         "forward pass": f"{_flop(forward)} (batch of {training.batch_size})",
         "optimizer step": f"{_flop(operations)} (passes: {training.accumulation}, processes: {processes})",
-        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at the most",
+        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at most",
         "step time": f"{', then '.join(f'{each:.3g} s' for each in seconds)}, "
         f"{_flop(operations / processes / seconds[-1])}/s a process",
         "whole training": f"{_duration(whole)} for {training.steps:,} steps, grids of samples apart",

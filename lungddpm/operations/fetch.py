@@ -96,7 +96,7 @@ def select(index: pd.DataFrame, patients: str) -> list[Item]:
     """What to fetch: CT, and for each reader and nodule a SEG object.
 
     Args:
-        index: as of `read_index`.
+        index: from `read_index`.
         patients: how many, in order of their ids, of those with nodules of at least 3 mm; or ids with commas between
             them; or `all`, which is all with such nodules.
 
@@ -147,7 +147,7 @@ def describe(items: Sequence[Item], missing: Sequence[Item], output: Path) -> li
 def fetch(items: Sequence[Item], output: Path, transfer: Transfer) -> None:
     """Fetch what is not complete, patient by patient, and check its files and bytes.
 
-    What an earlier call has fetched stays; of a series that was cut short, the files are removed first.
+    What an earlier call has fetched stays; of a series that was truncated, the files are removed first.
 
     Raises:
         OutputError: the disk is too small.

@@ -171,7 +171,7 @@ def run_plan(
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
         tables: tables that may list the scans; the first that exists is taken.
-        scans: number of scans, whatever tables say; None where a table or the source says it.
+        scans: number of scans, whatever tables say; None if a table or the source says it.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
         step_seconds: of an optimizer step on that device (of one core, on a CPU); see `measured_speed`.
         bench: what `lungddpm bench` has written; then the device is the one that it measured.
@@ -240,13 +240,13 @@ def known_speed(device: str) -> Speed:
         ConfigError: the device is not known.
     """
     if device == CPU:
-        return Speed(CPU, CORE_FLOP_PER_S, f"{CORE_FLOP_PER_S / 1e9:g} GFLOP/s a core, good to a factor of two or so")
+        return Speed(CPU, CORE_FLOP_PER_S, f"{CORE_FLOP_PER_S / 1e9:g} GFLOP/s a core, accurate to a factor of about two")
     if device not in PEAK_TFLOP_PER_S:
         known = ", ".join([CPU, *PEAK_TFLOP_PER_S])
         raise ConfigError("--device", f"'{device}' is not known", f"Take one of {known}, or give --step-seconds.")
     peak = PEAK_TFLOP_PER_S[device]
     return Speed(
-        device, UTILISATION * peak * 1e12, f"{UTILISATION:.0%} of {peak} TFLOP/s, good to a factor of two or so"
+        device, UTILISATION * peak * 1e12, f"{UTILISATION:.0%} of {peak} TFLOP/s, accurate to a factor of about two"
     )
 
 
@@ -439,7 +439,7 @@ def segmenter_cost(config: Config) -> NetworkCost:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     one_pass = forward.get_total_flops()
     kept = _kept_bytes(network, lambda: network(patches))
-    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
+    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
     volume = segmentation.batch_size
     return NetworkCost(
@@ -468,7 +468,7 @@ def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
 
 
 def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
-    """What a table of cases tells; None where it is of another kind of source."""
+    """What a table of cases tells; None if it is of another kind of source."""
     from lungddpm.core.cases import read_cases, usable
 
     table = read_cases(index)
@@ -564,7 +564,7 @@ def _kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
 
 
 def _kept_in_training(config: GeneratorConfig[TrainedSettings], recipe: Recipe) -> int:
-    """The same of a whole training pass: an opponent first judges what the network draws, then that and real CT."""
+    """The same for a whole training pass: an opponent first judges what the network draws, then that and real CT."""
     import torch
 
     from lungddpm.operations.estimate import training_shape

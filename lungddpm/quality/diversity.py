@@ -53,7 +53,7 @@ def memorisation(samples: np.ndarray, real: np.ndarray) -> Nearness:
 
     Args:
         samples: distance of each sample to its nearest training case; at least one.
-        real: the same of real cases, itself and its patient left out; at least one.
+        real: the same for real cases, itself and its patient left out; at least one.
     """
     nearer = int(np.count_nonzero(samples < real.min()))
     return Nearness(float(np.median(samples) / np.median(real)), float(samples.min() / real.min()), nearer)

@@ -97,7 +97,7 @@ def kernel_distance(
         second_patients: likewise.
 
     Returns:
-        (distance, standard error); the latter is NaN where a patient's absence leaves less than two images on a side.
+        (distance, standard error); the latter is NaN if a patient's absence leaves less than two images on a side.
     """
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -83,7 +83,7 @@ class Sample:
     Attributes:
         ct: synthetic, HU.
         layout: what it was made from.
-        reference: None where another system made it without one.
+        reference: None if another system made it without one.
     """
 
     ct: Volume
@@ -177,7 +177,7 @@ def seam_ratio(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, sam
         same: bool, same shape; pairs with a voxel where it is false do not count.
 
     Returns:
-        NaN where there is no such pair, or the reference has no step at all.
+        NaN if there is no such pair, or the reference has no step at all.
     """
     named = layout != Label.BACKGROUND
     of_image, of_reference = 0.0, 0.0
@@ -216,7 +216,7 @@ def list_samples(sample_tables: list[Path]) -> pd.DataFrame:
 
 
 def reference_of(sample_folder: cases.CaseFolder) -> str | None:
-    """Case id of a sample's reference; None where another system made it without one.
+    """Case id of a sample's reference; None if another system made it without one.
 
     Raises:
         InputError: `sample.json` does not say.

@@ -49,7 +49,7 @@ METRIC_COLUMNS = [
 the layout of that case; `patient_seen`, `nodules_seen`: the segmenter was trained on that patient, or on patients whose
 nodules are in it."""
 LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "texture", "found", "overlap"]
-"""One row per lesion. `texture`: see `textures`; empty where it is not known."""
+"""One row per lesion. `texture`: see `textures`; empty if it is not known."""
 STRATA = [*SIZE_COLUMNS.values(), *TEXTURE_COLUMNS.values()]
 """Kinds of lesions, as columns have them: by size, and by texture."""
 RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_positives_per_scan"]
@@ -195,7 +195,7 @@ class _Seen:
         return {"patient_seen": seen, "nodules_seen": seen}
 
     def of_sample(self, row: pd.Series, folder: CaseFolder) -> dict[str, bool]:
-        """The same of a sample: by its reference, and by whose nodules were placed in it or went into it elsewhere."""
+        """The same for a sample: by its reference, and by whose nodules were placed in it or went into it elsewhere."""
         record = read_json(folder.sample_record)
         donors = {"nodules": record.get("nodules", []), "donors": record.get("declared", {}).get("donors", [])}
         of_nodules = splits.patients_named_in(donors, self._register)
@@ -211,7 +211,7 @@ def judge(
     """Segment every case and compare the mask with its layout; a CT and layout that come twice are segmented once.
 
     Args:
-        chosen: as of `cases_to_judge`.
+        chosen: from `cases_to_judge`.
         segment: path of a CT (HU) -> its nodules, 0 or 1, on the grid of the CT.
         what: is done, for the progress.
 
@@ -344,7 +344,7 @@ def _paired(drawn: pd.DataFrame, real: pd.DataFrame, column: str, keys: list[str
 
 
 def _interval(by_replicate: pd.Series, folds: Mapping[str, int], confidence: float) -> tuple[float, float, float]:
-    """Mean over independent replicates and its t interval; NaN limits where there is one, all NaN where none."""
+    """Mean over independent replicates and its t interval; NaN limits where there is one, all NaN if none."""
     found = by_replicate.dropna()
     if len(set(folds.values())) > 1:
         found = found.groupby(found.index.map(folds)).mean()

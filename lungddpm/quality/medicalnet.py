@@ -167,6 +167,6 @@ def _from_hub() -> Path:
     try:
         return Path(hf_hub_download(_HUB_REPOSITORY, _HUB_FILE))
     except Exception as error:  # no network, no such file, a full disk: the hub's client has an error for each
-        problem = f"{_HUB_FILE} of {_HUB_REPOSITORY} cannot be had ({type(error).__name__})"
+        problem = f"{_HUB_FILE} of {_HUB_REPOSITORY} are not available ({type(error).__name__})"
         remedy = f"Download {_HUB_FILE} of MedicalNet where there is a network, and give its path."
         raise InputError("image_quality.weights: hub", problem, remedy) from None

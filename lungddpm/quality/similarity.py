@@ -63,7 +63,7 @@ def similarities(
         masks: region name -> bool mask of that shape.
 
     Returns:
-        (ssim, ms_ssim) by region; NaN where the region is empty or the grid smaller than the window. MS-SSIM takes
+        (ssim, ms_ssim) by region; NaN if the region is empty or the grid smaller than the window. MS-SSIM takes
         negative means as 0.
     """
     scales = n_scales(image.shape)

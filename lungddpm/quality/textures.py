@@ -29,7 +29,7 @@ class KnownNodule:
 
     Attributes:
         position_mm: RAS.
-        texture: one of `lesions.TEXTURES`, or empty where nobody rated it.
+        texture: one of `lesions.TEXTURES`, or empty if nobody rated it.
     """
 
     position_mm: tuple[float, float, float]
@@ -62,7 +62,7 @@ class RealNodules:
 
         Args:
             record: its `sample.json`.
-            reference: the case that its CT was made from; empty where there is none.
+            reference: the case that its CT was made from; empty if there is none.
             own_layout: it has the layout of that case.
         """
         own = self.of_case(reference) if own_layout or record.get("layout_origin") == ADDED else []

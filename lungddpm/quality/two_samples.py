@@ -49,7 +49,7 @@ def classifier_auc(made: np.ndarray, real: np.ndarray, made_patients: list[str],
         real_patients: likewise.
 
     Returns:
-        The share of pairs, one made and one real, in which the made one scores higher; NaN where a side has less than
+        The share of pairs, one made and one real, in which the made one scores higher; NaN if a side has less than
         two patients.
     """
     folds = min(_FOLDS, len(set(made_patients)), len(set(real_patients)))

@@ -53,11 +53,11 @@ CHECKS = (
         lambda limits: (100 * limits.smaller_lung_share, 50),
     ),
     Check(
-        "lung area on the first slice, % of the greatest", _percent("end_slice_share_bottom"), ".1f",
+        "lung area on the first slice, % of the largest", _percent("end_slice_share_bottom"), ".1f",
         lambda limits: (0, 100 * limits.end_slice_share),
     ),
     Check(
-        "lung area on the last slice, % of the greatest", _percent("end_slice_share_top"), ".1f",
+        "lung area on the last slice, % of the largest", _percent("end_slice_share_top"), ".1f",
         lambda limits: (0, 100 * limits.end_slice_share),
     ),
     Check(

@@ -300,7 +300,7 @@ def weights_file(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
 
 def segmenter_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float, float]]:
     """Optimizer step, mean training loss (nnU-Net's: cross-entropy minus soft Dice) and Dice of the validation patches
-    (NaN where they hold no nodule) at every saved state of a replicate, from nnU-Net's logs; empty where there are
+    (NaN if they hold no nodule) at every saved state of a replicate, from nnU-Net's logs; empty if there are
     none."""
     logged = {}
     for log in sorted(fold_folder(arm_dir, fold, seed).glob("training_log_*.txt")):
@@ -468,7 +468,7 @@ def _sigterm_as_exit(what: str) -> Iterator[None]:
 
 
 def _latest_state(folder: Path) -> Path | None:
-    """The last saved state of a training under way; None where there is none, or a damaged one, which is removed."""
+    """The last saved state of a training under way; None if there is none, or a damaged one, which is removed."""
     path = folder / "checkpoint_latest.pth"
     if not path.exists():
         return None
@@ -485,7 +485,7 @@ def _read_checkpoint(path: Path) -> dict:
     """A checkpoint on the CPU. nnU-Net, which goes on from it by its path, would run code in it: here that is refused.
 
     Raises:
-        InputError: it is missing, cut short or otherwise damaged, or holds code.
+        InputError: it is missing, truncated or otherwise damaged, or holds code.
     """
     from lungddpm.core.torch_files import load_checked
 
@@ -537,7 +537,7 @@ def _read_arm(arm_dir: Path) -> dict[str, Any]:
 
 
 def _read_draw(config: Config, arm_dir: Path, fold: int, seed: int) -> dict[str, Any]:
-    """What a replicate alone trains on; empty where it shares all its cases.
+    """What a replicate alone trains on; empty if it shares all its cases.
 
     Raises:
         InputError: the draw was not composed, or for the arm as it was.
@@ -570,7 +570,7 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     if plan["arm_fingerprint"] != arm["fingerprint"]:
         raise InputError(arm_dir, "was composed again after it was planned", "Run 'lungddpm segment plan' again.")
     if fold >= (n_folds := len(arm["folds"])):
-        raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
+        raise InputError(arm_dir, f"has {n_folds} folds, from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation
     drawn = _read_draw(config, arm_dir, fold, seed).get("cases", [])
     split = {"train": arm["folds"][fold]["train"] + [case["name"] for case in drawn], "val": arm["folds"][fold]["val"]}
@@ -595,7 +595,7 @@ def _is_trained(folder: Path, settings: dict) -> bool:
 
 
 def _settings_of(folder: Path) -> dict:
-    """The settings of the training in a fold's folder; empty where there is none."""
+    """The settings of the training in a fold's folder; empty if there is none."""
     path = folder / "training.json"
     return read_json(path) if path.exists() else {}
 

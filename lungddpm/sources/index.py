@@ -133,7 +133,7 @@ def relative_name(path: Path, top: Path) -> str:
 
 
 def check_folder(path: Path) -> None:
-    """Make sure that the data set's folder is there.
+    """Check that the data set's folder is there.
 
     Raises:
         InputError: it is not; the message has the whole path, as a relative one starts in the working directory.

@@ -236,7 +236,7 @@ def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -
 
 
 def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path | None:
-    """The weights that a generator draws with; None where it needs none, whatever is given."""
+    """The weights that a generator draws with; None if it needs none, whatever is given."""
     if owner is None:
         return None
     if given is None:
@@ -260,7 +260,7 @@ def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) 
 
 
 def _patients_of(weights: Path) -> list[str] | None:
-    """The patients whom weights of ours were trained on, for the leak guard; None where the file does not say it."""
+    """The patients whom weights trained here were trained on, for the leak guard; None if the file does not say it."""
     if weights.suffix != ".safetensors":
         return None
     from lungddpm.models.checkpoint import read_metadata

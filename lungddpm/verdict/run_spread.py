@@ -29,7 +29,7 @@ def run_spread_table(
 
     Args:
         arms: their names.
-        means: (arms, runs), each run's mean score over cases; NaN where a run is missing.
+        means: (arms, runs), each run's mean score over cases; NaN if a run is missing.
         replicates: the runs of each independent replicate; those of one fold share its split and are averaged for p.
         seed: of the draws behind p.
         groups: see `spread_test`.
@@ -53,7 +53,7 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS, groups: Seque
     """Test every arm for a spread wider than that of the others.
 
     Args:
-        means: (arms, independent replicates), NaN where one is missing.
+        means: (arms, independent replicates), NaN if one is missing.
         seed: of the draws.
         draws: number of simulated tables with equal spread.
         groups: group index of each arm: replicate effects differ between groups; None if there is one group.

@@ -82,7 +82,7 @@ def minimum_cases(n_compared: int, confidence: float) -> int:
 
 @dataclass(frozen=True)
 class MeanSquare:
-    """A mean square of an analysis of variance; `value` is NaN where `df` is 0."""
+    """A mean square of an analysis of variance; `value` is NaN if `df` is 0."""
 
     value: float
     df: int

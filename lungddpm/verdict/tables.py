@@ -246,7 +246,7 @@ def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.D
 
 
 def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """The variance components of every compared arm and every measure: `COMPONENT_COLUMNS`, NaN where unknown."""
+    """The variance components of every compared arm and every measure: `COMPONENT_COLUMNS`, NaN if unknown."""
     rows = []
     for measure in verdict_measures():
         scores = scores_of(cases, config, measure.column)

@@ -276,7 +276,7 @@ def test_the_estimate_counts_the_histograms_channels(config):
     bare = lung_ddpm_plus.recipe(plus.for_training("lung_ddpm_plus")).build()
     parameters = sum(parameter.numel() for parameter in bare.parameters()) + 16 * 4 * 27
     assert f"{parameters:,}" in output
-    assert "of the process's memory at the most" in output
+    assert "of the process's memory at most" in output
 
 
 def test_the_plan_counts_a_pass_per_step_visit_and_nodule():

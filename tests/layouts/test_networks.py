@@ -39,7 +39,7 @@ def lungs_lr(patient):
 
 @pytest.fixture
 def install(monkeypatch):
-    """A function that puts a module of that name with these attributes in the place of an installed one."""
+    """A function that puts a module of that name with these attributes instead of an installed one."""
 
     def put(name, **attributes):
         module = ModuleType(name)
@@ -137,7 +137,7 @@ def test_lungmask_without_weights_is_reported(patient, install, error):
             raise error
 
     install("lungmask", LMInferer=LMInferer)
-    with pytest.raises(UserError, match=r"weights cannot be had .*LMInferer\(\)"):
+    with pytest.raises(UserError, match=r"weights are not available .*LMInferer\(\)"):
         segment_lungs(patient.ct, Layouts(lungs="lungmask"))
 
 
@@ -146,7 +146,7 @@ def test_totalsegmentator_without_weights_is_reported(patient, install):
         raise requests.ConnectionError("Max retries exceeded")
 
     install_totalsegmentator(install, fail)
-    with pytest.raises(UserError, match=r"weights cannot be had \(Max retries.*totalseg_download_weights -t total"):
+    with pytest.raises(UserError, match=r"weights are not available \(Max retries.*totalseg_download_weights -t total"):
         segment_lungs(patient.ct, Layouts(lungs="totalsegmentator"))
 
 

@@ -140,7 +140,7 @@ def test_file_cut_short(saved, published, kind, kept):
     path = saved[0] if kind == "ours" else published
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
-    with pytest.raises(InputError, match="cut short"):
+    with pytest.raises(InputError, match="truncated"):
         load_denoiser(path, PLAIN)
 
 

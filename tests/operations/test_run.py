@@ -164,14 +164,14 @@ def test_errors_of_stages_are_repeated_last_with_exit_code_2(folder):
     (folder / "stage.py").write_text(
         "from lungddpm.cli import _refuse\n"
         "from lungddpm.core.errors import InputError\n"
-        "_refuse(InputError('x.dcm', 'is cut short', 'Copy it again.'))\n"
+        "_refuse(InputError('x.dcm', 'is truncated', 'Copy it again.'))\n"
     )
     job = f"{sys.executable} stage.py"
     (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{job}"\n')
     run = start(folder)
     output, _ = run.communicate()
     assert run.returncode == 2
-    assert output.strip().splitlines()[-1] == "error: x.dcm: is cut short. Copy it again."
+    assert output.strip().splitlines()[-1] == "error: x.dcm: is truncated. Copy it again."
 
 
 def test_the_folder_can_be_chosen(folder, tmp_path_factory):

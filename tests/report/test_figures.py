@@ -81,7 +81,7 @@ def test_froc_shows_every_arm_beside_the_baseline():
     rates = 2.0 ** np.arange(-3, 4)
     band = pd.concat(
         pd.DataFrame(
-            {"arm": arm, "false_positives_a_scan": rates, "sensitivity": at, "ci_low": at - 0.1, "ci_high": at + 0.1}
+            {"arm": arm, "false_positives_per_scan": rates, "sensitivity": at, "ci_low": at - 0.1, "ci_high": at + 0.1}
         )
         for arm, at in (("real", 0.4), ("real+one@1.0", 0.5), ("real+two@1.0", 0.6))
     )

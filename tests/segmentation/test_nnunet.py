@@ -203,7 +203,7 @@ def copied_arm(run, name):
 
 
 def stop_at(monkeypatch, *numbers):
-    """Let training stop before these steps, counted from 1 over all trainings; returns the steps taken so far."""
+    """Let training stop before these steps, from 1 over all trainings; returns the steps taken so far."""
     taken, step = [], LungDDPMTrainer.train_step
 
     def step_or_stop(trainer, batch):
@@ -317,7 +317,7 @@ def test_damaged_checkpoints_are_reported_and_trained_again(run, tmp_path, monke
     final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
     whole, weights = final.read_bytes(), checkpoint(arm)["network_weights"]
     final.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"checkpoint_final.pth: is cut short or damaged .* Delete it"):
+    with pytest.raises(InputError, match=r"checkpoint_final.pth: is truncated or damaged .* Delete it"):
         nnunet.run_predict(SHORT, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cpu")
     final.unlink()
     flipped = bytearray(whole)

@@ -101,12 +101,12 @@ ATTRIBUTES = f'<!DOCTYPE a [<!ATTLIST a b CDATA "{"x" * 10**6}">]><a>' + "<a/>" 
 # table.
 ERRORS = {
     "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or no DICOM file"),
-    "cut short": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is cut short"),
+    "truncated": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is truncated"),
     "cut in the header": (lambda f: truncate(f / THIRD, 0.4), {}, f"{THIRD}: "),
-    "cut short, implicit": (
-        lambda f: truncate(f / THIRD, 0.9), {"syntax": ImplicitVRLittleEndian}, f"{THIRD}: is cut short",
+    "truncated, implicit": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": ImplicitVRLittleEndian}, f"{THIRD}: is truncated",
     ),
-    "cut short, compressed": (
+    "truncated, compressed": (
         lambda f: truncate(f / THIRD, 0.9), {"syntax": RLELossless}, f"prepare:{THIRD}: pixels cannot be decoded",
     ),
     "missing slice": (lambda f: (f / THIRD).unlink(), {}, "1 slice(s) missing between"),
@@ -118,11 +118,11 @@ ERRORS = {
         lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
     ),
     "no decoder": (compress_unreadably, {}, "a transfer syntax that cannot be decoded, JPEG 2000 Part 2"),
-    "cut short, deflated": (
-        lambda f: truncate(f / THIRD, 0.9), {"syntax": DeflatedExplicitVRLittleEndian}, f"{THIRD}: is cut short",
+    "truncated, deflated": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": DeflatedExplicitVRLittleEndian}, f"{THIRD}: is truncated",
     ),
     "a file of any size": (lambda f: os.truncate(f / THIRD, 2**40), {}, f"{THIRD}: is larger than the 64 MiB"),
-    "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is cut short, or lacks its Series"),
+    "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is truncated, or lacks its Series"),
     "no patient": (lambda f: None, {"PatientID": ""}, "do not name one patient"),
     "no position": (lambda f: rewrite(f / THIRD, ImagePositionPatient=None), {}, "has no ImagePositionPatient of 3"),
     "absurd position": (
@@ -210,7 +210,7 @@ def test_two_series_in_one_folder_are_distinguished_when_one_is_damaged(tmp_path
     first, mixed, third = find(tmp_path)
     assert (first.case_id, first.excluded) == ("P-01", "")
     assert "1 slice(s) missing between other-000089.dcm and other-000087.dcm" in mixed.excluded
-    assert (third.patient_id, "third.dcm: is cut short" in third.excluded) == ("P-third", True)
+    assert (third.patient_id, "third.dcm: is truncated" in third.excluded) == ("P-third", True)
     assert load(tmp_path).ct.shape == (COLUMNS, ROWS, SLICES)
 
 
@@ -288,7 +288,7 @@ def test_a_slice_without_preamble_that_is_cut_short_is_named(tmp_path):
     folder = write_case(tmp_path, SpecificCharacterSet="ISO_IR 100")
     strip(folder / THIRD, folder / "IM3")
     truncate(folder / "IM3", 0.9)
-    assert "IM3: is cut short" in only(tmp_path).excluded
+    assert "IM3: is truncated" in only(tmp_path).excluded
 
 
 def test_other_files_without_extension_are_not_slices(tmp_path):

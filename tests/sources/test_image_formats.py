@@ -265,10 +265,10 @@ ERRORS = {
     "empty MetaImage": ("a.mhd", lambda p: p.write_bytes(b""), "a.mhd: cannot be read as MetaImage"),
     "no MetaImage": ("a.mha", lambda p: p.write_bytes(b"x" * 999), "a.mha: cannot be read as MetaImage"),
     "a picture": ("a.mha", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "a.mha: cannot be read as MetaImage"),
-    "cut short": ("a.mha", lambda p: cut_short(p, 20), "prepare:compressed voxels are cut short or damaged"),
-    "cut short, consistently": ("a.mha", stored_shorter, "prepare:compressed voxels are cut short or damaged"),
-    "NRRD cut short": ("a.nrrd", lambda p: cut_short(p, 30), "prepare:a.nrrd: cannot be read as NRRD"),
-    "zraw cut short": ("a.mhd", lambda p: cut_short(p.with_suffix(".zraw"), 9), "prepare:voxels are cut short"),
+    "truncated": ("a.mha", lambda p: cut_short(p, 20), "prepare:compressed voxels are truncated or damaged"),
+    "truncated, consistently": ("a.mha", stored_shorter, "prepare:compressed voxels are truncated or damaged"),
+    "NRRD truncated": ("a.nrrd", lambda p: cut_short(p, 30), "prepare:a.nrrd: cannot be read as NRRD"),
+    "zraw truncated": ("a.mhd", lambda p: cut_short(p.with_suffix(".zraw"), 9), "prepare:voxels are truncated"),
     "damaged": ("a.mha", damage, "prepare:a.mha: cannot be read as MetaImage"),
     "NRRD damaged": ("a.nrrd", damage, "prepare:a.nrrd: cannot be read as NRRD"),
     "no size of the packed voxels": (
@@ -312,7 +312,7 @@ def test_packed_voxels_that_would_fill_the_memory_are_not_unpacked(tmp_path):
     packed = zlib.compress(bytes(50_000_000))
     header = re.sub(rb"CompressedDataSize = \d+", b"CompressedDataSize = %d" % len(packed), header)
     path.write_bytes(header + b"ElementDataFile = LOCAL\n" + packed)
-    with pytest.raises(InputError, match="cut short or damaged"):
+    with pytest.raises(InputError, match="truncated or damaged"):
         read_volume(path)
 
 

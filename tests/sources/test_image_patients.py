@@ -39,7 +39,7 @@ def patients(rows):
 
 
 TRUTH = {scan: scan.partition("_")[0] for scan in SCANS}
-# The name and the text of a table, with the file's name in the place of {}.
+# The name and the text of a table, with the file's name instead of {}.
 TABLES = {
     "tabs": ("participants.tsv", "file\tpatient\n", "{}.nii.gz\t{}\n"),
     "commas, other columns": ("patients.csv", "patient,age,file\n", "{1},61,{0}\n"),

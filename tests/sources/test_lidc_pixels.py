@@ -218,4 +218,4 @@ def test_a_deflated_slice_that_is_cut_short(tmp_path):
     recode(folder, STORED[:, :, :3], DeflatedExplicitVRLittleEndian, None)
     file = sorted(folder.glob("*.dcm"))[1]
     file.write_bytes(file.read_bytes()[:-60])
-    assert f"{file.name}: is cut short" in only(tmp_path).excluded
+    assert f"{file.name}: is truncated" in only(tmp_path).excluded

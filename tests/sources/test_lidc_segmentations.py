@@ -1,4 +1,4 @@
-"""DICOM SEG in the place of reader XML: the same nodules, voxel for voxel (exports by highdicom where it is there)."""
+"""DICOM SEG instead of reader XML: the same nodules, voxel for voxel (exports by highdicom where it is there)."""
 
 import shutil
 
@@ -195,7 +195,7 @@ OFF_GRID = {
     ),
     "far away": (move(1e9, 0, 0), "frame 1 lies far away"),
     "empty": (blank, "holds no voxel in its segment 1"),
-    "too few bits": (lambda dataset: setattr(dataset, "NumberOfFrames", 9), "pixels cannot be decoded|cut short"),
+    "too few bits": (lambda dataset: setattr(dataset, "NumberOfFrames", 9), "pixels cannot be decoded|truncated"),
 }
 
 
@@ -237,7 +237,7 @@ def test_a_segmentation_that_is_cut_short_excludes_its_series(tmp_path):
     write_idc(tmp_path)
     file = tmp_path / "P-01" / "a study" / "SEG_12" / "seg.dcm"
     file.write_bytes(file.read_bytes()[:-10])
-    assert only(tmp_path).excluded == "P-01/a study/SEG_12/seg.dcm: is cut short. Download or copy the file again."
+    assert only(tmp_path).excluded == "P-01/a study/SEG_12/seg.dcm: is truncated. Download or copy the file again."
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -343,7 +343,7 @@ MULTIFRAME_ERRORS = {
         lambda d: d.PerFrameFunctionalGroupsSequence.__setitem__(3, d.PerFrameFunctionalGroupsSequence[2]),
         "frame 3 of enhanced.dcm and frame 4 of enhanced.dcm are slices of one position that differ",
     ),
-    "cut short": (lambda d: setattr(d, "PixelData", d.PixelData[:-2]), "prepare:pixels cannot be decoded"),
+    "truncated": (lambda d: setattr(d, "PixelData", d.PixelData[:-2]), "prepare:pixels cannot be decoded"),
     "no rescale": (
         lambda d: delattr(d.SharedFunctionalGroupsSequence[0], "PixelValueTransformationSequence"),
         "prepare:has no rescale slope",

@@ -50,7 +50,7 @@ def test_a_scan_in_a_folder_that_is_not_utf_8_is_prepared(tree):
     bad, good = read_index(tree / "index.tsv").to_dict("records")
     assert (good["patient_id"], good["status"]) == ("PHANTOM-0001", "ok")
     assert (tree / "data" / good["path"]).is_dir()
-    assert bad["reason"].startswith("P-02/a study/1.2.3/\\udce4.dcm: is cut short")
+    assert bad["reason"].startswith("P-02/a study/1.2.3/\\udce4.dcm: is truncated")
 
     config = Config(grid={"size": [32, 32, 32]})
     results = tree / "results"
@@ -70,7 +70,7 @@ def test_a_scan_in_a_folder_that_is_not_utf_8_is_prepared(tree):
     assert (results / "PHANTOM-0001" / "case.json").stat().st_mtime_ns == made
     for handler in LOG.handlers:
         handler.flush()
-    assert "P-02: excluded: P-02/a study/1.2.3/\\udce4.dcm: is cut short" in (tree / "log.txt").read_text("utf-8")
+    assert "P-02: excluded: P-02/a study/1.2.3/\\udce4.dcm: is truncated" in (tree / "log.txt").read_text("utf-8")
     assert index_source("lidc", tree / "data", tree / "index.cache.json")[1]["path"] == good["path"]
 
 

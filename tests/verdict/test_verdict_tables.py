@@ -345,7 +345,7 @@ def test_identical_arms_show_no_difference(make_results):
     assert identical_replicates(tables["cases"]) == [
         [f"{arm}, {replicate}" for arm in config.arms.names()] for replicate in config.segmentation.replicates()
     ]
-    assert tables["froc_band"].groupby("false_positives_a_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
+    assert tables["froc_band"].groupby("false_positives_per_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
 
 
 def test_quality_is_summarised_over_samples_with_the_region():

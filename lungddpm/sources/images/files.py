@@ -1,7 +1,7 @@
 """Image files: NIfTI through nibabel, NRRD and MetaImage through SimpleITK, by one set of rules.
 
 SimpleITK's images are in LPS; what leaves this module is RAS. Its reader of MetaImage returns compressed voxels that
-are damaged or cut short without an error, so these are decompressed here first, and counted. SimpleITK is imported
+are damaged or truncated without an error, so these are decompressed here first, and counted. SimpleITK is imported
 where it is used: folders of NIfTI do without.
 """
 
@@ -63,7 +63,7 @@ def read_volume(path: Path) -> Volume:
     """Read a 3-D image in the closest RAS+ orientation, values as stored (scaled where a NIfTI header says so).
 
     Raises:
-        InputError: as `read_header`, or the voxels are cut short or damaged, or fill more memory than there is.
+        InputError: as `read_header`, or the voxels are truncated or damaged, or fill more memory than there is.
     """
     return nifti.read_volume(path) if suffix_of(path.name) not in _FORMATS else read_stored(path).canonical()
 
@@ -177,7 +177,7 @@ def _read_text(path: Path) -> _Text:
 
 
 def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
-    """The file beside this one that holds its voxels; None where it holds them itself.
+    """The file beside this one that holds its voxels; None if it holds them itself.
 
     Raises:
         InputError: they are elsewhere, or the file is missing.
@@ -222,7 +222,7 @@ def _read_array(file: _File) -> np.ndarray:
 
 
 def _check_compressed(file: _File) -> None:
-    """Make sure that the compressed voxels of a MetaImage are whole and intact, which SimpleITK does not.
+    """Check that the compressed voxels of a MetaImage are whole and intact, which SimpleITK does not.
 
     Raises:
         InputError: they are not.
@@ -239,7 +239,7 @@ def _check_compressed(file: _File) -> None:
     except (KeyError, ValueError, OSError, zlib.error) as error:
         raise _unreadable(file.path, error) from None
     if left or not unpack.eof:
-        raise _unreadable(file.path, "its compressed voxels are cut short or damaged")
+        raise _unreadable(file.path, "its compressed voxels are truncated or damaged")
 
 
 def _unreadable(path: Path, error: object) -> InputError:

@@ -24,7 +24,7 @@ class Pair:
     Attributes:
         name: of the case, without suffix and channel.
         image: the CT.
-        label: its labels; None where there are none.
+        label: its labels; None if there are none.
         others: images of channels other than the first; `image` is among them where that is missing.
     """
 

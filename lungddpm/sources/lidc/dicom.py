@@ -60,7 +60,7 @@ def read_dataset(
 
     Returns:
         The data set, its transfer syntax filled in where the file does not name one; the stream that it was read
-        from, where the read ended; and how many bytes the stream has, None where a deflated file unpacks to more than
+        from, where the read ended; and how many bytes the stream has, None if a deflated file unpacks to more than
         `largest_bytes`.
 
     Raises:

@@ -145,13 +145,13 @@ def _read_header(path: Path) -> list[Header]:
             path, f"is larger than the {largest >> 20} MiB that a slice can take", "Check what it is."
         )
     if not images[0].get("SeriesInstanceUID"):
-        raise ExcludedCaseError(path, "is cut short, or lacks its SeriesInstanceUID", COPY_AGAIN)
+        raise ExcludedCaseError(path, "is truncated, or lacks its SeriesInstanceUID", COPY_AGAIN)
     if len(images) == 1 and unpacked is None:
         problem = f"unpacks to more than the {largest >> 20} MiB that a slice can take"
     elif end is None:
-        problem = problem or "has no pixel data, or is cut short before them"
+        problem = problem or "has no pixel data, or is truncated before them"
     elif unpacked is not None and end > unpacked:
-        problem = problem or "is cut short"
+        problem = problem or "is truncated"
     return [Header(path, elements, problem, frame, len(images)) for frame, elements in enumerate(images)]
 
 
