@@ -278,7 +278,7 @@ def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
     config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
     run = lungddpm("simulate", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
     assert run.returncode == 2, run.stderr
-    assert "no space is left" in run.stderr or "read-only" in run.stderr
+    assert "no space left" in run.stderr or "read-only" in run.stderr
     assert "Traceback" not in run.stderr
     left = [path for path in unwritable.rglob("*") if path.is_file() and not path.name.startswith(".")]
     assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"

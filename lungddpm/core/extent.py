@@ -1,4 +1,4 @@
-"""How long, wide and stretched a body is, as radiologists measure nodules."""
+"""Length, width and elongation of a body, as radiologists measure nodules."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_composing_again_leaves_nothing_stale_and_changes_nothing(cohort):
 def test_changed_files_are_refused(cohort):
     ct = cohort / "cases" / "P1_0" / "ct.nii.gz"
     ct.write_bytes((cohort / "cases" / "P2_0" / "ct.nii.gz").read_bytes())
-    with pytest.raises(InputError, match="differs from what"):
+    with pytest.raises(InputError, match="does not match its hash"):
         compose(cohort, "real")
 
 

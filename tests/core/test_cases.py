@@ -57,7 +57,7 @@ BROKEN = {
     "affine": (volumes(affine=np.diag([1, 1, 2, 1])), "different affines"),
     "NaN": (volumes(ct=np.full((4, 4, 4), np.nan)), "NaN"),
     "constant": (volumes(ct=np.full((4, 4, 4), -1000, np.int16)), r"constant \(-1000 HU\)"),
-    "labels": (volumes(layout=np.full((4, 4, 4), 7, np.uint8)), "labels hold 7"),
+    "labels": (volumes(layout=np.full((4, 4, 4), 7, np.uint8)), "labels contain 7"),
 }
 
 

@@ -206,7 +206,7 @@ def test_the_opponent_counts_in_operations_and_memory():
 def test_the_estimate_shows_the_opponent(capsys):
     run_estimate(parse_config(changed()).for_training("pix2pix3d"), "cpu")
     reported = capsys.readouterr().out
-    assert re.search(r"^parameters +[\d,]+, and [\d,]+ of its opponent$", reported, re.MULTILINE)
+    assert re.search(r"^parameters +[\d,]+, and [\d,]+ of its discriminators$", reported, re.MULTILINE)
 
 
 def test_the_plan_counts_one_pass_per_sample():

@@ -344,7 +344,7 @@ def test_what_is_missing_or_changed_is_named(cohort, tmp_path, monkeypatch):
     sample = CaseFolder(folder / "case-2_s001")
     whole = sample.ct.read_bytes()
     write_volume(sample.ct, nothing_in(sample.ct))
-    with pytest.raises(InputError, match=r"case-2_s001: differs from what .*samples-1\.0-0\.tsv says"):
+    with pytest.raises(InputError, match=r"case-2_s001: does not match its hash in .*samples-1\.0-0\.tsv"):
         cohort.chosen()
     sample.ct.unlink()
     with pytest.raises(InputError, match=r"case-2_s001/ct\.nii\.gz: does not exist"):

@@ -357,9 +357,9 @@ def test_series_that_only_xml_names_have_rows_and_one_line(whole_xml_tree, caplo
     assert by_uid[""]["case_id"] == "tcia-lidc-xml_0_torn_xml".replace("_xml", ".xml")
     assert by_uid[""]["reason"].startswith("tcia-lidc-xml/0/torn.xml: cannot be read as LIDC XML")
     lines = [record.getMessage() for record in caplog.records]
-    assert "1 of 67 series can be used" in lines
+    assert "1 of 67 series are usable" in lines
     assert sum("excluded" in line for line in lines) == 2
-    assert any("and 62 more: excluded for reasons like: tcia-lidc-xml/0/0.xml: names" in line for line in lines)
+    assert any("and 62 more: excluded for reasons such as: tcia-lidc-xml/0/0.xml: names" in line for line in lines)
 
     table = prepare(whole_xml_tree / "data", "lidc", index, whole_xml_tree / "results")
     assert table["reason"].iloc[1:].tolist() == [row["reason"] for row in index[1:]]

@@ -176,7 +176,7 @@ SPACES = {
     "right-anterior-superior": (np.eye(4), ""),
     "RAS": (np.eye(4), ""),
     "left-anterior-superior": (np.diag([-1.0, 1, 1, 1]), ""),
-    "scanner-xyz": (np.diag([-1.0, -1, 1, 1]), "its header says 'scanner-xyz' for its space"),
+    "scanner-xyz": (np.diag([-1.0, -1, 1, 1]), "its header has the space 'scanner-xyz'"),
 }
 
 
@@ -258,8 +258,8 @@ ERRORS = {
         "a.mhd", lambda p: change(p, ElementDataFile="slice%02d.raw 1 6 1"), "keeps its voxels in several files",
     ),
     "data in a list": ("a.mhd", lambda p: change(p, ElementDataFile="LIST"), "keeps its voxels in several files"),
-    "data elsewhere": ("a.mhd", lambda p: change(p, ElementDataFile="../a.raw"), "in ../a.raw, not beside it"),
-    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "/etc/passwd, not beside it"),
+    "data elsewhere": ("a.mhd", lambda p: change(p, ElementDataFile="../a.raw"), "in another folder, ../a.raw"),
+    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "in another folder, /etc/passwd"),
     "NRRD of a header": ("a.nrrd", lambda p: change(p, encoding="raw\ndata file: a.raw"), "its voxels in other files"),
     "empty": ("a.nrrd", lambda p: p.write_bytes(b""), "a.nrrd: cannot be read as NRRD"),
     "empty MetaImage": ("a.mhd", lambda p: p.write_bytes(b""), "a.mhd: cannot be read as MetaImage"),

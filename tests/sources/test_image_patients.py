@@ -90,7 +90,7 @@ def test_scans_whose_patient_is_not_known_are_excluded(data):
     assert rows["P01_first"]["patient_id"] == ""
     rows = {row["case_id"]: row for row in rows_of(data, patient_pattern=r"^(P0[0-2])_")}
     assert rows["P02_second"]["status"] == "ok"
-    assert "P03_first.nii.gz: has no patient by the pattern ^(P0[0-2])_" in rows["P03_first"]["reason"]
+    assert "P03_first.nii.gz: does not match the pattern ^(P0[0-2])_" in rows["P03_first"]["reason"]
 
 
 BAD_TABLES = {
@@ -119,10 +119,10 @@ def test_tables_that_cannot_be_used_end_the_run(data, error):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"patient_pattern": "^P[0-9]+"}, "needs one group in parentheses, the patient, and has 0"),
-        ({"patient_pattern": "^(P)([0-9]+)"}, "needs one group in parentheses, the patient, and has 2"),
+        ({"patient_pattern": "^P[0-9]+"}, "needs one group in parentheses, the patient, but has 0"),
+        ({"patient_pattern": "^(P)([0-9]+)"}, "needs one group in parentheses, the patient, but has 2"),
         ({"patient_pattern": "^(P"}, "is not a regular expression"),
-        ({"patient_pattern": "^(P)", "patient_table": "participants.tsv"}, "give one of them"),
+        ({"patient_pattern": "^(P)", "patient_table": "participants.tsv"}, "set only one of them"),
         ({"patient_table": "../participants.tsv"}, "is the name of a file in the folder of the data set"),
         ({"patient_table": "/data/participants.tsv"}, "is the name of a file in the folder of the data set"),
     ],

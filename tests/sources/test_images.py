@@ -92,7 +92,7 @@ def test_values_outside_int16_hu_are_clamped(tmp_path):
     ("options", "reason"),
     [
         ({"labels": LABELS[1:]}, "labels/a.nii.gz: has shape (7, 7, 6)"),
-        ({"affine": np.diag([0.7, 0.8, 2.6, 1])}, "labels/a.nii.gz: has another affine"),
+        ({"affine": np.diag([0.7, 0.8, 2.6, 1])}, "labels/a.nii.gz: has a different affine"),
         ({"label": "b.nii.gz"}, "images/a_0000.nii.gz: has no label"),
         (
             {"ct": np.stack([CT, CT], -1)},
@@ -118,8 +118,8 @@ NAN = np.where(LABELS > 0, CT, np.float32(np.nan))
     [
         ({"ct": NAN}, "NaN"),
         ({"ct": np.full(SHAPE, 40, np.int16)}, "constant"),
-        ({"labels": LABELS + 3}, "labels hold 4"),
-        ({"labels": LABELS.astype(np.float32) / 2}, "labels hold 0.5"),
+        ({"labels": LABELS + 3}, "labels contain 4"),
+        ({"labels": LABELS.astype(np.float32) / 2}, "labels contain 0.5"),
     ],
 )
 def test_contents_that_cannot_be_used_exclude_the_case(tmp_path, options, problem):
@@ -199,8 +199,8 @@ ERRORS = {
     "singular label": ({}, lambda image, label: patch(label, SROW_Y, bytes(16)), "labels/bad.nii.gz: has an affine"),
     "4D": ({"ct": np.stack([CT, CT], -1)}, None, "images/bad.nii.gz: has 4 dimensions"),
     "4D label": ({"labels": np.stack([LABELS] * 2, -1)}, None, "labels/bad.nii.gz: has 4 dimensions"),
-    "colours": ({"ct": COLOURS}, None, "holds colours or complex numbers"),
-    "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels hold 0.5"),
+    "colours": ({"ct": COLOURS}, None, "has colours or complex numbers"),
+    "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels contain 0.5"),
     "labels that are no number": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:hold nan"),
     "image truncated": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
     "label truncated": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
@@ -299,7 +299,7 @@ def test_labels_with_invalid_values_are_reported(tmp_path, value):
     labels[3, 3, 3] = value
     write_case(tmp_path, labels=labels)
     with pytest.raises(
-        ExcludedCaseError, match=f"labels hold {value:g}, known are 0 background, 1 lung, 2 nodule, 3 vessel"
+        ExcludedCaseError, match=f"labels contain {value:g}, allowed are 0 background, 1 lung, 2 nodule, 3 vessel"
     ):
         load(tmp_path)
 
@@ -377,7 +377,7 @@ def test_labels_stored_along_other_axes_are_turned(tmp_path):
 def test_labels_half_a_millimetre_beside_are_refused(tmp_path):
     write_with(tmp_path / "images" / "a.nii.gz", CT, sform=AFFINE)
     write_with(tmp_path / "labels" / "a.nii.gz", LABELS, sform=moved(0.5))
-    assert "has another affine" in find(tmp_path)[0].excluded
+    assert "has a different affine" in find(tmp_path)[0].excluded
 
 
 @pytest.mark.parametrize("slope", [0.0, float("nan")])

@@ -82,7 +82,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(tiny_benchmark, mounted, st
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free_kib * 1024)
     full = subprocess.run(command, cwd=disk, capture_output=True, text=True, check=False)
     assert full.returncode == 2, full.stderr
-    assert "no space is left on the device. Free some space" in full.stderr
+    assert "no space left on the device. Free some space" in full.stderr
     assert "Traceback" not in full.stderr
     assert not (results / made).exists()
     assert not [path for path in results.rglob(".*-*") if path.is_file()], "no half-written file stays"
@@ -152,7 +152,7 @@ def test_a_clock_that_went_back_does_not_stop_the_run(tiny_benchmark, copied):
     (copied.results / "report.html").unlink()
     run = copied.run()
     assert run.returncode == 0, run.stdout[-5000:]
-    assert "are dated in the future" in run.stdout
+    assert "had future time stamps" in run.stdout
     assert rules_of(run.stdout) == {"write_report": 1, "checksums": 1}
     assert_same_tables(copied, tiny_benchmark)
     assert "Nothing to be done" in copied.run("--dry-run").stdout
