@@ -80,7 +80,7 @@ def test_masks_without_probabilities_have_all_but_scores(make_results, caplog):
     config, results = make_results(n_test=2, n_replicates=1, extras=False, probabilities=False)
     folder = replicate_of(results, config)
     scored, lesions = pd.read_csv(folder / "metrics.csv"), pd.read_csv(folder / "lesions.csv")
-    assert "holds no probabilities: no lesion has a score, FROC and CPM are left out" in caplog.text
+    assert "has no probabilities: lesions have no scores, FROC and CPM are left out" in caplog.text
     assert scored["n_candidates"].isna().all()
     assert lesions["score"].isna().all()
     assert scored["dice"].notna().all()

@@ -117,7 +117,7 @@ def standardised(hu):
     return (hu - hu.mean()) / hu.std()
 
 
-TOO_HIGH = "are about 1024 too high, an offset .* rescale intercept was not applied"
+TOO_HIGH = "are about 1024 too high, like .* rescale intercept was not applied"
 TOO_LOW = "are about 1024 too low, .* rescaled twice"
 SPOILT = {
     "stored values": (lambda hu: hu + 1024, TOO_HIGH),
@@ -186,7 +186,7 @@ def test_air_that_is_no_air_is_described(patient):
 
 def test_masked_tissue_is_described(patient):
     masked = np.where(patient.lungs, patient.ct.array, -1000)
-    assert "all but the lungs was masked" in hounsfield_problem(masked, patient.lungs, LIMITS)
+    assert "everything except the lungs was masked" in hounsfield_problem(masked, patient.lungs, LIMITS)
 
 
 @pytest.mark.parametrize("wrong", ["a tumour", "all of the body"])

@@ -161,7 +161,7 @@ def test_it_keeps_a_fraction_of_the_memory_and_takes_a_fraction_of_the_operation
     [
         (
             {**with_denoiser(), "grid": {"size": [18, 18, 18]}},
-            r"grid.size \[18, 18, 18\] is not divisible by 4, as required by 2 denoiser levels and the wavelet transform",
+            r"grid.size \[18, 18, 18\] is not divisible by 4, as required by 2 denoiser levels and the wavelet",
         ),
         (
             {**VALUES, "generators": {"lung_ddpm": {**DIFFUSION, "training": {**TRAINING, "crop": 6}}}},

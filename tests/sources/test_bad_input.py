@@ -100,7 +100,7 @@ ATTRIBUTES = f'<!DOCTYPE a [<!ATTLIST a b CDATA "{"x" * 10**6}">]><a>' + "<a/>" 
 # What happens to a case, the options it is written with, and the reason in the index or, after "prepare:", in the case
 # table.
 ERRORS = {
-    "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or no DICOM file"),
+    "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or not a DICOM file"),
     "truncated": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is truncated"),
     "cut in the header": (lambda f: truncate(f / THIRD, 0.4), {}, f"{THIRD}: "),
     "truncated, implicit": (
@@ -110,9 +110,9 @@ ERRORS = {
         lambda f: truncate(f / THIRD, 0.9), {"syntax": RLELossless}, f"prepare:{THIRD}: pixels cannot be decoded",
     ),
     "missing slice": (lambda f: (f / THIRD).unlink(), {}, "1 slice(s) missing between"),
-    "doubled slice": (add_slice_of_its_position, {}, "are slices of one position that differ"),
-    "wrong modality": (lambda f: None, {"Modality": "MR"}, "is no CT (modality MR)"),
-    "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is no CT (modality CT, PT)"),
+    "doubled slice": (add_slice_of_its_position, {}, "are different slices at the same position"),
+    "wrong modality": (lambda f: None, {"Modality": "MR"}, "is not CT (modality MR)"),
+    "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is not CT (modality CT, PT)"),
     "no pixel data": (lambda f: rewrite(f / THIRD, PixelData=None), {}, f"{THIRD}: has no pixel data"),
     "no pixel data, implicit": (
         lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
@@ -123,7 +123,7 @@ ERRORS = {
     ),
     "a file of any size": (lambda f: os.truncate(f / THIRD, 2**40), {}, f"{THIRD}: is larger than the 64 MiB"),
     "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is truncated, or lacks its Series"),
-    "no patient": (lambda f: None, {"PatientID": ""}, "do not name one patient"),
+    "no patient": (lambda f: None, {"PatientID": ""}, "do not have one PatientID"),
     "no position": (lambda f: rewrite(f / THIRD, ImagePositionPatient=None), {}, "has no ImagePositionPatient of 3"),
     "absurd position": (
         lambda f: rewrite(f / THIRD, ImagePositionPatient=[0, 0, 1e300]), {}, "has no ImagePositionPatient of 3",
@@ -152,7 +152,7 @@ ERRORS = {
         with_reads(xml(nodule(roi(1, [(3, 3), (10**30, 3)])), series="{series}")), {}, "neither a pixel nor a rating",
     ),
     "contour on no slice": (
-        with_reads(xml(nodule(roi(9, z=500)), series="{series}")), {}, "prepare:z 500 mm, where no slice lies",
+        with_reads(xml(nodule(roi(9, z=500)), series="{series}")), {}, "prepare:z 500 mm, where there is no slice",
     ),
     "contour at no z": (
         with_reads(xml(nodule(roi(9, z="nan")), series="{series}")), {}, "prepare:has a contour at z nan mm",
@@ -224,7 +224,7 @@ def test_what_is_no_slice_does_no_harm(tmp_path):
     shutil.copytree(folder, tmp_path / ".snapshot" / "yesterday", ignore=shutil.ignore_patterns("pipe*"))
     series, pipe = find(tmp_path)
     assert not series.excluded
-    assert "pipe.xml: is no file" in pipe.excluded
+    assert "pipe.xml: is not a file" in pipe.excluded
     np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
 
 
@@ -352,7 +352,7 @@ def test_series_that_only_xml_names_have_rows_and_one_line(whole_xml_tree, caplo
     assert [row["patient_id"] for row in index] == ["P-01"] + [""] * 66
     by_uid = {row["series_uid"]: row for row in index}
     assert by_uid["1.3.6.1.33"]["case_id"] == "1.3.6.1.33"
-    assert by_uid["1.3.6.1.33"]["reason"].startswith("tcia-lidc-xml/5/33.xml: names a series whose images are not here")
+    assert by_uid["1.3.6.1.33"]["reason"].startswith("tcia-lidc-xml/5/33.xml: names a series whose images are missing")
     assert by_uid["1.3.6.1.0"]["annotations"] == '["tcia-lidc-xml/0/0.xml", "tcia-lidc-xml/0/again.xml"]'
     assert by_uid[""]["case_id"] == "tcia-lidc-xml_0_torn_xml".replace("_xml", ".xml")
     assert by_uid[""]["reason"].startswith("tcia-lidc-xml/0/torn.xml: cannot be read as LIDC XML")
@@ -389,7 +389,7 @@ def test_published_radiograph_reads_name_the_radiograph(shared_data, tmp_path):
     shutil.copy(shared_data / "lidc-xml" / "185-068.xml", tmp_path)
     _, radiograph = find(tmp_path)
     assert radiograph.series_uid == "1.3.6.1.4.1.14519.5.2.1.6279.6001.141365756818074696859567662357"
-    assert "185-068.xml: names a series whose images are not here" in radiograph.excluded
+    assert "185-068.xml: names a series whose images are missing" in radiograph.excluded
 
 
 def test_reasons_of_one_kind_are_reported_together():

@@ -114,12 +114,11 @@ BROKEN = {
     "larger than a byte": ({"labels": {"tumour": 256}}, {}, "one number and one name"),
     "unknown labels": (
         {"labels": {"background": 0, "heart": 1, "tumour": 2}}, {},
-        "names labels that are unknown labels (1 'heart'). Say in source.images.labels what they are, e.g. "
-        "{1: background}",
+        "names unknown labels (1 'heart'). Define them in source.images.labels, e.g. {1: background}",
     ),
     "ignored voxels": ({"labels": {"background": 0, "tumour": 1, "ignore": 2}}, {}, "unknown labels (2 'ignore')"),
     "missing": (None, {}, "has no dataset.json to define the labels"),
-    "wrong name": (V2, {"tumr": "nodule"}, "labels: has the name 'tumr', which is not in dataset.json. That has "
+    "wrong name": (V2, {"tumr": "nodule"}, "labels: has the name 'tumr', which is not in dataset.json. It has "
                    "background, tumour"),
     "a name without dataset.json": (None, {"tumour": "nodule"}, "has the name 'tumour', but there is no dataset.json"),
 }  # fmt: skip

@@ -259,7 +259,7 @@ ERRORS = {
     ),
     "data in a list": ("a.mhd", lambda p: change(p, ElementDataFile="LIST"), "keeps its voxels in several files"),
     "data elsewhere": ("a.mhd", lambda p: change(p, ElementDataFile="../a.raw"), "in another folder, ../a.raw"),
-    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "in another folder, /etc/passwd"),
+    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "folder, /etc/passwd"),
     "NRRD of a header": ("a.nrrd", lambda p: change(p, encoding="raw\ndata file: a.raw"), "its voxels in other files"),
     "empty": ("a.nrrd", lambda p: p.write_bytes(b""), "a.nrrd: cannot be read as NRRD"),
     "empty MetaImage": ("a.mhd", lambda p: p.write_bytes(b""), "a.mhd: cannot be read as MetaImage"),

@@ -149,7 +149,7 @@ def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
     for folder, name in (("images", "reference"), ("labels", "layout")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "case0.nii.gz").symlink_to(shared_data / "published-samples" / f"case0_{name}.nii.gz")
-    with pytest.raises(ExcludedCaseError, match="not in Hounsfield units: it holds 8-bit grey values"):
+    with pytest.raises(ExcludedCaseError, match="not in Hounsfield units: it has 8-bit grey values"):
         compose.build_case(load(tmp_path), Config())
 
 
@@ -201,7 +201,7 @@ ERRORS = {
     "4D label": ({"labels": np.stack([LABELS] * 2, -1)}, None, "labels/bad.nii.gz: has 4 dimensions"),
     "colours": ({"ct": COLOURS}, None, "has colours or complex numbers"),
     "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels contain 0.5"),
-    "labels that are no number": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:hold nan"),
+    "labels that are no number": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:contain nan"),
     "image truncated": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
     "label truncated": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
     "empty": ({}, lambda image, label: image.write_bytes(b""), "images/bad.nii.gz: cannot be read"),

@@ -67,9 +67,9 @@ def spoil_reads(folder):
 
 
 CHANGES = {
-    "replaced slice": (replace_slice, "do not name one patient"),
+    "replaced slice": (replace_slice, "do not have one PatientID"),
     "deleted slice": (lambda folder: (folder / "000088.dcm").unlink(), "1 slice(s) missing"),
-    "new slice": (lambda f: add_slice_of_its_position(f), "slices of one position"),
+    "new slice": (lambda f: add_slice_of_its_position(f), "slices at the same position"),
     "deleted reads": (lambda folder: (folder / "reads.xml").unlink(), "no reader XML"),
     "changed reads": (spoil_reads, "cannot be read as LIDC XML"),
     "new reads": (add_reads, ""),
