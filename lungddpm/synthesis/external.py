@@ -1,4 +1,4 @@
-"""Synthetic CT that another system made, imported from a folder (`arms.external`) once it keeps the contract.
+"""Synthetic CT of another system, imported from a folder (`arms.external`) if it fulfils the contract.
 
 <folder>/samples.json             see `Declaration`
 <folder>/<sample>/ct.nii.gz       HU, on the grid of its reference
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     import pandas as pd
 
 NOBODY = "none"
-"""What a declaration says where no patient of this run went in; an empty list is refused."""
+"""Declares that no patient of this run was used; an empty list is an error."""
 SPACING_FACTOR = 1.5
-"""How far beyond the smallest and the largest voxel edges of the real cases those of a sample may be, as a factor."""
+"""Tolerance of a sample's voxel edges beyond the smallest and largest of the real cases, as a factor."""
 _REMEDY = "See docs/how-to/bring-your-own-synthetic-ct.md."
 _SHOWN = 40
 _CT, _LAYOUT = _FILES = cases.CaseFolder.CT, cases.CaseFolder.LAYOUT
@@ -53,16 +53,16 @@ class DeclaredSample(_Entry):
     sample: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     """Its folder."""
     reference: _Text
-    """Case of this run whose CT it was made from, on whose grid it lies, or `none`."""
+    """Case of this run whose CT it was made from and whose grid it has, or `none`."""
     donors: _Patients
-    """Patients or cases of whom anything else went into it, or `none`."""
+    """Patients or cases whose data was used in any other way, or `none`."""
 
 
 class Declaration(_Entry):
-    """What `samples.json` holds."""
+    """The content of `samples.json`."""
 
     trained_on: _Patients
-    """Patients or cases of this run whom the system was trained on, or `none`."""
+    """Patients or cases of this run on which the system was trained, or `none`."""
     samples: Annotated[list[DeclaredSample], Field(min_length=1)]
     """A smaller dose takes the first ones."""
 
@@ -78,13 +78,13 @@ def import_external(
 ) -> list[dict[str, Any]]:
     """Check the whole folder of another system, and copy the first samples.
 
-    Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}`; samples that are there already are kept.
+    Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}`; existing samples are kept.
 
     Args:
         config: `grid.size` and `layouts.limits` are used.
         root: the folder.
         generator: its name in `arms.external`.
-        wanted: how many samples to copy.
+        wanted: number of samples to copy.
         cases_table: table of the real cases.
         real_cases: its content.
         output: folder of this generator's samples.
@@ -110,14 +110,14 @@ def import_external(
         more = f"; and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
         raise InputError(
             root,
-            f"breaks the contract of arms.external, {len(violations)} times: {'; '.join(violations[:_SHOWN])}{more}",
+            f"breaks the contract of arms.external {len(violations)} times: {'; '.join(violations[:_SHOWN])}{more}",
             _REMEDY,
         )
     rows = []
     for entry in declaration.samples[:wanted]:
         reference = None if entry.reference == NOBODY else usable.loc[entry.reference]
         rows.append(_copy(root, entry, declaration, generator, reference, output))
-    LOG.info("%s: %d of %d samples are taken", generator, len(rows), len(declaration.samples))
+    LOG.info("%s: %d of %d samples are used", generator, len(rows), len(declaration.samples))
     return rows
 
 
@@ -142,7 +142,7 @@ def read_declaration(root: Path) -> Declaration:
 def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]:
     """Errors in the names of a declaration, each as "<file>: <problem>".
 
-    A patient of elsewhere cannot be told from one of this run who is misspelt, so both are refused.
+    An outside patient cannot be distinguished from a misspelt one of this run, so both are errors.
     """
     known = {name for key in ("case_id", "patient_id", "series_uid") for name in real_cases[key]}
     problems = []
@@ -156,9 +156,7 @@ def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]
     for key, names in lists.items():
         strangers = [] if names == NOBODY else sorted(set(names) - known)
         if strangers:
-            problems.append(
-                f"{key} names {', '.join(strangers[:5])}, not in this run (leave out patients of elsewhere)"
-            )
+            problems.append(f"{key} names {', '.join(strangers[:5])}, not in this run (leave out other patients)")
     return [f"samples.json: {problem}" for problem in problems]
 
 
@@ -176,14 +174,14 @@ def check_sample(
         entry: the sample's declaration.
         config: `grid.size` and `layouts.limits` are used.
         grids: of the usable real cases, by case id.
-        named: labels that a layout must have; nobody trains on samples of `arms.quality_only`, so that these need no
-            nodule.
+        named: labels that a layout must have; samples of `arms.quality_only` are not used for training, so they do not
+            need nodules.
     """
     problems, volumes = [], {}
     for name in _FILES:
         path = root / entry.sample / name
         if not path.resolve().is_relative_to(root.resolve()):
-            problems.append((name, f"leads out of the folder, to {path.resolve()}"))
+            problems.append((name, f"points outside the folder, to {path.resolve()}"))
             continue
         try:
             volumes[name] = _READERS[name](path)
@@ -208,27 +206,29 @@ def check_sample(
 def _grid_problems(ct: Volume, reference: str, size: tuple[int, int, int], grids: Mapping[str, Volume]) -> list[str]:
     if reference != NOBODY:
         return [] if ct.same_grid(grids[reference]) else [f"is not on the grid of {reference}: resample it"]
-    problems = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
+    problems = (
+        [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, but the grid has {tuple(size)}: resample it"]
+    )
     if is_sheared(ct.affine):
         problems.append("has sheared axes: resample it to an upright grid")
     real_mm = np.array([grid.spacing_mm for grid in grids.values()])
     low, high = real_mm.min(axis=0) / SPACING_FACTOR, real_mm.max(axis=0) * SPACING_FACTOR
     if ((ct.spacing_mm < low) | (ct.spacing_mm > high)).any():
         shown = " x ".join(f"{edge:.2f}" for edge in ct.spacing_mm)
-        problems.append(f"has voxels of {shown} mm, the real cases' are elsewhere: write its true affine")
+        problems.append(f"has voxels of {shown} mm, unlike the real cases: write its true affine")
     return problems
 
 
 def _intensity_problems(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLimits) -> list[str]:
     if not np.isfinite(hu).all():
-        return [f"holds NaN or infinity in {np.count_nonzero(~np.isfinite(hu))} voxels"]
+        return [f"has NaN or infinite values in {np.count_nonzero(~np.isfinite(hu))} voxels"]
     if hu.min() == hu.max():
         return [f"is constant ({hu.flat[0]:g} HU)"]
     if problem := recognised_problem(hu, limits) if lungs is None else hounsfield_problem(hu, lungs, limits):
         return [problem]
     stored = np.iinfo(np.int16)
     if hu.min() < stored.min or hu.max() > stored.max:
-        return [f"ranges from {hu.min():g} to {hu.max():g}, which are no HU"]
+        return [f"ranges from {hu.min():g} to {hu.max():g}, which are not HU"]
     return []
 
 
@@ -236,7 +236,7 @@ def _label_problems(labels: np.ndarray, named: Collection[Label]) -> list[str]:
     found = np.unique(labels).tolist()
     problems = []
     if unknown := [label for label in found if label not in list(Label)]:
-        problems.append(f"holds the label {unknown[0]:g}; known are 0 background, 1 lung, 2 nodule, 3 vessel")
+        problems.append(f"has the label {unknown[0]:g}; allowed are 0 background, 1 lung, 2 nodule, 3 vessel")
     problems += [f"has no {label.name.lower()}" for label in Label if label in named and label not in found]
     return problems
 
@@ -249,7 +249,7 @@ def _copy(
     reference: pd.Series | None,
     output: Path,
 ) -> dict[str, Any]:
-    """Write one sample in the form of all others; returns its row."""
+    """Write one sample in the common form; return its row."""
     folder = cases.CaseFolder(output / entry.sample)
     provenance = {
         "sample_id": entry.sample,

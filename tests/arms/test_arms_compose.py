@@ -249,7 +249,7 @@ class TestLeaks:
 
     def test_a_sample_without_provenance(self, cohort):
         write_json(cohort / "synthetic" / "s0" / "sample.json", {"reference_case_id": "someone else"})
-        with pytest.raises(InputError, match="names no known patient"):
+        with pytest.raises(InputError, match="does not name a known patient"):
             compose(cohort, "real+lung_ddpm@1.0")
 
     def test_a_sample_of_another_system_says_whose_it_is(self, cohort):
@@ -258,7 +258,7 @@ class TestLeaks:
         write_json(path, {"reference_case_id": None, "declared": nobody})
         compose(cohort, "synthetic:lung_ddpm")
         write_json(path, {"reference_case_id": None, "declared": nobody | {"trained_on": ["elsewhere"]}})
-        with pytest.raises(InputError, match="names no known patient"):
+        with pytest.raises(InputError, match="does not name a known patient"):
             compose(cohort, "synthetic:lung_ddpm")
         write_json(path, {"reference_case_id": None, "declared": nobody | {"trained_on": ["P7"]}})
         with pytest.raises(LeakError, match="P7 in s0"):

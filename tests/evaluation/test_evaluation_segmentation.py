@@ -131,7 +131,7 @@ def test_predictions_beside_whole_numbers_are_those_numbers(make_results):
         (lambda folder, mask: write_volume(folder / "case-02.nii.gz", mask.like(mask.array + 2)), "label 2"),
         (
             lambda folder, mask: write_volume(folder / "case-02.nii.gz", mask.like(mask.array + np.float32(0.5))),
-            "holds the label 0.5",
+            "has the label 0.5",
         ),
         (
             lambda folder, mask: (folder / "probability" / "case-02.nii.gz").unlink(),

@@ -256,7 +256,7 @@ def test_intervals_are_those_of_a_t_test_over_replicates(cohort):
     )
     assert (row["dice_mean"], row["dice_sd"], row["n_replicates"]) == pytest.approx((1 + values.mean(), 0, 3))
     assert (row["recall_difference"], row["recall_ci_low"], row["recall_ci_high"]) == (0, 0, 0)
-    # Two seeds of one fold share its luck: they are averaged, and folds are counted (12.706: 1 degree of freedom).
+    # Two seeds of one fold share its split: they are averaged, and folds are counted (12.706: 1 degree of freedom).
     folds = {"fold0_seed0": 0, "fold0_seed1": 0, "fold1_seed0": 1}
     of_folds = np.array([-0.1, -0.5])
     row = table_of(*replicates, folds=folds).loc["lung_ddpm"]

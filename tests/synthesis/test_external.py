@@ -176,8 +176,11 @@ def without(label):
 ERRORS = {
     "missing file": (lambda f: (f / "s1/ct.nii.gz").unlink(), "s1/ct.nii.gz: does not exist"),
     "damaged file": (lambda f: (f / "s1/ct.nii.gz").write_bytes(b"no"), "s1/ct.nii.gz: cannot be read"),
-    "link out": (link_out, "s0/ct.nii.gz: leads out of the folder"),
-    "nan": (break_volume("s0/ct.nii.gz", lambda v: marked(v, np.nan)), "s0/ct.nii.gz: holds NaN or infinity in 1 vox"),
+    "link out": (link_out, "s0/ct.nii.gz: points outside the folder"),
+    "nan": (
+        break_volume("s0/ct.nii.gz", lambda v: marked(v, np.nan)),
+        "s0/ct.nii.gz: has NaN or infinite values in 1 vox",
+    ),
     "beyond HU": (break_volume("s0/ct.nii.gz", lambda v: marked(v, 1e6)), "s0/ct.nii.gz: ranges from"),
     "constant": (break_volume("s0/ct.nii.gz", lambda v: v.like(0 * v.array - 900)), "s0/ct.nii.gz: is constant"),
     "scaled to [0, 1]": (
@@ -199,7 +202,7 @@ ERRORS = {
     "layout beside": (break_volume("s0/layout.nii.gz", shifted), "s0/layout.nii.gz: is not on the grid of its CT"),
     "other size": (
         break_volume("s2/ct.nii.gz", lambda v: v.crop((slice(0, 8),) * 3)),
-        r"s2/ct.nii.gz: has \(8, 8, 8\) voxels, the model grid \(16, 16, 16\)",
+        r"s2/ct.nii.gz: has \(8, 8, 8\) voxels, but the grid has \(16, 16, 16\)",
     ),
     "no true affine": (
         break_volume("s2/ct.nii.gz", lambda v: type(v)(v.array, np.eye(4))),
@@ -211,9 +214,9 @@ ERRORS = {
     ),
     "a label between": (
         break_volume("s1/layout.nii.gz", lambda v: marked(v, 1.5)),
-        "s1/layout.nii.gz: holds the label 1.5",
+        "s1/layout.nii.gz: has the label 1.5",
     ),
-    "unknown label": (break_volume("s1/layout.nii.gz", lambda v: marked(v, 7)), "s1/layout.nii.gz: holds the label 7"),
+    "unknown label": (break_volume("s1/layout.nii.gz", lambda v: marked(v, 7)), "s1/layout.nii.gz: has the label 7"),
     "no nodule": (break_volume("s1/layout.nii.gz", without(Label.NODULE)), "s1/layout.nii.gz: has no nodule"),
     "no lung": (break_volume("s1/layout.nii.gz", without(Label.LUNG)), "s1/layout.nii.gz: has no lung"),
     "unknown reference": (lambda f: redeclare(f, 0, reference="case77"), "s0/ct.nii.gz: is made from case77"),

@@ -175,7 +175,7 @@ def filters_of_arm(wildcards):
 
 
 def filter_of_draw(wildcards):
-    """The same for what one replicate alone takes: its own segmenter judges, so that replicates share no luck."""
+    """The same for what one replicate alone takes: its own segmenter judges, so that replicates stay independent."""
     filtered = Arm.parse(wildcards.arm).filtered
     path = f"results/filter/{wildcards.arm}/{wildcards.replicate}/filter.json"
     return [path] if filtered else []
