@@ -190,8 +190,8 @@ def check_leaks(
         raise LeakError(
             "leak guard",
             f"{len(leaks)} test patients are in the training set ({shown})",
-            "Rebuild cases and samples with disjoint roles; do not edit tables by hand, and remove patients that are in "
-            "the data under two names.",
+            "Rebuild cases and samples with disjoint roles; do not edit tables by hand, and remove patients who are "
+            "in the data under two names.",
         )
     if leaks:
         LOG.warning(

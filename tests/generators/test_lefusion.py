@@ -237,9 +237,9 @@ def test_weights_without_histograms_are_refused(weights, tmp_path):
 def test_weights_of_another_generator_are_refused(weights):
     both = {"generators": {**VALUES["generators"], "lung_ddpm_plus": SETTINGS}}
     own = parse_config({**VALUES, **both}).for_generator("lung_ddpm_plus")
-    with pytest.raises(InputError, match="trained with generator lefusion, the config says lung_ddpm_plus"):
+    with pytest.raises(InputError, match="trained with generator lefusion, but the config has lung_ddpm_plus"):
         lung_ddpm_plus.load(own, weights, "cpu")
-    with pytest.raises(InputError, match=r"training.crop 8, the config says 16"):
+    with pytest.raises(InputError, match=r"training.crop 8, but the config has 16"):
         load(weights, changed(training={**SETTINGS["training"], "crop": 16}))
 
 

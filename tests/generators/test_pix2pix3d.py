@@ -127,9 +127,11 @@ def test_a_preview_has_the_reference_where_the_layout_is_open():
 
 def test_weights_of_another_generator_or_network_are_refused(trained):
     weights = trained / "model.safetensors"
-    with pytest.raises(InputError, match="trained with generator pix2pix3d, the config says rectified_flow"):
+    with pytest.raises(InputError, match="trained with generator pix2pix3d, but the config has rectified_flow"):
         load(changed(), weights, rectified_flow)
-    with pytest.raises(InputError, match=r"network.widths \[4, 4, 4, 4, 4, 4\], the config says \[4, 4, 4, 4, 8, 4\]"):
+    with pytest.raises(
+        InputError, match=r"network.widths \[4, 4, 4, 4, 4, 4\], but the config has \[4, 4, 4, 4, 8, 4\]"
+    ):
         load(changed(network={"widths": [4, 4, 4, 4, 8, 4], "norm_groups": 2}), weights)
 
 

@@ -179,10 +179,10 @@ def test_weights_without_it_are_refused_and_those_with_it_are_not_exported(tmp_p
     for name, config in (("wavelet", wavelet), ("plain", plain)):
         path = tmp_path / f"{name}.safetensors"
         save_network(path, build_denoiser(config), Metadata.of(config, 1, "", ""))
-    with pytest.raises(InputError, match="trained with denoiser.wavelet False, the config says True"):
+    with pytest.raises(InputError, match="trained with denoiser.wavelet False, but the config has True"):
         load_denoiser(tmp_path / "plain.safetensors", wavelet)
-    with pytest.raises(InputError, match=r"denoiser.wavelet True: the published code would show it voxels"):
+    with pytest.raises(InputError, match=r"denoiser.wavelet True: the published code would give it voxels"):
         export_published(tmp_path / "wavelet.safetensors", tmp_path / "out.pt")
     export_published(tmp_path / "plain.safetensors", tmp_path / "plain.pt")
-    with pytest.raises(InputError, match=r"holds a network of denoiser.wavelet False \(the config says True\)"):
+    with pytest.raises(InputError, match=r"has a network with denoiser.wavelet False \(the config has True\)"):
         load_denoiser(tmp_path / "plain.pt", wavelet)
