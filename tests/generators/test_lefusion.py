@@ -230,7 +230,7 @@ def test_weights_without_histograms_are_refused(weights, tmp_path):
     metadata = read_metadata(weights)
     path = tmp_path / "model.safetensors"
     save_network(path, lefusion.recipe(settings).load(weights), type(metadata)(**{**vars(metadata), "kept": {}}))
-    with pytest.raises(InputError, match=r"model.safetensors: holds no histograms of nodules\. Train"):
+    with pytest.raises(InputError, match=r"model.safetensors: has no histograms of nodules\. Train"):
         load(path)
 
 

@@ -1,4 +1,4 @@
-"""Saved states: what survives, what is passed over."""
+"""Saved states: what survives, what is ignored."""
 
 import logging
 
