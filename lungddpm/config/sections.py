@@ -21,6 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 Padding = Literal["zeros", "replicate"]
 Norm = Literal["volume", "voxel"]
+TimeConditioning = Literal["shift", "scale_shift"]
 Background = Literal["reference", "generated"]
 Hint = Literal["none", "slice", "volume"]
 
@@ -83,6 +84,10 @@ class Denoiser(Section):
     norm: Norm = "volume"
     """Normalisation over groups of channels of the whole `volume`, as published, or over all channels of a `voxel`. A
     network trained on crops behaves the same on whole volumes only with `replicate` and `voxel`."""
+    time_conditioning: TimeConditioning = "shift"
+    """How the noise level enters each residual block: `shift` adds a function of it to the features, as published;
+    `scale_shift` also scales the normalised features by one (adaptive normalisation, Dhariwal & Nichol 2021), which a
+    short training learns sooner."""
     wavelet: bool = False
     """Work on the eight Haar sub-bands of the CT, each of half the edge, and transform back (WDM): needs a fraction of
     the memory and operations. WDM has `multipliers: [1, 2, 2, 4, 4]`."""

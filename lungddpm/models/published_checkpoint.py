@@ -50,6 +50,7 @@ _PUBLISHED = {
     "prediction": ("epsilon", "interpret its prediction as noise"),
     "denoiser.padding": ("zeros", "pad it with zeros"),
     "denoiser.norm": ("volume", "normalize over the volume"),
+    "denoiser.time_conditioning": ("shift", "only shift features by the noise level"),
     "denoiser.wavelet": (False, "give it voxels instead of sub-bands"),
     "hint": ("none", "give it nothing of the reference"),
 }

@@ -50,8 +50,6 @@ SHORT = {
 """Short names of the measures of checks that have several."""
 POSITIVE_GENERATOR = "reference"
 """The generator that adds real CT, which is expected to help if anything does."""
-_LOWEST_CEILING = 0.1
-"""Dice on real CT below which segmenters are too poor to judge synthetic CT."""
 _LEARNING = 0.05
 """p below which a curve still changes beyond its scatter."""
 
@@ -205,7 +203,7 @@ def _generator(name: str, tables: Mapping[str, pd.DataFrame], limits: Instrument
     return [
         _hounsfield(name, tables["calibration"]),
         _seam(name, tables.get("image_quality"), limits.seam_ratio),
-        _fidelity(name, tables.get("label_fidelity"), limits.label_fidelity),
+        _fidelity(name, tables.get("label_fidelity"), limits),
     ]
 
 
@@ -221,7 +219,8 @@ def _hounsfield(name: str, table: pd.DataFrame) -> dict:
         parts = [
             f"{row['region'].split()[0]} {signed(row['mean'], 0)} HU (limit ±{row['limit_high']:g})"
             if row["measure"] == calibration.DIFFERENCE
-            else f"HU spread {row['mean']:.2f} times that of references ({row['limit_low']:g} to {row['limit_high']:g})"
+            else f"HU spread in the {row['region'].split()[0]} {row['mean']:.2f} times that of references "
+            f"({row['limit_low']:g} to {row['limit_high']:g})"
             for row in known.to_dict("records")
         ]
         unknown = ", ".join(dict.fromkeys(region.split()[0] for region in rows.loc[rows["mean"].isna(), "region"]))
@@ -279,15 +278,17 @@ def _seam(name: str, quality: pd.DataFrame | None, limits: tuple[float, float]) 
     return _row(GENERATOR, name, _STEP, value, limits, status, said)
 
 
-def _fidelity(name: str, table: pd.DataFrame | None, lowest: float) -> dict:
+def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict:
+    lowest, ceiling = limits.label_fidelity, limits.label_fidelity_ceiling
     value, said = math.nan, f"The label fidelity of {name} was not measured."
     if table is not None:
         dice = table.set_index("generator")["dice_mean"]
         made, real = dice.get(name, math.nan), dice.get(REAL_CT, math.nan)
-        if real >= _LOWEST_CEILING:
+        if real >= ceiling:
             value = made / real
         elif not math.isnan(real):
-            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT: too low to judge {name}."
+            limit = f"(limit {ceiling:g})"
+            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT {limit}: too low to judge {name}."
     status = _judged(value, (lowest, math.nan))
     if status != NOT_MEASURED:
         said = f"Segmenters of real reach a Dice of {made:.2f} on {name}, of {real:.2f} on its references' real CT"
