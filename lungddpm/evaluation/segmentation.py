@@ -97,7 +97,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
             paths = {what: folder / f"{case['case_id']}.nii.gz" for what, folder in folders.items()}
             measures, detection = evaluate_case(
                 nodules,
-                _read_mask(paths["prediction"], layout),
+                read_mask(paths["prediction"], layout),
                 _read_probability(paths["probability"], layout) if "probability" in paths else None,
             )
             who = {"case_id": case["case_id"], "patient_id": case["patient_id"]}
@@ -151,6 +151,18 @@ def check_unchanged(path: Path) -> None:
         raise InputError(path, "was changed after it was evaluated: its hash is not the one recorded", _EVALUATE_AGAIN)
 
 
+def read_mask(path: Path, layout: Volume) -> Volume:
+    """Read a prediction of nodules: bool, on the grid of its case.
+
+    Raises:
+        InputError: it is missing or unreadable, lies on another grid, or holds other labels than 0 and 1.
+    """
+    mask = _on_grid(path, read_labels(path), layout)
+    if unknown := sorted(set(np.unique(mask.array).tolist()) - {0, 1}):
+        raise InputError(path, f"holds the label {unknown[0]:g}", "Use 0 for background and 1 for nodule.")
+    return mask.like(mask.array == 1)
+
+
 def _check_complete(expected: set[str], predictions: Path) -> None:
     present = {path.name.removesuffix(".nii.gz") for path in predictions.glob("*.nii.gz")}
     if missing := sorted(expected - present):
@@ -167,13 +179,6 @@ def _check_complete(expected: set[str], predictions: Path) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _read_mask(path: Path, layout: Volume) -> Volume:
-    mask = _on_grid(path, read_labels(path), layout)
-    if unknown := sorted(set(np.unique(mask.array).tolist()) - {0, 1}):
-        raise InputError(path, f"holds the label {unknown[0]:g}", "Use 0 for background and 1 for nodule.")
-    return mask.like(mask.array == 1)
 
 
 def _read_probability(path: Path, layout: Volume) -> np.ndarray:
