@@ -18,7 +18,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import TEST
 from lungddpm.core.volume import Volume, read_labels, read_volume
-from lungddpm.evaluation.lesions import Detection, lesion_measures, ratings_of
+from lungddpm.evaluation.lesions import Detection, lesion_measures, nodules_of_case, ratings_of
 from lungddpm.evaluation.measures import MEASURES, MaskPair, measure_masks
 
 LESION_COLUMNS = [
@@ -102,11 +102,10 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
             )
             who = {"case_id": case["case_id"], "patient_id": case["patient_id"]}
             case_rows.append(who | measures)
+            rated = ratings_of(nodules, nodules_of_case(case_folder.nodule_figures()))
             lesion_rows += [
                 who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found} | ratings
-                for number, (lesion, ratings) in enumerate(
-                    zip(detection.lesions, ratings_of(nodules, case_folder.nodule_figures()), strict=True), start=1
-                )
+                for number, (lesion, ratings) in enumerate(zip(detection.lesions, rated, strict=True), start=1)
             ]
             candidate_rows += [
                 who | asdict(candidate) | {"candidate": number, "lesions": "+".join(map(str, candidate.lesions))}
