@@ -9,6 +9,7 @@ to judge.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -33,6 +34,7 @@ from lungddpm.core.volume import Volume, read_volume
 from lungddpm.evaluation.lesions import (
     SIZE_COLUMNS,
     TEXTURE_COLUMNS,
+    TEXTURES,
     Lesion,
     RatedNodule,
     nodules_of_case,
@@ -69,6 +71,7 @@ TABLE_COLUMNS = [
     "false_positives_per_scan", "n_paired", "difference", "ci_low", "ci_high",
     "recall_difference", "recall_ci_low", "recall_ci_high", "note",
 ]  # fmt: skip
+STRATUM_COLUMNS = ["generator", "images", "texture", "size", "n_lesions", "found_percent"]
 
 
 @dataclass(frozen=True)
@@ -336,10 +339,28 @@ def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
     strata = {f"_{column}": lesions["size_bin"] == size for size, column in SIZE_COLUMNS.items()}
     strata |= {f"_{column}": lesions["texture"] == texture for texture, column in TEXTURE_COLUMNS.items()}
     for suffix, chosen in {"": lesions["size_bin"].notna(), **strata}.items():
-        of_kind = lesions[chosen]
-        row[f"n_lesions{suffix}"] = len(of_kind[[*_ONE, "lesion"]].drop_duplicates())
-        row[f"recall{suffix}"] = of_kind["found"].astype(float).mean()
+        row[f"n_lesions{suffix}"], row[f"recall{suffix}"] = _recall(lesions[chosen])
     return row
+
+
+def _recall(lesions: pd.DataFrame) -> tuple[int, float]:
+    """How many lesions there are, and the share that was found, over lesions and replicates."""
+    return len(lesions[[*_ONE, "lesion"]].drop_duplicates()), lesions["found"].astype(float).mean()
+
+
+def strata_table(lesions: pd.DataFrame) -> pd.DataFrame:
+    """Lesions found by texture and size: `STRATUM_COLUMNS`, one row per generator and stratum that has a lesion.
+
+    Args:
+        lesions: as for `runs_table`; those whose texture is not known are in no stratum.
+    """
+    rows = []
+    for (generator, images), drawn in lesions.groupby(["generator", "images"], sort=False):
+        for texture, size in itertools.product(TEXTURES, SIZE_COLUMNS):
+            number, recall = _recall(drawn[(drawn["texture"] == texture) & (drawn["size_bin"] == size)])
+            if number:
+                rows.append((generator, images, texture, size, number, 100 * recall))
+    return pd.DataFrame(rows, columns=STRATUM_COLUMNS)
 
 
 def _means(table: pd.DataFrame, column: str) -> pd.Series:
