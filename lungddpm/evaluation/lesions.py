@@ -1,7 +1,7 @@
-"""Lesions found and false alarms of one case: connected components of the masks, and candidates with a score.
+"""Lesions found and false positives of one case: connected components of the masks, and candidates with scores.
 
-Two views of the same prediction. The mask says which lesions a reader of the mask would see. The probabilities give
-candidates: regions that the segmenter takes for a nodule more or less surely, from which FROC is made (see `froc`).
+Two views of the same prediction. The mask shows which lesions a reader of the mask would see. The probabilities give
+candidates: regions that may be a nodule, with a confidence, from which FROC is computed (see `froc`).
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lungddpm.core.volume import Volume, per_axis
 
 SIZE_BINS = ("< 6 mm", "6-10 mm", "> 10 mm")
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
-"""How the size bins are written in names of columns."""
+"""The size bins in column names."""
 TEXTURES = ("ground glass", "part-solid", "solid")
 """By the rating of texture: 1 ground glass, 3 part-solid, 5 solid."""
 TEXTURE_COLUMNS = dict(zip(TEXTURES, ("ground_glass", "part_solid", "solid"), strict=True))
-"""How textures are written in names of columns."""
+"""The textures in column names."""
 CANDIDATE_PROBABILITY = 0.1
-"""A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
-to be found at a lower score; not lower, so that neighbours do not grow together."""
+"""A candidate is a connected region of at least this probability: low, so that lesions missing from a mask at 0.5 can
+be found at a lower score; not lower, so that neighbours do not merge."""
 _TOUCHING = 26
 
 
@@ -41,11 +41,11 @@ class Lesion:
     overlap: float
     """Share of the lesion's voxels that the prediction covers."""
     long_axis_mm: float = math.nan
-    """See `extent.Extent`, for this and the next two."""
+    """See `extent.Extent`, also for the next two."""
     short_axis_mm: float = math.nan
     elongation: float = math.nan
     score: float = math.nan
-    """Highest score of the candidates that hit it; NaN where none does, or without probabilities."""
+    """Highest score of the candidates that hit it; NaN if none does, or without probabilities."""
 
     @property
     def found(self) -> bool:
@@ -65,7 +65,7 @@ class RatedNodule:
     Attributes:
         position_mm: of its centroid, RAS.
         volume_mm3: its volume.
-        ratings: `RATINGS` of the real nodule, medians over its readers; None where nobody rated.
+        ratings: `RATINGS` of the real nodule, medians over its readers; None if not rated.
     """
 
     position_mm: tuple[float, float, float]
@@ -142,11 +142,11 @@ def nodules_of_case(figures: Sequence[Mapping[str, Any]]) -> list[RatedNodule]:
 def nodules_of_sample(
     record: Mapping[str, Any], reference: Sequence[Mapping[str, Any]], *, own_layout: bool
 ) -> list[RatedNodule]:
-    """The nodules of a synthetic case: its reference's own where they are still there, and those that were placed.
+    """The nodules of a synthetic case: its reference's own if they are still there, and those that were placed.
 
     Args:
         record: its `sample.json`.
-        reference: figures of the reference's nodules, see `nodules_of_case`; empty where there is none.
+        reference: figures of the reference's nodules, see `nodules_of_case`; empty if there is none.
         own_layout: it has the layout of its reference.
     """
     own = nodules_of_case(reference) if own_layout or record.get("layout_origin") == ADDED else []
@@ -159,10 +159,10 @@ def _rated(nodule: Mapping[str, Any], position_mm: Iterable[float], ratings: Map
 
 
 def ratings_of(reference: Volume, nodules: Iterable[RatedNodule]) -> list[dict[str, float | None]]:
-    """What readers said of each lesion: `RATINGS`, each None where nobody rated.
+    """The readers' ratings of each lesion: `RATINGS`, each None if not rated.
 
     A nodule is the lesion that its position is in, or next to, within the diagonal of a voxel: positions are rounded,
-    or lie in the hollow of a nodule. Nodules that grew together on the grid are one lesion, which has the ratings of
+    or lie in the hollow of a nodule. Nodules that merged on the grid are one lesion, which has the ratings of
     the largest.
 
     Args:
@@ -184,7 +184,7 @@ def ratings_of(reference: Volume, nodules: Iterable[RatedNodule]) -> list[dict[s
 
 
 def texture_class(rating: float | None) -> str:
-    """One of `TEXTURES` for a median rating from 1 to 5, of which 3 is part-solid; empty where nobody rated."""
+    """One of `TEXTURES` for a median rating from 1 to 5, of which 3 is part-solid; empty if not rated."""
     if rating is None or math.isnan(rating):
         return ""
     return TEXTURES[int(rating >= 2.5) + int(rating > 3.5)]

@@ -103,7 +103,7 @@ def export_dicom(folders: Sequence[Path], output: Path, predictions: Sequence[Pa
     Args:
         folders: of cases, real or synthetic; nothing is resampled.
         output: folder for all of them; made if it does not exist.
-        predictions: folders with `<case>.nii.gz`, 1 where a segmenter sees a nodule, on the grid of the case.
+        predictions: folders with `<case>.nii.gz`, 1 for nodule, on the grid of the case.
 
     Returns:
         What was written, a line per case.
@@ -122,7 +122,7 @@ def export_dicom(folders: Sequence[Path], output: Path, predictions: Sequence[Pa
         raise InputError(twice[0], "is given more than once", "Give every case once.")
     for name in names:
         if (output / name).exists():
-            raise OutputError(output / name, "exists already", "Delete it, or give another --output.")
+            raise OutputError(output / name, "already exists", "Delete it, or give another --output.")
     output.mkdir(parents=True, exist_ok=True)
     lines = []
     with Progress("export", total=len(cases)) as progress:

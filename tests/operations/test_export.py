@@ -313,7 +313,7 @@ def test_an_earlier_export_stays_as_it_is(tmp_path):
     case, new = write_case(tmp_path), write_case(tmp_path, name="P-2_s000")
     export_dicom([case.path], tmp_path / "out")
     before = contents(tmp_path / "out")
-    with pytest.raises(OutputError, match=f"{NAME}: exists already. Delete it"):
+    with pytest.raises(OutputError, match=f"{NAME}: already exists. Delete it"):
         export_dicom([new.path, case.path], tmp_path / "out")
     assert contents(tmp_path / "out") == before
     with pytest.raises(InputError, match=f"{NAME}: is given more than once"):
@@ -388,7 +388,7 @@ def labels_of_its_own(case, predictions):
         (nothing_drawn, r"layout\.nii\.gz: has no lung, nodule or vessel"),
         (no_prediction, r"P-1_s000\.nii\.gz: does not exist"),
         (elsewhere, "is not on the grid of its case"),
-        (labels_of_its_own, "holds the label 2"),
+        (labels_of_its_own, "has the label 2"),
     ],
 )
 def test_bad_input_is_refused_and_nothing_is_left(tmp_path, spoil, message):
