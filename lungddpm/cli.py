@@ -30,9 +30,11 @@ app = typer.Typer(
 segment_app = typer.Typer(no_args_is_help=True, help="nnU-Net: plan, train, predict (one arm at a time).")
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and document the configuration.")
 fetch_app = typer.Typer(no_args_is_help=True, help="Fetch a public data set.")
+export_app = typer.Typer(no_args_is_help=True, help="Write cases or a denoiser in the formats of others.")
 app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(fetch_app, name="fetch", rich_help_panel="Tools")
+app.add_typer(export_app, name="export", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
     list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; later files override earlier ones.")
@@ -509,8 +511,8 @@ def verdict(
     typer.echo(verdict_table_text(results))
 
 
-@app.command(rich_help_panel=TOOLS)
-def export(
+@export_app.command("checkpoint")
+def export_checkpoint(
     weights: Annotated[Path, typer.Option(help="Denoiser trained here (model.safetensors).")],
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
@@ -518,6 +520,27 @@ def export(
     from lungddpm.models.published_checkpoint import export_published
 
     export_published(weights, output)
+
+
+@export_app.command("dicom")
+def export_dicom(
+    cases: Annotated[list[Path], typer.Argument(help="Folders of cases: results/cases/<case>, results/synthetic/...")],
+    output: Annotated[Path, typer.Option(help="Folder to write to; made if it does not exist.")],
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with <case>.nii.gz masks (0, 1) of all these cases; can be given more than once."),
+    ] = None,
+) -> None:
+    """Write cases as DICOM, for a PACS viewer: CT (HU) as a series, layout and predictions as SEG objects.
+
+    All is marked as derived, synthetic CT as synthetic; a second export has equal bytes. SEG objects need the optional
+    package highdicom. Outputs: OUTPUT/<case>/CT/*.dcm, OUTPUT/<case>/SEG/*.dcm.
+    Example: lungddpm export dicom results/synthetic/lung_ddpm/all-fold0_seed0/*/ --output dicom
+    """
+    from lungddpm.operations import export
+
+    for line in export.export_dicom(cases, output, predictions or []):
+        typer.echo(line)
 
 
 @app.command(rich_help_panel=TOOLS)

@@ -29,8 +29,9 @@ def config_for(folder, **values):
 
 VERBS = [
     "run", "init", "simulate", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
-    "segment train", "segment predict", "evaluate", "quality", "label-fidelity", "report", "verdict", "export",
-    "config show", "config validate", "config schema", "doctor", "bench", "fetch lidc",
+    "segment train", "segment predict", "evaluate", "quality", "label-fidelity", "report", "verdict",
+    "export checkpoint", "export dicom", "config show", "config validate", "config schema", "doctor", "bench",
+    "fetch lidc",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import TEST
 from lungddpm.core.volume import Volume, read_labels, read_volume
-from lungddpm.evaluation.lesions import Detection, lesion_measures, ratings_of
+from lungddpm.evaluation.lesions import Detection, lesion_measures, nodules_of_case, ratings_of
 from lungddpm.evaluation.measures import MEASURES, MaskPair, measure_masks
 
 LESION_COLUMNS = [
@@ -97,16 +97,15 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
             paths = {what: folder / f"{case['case_id']}.nii.gz" for what, folder in folders.items()}
             measures, detection = evaluate_case(
                 nodules,
-                _read_mask(paths["prediction"], layout),
+                read_mask(paths["prediction"], layout),
                 _read_probability(paths["probability"], layout) if "probability" in paths else None,
             )
             who = {"case_id": case["case_id"], "patient_id": case["patient_id"]}
             case_rows.append(who | measures)
+            rated = ratings_of(nodules, nodules_of_case(case_folder.nodule_figures()))
             lesion_rows += [
                 who | asdict(lesion) | {"lesion": number, "size_bin": lesion.size_bin, "found": lesion.found} | ratings
-                for number, (lesion, ratings) in enumerate(
-                    zip(detection.lesions, ratings_of(nodules, case_folder.nodule_figures()), strict=True), start=1
-                )
+                for number, (lesion, ratings) in enumerate(zip(detection.lesions, rated, strict=True), start=1)
             ]
             candidate_rows += [
                 who | asdict(candidate) | {"candidate": number, "lesions": "+".join(map(str, candidate.lesions))}
@@ -151,6 +150,18 @@ def check_unchanged(path: Path) -> None:
         raise InputError(path, "was changed after it was evaluated: its hash is not the one recorded", _EVALUATE_AGAIN)
 
 
+def read_mask(path: Path, layout: Volume) -> Volume:
+    """Read a prediction of nodules: bool, on the grid of its case.
+
+    Raises:
+        InputError: it is missing or unreadable, lies on another grid, or has labels other than 0 and 1.
+    """
+    mask = _on_grid(path, read_labels(path), layout)
+    if unknown := sorted(set(np.unique(mask.array).tolist()) - {0, 1}):
+        raise InputError(path, f"has the label {unknown[0]:g}", "Use 0 for background and 1 for nodule.")
+    return mask.like(mask.array == 1)
+
+
 def _check_complete(expected: set[str], predictions: Path) -> None:
     present = {path.name.removesuffix(".nii.gz") for path in predictions.glob("*.nii.gz")}
     if missing := sorted(expected - present):
@@ -167,13 +178,6 @@ def _check_complete(expected: set[str], predictions: Path) -> None:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _read_mask(path: Path, layout: Volume) -> Volume:
-    mask = _on_grid(path, read_labels(path), layout)
-    if unknown := sorted(set(np.unique(mask.array).tolist()) - {0, 1}):
-        raise InputError(path, f"has the label {unknown[0]:g}", "Use 0 for background and 1 for nodule.")
-    return mask.like(mask.array == 1)
 
 
 def _read_probability(path: Path, layout: Volume) -> np.ndarray:

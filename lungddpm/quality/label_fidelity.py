@@ -9,6 +9,7 @@ judge.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,10 +31,19 @@ from lungddpm.core.progress import Progress
 from lungddpm.core.roles import REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, read_volume
-from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, Lesion
+from lungddpm.evaluation.lesions import (
+    SIZE_COLUMNS,
+    TEXTURE_COLUMNS,
+    TEXTURES,
+    Lesion,
+    RatedNodule,
+    nodules_of_case,
+    nodules_of_sample,
+    ratings_of,
+    texture_class,
+)
 from lungddpm.evaluation.segmentation import case_columns, evaluate_case
 from lungddpm.quality.image_quality import SYNTHETIC, reference_of
-from lungddpm.quality.textures import KnownNodule, RealNodules, lesion_textures
 from lungddpm.segmentation.nnunet import open_segmenter
 
 REAL_CT = "(real CT)"
@@ -49,7 +59,8 @@ METRIC_COLUMNS = [
 the layout of that case; `patient_seen`, `nodules_seen`: the segmenter was trained on that patient, or on patients whose
 nodules are in it."""
 LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "texture", "found", "overlap"]
-"""One row per lesion. `texture`: see `textures`; empty if it is not known."""
+"""One row per lesion. `texture`: that of the real nodule that the lesion is, or has the shape of; empty if nobody
+rated it. A layout does not specify it, and most generators do not know it: recall by texture shows how they draw it."""
 STRATA = [*SIZE_COLUMNS.values(), *TEXTURE_COLUMNS.values()]
 """Kinds of lesions in column names: by size, and by texture."""
 RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_positives_per_scan"]
@@ -59,6 +70,7 @@ TABLE_COLUMNS = [
     "false_positives_per_scan", "n_paired", "difference", "ci_low", "ci_high",
     "recall_difference", "recall_ci_low", "recall_ci_high", "note",
 ]  # fmt: skip
+STRATUM_COLUMNS = ["generator", "images", "texture", "size", "n_lesions", "found_percent"]
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,7 @@ class JudgedCase:
 
     who: dict[str, object]
     folder: CaseFolder
-    nodules: Sequence[KnownNodule] = ()
+    nodules: Sequence[RatedNodule] = ()
 
 
 def run_label_fidelity(
@@ -129,21 +141,22 @@ def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tabl
     made_from = [reference_of(folder) or "" for folder in folders]
     ceiling = references[(np.arange(len(references)) < limit) | references["case_id"].isin(made_from)]
     seen = _Seen(arm_dir, real, None if config.roles.allow_shared_patients else cases_table)
-    nodules = RealNodules(cases_table)
+    real_folders = {row["case_id"]: cases.unchanged_folder_of(cases_table, row) for _, row in ceiling.iterrows()}
+    layouts = {case_id: read_volume(folder.layout) for case_id, folder in real_folders.items()}
+    figures = {case_id: folder.nodule_figures() for case_id, folder in real_folders.items()}
     judged = [
         JudgedCase(
             _who(row, REAL_CT, REFERENCE, row["case_id"], own_layout=True, seen=seen.of_reference(row)),
-            cases.unchanged_folder_of(cases_table, row),
-            nodules.of_case(row["case_id"]),
+            real_folders[row["case_id"]],
+            nodules_of_case(figures[row["case_id"]]),
         )
         for _, row in ceiling.iterrows()
     ]
-    layouts = {case.who["case_id"]: read_volume(case.folder.layout) for case in judged}
     for (_, row), folder, reference in zip(chosen, folders, made_from, strict=True):
         own = _is_same(read_volume(folder.layout), layouts.get(reference))
         who = _who(row, row["source"], SYNTHETIC, reference, own_layout=own, seen=seen.of_sample(row, folder))
-        known = nodules.of_sample(read_json(folder.sample_record), reference, own_layout=own)
-        judged.append(JudgedCase(who, folder, known))
+        record = read_json(folder.sample_record)
+        judged.append(JudgedCase(who, folder, nodules_of_sample(record, figures.get(reference, []), own_layout=own)))
     return judged
 
 
@@ -227,15 +240,14 @@ def judge(
     with Progress(what, len(chosen)) as progress:
         for case in chosen:
             files = case.who["sha256"]
+            _, layout = case.folder.read()
+            nodules = layout.like(layout.array == Label.NODULE)
             if files not in found:
-                _, layout = case.folder.read()
-                mask = segment(case.folder.ct)
-                measures, detection = evaluate_case(
-                    layout.like(layout.array == Label.NODULE), layout.like(mask.array.astype(bool))
-                )
+                mask = layout.like(segment(case.folder.ct).array.astype(bool))
+                measures, detection = evaluate_case(nodules, mask)
                 found[files] = measures, detection.lesions
             measures, of_case = found[files]
-            textures = lesion_textures(read_volume(case.folder.layout), case.nodules)
+            textures = [texture_class(ratings["texture"]) for ratings in ratings_of(nodules, case.nodules)]
             metrics.append(case.who | measures)
             lesions += [
                 {**case.who, **asdict(lesion), "lesion": number, "texture": texture}
@@ -326,10 +338,28 @@ def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
     strata = {f"_{column}": lesions["size_bin"] == size for size, column in SIZE_COLUMNS.items()}
     strata |= {f"_{column}": lesions["texture"] == texture for texture, column in TEXTURE_COLUMNS.items()}
     for suffix, chosen in {"": lesions["size_bin"].notna(), **strata}.items():
-        of_kind = lesions[chosen]
-        row[f"n_lesions{suffix}"] = len(of_kind[[*_ONE, "lesion"]].drop_duplicates())
-        row[f"recall{suffix}"] = of_kind["found"].astype(float).mean()
+        row[f"n_lesions{suffix}"], row[f"recall{suffix}"] = _recall(lesions[chosen])
     return row
+
+
+def _recall(lesions: pd.DataFrame) -> tuple[int, float]:
+    """How many lesions there are, and the share that was found, over lesions and replicates."""
+    return len(lesions[[*_ONE, "lesion"]].drop_duplicates()), lesions["found"].astype(float).mean()
+
+
+def strata_table(lesions: pd.DataFrame) -> pd.DataFrame:
+    """Lesions found by texture and size: `STRATUM_COLUMNS`, one row per generator and stratum that has a lesion.
+
+    Args:
+        lesions: as for `runs_table`; those whose texture is not known are in no stratum.
+    """
+    rows = []
+    for (generator, images), drawn in lesions.groupby(["generator", "images"], sort=False):
+        for texture, size in itertools.product(TEXTURES, SIZE_COLUMNS):
+            number, recall = _recall(drawn[(drawn["texture"] == texture) & (drawn["size_bin"] == size)])
+            if number:
+                rows.append((generator, images, texture, size, number, 100 * recall))
+    return pd.DataFrame(rows, columns=STRATUM_COLUMNS)
 
 
 def _means(table: pd.DataFrame, column: str) -> pd.Series:

@@ -186,17 +186,16 @@ def _show_nodules(nodules: list[dict]) -> DisplayTable | None:
             f"{nodule['equivalent_diameter_mm']:.1f}",
             f"{nodule['volume_mm3']:.0f}",
             f"{nodule['layout_volume_mm3']:.0f}",
-            format_number(nodule["malignancy"], ".1f"),
-            format_number(nodule["texture"], ".1f"),
+            *(format_number(nodule[name], ".1f") for name in cases.RATINGS),
             "yes" if nodule["touches_pleura"] else "no",
             "yes" if nodule["touches_vessel"] else "no",
             nodule["notes"],
         ]
         for number, nodule in enumerate(nodules, start=1)
     ]
-    heads = ["nodule", "readers", "diameter, mm", "volume, mm³", "in the layout, mm³", "malignancy", "texture",
+    heads = ["nodule", "readers", "diameter, mm", "volume, mm³", "in the layout, mm³", *cases.RATINGS,
              "touches pleura", "touches vessel", "notes"]  # fmt: skip
-    return DisplayTable(heads, rows, [True] * 7 + [False] * 3)
+    return DisplayTable(heads, rows, [True] * (5 + len(cases.RATINGS)) + [False] * 3)
 
 
 def _show_overview(figures: pd.DataFrame, usable: pd.DataFrame) -> DisplayTable:

@@ -33,6 +33,7 @@ from lungddpm.report.sections import (
     show_detection,
     show_dose_response,
     show_fidelity,
+    show_fidelity_strata,
     show_filter,
     show_ladder,
     show_measure_differences,
@@ -205,6 +206,9 @@ def render_report(
         else None,
         costs=show_costs(tables["quality_and_cost"]) if "quality_and_cost" in tables else None,
         fidelity=show_fidelity(tables["label_fidelity"]) if "label_fidelity" in tables else None,
+        fidelity_strata=(
+            show_fidelity_strata(tables["label_fidelity_by_stratum"]) if "label_fidelity_by_stratum" in tables else None
+        ),
         fidelity_notes=(
             tables["label_fidelity"].query("note != ''")[["generator", "note"]].to_dict("records")
             if "label_fidelity" in tables

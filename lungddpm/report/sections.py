@@ -14,7 +14,7 @@ from lungddpm.core.arms import is_baseline
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
-from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, TEXTURES
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import GIVEN, NOTHING
 from lungddpm.quality.calibration import DIFFERENCE, NODULES, SPREAD
@@ -419,6 +419,21 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
              *[f"found, {kind}" for kind in kinds], "to the ceiling, points",
              "false positives per scan"]  # fmt: skip
     return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)])
+
+
+def show_fidelity_strata(strata: pd.DataFrame) -> DisplayTable | None:
+    """`label_fidelity_by_stratum.csv` for reading, a column per generator; None if no lesion's texture is known."""
+    if strata.empty:
+        return None
+    generators = list(dict.fromkeys(strata["generator"]))
+    cells = {
+        (row["texture"], row["size"], row["generator"]): f"{row['found_percent']:.0f} % of {row['n_lesions']}"
+        for row in strata.to_dict("records")
+    }
+    order = [(texture, size) for texture in TEXTURES for size in SIZE_COLUMNS]
+    rows = [[*stratum, *(cells.get((*stratum, generator), "") for generator in generators)] for stratum in order]
+    rows = [row for row in rows if any(row[2:])]
+    return DisplayTable(["texture", "size", *generators], rows, [False, False, *[True] * len(generators)])
 
 
 def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, DisplayTable, list[str]]:

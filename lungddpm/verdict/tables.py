@@ -403,6 +403,7 @@ def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
 
     Returns:
         `label_fidelity`: `label_fidelity.TABLE_COLUMNS`. `label_fidelity_runs`: `label_fidelity.RUN_COLUMNS`.
+        `label_fidelity_by_stratum`: `label_fidelity.STRATUM_COLUMNS`.
     """
     folds, gathered = folds_of(config), []
     for name in (label_fidelity.METRICS, label_fidelity.LESIONS):
@@ -416,6 +417,7 @@ def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
     return {
         "label_fidelity": label_fidelity.fidelity_table(metrics, lesions, generators, folds, config.verdict.confidence),
         "label_fidelity_runs": label_fidelity.runs_table(metrics, lesions),
+        "label_fidelity_by_stratum": label_fidelity.strata_table(lesions),
     }
 
 

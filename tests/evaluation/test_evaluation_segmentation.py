@@ -69,7 +69,7 @@ def test_a_table_edited_by_hand_is_reported_with_the_way_out(make_results):
         check_unchanged(path)
     record = path.with_name("evaluation.json")
     record.write_text(json.dumps({"sha256": {}}))
-    with pytest.raises(InputError, match=r"evaluation\.json: holds no hash of metrics\.csv"):
+    with pytest.raises(InputError, match=r"evaluation\.json: has no hash of metrics\.csv"):
         check_unchanged(path)
     record.unlink()
     with pytest.raises(InputError, match=r"evaluation\.json: does not exist.*lungddpm evaluate"):

@@ -14,8 +14,9 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
+from lungddpm.quality import label_fidelity
 from lungddpm.quality.image_quality import SET_COLUMNS
-from lungddpm.report.sections import show_strata
+from lungddpm.report.sections import show_fidelity_strata, show_strata
 from lungddpm.verdict.records import drawing_costs, quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
@@ -232,6 +233,31 @@ def test_detection_by_texture_and_size():
     unrated = strata_table(lesions.assign(texture=None))
     assert unrated.columns.tolist() == table.columns.tolist()
     assert show_strata(unrated) is None
+
+
+def test_label_fidelity_by_texture_and_size():
+    """Two replicates look at one solid lesion of real CT and at two drawn ones, of which one is not rated."""
+    columns = ["generator", "images", "case_id", "sha256", "lesion", "texture", "size_bin", "found"]
+    small, large = "< 6 mm", "> 10 mm"
+    real, drawn = ("(real CT)", "reference", "a", "0"), ("flow", "synthetic", "b", "1")
+    lesions = pd.DataFrame(
+        [
+            (*real, 1, "solid", small, True), (*drawn, 1, "ground glass", large, True), (*drawn, 2, None, small, True),
+            (*real, 1, "solid", small, False), (*drawn, 1, "ground glass", large, True), (*drawn, 2, None, small, True),
+        ],
+        columns=columns,
+    )  # fmt: skip
+    table = label_fidelity.strata_table(lesions)
+    assert table.to_numpy().tolist() == [
+        ["(real CT)", "reference", "solid", "< 6 mm", 1, 50.0],
+        ["flow", "synthetic", "ground glass", "> 10 mm", 1, 100.0],
+    ]
+    shown = show_fidelity_strata(table)
+    assert shown.heads == ["texture", "size", "(real CT)", "flow"]
+    assert shown.rows == [["ground glass", "> 10 mm", "", "100 % of 1"], ["solid", "< 6 mm", "50 % of 1", ""]]
+    unrated = label_fidelity.strata_table(lesions.assign(texture=None))
+    assert unrated.columns.tolist() == table.columns.tolist()
+    assert show_fidelity_strata(unrated) is None
 
 
 def test_detection_by_size():
