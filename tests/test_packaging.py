@@ -27,7 +27,7 @@ def direct_dependencies(repository, *extras):
 
 
 def test_every_direct_dependency_is_pinned(repository):
-    assert set(direct_dependencies(repository, "test")) - set(pins(repository)) == set()
+    assert set(direct_dependencies(repository, "docs", "test")) - set(pins(repository)) == set()
 
 
 def test_the_conda_environment_has_the_pinned_versions(repository):
@@ -76,7 +76,7 @@ def test_set_up_shows_progress_on_a_terminal_and_is_quiet_in_a_log(repository, t
     os.close(reader)
     arguments = (environment / "bin/pip.arguments").read_text().split()
     assert ("--quiet" in arguments) is not on_terminal
-    assert arguments[-4:] == ["--constraint", "constraints.txt", "--editable", ".[test]"]
+    assert arguments[-4:] == ["--constraint", "constraints.txt", "--editable", ".[docs,test]"]
 
 
 # What metadata call the licences, by their names in SPDX.
@@ -104,9 +104,9 @@ def test_the_page_of_dependencies_has_their_versions_and_licences(repository):
     table = page.partition("|---")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\S+) \| (\S+) \| (.+?) \|", table, re.MULTILINE)
     listed = {normal(name): (version, licence) for name, version, licence in rows}
-    extras = ("test", "lungmask", "totalsegmentator", "idc")
+    extras = ("test", "docs", "lungmask", "totalsegmentator", "idc")
     assert list(listed) == direct_dependencies(repository, *extras)
     assert {name: version for name, (version, _) in listed.items()} == {name: pins(repository)[name] for name in listed}
-    optional = set(direct_dependencies(repository, *extras)) - set(direct_dependencies(repository, "test"))
+    optional = set(direct_dependencies(repository, *extras)) - set(direct_dependencies(repository, "test", "docs"))
     for name in set(listed) - optional:
         assert listed[name][1] == licence_of(name), name
