@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench docs docs-site clean
+.PHONY: demo test pytest lint test-slow bench dist docs docs-site clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -21,8 +21,12 @@ demo: $(READY)
 	$(BIN)/lungddpm run --cores all
 	@$(BIN)/lungddpm verdict
 
-test: $(READY)
+test: pytest lint
+
+pytest: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -44,6 +48,10 @@ docs: $(READY)
 	$(BIN)/python -m lungddpm.evaluation.reference docs/reference/measures.md
 	$(BIN)/python docs/site/cost.py
 	$(BIN)/python docs/site/pipeline.py > docs/images/pipeline.svg
+
+# Wheel and sdist in build/dist, used as a stranger would: outside of this folder.
+dist: $(READY)
+	VENV=$(VENV) .ci/built
 
 # The site in build/site: opens from the disk, and is built without a network. A broken link ends it.
 docs-site: $(READY)
