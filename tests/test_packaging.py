@@ -4,6 +4,8 @@ import os
 import pty
 import re
 import subprocess
+import sys
+import sysconfig
 import tomllib
 from importlib import metadata
 
@@ -52,6 +54,37 @@ def test_container_and_conda_environment_have_one_python(repository):
         r"^FROM .*python:([\d.]+)", (repository / "envs/Containerfile").read_text(), re.MULTILINE
     )
     assert of_conda == of_container
+
+
+def test_a_conda_environment_gets_the_package_that_the_run_has(repository, tmp_path):
+    """The script that Snakemake runs in a new environment, here one of venv, in a folder without a clone."""
+    environment, outer, empty = (tmp_path / name for name in ("environment", "outer", "empty"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    outer.mkdir()
+    (outer / "lungddpm").write_text(f"#!{sys.executable}\n")
+    (outer / "lungddpm").chmod(0o755)
+    empty.mkdir()
+    variables = {**os.environ, "PATH": os.pathsep.join([str(environment / "bin"), str(outer), os.environ["PATH"]])}
+    script = repository / "envs/lungddpm.post-deploy.sh"
+    subprocess.run(["sh", script], cwd=empty, env={**variables, "PYTHONPATH": str(repository)}, check=True)
+
+    del variables["PATH"]
+    variables.pop("PYTHONPATH", None)
+    command = environment / "bin/lungddpm"
+    where = [environment / "bin/python", "-c", "import lungddpm.cli; print(lungddpm.cli.__file__)"]
+    runs = {
+        name: subprocess.run(each, cwd=empty, env=variables, capture_output=True, text=True, check=True).stdout
+        for name, each in {
+            "version": [command, "--version"],
+            "demo": [command, "config", "validate"],
+            "where": where,
+        }.items()
+    }
+    assert runs["version"] == f"lungddpm {metadata.version('lungddpm')}\n"
+    assert "Arms: real, " in runs["demo"]
+    assert runs["where"].startswith(str(packages))
 
 
 PYTHON_THAT_MAKES_A_PIP = """#!/bin/sh
