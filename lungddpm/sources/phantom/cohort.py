@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pydicom.uid import UID
 
 _UIDS_OF_VERSION = "0.1.0"
-"""What stood in the recipe when UIDs were first drawn from it: no release moves them, and with them the demo's seeds."""
+"""In the recipe since UIDs were first drawn from it: no release moves them, and with them the seeds of the demo."""
 _SAME_IN_ALL_SLICES = {
     "SpecificCharacterSet": "ISO_IR 100",
     "ImageType": ["DERIVED", "SECONDARY", "AXIAL"],
