@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -85,6 +86,30 @@ def test_a_conda_environment_gets_the_package_that_the_run_has(repository, tmp_p
     assert runs["version"] == f"lungddpm {metadata.version('lungddpm')}\n"
     assert "Arms: real, " in runs["demo"]
     assert runs["where"].startswith(str(packages))
+
+
+CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n## [1.2.3] - 2027-01-02\n"
+CITATION = "cff-version: 1.2.0\nversion: 1.2.3\ndate-released: 2027-01-02\n"
+
+
+@pytest.mark.parametrize(
+    ("tag", "changelog", "citation", "says"),
+    [
+        ("v1.2.3", CHANGELOG, CITATION, ""),
+        ("1.2.3", CHANGELOG, CITATION, "is not v and a version"),
+        ("v1.2.4", CHANGELOG, CITATION, "CHANGELOG.md: has no heading '## [1.2.4] - <date>'"),
+        ("v1.2.3", CHANGELOG, CITATION.replace("1.2.3", "1.2.2"), "CITATION.cff: its version is not 1.2.3"),
+        ("v1.2.3", CHANGELOG, CITATION.partition("date")[0], "CITATION.cff: has no date-released"),
+    ],
+)
+def test_a_release_needs_its_version_in_changelog_and_citation(repository, tmp_path, tag, changelog, citation, says):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(repository / ".ci/check-release", tmp_path / ".ci")
+    (tmp_path / "CHANGELOG.md").write_text(changelog)
+    (tmp_path / "CITATION.cff").write_text(citation)
+    run = subprocess.run([tmp_path / ".ci/check-release", tag], capture_output=True, text=True, check=False)
+    assert (run.returncode == 0) is (says == "")
+    assert says in run.stderr
 
 
 PYTHON_THAT_MAKES_A_PIP = """#!/bin/sh

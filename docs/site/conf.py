@@ -73,6 +73,7 @@ NAVIGATION = {
         "docs/how-to/add-a-generator-or-source",
         "docs/how-to/add-a-measure",
         "docs/how-to/solve-problems",
+        "docs/how-to/*",
     ],
     "Reference": [
         "docs/reference/glossary",
@@ -86,6 +87,7 @@ NAVIGATION = {
         "docs/reference/cost",
         "docs/reference/differences-to-the-paper",
         "docs/reference/dependencies",
+        "docs/reference/*",
     ],
     "Explanation": [
         "docs/explanation/architecture",
@@ -95,14 +97,16 @@ NAVIGATION = {
         "docs/explanation/performance",
         "docs/explanation/interruption",
         "docs/explanation/calibration",
+        "docs/explanation/*",
     ],
     "Project": ["CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT"],
 }
-"""Captions of the sidebar and the pages below them. A page that is left out fails the build."""
+"""Captions of the sidebar and the pages below them, in their order; new pages come last."""
 _TREE = """
 
 ```{{toctree}}
 :hidden:
+:glob:
 :caption: {caption}
 
 {pages}
