@@ -73,7 +73,6 @@ NAVIGATION = {
         "docs/how-to/add-a-generator-or-source",
         "docs/how-to/add-a-measure",
         "docs/how-to/solve-problems",
-        "docs/how-to/*",
     ],
     "Reference": [
         "docs/reference/glossary",
@@ -87,7 +86,6 @@ NAVIGATION = {
         "docs/reference/cost",
         "docs/reference/differences-to-the-paper",
         "docs/reference/dependencies",
-        "docs/reference/*",
     ],
     "Explanation": [
         "docs/explanation/architecture",
@@ -97,16 +95,16 @@ NAVIGATION = {
         "docs/explanation/performance",
         "docs/explanation/interruption",
         "docs/explanation/calibration",
-        "docs/explanation/*",
     ],
     "Project": ["CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT"],
 }
-"""Captions of the sidebar and the pages below them, in their order; new pages come last."""
+"""Captions of the sidebar and the pages below them, in their order. Other pages of their folders follow."""
+FOLDERS = {"How-to": "docs/how-to/", "Reference": "docs/reference/", "Explanation": "docs/explanation/"}
+_PYTHON_API = "docs/reference/python-api"
 _TREE = """
 
 ```{{toctree}}
 :hidden:
-:glob:
 :caption: {caption}
 
 {pages}
@@ -139,13 +137,18 @@ _DOCSTRINGS = """
 def add_what_a_site_needs(app: Sphinx, page: str, source: list[str]) -> None:
     """Append the navigation to the entry page, and the docstrings to the page of the Python interface."""
     if page == root_doc:
-        trees = (
-            _TREE.format(caption=name, pages="\n".join(f"/{page}" for page in pages))
-            for name, pages in NAVIGATION.items()
-        )
-        source[0] += "".join(trees)
-    if page == "docs/reference/python-api":
+        listed = {page for pages in NAVIGATION.values() for page in pages}
+        for caption, pages in NAVIGATION.items():
+            folder = FOLDERS.get(caption)
+            others = sorted(page for page in app.env.found_docs - listed if folder and page.startswith(folder))
+            source[0] += _TREE.format(caption=caption, pages="\n".join(f"/{page}" for page in [*pages, *others]))
+    if page == _PYTHON_API:
         source[0] += _DOCSTRINGS
+
+
+def pages_to_read_again(app: Sphinx, *_: object) -> list[str]:
+    """These two depend on more than their own text."""
+    return [root_doc, _PYTHON_API]
 
 
 def add_index(app: Sphinx, failed: Exception | None) -> None:
@@ -156,5 +159,6 @@ def add_index(app: Sphinx, failed: Exception | None) -> None:
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("env-get-outdated", pages_to_read_again)
     app.connect("source-read", add_what_a_site_needs)
     app.connect("build-finished", add_index)
