@@ -32,7 +32,7 @@ def case_row(case_id, patient_id, role, **changes):
 
 
 def write_case(folder, rng, nodule=True, provenance=None, offset_hu=0):
-    """A block of lung with one cubic nodule of 3 voxels an edge."""
+    """A block of lung with one cubic nodule of 3 voxels per edge."""
     layout = np.zeros(SIZE, np.uint8)
     layout[3:17, 3:15, 3:13] = Label.LUNG
     if nodule:
@@ -63,7 +63,7 @@ def write_results(
     probabilities=True,
     learning=False,
     offset_hu=0,
-    luck=0.0,
+    run_sd=0.0,
     shares=SHARES,
     **overrides,
 ):
@@ -78,7 +78,7 @@ def write_results(
         probabilities: of the predictions.
         learning: whether the segmenters' loss still falls at the end.
         offset_hu: how much brighter than their reference the samples' lungs are.
-        luck: sd of the share of nodules that a run finds.
+        run_sd: sd of the share of nodules that a run finds.
         shares: mean share that an arm's runs find; 0.5 where it is not named.
         overrides: of the config.
     """
@@ -97,7 +97,7 @@ def write_results(
     for arm in config.arms.names():
         for replicate in config.segmentation.replicates():
             folder = results / "segmentation" / arm / replicate
-            share = shares.get(Arm.parse(arm).recipe.name.split("@")[0], 0.5) + luck * rng.normal()
+            share = shares.get(Arm.parse(arm).recipe.name.split("@")[0], 0.5) + run_sd * rng.normal()
             for row in rows[2 : 2 + n_test]:
                 nodule = layouts[row["case_id"]] == Label.NODULE
                 mask = nodule & (rng.random(SIZE) < share)

@@ -1,18 +1,18 @@
-"""What a patient does in a run: the names of the roles, and how a case table writes them."""
+"""The roles of patients: their names, and their form in case tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 DISCOVERY, REFERENCE, TEST = ROLES = ("discovery", "reference", "test")
-"""Roles of patients: training, lending their CT to synthetic cases, and comparing the segmenters."""
+"""Roles of patients: training, lending their CT to synthetic cases, and testing the segmenters."""
 SYNTHETIC = "synthetic"
-"""What the column `role` holds for a synthetic case."""
+"""Value of the column `role` for a synthetic case."""
 _JOINT = "+"
 
 
 def join_roles(roles: Iterable[str]) -> str:
-    """The cell of the column `role`: several only under `roles.allow_shared_patients`, none for a patient without."""
+    """The cell of the column `role`: several only with `roles.allow_shared_patients`, empty for a patient without."""
     return _JOINT.join(roles)
 
 

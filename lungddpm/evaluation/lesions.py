@@ -1,7 +1,7 @@
-"""Lesions found and false alarms of one case: connected components of the masks, and candidates with a score.
+"""Lesions found and false positives of one case: connected components of the masks, and candidates with scores.
 
-Two views of the same prediction. The mask says which lesions a reader of the mask would see. The probabilities give
-candidates: regions that the segmenter takes for a nodule more or less surely, from which FROC is made (see `froc`).
+Two views of the same prediction. The mask shows which lesions a reader of the mask would see. The probabilities give
+candidates: regions that may be a nodule, with a confidence, from which FROC is computed (see `froc`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lungddpm.core.volume import Volume
 
 SIZE_BINS = ("< 6 mm", "6-10 mm", "> 10 mm")
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
-"""How the size bins are written in names of columns."""
+"""The size bins in column names."""
 TEXTURES = ("ground glass", "part-solid", "solid")
 """By the rating of texture: 1 ground glass, 3 part-solid, 5 solid."""
 TEXTURE_COLUMNS = dict(zip(TEXTURES, ("ground_glass", "part_solid", "solid"), strict=True))
-"""How textures are written in names of columns."""
+"""The textures in column names."""
 CANDIDATE_PROBABILITY = 0.1
-"""A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
-to be found at a lower score; not lower, so that neighbours do not grow together."""
+"""A candidate is a connected region of at least this probability: low, so that lesions missing from a mask at 0.5 can
+be found at a lower score; not lower, so that neighbours do not merge."""
 _TOUCHING = 26
 
 
@@ -40,11 +40,11 @@ class Lesion:
     overlap: float
     """Share of the lesion's voxels that the prediction covers."""
     long_axis_mm: float = math.nan
-    """See `extent.Extent`, for this and the next two."""
+    """See `extent.Extent`, also for the next two."""
     short_axis_mm: float = math.nan
     elongation: float = math.nan
     score: float = math.nan
-    """Highest score of the candidates that hit it; NaN where none does, or without probabilities."""
+    """Highest score of the candidates that hit it; NaN if none does, or without probabilities."""
 
     @property
     def found(self) -> bool:
@@ -115,10 +115,10 @@ def lesion_measures(
 
 
 def ratings_of(reference: Volume, nodules: Sequence[dict]) -> list[dict[str, float | None]]:
-    """What readers said of each lesion: `RATINGS`, each None where nobody rated.
+    """The readers' ratings of each lesion: `RATINGS`, each None if not rated.
 
-    A nodule belongs to the lesion nearest its centroid. Nodules that touch on this grid are one lesion, which has the
-    ratings of the largest of them.
+    A nodule belongs to the lesion nearest to its centroid. Nodules that touch on this grid are one lesion, with the
+    ratings of the largest.
 
     Args:
         reference: bool; its lesions are numbered as by `lesion_measures`.

@@ -1,8 +1,8 @@
-"""Whether the nodules of a layout are solid: by readers' ratings of the real nodules that they are, or were made of.
+"""Texture of the nodules of a layout: from readers' ratings of the real nodules that they are, or were made from.
 
-A layout does not show it, and most generators do not know it. So what is found by texture says how a generator draws
-the nodules of a kind, beside how real ones of that kind are found. Where it draws all of them solid, segmenters find
-more of the ground glass than in real CT.
+A layout does not contain it, and most generators do not know it. So recall by texture shows how a generator draws
+nodules of a kind, compared with real ones of that kind. If it draws all of them solid, segmenters find more of the
+ground glass than in real CT.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class KnownNodule:
 
     Attributes:
         position_mm: RAS.
-        texture: one of `lesions.TEXTURES`, or empty where nobody rated it.
+        texture: one of `lesions.TEXTURES`, or empty if not rated.
     """
 
     position_mm: tuple[float, float, float]
@@ -40,7 +40,7 @@ class RealNodules:
     """The nodules of the real cases.
 
     Args:
-        cases_table: `cases.tsv`, beside which `nodules.tsv` lies; without that, no nodule is known.
+        cases_table: `cases.tsv`, next to `nodules.tsv`; without that, no nodule is known.
     """
 
     def __init__(self, cases_table: Path):
@@ -54,15 +54,15 @@ class RealNodules:
             )
 
     def of_case(self, case_id: str) -> list[KnownNodule]:
-        """Those of a real case."""
+        """The nodules of a real case."""
         return list(self._of_case.get(case_id, {}).values())
 
     def of_sample(self, record: Mapping[str, Any], reference: str, *, own_layout: bool) -> list[KnownNodule]:
-        """Those of a synthetic case: its reference's own where they are still there, and those that were placed.
+        """The nodules of a synthetic case: the remaining ones of its reference, and the placed ones.
 
         Args:
             record: its `sample.json`.
-            reference: the case that its CT was made from; empty where there is none.
+            reference: the case that its CT was made from; empty if there is none.
             own_layout: it has the layout of that case.
         """
         own = self.of_case(reference) if own_layout or record.get("layout_origin") == ADDED else []
@@ -77,8 +77,8 @@ class RealNodules:
 def lesion_textures(layout: Volume, nodules: Iterable[KnownNodule]) -> list[str]:
     """The texture of each lesion of a layout, in the order of `lesion_measures`.
 
-    A nodule is the lesion that its position is in, or next to. Where nodules of several textures grew together on the
-    grid, or none is known, the texture is empty.
+    A nodule belongs to the lesion at or next to its position. If nodules of several textures merged on the grid, or
+    none is known, the texture is empty.
 
     Args:
         layout: labels.
@@ -90,7 +90,7 @@ def lesion_textures(layout: Volume, nodules: Iterable[KnownNodule]) -> list[str]
     for nodule in nodules:
         at = np.linalg.solve(layout.affine, [*nodule.position_mm, 1])[:3]
         apart = np.linalg.norm(voxels - at, axis=1)
-        # A diagonal of a voxel: centres that are rounded, or lie in the hollow of a nodule.
+        # A voxel diagonal: centres may be rounded, or in the concavity of a nodule.
         if count and apart.min() <= math.sqrt(3):
             found[numbers[tuple(voxels[apart.argmin()])] - 1].add(nodule.texture)
     return [textures.pop() if len(textures) == 1 else "" for textures in found]

@@ -394,6 +394,6 @@ def test_a_shard_without_cases_writes_an_empty_table(cohort):
     assert cohort.prepare(shard=8, shards=9).empty
 
 
-def test_a_missing_source_is_told(cohort, tmp_path):
+def test_a_missing_source_is_reported(cohort, tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         run_prepare(Config(), tmp_path / "index.tsv", tmp_path / "gone", tmp_path, 0, 1, tmp_path / "t.tsv")

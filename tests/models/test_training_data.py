@@ -82,7 +82,7 @@ def test_processes_that_build_the_cache_at_once_decode_once(discovery, training_
 
 
 def test_a_case_on_another_grid_is_refused(discovery, tmp_path):
-    with pytest.raises(InputError, match=r"case00.*\(16, 16, 16\) voxels, grid.size is \(16, 16, 32\)"):
+    with pytest.raises(InputError, match=r"case00.*\(16, 16, 16\) voxels, but grid.size is \(16, 16, 32\)"):
         open_cache(tmp_path, *discovery, (16, 16, 32))
     assert not list(tmp_path.glob("*.npy"))
 

@@ -105,7 +105,7 @@ def table_of(*of_replicates, generators=("lung_ddpm",), folds=None):
     return fidelity_table(metrics, lesions, list(generators), folds, 0.95).set_index("generator")
 
 
-# The nodule of every case is a cube of 3 voxels an edge. Shifted by one voxel, 18 of 27 are hit: Dice 2 x 18 / 54.
+# The nodule of every case is a cube of 3 voxels per edge. Shifted by one voxel, 18 of 27 are hit: Dice 2 x 18 / 54.
 @pytest.mark.parametrize(
     ("segment", "dice", "recall", "overlap", "false_positives"),
     [(nodules_of, 1, 1, 1, 0), (nothing_in, 0, 0, 0, 0), (shifted_in, 2 / 3, 1, 2 / 3, 0)],
@@ -256,7 +256,7 @@ def test_intervals_are_those_of_a_t_test_over_replicates(cohort):
     )
     assert (row["dice_mean"], row["dice_sd"], row["n_replicates"]) == pytest.approx((1 + values.mean(), 0, 3))
     assert (row["recall_difference"], row["recall_ci_low"], row["recall_ci_high"]) == (0, 0, 0)
-    # Two seeds of one fold share its luck: they are averaged, and folds are counted (12.706: 1 degree of freedom).
+    # Two seeds of one fold share its split: they are averaged, and folds are counted (12.706: 1 degree of freedom).
     folds = {"fold0_seed0": 0, "fold0_seed1": 0, "fold1_seed0": 1}
     of_folds = np.array([-0.1, -0.5])
     row = table_of(*replicates, folds=folds).loc["lung_ddpm"]
@@ -344,7 +344,7 @@ def test_what_is_missing_or_changed_is_named(cohort, tmp_path, monkeypatch):
     sample = CaseFolder(folder / "case-2_s001")
     whole = sample.ct.read_bytes()
     write_volume(sample.ct, nothing_in(sample.ct))
-    with pytest.raises(InputError, match=r"case-2_s001: differs from what .*samples-1\.0-0\.tsv says"):
+    with pytest.raises(InputError, match=r"case-2_s001: does not match its hash in .*samples-1\.0-0\.tsv"):
         cohort.chosen()
     sample.ct.unlink()
     with pytest.raises(InputError, match=r"case-2_s001/ct\.nii\.gz: does not exist"):

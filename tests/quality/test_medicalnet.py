@@ -144,7 +144,7 @@ def test_other_networks_are_refused_by_key(weights, change, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no weights at all", "cut short"), ({"model": {}}, "state_dict"), (nn.Linear(1, 1), "holds code")],
+    [(b"no weights at all", "truncated"), ({"model": {}}, "state_dict"), (nn.Linear(1, 1), "holds code")],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "other.pth"

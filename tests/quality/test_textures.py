@@ -20,7 +20,7 @@ def position(voxel):
 
 
 def layout_of(*cubes):
-    """Lungs with cubes of 3 voxels an edge around these voxels."""
+    """Lungs with cubes of 3 voxels per edge around these voxels."""
     labels = np.full((20, 20, 20), Label.LUNG, np.uint8)
     for x, y, z in cubes:
         labels[x - 1 : x + 2, y - 1 : y + 2, z - 1 : z + 2] = Label.NODULE

@@ -104,7 +104,7 @@ def test_a_case_without_nodules_says_so(make_pages):
         [row("none", n_nodules=0)], {"none": {"n_nodules": 0, "nodules": [], "nodule_share_in_or_touching_lungs": None}}
     )
     text = Page(folder / "cases/none.html").text
-    assert "There is none." in text
+    assert "None." in text
     assert "nan" not in text
 
 
@@ -124,7 +124,7 @@ def test_a_page_of_a_case_that_is_gone_is_removed(make_pages):
     assert [page.stem for page in (folder / "cases").iterdir()] == ["kept"]
 
 
-def test_a_missing_record_is_told(tmp_path):
+def test_a_missing_record_is_reported(tmp_path):
     write_cases(tmp_path / "cases/cases.tsv", [row("one")])
     with pytest.raises(InputError, match=r"one/case\.json.*prepare"):
         run_qc(CONFIG, tmp_path / "cases/cases.tsv", tmp_path / "qc")

@@ -438,7 +438,7 @@ def test_layouts_are_made_again_when_what_decides_them_changes(partly_bare_cohor
     assert made == ["case03_s000", "case03_s001", "case04_s001"]
 
 
-def test_missing_nodules_and_full_lungs_are_told(partly_bare_cohort, tmp_path):
+def test_missing_nodules_and_full_lungs_are_reported(partly_bare_cohort, tmp_path):
     nodules = partly_bare_cohort.parent / "case04/nodules.nii.gz"
     nodules.rename(tmp_path / "kept")
     with pytest.raises(InputError, match=r"case04/nodules.nii.gz: does not exist"):

@@ -102,7 +102,7 @@ def test_an_arm_that_was_not_evaluated_does_not_stop_the_others(make_results, ca
     assert rows.loc["real+lung_ddpm@1.0", "sentence"].endswith("Not evaluated and left out: fold1_seed0.")
     assert rows.loc["real+lung_ddpm@1.0", "n_compared"] == 1
     assert tables["detection"]["n_lesions"].tolist() == [7, 7]
-    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict goes on without" in caplog.text
+    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict leaves them out" in caplog.text
 
 
 def test_without_the_baseline_there_is_no_verdict(make_results):
@@ -161,7 +161,7 @@ def test_a_primary_arm_that_was_named_after_an_evaluation_is_found(make_results)
     assert named_late(results, config) == ["real, fold0_seed0"]
 
 
-def test_wilcoxon_against_a_repeated_baseline_is_named_as_luck():
+def test_wilcoxon_against_a_repeated_baseline_is_reported_as_run_to_run_variation():
     config = parse_config({"arms": {"controls": ["real"]}, "segmentation": {"folds": [0, 1, 2]}})
     cases = simulated_cases(config)
     cases.loc[(cases["arm"] == "real+real") & (cases["replicate"] == "fold0_seed0"), "dice"] += 0.05
@@ -345,7 +345,7 @@ def test_identical_arms_show_no_difference(make_results):
     assert identical_replicates(tables["cases"]) == [
         [f"{arm}, {replicate}" for arm in config.arms.names()] for replicate in config.segmentation.replicates()
     ]
-    assert tables["froc_band"].groupby("false_positives_a_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
+    assert tables["froc_band"].groupby("false_positives_per_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
 
 
 def test_quality_is_summarised_over_samples_with_the_region():

@@ -112,8 +112,12 @@ class Slurm:
 
     def jobs(self) -> list[dict[str, str]]:
         """What Slurm remembers of every job."""
-        told = subprocess.run(["scontrol", "show", "jobs", "--oneliner"], capture_output=True, text=True, check=True)
-        return [dict(re.findall(r"([\w/:.]+)=(\S*)", line)) for line in told.stdout.splitlines() if "JobId=" in line]
+        reported = subprocess.run(
+            ["scontrol", "show", "jobs", "--oneliner"], capture_output=True, text=True, check=True
+        )
+        return [
+            dict(re.findall(r"([\w/:.]+)=(\S*)", line)) for line in reported.stdout.splitlines() if "JobId=" in line
+        ]
 
     def running(self, rule: str) -> dict[str, str] | None:
         """The first running job of a rule, if there is one."""
