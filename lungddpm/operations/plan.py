@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation, Workflow
@@ -15,6 +15,7 @@ from lungddpm.core.arms import Arm
 from lungddpm.core.cohorts import count_real_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
+from lungddpm.core.progress import waiting
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.volume import per_axis
@@ -158,6 +159,15 @@ class NetworkCost:
     """Of all steps of a generator's training, of one process."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, and what that rests on."""
+
+    cohort: Cohort
+    speed: Speed
+    stages: list[Stage]
+
+
 def run_plan(
     configs: Sequence[Path | str],
     tables: Sequence[Path],
@@ -165,8 +175,8 @@ def run_plan(
     device: str = CPU,
     step_seconds: float | None = None,
     bench: Path | None = None,
-) -> str:
-    """The plan of a run as text (see `describe_plan`). Writes nothing.
+) -> Plan:
+    """The plan of a run (see `describe_plan`). Writes nothing.
 
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
@@ -183,7 +193,8 @@ def run_plan(
     config = load_plan_config(*configs)
     cohort = count_cohort(config, first_table(tables), scans)
     speed = choose_speed(config, device, step_seconds, bench)
-    return describe_plan(cohort, speed, plan_run(config, cohort, speed))
+    with waiting("counting the operations of its networks"):
+        return Plan(cohort, speed, plan_run(config, cohort, speed))
 
 
 def first_table(tables: Sequence[Path]) -> Path | None:
@@ -447,8 +458,9 @@ def segmenter_cost(config: Config) -> NetworkCost:
     )
 
 
-def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
+def describe_plan(plan: Plan) -> str:
     """The plan as a table for a terminal, with what it rests on."""
+    cohort, speed, stages = plan.cohort, plan.speed, plan.stages
     heads = ["stage", "jobs", "GPU hours", "core hours", "memory, GiB", "GPU memory, GiB", "disk, GiB"]
     totals = [
         "together", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
@@ -465,6 +477,28 @@ def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
         f"{cohort.test} test.\n{speed.device}: {speed.origin}.\nMemory is that of one job; disk what a stage takes at "
         "the most. Jobs that ask for a GPU take core hours only where there is none."
     )
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """The same for `--json`; the keys are those of docs/reference/command-line.md."""
+    return {
+        "scans": {
+            "total": plan.cohort.scans,
+            **{role: getattr(plan.cohort, role) for role in ROLES},
+            "voxels": plan.cohort.voxels,
+            "origin": plan.cohort.origin,
+        },
+        "speed": {
+            "device": plan.speed.device, "flop_per_second": plan.speed.flop_per_s, "origin": plan.speed.origin
+        },
+        "stages": [{("stage" if key == "name" else key): v for key, v in vars(each).items()} for each in plan.stages],
+        "total": {
+            "jobs": sum(each.jobs for each in plan.stages),
+            "gpu_hours": sum(each.gpu_hours for each in plan.stages),
+            "core_hours": sum(each.core_hours for each in plan.stages),
+            "disk_gib": sum(each.disk_gib for each in plan.stages),
+        },
+    }  # fmt: skip
 
 
 def _cohort_of_table(config: Config, index: Path) -> Cohort | None:

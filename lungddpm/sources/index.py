@@ -15,7 +15,7 @@ from lungddpm.core import cases
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError, printable
 from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, waiting
 from lungddpm.sources import Series, source_of
 
 if TYPE_CHECKING:
@@ -115,15 +115,16 @@ def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
         fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
         faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
 
-    for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
-        # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    with waiting("listing files"):
+        for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
+            # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
+            if (real := os.path.realpath(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     return files, faults
 
 

@@ -10,6 +10,8 @@ rule merge_config:
     log:
         "results/logs/merge_config.log",
     localrule: True
+    # First of all, as `lungddpm status` reads it while the run is under way.
+    priority: 1
     conda:
         "../../envs/lungddpm.yaml"
     threads: 1
