@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,10 +21,7 @@ from lungddpm.core.tables import DisplayTable
 from lungddpm.core.volume import per_axis
 
 if TYPE_CHECKING:
-    import torch
-
     from lungddpm.generators import Drawing
-    from lungddpm.models.recipe import Recipe
 
 GIB = 2**30
 PEAK_TFLOP_PER_S = {
@@ -397,28 +394,20 @@ def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
     A step's are those of its crops, if any, in the last part of the training; memory is that of the largest part. A
     forward pass is over what the network sees when it draws.
     """
-    from lungddpm.operations.estimate import count, count_opponent, phases_of, recipe_of
+    from lungddpm.operations.estimate import count, kept_by_network, parts_of, recipe_of, training_memory
 
-    drawn = (1, *config.settings.drawn_size(config.grid)[::-1])
+    drawn, parts = (1, *config.settings.drawn_size(config.grid)[::-1]), parts_of(config)
     parameters, forward, _ = count(config, drawn)
-    step, whole, kept, of_opponent = 0, 0, 0, 0
-    for steps, of_phase, recipe in phases_of(config):
-        accumulation = of_phase.settings.training.accumulation
-        judge, opponent_pass = count_opponent(of_phase, recipe)
-        alone = count(of_phase, recipe=recipe)[2] * accumulation
-        step = alone + opponent_pass * accumulation
-        whole += steps * alone + max(0, steps - recipe.opponent_from) * opponent_pass * accumulation
-        kept, of_opponent = max(kept, _kept_in_training(of_phase, recipe)), max(of_opponent, judge)
+    last = max(part.phase for part in parts)
     return NetworkCost(
         parameters,
         forward,
-        step,
-        # Weight, gradient, average (but of an opponent) and two moments of Adam.
-        5 * 4 * parameters + 4 * 4 * of_opponent + kept,
+        sum(part.step_flop for part in parts if part.phase == last),
+        training_memory(config),
         4 * parameters,
-        _kept_by_network(recipe_of(config), drawn) // 4,
-        of_opponent,
-        whole,
+        kept_by_network(recipe_of(config), drawn) // 4,
+        max((part.parameters for part in parts if part.is_opponent), default=0),
+        sum(part.steps * part.step_flop for part in parts),
     )
 
 
@@ -429,6 +418,8 @@ def segmenter_cost(config: Config) -> NetworkCost:
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
+
+    from lungddpm.operations.estimate import kept_bytes
 
     segmentation, patch = config.segmentation, _patch(config)
     if segmentation.network is None:
@@ -449,7 +440,7 @@ def segmenter_cost(config: Config) -> NetworkCost:
         sum(output.mean() for output in outputs).backward()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     one_pass = forward.get_total_flops()
-    kept = _kept_bytes(network, lambda: network(patches))
+    kept = kept_bytes(network, lambda: network(patches))
     # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
     volume = segmentation.batch_size
@@ -586,47 +577,6 @@ def _patch(config: Config) -> tuple[int, int, int]:
     """Edges of nnU-Net's patches along x, y, z."""
     network = config.segmentation.network
     return network.patch if network is not None else per_axis(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
-
-
-def _kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
-    import torch
-
-    with torch.device("meta"):
-        network, inputs = recipe.build(), recipe.inputs(shape)
-    return _kept_bytes(network, lambda: network(*inputs))
-
-
-def _kept_in_training(config: GeneratorConfig[TrainedSettings], recipe: Recipe) -> int:
-    """The same of a whole training pass: an opponent first judges what the network draws, then that and real CT."""
-    import torch
-
-    from lungddpm.operations.estimate import training_shape
-
-    shape = training_shape(config)
-    of_network = _kept_by_network(recipe, shape)
-    if recipe.opponent is None:
-        return of_network
-    with torch.device("meta"):
-        opponent, (volumes, *_) = recipe.opponent(), recipe.inputs(shape)
-    of_opponent = _kept_bytes(opponent, lambda: opponent(volumes))
-    return max(of_network, of_opponent) + of_opponent
-
-
-def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights apart; on the meta device nothing is computed."""
-    from torch.autograd.graph import saved_tensors_hooks
-
-    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
 
 
 def _number(value: float | None) -> str:
