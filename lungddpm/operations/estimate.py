@@ -94,7 +94,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
         "disk": f"2 states of {state_mib:.3g} MiB, 3 while one is written; {cache_mib:.3g} MiB per discovery case",
     }
     accelerator.print(
-        _table_of_parts(parts, processes) + "\n" + "\n".join(f"{name:<16}{value}" for name, value in rows.items())
+        _table_of_parts(parts, processes) + "\n" + "\n".join(f"{name:<18}{value}" for name, value in rows.items())
     )
 
 
@@ -112,7 +112,7 @@ def _table_of_parts(parts: Sequence[Part], processes: int) -> str:
     }
     widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
     return "\n".join(
-        f"{name:<16}{'  '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip()
+        f"{name:<18}{'  '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip()
         for name, cells in rows.items()
     )
 

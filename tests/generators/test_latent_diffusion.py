@@ -304,7 +304,7 @@ def test_the_estimate_takes_steps_of_both_phases_and_shows_each_network(capsys):
     run_estimate(config, "cpu")
     shown = capsys.readouterr().out
     assert "for 50 steps" in shown
-    rows = {line[:16].strip(): re.split(" {2,}", line[16:].strip()) for line in shown.splitlines()}
+    rows = {line[:18].strip(): re.split(" {2,}", line[18:].strip()) for line in shown.splitlines()}
     assert rows["network"] == ["VoxelAutoencoder", "Discriminators", "LatentDiffusion"]
     assert rows["steps"] == ["1 to 30", "11 to 30", "31 to 50"]
     network, autoencoder = build_latent_diffusion(config), plugin("latent_diffusion").training(config)[0].before()[1]
