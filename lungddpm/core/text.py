@@ -71,7 +71,7 @@ def format_span(seconds: float) -> str:
     for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
         if seconds < limit * size:
             value = seconds / size
-            return f"{value:.1f} {unit}" if size > 1 and value < 10 else f"{value:.0f} {unit}"
+            return f"{value:.1f} {unit}" if size > 1 and value < 9.95 else f"{value:.0f} {unit}"
     return f"{seconds / 86_400:.1f} days"
 
 

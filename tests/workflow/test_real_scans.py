@@ -22,7 +22,7 @@ SHARED = {
 
 
 # A denoiser and its training are the same on any scans.
-@pytest.mark.parametrize("generator", ["copy_paste", pytest.param("lung_ddpm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("generator", ["paste_constant", pytest.param("lung_ddpm", marks=pytest.mark.slow)])
 def test_two_lidc_scans_reach_a_verdict(shared_data, make_benchmark, tmp_path, generator):
     source = {"kind": "lidc", "path": str(shared_data / "lidc")}
     arms = {"arms": {**TWO_ARMS["arms"], "generators": [generator]}}
