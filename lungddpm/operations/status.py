@@ -146,7 +146,7 @@ def run_status(config: Config, results: Path) -> Status:
     elif found == {WAITING}:
         state = NOT_STARTED
     left, modelled = (None, []) if cohort is None or state == FINISHED else _left(config, cohort, states, results)
-    logs = [path.stat().st_mtime for path in results.glob("logs/*.log")]
+    logs = [written for path in results.glob("logs/*.log") if (written := _written(path)) is not None]
     return Status(
         results,
         state,
@@ -175,15 +175,14 @@ def _jobs(config: Config, cohort: Cohort, results: Path) -> list[Job]:
 def _state_of(job: Job, results: Path, began: float | None, now: float) -> JobState:
     """The state of a job; `began` is when the run that is under way did."""
     log = results / job.log
-    if is_held(log):
-        records, silent = _records(log), max(0.0, now - log.stat().st_mtime)
+    held, written = is_held(log), _written(log)
+    if held and written is not None:
+        records, silent = _records(log), max(0.0, now - written)
         counts = [count for _, text in records if (count := read_count(text)) is not None]
         return JobState(job, RUNNING, count=counts[-1] if counts else None, silent_seconds=silent)
     if job.is_done(results):
         return JobState(job, DONE, *_timed(results / job.times))
-    try:
-        written = log.stat().st_mtime
-    except FileNotFoundError:
+    if written is None:
         return JobState(job, WAITING)
     if began is not None and (written < began or now - written < _ENDING_SECONDS):
         return JobState(job, WAITING)  # of an earlier run, or just about to leave its output
@@ -191,6 +190,14 @@ def _state_of(job: Job, results: Path, began: float | None, now: float) -> JobSt
     if records and records[-1][0] == "ERROR":
         return JobState(job, FAILED, message=records[-1][1].strip().splitlines()[-1])
     return JobState(job, STOPPED, silent_seconds=max(0.0, now - written))
+
+
+def _written(log: Path) -> float | None:
+    """When a log was last written; None where it is not there, as it is deleted when its job starts again."""
+    try:
+        return log.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _records(log: Path) -> list[tuple[str, str]]:
