@@ -9,9 +9,9 @@ rule merge_config:
         MERGED_CONFIG,
     log:
         "results/logs/merge_config.log",
-    localrule: True
     # First of all, as `lungddpm status` reads it while the run is under way.
     priority: 1
+    localrule: True
     conda:
         "../../envs/lungddpm.yaml"
     threads: 1
