@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from lungddpm import __version__
 from lungddpm.core.device import claim_device
 from lungddpm.core.errors import UserError, from_os_error
-from lungddpm.core.progress import LOG, adapt_terminal, start_logging
+from lungddpm.core.locks import hold_until_exit
+from lungddpm.core.progress import LOG, adapt_terminal, is_first_process, start_logging, waiting
 from lungddpm.core.shipped import default_config
 
 if TYPE_CHECKING:
@@ -66,6 +68,9 @@ Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores
 Fold = Annotated[int, typer.Option(min=0, help="Fold, from 0.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
 ArmFolder = Annotated[Path, typer.Option("--arm-folder", help="Folder of the arm (results/arms/<arm>).")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON for other programs (keys: docs/reference/command-line.md).")
+]
 DEFAULT_CONFIG = ["config.yaml"]
 RESULTS = Path("results")
 CASES = RESULTS / "cases" / "cases.tsv"
@@ -86,6 +91,8 @@ def _common(
     ] = False,
 ) -> None:
     start_logging(log)
+    if log is not None and is_first_process():
+        hold_until_exit(log)  # by this, `status` knows that the stage runs
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
@@ -234,10 +241,12 @@ def train(
     _set_threads(threads)
     with claim_device(device) as claimed:
         if estimate:
+            _load("lungddpm.operations.estimate")
             from lungddpm.operations.estimate import run_estimate
 
             run_estimate(settings, claimed)
             return
+        _load("lungddpm.models.training")
         from lungddpm.generators import plugin
         from lungddpm.models.training import run_train
 
@@ -282,6 +291,8 @@ def synthesize(
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
     # Generators without a network do not need a GPU.
     with claim_device(device if weights else "cpu") as claimed:
+        if weights:
+            _load("lungddpm.models.sampling")
         from lungddpm.core.cohorts import Cohort
         from lungddpm.synthesis.run import SynthesisJob, run_synthesize
 
@@ -347,6 +358,7 @@ def segment_train(
 
     settings, threads = load_config(*config), _set_threads(threads)
     with claim_device(device) as claimed:
+        _load("lungddpm.core.torch_device")
         from lungddpm.segmentation.nnunet import run_train_segmenter
 
         run_train_segmenter(settings, arm_folder, fold, seed, claimed, threads)
@@ -368,6 +380,7 @@ def segment_predict(
 
     settings, threads = load_config(*config), _set_threads(threads)
     with claim_device(device) as claimed:
+        _load("lungddpm.core.torch_device")
         from lungddpm.segmentation.nnunet import run_predict
 
         run_predict(settings, arm_folder, fold, seed, cases, output, claimed, threads)
@@ -392,6 +405,7 @@ def filter_samples(
 
     settings, threads = load_config(*config), _set_threads(threads)
     with claim_device(device) as claimed:
+        _load("lungddpm.core.torch_device")
         from lungddpm.quality.sample_filter import run_filter
 
         run_filter(settings, arm, arm_folder, fold, seed, cases, samples, output, claimed, threads)
@@ -431,6 +445,7 @@ def quality(
 
     settings = load_config(*config)
     _set_threads(threads)
+    _load("lungddpm.quality.image_quality")
     from lungddpm.quality.image_quality import run_quality
 
     run_quality(settings, cases, samples, generator, output)
@@ -456,6 +471,7 @@ def label_fidelity(
 
     settings, threads = load_config(*config), _set_threads(threads)
     with claim_device(device) as claimed:
+        _load("lungddpm.core.torch_device")
         from lungddpm.quality.label_fidelity import run_label_fidelity
 
         run_label_fidelity(settings, arm_folder, fold, seed, cases, samples, output, claimed, threads)
@@ -504,11 +520,34 @@ def verify(
 @app.command(rich_help_panel=TOOLS)
 def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
+    as_json: AsJson = False,
 ) -> None:
     """Print the verdict of a finished run and the path of its report."""
-    from lungddpm.report.terminal import verdict_table_text
+    from lungddpm.report.terminal import verdict_table_text, verdict_values
 
-    typer.echo(verdict_table_text(results))
+    _print_json(verdict_values(results)) if as_json else typer.echo(verdict_table_text(results))
+
+
+@app.command(rich_help_panel=TOOLS)
+def status(
+    results: Annotated[Path, typer.Option(help="Folder of a run, under way or not.")] = RESULTS,
+    config: Annotated[
+        list[str] | None,
+        typer.Option("--config", "-c", help="Config of the run; default: config.json in its folder, else config.yaml."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run has done, what it is doing and when it will end, with the uncertainty of that; starts nothing.
+
+    Works from another terminal or another node while the run is under way, and after it was killed.
+    """
+    from lungddpm.operations.plan import load_plan_config
+    from lungddpm.operations.status import describe_status, run_status, status_values
+
+    record = results / "config.json"
+    sources = config or [str(record if record.exists() else default_config())]
+    found = run_status(load_plan_config(*sources), results)
+    _print_json(status_values(found)) if as_json else typer.echo(describe_status(found))
 
 
 @export_app.command("checkpoint")
@@ -517,6 +556,7 @@ def export_checkpoint(
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
+    _load("lungddpm.models.published_checkpoint")
     from lungddpm.models.published_checkpoint import export_published
 
     export_published(weights, output)
@@ -568,6 +608,7 @@ def plan(
     arm_case_sd: Annotated[
         float | None, typer.Option(min=0, help="With --power: sd between cases, the same in all runs (arm x case).")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Show jobs, GPU and core hours, memory (GiB) and disk (GiB) of every stage before a run; writes nothing.
 
@@ -576,14 +617,16 @@ def plan(
     """
     tables = [index] if index else [CASES, CASES.with_name("index.tsv")]
     if power:
-        from lungddpm.operations.design import Assumed, run_design
+        from lungddpm.operations.design import Assumed, describe_designs, design_values, run_design
 
         assumed = Assumed(run_sd, residual_sd, arm_case_sd)
-        typer.echo(run_design(config, tables, cases, device, step_seconds, bench, results, assumed))
+        designs = run_design(config, tables, cases, device, step_seconds, bench, results, assumed)
+        _print_json(design_values(designs)) if as_json else typer.echo(describe_designs(designs))
         return
-    from lungddpm.operations.plan import run_plan
+    from lungddpm.operations.plan import describe_plan, plan_values, run_plan
 
-    typer.echo(run_plan(config, tables, cases, device, step_seconds, bench))
+    planned = run_plan(config, tables, cases, device, step_seconds, bench)
+    _print_json(plan_values(planned)) if as_json else typer.echo(describe_plan(planned))
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -601,6 +644,7 @@ def bench(
     """Measure how fast the denoiser trains and samples here with each option: ratios to the base, seconds."""
     _set_threads(threads)
     with claim_device(device) as claimed:
+        _load("lungddpm.operations.bench")
         from lungddpm.operations.bench import run_bench
 
         run_bench(claimed, size, base, option or [], rounds, longest, training, output)
@@ -624,8 +668,9 @@ def fetch_lidc(
     from lungddpm.core.errors import InputError
     from lungddpm.operations import fetch
 
-    items = fetch.select(fetch.read_index(), patients)
-    missing = [item for item in items if not item.is_complete(output)]
+    with waiting("reading the index"):
+        items = fetch.select(fetch.read_index(), patients)
+        missing = [item for item in items if not item.is_complete(output)]
     typer.echo("\n".join(fetch.describe(items, missing, output)))
     if estimate:
         return
@@ -672,15 +717,19 @@ def config_schema(
 
 
 @app.command(rich_help_panel=TOOLS)
-def doctor() -> None:
+def doctor(as_json: AsJson = False) -> None:
     """Versions, devices, free disk and memory, and what is missing."""
-    from lungddpm.operations.doctor import describe, problems
+    from lungddpm.operations.doctor import describe, machine
 
-    for line in describe():
-        typer.echo(line)
-    if found := problems():
-        for problem in found:
-            typer.echo(f"missing: {problem}", err=True)
+    with waiting("loading torch"):
+        found = machine()
+    if as_json:
+        _print_json(found)
+    else:
+        typer.echo("\n".join(describe(found)))
+    for problem in found["missing"]:
+        typer.echo(f"missing: {problem}", err=True)
+    if found["missing"]:
         raise typer.Exit(2)
 
 
@@ -704,6 +753,19 @@ def _refuse(error: UserError) -> None:
     LOG.error("error: %s", error)
     report_error(error)
     sys.exit(2)
+
+
+def _print_json(values: dict[str, Any]) -> None:
+    from lungddpm.core.files import json_text
+
+    typer.echo(json_text(values))
+
+
+def _load(module: str) -> None:
+    """Import a module that needs torch, and say so where that takes long. Not before a GPU is claimed."""
+    with waiting("loading torch"):
+        importlib.import_module("torch")
+        importlib.import_module(module)
 
 
 def _source_folder(settings: Config, source: Path | None) -> Path:

@@ -1,18 +1,25 @@
 """The command line on bad input: one clear message, exit code 2, nothing half-written."""
 
+import importlib.metadata
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel
 import numpy as np
 import pandas as pd
 import pytest
+from documented import documented_keys, keys_of
+from typer.testing import CliRunner
 
+from lungddpm.cli import app
 from lungddpm.core.cases import read_cases
+from lungddpm.report.terminal import verdict_table_text
 
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 
@@ -29,8 +36,8 @@ def config_for(folder, **values):
 
 VERBS = [
     "run", "init", "simulate", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
-    "segment train", "segment predict", "evaluate", "quality", "label-fidelity", "report", "verdict",
-    "export checkpoint", "export dicom", "config show", "config validate", "config schema", "doctor", "bench",
+    "segment train", "segment predict", "evaluate", "quality", "label-fidelity", "report", "verdict", "status",
+    "plan", "export checkpoint", "export dicom", "config show", "config validate", "config schema", "doctor", "bench",
     "fetch lidc",
 ]  # fmt: skip
 
@@ -290,6 +297,111 @@ def test_doctor_knows_what_is_here(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert f"cores: {os.cpu_count()}" in shown.stdout
     assert "torch " in shown.stdout
+
+
+def test_doctor_gives_json_with_the_keys_of_the_docs(monkeypatch):
+    import torch
+
+    properties = SimpleNamespace(total_memory=24 * 2**30)
+    for name, value in (
+        ("device_count", 1), ("get_device_name", "NVIDIA L4"), ("get_device_properties", properties),
+        ("is_bf16_supported", True),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    shown = CliRunner().invoke(app, ["doctor", "--json"])
+    values = json.loads(shown.stdout)
+    assert values["devices"] == [{"device": "cuda:0", "name": "NVIDIA L4", "memory_gib": 24.0, "bf16": True}]
+    assert values["versions"]["torch"] == importlib.metadata.version("torch")
+    assert values["cores"] == os.cpu_count()
+    keys = {"versions" if key.startswith("versions.") else key for key in keys_of(values)}
+    assert documented_keys("doctor") - {"devices"} == keys
+    assert shown.exit_code == (2 if values["missing"] else 0)
+
+
+@pytest.fixture
+def verdict_folder(tmp_path):
+    (tmp_path / "results/tables").mkdir(parents=True)
+    (tmp_path / "results/tables/verdict.csv").write_text(VERDICT, encoding="utf-8")
+    (tmp_path / "results/tables/instrument.csv").write_text(INSTRUMENT, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_verdict_gives_json_with_the_keys_of_the_docs(verdict_folder):
+    # As an interrupted pipe or a Latin-1 terminal would have it: plain ASCII.
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    run = subprocess.run(
+        [LUNGDDPM, "verdict", "--json"], cwd=verdict_folder, text=True, capture_output=True, env=environment, check=True
+    )
+    values = json.loads(run.stdout, parse_constant=pytest.fail)
+    assert documented_keys("verdict") == keys_of(values)
+    assert (values["answer"], values["sentence"]) == ("stands", "The answer stands: no check failed.")
+    real, synthetic = values["arms"]
+    assert (real["arm"], real["mean"], real["difference"], real["verdict"]) == ("real", 0.5, None, "baseline")
+    assert (synthetic["difference"], synthetic["ci_low"], synthetic["p_holm"]) == (-0.05, -0.1, 0.2)
+    assert "−0.05" in synthetic["sentence"]
+    (check,) = values["checks"]
+    assert (check["check"], check["value"], check["limit_low"], check["limit_high"]) == ("nothing missing", 0, None, 0)
+
+
+def test_without_a_verdict_json_has_nothing_on_standard_output(tmp_path):
+    run = lungddpm("verdict", "--json", cwd=tmp_path)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr.startswith("error: results/tables/verdict.csv: does not exist")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "environment", "coloured"),
+    [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+    ],
+    ids=["terminal", "NO_COLOR", "dumb", "file"],
+)
+def test_only_a_terminal_gets_colours(monkeypatch, verdict_folder, stream, environment, coloured):
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", stream)
+    text = verdict_table_text(verdict_folder / "results")
+    assert ("\x1b[32mpassed\x1b[0m" in text) == coloured
+    assert ("\x1b" in text) == coloured
+
+
+LIGHT = """
+import json, sys
+from typer.testing import CliRunner
+from lungddpm import cli
+import lungddpm.operations.run
+
+loaded = {}
+for arguments in json.loads(sys.argv[1]):
+    result = CliRunner().invoke(cli.app, arguments)
+    heavy = [name for name in ("torch", "monai", "nnunetv2", "diffusers", "accelerate") if name in sys.modules]
+    loaded[" ".join(arguments)] = [result.exit_code, heavy]
+print(json.dumps(loaded))
+"""
+
+
+def test_light_commands_load_no_network_library(verdict_folder):
+    images = '{"source": {"kind": "images"}}'
+    commands = [
+        ["--help"], ["--version"], ["config", "show"], ["config", "validate"], ["config", "schema"],
+        ["verdict"], ["verdict", "--json"], ["status", "-c", images], ["status", "--json", "-c", images],
+        ["simulate", "--help"], ["checksums"], ["init", "folder"],
+    ]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-c", LIGHT, json.dumps(commands)], cwd=verdict_folder, text=True, capture_output=True,
+        check=True,
+    )  # fmt: skip
+    assert json.loads(run.stdout) == {" ".join(command): [0, []] for command in commands}
 
 
 def test_config_show_gives_a_config_that_is_valid_again(repository, tmp_path):

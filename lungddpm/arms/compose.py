@@ -32,7 +32,7 @@ from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.core.volume import read_volume, write_volume
 
@@ -456,14 +456,16 @@ def _write_images(
     """
     (folder / "imagesTr").mkdir(parents=True)
     nodule_voxels, entries = {}, {}
-    for case in training:
-        _, layout = case.folder.read()
-        nodule = (layout.array == Label.NODULE).astype(np.uint8)
-        nodule_voxels[case.name] = int(nodule.sum())
-        image, label = image_and_label(case.name)
-        link_or_copy(case.folder.ct, folder / image, final_folder / "imagesTr")
-        write_volume(folder / label, layout.like(nodule))
-        entries[case.name] = {"images": [image], "label": label}
+    with Progress("training cases", len(training)) as progress:
+        for case in training:
+            _, layout = case.folder.read()
+            nodule = (layout.array == Label.NODULE).astype(np.uint8)
+            nodule_voxels[case.name] = int(nodule.sum())
+            image, label = image_and_label(case.name)
+            link_or_copy(case.folder.ct, folder / image, final_folder / "imagesTr")
+            write_volume(folder / label, layout.like(nodule))
+            entries[case.name] = {"images": [image], "label": label}
+            progress.advance()
     return nodule_voxels, entries
 
 

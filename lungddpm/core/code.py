@@ -321,8 +321,16 @@ class _Reader:
         return _Statement(repr([trees, sorted(self.elsewhere)]), frozenset(self.uses))
 
     def trees(self, nodes: Iterable[Any]) -> list[Any]:
-        """Like `tree`, for the nodes that count."""
-        return [self.tree(node) for node in _counting(nodes) if not self._only_speaks(node)]
+        """As `tree`, for those that count."""
+        return [self.tree(node) for node in self._doing(nodes)]
+
+    def _doing(self, nodes: Iterable[Any]) -> Iterator[Any]:
+        """Of several nodes, those that count, and what blocks hold that only say that it is done."""
+        for node in _counting(nodes):
+            if isinstance(node, ast.With) and all(self._is_left_out(item) for item in node.items):
+                yield from self._doing(node.body)
+            elif not (isinstance(node, ast.Expr) and self._calls_left_out(node.value)):
+                yield node
 
     def tree(self, node: Any) -> Any:
         """Nested lists of names and constants."""
@@ -390,11 +398,15 @@ class _Reader:
             else:
                 self.elsewhere.add(f"{chain[0]} = {meaning}")
 
-    def _only_speaks(self, node: Any) -> bool:
-        """Whether it is a call of an excluded module whose value is not used: LOG.info(...)."""
-        if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
+    def _is_left_out(self, item: ast.withitem) -> bool:
+        """Whether a block's manager decides nothing and has no name: `with waiting(...):`."""
+        return item.optional_vars is None and self._calls_left_out(item.context_expr)
+
+    def _calls_left_out(self, node: ast.expr) -> bool:
+        """Whether it is a call of something that is left out, whose value nobody takes: `LOG.info(...)`."""
+        if not isinstance(node, ast.Call):
             return False
-        chain = _chain(node.value.func)
+        chain = _chain(node.func)
         meaning = self._meaning(chain[0]) if chain else ""
         return bool(meaning) and is_within(meaning, self.module.left_out)
 

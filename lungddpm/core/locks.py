@@ -7,6 +7,7 @@ regularly: the lock of a killed process is free immediately on the same machine,
 
 from __future__ import annotations
 
+import atexit
 import errno
 import fcntl
 import os
@@ -25,6 +26,8 @@ STALE_AFTER_SECONDS = 300
 _POLL_SECONDS = 1.0
 _TOLERANCE_SECONDS = 5.0
 """Tolerance in seconds: the start time of a process depends on the clock, which may be adjusted."""
+PATIENCE_SECONDS = 1.0
+"""For those that ask once: `is_held` holds the lock that it looks at for an instant."""
 
 
 class FileLock:
@@ -44,8 +47,14 @@ class FileLock:
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT if create else os.O_RDONLY, 0o666)
         self._released: threading.Event | None = None
 
-    def take(self) -> bool:
-        """Take the lock if it is free; return whether it was."""
+    def take(self, patience: float = 0.0) -> bool:
+        """Take the lock if it is free, or gets so within that many seconds; return whether it was."""
+        until = time.monotonic() + patience
+        while not (taken := self._take_at_once()) and time.monotonic() < until:
+            time.sleep(min(_POLL_SECONDS, patience / 10))
+        return taken
+
+    def _take_at_once(self) -> bool:
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -117,6 +126,40 @@ class FileLock:
                 os.utime(self.held)
 
 
+def hold_until_exit(path: Path) -> None:
+    """Hold the lock of a file for as long as this process lives, so that `is_held` shows that it does.
+
+    A process that finds it held, such as the second of one job, goes on without it.
+    """
+    lock = FileLock(path)
+    # A forked child, such as a data loader that outlives its killed training, would hold it as well.
+    os.register_at_fork(after_in_child=lock.close)
+    atexit.register(lock.release)
+    lock.take(PATIENCE_SECONDS)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process that lives holds the lock of a file, as far as this machine can see; it stays as it is.
+
+    On a network disk whose locks do not reach other machines, those of their processes are not seen.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        held = path.with_name(f"{path.name}.held")
+        with suppress(OSError):
+            return _is_held(held.read_text(encoding="utf-8"), held)
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def warn_once(key: str, message: str, *values: object) -> None:
     """Warn once about a missing feature of a disk, and not again in child processes."""
     variable = f"LUNGDDPM_WARNED_{key}"
@@ -148,10 +191,17 @@ def _is_held(holders: str, path: Path) -> bool:
     entries = [line.split(" ") for line in holders.splitlines()]
     if entries and all(len(entry) == 3 and entry[0] == socket.gethostname() for entry in entries):
         return any(is_alive(int(process), float(began)) for _, process, began in entries)
-    # From another machine, or not fully written.
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as probe:
-        now = os.fstat(probe.fileno()).st_mtime  # by the disk's clock, like the touches
-    return now - path.stat().st_mtime < STALE_AFTER_SECONDS
+    # Another machine's, or not written in full.
+    return disk_time(path.parent) - path.stat().st_mtime < STALE_AFTER_SECONDS
+
+
+def disk_time(folder: Path) -> float:
+    """Seconds since 1970 by the clock of a folder's disk, as its files are dated; by ours where it is read-only."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".clock-") as probe:
+            return os.fstat(probe.fileno()).st_mtime
+    except OSError:
+        return time.time()
 
 
 def is_alive(process: int, began: float) -> bool:

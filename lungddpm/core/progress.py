@@ -6,18 +6,24 @@ import codecs
 import io
 import logging
 import os
+import re
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
-
+_SECONDS_BETWEEN_LOOKS = 0.5
+_SILENT_SECONDS = 3.0
+"""What takes no longer is not worth a word."""
 
 _IN_ASCII = {
     "\N{NON-BREAKING HYPHEN}": "-", "\N{NO-BREAK SPACE}": " ",
@@ -50,7 +56,7 @@ def start_logging(log_file: str | Path | None = None) -> None:
     """
     # If the disk is full, the log cannot be written either: the message matters, not the failure to write it.
     logging.raiseExceptions = False
-    is_first = os.environ.get("RANK", "0") == "0"
+    is_first = is_first_process()
     LOG.setLevel(logging.INFO if is_first else logging.ERROR)
     LOG.handlers.clear()
     console = logging.StreamHandler(sys.stderr)
@@ -61,6 +67,11 @@ def start_logging(log_file: str | Path | None = None) -> None:
         handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)s %(message)s"))
         LOG.addHandler(handler)
         device_record(Path(log_file)).unlink(missing_ok=True)
+
+
+def is_first_process() -> bool:
+    """Whether this is the one that speaks, of several processes that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def device_record(log_file: Path) -> Path:
@@ -94,8 +105,8 @@ class _FileFormatter(logging.Formatter):
 class Progress:
     """Counts steps towards a total.
 
-    On a terminal: a tqdm bar with time left. In any case: a log line every 15 s and at the end, so that log files
-    do not depend on the terminal.
+    On a terminal: a tqdm bar with rate and time left. In any case: a log line every 15 s and at the end, so that log
+    files do not depend on the terminal; `read_count` reads it.
 
     Example:
         with Progress("denoiser", total=1000) as progress:
@@ -111,10 +122,12 @@ class Progress:
         self._bar: tqdm | None = None
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty() and LOG.isEnabledFor(logging.INFO):
+        if (terminal := _terminal()) is not None:
             from tqdm import tqdm
 
-            self._bar = tqdm(desc=self.what, total=self.total, initial=self.done, leave=False, mininterval=0.5)
+            self._bar = tqdm(
+                desc=self.what, total=self.total, initial=self.done, leave=False, mininterval=0.5, file=terminal
+            )
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -144,16 +157,97 @@ class Progress:
 
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        if not LOG.isEnabledFor(logging.INFO):
-            return
         elapsed = self._last_line - self._began
         rate = (self.done - self._first) / elapsed if elapsed > 0 else 0.0
+        pace = f", {format_pace(rate)}" if rate else ""
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
         notes = "".join(f", {name} {value}" for name, value in self._notes.items())
-        handlers = [h for h in LOG.handlers if self._bar is None or isinstance(h, logging.FileHandler)]
-        record = LOG.makeRecord(
-            LOG.name, logging.INFO, __file__, 0,
-            f"{self.what}: {self.done} of {self.total}{notes}, {elapsed:.0f} s{left}", (), None,
-        )  # fmt: skip
-        for handler in handlers:
+        _write_line(f"{self.what}: {self.done} of {self.total}{notes}, {elapsed:.0f} s{pace}{left}", self._bar is None)
+
+
+@dataclass(frozen=True)
+class Count:
+    """What a line of `Progress` says."""
+
+    what: str
+    done: int
+    total: int
+    per_second: float | None
+    """None before the first step."""
+    seconds_left: float | None
+    """None where there is no rate, and where all is done."""
+
+
+_COUNT = re.compile(
+    r"(?P<what>.+): (?P<done>\d+) of (?P<total>\d+)(?P<notes>, .+)?, \d+ s"
+    r"(, ((?P<rate>[\d.e+-]+)/s|(?P<each>[\d.e+-]+) s each))?(, (?P<left>\d+) s left)?"
+)
+
+
+def read_count(line: str) -> Count | None:
+    """What a line of a log counts, without its time and level; None where it is another line."""
+    if (found := _COUNT.fullmatch(line)) is None:
+        return None
+    rate = float(found["rate"]) if found["rate"] else 1 / float(found["each"]) if found["each"] else None
+    left = float(found["left"]) if found["left"] else None
+    return Count(found["what"], int(found["done"]), int(found["total"]), rate, left)
+
+
+def format_pace(rate: float) -> str:
+    """ "5.2/s", or "12.3 s each" of what takes longer than a second."""
+    return f"{rate:.3g}/s" if rate >= 1 else f"{1 / rate:.3g} s each"
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Say that something goes on whose end is not known, such as the import of a large library.
+
+    Nothing for 3 s; then on a terminal how long it has taken, in a log a line every 15 s, and at the end how long it
+    took.
+    """
+    began, ended = time.monotonic(), threading.Event()
+    speaker = threading.Thread(target=_say_that_it_goes_on, args=(what, began, ended), daemon=True)
+    speaker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        speaker.join()
+
+
+def _say_that_it_goes_on(what: str, began: float, ended: threading.Event) -> None:
+    if ended.wait(_SILENT_SECONDS):
+        return
+    terminal, next_line, bar = _terminal(), began + _SECONDS_BETWEEN_LINES, None
+    if terminal is not None:
+        from tqdm import tqdm
+
+        bar = tqdm(desc=what, bar_format="{desc}{postfix}", leave=False, file=terminal)
+    while not ended.wait(_SECONDS_BETWEEN_LOOKS):
+        seconds = time.monotonic() - began
+        if bar is not None:
+            bar.set_postfix_str(f"{seconds:.0f} s")
+        if began + seconds >= next_line:
+            next_line += _SECONDS_BETWEEN_LINES
+            _write_line(f"{what}: {seconds:.0f} s so far", bar is None)
+    if bar is not None:
+        bar.close()
+    _write_line(f"{what}: done, {time.monotonic() - began:.0f} s", bar is None)
+
+
+def _terminal() -> TextIO | None:
+    """Standard error as logging has it, where a person watches it."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return None
+    streams = [h.stream for h in LOG.handlers if type(h) is logging.StreamHandler]
+    return next((stream for stream in streams if stream.isatty()), None)
+
+
+def _write_line(text: str, to_console: bool) -> None:
+    """A line for log files, and for the console where no bar shows the same."""
+    if not LOG.isEnabledFor(logging.INFO):
+        return
+    record = LOG.makeRecord(LOG.name, logging.INFO, __file__, 0, text, (), None)
+    for handler in LOG.handlers:
+        if to_console or isinstance(handler, logging.FileHandler):
             handler.handle(record)

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
+import sys
+
+_COLOURS = {"red": 31, "green": 32, "yellow": 33}
+"""Of ANSI terminals."""
 
 
 def format_number(value: float | None, form: str) -> str:
@@ -59,3 +64,19 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def format_span(seconds: float) -> str:
+    """A time as a person says it: "12 s", "5.2 min", "25 min", "3.1 h", "2.5 days"."""
+    for unit, size, limit in (("s", 1, 100), ("min", 60, 100), ("h", 3600, 48)):
+        if seconds < limit * size:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if size > 1 and value < 9.95 else f"{value:.0f} {unit}"
+    return f"{seconds / 86_400:.1f} days"
+
+
+def styled(text: str, colour: str) -> str:
+    """Text in a colour (red, green, yellow) where standard output is a terminal, and nobody has set NO_COLOR."""
+    if not sys.stdout.isatty() or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        return text
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"

@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from lungddpm.config.models import Config
 from lungddpm.core.cases import read_cases, usable
 from lungddpm.core.errors import InputError
+from lungddpm.core.progress import waiting
 from lungddpm.core.roles import TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import plural
@@ -46,6 +48,37 @@ class Assumed:
     arm_case_sd: float | None = None
 
 
+@dataclass(frozen=True)
+class DesignRow:
+    """What one design can show, and what it costs."""
+
+    design: Design
+    is_own: bool
+    """Whether it is the config's."""
+    detectable: float
+    """Difference that is found with a probability of `POWER`; infinite where none is."""
+    power: float
+    """For the relevant difference."""
+    hours: dict[str, float]
+    """By head of column."""
+
+
+@dataclass(frozen=True)
+class Designs:
+    """Designs around the config's, with what they rest on."""
+
+    rows: list[DesignRow]
+    able: list[Design]
+    """The smallest that can show the relevant difference."""
+    relevant: float
+    components: Components
+    origin: str
+    """Of the components, as a clause."""
+    of_hours: str
+    """The same of the hours."""
+    notes: list[str]
+
+
 def run_design(
     configs: Sequence[Path | str],
     tables: Sequence[Path],
@@ -55,8 +88,8 @@ def run_design(
     bench: Path | None,
     results: Path | None,
     assumed: Assumed,
-) -> str:
-    """The designs as text: detectable difference, power and hours for replicates x test cases. Writes nothing.
+) -> Designs:
+    """The designs: detectable difference, power and hours for replicates x test cases. Writes nothing.
 
     Args:
         configs: see `run_plan`, also for tables, scans, device, step_seconds and bench.
@@ -81,12 +114,52 @@ def run_design(
     of_hours = f"as measured in {results}, one job after another"
     if not costs:
         speed = choose_speed(config, device, step_seconds, bench)
-        costs = _planned_costs(config, plan_run(config, cohort, speed), own, cohort)
+        with waiting("counting the operations of its networks"):
+            costs = _planned_costs(config, plan_run(config, cohort, speed), own, cohort)
         of_hours = f"estimated for {speed.device}, {speed.origin}"
     relevant = relevant_difference(config)
-    notes = _notes(config, own, components, relevant, costs)
-    notes[-1] += f" ({origin})."
-    return "\n".join([_table(own, components, relevant, costs), "", *notes, f"Hours: {of_hours}."])
+    able = sufficient_designs(own, components, relevant, next(iter(costs.values()), None))
+    notes = _notes(config, own, components, relevant, able)
+    rows = _rows(own, components, relevant, costs)
+    return Designs(rows, able, relevant, components, origin, of_hours, notes)
+
+
+def describe_designs(designs: Designs) -> str:
+    """The designs as a table for a terminal, a row each, the config's own marked; with what it rests on."""
+    rows = [
+        [
+            "*" if row.is_own else "", str(row.design.n_replicates), str(row.design.n_cases),
+            f"{row.detectable:.3f}" if math.isfinite(row.detectable) else "nothing", f"{row.power:.2f}",
+            *map(_hours, row.hours.values()),
+        ]
+        for row in designs.rows
+    ]  # fmt: skip
+    heads = ["", "replicates", "test cases", "detectable", f"power for {designs.relevant:.3f}", *designs.rows[0].hours]
+    table = DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)]).text(100)
+    *notes, last = designs.notes
+    return "\n".join([table, "", *notes, f"{last} ({designs.origin}).", f"Hours: {designs.of_hours}."])
+
+
+def design_values(designs: Designs) -> dict[str, Any]:
+    """The same for `--json`; the keys are those of docs/reference/command-line.md."""
+    return {
+        "relevant_difference": designs.relevant,
+        "wanted_power": POWER,
+        "components": {**vars(designs.components), "origin": designs.origin},
+        "hours_origin": designs.of_hours,
+        "designs": [
+            {
+                "replicates": row.design.n_replicates,
+                "test_cases": row.design.n_cases,
+                "is_own": row.is_own,
+                "detectable": row.detectable,
+                "power": row.power,
+                **{head.replace(" ", "_").lower(): hours for head, hours in row.hours.items()},
+            }
+            for row in designs.rows
+        ],
+        "able": [{"replicates": each.n_replicates, "test_cases": each.n_cases} for each in designs.able],
+    }
 
 
 def _components(config: Config, results: Path | None, assumed: Assumed) -> tuple[Components, str]:
@@ -133,37 +206,32 @@ def _planned_costs(config: Config, stages: Sequence[Stage], own: Design, cohort:
     return {head: Costs(of_stage, *sizes, grow) for head, of_stage in hours.items() if any(of_stage.values())}
 
 
-def _table(own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> str:
-    """A row per design; the config's own is marked."""
+def _rows(own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> list[DesignRow]:
     rows = []
     for n_replicates in sorted(
         {max(2, round(own.n_replicates * factor)) for factor in _REPLICATES} | {own.n_replicates}
     ):
         for n_cases in sorted({max(1, round(own.n_cases * factor)) for factor in _CASES}):
             design = replace(own, n_replicates=n_replicates, n_cases=n_cases)
+            hours = {head: hours_of_design(design, own, each) for head, each in costs.items()}
             detectable = detectable_by_design(design, components)
-            shown = f"{detectable:.3f}" if math.isfinite(detectable) else "nothing"
             power = power_of_design(design, components, relevant)
-            hours = [_hours(hours_of_design(design, own, each)) for each in costs.values()]
-            mark = "*" if design == own else ""
-            rows.append([mark, str(n_replicates), str(n_cases), shown, f"{power:.2f}", *hours])
-    heads = ["", "replicates", "test cases", "detectable", f"power for {relevant:.3f}", *costs]
-    return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)]).text(100)
+            rows.append(DesignRow(design, design == own, detectable, power, hours))
+    return rows
 
 
-def _notes(config: Config, own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> list[str]:
+def _notes(config: Config, own: Design, components: Components, relevant: float, able: Sequence[Design]) -> list[str]:
     """The assumptions of the table, and the smallest designs that can detect the relevant difference."""
     measure, primary = deciding_measure().title, config.primary_arms()
     compared = f"primary: {', '.join(primary)}" if primary else f"{own.n_compared} compared together"
-    found = sufficient_designs(own, components, relevant, next(iter(costs.values()), None))
-    able = " or ".join(
-        f"{plural(one.n_replicates, 'replicate')} with {plural(one.n_cases, 'test case')}" for one in found
+    shown = " or ".join(
+        f"{plural(one.n_replicates, 'replicate')} with {plural(one.n_cases, 'test case')}" for one in able
     )
     whose = "of the config" if config.verdict.relevant_difference else "the published gain"
     return [
         f"* the config's own design: {plural(own.n_arms, 'arm')}, {compared}.",
         f"Detectable: the true difference in {measure} that is detected with a probability of {100 * POWER:.0f} %.",
-        f"Needed for {relevant:.3f} ({whose}): {able}."
+        f"Needed for {relevant:.3f} ({whose}): {shown}."
         if able
         else f"No design within reach detects {relevant:.3f} ({whose}) with a probability of {100 * POWER:.0f} %.",
         f"Sd of {measure}: run {components.run_sd:.3g}, residual {components.residual_sd:.3g}, arm x case "

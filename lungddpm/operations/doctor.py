@@ -6,21 +6,46 @@ import importlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from lungddpm.core.versions import LIBRARIES, installed_versions
 
+_GIB = 2**30
 
-def describe() -> list[str]:
-    """One line per fact: versions, devices, cores, memory, disk."""
+
+def machine() -> dict[str, Any]:
+    """What this machine has, as values: versions, cores, memory, disk, devices; the keys are those of `--json`.
+
+    `devices` is None without torch, and empty where there is only the CPU.
+    """
     import psutil
 
     memory = psutil.virtual_memory()
-    lines = [f"{name} {version}" for name, version in installed_versions().items()]
+    return {
+        "versions": installed_versions(),
+        "cores": os.cpu_count(),
+        "memory_gib": memory.total / _GIB,
+        "memory_free_gib": memory.available / _GIB,
+        "disk_free_gib": shutil.disk_usage(Path(".")).free / _GIB,
+        "devices": _devices(),
+        "missing": problems(),
+    }
+
+
+def describe(values: dict[str, Any]) -> list[str]:
+    """One line per fact of `machine`, but for what is missing."""
+    lines = [f"{name} {version}" for name, version in values["versions"].items()]
     lines.append(
-        f"cores: {os.cpu_count()}; memory: {memory.available / 2**30:.1f} of {memory.total / 2**30:.1f} GiB free"
+        f"cores: {values['cores']}; memory: {values['memory_free_gib']:.1f} of {values['memory_gib']:.1f} GiB free"
     )
-    lines.append(f"disk: {shutil.disk_usage(Path('.')).free / 2**30:.1f} GiB free in this folder")
-    return lines + _devices()
+    lines.append(f"disk: {values['disk_free_gib']:.1f} GiB free in this folder")
+    if values["devices"] is None:
+        return [*lines, "devices: unknown without torch"]
+    found = [
+        f"{each['device']}: {each['name']}, {each['memory_gib']:.0f} GiB, bf16 {'yes' if each['bf16'] else 'no'}"
+        for each in values["devices"]
+    ]
+    return lines + (found or ["devices: CPU only"])
 
 
 def problems() -> list[str]:
@@ -38,15 +63,17 @@ def problems() -> list[str]:
     return problems
 
 
-def _devices() -> list[str]:
+def _devices() -> list[dict[str, Any]] | None:
     if "torch" not in installed_versions():
-        return ["devices: unknown without torch"]
+        return None
     import torch
 
-    lines = [
-        f"cuda:{i}: {torch.cuda.get_device_name(i)}, "
-        f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB, "
-        f"bf16 {'yes' if torch.cuda.is_bf16_supported() else 'no'}"
-        for i in range(torch.cuda.device_count())
+    return [
+        {
+            "device": f"cuda:{number}",
+            "name": torch.cuda.get_device_name(number),
+            "memory_gib": torch.cuda.get_device_properties(number).total_memory / _GIB,
+            "bf16": torch.cuda.is_bf16_supported(),
+        }
+        for number in range(torch.cuda.device_count())
     ]
-    return lines or ["devices: CPU only"]

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.labels import Label
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, waiting
 from lungddpm.generators import plugin
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.data import TrainingData
@@ -25,6 +29,36 @@ _BYTES_A_WEIGHT = 4
 _KEPT_A_WEIGHT = 4  # the weight, its average and the two moments of Adam
 
 
+@dataclass(frozen=True)
+class Part:
+    """One network during the steps of a training in which it learns."""
+
+    network: str
+    """Its class."""
+    phase: int
+    """Which of the training's phases this is, counted from 0."""
+    is_opponent: bool
+    """Whether it judges what another one draws; it is not part of the result."""
+    first_step: int
+    """Counted from 0."""
+    steps: int
+    parameters: int
+    """Those that learn."""
+    forward_flop: int
+    """Of a forward pass over a batch."""
+    step_flop: int
+    """Of an optimizer step of one process: all passes forward and backward; of an opponent also those of its judgement
+    that the other network learns from."""
+    kept_bytes: int
+    """What a forward pass keeps for the backward pass, in fp32."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Weights, gradients, averages (not of an opponent) and two moments, and what a forward pass keeps, in fp32."""
+        copies = _KEPT_A_WEIGHT + (0 if self.is_opponent else 1)
+        return copies * _BYTES_A_WEIGHT * self.parameters + self.kept_bytes
+
+
 def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto") -> None:
     """Count parameters and operations, take two steps of each phase, extrapolate, and print. Writes nothing.
 
@@ -35,14 +69,13 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     Raises:
         ConfigError: the device is not available, or ran out of memory.
     """
-    training = config.settings.training
-    parameters, forward, whole_pass = count(config)
-    of_opponent, opponent_pass = count_opponent(config)
+    training, parts = config.settings.training, parts_of(config)
+    parameters, of_opponent = count(config)[0], max((part.parameters for part in parts if part.is_opponent), default=0)
     accelerator = make_accelerator(device, training.precision, training.accumulation)
     processes = accelerator.num_processes
-    operations = (whole_pass + opponent_pass) * training.accumulation * processes
-    LOG.info("Taking two steps of %s each", _flop(operations))
-    with explain_out_of_memory(MEMORY_OPTIONS):
+    of_phases = [sum(part.step_flop for part in parts if part.phase == phase) for phase in range(1 + parts[-1].phase)]
+    LOG.info("Taking two steps of %s each", ", then of ".join(_flop(processes * each) for each in of_phases))
+    with waiting("taking steps"), explain_out_of_memory(MEMORY_OPTIONS):
         recipe = recipe_of(config)
         optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         seconds = _step_seconds(optimization)
@@ -52,16 +85,106 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
     kind = "of GPU memory" if accelerator.device.type == "cuda" else "of the process's memory"
     rows = {
-        "parameters": f"{parameters:,}" + (f", and {of_opponent:,} of its discriminators" if of_opponent else ""),
-        "forward pass": f"{_flop(forward)} (batch of {training.batch_size})",
-        "optimizer step": f"{_flop(operations)} (passes: {training.accumulation}, processes: {processes})",
-        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at most",
+        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at most; by count, as in 'lungddpm plan', "
+        f"{training_memory(config) / 2**20:,.0f} MiB",
         "step time": f"{', then '.join(f'{each:.3g} s' for each in seconds)}, "
-        f"{_flop(operations / processes / seconds[-1])}/s per process",
-        "whole training": f"{_duration(whole)} for {training.steps:,} steps, without grids of samples",
+        f"{_flop(of_phases[-1] / seconds[-1])}/s per process",
+        "whole training": f"{_duration(whole)} for {training.steps:,} steps, without grids of samples; "
+        f"{_flop(processes * sum(part.steps * part.step_flop for part in parts))}",
         "disk": f"2 states of {state_mib:.3g} MiB, 3 while one is written; {cache_mib:.3g} MiB per discovery case",
     }
-    accelerator.print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))
+    accelerator.print(
+        _table_of_parts(parts, processes) + "\n" + "\n".join(f"{name:<18}{value}" for name, value in rows.items())
+    )
+
+
+def _table_of_parts(parts: Sequence[Part], processes: int) -> str:
+    """What each network takes, in columns."""
+    rows = {
+        "network": [part.network for part in parts],
+        "parameters": [f"{part.parameters:,}" for part in parts],
+        "forward pass": [_flop(part.forward_flop) for part in parts],
+        "optimizer step": [_flop(processes * part.step_flop) for part in parts],
+        "steps": [
+            f"{part.first_step + 1:,} to {part.first_step + part.steps:,}" if part.steps else "none" for part in parts
+        ],
+        "memory by count": [f"{part.memory_bytes / 2**20:,.0f} MiB" for part in parts],
+    }
+    widths = [max(map(len, column)) for column in zip(*rows.values(), strict=True)]
+    return "\n".join(
+        f"{name:<18}{'  '.join(f'{cell:<{width}}' for cell, width in zip(cells, widths, strict=True))}".rstrip()
+        for name, cells in rows.items()
+    )
+
+
+def parts_of(config: GeneratorConfig[TrainedSettings]) -> list[Part]:
+    """Every network that a training trains, in the order of its phases, each before its opponent."""
+    parts, begin = [], 0
+    for phase, (steps, of_phase, recipe) in enumerate(phases_of(config)):
+        shape, passes = training_shape(of_phase), of_phase.settings.training.accumulation
+        learned, (_, forward, both) = _count(of_phase, shape, recipe)
+        name, kept = type(_on_meta(recipe.build)).__name__, kept_by_network(recipe, shape)
+        parts.append(Part(name, phase, False, begin, steps, learned, forward, both * passes, kept))
+        if recipe.opponent is not None:
+            parts.append(_opponent_of(of_phase, recipe, recipe.opponent, phase, begin))
+        begin += steps
+    return parts
+
+
+def _opponent_of(
+    config: GeneratorConfig[TrainedSettings], recipe: Recipe, build: Callable[[], nn.Module], phase: int, begin: int
+) -> Part:
+    """What judges in a phase that begins with that step."""
+    opponent, volumes = _on_meta(build), _on_meta(lambda: recipe.inputs(training_shape(config))[0])
+    with FlopCounterMode(display=False) as forward:
+        kept = kept_bytes(opponent, lambda: opponent(volumes))
+    parameters, both = count_opponent(config, recipe)
+    training, name = config.settings.training, type(opponent).__name__
+    steps, flop = max(0, training.steps - begin - recipe.opponent_from), both * training.accumulation
+    first = begin + recipe.opponent_from
+    return Part(name, phase, True, first, steps, parameters, forward.get_total_flops(), flop, kept)
+
+
+def training_memory(config: GeneratorConfig[TrainedSettings]) -> int:
+    """Bytes that a training takes at the most on a device, in fp32, by count.
+
+    Weights, gradients, averages and moments of all networks, and what the largest phase keeps for its backward passes:
+    an opponent first judges what the network draws, then that and real CT.
+    """
+    parts, kept = parts_of(config), []
+    for network in (part for part in parts if not part.is_opponent):
+        judges = [part.kept_bytes for part in parts if part.is_opponent and part.phase == network.phase]
+        kept.append(max(network.kept_bytes, judges[0]) + judges[0] if judges else network.kept_bytes)
+    of_opponent = max((part.parameters for part in parts if part.is_opponent), default=0)
+    # A phase's networks and those of others stay where they are.
+    copies = (_KEPT_A_WEIGHT + 1) * count(config)[0] + _KEPT_A_WEIGHT * of_opponent
+    return _BYTES_A_WEIGHT * copies + max(kept)
+
+
+def kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
+    """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
+    network, inputs = _on_meta(recipe.build), _on_meta(lambda: recipe.inputs(shape))
+    return kept_bytes(network, lambda: network(*inputs))
+
+
+def kept_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
+    """Bytes that a forward pass keeps for the backward pass, weights apart; on the meta device nothing is computed."""
+    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage()._cdata] = tensor
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+def _on_meta(build: Callable[[], Any]) -> Any:
+    """What is built on the meta device: without values."""
+    with torch.device("meta"):
+        return build()
 
 
 def recipe_of(config: GeneratorConfig[TrainedSettings]) -> Recipe:
@@ -100,9 +223,14 @@ def count(
         shape: (N, D, H, W) of the input; by default `training_shape`.
         recipe: of a phase of its training; by default that of the whole.
     """
-    recipe, shape = recipe or recipe_of(config), shape or training_shape(config)
-    with torch.device("meta"):
-        model, inputs = recipe.build(), recipe.inputs(shape)
+    return _count(config, shape or training_shape(config), recipe or recipe_of(config))[1]
+
+
+def _count(
+    config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...], recipe: Recipe
+) -> tuple[int, tuple[int, int, int]]:
+    """Parameters that learn in such a pass, and what `count` gives."""
+    model, inputs = _on_meta(recipe.build), _on_meta(lambda: recipe.inputs(shape))
     if config.settings.training.gradient_checkpointing:
         checkpoint_stages(model)
     with FlopCounterMode(display=False) as forward:
@@ -115,7 +243,8 @@ def count(
         torch.stack([output.mean() for output in outputs]).sum().backward()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     one, both = (counter.get_total_flops() for counter in (forward, backward))
-    return parameters, one, one + both + beside.get_total_flops()
+    learned = sum(parameter.numel() for parameter in model.parameters() if parameter.grad is not None)
+    return learned, (parameters, one, one + both + beside.get_total_flops())
 
 
 def count_opponent(config: GeneratorConfig[TrainedSettings], recipe: Recipe | None = None) -> tuple[int, int]:

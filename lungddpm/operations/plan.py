@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lungddpm.config.loading import load_config
 from lungddpm.config.models import Config, Segmentation, Workflow
@@ -15,15 +15,13 @@ from lungddpm.core.arms import Arm
 from lungddpm.core.cohorts import count_real_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
+from lungddpm.core.progress import waiting
 from lungddpm.core.roles import ROLES
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.volume import per_axis
 
 if TYPE_CHECKING:
-    import torch
-
     from lungddpm.generators import Drawing
-    from lungddpm.models.recipe import Recipe
 
 GIB = 2**30
 PEAK_TFLOP_PER_S = {
@@ -158,6 +156,15 @@ class NetworkCost:
     """Of all steps of a generator's training, of one process."""
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run will cost, and what that rests on."""
+
+    cohort: Cohort
+    speed: Speed
+    stages: list[Stage]
+
+
 def run_plan(
     configs: Sequence[Path | str],
     tables: Sequence[Path],
@@ -165,8 +172,8 @@ def run_plan(
     device: str = CPU,
     step_seconds: float | None = None,
     bench: Path | None = None,
-) -> str:
-    """The plan of a run as text (see `describe_plan`). Writes nothing.
+) -> Plan:
+    """The plan of a run (see `describe_plan`). Writes nothing.
 
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
@@ -183,7 +190,8 @@ def run_plan(
     config = load_plan_config(*configs)
     cohort = count_cohort(config, first_table(tables), scans)
     speed = choose_speed(config, device, step_seconds, bench)
-    return describe_plan(cohort, speed, plan_run(config, cohort, speed))
+    with waiting("counting the operations of its networks"):
+        return Plan(cohort, speed, plan_run(config, cohort, speed))
 
 
 def first_table(tables: Sequence[Path]) -> Path | None:
@@ -384,28 +392,20 @@ def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
     Those of a step are for its crops, if any, in the last phase of the training; memory is that of the largest phase.
     The forward pass is that of drawing.
     """
-    from lungddpm.operations.estimate import count, count_opponent, phases_of, recipe_of
+    from lungddpm.operations.estimate import count, kept_by_network, parts_of, recipe_of, training_memory
 
-    drawn = (1, *config.settings.drawn_size(config.grid)[::-1])
+    drawn, parts = (1, *config.settings.drawn_size(config.grid)[::-1]), parts_of(config)
     parameters, forward, _ = count(config, drawn)
-    step, whole, kept, of_opponent = 0, 0, 0, 0
-    for steps, of_phase, recipe in phases_of(config):
-        accumulation = of_phase.settings.training.accumulation
-        judge, opponent_pass = count_opponent(of_phase, recipe)
-        alone = count(of_phase, recipe=recipe)[2] * accumulation
-        step = alone + opponent_pass * accumulation
-        whole += steps * alone + max(0, steps - recipe.opponent_from) * opponent_pass * accumulation
-        kept, of_opponent = max(kept, _kept_in_training(of_phase, recipe)), max(of_opponent, judge)
+    last = max(part.phase for part in parts)
     return NetworkCost(
         parameters,
         forward,
-        step,
-        # Weight, gradient, average (not for discriminators) and the two moments of Adam.
-        5 * 4 * parameters + 4 * 4 * of_opponent + kept,
+        sum(part.step_flop for part in parts if part.phase == last),
+        training_memory(config),
         4 * parameters,
-        _kept_by_network(recipe_of(config), drawn) // 4,
-        of_opponent,
-        whole,
+        kept_by_network(recipe_of(config), drawn) // 4,
+        max((part.parameters for part in parts if part.is_opponent), default=0),
+        sum(part.steps * part.step_flop for part in parts),
     )
 
 
@@ -416,6 +416,8 @@ def segmenter_cost(config: Config) -> NetworkCost:
     from nnunetv2.experiment_planning.experiment_planners.network_topology import get_pool_and_conv_props
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
+
+    from lungddpm.operations.estimate import kept_bytes
 
     segmentation, patch = config.segmentation, _patch(config)
     if segmentation.network is None:
@@ -436,8 +438,8 @@ def segmenter_cost(config: Config) -> NetworkCost:
         sum(output.mean() for output in outputs).backward()
     parameters = sum(parameter.numel() for parameter in network.parameters())
     one_pass = forward.get_total_flops()
-    kept = _kept_bytes(network, lambda: network(patches))
-    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at most.
+    kept = kept_bytes(network, lambda: network(patches))
+    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
     volume = segmentation.batch_size
     return NetworkCost(
@@ -445,8 +447,9 @@ def segmenter_cost(config: Config) -> NetworkCost:
     )
 
 
-def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
+def describe_plan(plan: Plan) -> str:
     """The plan as a table for a terminal, with its assumptions."""
+    cohort, speed, stages = plan.cohort, plan.speed, plan.stages
     heads = ["stage", "jobs", "GPU hours", "core hours", "memory, GiB", "GPU memory, GiB", "disk, GiB"]
     totals = [
         "together", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
@@ -463,6 +466,28 @@ def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
         f"{cohort.test} test.\n{speed.device}: {speed.origin}.\nMemory is per job; disk is the peak of a "
         "stage. Jobs with a GPU take core hours only if there is none."
     )
+
+
+def plan_values(plan: Plan) -> dict[str, Any]:
+    """The same for `--json`; the keys are those of docs/reference/command-line.md."""
+    return {
+        "scans": {
+            "total": plan.cohort.scans,
+            **{role: getattr(plan.cohort, role) for role in ROLES},
+            "voxels": plan.cohort.voxels,
+            "origin": plan.cohort.origin,
+        },
+        "speed": {
+            "device": plan.speed.device, "flop_per_second": plan.speed.flop_per_s, "origin": plan.speed.origin
+        },
+        "stages": [{("stage" if key == "name" else key): v for key, v in vars(each).items()} for each in plan.stages],
+        "total": {
+            "jobs": sum(each.jobs for each in plan.stages),
+            "gpu_hours": sum(each.gpu_hours for each in plan.stages),
+            "core_hours": sum(each.core_hours for each in plan.stages),
+            "disk_gib": sum(each.disk_gib for each in plan.stages),
+        },
+    }  # fmt: skip
 
 
 def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
@@ -550,48 +575,6 @@ def _patch(config: Config) -> tuple[int, int, int]:
     """Edges of nnU-Net's patches along x, y, z."""
     network = config.segmentation.network
     return network.patch if network is not None else per_axis(min(edge, _LARGEST_PATCH) for edge in config.grid.size)
-
-
-def _kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """Bytes that a training pass over (N, D, H, W) voxels keeps, without `gradient_checkpointing`."""
-    import torch
-
-    with torch.device("meta"):
-        network, inputs = recipe.build(), recipe.inputs(shape)
-    return _kept_bytes(network, lambda: network(*inputs))
-
-
-def _kept_in_training(config: GeneratorConfig[TrainedSettings], recipe: Recipe) -> int:
-    """The same for a whole training pass: discriminators first judge the drawn CT, then drawn and real CT."""
-    import torch
-
-    from lungddpm.operations.estimate import training_shape
-
-    shape = training_shape(config)
-    of_network = _kept_by_network(recipe, shape)
-    if recipe.opponent is None:
-        return of_network
-    with torch.device("meta"):
-        opponent, (volumes, *_) = recipe.opponent(), recipe.inputs(shape)
-    of_opponent = _kept_bytes(opponent, lambda: opponent(volumes))
-    return max(of_network, of_opponent) + of_opponent
-
-
-def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without weights; on the meta device nothing is
-    computed."""
-    from torch.autograd.graph import saved_tensors_hooks
-
-    weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        forward()
-    return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
 
 
 def _number(value: float | None) -> str:

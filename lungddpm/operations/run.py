@@ -21,7 +21,7 @@ from pathlib import Path
 from lungddpm import __version__
 from lungddpm.config.loading import parse_yaml, read_values
 from lungddpm.core.errors import ConfigError, OutputError, UserError, from_os_error
-from lungddpm.core.locks import FileLock
+from lungddpm.core.locks import PATIENCE_SECONDS, FileLock
 from lungddpm.core.progress import LOG
 from lungddpm.core.shipped import default_config, shipped_folder
 from lungddpm.operations.verify import outputs_to_make_again
@@ -51,6 +51,8 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     directory = _option(arguments, "--directory", "-d") or Path(".")
     if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
         arguments = [*arguments, "--cores", "all"]
+    if os.environ.get("NO_COLOR"):
+        arguments = [*arguments, "--nocolor"]
     if not _option(arguments, "--snakefile", "-s") and not any(map(Path.exists, SNAKEFILES)):
         arguments = _with_shipped_workflow(arguments, directory)
     _check_names(directory)
@@ -171,7 +173,7 @@ def _lock(results: Path) -> Iterator[FileLock]:
     except OSError as error:
         raise from_os_error(error) or error from error
     try:
-        if not lock.take():
+        if not lock.take(PATIENCE_SECONDS):
             raise OutputError(
                 results, "another run is working in this folder", "Wait for it, or use another --directory."
             )

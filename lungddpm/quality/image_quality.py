@@ -22,7 +22,7 @@ from lungddpm.core import cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import read_json, sha256_of, write_table
 from lungddpm.core.labels import Label
-from lungddpm.core.progress import Progress
+from lungddpm.core.progress import Progress, waiting
 from lungddpm.core.roles import DISCOVERY, REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, to_model_range
@@ -287,13 +287,16 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
     # It imports torch, which is not needed for reading the results.
     from lungddpm.quality.medicalnet import load_extractor
 
-    extractor, window = load_extractor(config.image_quality.weights), config.grid.window_hu
-    table, samples = cases.read_cases(cases_table), list_samples(sample_tables)
-    training, references = (_read_real(cases_table, table, role, window) for role in (DISCOVERY, REFERENCE))
+    with waiting("reading the real cases"):
+        extractor, window = load_extractor(config.image_quality.weights), config.grid.window_hu
+        table, samples = cases.read_cases(cases_table), list_samples(sample_tables)
+        training, references = (_read_real(cases_table, table, role, window) for role in (DISCOVERY, REFERENCE))
     rows = _judge_samples(cases_table, samples, training, window, f"image quality of {generator}")
-    rows += _nearest_of_real(training, references)
+    with waiting("distances between real cases"):
+        rows += _nearest_of_real(training, references)
     sets = _distance_rows(cases_table, samples, training, references, window, extractor)
-    sets += _memorisation_rows(rows, len(training)) + _diversity_rows(samples, window) + _real_nodules_row(training)
+    with waiting("diversity of the samples"):
+        sets += _memorisation_rows(rows, len(training)) + _diversity_rows(samples, window) + _real_nodules_row(training)
     for path, found, columns in ((output, rows, COLUMNS), (sets_beside(output), sets, SET_COLUMNS)):
         write_table(path, pd.DataFrame([{"generator": generator, **row} for row in found], columns=columns))
 
@@ -431,7 +434,8 @@ def _distance_rows(
                 sets[image].add(features(hu, sample.layout.array != Label.BACKGROUND), patient)
             if sample.reference is not None and sample.reference.case_id in of_reference:
                 sets[COPIES].add(of_reference[sample.reference.case_id], patient)
-    rows = distances_of_sets(sets, real, sets[OTHER_PATIENTS], (WHOLE, LUNGS))
+    with waiting("FID, MMD, KID, precision, recall and AUC"):
+        rows = distances_of_sets(sets, real, sets[OTHER_PATIENTS], (WHOLE, LUNGS))
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     return [row | network for row in rows]
 

@@ -27,7 +27,7 @@ from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import read_json, write_table
 from lungddpm.core.labels import Label
-from lungddpm.core.progress import Progress
+from lungddpm.core.progress import Progress, waiting
 from lungddpm.core.roles import REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, read_volume
@@ -119,7 +119,8 @@ def run_label_fidelity(
         InputError: the replicate is not trained, a case or sample is missing, was changed or breaks its contract, or a
             reference's patient is in the training set.
     """
-    chosen = cases_to_judge(config, arm_dir, cases_table, sample_tables)
+    with waiting("checking the cases to be judged"):
+        chosen = cases_to_judge(config, arm_dir, cases_table, sample_tables)
     with open_segmenter(config, arm_dir, fold, seed, device, processes) as segmenter:
         metrics, lesions = judge(chosen, segmenter.mask, f"label fidelity, fold {fold} seed {seed}")
     write_table(output / LESIONS, lesions)

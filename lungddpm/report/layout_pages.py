@@ -13,7 +13,7 @@ import pandas as pd
 from lungddpm.config.models import Config, LayoutLimits
 from lungddpm.core import cases
 from lungddpm.core.files import read_json, write_text
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import format_number
 from lungddpm.report.html import render, show_excluded
@@ -93,22 +93,25 @@ def run_qc(config: Config, cases_table: Path, output: Path) -> None:
     odd = unusual(figures)
     pages = output / "cases"
     names = usable["case_id"].tolist()
-    for number, (_, row) in enumerate(usable.iterrows()):
-        before, after = names[number - 1] if number else None, names[number + 1] if number + 1 < len(names) else None
-        write_text(
-            pages / f"{row['case_id']}.html",
-            render(
-                "case.html.jinja",
-                case=row.to_dict(),
-                before=before and f"{quote(before)}.html",
-                after=after and f"{quote(after)}.html",
-                place=f"{number + 1} of {len(names)}",
-                picture=f"../../{quote(cases_table.parent.name)}/{quote(row['path'])}/qc.png",
-                checks=_show_checks(figures, odd, row["case_id"], config.layouts.limits),
-                notes=records[number]["qc"]["notes"],
-                nodules=_show_nodules(records[number]["qc"]["nodules"]),
-            ),
-        )
+    with Progress("pages of cases", len(usable)) as progress:
+        for number, (_, row) in enumerate(usable.iterrows()):
+            before = names[number - 1] if number else None
+            after = names[number + 1] if number + 1 < len(names) else None
+            write_text(
+                pages / f"{row['case_id']}.html",
+                render(
+                    "case.html.jinja",
+                    case=row.to_dict(),
+                    before=before and f"{quote(before)}.html",
+                    after=after and f"{quote(after)}.html",
+                    place=f"{number + 1} of {len(names)}",
+                    picture=f"../../{quote(cases_table.parent.name)}/{quote(row['path'])}/qc.png",
+                    checks=_show_checks(figures, odd, row["case_id"], config.layouts.limits),
+                    notes=records[number]["qc"]["notes"],
+                    nodules=_show_nodules(records[number]["qc"]["nodules"]),
+                ),
+            )
+            progress.advance()
     for page in pages.glob("*.html"):
         if page.stem not in names:
             page.unlink()

@@ -12,7 +12,7 @@ import yaml
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
 from lungddpm.core.files import sha256_of, write_json, write_text
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, waiting
 from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
 from lungddpm.quality.feature_distances import MEDICALNET
@@ -66,17 +66,19 @@ def run_report(config: Config, results: Path) -> None:
         InputError: metrics or `cases/cases.tsv` are missing or do not match.
     """
     case_table = cases.read_cases(results / "cases" / cases.CASES)
-    tables, written = write_tables(config, results)
-    shown = samples_to_show(config, results)
-    drawn = draw_figures(config, results, tables, shown)
+    with waiting("statistics and tables"):
+        tables, written = write_tables(config, results)
+    with waiting("figures"):
+        shown = samples_to_show(config, results)
+        drawn = draw_figures(config, results, tables, shown)
     written += [path for paths in drawn.values() for path in paths]
     arms, draws = read_arms(config, results), draw_files(config, results)
     composed = [*arm_files(config, results).values(), *(path for records in draws.values() for path in records)]
     manifest = describe_run(config, results, [*written, *composed])
-    write_text(
-        results / "report.html",
-        render_report(config, case_table, tables, drawn, shown, arms, manifest, (results / "qc/index.html").exists()),
-    )
+    has_layouts = (results / "qc/index.html").exists()
+    with waiting("the page"):
+        page = render_report(config, case_table, tables, drawn, shown, arms, manifest, has_layouts)
+    write_text(results / "report.html", page)
     manifest["sha256"]["report.html"] = sha256_of(results / "report.html")
     write_json(results / "manifest.json", manifest)
     LOG.info("report: %s", results / "report.html")

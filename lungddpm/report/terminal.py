@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from lungddpm.core.tables import DisplayTable
-from lungddpm.core.text import format_number
+from lungddpm.core.text import format_number, styled
 from lungddpm.evaluation.measures import deciding_measure
 from lungddpm.report.sections import interval_text, outcome_of, p_text, show_checks
-from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
+from lungddpm.verdict.answer import ANSWER
+from lungddpm.verdict.instrument import COLUMNS, FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.tables import read_csv
 
 _WIDTH = 100
 _MARKS = {PASSED: "+", FAILED: "!", NOT_MEASURED: "?"}
+_COLOURS = {PASSED: "green", FAILED: "red", NOT_MEASURED: "yellow"}
+_OF_ARM = [
+    "arm", "baseline", "family", "mean", "difference", "ci_low", "ci_high", "p", "p_holm", "confidence", "verdict",
+    "n_cases", "n_replicates", "sentence",
+]  # fmt: skip
+"""Columns of verdict.csv that `verdict_values` has for each arm."""
 
 
 def verdict_table_text(results: Path) -> str:
@@ -38,12 +46,33 @@ def verdict_table_text(results: Path) -> str:
         [False, True, True, True, True, False],
     )  # fmt: skip
     checks = show_checks(instrument)
-    lines = [f"{_MARKS[check.status]} {check.name}: {check.status}" for check in checks]
+    lines = [f"{_MARKS[check.status]} {check.name}: {styled(check.status, _COLOURS[check.status])}" for check in checks]
     failed = [line["sentence"] for check in checks for line in check.lines if line["status"] == FAILED]
     lines += ["", *(_wrapped(text, "! ") for text in failed), _wrapped(outcome_of(instrument)["sentence"], "> ")]
     lines += ["", table.text(_WIDTH), ""]
     lines += [_wrapped(row["sentence"], "- ") for row in rows]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
+
+
+def verdict_values(results: Path) -> dict[str, Any]:
+    """The same for `--json`; the keys are those of docs/reference/command-line.md. What a run has not is NaN.
+
+    Raises:
+        InputError: the run has no verdict yet.
+    """
+    verdict, instrument = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "instrument"))
+    measure, outcome = deciding_measure(), outcome_of(instrument)
+    rows = verdict[verdict["metric"] == measure.column].reindex(columns=_OF_ARM)
+    checks = instrument[instrument["check"] != ANSWER]
+    return {
+        "results": results,
+        "report": results / "report.html",
+        "measure": measure.column,
+        "answer": outcome["status"],
+        "sentence": outcome["sentence"],
+        "checks": checks.reindex(columns=COLUMNS).fillna({"subject": ""}).to_dict("records"),
+        "arms": rows.to_dict("records"),
+    }
 
 
 def _wrapped(text: str, mark: str) -> str:

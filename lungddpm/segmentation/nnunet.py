@@ -38,7 +38,7 @@ from lungddpm.core.files import (
     sha256_of,
     write_json,
 )
-from lungddpm.core.progress import LOG, Progress, shorten_paths
+from lungddpm.core.progress import LOG, Progress, shorten_paths, waiting
 from lungddpm.core.roles import TEST
 from lungddpm.core.volume import Volume, read_grid, write_volume
 
@@ -99,7 +99,8 @@ def run_plan_segmenter(config: Config, arm_dir: Path, plans_from: Path | None = 
         with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
             if plans_from is None:
                 LOG.info("nnU-Net fingerprints and plans %s", arm_dir.name)
-                _plan(config, preprocessed, processes)
+                with waiting("measuring and planning"):
+                    _plan(config, preprocessed, processes)
             else:
                 for name in ("dataset_fingerprint.json", f"{PLANS}.json"):
                     shutil.copyfile(plans_from / "nnUNet_preprocessed" / DATASET / name, preprocessed / name)
@@ -280,7 +281,9 @@ def open_segmenter(
             folder, "has no finished training of this arm with this config", "Run 'lungddpm segment train' first."
         )
     with _environment(arm_dir, processes, seed), _quiet(folder / "console.log"):
-        yield Segmenter(*_predictor(arm_dir, folder, chosen))
+        with waiting("loading nnU-Net"):
+            segmenter = Segmenter(*_predictor(arm_dir, folder, chosen))
+        yield segmenter
 
 
 def results_folder(arm_dir: Path, seed: int | str) -> Path:
@@ -349,7 +352,8 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
     preprocessor = configuration.preprocessor_class(verbose=False)
     if processes > 1:
         preprocessor.show_progress_bar = False
-        preprocessor.run(DATASET, CONFIGURATION, PLANS, processes)
+        with waiting("preprocessing training cases"):
+            preprocessor.run(DATASET, CONFIGURATION, PLANS, processes)
         return
     # nnU-Net's own loop always starts a process, which takes seconds per arm.
     dataset_json = read_json(preprocessed / "dataset.json")
@@ -414,9 +418,10 @@ def _has_states(folder: Path) -> bool:
 
 
 def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch.device, what: str) -> None:
-    import torch
+    with waiting("loading nnU-Net"):
+        import torch
 
-    from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
+        from lungddpm.segmentation.trainers.lungddpm_trainer import LungDDPMTrainer
 
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True

@@ -15,7 +15,7 @@ from lungddpm.core import cases
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError, printable
 from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, waiting
 from lungddpm.sources import Series, source_of
 
 if TYPE_CHECKING:
@@ -116,15 +116,16 @@ def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
         problem = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its permissions.")
         problems[folder.relative_to(top).as_posix()] = reason_of(problem, top)
 
-    for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
-        # Links to folders are common if only part of a data set is used; a link upwards must not loop.
-        if (real := os.path.realpath(folder)) in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        # Hidden folders are snapshots, hidden files are from macOS: copies of other files, or not data.
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
+    with waiting("listing files"):
+        for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
+            # Links to folders are common if only part of a data set is used; a link upwards must not loop.
+            if (real := os.path.realpath(folder)) in seen:
+                subfolders.clear()
+                continue
+            seen.add(real)
+            # Hidden folders are snapshots, hidden files are from macOS: copies of other files, or not data.
+            subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+            files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
     return files, problems
 
 

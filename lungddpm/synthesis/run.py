@@ -20,7 +20,7 @@ from lungddpm.core.cohorts import SHARED, Cohort, training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
 from lungddpm.core.memory import peak_memory_mib
-from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.progress import LOG, Progress, waiting
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import write_volume
 from lungddpm.generators import JITTERED, OWN, Generator, Plugin, Task
@@ -94,8 +94,10 @@ def run_synthesize(config: Config, job: SynthesisJob) -> None:
         rows = import_external(config, folder, job.generator, wanted, job.cases_table, real_cases, job.output)
         cases.write_cases(job.table, rows[job.shard :: job.shards])
         return
-    planned = plan_samples(config, job.generator, real_cases, job.dose, job.cohort)[job.shard :: job.shards]
-    _Synthesis(config, job, real_cases, planned).make_missing()
+    with waiting("planning the samples"):
+        planned = plan_samples(config, job.generator, real_cases, job.dose, job.cohort)[job.shard :: job.shards]
+        synthesis = _Synthesis(config, job, real_cases, planned)
+    synthesis.make_missing()
     cases.write_cases(job.table, [_row(sample, job.generator, job.output) for sample in planned])
 
 
@@ -119,12 +121,14 @@ class _Synthesis:
 
     def make_missing(self) -> None:
         """Make the samples that are not complete."""
-        missing = self._missing()
+        with waiting("looking for samples that are complete"):
+            missing = self._missing()
         if len(missing) < len(self.planned):
             LOG.info("%d of %d samples are already complete", len(self.planned) - len(missing), len(self.planned))
         if not missing:
             return
-        generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
+        with waiting(f"loading {self.job.generator}"):
+            generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
         # On a CPU, batches are not faster, and results would depend on the batch in the last digit.
         size = 1 if generator.device == "cpu" else generator.batch_size
         with Progress(f"synthesis with {self.job.generator}", len(missing)) as progress:

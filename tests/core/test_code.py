@@ -52,6 +52,7 @@ MADE_UP = {
     "shapes/types.py": "class Shape:\n    radius = 1\n",
 }
 DRAW = "made_up.shapes.circle:draw"
+AREA = "found: list[float] = [numbers.area(shape.radius)]"
 
 
 @pytest.fixture
@@ -88,6 +89,9 @@ def changed(tmp_path):
         pytest.param("shapes/noise.py", "return 4", "return 5", id="used by another function of the module"),
         pytest.param("core/speaking.py", "return 1", "return 2", id="module that is left out"),
         pytest.param("shapes/circle.py", '"drawing", size', '"still drawing", size', id="what is said"),
+        pytest.param(
+            "shapes/circle.py", AREA, f'with LOG("slow"):\n        {AREA}', id="block that only says it is done"
+        ),
         pytest.param("__init__.py", "'1'", "'2'", id="constant of the package that is not used"),
     ],
 )
@@ -103,6 +107,7 @@ def test_what_changes_no_result_does_not_count(changed, path, old, new):
         pytest.param("core/numbers.py", "import math as m", "import cmath as m", id="library behind a name"),
         pytest.param("shapes/circle.py", "size: int = 2", "size: int = 3", id="default value"),
         pytest.param("shapes/circle.py", "return found", "return found[:1]", id="the entry itself"),
+        pytest.param("shapes/circle.py", AREA, f"with open('a'):\n        {AREA}", id="block that may do something"),
         pytest.param("shapes/circle.py", "core import numbers", "shapes import noise as numbers", id="import"),
         pytest.param("__init__.py", "VERSION", "import os\nos.umask(0)\nVERSION", id="what the package does on import"),
         pytest.param("core/numbers.py", "OTHER = 6", "LIMIT += 6", id="constant that is changed"),

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -20,6 +21,7 @@ from lungddpm.core.files import (
     atomic_path,
     exclusive_lock,
     fingerprint,
+    json_text,
     link_or_copy,
     lock_if_free,
     read_json,
@@ -219,3 +221,16 @@ def test_who_comes_second_waits_and_says_so(tmp_path, caplog):
         order.append("first")
     thread.join()
     assert order == ["first", "second"]
+
+
+def test_json_for_other_programs_is_strict_and_ascii():
+    values = {
+        "path": Path("results/a"), "unknown": [math.nan, np.float32("inf"), None], "n": np.int64(3),
+        "array": np.array([0.5, np.nan]), "text": "−0.05 ± 1", "pair": (True, 2),
+    }  # fmt: skip
+    text = json_text(values)
+    assert text.isascii()
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "path": "results/a", "unknown": [None, None, None], "n": 3, "array": [0.5, None], "text": "−0.05 ± 1",
+        "pair": [True, 2],
+    }  # fmt: skip

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -93,6 +94,52 @@ def test_who_waits_gets_it(disk):
     go.set()
     lock.wait()
     holder.join()
+    lock.release()
+
+
+def test_looking_whether_it_is_held_leaves_it_as_it_is(disk):
+    path = disk / ".lock"
+    assert not locks.is_held(path)
+    assert not path.exists()
+    lock = FileLock(path)
+    assert not locks.is_held(path)
+    assert lock.take()
+    assert locks.is_held(path)
+    assert locks.is_held(path)
+    lock.release()
+    assert not locks.is_held(path)
+    assert [each.name for each in disk.iterdir()] == [".lock"]
+
+
+def test_a_lock_until_exit_ends_with_its_process_and_is_not_inherited(disk):
+    path, context = disk / "stage.log", multiprocessing.get_context("fork")
+    path.write_text("said\n")
+    holds = context.Event()
+
+    def stage():
+        locks.hold_until_exit(path)
+        child = multiprocessing.get_context("fork").Process(target=signal.pause)
+        child.start()
+        (disk / "child").write_text(str(child.pid))
+        holds.set()
+        signal.pause()
+
+    holder = context.Process(target=stage)
+    holder.start()
+    holds.wait()
+    assert locks.is_held(path)
+    holder.kill()
+    holder.join()
+    assert not locks.is_held(path)
+    os.kill(int((disk / "child").read_text()), signal.SIGKILL)
+    assert path.read_text() == "said\n"
+
+
+def test_who_is_patient_gets_what_is_looked_at_for_an_instant(disk):
+    held, lock = FileLock(disk / ".lock"), FileLock(disk / ".lock")
+    assert held.take()
+    threading.Timer(0.1, held.release).start()
+    assert lock.take(patience=60.0)
     lock.release()
 
 

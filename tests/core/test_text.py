@@ -4,7 +4,16 @@ import math
 
 import pytest
 
-from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural, signed
+from lungddpm.core.text import (
+    bound,
+    format_duration,
+    format_number,
+    format_p,
+    format_span,
+    format_spread,
+    plural,
+    signed,
+)
 
 
 def test_numbers_in_prose():
@@ -40,3 +49,14 @@ def test_spreads_durations_and_counts():
     assert format_spread(0.5, math.nan, ".2f") == "0.50"
     assert [format_duration(seconds) for seconds in (0.4, 61.5, 3725)] == ["0:00:00", "0:01:02", "1:02:05"]
     assert [plural(number, "case") for number in (0, 1, 2)] == ["0 cases", "1 case", "2 cases"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.2, "0 s"), (99, "99 s"), (100, "1.7 min"), (599, "10 min"), (1500, "25 min"), (6000, "1.7 h"),
+        (36_000, "10 h"), (172_800, "2.0 days"), (216_000, "2.5 days"),
+    ],
+)  # fmt: skip
+def test_a_span_is_said_in_the_unit_that_suits_it(seconds, said):
+    assert format_span(seconds) == said

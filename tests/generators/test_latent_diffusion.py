@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 
 import numpy as np
 import pandas as pd
@@ -17,7 +18,7 @@ from lungddpm.core.labels import Label
 from lungddpm.generators import Task, latent_diffusion, plugin, reconstruct
 from lungddpm.models import monitoring
 from lungddpm.models.accelerator import make_accelerator
-from lungddpm.models.latent import LatentDiffusion
+from lungddpm.models.latent import LatentDiffusion, build_latent_diffusion
 from lungddpm.models.latent_training import LatentOptimization, measure_latents
 from lungddpm.models.optimization import start_optimization
 from lungddpm.models.training import initial_network, run_train
@@ -298,9 +299,24 @@ def test_the_plan_counts_what_the_steps_of_both_phases_take():
     assert network_cost(config).step_flop == pytest.approx(taken[-1], rel=0.01)
 
 
-def test_the_estimate_takes_steps_of_both_phases(capsys):
-    run_estimate(settings_of(autoencoder={"steps": 30}, training={"steps": 50}), "cpu")
-    assert "for 50 steps" in capsys.readouterr().out
+def test_the_estimate_takes_steps_of_both_phases_and_shows_each_network(capsys):
+    config = settings_of(autoencoder={"steps": 30, "adversarial_from": 10}, training={"steps": 50})
+    run_estimate(config, "cpu")
+    shown = capsys.readouterr().out
+    assert "for 50 steps" in shown
+    rows = {line[:18].strip(): re.split(" {2,}", line[18:].strip()) for line in shown.splitlines()}
+    assert rows["network"] == ["VoxelAutoencoder", "Discriminators", "LatentDiffusion"]
+    assert rows["steps"] == ["1 to 30", "11 to 30", "31 to 50"]
+    network, autoencoder = build_latent_diffusion(config), plugin("latent_diffusion").training(config)[0].before()[1]
+    of_networks = [
+        sum(p.numel() for p in each.parameters())
+        for each in (autoencoder.build(), autoencoder.opponent(), network.denoiser)
+    ]
+    assert [int(number.replace(",", "")) for number in rows["parameters"]] == of_networks
+    cost = network_cost(config)
+    assert cost.opponent_parameters == of_networks[1]
+    assert cost.parameters == of_networks[0] + of_networks[2]
+    assert f"by count, as in 'lungddpm plan', {cost.memory_bytes / 2**20:,.0f} MiB" in shown
 
 
 @pytest.mark.parametrize(("name", "passes"), [("latent_diffusion", 3 + 1), ("reconstruct", 2)])

@@ -16,7 +16,7 @@ from lungddpm.core import cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import sha256_of
 from lungddpm.core.labels import Label
-from lungddpm.generators import Task, pix2pix3d, rectified_flow
+from lungddpm.generators import Task, pix2pix3d, plugin, rectified_flow
 from lungddpm.operations.estimate import count, count_opponent, run_estimate
 from lungddpm.operations.plan import Cohort, known_speed, network_cost, plan_run
 
@@ -207,8 +207,13 @@ def test_the_opponent_counts_in_operations_and_memory():
 
 def test_the_estimate_shows_the_opponent(capsys):
     run_estimate(parse_config(changed()).for_training("pix2pix3d"), "cpu")
-    reported = capsys.readouterr().out
-    assert re.search(r"^parameters +[\d,]+, and [\d,]+ of its discriminators$", reported, re.MULTILINE)
+    rows = dict(re.findall(r"^(\S+(?: \S+)*?)  +(.+)$", capsys.readouterr().out, re.MULTILINE))
+    assert rows["network"].split() == ["Translator", "Discriminators"]
+    # As the networks themselves have them.
+    recipe, _ = plugin("pix2pix3d").training(parse_config(changed()).for_training("pix2pix3d"))
+    of_networks = [sum(p.numel() for p in build().parameters()) for build in (recipe.build, recipe.opponent)]
+    assert [int(number.replace(",", "")) for number in rows["parameters"].split()] == of_networks
+    assert all(re.fullmatch(r"[\d,]+ MiB", cell) for cell in re.split(" {2,}", rows["memory by count"]))
 
 
 def test_the_plan_counts_one_pass_per_sample():

@@ -111,7 +111,16 @@ def test_the_estimate_tells_all_and_writes_nothing(training_config, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     run_estimate(training_config(steps=1000), "cpu")
     reported = capsys.readouterr().out
-    for what in ("parameters", "forward pass", "optimizer step", "memory", "step time", "whole training", "disk"):
+    for what in (
+        "network",
+        "parameters",
+        "forward pass",
+        "optimizer step",
+        "memory",
+        "step time",
+        "whole training",
+        "disk",
+    ):
         assert re.search(rf"^{what} +\S", reported, re.MULTILINE)
     assert "27,577" in reported
     assert "1,000 steps" in reported

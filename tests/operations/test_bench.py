@@ -1,14 +1,13 @@
 import json
 import re
-import subprocess
-import sys
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from typer.testing import CliRunner
 
+from lungddpm.cli import app
 from lungddpm.core.errors import ConfigError
 from lungddpm.models.denoiser import Convolution, GroupNorm32, UNet, _group_norm, convolve_winograd, place_on_device
 from lungddpm.operations import bench
@@ -163,13 +162,14 @@ def test_an_unknown_option_is_refused(tmp_path):
         bench.run_bench("cpu", 16, 32, ["magic"], 1, 0.0, False, tmp_path / "bench.json")
 
 
-def test_the_command_writes_a_table_and_json(tmp_path):
-    lungddpm = Path(sys.executable).with_name("lungddpm")
+def test_the_command_writes_a_table_and_json(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # as --threads sets them; here they are put back
     options = ["--size", "16", "--base", "32", "--rounds", "1", "--longest", "0", "--device", "cpu", "--threads", "1"]
-    run = subprocess.run(
-        [lungddpm, "bench", *options, "--no-training", "--option", "CUDA graphs", "--output", "bench.json"],
-        cwd=tmp_path, text=True, capture_output=True, check=True,
-    )  # fmt: skip
+    named = ["--no-training", "--option", "CUDA graphs", "--output", "bench.json"]
+    run = CliRunner().invoke(app, ["bench", *options, *named], catch_exceptions=False)
+    assert run.exit_code == 0, run.output
     result = json.loads((tmp_path / "bench.json").read_text())
     base, graphs = result["options"]
     assert (base["option"], base["status"], base["max_difference"]) == ("base", MEASURED, 0)

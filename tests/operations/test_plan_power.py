@@ -6,6 +6,7 @@ import runpy
 import numpy as np
 import pandas as pd
 import pytest
+from documented import documented_keys, keys_of
 from typer.testing import CliRunner
 
 from lungddpm.cli import app
@@ -22,7 +23,7 @@ def design_rows(*options, config=CONFIG):
     """The rows of the table by (replicates, test cases), and the lines below."""
     result = CliRunner().invoke(app, ["plan", "--power", "--config", json.dumps(config), *map(str, options)])
     assert result.exit_code == 0, result.output
-    table, below = result.output.split("\n\n", 1)
+    table, below = result.stdout.split("\n\n", 1)
     heads, *lines = table.splitlines()
     rows = {}
     for line in lines:
@@ -101,3 +102,31 @@ def test_a_run_that_knows_nothing_of_its_scatter_is_refused(finished):
     result = CliRunner().invoke(app, ["plan", "--power", "--results", str(finished)])
     assert result.exit_code != 0
     assert "holds no variance components" in str(result.exception)
+
+
+def test_its_json_has_the_figures_of_the_table_and_the_keys_of_the_docs(finished):
+    _, rows, _ = design_rows("--results", finished)
+    arguments = ["plan", "--power", "--json", "--config", json.dumps(CONFIG), "--results", str(finished)]
+    values = json.loads(CliRunner().invoke(app, arguments).stdout)
+    found = {(row["replicates"], row["test_cases"]): row for row in values["designs"]}
+    assert found.keys() == rows.keys()
+    for key, (own, detectable, power, hours) in rows.items():
+        assert found[key]["is_own"] == own
+        assert found[key]["detectable"] is None if detectable == "nothing" else True
+        assert f"{found[key]['power']:.2f}" == power
+        assert found[key]["job_hours"] == pytest.approx(float(hours), abs=0.5)
+    hours_of = {f"designs[].{kind}_hours" for kind in ("gpu", "core")}
+    assert documented_keys("plan", part=1) - hours_of == keys_of(values)
+    assert values["components"]["run_sd"] == pytest.approx(0.02)
+
+
+def test_the_json_of_costs_has_the_keys_of_the_docs():
+    shown = CliRunner().invoke(app, ["plan", "--json", "--config", json.dumps(CONFIG), "--device", "a100"])
+    values = json.loads(shown.stdout)
+    assert documented_keys("plan") == keys_of(values)
+    assert values["total"]["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in values["stages"]))
+    assert values["speed"]["flop_per_second"] == pytest.approx(0.15 * 312e12)
+    assert values["scans"]["total"] == sum(values["scans"][role] for role in ("discovery", "reference", "test"))
+    of_stage = {stage["stage"]: stage for stage in values["stages"]}
+    assert of_stage["train_segmenter"]["jobs"] == 16
+    assert of_stage["index"]["gpu_memory_gib"] is None

@@ -100,6 +100,15 @@ def test_runs_to_the_end_and_passes_arguments_on(folder):
     assert [(folder / f"results/{name}.txt").exists() for name in ("first", "second")] == [True, False]
 
 
+@pytest.mark.parametrize("value", ["", "1"])
+def test_snakemake_writes_no_colours_where_nobody_wants_them(folder, monkeypatch, value):
+    monkeypatch.setenv("NO_COLOR", value)
+    monkeypatch.setattr(runner, "_supervise", lambda command, *_: seen.extend(command) or 0)
+    seen = []
+    assert runner.run_snakemake(["--directory", str(folder), "--snakefile", str(folder / "Snakefile")]) == 0
+    assert ("--nocolor" in seen) == bool(value)
+
+
 def test_a_second_run_is_refused_and_the_first_goes_on(any_disk):
     folder = any_disk
     first = start(folder)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -81,7 +82,7 @@ def test_a_wrong_key_is_named(outer):
     assert "grdi: there is no such key" in run.stdout
 
 
-@pytest.mark.workflow
+@pytest.mark.slow
 def test_it_runs_below_its_prefix_to_the_verdict_of_a_run_of_its_own(outer, tiny_benchmark, tmp_path):
     run = outer(overlay=TWO_ARMS)
     assert run.returncode == 0, run.stdout[-5000:]
@@ -95,15 +96,33 @@ def test_it_runs_below_its_prefix_to_the_verdict_of_a_run_of_its_own(outer, tiny
 
 @pytest.mark.workflow
 def test_scans_are_counted_below_the_prefix(outer, tiny_benchmark, tmp_path):
-    scans = tiny_benchmark.results / "source"
-    no_networks = {"arms": {"generators": ["paste_constant"], "controls": [], "synthetic_only": []}}
-    source = {"source": {"kind": "lidc", "path": str(scans)}, "workflow": {"case_shards": 3, "synthesis_shards": 2}}
-    overlay = {**no_networks, **source}
-    arms = "bench/results/arms"
+    """However many shards the config allows, no job starts without a usable scan, or without a sample to make."""
+    shutil.copytree(tiny_benchmark.results / "source", tmp_path / "scans")
+    for readers in (tmp_path / "scans/PHANTOM-0002").rglob("*.xml"):
+        readers.unlink()  # without them, a scan is left out
+    overlay = {
+        "source": {"kind": "lidc", "path": str(tmp_path / "scans")},
+        "roles": {"discovery": 2, "reference": 1, "test": 2},
+        "arms": {"generators": ["paste_constant"], "controls": [], "synthetic_only": []},
+        "segmentation": {"n_folds": 2},
+        "workflow": {"case_shards": 32, "synthesis_shards": 32},
+    }
+    results = tmp_path / "bench/results"
+    arms = results.relative_to(tmp_path) / "arms"
     targets = [f"{arms}/real/arm.json", f"{arms}/real+paste_constant@1.0/draws/fold0_seed0/draw.json"]
-    run = outer(*targets, overlay=overlay)
+    run = outer("--keep-going", *targets, overlay=overlay)
     assert run.returncode == 0, run.stdout[-5000:]
-    cases = tmp_path / "bench/results/cases"
-    assert len(list(cases.glob("cases-*.tsv"))) == 3
-    assert len(list((tmp_path / "bench/results/synthetic/paste_constant").glob("*/samples-*.tsv"))) == 2
+    index, cases = (
+        pd.read_csv(results / f"cases/{name}.tsv", sep="\t", keep_default_na=False) for name in ("index", "cases")
+    )
+    assert index["status"].tolist().count("excluded") == 1
+    started = re.findall(r"^(?:local)?(?:rule|checkpoint) lungddpm_(\w+):$", run.stdout, re.MULTILINE)
+    # In five shards, the second would have the excluded scan alone.
+    assert (started.count("prepare"), started.count("synthesize")) == (4, 2)
+    assert len(list((results / "synthetic/paste_constant").glob("*/samples-*.tsv"))) == 2
+    shards = [pd.read_csv(path, sep="\t") for path in sorted(results.glob("cases/cases-*.tsv"))]
+    assert [(shard["status"] == "ok").any() for shard in shards] == [True] * 4
+    assert sorted(case for shard in shards for case in shard["case_id"]) == sorted(cases["case_id"])
+    made = {path.name for path in tmp_path.iterdir()}
+    assert made == {"Snakefile", "benchmark.yaml", "bench", "scans", ".snakemake"}
     assert "Nothing to be done" in outer("--dry-run", *targets, overlay=overlay).stdout

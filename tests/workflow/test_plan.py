@@ -13,6 +13,7 @@ from lungddpm.cli import app
 from lungddpm.core.cases import write_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.operations import plan as planning
+from lungddpm.operations.jobs import jobs_of
 
 ALONE = '{"arms": {"generators": ["lung_ddpm"], "controls": ["real", "reference", "paste_constant", "med_ddpm"]}}'
 PAPER = ["config.yaml", "config/paper.yaml", ALONE]
@@ -75,6 +76,7 @@ def test_jobs_are_those_of_snakemake(repository, tmp_path, overlay, values):
     expected = jobs(run.stdout + run.stderr)
     assert expected.pop("total") == sum(expected.values())
     del expected["all"], expected["merge_config"]
+    assert_named_alike(repository, files, run.stdout + run.stderr)
     planned = {}
     for each in plan(repository, *files, cases=40):
         planned[each.name] = planned.get(each.name, 0) + each.jobs
@@ -84,6 +86,25 @@ def test_jobs_are_those_of_snakemake(repository, tmp_path, overlay, values):
         assert (planned.pop("prepare"), planned.pop("synthesize")) == (40, 5 * (5 * (5 + 10 + 20) + 3 * 20))
         expected = {name: count for name, count in expected.items() if not name.startswith(("count_", "list_"))}
     assert planned == expected
+
+
+def assert_named_alike(repository, files, dry_run_output):
+    """Logs, times and outputs of jobs, by which `lungddpm status` finds them, are those of Snakemake's jobs."""
+    of_snakemake = {}
+    for rule, text in re.findall(r"^(?:local)?rule (\w+):\n((?: .*\n)+)", dry_run_output, re.MULTILINE):
+        fields = dict(re.findall(r"^ +(\w+): (.*)$", text, re.MULTILINE))
+        if "benchmark" in fields:  # all but those that only list files
+            of_snakemake[fields["log"]] = (rule, fields["benchmark"], set(fields["output"].split(", ")))
+    config = planning.load_plan_config(*located(repository, files))
+    cohort = planning.count_cohort(config, None, 40)
+    found = jobs_of(config, config.workflow.prepare_jobs(cohort.scans), cohort.discovery)
+    if not config.source.is_simulated:  # then Snakemake does not know these yet
+        found = [job for job in found if job.stage not in ("prepare", "synthesize")]
+    assert sorted(f"results/{job.log}" for job in found) == sorted(of_snakemake)
+    for job in found:
+        rule, times, outputs = of_snakemake[f"results/{job.log}"]
+        assert (job.stage, f"results/{job.times}") == (rule, times)
+        assert f"results/{job.output}" in outputs
 
 
 def test_draws_and_trainings_are_paid_for_each_replicate(repository, tmp_path):

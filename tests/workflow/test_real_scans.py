@@ -21,15 +21,18 @@ SHARED = {
 }
 
 
-def test_two_lidc_scans_reach_a_verdict(shared_data, make_benchmark, tmp_path):
+# A denoiser and its training are the same on any scans.
+@pytest.mark.parametrize("generator", ["paste_constant", pytest.param("lung_ddpm", marks=pytest.mark.slow)])
+def test_two_lidc_scans_reach_a_verdict(shared_data, make_benchmark, tmp_path, generator):
     source = {"kind": "lidc", "path": str(shared_data / "lidc")}
-    benchmark = make_benchmark(tmp_path, {**SHARED, **TWO_ARMS, "source": source})
+    arms = {"arms": {**TWO_ARMS["arms"], "generators": [generator]}}
+    benchmark = make_benchmark(tmp_path, {**SHARED, **arms, "source": source})
     run = benchmark.run()
     assert run.returncode == 0, run.stdout[-8000:]
     cases = pd.read_csv(benchmark.results / "cases/cases.tsv", sep="\t").set_index("case_id")
     assert cases["n_nodules"].to_dict() == {"LIDC-IDRI-0001": 1, "LIDC-IDRI-0003": 4}  # lidc.md
     verdict = benchmark.table("verdict.csv")
-    assert set(verdict["arm"]) == {"real", "real+lung_ddpm@1.0"}
+    assert set(verdict["arm"]) == {"real", f"real+{generator}@1.0"}
     assert verdict.loc[verdict["metric"] == "dice", "mean"].between(0, 1).all()
     assert "allow_shared_patients" in (benchmark.results / "report.html").read_text(encoding="utf-8")
     manifest = json.loads((benchmark.results / "manifest.json").read_text())

@@ -9,6 +9,8 @@ rule merge_config:
         MERGED_CONFIG,
     log:
         "results/logs/merge_config.log",
+    # First of all, as `lungddpm status` reads it while the run is under way.
+    priority: 1
     localrule: True
     conda:
         "../../envs/lungddpm.yaml"
