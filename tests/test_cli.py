@@ -139,7 +139,7 @@ cli.main()
     ("make", "message"),
     [
         (lambda path: None, "is not a folder"),
-        (lambda path: path.mkdir(), "holds no CT series"),
+        (lambda path: path.mkdir(), "has no CT series"),
         (lambda path: path.write_text("not a folder"), "is not a folder"),
     ],
     ids=["missing", "empty", "a file"],

@@ -117,7 +117,7 @@ def test_a_broken_link_and_a_broken_anchor_stop_the_build(repository, tmp_path):
 
 
 def templates(folder):
-    """All text in a package's code, with … in the place of what is filled in."""
+    """All text in a package's code, with … instead of what is filled in."""
     found = []
     for path in folder.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

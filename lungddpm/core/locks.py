@@ -129,7 +129,7 @@ class FileLock:
 def hold_until_exit(path: Path) -> None:
     """Hold the lock of a file for as long as this process lives, so that `is_held` shows that it does.
 
-    A process that finds it held, such as the second of one job, goes on without it.
+    A process that finds it held, such as the second of one job, continues without it.
     """
     lock = FileLock(path)
     # A forked child, such as a data loader that outlives its killed training, would hold it as well.

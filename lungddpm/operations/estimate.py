@@ -146,7 +146,7 @@ def _opponent_of(
 
 
 def training_memory(config: GeneratorConfig[TrainedSettings]) -> int:
-    """Bytes that a training takes at the most on a device, in fp32, by count.
+    """Bytes that a training takes at most on a device, in fp32, by count.
 
     Weights, gradients, averages and moments of all networks, and what the largest phase keeps for its backward passes:
     an opponent first judges what the network draws, then that and real CT.

@@ -19,7 +19,7 @@ class Job:
     stage: str
     """Its rule."""
     key: str
-    """What tells it from other jobs of its stage; empty where there is one only."""
+    """What distinguishes it from other jobs of its stage; empty if there is only one."""
     output: Path
     """It exists when the job has ended well; a directory may be incomplete."""
 

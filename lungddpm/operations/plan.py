@@ -439,7 +439,7 @@ def segmenter_cost(config: Config) -> NetworkCost:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     one_pass = forward.get_total_flops()
     kept = kept_bytes(network, lambda: network(patches))
-    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
+    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
     volume = segmentation.batch_size
     return NetworkCost(

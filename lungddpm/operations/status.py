@@ -57,7 +57,7 @@ while it counts its own steps."""
 _TAIL_BYTES = 2**16
 _WIDTH = 100
 _NAMED_STAGES = 4
-"""So many are named; of more only the number."""
+"""This many are named; beyond that only the number is given."""
 _RECORD = re.compile(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} (?P<level>[A-Z]+) ", re.MULTILINE)
 _PLAN = ".plan.json"
 
@@ -106,7 +106,7 @@ class Status:
     complete: bool
     """Whether these are all jobs: those of scans that are not indexed are not known."""
     left: Span | None
-    """Until the end, if it goes on from now; None where that cannot be estimated, or nothing is left."""
+    """Until the end, if it continues now; None where that cannot be estimated, or nothing is left."""
     modelled: list[str]
     """Stages that none has finished of, whose times are those of the cost model."""
 
@@ -223,7 +223,7 @@ def _timed(times: Path) -> tuple[float | None, float | None]:
 
 
 def _left(config: Config, cohort: Cohort, states: Sequence[JobState], results: Path) -> tuple[Span, list[str]]:
-    """Seconds until the end if it goes on from now, and the stages for which the cost model had to be asked."""
+    """Seconds until the end if it continues now, and the stages for which the cost model had to be asked."""
     measured: dict[str, list[float]] = defaultdict(list)
     for each in states:
         if each.seconds is not None:

@@ -81,7 +81,7 @@ def test_of_several_processes_only_the_first_speaks_but_all_tell_of_errors(log_f
 
 
 class Clock:
-    """Seconds that pass only when told."""
+    """Seconds that pass only on demand."""
 
     def __init__(self, monkeypatch):
         self.now = 100.0

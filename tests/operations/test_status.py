@@ -184,21 +184,21 @@ def test_a_job_runs_as_long_as_its_process_does(run, tmp_path):
 def test_done_failed_stopped_and_waiting_are_told_apart(run):
     done, failed, stopped, waiting = run.of("train_segmenter")
     run.finish(done)
-    run.say(failed, "INFO training", "ERROR error: x.dcm: is cut short. Copy it again.", seconds_ago=90)
+    run.say(failed, "INFO training", "ERROR error: x.dcm: is truncated. Copy it again.", seconds_ago=90)
     run.say(stopped, "ERROR error: of an earlier try", "INFO training real: 3 of 10, 5 s, 3 s each", seconds_ago=90)
     states = {each.job: each for each in run.status().jobs}
     assert [states[job].state for job in (done, failed, stopped, waiting)] == ["done", "failed", "stopped", "waiting"]
-    assert states[failed].message == "error: x.dcm: is cut short. Copy it again."
+    assert states[failed].message == "error: x.dcm: is truncated. Copy it again."
     text = shown(run.status())
-    assert f"{failed.name}: error: x.dcm: is cut short. Copy it again. ({run.results / failed.log})" in text
+    assert f"{failed.name}: error: x.dcm: is truncated. Copy it again. ({run.results / failed.log})" in text
     assert "train_segmenter 1 4 10 s 1 failed, 1 stopped" in text
     assert f"killed: {stopped.name}" in text
 
 
 def test_a_traceback_gives_its_last_line(run):
     job = run.jobs["collect"]
-    run.say(job, "INFO x", "ERROR Traceback (most recent call last):\n  File 'x'\nValueError: of ours", seconds_ago=90)
-    assert run.state_of(job).message == "ValueError: of ours"
+    run.say(job, "INFO x", "ERROR Traceback (most recent call last):\n  File 'x'\nValueError: a bug", seconds_ago=90)
+    assert run.state_of(job).message == "ValueError: a bug"
 
 
 def test_what_failed_before_this_run_waits_for_it(run):
