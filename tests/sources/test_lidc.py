@@ -348,7 +348,7 @@ def test_index_survives_its_file(tmp_path):
     case = read_index(tmp_path / "index.tsv").iloc[0]
     assert lidc.load_scan(tmp_path / "data", case).ct.shape == (COLUMNS, ROWS, SLICES)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds no CT series"):
+    with pytest.raises(InputError, match="has no CT series"):
         index_source("lidc", tmp_path / "empty")
 
 
