@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-slow bench docs clean
+.PHONY: demo test pytest lint test-slow bench dist docs docs-site clean
 .DEFAULT_GOAL := demo
 
 $(READY): pyproject.toml constraints.txt
@@ -14,15 +14,19 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Installing about 6.5 GB of libraries into $(VENV): a few minutes"
 	@# On a terminal, pip shows its progress; in a log, that would be hundreds of lines.
 	@test -t 1 || quiet=--quiet; \
-		$(BIN)/pip install --disable-pip-version-check $$quiet --constraint constraints.txt --editable '.[test]'
+		$(BIN)/pip install --disable-pip-version-check $$quiet --constraint constraints.txt --editable '.[docs,test]'
 	@touch $@
 
 demo: $(READY)
 	$(BIN)/lungddpm run --cores all
 	@$(BIN)/lungddpm verdict
 
-test: $(READY)
+test: pytest lint
+
+pytest: $(READY)
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -37,11 +41,22 @@ test-slow: $(READY)
 bench: $(READY)
 	$(BIN)/lungddpm bench $(BENCH)
 
-# What is generated from the config models and the registry of measures; tests compare them.
+# What is generated from the config models, the registry of measures and the plan of each config; tests compare them.
 docs: $(READY)
 	$(BIN)/lungddpm config schema > workflow/schemas/config.schema.json
 	$(BIN)/lungddpm config schema --markdown > config/README.md
 	$(BIN)/python -m lungddpm.evaluation.reference docs/reference/measures.md
+	$(BIN)/python docs/site/cost.py
+	$(BIN)/python docs/site/pipeline.py > docs/images/pipeline.svg
+
+# Wheel and sdist in build/dist, used as a stranger would: outside of this folder.
+dist: $(READY)
+	VENV=$(VENV) .ci/built
+
+# The site in build/site: opens from the disk, and is built without a network. A broken link ends it.
+docs-site: $(READY)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/site-cache -c docs/site . build/site
+	@echo "Open build/site/index.html"
 
 clean:
 	rm -rf results/[!R]* .snakemake

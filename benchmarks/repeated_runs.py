@@ -4,7 +4,7 @@
     python benchmarks/repeated_runs.py --seeds 1-20 --output /tmp/null-runs --config config.yaml benchmarks/null.yaml
 
 A seed decides the cohort, the roles, every training and every draw, so that the runs are independent. Each has a
-folder, in which `lungddpm run` goes on where it was interrupted; once it is done, its tables are kept and the rest is
+folder, in which `lungddpm run` resumes after an interruption; once it is done, its tables are kept and the rest is
 removed. At the end: the verdicts of each arm, counted over runs, with the exact 95 % interval of the share of claims
 (Clopper and Pearson), and the mean, smallest and largest difference.
 

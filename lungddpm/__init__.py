@@ -5,12 +5,16 @@ The Python interface (see `lungddpm.api`): `read_case`, `make_layout`, `synthesi
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lungddpm.api import compare, make_layout, measure, read_case, synthesize
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("lungddpm")
+except metadata.PackageNotFoundError:  # the files alone, on the path of a Python
+    __version__ = "0.0.0"
 __all__ = ["compare", "make_layout", "measure", "read_case", "synthesize"]
 
 

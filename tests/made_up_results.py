@@ -172,7 +172,7 @@ def _runs(config):
 
 
 def _without(ct, lost):
-    """The nodule beside a CT, without so many voxels of it."""
+    """The nodule of a CT, without this many of its voxels."""
     layout = read_volume(ct.with_name("layout.nii.gz"))
     mask = layout.array == Label.NODULE
     mask[tuple(np.argwhere(mask)[:lost].T)] = False

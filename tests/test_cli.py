@@ -109,8 +109,8 @@ def test_errors_go_to_the_log_file_as_well(tmp_path):
     assert "none.yaml: does not exist." in (tmp_path / "mine.log").read_text()
 
 
-@pytest.mark.parametrize("error", ["OSError(5, 'Input/output error')", "ZeroDivisionError('of ours')"])
-def test_an_error_of_ours_goes_to_the_log_file_with_its_traceback(error, tmp_path):
+@pytest.mark.parametrize("error", ["OSError(5, 'Input/output error')", "ZeroDivisionError('a bug')"])
+def test_a_bug_goes_to_the_log_file_with_its_traceback(error, tmp_path):
     program = f"""
 import sys
 from lungddpm import cli

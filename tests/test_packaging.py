@@ -3,7 +3,10 @@
 import os
 import pty
 import re
+import shutil
 import subprocess
+import sys
+import sysconfig
 import tomllib
 from importlib import metadata
 
@@ -27,7 +30,7 @@ def direct_dependencies(repository, *extras):
 
 
 def test_every_direct_dependency_is_pinned(repository):
-    assert set(direct_dependencies(repository, "test")) - set(pins(repository)) == set()
+    assert set(direct_dependencies(repository, "docs", "test")) - set(pins(repository)) == set()
 
 
 def test_the_conda_environment_has_the_pinned_versions(repository):
@@ -54,6 +57,61 @@ def test_container_and_conda_environment_have_one_python(repository):
     assert of_conda == of_container
 
 
+def test_a_conda_environment_gets_the_package_that_the_run_has(repository, tmp_path):
+    """The script that Snakemake runs in a new environment, here one of venv, in a folder without a clone."""
+    environment, outer, empty = (tmp_path / name for name in ("environment", "outer", "empty"))
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", environment], check=True)
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    outer.mkdir()
+    (outer / "lungddpm").write_text(f"#!{sys.executable}\n")
+    (outer / "lungddpm").chmod(0o755)
+    empty.mkdir()
+    variables = {**os.environ, "PATH": os.pathsep.join([str(environment / "bin"), str(outer), os.environ["PATH"]])}
+    script = repository / "envs/lungddpm.post-deploy.sh"
+    subprocess.run(["sh", script], cwd=empty, env={**variables, "PYTHONPATH": str(repository)}, check=True)
+
+    del variables["PATH"]
+    variables.pop("PYTHONPATH", None)
+    command = environment / "bin/lungddpm"
+    where = [environment / "bin/python", "-c", "import lungddpm.cli; print(lungddpm.cli.__file__)"]
+    runs = {
+        name: subprocess.run(each, cwd=empty, env=variables, capture_output=True, text=True, check=True).stdout
+        for name, each in {
+            "version": [command, "--version"],
+            "demo": [command, "config", "validate"],
+            "where": where,
+        }.items()
+    }
+    assert runs["version"] == f"lungddpm {metadata.version('lungddpm')}\n"
+    assert "Arms: real, " in runs["demo"]
+    assert runs["where"].startswith(str(packages))
+
+
+CHANGELOG = "# Changelog\n\n## [Unreleased]\n\n## [1.2.3] - 2027-01-02\n"
+CITATION = "cff-version: 1.2.0\nversion: 1.2.3\ndate-released: 2027-01-02\n"
+
+
+@pytest.mark.parametrize(
+    ("tag", "changelog", "citation", "says"),
+    [
+        ("v1.2.3", CHANGELOG, CITATION, ""),
+        ("1.2.3", CHANGELOG, CITATION, "is not v and a version"),
+        ("v1.2.4", CHANGELOG, CITATION, "CHANGELOG.md: has no heading '## [1.2.4] - <date>'"),
+        ("v1.2.3", CHANGELOG, CITATION.replace("1.2.3", "1.2.2"), "CITATION.cff: its version is not 1.2.3"),
+        ("v1.2.3", CHANGELOG, CITATION.partition("date")[0], "CITATION.cff: has no date-released"),
+    ],
+)
+def test_a_release_needs_its_version_in_changelog_and_citation(repository, tmp_path, tag, changelog, citation, says):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(repository / ".ci/check-release", tmp_path / ".ci")
+    (tmp_path / "CHANGELOG.md").write_text(changelog)
+    (tmp_path / "CITATION.cff").write_text(citation)
+    run = subprocess.run([tmp_path / ".ci/check-release", tag], capture_output=True, text=True, check=False)
+    assert (run.returncode == 0) is (says == "")
+    assert says in run.stderr
+
+
 PYTHON_THAT_MAKES_A_PIP = """#!/bin/sh
 if [ "$1" = -m ]; then
     mkdir -p "$3/bin"
@@ -76,7 +134,7 @@ def test_set_up_shows_progress_on_a_terminal_and_is_quiet_in_a_log(repository, t
     os.close(reader)
     arguments = (environment / "bin/pip.arguments").read_text().split()
     assert ("--quiet" in arguments) is not on_terminal
-    assert arguments[-4:] == ["--constraint", "constraints.txt", "--editable", ".[test]"]
+    assert arguments[-4:] == ["--constraint", "constraints.txt", "--editable", ".[docs,test]"]
 
 
 # What metadata call the licences, by their names in SPDX.
@@ -104,9 +162,9 @@ def test_the_page_of_dependencies_has_their_versions_and_licences(repository):
     table = page.partition("|---")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\S+) \| (\S+) \| (.+?) \|", table, re.MULTILINE)
     listed = {normal(name): (version, licence) for name, version, licence in rows}
-    extras = ("test", "lungmask", "totalsegmentator", "idc")
+    extras = ("test", "docs", "lungmask", "totalsegmentator", "idc")
     assert list(listed) == direct_dependencies(repository, *extras)
     assert {name: version for name, (version, _) in listed.items()} == {name: pins(repository)[name] for name in listed}
-    optional = set(direct_dependencies(repository, *extras)) - set(direct_dependencies(repository, "test"))
+    optional = set(direct_dependencies(repository, *extras)) - set(direct_dependencies(repository, "test", "docs"))
     for name in set(listed) - optional:
         assert listed[name][1] == licence_of(name), name

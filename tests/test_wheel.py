@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 SOURCES = (
+    ".gitattributes",
+    ".git_archival.txt",
     "pyproject.toml",
     "README.md",
     "LICENSE",
@@ -81,9 +83,37 @@ def test_the_wheel_holds_the_workflow_once(installed, repository):
     assert list(installed.glob("lungddpm/*/*.csv"))
 
 
-def test_version(lungddpm):
+def version_of(wheel):
+    return wheel.name.split("-")[1]
+
+
+def test_files_without_git_can_be_installed(lungddpm):
     run = lungddpm("--version")
-    assert (run.returncode, run.stdout) == (0, "lungddpm 0.1.0\n")
+    assert (run.returncode, run.stdout) == (0, "lungddpm 0.0.0\n")
+
+
+def test_the_version_is_that_of_the_tag_in_a_clone_an_sdist_and_an_archive(repository, tmp_path):
+    clone = tmp_path / "clone"
+    copy_sources(repository, clone)
+    identity = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"], ["tag", "v7.8.9"]):
+        subprocess.run(["git", *identity, *command], cwd=clone, check=True, capture_output=True)
+    assert version_of(build(clone, "build_wheel", tmp_path)) == "7.8.9"
+
+    sdist = build(clone, "build_sdist", tmp_path)
+    shutil.unpack_archive(sdist, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert version_of(build(unpacked, "build_wheel", tmp_path / "unpacked")) == "7.8.9"
+
+    archive = tmp_path / "archive.tar"
+    subprocess.run(["git", "archive", "--output", archive, "HEAD"], cwd=clone, check=True)
+    shutil.unpack_archive(archive, tmp_path / "archived")
+    assert version_of(build(tmp_path / "archived", "build_wheel", tmp_path)) == "7.8.9"
+
+    (clone / "lungddpm/new.py").touch()
+    subprocess.run(["git", "add", "-A"], cwd=clone, check=True)
+    subprocess.run(["git", *identity, "commit", "-qm", "y"], cwd=clone, check=True)
+    assert version_of(build(clone, "build_wheel", tmp_path)).startswith("7.8.10.dev1+g")
 
 
 def test_an_empty_folder_plans_the_demo(lungddpm):

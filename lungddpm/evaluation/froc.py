@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
-"""False positives a scan at which sensitivity is read; CPM is the mean over them."""
+"""False positives per scan at which sensitivity is read; CPM is the mean over them."""
 FROC_COLUMNS = ["arm", "replicate", "false_positives_per_scan", "sensitivity"]
 BAND_COLUMNS = ["arm", "false_positives_per_scan", "sensitivity", "ci_low", "ci_high"]
 CPM_COLUMNS = ["arm", "cpm", "cpm_ci_low", "cpm_ci_high"]

@@ -402,8 +402,8 @@ def _close(lungs_lr: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np
 
 
 def _amid(mask: np.ndarray, places: np.ndarray, radius_mm: float, spacing: np.ndarray) -> np.ndarray:
-    """The voxels (flat indices) whose neighbourhood within a radius is entirely in the mask; outside the array is no
-    mask.
+    """The voxels (flat indices) whose neighbourhood within a radius is entirely in the mask; voxels outside
+    the array are not.
 
     Equals a distance transform of the mask above the radius, but several times as fast for few voxels: of the lines of
     the ball, most voxels fail after a few.

@@ -131,7 +131,7 @@ def load_network(
     """Build a network with the EMA weights of a file, ready to predict.
 
     Args:
-        path: a file of ours.
+        path: a file written here.
         config: of the generator that the network is of.
         build: the network, with any weights.
         device: where the network goes.

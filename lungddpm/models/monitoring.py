@@ -150,7 +150,7 @@ def _figure(
     drawn: Sequence[np.ndarray],
     errors: Sequence[float],
 ) -> Figure:
-    """A row a case; all arrays (D, H, W)."""
+    """One row per case; all arrays (D, H, W)."""
     colours = ListedColormap([colour for _, colour in drawing.LABELS.values()])
     grey, coloured = {"cmap": "gray", "vmin": -1, "vmax": 1}, {"cmap": colours, "vmin": -0.5, "vmax": len(Label) - 0.5}
     figure = Figure(figsize=(7.5, 2.6 * len(names)), layout="constrained")

@@ -151,7 +151,7 @@ class _Run:
         self.monitor: Monitor | None = None
 
     def resume(self, restart: bool) -> None:
-        """Go on from the newest state of this very training, if there is one; all processes from the same."""
+        """Resume from the newest state of this training, if there is one; all processes from the same."""
         found = self._newest_state() if self.accelerator.is_main_process and not restart else None
         (self.saved,) = broadcast_object_list([found])
         if self.saved is None:

@@ -132,7 +132,7 @@ class Stage:
     gpu_memory_gib: float | None
     """On one GPU, without the savings of `gradient_checkpointing`; None for jobs without a GPU."""
     disk_gib: float
-    """At the most while the stage runs; training states and caches go away when it ends."""
+    """Peak while the stage runs; training states and caches are removed when it ends."""
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def calibration_table(quality: pd.DataFrame | None, generators: list[str], limit
         limits: of the config.
 
     Returns:
-        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. What was not measured
-        says so; it never passes.
+        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. Measures without a
+            value are marked as such and never pass.
     """
     measured = {}
     if quality is not None:

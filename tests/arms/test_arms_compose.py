@@ -121,7 +121,7 @@ def test_synthetic_alone_is_validated_on_the_same_real_cases(cohort):
     assert all(case["trained_on"] for case in real["cases"])
     for fold, real_fold in zip(arm["folds"], real["folds"], strict=True):
         assert fold == {"train": ["s0", "s1", "s2", "s3"], "val": real_fold["val"]}
-        # What nnU-Net is told to use, it finds.
+        # nnU-Net finds the files that it is to use.
         for name in fold["train"] + fold["val"]:
             assert (raw / f"imagesTr/{name}_0000.nii.gz").resolve().exists()
             assert (raw / f"labelsTr/{name}.nii.gz").exists()

@@ -166,7 +166,7 @@ def test_every_entry_is_complete():
         assert len(inspect.signature(measure.compute).parameters) == 1
         low, high = measure.limits
         assert low < high
-        # A unit stands in the column, as in all tables.
+        # The unit is in the column, as in all tables.
         assert column.endswith({"": column, "mm": "_mm", "mm³": "_mm3"}[measure.unit])
 
 

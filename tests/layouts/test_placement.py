@@ -321,7 +321,7 @@ def test_jittered_nodules_keep_the_rules(with_nodules):
     mediastinal = own_part(layout, own[3])
     for seed in range(15):
         made = jitter(layout, own, library, settings, random(seed))
-        assert (made.layout.array[mediastinal] == Label.NODULE).all(), "hardly in the lungs: it is not moved"
+        assert (made.layout.array[mediastinal] == Label.NODULE).all(), "barely in the lungs: it is not moved"
         moved = [nodule for nodule in made.nodules if nodule.nodule in (1, 2, 3)]
         added = [nodule for nodule in made.nodules if nodule.nodule == 9]
         labels = np.where(mediastinal, np.uint8(Label.BACKGROUND), made.layout.array)

@@ -20,7 +20,7 @@ from lungddpm.operations.bench import with_numbers
 GRID = {"size": [32, 32, 32]}
 SETTINGS = {"denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2}}
 CONVOLUTION = "denoise_fn.input_blocks.0.0.weight"
-# What the published code registers beside the network; its strict loading wants these and no others.
+# What the published code registers beside the network; its strict loading needs exactly these.
 BUFFERS = [
     "betas", "alphas_cumprod", "alphas_cumprod_prev", "sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod",
     "log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod", "sqrt_recipm1_alphas_cumprod", "posterior_variance",

@@ -77,7 +77,7 @@ def log(caplog):
 
 
 def at_step(monkeypatch, step, act):
-    """Call `act` with the optimization when so many steps have been taken, before the next one."""
+    """Call `act` with the optimization when this many steps have been taken, before the next one."""
     take_step = Optimization.take_step
 
     def acting(self, number, *rest):
@@ -198,7 +198,7 @@ def test_two_states_are_kept_and_a_damaged_one_falls_back(
 
 
 def interrupt(monkeypatch, config, cohort, output, step):
-    """Train until so many steps have been taken."""
+    """Train until this many steps have been taken."""
     with monkeypatch.context() as patch:
         at_step(patch, step, stop)
         with pytest.raises(KeyboardInterrupt):

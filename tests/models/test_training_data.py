@@ -89,7 +89,7 @@ def test_a_case_on_another_grid_is_refused(discovery, tmp_path):
 
 @pytest.fixture
 def asymmetric():
-    """Two cases of (D, H, W) = (12, 14, 16) whose CT tells the label; a nodule lies on the left only."""
+    """Two cases of (D, H, W) = (12, 14, 16) whose CT shows the label; the nodule is on the left."""
     layout = np.zeros((2, 12, 14, 16), np.uint8)
     layout[:, 2:10, 2:12, 2:14] = Label.LUNG
     layout[:, 4:8, 3:9, 3:7] = Label.NODULE

@@ -19,7 +19,7 @@ from lungddpm.operations import run as runner
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 
 HANGS_AFTER_SECONDS = 1800
-"""Against waiting for ever; no result depends on it."""
+"""Against waiting forever; no result depends on it."""
 SNAKEFILE = """
 rule all:
     input: "results/second.txt"

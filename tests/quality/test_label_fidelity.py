@@ -232,7 +232,7 @@ def test_moved_nodules_have_no_counterpart_in_the_reference(cohort):
 
 
 def replicate_with(cohort, shift):
-    """Judged with a mask that has lost so many of the nine columns of every synthetic nodule."""
+    """Judged with a mask that has lost this many of the nine columns of every synthetic nodule."""
 
     def segment(ct):
         mask = nodules_of(ct)

@@ -71,7 +71,7 @@ def theirs():
 
 @pytest.fixture
 def weights(theirs, tmp_path, monkeypatch):
-    """A function that writes a file like MedicalNet's, changed as told; networks are narrow."""
+    """A function that writes a file like MedicalNet's, with the given changes; networks are narrow."""
     monkeypatch.setattr(medicalnet, "MEDICALNET_CHANNELS", 2)
 
     def write(change=None, **extra):

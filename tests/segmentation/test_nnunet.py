@@ -266,7 +266,7 @@ def test_a_training_goes_on_where_other_settings_were_a_slip(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
     nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
-    assert taken[8:] == [2, 2, 3, 3], "it goes on from the state that the other training found"
+    assert taken[8:] == [2, 2, 3, 3], "it resumes from the state that the other training found"
 
 
 def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplog):
@@ -286,7 +286,7 @@ def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplo
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"), caplog.at_level(logging.WARNING, "lungddpm"):
         nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
-    assert "goes on from the last saved state" in caplog.text
+    assert "resumes from the last saved state" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is before
     nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert steps == 6 + 4

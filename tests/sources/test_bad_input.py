@@ -135,7 +135,7 @@ ERRORS = {
     "no rescale value": (lambda f: rewrite(f / THIRD, RescaleSlope=""), {}, "prepare:value is not a number"),
     "odd padding": (spoil_padding, {}, "prepare:padding value is not a number"),
     "no XML": (lambda f: (f / "reads.xml").unlink(), {}, "no reader XML names this series"),
-    "XML that is none": (with_reads("reads"), {}, "reads.xml: cannot be read as LIDC XML"),
+    "invalid XML": (with_reads("reads"), {}, "reads.xml: cannot be read as LIDC XML"),
     "empty XML": (with_reads(""), {}, "reads.xml: cannot be read as LIDC XML"),
     "billion laughs": (with_reads(BOMB), {}, "cannot be read as LIDC XML (ValueError: it has a document type"),
     "default attributes": (with_reads(ATTRIBUTES), {}, "reads.xml: cannot be read as LIDC XML"),

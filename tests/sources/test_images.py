@@ -195,13 +195,13 @@ HUGE = struct.pack("<3h", 32767, 32767, 32767)
 # "prepare:", in the case table.
 ERRORS = {
     "singular affine": ({}, lambda image, label: patch(image, SROW_Y, bytes(16)), "affine that cannot be inverted"),
-    "affine that is no number": ({}, lambda image, label: patch(image, SROW_X, b"\0\0\xc0\x7f"), "be inverted"),
+    "affine that is not a number": ({}, lambda image, label: patch(image, SROW_X, b"\0\0\xc0\x7f"), "be inverted"),
     "singular label": ({}, lambda image, label: patch(label, SROW_Y, bytes(16)), "labels/bad.nii.gz: has an affine"),
     "4D": ({"ct": np.stack([CT, CT], -1)}, None, "images/bad.nii.gz: has 4 dimensions"),
     "4D label": ({"labels": np.stack([LABELS] * 2, -1)}, None, "labels/bad.nii.gz: has 4 dimensions"),
     "colours": ({"ct": COLOURS}, None, "has colours or complex numbers"),
     "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels contain 0.5"),
-    "labels that are no number": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:contain nan"),
+    "labels with NaN": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:contain nan"),
     "image truncated": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
     "label truncated": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
     "empty": ({}, lambda image, label: image.write_bytes(b""), "images/bad.nii.gz: cannot be read"),

@@ -153,7 +153,7 @@ def stack(tmp_path_factory):
 
 
 def problem_of(data, path, stack):
-    """What a user is told of a file; only errors for users may come of reading it and of what follows."""
+    """The message to the user about a file; reading and using it may only raise errors for users."""
     path.write_bytes(data)
     try:
         readings.named_series(path)

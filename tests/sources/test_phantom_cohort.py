@@ -22,7 +22,7 @@ from skimage.draw import polygon
 
 from lungddpm.core.files import seed_from
 from lungddpm.sources.index import index_source
-from lungddpm.sources.phantom import load_scan
+from lungddpm.sources.phantom import load_scan, simulate
 from lungddpm.sources.phantom.patient import Thorax
 from lungddpm.sources.phantom.readers import Reading, outlinable, outlines, read
 from lungddpm.sources.phantom.scanner import PADDING_HU
@@ -233,6 +233,15 @@ def test_changed_code_makes_a_patient_again_with_the_same_uids(write_small, coho
     monkeypatch.setattr("lungddpm.sources.phantom.cohort.stage_fingerprint", lambda stage, name: f"edited {stage}")
     write_small(output, 1)
     assert drawn.read_bytes() == truth
+
+
+def test_uids_stay_those_of_the_first_version(tmp_path: Path, monkeypatch):
+    """As 0.1.0 wrote them: roles, folds and noise of the demo hang on them, and a release is not to move its result."""
+    monkeypatch.setattr("lungddpm.__version__", "9.9.9")
+    simulate(Phantom(patients=1, matrix=64, pixel_mm=5, slice_mm=40), 7, tmp_path)
+    study = "1.2.826.0.1.3680043.8.498.32314735779972584890992170122386817282"
+    series = "1.2.826.0.1.3680043.8.498.15882393259857534995884336947791531391"
+    assert (tmp_path / "PHANTOM-0001" / study / series).is_dir()
 
 
 def test_a_field_of_view_that_holds_no_chest_is_refused():

@@ -1,4 +1,4 @@
-"""What disks, clocks and people do to a run: each is told, and the run ends with the same tables all the same."""
+"""Errors of disks, clocks and people during a run: each is reported, and the run still ends with the same tables."""
 
 import hashlib
 import os

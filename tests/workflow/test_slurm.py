@@ -1,4 +1,4 @@
-"""The tiny benchmark as jobs of a real Slurm: one node, on loopback, with a GPU that is none."""
+"""The tiny benchmark as jobs of a real Slurm: one node, on loopback, with a fake GPU."""
 
 import os
 import re
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 CONFIG = Path("/etc/slurm/slurm.conf")
 OURS = "# Written by a test of lungddpm"
 HANGS_AFTER_SECONDS = 1800
-"""Against waiting for ever for a node that stays down; no result depends on it."""
+"""Against waiting forever for a node that stays down; no result depends on it."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 
 

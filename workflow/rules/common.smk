@@ -104,7 +104,7 @@ def settings_of(*sections, **values):
         name: getattr(SETTINGS, name).model_dump(mode="json") for name in sections
     }
     text = json.dumps({"seed": SETTINGS.seed, **chosen, **values})
-    # Snakemake takes a word in braces for a wildcard; in JSON it can only stand in text, which has another spelling.
+    # Snakemake takes a word in braces for a wildcard; in JSON it can only occur in text, which has another spelling.
     return re.sub(r"\{(?=\s*\w)", r"\\u007b", text)
 
 

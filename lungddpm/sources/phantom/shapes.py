@@ -127,8 +127,8 @@ def fill_rods(grid: Grid, rods: Rods) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _points_per_rod(rods: Rods, step_mm: float) -> np.ndarray:
-    """Number of points, about `step_mm` apart, that fill the cross-section of each rod: powers of two, so many
-    agree."""
+    """Number of points, about `step_mm` apart, that fill the cross-section of each rod: powers of two, so that
+    many agree."""
     count = np.clip(np.ceil(np.pi * rods.radii.prod(axis=1) / step_mm**2), 4, 4000)
     return (2 ** np.ceil(np.log2(count))).astype(int)
 
