@@ -62,7 +62,7 @@ class Subject:
         patient_name: what viewers show at the top.
         title: of the CT series.
         derivation: how the CT came about, in a few clauses.
-        synthetic: some or all of it was computed; None: not recorded.
+        synthetic: some or all of it was computed; None: not known here.
     """
 
     name: str
@@ -208,7 +208,7 @@ def _titles(predictions: Sequence[Path]) -> dict[Path, str]:
             raise InputError(folder, "is not a folder", "Give a folder with <case>.nii.gz.")
     for title, times in Counter(titles.values()).items():
         if times > 1 or title == "layout":
-            problem = f"a folder of predictions called '{title}' cannot be distinguished from another"
+            problem = f"a folder of predictions called '{title}' has the name of another segmentation"
             raise InputError("--predictions", problem, "Rename it.")
     return titles
 
@@ -284,7 +284,7 @@ def ct_slices(ct: Volume, subject: Subject) -> list[pydicom.Dataset]:
 
 
 def _shared_by_slices(ct: Volume, subject: Subject, identity: str) -> pydicom.Dataset:
-    """What all slices of a CT have; required elements that are unknown are empty."""
+    """What all slices of a CT have; required elements that are not known are empty."""
     from pydicom.dataset import Dataset
     from pydicom.sr.codedict import codes
 

@@ -85,7 +85,7 @@ def rated(voxel, texture, volume_mm3=30.0):
 
 
 def cubes(*centres):
-    """Cubes with edges of 3 voxels around these voxels."""
+    """Cubes of 3 voxels per edge around these voxels."""
     mask = np.zeros((20, 20, 20), bool)
     for x, y, z in centres:
         mask[x - 1 : x + 2, y - 1 : y + 2, z - 1 : z + 2] = True

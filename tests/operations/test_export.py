@@ -405,7 +405,7 @@ def test_folders_of_predictions_need_names_of_their_own(tmp_path):
     for folder in ("a/mine", "b/mine", "layout"):
         (tmp_path / folder).mkdir(parents=True)
     for folders in (["a/mine", "b/mine"], ["layout"]):
-        with pytest.raises(InputError, match="cannot be distinguished from another"):
+        with pytest.raises(InputError, match="has the name of another segmentation"):
             export_dicom([case.path], tmp_path / "out", [tmp_path / folder for folder in folders])
     with pytest.raises(InputError, match="none: is not a folder"):
         export_dicom([case.path], tmp_path / "out", [tmp_path / "none"])
