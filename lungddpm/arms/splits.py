@@ -296,10 +296,11 @@ def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]) -> None:
     if unknown := sorted(set(wanted) - known):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ConfigError(
             f"roles.{role}",
-            f"names {', '.join(unknown[:5])}, whom the source does not have",
-            "Spell patients as in the column patient_id of the index.",
+            f"names {', '.join(unknown[:5])}{more}, whom the source does not have ({len(wanted)} are named)",
+            "Spell patients as in the column patient_id of the index, and take out those whose scans are not there.",
         )
     if excluded := sorted(set(wanted) - usable):
         LOG.warning("roles.%s names %s, of whom no series is usable", role, ", ".join(excluded))

@@ -10,8 +10,10 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import reduce
 from operator import or_
@@ -23,6 +25,7 @@ from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
     create_model,
     field_validator,
@@ -41,6 +44,7 @@ from lungddpm.config.sections import (
     TrainedSettings,
     is_trained,
 )
+from lungddpm.config.split_file import read_split
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cohorts import ALL, SHARED, Cohort
 from lungddpm.core.errors import ConfigError
@@ -61,6 +65,14 @@ def _sources() -> ModuleType:
 def _generators() -> ModuleType:
     """The same of generators."""
     return importlib.import_module("lungddpm.generators")
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number: Snakemake's --config passes every value as text."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _check_known(name: str, known: set[str], key: str) -> None:
@@ -135,27 +147,47 @@ else:
     Source = _source_section()
 
 
-class Roles(Section):
-    """Which patients do what. A number below 1 is a share of all patients, 1 or more a count, a list names patients."""
+Members = Annotated[
+    Share | PositiveInt | list[str],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"exclusiveMaximum": 1, "exclusiveMinimum": 0, "type": "number"},
+                {"minimum": 1, "type": "integer"},
+                {"items": {"type": "string"}, "type": "array"},
+                {"format": "path", "type": "string"},
+            ]
+        }
+    ),
+]
+"""Patients of a role. A split file is read where the config is, and becomes a list."""
 
-    discovery: Share | PositiveInt | list[str] = 0.5
+
+class Roles(Section):
+    """Which patients do what. A number below 1 is a share of all patients, 1 or more a count, a list names patients. A
+    text is the path of a split file: one patient per line, or a table (.csv, .tsv) with the columns `patient_id` and
+    `role`, of which each role takes its own rows. Relative paths start in the working directory."""
+
+    discovery: Members = 0.5
     """Patients who train the denoiser and, as real data, the segmenter."""
-    reference: Share | PositiveInt | list[str] = 0.2
+    reference: Members = 0.2
     """Patients whose CT fills what a layout leaves open in synthetic CT."""
-    test: Share | PositiveInt | list[str] = 0.3
+    test: Members = 0.3
     """Patients on whom the segmenters are compared."""
     allow_shared_patients: bool = False
     """Let one patient have several roles. The verdict then means nothing but that the pipeline runs."""
 
     @field_validator(*ROLES, mode="before")
     @classmethod
-    def _quoted(cls, value: Any) -> Any:
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
         for patient in value if isinstance(value, list) else ():
             if not isinstance(patient, str):
                 raise ValueError(
                     f"a patient is read as {patient!r}, not as text: YAML takes some ids for numbers, dates, or yes "
                     'and no. Quote patient ids, as in ["0010"]'
                 )
+        if isinstance(value, str) and not _is_number(value):
+            return read_split(Path(os.path.expanduser(value)), str(info.field_name))
         return value
 
     @model_validator(mode="after")
@@ -164,6 +196,8 @@ class Roles(Section):
         for role, patients in named.items():
             if not patients:
                 raise ValueError(f"roles.{role} names no patient")
+            if twice := [patient for patient, times in Counter(patients).items() if times > 1]:
+                raise ValueError(f"roles.{role} names patient {twice[0]} twice")
         shares = [value for role in ROLES if isinstance(value := getattr(self, role), float)]
         if sum(shares) > 1 + 1e-9 and not self.allow_shared_patients:
             raise ValueError(f"the shares of roles add up to {sum(shares):g}, which is more than all patients")

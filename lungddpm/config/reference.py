@@ -69,6 +69,8 @@ def _type(entry: dict) -> str:
         return " or ".join(_type(option) for option in entry["anyOf"])
     if "enum" in entry:
         return " or ".join(f"`{value}`" for value in entry["enum"])
+    if entry.get("format") == "path":
+        return "path"
     if "const" in entry:
         return f"`{entry['const']}`"
     if entry.get("type") == "array":
