@@ -24,9 +24,10 @@ AFFINE = np.diag([4.0, 4.0, 5.0, 1.0])
 
 def case_row(case_id, patient_id, role, **changes):
     row = {
-        "case_id": case_id, "patient_id": patient_id, "source": "phantom", "role": role, "series_uid": f"1.2.{case_id}",
-        "size_x": SIZE[0], "size_y": SIZE[1], "size_z": SIZE[2], "spacing_x_mm": 4.0, "spacing_y_mm": 4.0,
-        "spacing_z_mm": 5.0, "n_nodules": 1, "status": "ok", "reason": "", "path": case_id, "sha256": "0" * 64,
+        "case_id": case_id, "patient_id": patient_id, "source": "phantom", "data_set": "internal", "role": role,
+        "series_uid": f"1.2.{case_id}", "size_x": SIZE[0], "size_y": SIZE[1], "size_z": SIZE[2],
+        "spacing_x_mm": 4.0, "spacing_y_mm": 4.0, "spacing_z_mm": 5.0, "n_nodules": 1,
+        "status": "ok", "reason": "", "path": case_id, "sha256": "0" * 64,
     }  # fmt: skip
     return row | changes
 

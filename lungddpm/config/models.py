@@ -19,7 +19,7 @@ from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -48,7 +48,7 @@ from lungddpm.config.split_file import read_split
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cohorts import ALL, SHARED, Cohort
 from lungddpm.core.errors import ConfigError
-from lungddpm.core.roles import ROLES
+from lungddpm.core.roles import INTERNAL, ROLES
 from lungddpm.core.values import merge_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -83,6 +83,8 @@ def _check_known(name: str, known: set[str], key: str) -> None:
 class _SourceKeys(Section):
     """Where the scans come from."""
 
+    key: ClassVar[str] = "source."
+    """Where the section stands, for messages that do not say it."""
     kind: Name = "phantom"
     path: UserPath | None = None
     """Folder of the data set; a source that simulates its patients makes its own and ignores this. A relative path
@@ -90,9 +92,9 @@ class _SourceKeys(Section):
 
     @model_validator(mode="after")
     def _known(self) -> _SourceKeys:
-        _check_known(self.kind, set(_sources().names()), "source.kind")
+        _check_known(self.kind, set(_sources().names()), f"{self.key}kind")
         if not self.is_simulated and self.path is None:
-            raise ValueError(f"source.path is needed for source.kind '{self.kind}'")
+            raise ValueError(f"{self.key}path is needed for {self.key}kind '{self.kind}'")
         return self
 
     @property
@@ -114,6 +116,10 @@ class _SourceKeys(Section):
     def caveat(self) -> str:
         """What the report has to say of this kind of source, by its settings; mostly empty."""
         return getattr(self.settings, "caveat", "")
+
+    def without_folder(self) -> Self:
+        """The same with only the name of its folder, which may tell who ran it and where."""
+        return self.model_copy(update={"path": None if self.path is None else Path(self.path.name)})
 
     def reading(self, kind: str | None = None) -> tuple[Section, ...]:
         """The settings by which scans are read, as a source's functions get them: one section, or none.
@@ -145,6 +151,24 @@ if TYPE_CHECKING:
 
 else:
     Source = _source_section()
+
+
+class ExternalTest(Source):
+    """A further data set, whose patients are tested and nothing else; its keys are those of `source`, and one more."""
+
+    key: ClassVar[str] = ""
+    kind: Name
+    distinct_patients: bool = False
+    """Its patients are other people than those of the other data sets, even where ids are the same: their ids get the
+    name of this data set in front, as in `task06:001`. Without it, an id that two data sets have ends the run."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> ExternalTest:
+        if self.is_simulated:
+            raise ValueError(
+                f"kind '{self.kind}' makes its own patients: write them by 'lungddpm simulate', and read that folder"
+            )
+        return self
 
 
 Members = Annotated[
@@ -704,6 +728,11 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 1
     """Root of every random number in the run."""
     source: Source = Source()
+    external_tests: dict[Name, ExternalTest] = {}
+    """External test sets by name, e.g. `{task06: {kind: images, path: /data/Task06_Lung}}`, each with the keys of
+    `source`, and `distinct_patients: true` where its patients are other people even if ids are the same. All their
+    patients are tested, and nothing else; each set has a verdict of its own beside that of `source`
+    (docs/how-to/test-on-an-external-cohort.md)."""
     roles: Roles = Roles()
     grid: Grid = Grid()
     layouts: Layouts = Layouts()
@@ -715,6 +744,13 @@ class Config(Section):
     label_fidelity: LabelFidelity = LabelFidelity()
     verdict: Verdict = Verdict()
     workflow: Workflow = Workflow()
+
+    @field_validator("external_tests")
+    @classmethod
+    def _names_of_tests(cls, value: dict[str, ExternalTest]) -> dict[str, ExternalTest]:
+        if len({name.casefold() for name in [*value, INTERNAL]}) <= len(value):
+            raise ValueError(f"names differ by more than capitals, and none is '{INTERNAL}', which `source` has")
+        return value
 
     @model_validator(mode="after")
     def _arms_name_generators(self) -> Config:
@@ -754,16 +790,20 @@ class Config(Section):
     def without_folders(self) -> Config:
         """The same for results: of the user's folders, which may tell who ran it and where, only the names."""
         external = {name: Path(folder.name) for name, folder in self.arms.external.items()}
-        path = None if self.source.path is None else Path(self.source.path.name)
         weights = self.image_quality.weights
         weights = Path(weights.name) if isinstance(weights, Path) else weights
         return self.model_copy(
             update={
-                "source": self.source.model_copy(update={"path": path}),
+                "source": self.source.without_folder(),
+                "external_tests": {name: each.without_folder() for name, each in self.external_tests.items()},
                 "image_quality": self.image_quality.model_copy(update={"weights": weights}),
                 "arms": self.arms.model_copy(update={"external": external}),
             }
         )
+
+    def data_sets(self) -> dict[str, Source]:
+        """All data sets by the name that the column `data_set` has, that of `source` first."""
+        return {INTERNAL: self.source, **self.external_tests}
 
     def generators_in_use(self) -> list[str]:
         """Plug-ins that the arms name, and those whose weights they draw with."""

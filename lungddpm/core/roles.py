@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 DISCOVERY, REFERENCE, TEST = ROLES = ("discovery", "reference", "test")
 """Roles of patients: training, lending their CT to synthetic cases, and comparing the segmenters."""
+INTERNAL = "internal"
+"""What the column `data_set` holds for the cases of `source`, and for samples, which are made from these. Those of an
+external test set have its name there, and the role test."""
 SYNTHETIC = "synthetic"
 """What the column `role` holds for a synthetic case."""
 _JOINT = "+"

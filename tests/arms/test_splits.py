@@ -17,7 +17,7 @@ from lungddpm.core.errors import ConfigError, LeakError
 
 
 def cohort(n_patients: int, series_each: int = 1) -> pd.DataFrame:
-    empty = dict.fromkeys(COLUMNS, "")
+    empty = dict.fromkeys(COLUMNS, "") | {"data_set": "internal"}
     rows = [
         empty | {"case_id": f"P{p:03d}_{s}", "patient_id": f"P{p:03d}", "status": "ok", "n_nodules": p % 2}
         for p in range(n_patients)

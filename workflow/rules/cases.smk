@@ -63,10 +63,14 @@ rule index:
     params:
         config=config_of_jobs,
         source=source_option,
-        settings=settings_of("roles", source=SOURCE.name, reading=READING),
-        code=stage_fingerprint("index", SOURCE.name),
+        external=external_test_options,
+        settings=settings_of(
+            "roles", source=SOURCE.name, reading=READING, external=EXTERNAL_TESTS
+        ),
+        code=code_of_sources("index"),
     shell:
-        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} --output {output:q}"
+        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} {params.external}"
+        " --output {output:q}"
 
 
 rule prepare:
@@ -90,13 +94,16 @@ rule prepare:
     params:
         config=config_of_jobs,
         source=source_option,
+        external=external_test_options,
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
-        settings=settings_of("grid", "layouts", reading=READING),
-        code=stage_fingerprint("prepare", SOURCE.name),
+        settings=settings_of(
+            "grid", "layouts", reading=READING, external=EXTERNAL_TESTS
+        ),
+        code=code_of_sources("prepare"),
     shell:
         "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"
-        " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
+        " {params.external} --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
 # How many scans there are tells how many jobs share them, and how many cases, how many samples a dose takes.
@@ -134,7 +141,11 @@ rule list_case_tables:
 
 rule collect:
     input:
-        tables=tables_of_cases if SOURCE.simulate else ["results/cases/.tables"],
+        tables=(
+            tables_of_cases
+            if SIMULATED_SCANS is not None
+            else ["results/cases/.tables"]
+        ),
     output:
         cases=ensure("results/cases/cases.tsv", non_empty=True),
         nodules=ensure("results/cases/nodules.tsv", non_empty=True),
@@ -151,7 +162,7 @@ rule collect:
     params:
         config=config_of_jobs,
         tables=lambda wildcards, input: named_tables(input.tables),
-        settings=settings_of("roles"),
+        settings=settings_of("roles", external=list(EXTERNAL_TESTS)),
         code=stage_fingerprint("collect"),
     shell:
         "lungddpm --log {log:q} collect {params.tables} --config {params.config:q} --output {output.cases:q}"
