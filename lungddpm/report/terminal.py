@@ -13,12 +13,13 @@ from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.tables import read_csv
 
 _WIDTH = 100
+_EXPLORATORY = "On external test sets (exploratory; the verdict is the one above):"
 _MARKS = {PASSED: "+", FAILED: "!", NOT_MEASURED: "?"}
 
 
 def verdict_table_text(results: Path) -> str:
     """The verdict as plain text for a terminal: the instrument check, whether the answer stands, the deciding measure
-    of each arm in a table and in sentences, and where the report lies.
+    of each arm in a table and in sentences, also on external test sets, and where the report lies.
 
     Raises:
         InputError: the run has no verdict yet.
@@ -43,6 +44,11 @@ def verdict_table_text(results: Path) -> str:
     lines += ["", *(_wrapped(text, "! ") for text in failed), _wrapped(outcome_of(instrument)["sentence"], "> ")]
     lines += ["", table.text(_WIDTH), ""]
     lines += [_wrapped(row["sentence"], "- ") for row in rows]
+    external = results / "tables" / "external_verdict.csv"
+    if external.exists():
+        found = read_csv(external)
+        found = found[(found["metric"] == measure.column) & (found["arm"] != found["baseline"])]
+        lines += ["", _EXPLORATORY, *(_wrapped(sentence, "- ") for sentence in found["sentence"])]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
 
 

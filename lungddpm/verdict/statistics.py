@@ -29,6 +29,10 @@ test). Both are tested at the full level, and the error of both together keeps t
 not differ truly, the rest is reached only after a false claim in the gate; where all of them do, only the rest can be
 claimed falsely, which is what its own correction limits.
 
+Several test sets. Where the same arms are compared on further test sets, each is a comparison of its own: cases are
+paired within a set, runs are the same ones. Claims on all of them together keep to the level: p after Holm's correction
+within a set is multiplied by the number of sets (Bonferroni), which holds however runs tie the sets together.
+
 Independent runs. Runs that share a fold share its luck, so seeds are averaged within a fold and folds are counted.
 Where only one fold is trained, its seeds are the replicates, and the luck of that fold is not covered. Without any
 estimate of MS(TR) (a single replicate everywhere) nothing is decided.
@@ -356,8 +360,9 @@ class Comparison:
     bootstrap_high: float = math.nan
     p: float = math.nan
     p_holm: float = math.nan
-    """Corrected for the `n_compared` arms of the family, and never below `p_gate`; decides."""
+    """Corrected for the `n_compared` comparisons of the family, and never below `p_gate`; decides."""
     n_compared: int = 0
+    """Arms of the family, times the test sets whose claims hold together."""
     p_gate: float = math.nan
     """The largest `p_holm` of the arms that have to be decided before this one; NaN where there are none."""
     p_wilcoxon: float = math.nan
@@ -382,6 +387,7 @@ def compare_arms(
     seed: int,
     families: Sequence[str] | None = None,
     gates: Mapping[str, str] | None = None,
+    test_sets: int = 1,
 ) -> list[Comparison]:
     """Compare every arm with its baseline.
 
@@ -397,6 +403,8 @@ def compare_arms(
         families: a name for each arm (that of a baseline is not used): arms of one name are corrected together,
             whatever their baselines; None takes all as one family.
         gates: a family -> the family whose arms must all be decided before. A gate has no gate of its own.
+        test_sets: on how many test sets, this one among them, the same arms are compared so that the claims on all of
+            them together keep to the level.
 
     Returns:
         One comparison per arm, in their order; a baseline has a row of its own.
@@ -409,7 +417,7 @@ def compare_arms(
         for arm, baseline in enumerate(baselines)
         if arm != baseline and scores.paired(arm, baseline).scores.size
     }
-    corrected = _corrected(effects, families)
+    corrected = _corrected(effects, families, test_sets)
     n_cases = scores.values.shape[2]
     decidable = {
         arm
@@ -478,13 +486,14 @@ def compare_arms(
     return rows
 
 
-def _corrected(effects: Mapping[int, Effect], families: Sequence[str]) -> dict[int, tuple[float, int]]:
-    """p after Holm's correction within the arm's family, and the number of arms it is corrected for, by arm."""
+def _corrected(effects: Mapping[int, Effect], families: Sequence[str], test_sets: int) -> dict[int, tuple[float, int]]:
+    """p after Holm's correction within the arm's family and Bonferroni's over test sets, and the number of comparisons
+    it is corrected for, by arm."""
     corrected: dict[int, tuple[float, int]] = {}
     for family in dict.fromkeys(families[arm] for arm in effects):
         members = [arm for arm in effects if families[arm] == family]
-        adjusted = holm(np.array([effects[arm].p() for arm in members]))
-        n_compared = int(np.isfinite(adjusted).sum())
+        adjusted = np.minimum(test_sets * holm(np.array([effects[arm].p() for arm in members])), 1)
+        n_compared = test_sets * int(np.isfinite(adjusted).sum())
         corrected |= {arm: (float(p), n_compared) for arm, p in zip(members, adjusted, strict=True)}
     return corrected
 
