@@ -537,12 +537,16 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     """
     generators = list(config.arms.largest_doses())
     replicates = evaluated_replicates(results, config)
-    measured = [gather(results, replicates, name) for name in ("metrics.csv", "lesions.csv", "candidates.csv")]
+    cases, lesions, candidates = (
+        gather(results, replicates, name) for name in ("metrics.csv", "lesions.csv", "candidates.csv")
+    )
     real = read_cases(results / "cases" / CASES)
     n_discovery = len(usable(real, DISCOVERY))
     outside = real[real["data_set"] != INTERNAL].set_index("case_id")["data_set"].to_dict()
-    external = external_tables(config, *measured, outside, n_discovery)
-    cases, lesions, candidates = (table[~table["case_id"].isin(outside)].reset_index(drop=True) for table in measured)
+    external = external_tables(config, cases, lesions, candidates, outside, n_discovery)
+    cases, lesions, candidates = (
+        table[~table["case_id"].isin(outside)].reset_index(drop=True) for table in (cases, lesions, candidates)
+    )
     froc = froc_tables(cases, lesions, candidates, config.verdict.confidence, seed_from(config.seed, "verdict", "froc"))
     verdict, copies = verdict_table(cases, config, n_discovery), identical_replicates(cases)
     if copies and external:
@@ -559,12 +563,12 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         "lesions": lesions,
         **external,
     }
-    if judged := quality_files(results, generators):
+    if measured := quality_files(results, generators):
         samples, sets = (
             pd.concat([read_csv(path)[columns] for path in paths], ignore_index=True)
             for paths, columns in (
-                (judged.values(), image_quality.COLUMNS),
-                (map(image_quality.sets_beside, judged.values()), image_quality.SET_COLUMNS),
+                (measured.values(), image_quality.COLUMNS),
+                (map(image_quality.sets_beside, measured.values()), image_quality.SET_COLUMNS),
             )
         )
         tables["image_quality"] = quality_table(samples, sets)
