@@ -18,7 +18,7 @@ def test_an_external_test_set_is_read_beside_a_simulated_source(make_benchmark, 
     # Its patients are called as those of the source are.
     clinic = {"kind": "lidc", "path": str(folder), "distinct_patients": True}
     benchmark = make_benchmark(tmp_path / "run", {"external_tests": {"clinic": clinic}})
-    run = benchmark.run("results/cases/cases.tsv")
+    run = benchmark.run("--keep-going", "results/cases/cases.tsv")  # after a flag, as options before it take lists
     assert run.returncode == 0, run.stdout[-5000:]
     cases = pd.read_csv(benchmark.results / "cases/cases.tsv", sep="\t", keep_default_na=False)
     assert cases.groupby("data_set")["role"].value_counts().to_dict() == {
@@ -28,4 +28,4 @@ def test_an_external_test_set_is_read_beside_a_simulated_source(make_benchmark, 
     assert (cases["status"] == "ok").all()
     # How many cases there are is counted, as for any data set whose number is not known before.
     assert re.search("^(?:local)?checkpoint count_cases:$", run.stdout, re.MULTILINE)
-    assert "Nothing to be done" in benchmark.run("--dry-run", "results/cases/cases.tsv").stdout
+    assert "Nothing to be done" in benchmark.run("--dry-run", "--keep-going", "results/cases/cases.tsv").stdout
