@@ -569,12 +569,16 @@ class Calibration(Section):
     spread_ratio: Range = (0.9, 1.1)
     """Smallest and largest ratio of the standard deviations of HU in the lungs, nodules left out: samples over
     references."""
+    nodules_spread_ratio: Range = (0.7, 1.4)
+    """The same in the nodules, of samples with the reference's own layout. Wider, because a sample has few nodule
+    voxels: what it is there for is nodules of speckle, or of one gray, whose mean is right."""
 
     @model_validator(mode="after")
     def _spread(self) -> Calibration:
-        low, high = self.spread_ratio
-        if not 0 <= low <= 1 <= high:
-            raise ValueError(f"spread_ratio: 1 must lie between the two, got {low:g}, {high:g}")
+        for name in ("spread_ratio", "nodules_spread_ratio"):
+            low, high = getattr(self, name)
+            if not 0 <= low <= 1 <= high:
+                raise ValueError(f"{name}: 1 must be between the two limits, got {low:g}, {high:g}")
         return self
 
 
@@ -592,6 +596,9 @@ class Instrument(Section):
     come to 1.27 on the phantom cohort, other patients' lungs to 0.78.)"""
     label_fidelity: Share = 0.8
     """Least Dice of the segmenters of `real` on a generator's samples, as a share of that on the references' CT."""
+    label_fidelity_ceiling: Share = 0.3
+    """Least Dice of these segmenters on the references' CT. Below it they know too little to judge a generator, and
+    the check is not measured."""
     training_distance: Share = 0.7
     """Least distance of a generator's samples to the nearest training case, in the lungs, as a share of that of real
     cases: of the medians, and of the smallest distances. (An image without any texture, which remembers nothing, comes

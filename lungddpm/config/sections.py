@@ -21,6 +21,7 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
 Orientation = Literal["published", "ras"]
 Padding = Literal["zeros", "replicate"]
 Norm = Literal["volume", "voxel"]
+TimeConditioning = Literal["shift", "scale_shift"]
 Background = Literal["reference", "generated"]
 Hint = Literal["none", "slice", "volume"]
 
@@ -84,6 +85,10 @@ class Denoiser(Section):
     """Over what norms take mean and variance: groups of channels over the whole `volume`, as published, or all channels
     of a `voxel`. A network that is trained on crops sees whole volumes as it saw those only with `replicate` and
     `voxel`."""
+    time_conditioning: TimeConditioning = "shift"
+    """How the noise level enters each residual block: `shift` adds a function of it to the features, as published;
+    `scale_shift` also scales the normalised features by one (adaptive normalisation, Dhariwal & Nichol 2021), which a
+    short training learns sooner."""
     wavelet: bool = False
     """Work on the eight Haar sub-bands of the CT, each of half the edge, and transform back (WDM): a fraction of the
     memory and of the operations. WDM has `multipliers: [1, 2, 2, 4, 4]`."""

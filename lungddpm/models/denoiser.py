@@ -15,7 +15,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from lungddpm.config.sections import Denoiser, GeneratorConfig, Hint, Norm, Orientation, Padding, UNetSettings
+from lungddpm.config.sections import (
+    Denoiser,
+    GeneratorConfig,
+    Hint,
+    Norm,
+    Orientation,
+    Padding,
+    TimeConditioning,
+    UNetSettings,
+)
 from lungddpm.core.labels import Label
 from lungddpm.models.wavelet import BANDS, haar, inverse_haar, space_to_depth
 
@@ -89,6 +98,7 @@ def body_arguments(settings: Denoiser, edge: float) -> dict[str, Any]:
         "attention_factor": (factor if is_a_level else 0) if settings.attention else None,
         "padding": settings.padding,
         "norm": settings.norm,
+        "time_conditioning": settings.time_conditioning,
     }
 
 
@@ -131,6 +141,7 @@ class UNet(nn.Module):
         orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
         padding: what convolutions see beyond the volume: zeros, or its outermost voxels (`replicate`).
         norm: over what norms take mean and variance: the voxels of a `volume`, as groups of channels, or each `voxel`.
+        time_conditioning: how residual blocks use the time embedding, see `ResidualBlock`.
         out_channels: of what it predicts.
     """
 
@@ -144,6 +155,7 @@ class UNet(nn.Module):
         orientation: Orientation = "ras",
         padding: Padding = "zeros",
         norm: Norm = "volume",
+        time_conditioning: TimeConditioning = "shift",
         out_channels: int = 1,
     ):
         super().__init__()
@@ -153,7 +165,7 @@ class UNet(nn.Module):
         deepest = len(multipliers) - 1
 
         def residual(inputs: int, outputs: int) -> ResidualBlock:
-            return ResidualBlock(inputs, outputs, embedding, norm_groups)
+            return ResidualBlock(inputs, outputs, embedding, norm_groups, scaled=time_conditioning == "scale_shift")
 
         def attention(level: int, channels: int) -> list[nn.Module]:
             return [SelfAttention(channels, norm_groups)] if attention_factor == 2**level else []
@@ -294,12 +306,17 @@ class Stage(nn.ModuleList):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around the time embedding, added to the input (or to its 1x1x1 projection)."""
+    """Two convolutions around the time embedding, added to the input (or to its 1x1x1 projection).
 
-    def __init__(self, inputs: int, outputs: int, embedding: int, norm_groups: int):
+    A projection of the embedding is added to the features before the second norm. `scaled`: scale and shift of the
+    features after that norm are projected from it (Dhariwal & Nichol 2021, arXiv 2105.05233, section 4).
+    """
+
+    def __init__(self, inputs: int, outputs: int, embedding: int, norm_groups: int, *, scaled: bool = False):
         super().__init__()
+        self.scaled = scaled
         self.in_layers = nn.Sequential(GroupNorm32(norm_groups, inputs), SiLUInPlace(), _convolution(inputs, outputs))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outputs))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outputs * (1 + scaled)))
         # The published weights count a dropout (of rate zero) between activation and convolution.
         self.out_layers = nn.Sequential(
             GroupNorm32(norm_groups, outputs), SiLUInPlace(), nn.Identity(), _zeroed(_convolution(outputs, outputs))
@@ -307,8 +324,15 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if inputs == outputs else Convolution(inputs, outputs, 1)
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        residual = self.in_layers(h) + self.emb_layers(embedding)[:, :, None, None, None]
-        return self.skip_connection(h) + self.out_layers(residual)
+        residual, time = self.in_layers(h), self.emb_layers(embedding)[:, :, None, None, None]
+        if not self.scaled:
+            return self.skip_connection(h) + self.out_layers(residual + time)
+        scale, shift = time.chunk(2, dim=1)
+        norm, *further = self.out_layers
+        residual = norm(residual) * (1 + scale) + shift
+        for layer in further:
+            residual = layer(residual)
+        return self.skip_connection(h) + residual
 
 
 class SelfAttention(nn.Module):

@@ -50,6 +50,7 @@ _PUBLISHED = {
     "prediction": ("epsilon", "take what it predicts for noise"),
     "denoiser.padding": ("zeros", "show it zeros beyond the volume"),
     "denoiser.norm": ("volume", "normalize over the volume"),
+    "denoiser.time_conditioning": ("shift", "only shift features by the noise level"),
     "denoiser.wavelet": (False, "show it voxels instead of sub-bands"),
     "hint": ("none", "show it nothing of the reference"),
 }

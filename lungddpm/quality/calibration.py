@@ -21,7 +21,9 @@ LUNGS_ALONE, VESSELS, NODULES = "lungs without nodules", "vessels", "nodules"
 """Regions. The first includes vessels: denoisers that do not know where these are draw as many, but elsewhere."""
 DIFFERENCE, SPREAD = "hu_difference", "hu_spread_ratio"
 """Mean HU of a sample minus that of its reference; standard deviation of its HU over that of the reference's."""
-CHECKS = ((LUNGS_ALONE, DIFFERENCE), (LUNGS_ALONE, SPREAD), (VESSELS, DIFFERENCE), (NODULES, DIFFERENCE))
+CHECKS = (
+    (LUNGS_ALONE, DIFFERENCE), (LUNGS_ALONE, SPREAD), (VESSELS, DIFFERENCE), (NODULES, DIFFERENCE), (NODULES, SPREAD),
+)  # fmt: skip
 """Region and measure of every line of the check."""
 PASSED, FAILED, NO_LIMIT, NOT_MEASURED = "within limits", "outside limits", "no limit", "not measured"
 COLUMNS = ["generator", "region", "measure", "n_samples", "mean", "sd", "limit_low", "limit_high", "status"]
@@ -94,7 +96,7 @@ def calibration_table(quality: pd.DataFrame | None, generators: list[str], limit
 
 def _limits(limits: Calibration, region: str, measure: str) -> tuple[float, float]:
     if measure == SPREAD:
-        return limits.spread_ratio
+        return limits.nodules_spread_ratio if region == NODULES else limits.spread_ratio
     largest = {LUNGS_ALONE: limits.lungs_hu, VESSELS: limits.vessels_hu, NODULES: limits.nodules_hu}[region]
     return (math.nan, math.nan) if largest is None else (-largest, largest)
 
@@ -111,7 +113,7 @@ def calibration_notes(table: pd.DataFrame) -> list[str]:
     """A sentence for each generator that fails the check, with what fails and the limit."""
     return [
         f"HU calibration of {generator} failed: {'; '.join(map(_failure, rows.to_dict('records')))}. "
-        "Brightness alone may explain what this generator's arms gain or lose."
+        "Brightness or texture alone may explain what this generator's arms gain or lose."
         for generator, rows in table[table["status"] == FAILED].groupby("generator", sort=False)
     ]
 

@@ -50,8 +50,6 @@ SHORT = {
 """Names of measures of which a check has several."""
 POSITIVE_GENERATOR = "reference"
 """The generator that adds real CT: what it adds is known to help, if anything does."""
-_LOWEST_CEILING = 0.1
-"""Dice on real CT below which segmenters know too little to judge synthetic CT."""
 _LEARNING = 0.05
 """p below which a curve still changes beyond its scatter."""
 
@@ -203,7 +201,7 @@ def _generator(name: str, tables: Mapping[str, pd.DataFrame], limits: Instrument
     return [
         _hounsfield(name, tables["calibration"]),
         _seam(name, tables.get("image_quality"), limits.seam_ratio),
-        _fidelity(name, tables.get("label_fidelity"), limits.label_fidelity),
+        _fidelity(name, tables.get("label_fidelity"), limits),
     ]
 
 
@@ -219,7 +217,8 @@ def _hounsfield(name: str, table: pd.DataFrame) -> dict:
         parts = [
             f"{row['region'].split()[0]} {signed(row['mean'], 0)} HU (limit ±{row['limit_high']:g})"
             if row["measure"] == calibration.DIFFERENCE
-            else f"spread of HU {row['mean']:.2f} times theirs ({row['limit_low']:g} to {row['limit_high']:g})"
+            else f"spread of HU in the {row['region'].split()[0]} {row['mean']:.2f} times theirs "
+            f"({row['limit_low']:g} to {row['limit_high']:g})"
             for row in known.to_dict("records")
         ]
         unknown = ", ".join(dict.fromkeys(region.split()[0] for region in rows.loc[rows["mean"].isna(), "region"]))
@@ -277,15 +276,17 @@ def _seam(name: str, quality: pd.DataFrame | None, limits: tuple[float, float]) 
     return _row(GENERATOR, name, _STEP, value, limits, status, said)
 
 
-def _fidelity(name: str, table: pd.DataFrame | None, lowest: float) -> dict:
+def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict:
+    lowest, ceiling = limits.label_fidelity, limits.label_fidelity_ceiling
     value, said = math.nan, f"The label fidelity of {name} was not measured."
     if table is not None:
         dice = table.set_index("generator")["dice_mean"]
         made, real = dice.get(name, math.nan), dice.get(REAL_CT, math.nan)
-        if real >= _LOWEST_CEILING:
+        if real >= ceiling:
             value = made / real
         elif not math.isnan(real):
-            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT: too little to judge {name}."
+            least = f"(least {ceiling:g})"
+            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT {least}: too low to judge {name}."
     status = _judged(value, (lowest, math.nan))
     if status != NOT_MEASURED:
         said = f"Segmenters of real reach a Dice of {made:.2f} on {name}, of {real:.2f} on its references' real CT"

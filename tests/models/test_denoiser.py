@@ -3,12 +3,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from diffusers.models.resnet import ResnetBlock2D
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.files import fingerprint
 from lungddpm.core.labels import Label
 from lungddpm.models.denoiser import (
     GroupNorm32,
+    ResidualBlock,
     UNet,
     build_denoiser,
     condition_channels,
@@ -68,6 +70,30 @@ def test_lung_ddpm_plus_has_the_published_size():
         "multipliers": [1, 2, 3, 4],
         "attention_factor": 64 / 16,
     }
+
+
+@pytest.mark.parametrize(("scaled", "theirs"), [(False, "default"), (True, "scale_shift")])
+def test_residual_blocks_use_the_time_as_those_of_diffusers(scaled, theirs):
+    """On one slice, a 3-D block is the 2-D block of its kernels' middle planes."""
+    block = with_numbers(ResidualBlock(8, 16, 12, 4, scaled=scaled)).eval()
+    plane = ResnetBlock2D(
+        in_channels=8, out_channels=16, temb_channels=12, groups=4, eps=1e-5, time_embedding_norm=theirs
+    )
+    pairs = [
+        (plane.norm1, block.in_layers[0]),
+        (plane.conv1, block.in_layers[2]),
+        (plane.time_emb_proj, block.emb_layers[1]),
+        (plane.norm2, block.out_layers[0]),
+        (plane.conv2, block.out_layers[3]),
+        (plane.conv_shortcut, block.skip_connection),
+    ]
+    for their, our in pairs:
+        weight = our.weight if our.weight.dim() < 5 else our.weight[:, :, our.weight.shape[2] // 2]
+        their.load_state_dict({"weight": weight, "bias": our.bias})
+    torch.manual_seed(0)
+    h, embedding = torch.randn(2, 8, 6, 7), torch.randn(2, 12)
+    with torch.inference_mode():
+        torch.testing.assert_close(block(h[:, :, None], embedding)[:, :, 0], plane(h, embedding), rtol=0, atol=1e-5)
 
 
 def test_output_equals_the_golden_output(golden, golden_denoiser):

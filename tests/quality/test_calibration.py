@@ -55,6 +55,7 @@ def test_a_shift_of_the_lungs_is_found_to_the_last_digit(reference):
     assert found[VESSELS, DIFFERENCE] == pytest.approx(-58)
     assert found[LUNGS_ALONE, SPREAD] == pytest.approx(1)
     assert found[NODULES, DIFFERENCE] == 0
+    assert found[NODULES, SPREAD] == 1
 
 
 def test_a_nodule_is_judged_by_itself(reference):
@@ -62,7 +63,7 @@ def test_a_nodule_is_judged_by_itself(reference):
     found = found_in(ct + 185.0 * (layout == Label.NODULE), reference)
     assert found == {
         (LUNGS_ALONE, DIFFERENCE): 0, (LUNGS_ALONE, SPREAD): 1, (VESSELS, DIFFERENCE): 0,
-        (NODULES, DIFFERENCE): pytest.approx(185),
+        (NODULES, DIFFERENCE): pytest.approx(185), (NODULES, SPREAD): pytest.approx(1),
     }  # fmt: skip
 
 
@@ -76,6 +77,22 @@ def test_spread_is_a_ratio_of_standard_deviations(reference):
     assert math.isnan(found_in(ct, (np.zeros_like(ct), layout))[LUNGS_ALONE, SPREAD])
 
 
+def test_speckle_in_a_nodule_shows_in_its_spread(reference):
+    """Noise of three times the nodule's own standard deviation makes the total sqrt(1 + 9) times as large."""
+    ct, layout = reference
+    nodule = layout == Label.NODULE
+    own = ct[nodule] - ct[nodule].mean()
+    noise = np.random.default_rng(2).normal(size=own.shape)
+    noise -= noise.mean() + own * (noise @ own) / (own @ own)  # uncorrelated with the nodule's own, exactly
+    noise -= noise.mean()
+    speckled = ct.copy()
+    speckled[nodule] += 3 * own.std() / noise.std() * noise
+    found = found_in(speckled, reference)
+    assert found[NODULES, SPREAD] == pytest.approx(math.sqrt(10))
+    assert found[NODULES, DIFFERENCE] == pytest.approx(0, abs=1e-9)
+    assert found[LUNGS_ALONE, SPREAD] == 1
+
+
 def test_moved_nodules_are_left_out(reference):
     ct, layout = reference
     moved = np.where(layout == Label.NODULE, Label.LUNG, layout).astype(np.uint8)
@@ -84,11 +101,12 @@ def test_moved_nodules_are_left_out(reference):
     found = found_in(np.where(changed, 5000, ct - 3), reference, moved)
     assert found[LUNGS_ALONE, DIFFERENCE] == pytest.approx(-3)
     assert math.isnan(found[NODULES, DIFFERENCE])
+    assert math.isnan(found[NODULES, SPREAD])
 
 
 def quality_of(**values):
-    """Rows of `image_quality.csv`; the keywords are lungs, spread, vessels and nodules."""
-    names = dict(zip(CHECKS, ("lungs", "spread", "vessels", "nodules"), strict=True))
+    """Rows of `image_quality.csv`; the keywords are lungs, spread, vessels, nodules and speckle."""
+    names = dict(zip(CHECKS, ("lungs", "spread", "vessels", "nodules", "speckle"), strict=True))
     rows = [
         {"generator": "g", "image": "synthetic", "region": region, "metric": metric, "n": 4, "sd": 2.0}
         | {"mean": values[names[region, metric]]}
@@ -104,11 +122,15 @@ def status_of(limits=None, **values):
 
 
 def test_limits_hold_to_either_side_and_include_themselves():
-    assert status_of(lungs=10, spread=0.9, vessels=-300, nodules=-40) == [PASSED, PASSED, NO_LIMIT, PASSED]
-    assert status_of(lungs=-10.1, spread=0.89, vessels=0, nodules=40.1) == [FAILED, FAILED, NO_LIMIT, FAILED]
-    assert status_of(lungs=-58, spread=1.11) == [FAILED, FAILED, NOT_MEASURED, NOT_MEASURED]
-    wide = Calibration(lungs_hu=60, spread_ratio=(0.5, 2), vessels_hu=5)
-    assert status_of(wide, lungs=-58, spread=1.11, vessels=6) == [PASSED, PASSED, FAILED, NOT_MEASURED]
+    own = {"lungs": 10, "spread": 0.9, "vessels": -300, "nodules": -40, "speckle": 1.4}
+    assert status_of(**own) == [PASSED, PASSED, NO_LIMIT, PASSED, PASSED]
+    outside = {"lungs": -10.1, "spread": 0.89, "vessels": 0, "nodules": 40.1, "speckle": 0.69}
+    assert status_of(**outside) == [FAILED, FAILED, NO_LIMIT, FAILED, FAILED]
+    assert status_of(lungs=-58, spread=1.11) == [FAILED, FAILED, *[NOT_MEASURED] * 3]
+    wide = Calibration(lungs_hu=60, spread_ratio=(0.5, 2), vessels_hu=5, nodules_spread_ratio=(0.5, 2))
+    assert status_of(wide, lungs=-58, spread=1.11, vessels=6, speckle=1.9) == [
+        PASSED, PASSED, FAILED, NOT_MEASURED, PASSED,
+    ]  # fmt: skip
 
 
 def test_what_was_not_measured_never_passes():
@@ -127,6 +149,8 @@ def test_failures_are_told_with_their_limits():
         "HU calibration of g failed: lungs too dark, −58 HU against the references (limit ±10); "
         "HU in the lungs spread 0.50 times as wide as in the references (limits 0.9 to 1.1)."
     )
+    (note,) = calibration_notes(calibration_table(quality_of(lungs=0, speckle=1.83), ["g"], Calibration()))
+    assert "HU in the nodules spread 1.83 times as wide as in the references (limits 0.7 to 1.4)" in note
     (note,) = calibration_notes(calibration_table(quality_of(lungs=10.4, spread=1), ["g"], Calibration()))
     assert "lungs too bright, +10.4 HU against the references (limit ±10)" in note
     passed = calibration_table(quality_of(lungs=1, spread=1), ["g", "h"], Calibration())
@@ -134,8 +158,9 @@ def test_failures_are_told_with_their_limits():
 
 
 def test_limits_that_no_sample_can_keep_are_refused():
-    with pytest.raises(ConfigError, match="spread_ratio: 1 must lie between"):
-        parse_config({"verdict": {"calibration": {"spread_ratio": [1.1, 0.9]}}})
+    for name in ("spread_ratio", "nodules_spread_ratio"):
+        with pytest.raises(ConfigError, match=rf"\b{name}: 1 must be between"):
+            parse_config({"verdict": {"calibration": {name: [1.1, 0.9]}}})
 
 
 @pytest.mark.parametrize("shift", [0, -58])
@@ -156,5 +181,5 @@ def test_a_run_whose_lungs_are_too_dark_says_so(make_results, shift):
     assert table.loc[(NODULES, DIFFERENCE), "mean"] == pytest.approx(shift, abs=1e-6)
     assert table.loc[(LUNGS_ALONE, SPREAD), "mean"] == pytest.approx(1, abs=1e-6)
     assert table.loc[(LUNGS_ALONE, DIFFERENCE), "n_samples"] == 2
-    expected = [FAILED if shift else PASSED, PASSED, NOT_MEASURED, FAILED if shift else PASSED]
+    expected = [FAILED if shift else PASSED, PASSED, NOT_MEASURED, FAILED if shift else PASSED, PASSED]
     assert table["status"].tolist() == expected

@@ -52,8 +52,9 @@ def verdict_of(answer="no difference shown", positive="better", null="no differe
     return pd.DataFrame(rows).assign(metric="dice", n_cases=16, run_df=12, baseline_mean=0.5)
 
 
-def quality_of(lungs=2.0, spread=1.0, nodules=5.0, seam=1.05, nearest=(1.0, 0.9)):
-    values = [(LUNGS_ALONE, DIFFERENCE, lungs), (LUNGS_ALONE, SPREAD, spread), (NODULES, DIFFERENCE, nodules)]
+def quality_of(lungs=2.0, spread=1.0, nodules=5.0, speckle=1.0, seam=1.05, nearest=(1.0, 0.9)):
+    values = [(LUNGS_ALONE, DIFFERENCE, lungs), (LUNGS_ALONE, SPREAD, spread)]
+    values += [(NODULES, DIFFERENCE, nodules), (NODULES, SPREAD, speckle)]
     names = ("nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real")
     values += [("lungs", name, value) for name, value in zip(names, (*nearest, 3.0), strict=True)]
     rows = [(region, metric, value) for region, metric, value in [*values, ("seam", "gradient_ratio", seam)]]
@@ -113,7 +114,10 @@ def test_a_run_in_which_everything_passes():
     assert statuses == dict.fromkeys(names, PASSED)
     assert answer["status"] == STANDS
     assert answer["sentence"] == "The answer stands: every check was passed."
-    assert "lungs +2 HU (limit ±10), spread of HU 1.00 times theirs (0.9 to 1.1), nodules +5 HU" in said[GENERATOR]
+    assert (
+        "lungs +2 HU (limit ±10), spread of HU in the lungs 1.00 times theirs (0.9 to 1.1), "
+        "nodules +5 HU (limit ±40), spread of HU in the nodules 1.00 times theirs (0.7 to 1.4)."
+    ) in said[GENERATOR]
     assert "a Dice of 0.50 on lung_ddpm, of 0.55 on its references' real CT." in said[GENERATOR]
 
 
@@ -223,9 +227,17 @@ def test_what_was_not_measured_neither_passes_nor_fails():
 
 
 def test_segmenters_that_know_too_little_do_not_judge_a_generator():
-    statuses, said, _ = judge(fidelity=(0.02, 0.05))
+    statuses, said, _ = judge(fidelity=(0.2, 0.29))
     assert statuses[GENERATOR] == NOT_MEASURED
-    assert "reach a Dice of 0.05 on real CT: too little to judge lung_ddpm" in said[GENERATOR]
+    assert "reach a Dice of 0.29 on real CT (least 0.3): too low to judge lung_ddpm" in said[GENERATOR]
+    statuses, _, _ = judge(fidelity=(0.2, 0.29), config=config_of(instrument={"label_fidelity_ceiling": 0.25}))
+    assert statuses[GENERATOR] == FAILED
+
+
+def test_nodules_of_speckle_fail_whose_mean_is_right():
+    statuses, said, _ = judge(quality=quality_of(speckle=1.83))
+    assert statuses[GENERATOR] == FAILED
+    assert "HU in the nodules spread 1.83 times as wide" in said[GENERATOR]
 
 
 def test_the_limit_of_memorisation_is_the_configs():
