@@ -1,4 +1,4 @@
-"""Seconds and peak memory of each stage from DICOM + XML to a case, so that a slow one shows.
+"""Seconds and peak memory of each stage from DICOM + XML to a case, to find slow ones.
 
     export OMP_NUM_THREADS=1
     python benchmarks/case_stages.py --config config.yaml --config mine.yaml --source /data/LIDC-IDRI [case ...]
@@ -115,7 +115,7 @@ def measure(config, source: Path, row: dict) -> Meter:
 
 
 def main() -> None:
-    """Print one table a case."""
+    """Print one table per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", action="append", type=Path, required=True)
     parser.add_argument("--source", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""Wall time and peak resident memory of a command with all the processes it starts.
+"""Wall time and peak resident memory of a command including all its processes.
 
     python benchmarks/cost_of.py lungddpm run --cores all --directory /tmp/demo
 

@@ -1,4 +1,4 @@
-"""How often the verdict is wrong where the truth is known, and whether "detectable" keeps its promise.
+"""Error rates of the verdict where the truth is known, and whether "detectable" differences are detected.
 
     python benchmarks/decision_error.py --runs 2000
 
@@ -13,8 +13,8 @@ verdict's own code.
     range       how often a run's range for it holds that median
     power       how often an arm that differs by that median is called "better"
 
-The last scenarios show what the analysis cannot cover: luck that all replicates of an arm share, and arms whose runs
-scatter unequally.
+The last scenarios show what the analysis does not cover: random variation that all replicates of an arm share, and arms
+whose runs scatter unequally.
 """
 
 import argparse
@@ -42,7 +42,7 @@ class Scenario:
     arm_case_sd: float = 0.1
     residual_sd: float = RESIDUAL_SD
     n_primary: int = 0
-    """The first so many arms are tested before the others."""
+    """Number of arms that are tested before the others."""
     n_seeds: int = 1
     """Runs in every fold."""
     fold_share: float = 0.0
@@ -62,20 +62,20 @@ class Scenario:
 
     @property
     def name(self) -> str:
-        """What is special about it."""
+        """Distinguishing features."""
         said = [f"run sd {self.replicate_sd:g}"]
         if (self.arm_case_sd, self.residual_sd) != (0.1, RESIDUAL_SD):
             said.append(f"arm x case {self.arm_case_sd:g}, residual {self.residual_sd:g}")
         if self.n_primary:
             said.append(f"{self.n_primary} primary")
         if self.n_seeds > 1:
-            said.append(f"{self.n_seeds} seeds per fold, {self.fold_share:.0%} of the luck in the fold")
+            said.append(f"{self.n_seeds} seeds per fold, {self.fold_share:.0%} of the variance in the fold")
         if self.n_lost:
             said.append(f"{self.n_lost} of {(self.n_arms + 1) * self.n_replicates} runs lost")
         if self.one_in_common:
             said.append("one arm has one replicate left (claims of that arm)")
         if self.shared_share:
-            said.append(f"{self.shared_share:.0%} of the luck shared by all runs of an arm")
+            said.append(f"{self.shared_share:.0%} of the variance shared by all runs of an arm")
         if self.unequal != 1:
             said.append(f"one arm's runs scatter {self.unequal:g} times as much")
         if self.baseline_unequal != 1:
@@ -86,7 +86,7 @@ class Scenario:
 DEMO = {"replicate_sd": 0.034, "arm_case_sd": 0.02, "residual_sd": 0.066}
 """Components like those of the demo."""
 FEW_CASES = {"replicate_sd": 0.03, "residual_sd": 0.02}
-"""Patients decide nearly all: the hardest for few cases."""
+"""Nearly all variance is between patients: the hardest case for few test cases."""
 SCENARIOS = [
     # As many arms and replicates as configs have.
     *(Scenario(arms, replicates) for arms in (1, 2, 3, 8) for replicates in (2, 3, 5)),
@@ -121,7 +121,7 @@ def simulate(scenario: Scenario, difference: float, generator: np.random.Generat
     sd = np.full((arms, 1, 1), scenario.replicate_sd)
     sd[0], sd[1] = sd[0] * scenario.baseline_unequal, sd[1] * scenario.unequal
     of_arm, of_fold = scenario.shared_share, (1 - scenario.shared_share) * scenario.fold_share
-    luck = (
+    effects = (
         generator.normal(0, of_arm**0.5, (arms, 1, 1))
         + generator.normal(0, of_fold**0.5, (arms, folds, 1))
         + generator.normal(0, (1 - of_arm - of_fold) ** 0.5, (arms, folds, seeds))
@@ -129,7 +129,7 @@ def simulate(scenario: Scenario, difference: float, generator: np.random.Generat
     values = (
         generator.normal(MEAN, CASE_SD, (1, 1, cases))
         + generator.normal(0, scenario.arm_case_sd, (arms, 1, cases))
-        + (sd * luck).reshape(arms, folds * seeds, 1)
+        + (sd * effects).reshape(arms, folds * seeds, 1)
         + generator.normal(0, scenario.residual_sd, (arms, folds * seeds, cases))
     )
     if scenario.bounded:
@@ -161,7 +161,7 @@ def judge(
 
 @dataclass(frozen=True)
 class Rates:
-    """What came out of many benchmarks; all but `detectable` are shares of them."""
+    """Results of many benchmarks; all but `detectable` are shares of them."""
 
     wrong: float
     refused: float

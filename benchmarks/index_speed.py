@@ -7,8 +7,8 @@ Makes a data set in a temporary folder: small CT series, each with an XML file, 
 elsewhere. With --xml, the XML files are copies of these in turn, each under the series of its place, so that reading
 them costs what true ones cost; without, each holds one nodule. Then it indexes, and times parsing all of the XML files.
 
-With --pairs, the data set is one in the form of the Medical Segmentation Decathlon instead: so many images of 16 voxels
-along each side with their labels, in the format of --suffix (.nii.gz, .nii, .nrrd, .mha, .mhd).
+With --pairs, the data set is one in the form of the Medical Segmentation Decathlon instead: this many images of 16
+voxels along each side with their labels, in the format of --suffix (.nii.gz, .nii, .nrrd, .mha, .mhd).
 """
 
 import argparse

@@ -21,10 +21,10 @@ from lungddpm.report.page import run_report
 ARMS = {"controls": ["real", "reference"]}
 GAIN = {"real+lung_ddpm": 0.62, "real+reference": 0.64}
 RUNS = {
-    "passes": {"n_replicates": 5, "luck": 0.03, "shares": GAIN},
-    "two-replicates": {"n_replicates": 2, "luck": 0.06, "shares": GAIN, "learning": True},
-    "60-hu-off": {"n_replicates": 5, "luck": 0.03, "shares": {"real+reference": 0.64}, "offset_hu": 60},
-    "arm-missing": {"n_replicates": 5, "luck": 0.03, "shares": GAIN},
+    "passes": {"n_replicates": 5, "run_sd": 0.03, "shares": GAIN},
+    "two-replicates": {"n_replicates": 2, "run_sd": 0.06, "shares": GAIN, "learning": True},
+    "60-hu-off": {"n_replicates": 5, "run_sd": 0.03, "shares": {"real+reference": 0.64}, "offset_hu": 60},
+    "arm-missing": {"n_replicates": 5, "run_sd": 0.03, "shares": GAIN},
 }
 SIZES = {"": (1280, 900), "-narrow": (420, 1320)}
 COLOURS = 48

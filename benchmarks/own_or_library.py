@@ -61,7 +61,7 @@ def main() -> None:
 
 
 def vessels() -> Iterator[Row]:
-    """Multi-scale tubeness; of ours, the whole segmentation."""
+    """Multi-scale tubeness; for our code, the whole segmentation."""
     x, y, z = np.indices((96, 96, 96)) - 47.5
     lung = x**2 + y**2 + (z / 1.2) ** 2 < 38**2
     tubes = (np.hypot((x % 16) - 8, (y % 16) - 8) < 2) & lung

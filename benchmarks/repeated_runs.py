@@ -1,10 +1,10 @@
-"""The whole benchmark over and over, each time with another seed of everything: do its controls come out?
+"""The whole benchmark repeated with different seeds: are its controls as expected?
 
     python benchmarks/repeated_runs.py --seeds 1-10 --output /tmp/demo-runs
     python benchmarks/repeated_runs.py --seeds 1-20 --output /tmp/null-runs --config config.yaml benchmarks/null.yaml
 
 A seed decides the cohort, the roles, every training and every draw, so that the runs are independent. Each has a
-folder, in which `lungddpm run` goes on where it was interrupted; once it is done, its tables are kept and the rest is
+folder, in which `lungddpm run` resumes after an interruption; once it is done, its tables are kept and the rest is
 removed. At the end: the verdicts of each arm, counted over runs, with the exact 95 % interval of the share of claims
 (Clopper and Pearson), and the mean, smallest and largest difference.
 
@@ -91,7 +91,7 @@ def gather(output: Path, seeds: list[int]) -> dict[str, pd.DataFrame]:
 
 
 def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
-    """One row per arm: over how many runs it was called what, and how large its differences were.
+    """One row per arm: counts of its verdicts over runs, and the size of its differences.
 
     Args:
         verdicts: rows of `verdict.csv` of all runs, of the deciding measure.

@@ -87,7 +87,7 @@ def correlated(kind: str, length: float, voxels: int = 48, spread: float = 0.25)
 def flow_error(sampler: Sampler, order: int, steps: int, spread: float = 0.25, timesteps: int = 8000) -> float:
     """Largest error after a sampling, against the exact probability flow to the last level and the clean CT from there.
 
-    With so many timesteps, those that are visited lie almost evenly, as the theory of the solvers assumes.
+    With this many timesteps, those visited are almost evenly spaced, as the theory of the solvers assumes.
     """
     betas = cosine_betas(timesteps)
     signal = alphas_cumprod(betas)

@@ -1,6 +1,6 @@
 """The Python interface: single steps of the benchmark on arrays and tables, without a run and its folders.
 
-The stages of the command line stand on the same functions. `import lungddpm` makes them available as
+The stages of the command line call the same functions. `import lungddpm` makes them available as
 `lungddpm.make_layout` and so on, and loads what each needs when it is called.
 """
 
@@ -34,7 +34,7 @@ def read_case(folder: Path | str) -> tuple[Volume, Volume]:
 
     Raises:
         InputError: a file is missing or unreadable.
-        ExcludedCaseError: CT and layout do not fit together.
+        ExcludedCaseError: CT and layout do not match.
     """
     return CaseFolder(Path(folder)).read()
 
@@ -44,15 +44,15 @@ def make_layout(ct: Volume, nodules: np.ndarray | None = None, config: Config | 
 
     Args:
         ct: (x, y, z) HU of a whole chest, in its own resolution, in any orientation.
-        nodules: (x, y, z) bool, the nodules; None for a CT without any.
+        nodules: (x, y, z) bool, nodule mask; None if the CT has none.
         config: `grid` and `layouts` are used; None takes the defaults.
 
     Returns:
         The CT, int16 HU, and its layout, uint8 labels, on the model grid.
 
     Raises:
-        InputError: the mask has another shape than the CT.
-        ExcludedCaseError: not in HU, lungs that are not shown in full, or a layout outside `layouts.limits`.
+        InputError: mask and CT differ in shape.
+        ExcludedCaseError: CT not in HU, lungs cut off, or a layout outside `layouts.limits`.
     """
     from lungddpm.config.models import Config
     from lungddpm.layouts.compose import build_case
@@ -61,7 +61,7 @@ def make_layout(ct: Volume, nodules: np.ndarray | None = None, config: Config | 
     labels = None
     if nodules is not None:
         if nodules.shape != ct.shape:
-            raise InputError("nodules", f"has the shape {nodules.shape}, the CT {ct.shape}", "Put both on one grid.")
+            raise InputError("nodules", f"has shape {nodules.shape}, the CT {ct.shape}", "Put both on the same grid.")
         labels = np.where(nodules, Label.NODULE, Label.BACKGROUND).astype(np.uint8)
     case = build_case(Scan(ct, labels=labels), config or Config())
     return case.ct, case.layout
@@ -79,21 +79,21 @@ def synthesize(
     """Draw a synthetic CT for a layout.
 
     Args:
-        ct: HU of the reference; fills what the layout leaves open.
+        ct: HU of the reference, which fills what the layout leaves open.
         layout: labels, on the grid of the CT.
         generator: see `arms.generators` in config/README.md.
-        weights: of generators that are trained: a `model.safetensors` or a published `.pt`.
-        seed: of every random number; the same seed gives the same CT on the same machine.
-        config: `generators` and `grid` are used; its grid must be the one of the weights. None takes the defaults.
+        weights: for trained generators: a `model.safetensors` or a published `.pt`.
+        seed: for all random numbers; the same seed gives the same CT on the same machine.
+        config: `generators` and `grid` are used; its grid must be that of the weights. None takes the defaults.
         device: `auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.
 
     Returns:
         int16 HU, on the grid of the CT.
 
     Raises:
-        ConfigError: no such generator or device, or one that takes nodules from other cases.
-        InputError: missing or unfit weights.
-        ExcludedCaseError: CT and layout do not fit together.
+        ConfigError: unknown generator or device, or a generator that takes nodules from other cases.
+        InputError: weights are missing or do not fit the generator.
+        ExcludedCaseError: CT and layout do not match.
     """
     from lungddpm.config.models import Config
     from lungddpm.generators import ADDED, Task
@@ -104,7 +104,7 @@ def synthesize(
     if chosen.layouts[0] == ADDED:
         raise ConfigError(generator, "takes nodules from other cases", "Use 'lungddpm synthesize' on a table of cases.")
     if settings.weights_owner(generator) is not None and weights is None:
-        raise InputError(f"generator '{generator}'", "needs weights", "Give the path of a model.safetensors.")
+        raise InputError(f"generator '{generator}'", "needs weights", "Pass the path of a model.safetensors.")
     own = settings.for_generator(generator)
     ready = chosen.load(own, None if weights is None else Path(weights), device)
     (hu,) = ready.make([Task(ct, layout, seed)])
@@ -119,10 +119,10 @@ def measure(prediction: Volume, truth: Volume) -> dict[str, float]:
         truth: the same, on the same grid.
 
     Returns:
-        All measures of docs/reference/measures.md by column, e.g. `dice` and `hausdorff_95_mm`; NaN where undefined.
+        All measures in docs/reference/measures.md by column, e.g. `dice` and `hausdorff_95_mm`; NaN if undefined.
 
     Raises:
-        InputError: the two do not share a grid.
+        InputError: the two masks are on different grids.
     """
     from lungddpm.evaluation.measures import MaskPair, measure_masks
 
@@ -134,13 +134,13 @@ def measure(prediction: Volume, truth: Volume) -> dict[str, float]:
 def compare(
     scores: pd.DataFrame, measure: str = "dice", baseline: str = "real", confidence: float = 0.95
 ) -> pd.DataFrame:
-    """Reach a verdict on every arm: is it better than the baseline on the same cases, given the luck of training?
+    """Reach a verdict on every arm: is it better than the baseline on the same cases, beyond run-to-run variation?
 
     Args:
         scores: one row per arm, training run and test case: columns `arm`, `fold`, `seed`, `case_id`, and the measure,
-            which lies in 0 to 1, larger being better.
-        measure: column that is compared.
-        baseline: arm that the others are compared with.
+            which is between 0 and 1, larger being better.
+        measure: column to compare.
+        baseline: arm to compare the others with.
         confidence: level of the intervals and of the decision (Holm's correction over the arms).
 
     Returns:
@@ -158,7 +158,7 @@ def compare(
     if missing := [name for name in ("arm", "fold", "seed", "case_id", measure) if name not in scores]:
         raise InputError("scores", f"has no column {', '.join(missing)}", "See lungddpm.compare.")
     if baseline not in set(scores["arm"]):
-        raise InputError("scores", f"has no arm '{baseline}'", "Name the arm to compare with as `baseline`.")
+        raise InputError("scores", f"has no arm '{baseline}'", "Set `baseline` to the arm to compare with.")
     arms = [baseline, *(arm for arm in scores["arm"].unique() if arm != baseline)]
     runs = scores[["fold", "seed"]].drop_duplicates().sort_values(["fold", "seed"])
     folds = {f"{fold}-{seed}": int(fold) for fold, seed in runs.itertuples(index=False)}

@@ -1,4 +1,4 @@
-"""The command line: one thin verb per stage. Heavy imports stay inside the verbs, so that `--help` is quick."""
+"""The command line: one thin command per stage. Heavy imports stay inside them, so that `--help` is quick."""
 
 from __future__ import annotations
 
@@ -23,25 +23,27 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="lungddpm",
     help="Does synthetic CT from a layout-guided diffusion model make a lung-nodule segmenter better?\n\n"
-    "'lungddpm run' does everything through Snakemake; the other verbs are its stages, in the order of the work.",
+    "'lungddpm run' does everything through Snakemake; the other commands are its stages, in order.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 segment_app = typer.Typer(no_args_is_help=True, help="nnU-Net: plan, train, predict (one arm at a time).")
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and document the configuration.")
 fetch_app = typer.Typer(no_args_is_help=True, help="Fetch a public data set.")
+export_app = typer.Typer(no_args_is_help=True, help="Write cases or a denoiser in the formats of others.")
 app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(fetch_app, name="fetch", rich_help_panel="Tools")
+app.add_typer(export_app, name="export", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
-    list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; several are merged from left to right.")
+    list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; later files override earlier ones.")
 ]
 ConfigOfRun = Annotated[
     list[str],
     typer.Option(
         "--config", "-c", default_factory=lambda: [str(default_config())], show_default="config.yaml, or the demo's",
-        help="YAML or JSON file, or JSON; several are merged from left to right.",
+        help="YAML or JSON file, or JSON; later files override earlier ones.",
     ),
 ]  # fmt: skip
 CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
@@ -54,18 +56,18 @@ SampleTables = Annotated[
 ]
 CohortName = Annotated[
     str,
-    typer.Option("--cohort", help="all, or of how many real cases and for which replicate: real4, all-fold0_seed1."),
+    typer.Option("--cohort", help="all, or by number of real cases and replicate: real4, all-fold0_seed1."),
 ]
-Shard = Annotated[int, typer.Option(min=0, help="Which part of the work, counted from 0.")]
-Shards = Annotated[int, typer.Option(min=1, help="Into how many parts the work is cut.")]
+Shard = Annotated[int, typer.Option(min=0, help="Index of this shard, from 0.")]
+Shards = Annotated[int, typer.Option(min=1, help="Number of shards that the work is split into.")]
 Device = Annotated[
     str,
     typer.Option(
-        help="auto (a GPU where there is one), cpu, cuda (the next free GPU), cuda:1 (the second visible one), mps."
+        help="auto (a GPU if there is one), cpu, cuda (the next free GPU), cuda:1 (the second visible one), mps."
     ),
 ]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
-Fold = Annotated[int, typer.Option(min=0, help="Fold, counted from 0.")]
+Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 uses all cores.")]
+Fold = Annotated[int, typer.Option(min=0, help="Fold, from 0.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of this replicate.")]
 ArmFolder = Annotated[Path, typer.Option("--arm-folder", help="Folder of the arm (results/arms/<arm>).")]
 DEFAULT_CONFIG = ["config.yaml"]
@@ -82,7 +84,7 @@ def _show_version(is_asked: bool) -> None:
 
 @app.callback()
 def _common(
-    log: Annotated[Path | None, typer.Option(help="Also write what is said to this file.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Also write messages to this file.")] = None,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
@@ -92,10 +94,10 @@ def _common(
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
 def run(context: typer.Context) -> None:
-    """Run the whole benchmark: Snakemake with a lock of its own; all arguments are passed on to snakemake.
+    """Run the whole benchmark through Snakemake, one run per folder; all arguments are passed on to snakemake.
 
     The same command continues an interrupted run; a second run in the same folder is refused.
-    Inputs: config.yaml (the demo's, where there is none) and --configfile overlays.
+    Inputs: config.yaml (by default the demo's) and --configfile overlays.
     Outputs: results/ in the working directory (or --directory).
     Example: lungddpm run --cores all --configfile config/lidc.yaml my_paths.yaml
     """
@@ -106,7 +108,7 @@ def run(context: typer.Context) -> None:
 
 @app.command()
 def init(
-    folder: Annotated[Path, typer.Argument(help="Folder to copy to; made if it does not exist.")] = Path(),
+    folder: Annotated[Path, typer.Argument(help="Folder to copy to; created if it does not exist.")] = Path(),
 ) -> None:
     """Copy config.yaml, the overlays (config/) and the profiles (profiles/) into a folder, for editing."""
     from lungddpm.core.shipped import copy_to_edit
@@ -122,7 +124,7 @@ def simulate(
     output: Annotated[Path, typer.Option(help="Folder to write it to.")] = RESULTS / "source",
     threads: Threads = 0,
 ) -> None:
-    """Write the cohort of a source that makes its own (phantom: DICOM in HU, LIDC-style reader XML in pixels)."""
+    """Write the cohort of a simulated source (phantom: DICOM in HU, LIDC-style reader XML in pixels)."""
     from lungddpm.config.loading import load_config
     from lungddpm.core.errors import ConfigError
 
@@ -130,7 +132,7 @@ def simulate(
     declared = settings.source.declared
     if declared.simulate is None:
         raise ConfigError(
-            "source.kind", f"'{declared.name}' makes no cohort of its own", "Go on with 'lungddpm index'."
+            "source.kind", f"'{declared.name}' is not simulated: nothing to write", "Continue with 'lungddpm index'."
         )
     processes = _set_threads(threads)
     _set_threads(1)  # of each process
@@ -144,7 +146,7 @@ def index(
     external_test: ExternalTests = None,
     output: Annotated[Path, typer.Option(help="Table to write, one row per CT series.")] = RESULTS / "cases/index.tsv",
 ) -> None:
-    """List every CT series of the source and of external test sets by its headers (sizes in voxels, spacings in mm),
+    """List every CT series of the source and of external test sets from its headers (sizes in voxels, spacings in mm)
     and assign roles."""
     from lungddpm.arms.splits import assign_roles
     from lungddpm.config.loading import load_config
@@ -162,7 +164,7 @@ def index(
         found = join_data_sets(found, externals, distinct)
         found = assign_roles(found, settings.roles, settings.seed)
     finally:
-        # Where too few series can be used, their rows say why.
+        # If too few series are usable, their rows give the reasons.
         write_index(output, found)
 
 
@@ -177,7 +179,7 @@ def prepare(
     shards: Shards = 1,
     table: Annotated[Path, typer.Option(help="Table of this shard's cases to write.")] = RESULTS / "cases/cases-0.tsv",
 ) -> None:
-    """Turn scans into cases: ct.nii.gz (int16 HU) and layout.nii.gz on the model grid, nodules.nii.gz, case.json."""
+    """Convert scans to cases: ct.nii.gz (int16 HU) and layout.nii.gz on the model grid, nodules.nii.gz, case.json."""
     from lungddpm.config.loading import load_config
     from lungddpm.layouts.compose import run_prepare
 
@@ -193,7 +195,7 @@ def collect(
     config: ConfigFiles = DEFAULT_CONFIG,
     output: Annotated[Path, typer.Option(help="Merged table to write; nodules.tsv goes beside it.")] = CASES,
 ) -> None:
-    """Merge the shards' tables into cases.tsv, list their nodules in nodules.tsv, check that every role has cases."""
+    """Merge the shards' tables into cases.tsv, list nodules in nodules.tsv, check that every role has cases."""
     from lungddpm.config.loading import load_config
     from lungddpm.layouts.collect import run_collect
 
@@ -204,9 +206,9 @@ def collect(
 def qc(
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
-    output: Annotated[Path, typer.Option(help="Folder of the pages, beside the folder of the cases.")] = RESULTS / "qc",
+    output: Annotated[Path, typer.Option(help="Folder for the pages, next to that of the cases.")] = RESULTS / "qc",
 ) -> None:
-    """Write pages to check layouts by eye: contours over each scan in three planes, figures (litres, mm, %)."""
+    """Write pages for checking layouts by eye: contours over each scan in three planes, figures (litres, mm, %)."""
     from lungddpm.config.loading import load_config
     from lungddpm.report.layout_pages import run_qc
 
@@ -216,7 +218,7 @@ def qc(
 @app.command(rich_help_panel=STAGES)
 def train(
     generator: Annotated[
-        str, typer.Option(help="Generator that is trained: a module of lungddpm/generators/, or a variant in config.")
+        str, typer.Option(help="Generator to train: a module of lungddpm/generators/, or a variant in config.")
     ],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
@@ -227,17 +229,15 @@ def train(
     initial: Annotated[
         Path | None, typer.Option("--init", help="Weights to start from: model.safetensors, or a published .pt.")
     ] = None,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin again; by default it goes on where it was.")
-    ] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Start over; by default training resumes.")] = False,
     device: Device = "auto",
     threads: Threads = 0,
     estimate: Annotated[
         bool, typer.Option("--estimate", help="Only estimate memory, time and disk; writes nothing.")
     ] = False,
 ) -> None:
-    """Train a generator on the discovery cases, or a subset: model.safetensors (EMA weights), history.csv, state/ to
-    resume.
+    """Train a generator on the discovery cases, or a subset: model.safetensors (EMA weights), history.csv, and state/
+    for resuming.
 
     On several GPUs: torchrun --nproc-per-node 4 --no-python -- lungddpm train ...
     """
@@ -276,7 +276,7 @@ def synthesize(
         float | None, typer.Option(min=0.0, help="Samples per real training case; default: the largest in config.")
     ] = None,
     external: Annotated[
-        Path | None, typer.Option(help="Folder of what another system made; default: arms.external.")
+        Path | None, typer.Option(help="Folder of samples from another system; default: arms.external.")
     ] = None,
     shard: Shard = 0,
     shards: Shards = 1,
@@ -286,7 +286,7 @@ def synthesize(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Make synthetic cases from references and layouts: CT (int16 HU) and layout on the reference's own grid."""
+    """Draw synthetic cases from references and layouts: CT (int16 HU) and layout on the reference's own grid."""
     from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
@@ -294,7 +294,7 @@ def synthesize(
     folder = output or RESULTS / "synthetic" / generator / cohort
     dose = dose or settings.arms.largest_doses().get(generator)
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
-    # Generators without a network need no GPU.
+    # Generators without a network do not need a GPU.
     with claim_device(device if weights else "cpu") as claimed:
         from lungddpm.core.cohorts import Cohort
         from lungddpm.synthesis.run import SynthesisJob, run_synthesize
@@ -313,10 +313,10 @@ def compose(
     output: Annotated[Path | None, typer.Option(help="Folder of the arm; default results/arms/<arm>.")] = None,
     filters: Annotated[
         list[Path] | None,
-        typer.Option("--filter", help="Of a filtered arm: filter.json of each segmenter that judged its samples."),
+        typer.Option("--filter", help="For a filtered arm: filter.json of each segmenter that judged its samples."),
     ] = None,
     replicate: Annotated[
-        str | None, typer.Option(help="Add the samples of the draw that this replicate alone trains on: fold0_seed1.")
+        str | None, typer.Option(help="Add the samples drawn for this replicate only: fold0_seed1.")
     ] = None,
 ) -> None:
     """Compose a training set (nnU-Net raw dataset, HU) from real and synthetic cases, behind the leak guard."""
@@ -335,10 +335,10 @@ def compose(
 def segment_plan(
     arm_folder: ArmFolder,
     config: ConfigFiles = DEFAULT_CONFIG,
-    plans_from: Annotated[Path, typer.Option(help="Folder of the arm that makes the plans.")] = RESULTS / "arms/real",
+    plans_from: Annotated[Path, typer.Option(help="Folder of the arm that plans are made on.")] = RESULTS / "arms/real",
     threads: Threads = 1,
 ) -> None:
-    """Preprocess one arm with the plans made on 'real'; on 'real' itself, make them first."""
+    """Preprocess one arm with the plans made on 'real'; for 'real' itself, make them first."""
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
@@ -356,7 +356,7 @@ def segment_train(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Train nnU-Net on one arm for the steps in config; resumes where an interrupted training stopped."""
+    """Train nnU-Net on one arm for the number of steps in config; resumes an interrupted training."""
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
@@ -369,7 +369,7 @@ def segment_train(
 @segment_app.command("predict")
 def segment_predict(
     arm_folder: ArmFolder,
-    output: Annotated[Path, typer.Option(help="Folder for the predicted masks, one NIfTI file (0, 1) a test case.")],
+    output: Annotated[Path, typer.Option(help="Folder for the predicted masks, one NIfTI file (0, 1) per test case.")],
     fold: Fold = 0,
     seed: Seed = 0,
     config: ConfigFiles = DEFAULT_CONFIG,
@@ -400,8 +400,8 @@ def filter_samples(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Segment the candidates of a filtered arm with a replicate of the same real cases alone: share of their nodule
-    voxels that it finds."""
+    """Segment the candidates of a filtered arm with a replicate trained on the same real cases alone: share of their
+    nodule voxels that it finds."""
     from lungddpm.config.loading import load_config
 
     settings, threads = load_config(*config), _set_threads(threads)
@@ -422,7 +422,7 @@ def evaluate(
 ) -> None:
     """Compare predictions with the test cases' nodules: Dice, sensitivity, ... (ratios), distances (mm), volumes (mm3).
 
-    Lesions get scores, for FROC, where PREDICTIONS/probability/<case>.nii.gz lie beside the masks.
+    For FROC, lesions get scores if PREDICTIONS/probability/<case>.nii.gz exist.
     """
     from lungddpm.config.loading import load_config
     from lungddpm.evaluation.segmentation import run_evaluate
@@ -433,14 +433,14 @@ def evaluate(
 @app.command(rich_help_panel=STAGES)
 def quality(
     samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, in order of shards.")],
-    generator: Annotated[str, typer.Option(help="Generator whose samples are judged.")],
-    output: Annotated[Path, typer.Option(help="Table to write, one row per sample and measure; NAME-sets.csv beside.")],
+    generator: Annotated[str, typer.Option(help="Generator whose samples to judge.")],
+    output: Annotated[Path, typer.Option(help="Table to write, one row per sample and measure, and NAME-sets.csv.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
     threads: Threads = 0,
 ) -> None:
     """Judge synthetic CT: error against its references by region (on [0, 1] over grid.window_hu), FID, MMD, diversity,
-    nearness to the training cases; floors beside each."""
+    nearness to the training cases; each with floors to compare with."""
     from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
@@ -452,7 +452,7 @@ def quality(
 
 @app.command(rich_help_panel=STAGES)
 def label_fidelity(
-    samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases, of each generator its shards.")],
+    samples: Annotated[list[Path], typer.Argument(help="Tables of synthetic cases: the shards of every generator.")],
     output: Annotated[Path, typer.Option(help="Folder for metrics.csv (one row per case) and lesions.csv.")],
     arm_folder: ArmFolder = RESULTS / "arms/real",
     fold: Fold = 0,
@@ -462,9 +462,9 @@ def label_fidelity(
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Segment synthetic CT with a replicate trained on real cases: Dice and lesions found against its own layout.
+    """Segment synthetic CT with a replicate trained on real cases: Dice and lesions found against the sample's layout.
 
-    The references' real CT is segmented beside it: what is possible at most.
+    The references' real CT is segmented as well, as the ceiling.
     """
     from lungddpm.config.loading import load_config
 
@@ -491,7 +491,7 @@ def report(
 def checksums(
     results: Annotated[Path, typer.Option(help="Folder of a run; SHA256SUMS goes there.")] = RESULTS,
 ) -> None:
-    """Write SHA256SUMS: the hashes of all that the run computed, for 'verify' and for sha256sum --check."""
+    """Write SHA256SUMS: hashes of everything that the run computed, for 'verify' and for sha256sum --check."""
     from lungddpm.operations.verify import run_checksums
 
     run_checksums(results)
@@ -500,16 +500,16 @@ def checksums(
 @app.command(rich_help_panel=TOOLS)
 def verify(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
-    repair: Annotated[bool, typer.Option(help="Delete what is damaged, so that 'run' makes it again.")] = False,
+    repair: Annotated[bool, typer.Option(help="Delete damaged files, so that 'run' makes them again.")] = False,
 ) -> None:
-    """Find files of a finished run that were cut short, changed or deleted since (by their SHA-256)."""
+    """Find files of a finished run that have since been truncated, changed or deleted (by SHA-256)."""
     from lungddpm.operations.verify import run_verify
 
     found = run_verify(results, repair)
     if not found:
-        typer.echo(f"{results} is as the run left it.")
+        typer.echo(f"{results}: unchanged since the run.")
     elif repair:
-        typer.echo(f"{len(found)} damaged: deleted. The same 'lungddpm run' makes them again.")
+        typer.echo(f"{len(found)} damaged, now deleted. The same 'lungddpm run' makes them again.")
     else:
         typer.echo(f"{len(found)} damaged: 'lungddpm verify --repair' deletes them; 'lungddpm run' makes them again.")
         raise typer.Exit(2)
@@ -519,15 +519,15 @@ def verify(
 def verdict(
     results: Annotated[Path, typer.Option(help="Folder of a finished run.")] = RESULTS,
 ) -> None:
-    """Print the verdict of a finished run and where its report lies."""
+    """Print the verdict of a finished run and the path of its report."""
     from lungddpm.report.terminal import verdict_table_text
 
     typer.echo(verdict_table_text(results))
 
 
-@app.command(rich_help_panel=TOOLS)
-def export(
-    weights: Annotated[Path, typer.Option(help="Denoiser of ours (model.safetensors).")],
+@export_app.command("checkpoint")
+def export_checkpoint(
+    weights: Annotated[Path, typer.Option(help="Denoiser trained here (model.safetensors).")],
     output: Annotated[Path, typer.Option(help="File to write (.pt).")],
 ) -> None:
     """Write a trained denoiser in the format of the published checkpoints (.pt: step, model, ema)."""
@@ -536,27 +536,48 @@ def export(
     export_published(weights, output)
 
 
+@export_app.command("dicom")
+def export_dicom(
+    cases: Annotated[list[Path], typer.Argument(help="Folders of cases: results/cases/<case>, results/synthetic/...")],
+    output: Annotated[Path, typer.Option(help="Folder to write to; made if it does not exist.")],
+    predictions: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder with <case>.nii.gz masks (0, 1) of all these cases; can be given more than once."),
+    ] = None,
+) -> None:
+    """Write cases as DICOM, for a PACS viewer: CT (HU) as a series, layout and predictions as SEG objects.
+
+    All is marked as derived, synthetic CT as synthetic; a second export has equal bytes. SEG objects need the optional
+    package highdicom. Outputs: OUTPUT/<case>/CT/*.dcm, OUTPUT/<case>/SEG/*.dcm.
+    Example: lungddpm export dicom results/synthetic/lung_ddpm/all-fold0_seed0/*/ --output dicom
+    """
+    from lungddpm.operations import export
+
+    for line in export.export_dicom(cases, output, predictions or []):
+        typer.echo(line)
+
+
 @app.command(rich_help_panel=TOOLS)
 def plan(
     config: ConfigOfRun,
-    cases: Annotated[int | None, typer.Option(min=1, help="Scans of the source, where no table tells.")] = None,
-    index: Annotated[Path | None, typer.Option(help="Table of the scans; default: that of this run, if any.")] = None,
+    cases: Annotated[int | None, typer.Option(min=1, help="Number of scans, if there is no table.")] = None,
+    index: Annotated[Path | None, typer.Option(help="Table of the scans; default: this run's, if any.")] = None,
     device: Annotated[str, typer.Option(help="cpu, or a GPU such as a100, h100.")] = "cpu",
     step_seconds: Annotated[
-        float | None, typer.Option(help="Seconds of an optimizer step there, as 'train --estimate' shows it.")
+        float | None, typer.Option(help="Seconds per optimizer step on that device, as shown by 'train --estimate'.")
     ] = None,
-    bench: Annotated[Path | None, typer.Option(help="What 'lungddpm bench' wrote there, instead of a name.")] = None,
+    bench: Annotated[Path | None, typer.Option(help="Output of 'lungddpm bench' on that machine.")] = None,
     power: Annotated[
-        bool, typer.Option("--power", help="Show what designs around this one can show, with their hours.")
+        bool, typer.Option("--power", help="Show the power of this and similar designs, with their hours.")
     ] = False,
     results: Annotated[
-        Path | None, typer.Option(help="With --power: folder of a finished run, for its scatter and its times.")
+        Path | None, typer.Option(help="With --power: folder of a finished run to take variances and times from.")
     ] = None,
     run_sd: Annotated[
         float | None, typer.Option(min=0, help="With --power: sd of Dice between training runs (arm x replicate).")
     ] = None,
     residual_sd: Annotated[
-        float | None, typer.Option(min=0, help="With --power: sd of a case in a run (arm x replicate x case).")
+        float | None, typer.Option(min=0, help="With --power: residual sd (arm x replicate x case).")
     ] = None,
     arm_case_sd: Annotated[
         float | None, typer.Option(min=0, help="With --power: sd between cases, the same in all runs (arm x case).")
@@ -583,15 +604,15 @@ def plan(
 def bench(
     size: Annotated[int, typer.Option(min=16, help="Edge of the volumes in voxels.")] = 64,
     base: Annotated[int, typer.Option(min=1, help="Base channels of the published network.")] = 64,
-    option: Annotated[list[str] | None, typer.Option(help="Measure only this option (and others so named).")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns of each option, beside the base.")] = 3,
-    longest: Annotated[float, typer.Option(help="Samplings of more seconds than this are extrapolated.")] = 120.0,
+    option: Annotated[list[str] | None, typer.Option(help="Measure only this option; repeat for several.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds per option, each beside the base.")] = 3,
+    longest: Annotated[float, typer.Option(help="Extrapolate samplings longer than this (seconds).")] = 120.0,
     training: Annotated[bool, typer.Option(help="Measure training as well.")] = True,
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = RESULTS / "bench.json",
     device: Device = "auto",
     threads: Threads = 0,
 ) -> None:
-    """Measure how fast the denoiser trains and samples here, with each option: ratios to the plain module, seconds."""
+    """Measure how fast the denoiser trains and samples here with each option: ratios to the base, seconds."""
     _set_threads(threads)
     with claim_device(device) as claimed:
         from lungddpm.operations.bench import run_bench
@@ -601,19 +622,17 @@ def bench(
 
 @fetch_app.command("lidc")
 def fetch_lidc(
-    patients: Annotated[
-        str, typer.Option(help="How many (of those with nodules), or their ids with commas between them, or all.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder of the data set; made if it does not exist.")],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before more than 20 GB.")] = False,
+    patients: Annotated[str, typer.Option(help="A number (of patients with nodules), comma-separated ids, or all.")],
+    output: Annotated[Path, typer.Option(help="Folder of the data set; created if it does not exist.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation above 20 GB.")] = False,
     estimate: Annotated[
-        bool, typer.Option("--estimate", help="Show what would be fetched, and fetch nothing.")
+        bool, typer.Option("--estimate", help="Show what would be fetched without fetching it.")
     ] = False,
 ) -> None:
     """Fetch LIDC-IDRI from the Imaging Data Commons: CT, and the readers' nodules as DICOM SEG (sizes in GB).
 
-    The same command goes on where an earlier one was stopped; files and bytes of every series are checked.
-    Inputs: the index in the optional package idc-index. Outputs: the data set, and lidc.yaml that names it.
+    The same command resumes an interrupted download; number and size of the files of every series are checked.
+    Inputs: the index in the optional package idc-index. Outputs: the data set, and a lidc.yaml that points to it.
     Example: lungddpm fetch lidc --patients 20 --output /data/LIDC-IDRI
     """
     from lungddpm.core.errors import InputError
@@ -626,12 +645,12 @@ def fetch_lidc(
         return
     if sum(item.size for item in missing) > fetch.LARGE_BYTES and not yes:
         if not sys.stdin.isatty():
-            raise InputError("--yes", "is needed for more than 20 GB", "Add it, or name fewer patients.")
-        typer.confirm("Fetch all this?", abort=True)
+            raise InputError("--yes", "is needed for more than 20 GB", "Add it, or choose fewer patients.")
+        typer.confirm("Fetch all of this?", abort=True)
     fetch.fetch(items, output, fetch.by_idc)
     config = fetch.write_config(output)
-    typer.echo(f"Licence: {fetch.LICENCE}\nTo cite:\n  " + "\n  ".join(fetch.CITATIONS))
-    typer.echo(f"Go on: lungddpm run --cores all --configfile config/lidc.yaml {config}")
+    typer.echo(f"Licence: {fetch.LICENCE}\nPlease cite:\n  " + "\n  ".join(fetch.CITATIONS))
+    typer.echo(f"Next: lungddpm run --cores all --configfile config/lidc.yaml {config}")
 
 
 @config_app.command("show")
@@ -646,12 +665,12 @@ def config_show(config: ConfigOfRun) -> None:
 
 @config_app.command("validate")
 def config_validate(config: ConfigOfRun) -> None:
-    """Check names, types, limits and combinations; say which arms and replicates will be run."""
+    """Check names, types, limits and combinations; list the arms and replicates that will run."""
     from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
     typer.echo(
-        f"{' + '.join(map(str, config))}: fine. Arms: {', '.join(settings.arms.names())}; "
+        f"{' + '.join(map(str, config))}: valid. Arms: {', '.join(settings.arms.names())}; "
         f"replicates: {', '.join(settings.segmentation.replicates())}."
     )
 
@@ -669,18 +688,18 @@ def config_schema(
 @app.command(rich_help_panel=TOOLS)
 def doctor() -> None:
     """Versions, devices, free disk and memory, and what is missing."""
-    from lungddpm.operations.doctor import describe, faults
+    from lungddpm.operations.doctor import describe, problems
 
     for line in describe():
         typer.echo(line)
-    if problems := faults():
-        for problem in problems:
+    if found := problems():
+        for problem in found:
             typer.echo(f"missing: {problem}", err=True)
         raise typer.Exit(2)
 
 
 def main() -> None:
-    """Entry point: user's faults end with exit code 2 and one message, ours with 1 and a traceback."""
+    """Entry point: user errors end with exit code 2 and one message, our bugs with 1 and a traceback."""
     adapt_terminal()
     try:
         app()
@@ -694,10 +713,10 @@ def main() -> None:
 
 
 def _refuse(error: UserError) -> None:
-    from lungddpm.operations.run import report_fault
+    from lungddpm.operations.run import report_error
 
     LOG.error("error: %s", error)
-    report_fault(error)
+    report_error(error)
     sys.exit(2)
 
 
@@ -706,7 +725,7 @@ def _source_folder(settings: Config, source: Path | None) -> Path:
         # A shell leaves --source=~/scans as it is.
         return Path(os.path.expanduser(source))
     folder = settings.source.path
-    # Only a source that is simulated needs no folder.
+    # Only a simulated source does not need a folder.
     return RESULTS / "source" if settings.source.is_simulated or folder is None else folder
 
 
@@ -728,7 +747,7 @@ def _external_folders(settings: Config, given: list[str] | None) -> dict[str, Pa
 def _set_threads(threads: int) -> int:
     """Limit every library's threads (0: all cores); must come before torch and numpy's BLAS are loaded.
 
-    Processes that torchrun starts on one machine share them.
+    Processes that torchrun starts on one machine share the cores.
     """
     count = max(1, (threads or os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):

@@ -33,7 +33,7 @@ def case_row(case_id, patient_id, role, **changes):
 
 
 def write_case(folder, rng, nodule=True, provenance=None, offset_hu=0):
-    """A block of lung with one cubic nodule of 3 voxels an edge."""
+    """A block of lung with one cubic nodule of 3 voxels per edge."""
     layout = np.zeros(SIZE, np.uint8)
     layout[3:17, 3:15, 3:13] = Label.LUNG
     if nodule:
@@ -64,7 +64,7 @@ def write_results(
     probabilities=True,
     learning=False,
     offset_hu=0,
-    luck=0.0,
+    run_sd=0.0,
     shares=SHARES,
     external=None,
     **overrides,
@@ -80,7 +80,7 @@ def write_results(
         probabilities: of the predictions.
         learning: whether the segmenters' loss still falls at the end.
         offset_hu: how much brighter than their reference the samples' lungs are.
-        luck: sd of the share of nodules that a run finds.
+        run_sd: sd of the share of nodules that a run finds.
         shares: mean share that an arm's runs find; 0.5 where it is not named.
         external: how many test cases each external test set has, by its name.
         overrides: of the config.
@@ -108,7 +108,7 @@ def write_results(
     for arm in config.arms.names():
         for replicate in config.segmentation.replicates():
             folder = results / "segmentation" / arm / replicate
-            share = shares.get(Arm.parse(arm).recipe.name.split("@")[0], 0.5) + luck * rng.normal()
+            share = shares.get(Arm.parse(arm).recipe.name.split("@")[0], 0.5) + run_sd * rng.normal()
             for row in tested:
                 nodule = layouts[row["case_id"]] == Label.NODULE
                 mask = nodule & (rng.random(SIZE) < share)
@@ -183,7 +183,7 @@ def _runs(config):
 
 
 def _without(ct, lost):
-    """The nodule beside a CT, without so many voxels of it."""
+    """The nodule of a CT, without this many of its voxels."""
     layout = read_volume(ct.with_name("layout.nii.gz"))
     mask = layout.array == Label.NODULE
     mask[tuple(np.argwhere(mask)[:lost].T)] = False

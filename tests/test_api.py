@@ -125,10 +125,10 @@ def scores(gain, noise=0.02):
     random = np.random.default_rng(3)
     hard = random.normal(0, 0.1, 20)
     return pd.DataFrame(
-        {"arm": arm, "fold": fold, "seed": 0, "case_id": f"case{number}", "dice": 0.6 + hard[number] + shift + luck}
+        {"arm": arm, "fold": fold, "seed": 0, "case_id": f"case{number}", "dice": 0.6 + hard[number] + shift + error}
         for arm, shift in (("real+mine", gain), ("real", 0.0))
         for fold in range(3)
-        for number, luck in enumerate(random.normal(0, noise, 20))
+        for number, error in enumerate(random.normal(0, noise, 20))
     )
 
 

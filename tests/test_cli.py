@@ -29,8 +29,9 @@ def config_for(folder, **values):
 
 VERBS = [
     "run", "init", "simulate", "index", "prepare", "collect", "qc", "train", "synthesize", "compose", "segment plan",
-    "segment train", "segment predict", "evaluate", "quality", "label-fidelity", "report", "verdict", "export",
-    "config show", "config validate", "config schema", "doctor", "bench", "fetch lidc",
+    "segment train", "segment predict", "evaluate", "quality", "label-fidelity", "report", "verdict",
+    "export checkpoint", "export dicom", "config show", "config validate", "config schema", "doctor", "bench",
+    "fetch lidc",
 ]  # fmt: skip
 
 
@@ -101,22 +102,22 @@ def test_what_a_terminal_lacks_goes_to_the_log_as_it_is(tmp_path):
     assert "n\\udcfcchtern-−.yaml: does not exist." in (tmp_path / "mine.log").read_text(encoding="utf-8")
 
 
-def test_faults_go_to_the_log_file_as_well(tmp_path):
+def test_errors_go_to_the_log_file_as_well(tmp_path):
     run = lungddpm("--log", "mine.log", "config", "validate", "-c", "none.yaml", cwd=tmp_path)
     assert run.returncode == 2
     assert run.stderr.startswith("error: none.yaml: does not exist.")
     assert "none.yaml: does not exist." in (tmp_path / "mine.log").read_text()
 
 
-@pytest.mark.parametrize("fault", ["OSError(5, 'Input/output error')", "ZeroDivisionError('of ours')"])
-def test_a_fault_of_ours_goes_to_the_log_file_with_its_traceback(fault, tmp_path):
+@pytest.mark.parametrize("error", ["OSError(5, 'Input/output error')", "ZeroDivisionError('a bug')"])
+def test_a_bug_goes_to_the_log_file_with_its_traceback(error, tmp_path):
     program = f"""
 import sys
 from lungddpm import cli
 
 @cli.app.command()
 def fail():
-    raise {fault}
+    raise {error}
 
 sys.argv = ["lungddpm", "--log", "mine.log", "fail"]
 cli.main()
@@ -199,7 +200,7 @@ def write_pair(folder, name, ct, labels, label_affine=None):
 
 @pytest.fixture
 def bad_pairs(tmp_path):
-    """Good pairs beside one of each fault."""
+    """Good pairs beside one of each error."""
     rng = np.random.default_rng(0)
     shape = (64, 64, 64)
     ct = rng.normal(40, 10, shape).astype(np.float32)
@@ -274,11 +275,11 @@ def unwritable(request, tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_or_read_only_folder_is_told(unwritable, tmp_path):
+def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
     config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
     run = lungddpm("simulate", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
     assert run.returncode == 2, run.stderr
-    assert "no space is left" in run.stderr or "read-only" in run.stderr
+    assert "no space left" in run.stderr or "read-only" in run.stderr
     assert "Traceback" not in run.stderr
     left = [path for path in unwritable.rglob("*") if path.is_file() and not path.name.startswith(".")]
     assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"

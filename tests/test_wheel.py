@@ -127,7 +127,7 @@ def test_init_copies_what_is_edited_and_overwrites_nothing(lungddpm, repository)
     (lungddpm.folder / "mine/config.yaml").write_text("seed: 7\n")
     refused = lungddpm("init", "mine")
     assert refused.returncode == 2
-    assert "config.yaml: exists already and is not overwritten" in refused.stdout
+    assert "config.yaml: already exists and is not overwritten" in refused.stdout
     assert (lungddpm.folder / "mine/config.yaml").read_text() == "seed: 7\n"
 
 

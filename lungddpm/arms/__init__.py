@@ -1,1 +1,1 @@
-"""Arms: who trains and who tests, and the training sets that are compared."""
+"""Arms: roles, folds, and the training sets to compare."""

@@ -1,15 +1,15 @@
 """Training sets: real and synthetic cases become an nnU-Net raw dataset, behind the leak guard.
 
 <arm>/nnUNet_raw/Dataset501_LungNodule/   imagesTr (links to the cases' CT), labelsTr, dataset.json, splits_final.json
-<arm>/arm.json                            every case with its patient and hash, the folds, the leak guard's proof
-<arm>/draws/<replicate>/                  imagesTr, labelsTr: the samples that this replicate alone trains on
-<arm>/draws/<replicate>/draw.json         the same of them as `arm.json` of all others
+<arm>/arm.json                            every case with its patient and hash, the folds, the result of the leak guard
+<arm>/draws/<replicate>/                  imagesTr, labelsTr: the samples for this replicate only
+<arm>/draws/<replicate>/draw.json         the same as `arm.json`, for these samples
 
-An arm `real+<generator>.filtered@<dose>` takes the first of those candidates whose nodules the segmenters of its
-baseline have found, by what `lungddpm.quality.sample_filter` left; both records then say how many these were.
+An arm `real+<generator>.filtered@<dose>` takes the first candidates whose nodules the segmenters of its baseline
+found, from the output of `lungddpm.quality.sample_filter`; both records then give their number.
 
-Where replicates have draws of their own, the dataset holds the cases that all of them share, and each draw stands
-beside it: so one more replicate leaves what the others train on as it is.
+If replicates have their own draws, the dataset has the cases that all of them share, and each draw is stored next to
+it, so an additional replicate does not change the training data of the others.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from lungddpm.core.volume import read_volume, write_volume
 DATASET = "Dataset501_LungNodule"
 FILE_ENDING = ".nii.gz"
 FILTER_TABLE = "samples.csv"
-"""Beside each `filter.json`: one row per candidate of a filtered arm."""
+"""Next to each `filter.json`: one row per candidate of a filtered arm."""
 FILTER_COLUMNS = ["number", "case_id", "sha256", "n_nodule_voxels", "found"]
-"""`number`: in the plan of the synthesis; `found`: share of the nodule voxels that the segmenter found, NaN where the
+"""`number`: in the plan of the synthesis; `found`: share of the nodule voxels that the segmenter found, NaN if the
 layout has none."""
 
 
@@ -50,7 +50,7 @@ class TrainingCase:
     """One entry of nnU-Net's training set."""
 
     name: str
-    """nnU-Net's identifier; a repeated case has another name than its original."""
+    """nnU-Net's identifier; a repeated case has a different name than its original."""
     case_id: str
     patient_id: str
     source: str
@@ -70,9 +70,9 @@ def run_compose(
     """Compose one arm from scratch: nnU-Net's raw dataset and, last, `arm.json`.
 
     The first `round(dose x real cases)` samples of the synthesis plan are taken, so that a smaller dose is a subset of
-    a larger one. Where replicates have draws of their own, none are: see `run_compose_draw`. Synthetic and repeated
-    cases are only ever trained on, never validated on; real ones are validated on even where the arm is trained on
-    synthetic ones alone.
+    a larger one. If replicates have their own draws, none are: see `run_compose_draw`. Synthetic and repeated
+    cases are only used for training, never for validation; real ones are used for validation even if the arm trains
+    only on synthetic ones.
 
     Args:
         config: decides the real cases, the folds and whether patients may be shared.
@@ -150,10 +150,10 @@ def run_compose_draw(
         cases_table: table of the real cases, with roles.
         sample_tables: tables of all shards of this draw, in the order of shards.
         arm_folder: folder of the composed arm.
-        filters: as for `run_compose`; of this replicate alone, so that replicates share no luck.
+        filters: as for `run_compose`; of this replicate only, so that replicates stay independent.
 
     Raises:
-        ConfigError: not an arm with draws of its own.
+        ConfigError: not an arm with its own draws.
         InputError: too few samples, files that differ from their table, an arm that is not composed, or a filter that
             keeps nothing.
         LeakError: as for `run_compose`.
@@ -178,17 +178,17 @@ def run_compose_draw(
             **_filter_entry(kept, proof),
         }
         write_json(folder / record.name, {**content, "leak_guard": proof, "fingerprint": fingerprint(content)})
-    LOG.info("arm %s: %d samples for %s alone", around.arm.name, len(samples), replicate)
+    LOG.info("arm %s: %d samples for %s only", around.arm.name, len(samples), replicate)
 
 
 def draw_record(arm_folder: Path, replicate: str) -> Path:
-    """The `draw.json` of a replicate with a draw of its own; images and labels lie beside it."""
+    """The `draw.json` of a replicate with its own draw, in the same folder as images and labels."""
     return arm_folder / "draws" / replicate / "draw.json"
 
 
 @dataclass(frozen=True)
 class _Surroundings:
-    """An arm's real cases, and what the leak guard compares it with."""
+    """An arm's real cases, and the cases that the leak guard compares it with."""
 
     arm: Arm
     shared: bool
@@ -201,15 +201,15 @@ class _Surroundings:
     """All real cases."""
     register: splits.Register
     outsiders: frozenset[str]
-    """Discovery patients of whom nothing may be in the arm: those beyond its real cases."""
+    """Discovery patients beyond the arm's real cases, who must not be in the arm."""
 
     @classmethod
     def read(cls, config: Config, arm: Arm, cases_table: Path) -> _Surroundings:
         """Read the cases and compare them with their table.
 
         Raises:
-            ConfigError: there are not as many real cases.
-            InputError: no case of a role, or files that differ from their table.
+            ConfigError: there are not enough real cases.
+            InputError: a role has no case, or files differ from their table.
         """
         cases = read_cases(cases_table)
         discovery, test = usable(cases, DISCOVERY), usable(cases, TEST)
@@ -232,10 +232,10 @@ class _Surroundings:
         )
 
     def guard(self, training: list[TrainingCase]) -> dict:
-        """The leak guard's proof for these training cases.
+        """The result of the leak guard for these training cases.
 
         Raises:
-            InputError: a name stands twice.
+            InputError: a duplicate name.
             LeakError: a test patient is in them, or a patient beyond the arm's real cases.
         """
         _check_names(training)
@@ -249,10 +249,10 @@ class _Surroundings:
 def _samples_of_arm(
     config: Config, around: _Surroundings, tables: list[Path], filters: Sequence[Path]
 ) -> tuple[list[TrainingCase], dict[str, Any]]:
-    """The samples that an arm takes of a cohort, and what its filter kept; empty where it has none."""
+    """The samples that an arm takes from a cohort, and the record of its filter; empty if it has none."""
     arm, n_real = around.arm, len(around.real)
     if not (wanted := round(arm.dose * n_real)):
-        raise ConfigError("arms.doses", f"{arm.dose} of {n_real} real cases is not one case", "Raise the dose.")
+        raise ConfigError("arms.doses", f"{arm.dose} of {n_real} real cases is less than one case", "Raise the dose.")
     drawn = first_samples(tables, round(config.arms.drawn_dose(arm) * n_real))
     kept: dict[str, Any] = {}
     if arm.filtered:
@@ -263,14 +263,14 @@ def _samples_of_arm(
 def _filtered(
     limit: float, around: _Surroundings, drawn: list[tuple[Path, pd.Series]], wanted: int, filters: Sequence[Path]
 ) -> tuple[list[tuple[Path, pd.Series]], dict[str, Any]]:
-    """The samples of which the segmenters, on average, found such a share of the nodule voxels; and the record of it.
+    """The samples in which the segmenters, on average, found at least this share of the nodule voxels, and the record.
 
     Raises:
-        InputError: the filter was not run, for other samples, or it keeps nothing.
+        InputError: the filter was not run, was run on other samples, or keeps nothing.
         LeakError: a segmenter was trained on a case that is not a real case of this arm.
     """
     if not filters:
-        raise InputError("--filter", f"is missing: {around.arm.name} is filtered", "Run 'lungddpm filter' first.")
+        raise InputError("--filter", f"is required: {around.arm.name} is filtered", "Run 'lungddpm filter' first.")
     shares, segmenters = [], []
     for path in filters:
         record = read_json(path, "Run 'lungddpm filter' first.")
@@ -280,13 +280,13 @@ def _filtered(
     found = np.mean(shares, axis=0)
     kept = [sample for sample, share in zip(drawn, found, strict=True) if share >= limit]
     if not kept:
-        best = "none of them shows a nodule" if np.isnan(found).all() else f"at most {100 * np.nanmax(found):.0f} %"
+        best = "no sample has a nodule" if np.isnan(found).all() else f"at most {100 * np.nanmax(found):.0f} %"
         raise InputError(
             filters[0],
             f"keeps none of {len(drawn)} samples for {around.arm.name}: the segmenters of "
             f"{around.arm.baseline.name} find {best} of a sample's nodule voxels, and arms.filter.found is {limit:g}",
-            "Look at label fidelity: train the generator or the segmenters longer, lower arms.filter.found, raise "
-            "arms.filter.draws, or take the generator out of arms.filtered.",
+            "Check the label fidelity: train the generator or the segmenters longer, lower arms.filter.found, raise "
+            "arms.filter.draws, or remove the generator from arms.filtered.",
         )
     return kept, {
         "found": limit,
@@ -300,9 +300,9 @@ def _filtered(
 
 
 def _check_segmenter(path: Path, record: dict[str, Any], around: _Surroundings) -> None:
-    """Make sure that who judged has learned from this arm's real cases alone, by their ids and hashes."""
+    """Check that the judging segmenter was trained only on this arm's real cases, by their ids and hashes."""
     if record["arm"] != around.arm.name:
-        raise InputError(path, f"is that of {record['arm']}, not of {around.arm.name}", "Run 'lungddpm filter' again.")
+        raise InputError(path, f"belongs to {record['arm']}, not to {around.arm.name}", "Run 'lungddpm filter' again.")
     known = {(case.case_id, case.sha256) for case in around.real}
     strangers = [
         case["case_id"] for case in record["segmenter"]["cases"] if (case["case_id"], case["sha256"]) not in known
@@ -311,37 +311,37 @@ def _check_segmenter(path: Path, record: dict[str, Any], around: _Surroundings) 
         raise LeakError(
             "leak guard",
             f"the segmenter that chose the samples of {around.arm.name} was trained on {', '.join(strangers[:3])}, "
-            "which this arm does not have as they are now",
+            "which this arm does not contain in their present form",
             "Train the segmenters of its real cases and run 'lungddpm filter' again.",
         )
 
 
 def _shares_of(path: Path, record: dict[str, Any], drawn: list[tuple[Path, pd.Series]]) -> list[float]:
-    """What a segmenter found of each of these samples."""
+    """The share of each of these samples that a segmenter found."""
     table = path.with_name(FILTER_TABLE)
     if not table.exists() or sha256_of(table) != record["samples_sha256"]:
-        raise InputError(table, "is missing, or was changed since it was written", "Run 'lungddpm filter' again.")
+        raise InputError(table, "is missing or was changed after it was written", "Run 'lungddpm filter' again.")
     judged = pd.read_csv(table, dtype={"case_id": str})
     samples = [(row["case_id"], row["sha256"]) for _, row in drawn]
     if list(zip(judged["case_id"], judged["sha256"], strict=True)) != samples:
-        raise InputError(table, "is of other samples than there are now", "Run 'lungddpm filter' again.")
+        raise InputError(table, "does not match the present samples", "Run 'lungddpm filter' again.")
     return judged["found"].tolist()
 
 
 def _filter_entry(kept: dict[str, Any], proof: dict[str, Any]) -> dict[str, Any]:
-    """What `arm.json` and `draw.json` say of the filter, with the proof that no test patient is behind it."""
+    """The entry about the filter in `arm.json` and `draw.json`, with the proof that no test patient influenced it."""
     if not kept:
         return {}
     guard = {
         "disjoint": proof["disjoint"],
-        "checked": "the segmenters were trained on no other cases than the real ones of this arm, by id and hash; "
+        "checked": "the segmenters were trained only on the real cases of this arm, by id and hash; "
         "these are among the training cases that leak_guard compares with the test cases",
     }
     return {"filter": {**kept, "leak_guard": guard}}
 
 
 def _entry(case: TrainingCase, nodule_voxels: dict[str, int], trained_on: bool) -> dict[str, Any]:
-    """What `arm.json` and `draw.json` say of a case."""
+    """The entry about a case in `arm.json` and `draw.json`."""
     return {
         "name": case.name,
         "case_id": case.case_id,
@@ -364,7 +364,7 @@ def first_samples(tables: list[Path], count: int) -> list[tuple[Path, pd.Series]
         if number not in planned:
             raise InputError(
                 tables[number % len(tables)] if tables else "--samples",
-                f"has no sample {number}; the arm needs {count} and there are {len(planned)}",
+                f"has no sample {number}; the arm needs {count}, but there are {len(planned)}",
                 "Synthesize more, or lower the dose.",
             )
         table, sample = planned[number]
@@ -408,13 +408,15 @@ def _check_names(training: list[TrainingCase]) -> None:
 
 
 def _origin(case: TrainingCase, register: splits.Register) -> splits.Origin:
-    """Who is in a case, by its table, by its provenance file and by its CT."""
+    """The patients in a case, from its table, provenance file and CT."""
     sample = case.folder.sample_record
     provenance = sample if sample.exists() else case.folder.record
-    record = read_json(provenance, "Without it nobody knows who is in this case. Make the case again.")
+    record = read_json(provenance, "Without it the patients in this case are unknown. Make the case again.")
     patients = splits.patients_named_in(record, register)
     if provenance == sample and not patients and not splits.declares_nobody(record):
-        raise InputError(sample, "names no known patient as its reference", "Synthesize it from the cases of this run.")
+        raise InputError(
+            sample, "does not name a known patient as its reference", "Synthesize it from this run's cases."
+        )
     marks = {case.series_uid, record.get("scan_sha256", ""), hash_voxels(read_volume(case.folder.ct))}
     return splits.Origin(case.case_id, patients | {case.patient_id}, frozenset(marks - {""}))
 
@@ -428,7 +430,7 @@ def _nodule_mm3(case: TrainingCase) -> float:
 def _write_dataset(
     folder: Path, final_folder: Path, training: list[TrainingCase], folds: list[dict[str, list[str]]]
 ) -> dict[str, int]:
-    """Write the raw dataset into `folder`, which will be renamed; returns the nodule voxels of every case."""
+    """Write the raw dataset into `folder`, which will be renamed; return the nodule voxels of every case."""
     nodule_voxels, entries = _write_images(folder, final_folder, training)
     dataset = {
         "channel_names": {"0": "CT"},
@@ -447,7 +449,7 @@ def _write_dataset(
 def _write_images(
     folder: Path, final_folder: Path, training: list[TrainingCase]
 ) -> tuple[dict[str, int], dict[str, dict[str, Any]]]:
-    """Write images and labels as nnU-Net names them into `folder`, which will be renamed.
+    """Write images and labels with nnU-Net's names into `folder`, which will be renamed.
 
     Returns:
         By name, the nodule voxels of every case, and its entry in nnU-Net's list of files.
@@ -466,13 +468,13 @@ def _write_images(
 
 
 def image_and_label(name: str) -> tuple[str, str]:
-    """Where nnU-Net looks for the image and the label of a training case, below its dataset."""
+    """nnU-Net's paths of the image and the label of a training case, below its dataset."""
     return f"imagesTr/{name}_0000{FILE_ENDING}", f"labelsTr/{name}{FILE_ENDING}"
 
 
 @contextmanager
 def _replaced_folder(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that takes its place if the block ends well; one process at a time."""
+    """An empty folder next to `target` that replaces it if the block succeeds; one process at a time."""
     new, old = target.with_name(f".{target.name}.new"), target.with_name(f".{target.name}.old")
     with exclusive_lock(target.with_name(".lock"), f"making {target}"):
         for leftover in (new, old):

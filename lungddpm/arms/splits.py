@@ -20,7 +20,7 @@ UNUSED = "not needed by roles"
 
 
 def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
-    """Give every patient with a usable series a role; patients are drawn in a seeded order, whatever the table's.
+    """Give every patient with a usable series a role; patients are drawn in a seeded order, independent of the table's.
 
     Those of external test sets are tested, and change nothing in what the others do.
 
@@ -30,10 +30,10 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
         seed: root of the draw.
 
     Returns:
-        Copies with `role` filled. Patients who are not needed keep an empty role and say so in `reason`.
+        Copies with `role` filled. Patients who are not needed keep an empty role, with a note in `reason`.
 
     Raises:
-        ConfigError: unknown patients in a list, too few patients, or a role without any.
+        ConfigError: unknown patients in a list, too few patients, or a role without patients.
     """
     own = [row for row in index if row["data_set"] == INTERNAL]
     patients = seeded_order((row["patient_id"] for row in own if row["status"] == "ok"), seed, "roles")
@@ -59,7 +59,7 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
     if shared := sorted(patient for patient, cell in role_of.items() if len(roles_of(cell)) > 1):
         LOG.warning(
             "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
-            "the verdict of this run means nothing but that the pipeline runs",
+            "the verdict only shows that the pipeline runs",
             len(shared),
             shared[0],
         )
@@ -67,7 +67,7 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
 
 
 def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[str, set[str]]:
-    """The patients of every role: the named ones, then as many of the others, in their order, as are asked for."""
+    """The patients of every role: the listed ones, then the requested number of the others, in order."""
     named = roles.named()
     for role, wanted in named.items():
         _check_named(role, wanted, known, set(patients))
@@ -80,19 +80,19 @@ def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[st
             others = [patient for patient in patients if patient not in chosen[role]]
             chosen[role] += others[: count - len(chosen[role])]
         if len(chosen[role]) < count:
-            named_by = f", of whom lists name {sum(map(len, named.values()))}" if named else ""
+            named_by = f", {sum(map(len, named.values()))} of them named in lists" if named else ""
             raise ConfigError(
                 f"roles.{role}",
-                f"needs {count} patients, but {len(chosen[role])} are left "
+                f"needs {count} patients, but only {len(chosen[role])} are left "
                 f"(the source has {len(patients)} usable patients{named_by})",
-                "Lower the numbers under roles, or give a source with more patients.",
+                "Lower the numbers under roles, or use a source with more patients.",
             )
     for role in ROLES:
         if not chosen[role]:
             raise ConfigError(
                 f"roles.{role}",
                 f"no patient is left for it (the source has {len(patients)} usable patients)",
-                "Raise its number, or give a source with more patients.",
+                "Raise its number, or use a source with more patients.",
             )
     return {role: set(chosen[role]) for role in ROLES}
 
@@ -107,22 +107,22 @@ def folds(
 ) -> list[dict[str, list[str]]]:
     """Cross-validation folds of the discovery cases, grouped by patient and stratified by nodule volume.
 
-    The strata are quantiles of the volume, as many as leave each of them a case for every fold. With fewer patients
-    than `n_folds` there are as many folds as patients.
+    The strata are quantiles of the volume, with at least one case per fold in each. With fewer patients than `n_folds`
+    there are as many folds as patients.
 
     Args:
         cases: the usable discovery cases.
         nodule_mm3: volume of all nodules of a case, by case id.
-        n_folds: folds asked for.
+        n_folds: requested number of folds.
         wanted: the folds that will be trained.
         seed: root of the draw.
-        allow_shared_patients: a single patient is trained and validated on; otherwise that is refused.
+        allow_shared_patients: allows training and validation on a single patient; otherwise that is an error.
 
     Returns:
         For every fold `{"train": [case ids], "val": [case ids]}`, sorted.
 
     Raises:
-        ConfigError: a wanted fold cannot exist with so few patients.
+        ConfigError: there are too few patients for a wanted fold.
     """
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold
@@ -137,7 +137,7 @@ def folds(
         raise ConfigError(
             "segmentation.folds",
             f"names fold {largest}, but with {len(patients)} usable discovery patients there are {possible} folds",
-            "Name fewer folds (the first is 0), raise arms.real_cases, or give more patients the role discovery.",
+            "Use fewer folds (the first is 0), raise arms.real_cases, or give more patients the role discovery.",
         )
     if possible < n_folds:
         LOG.warning("segmentation.n_folds is %d, but there are only %d discovery patients", n_folds, possible)
@@ -153,13 +153,13 @@ def folds(
 
 @dataclass(frozen=True)
 class Origin:
-    """Who is in a case: everything that the leak guard knows about it."""
+    """Everything that the leak guard knows about the patients in a case."""
 
     case_id: str
     patients: frozenset[str]
-    """Whom the table and the files of the case name: its own patient, its reference's, its nodules'."""
+    """Patients named in the table and the files of the case: its own, its reference's, its nodules'."""
     marks: frozenset[str]
-    """What no two persons share, so that a patient under a second name is found: series UIDs and hashes of HU."""
+    """Unique marks, to detect a patient under a second name: series UIDs and hashes of HU."""
 
 
 def check_leaks(
@@ -171,11 +171,11 @@ def check_leaks(
         training: cases of the training set.
         test: the test cases.
         allow_shared_patients: warn only.
-        known: all real cases. Whoever shares a mark with a test case is that patient under another name; training cases
-            that name this other name are found as well.
+        known: all real cases. A case that shares a mark with a test case is that patient under another name; training
+            cases with this other name are found as well.
 
     Returns:
-        The proof for `arm.json`: the patients on both sides, and whom they share (nobody, unless it is allowed).
+        The entry for `arm.json`: the patients on both sides, and shared ones (none, unless allowed).
 
     Raises:
         LeakError: naming the patients, unless `allow_shared_patients`.
@@ -197,13 +197,13 @@ def check_leaks(
         raise LeakError(
             "leak guard",
             f"{len(leaks)} test patients are in the training set ({shown})",
-            "Rebuild cases and samples with disjoint roles; edit no tables by hand, and take out what is in the data "
-            "under two names.",
+            "Rebuild cases and samples with disjoint roles; do not edit tables by hand, and remove patients who are "
+            "in the data under two names.",
         )
     if leaks:
         LOG.warning(
             "WARNING: %d test patients are in this training set (roles.allow_shared_patients): "
-            "no figure of this run says anything about segmentation",
+            "the figures of this run say nothing about segmentation",
             len(leaks),
         )
     return {
@@ -218,7 +218,7 @@ def check_leaks(
 
 
 def check_subset(training: Iterable[Origin], outsiders: frozenset[str]) -> None:
-    """The leak guard of arms with fewer real cases: nothing in them may stem from the other discovery patients.
+    """The leak guard of arms with fewer real cases: nothing in them may come from the other discovery patients.
 
     Args:
         training: cases of the training set.
@@ -236,16 +236,16 @@ def check_subset(training: Iterable[Origin], outsiders: frozenset[str]) -> None:
         raise LeakError(
             "leak guard",
             f"{len(strangers)} patients beyond the real cases of this arm are in its training set ({shown})",
-            "Make the samples again from this number of real cases, or set arms.generators_learn_from: all if "
-            "generators may have learned from more.",
+            "Make the samples again with this number of real cases, or set arms.generators_learn_from: all if "
+            "generators may learn from more.",
         )
 
 
 @dataclass(frozen=True)
 class Register:
-    """Whom an identifier of a case table stands for, by the kind of the identifier: one text may be of several kinds.
+    """The patient behind an identifier of a case table, by kind of identifier: one text may be of several kinds.
 
-    With patients called 1, 2 and 3, hardly any text is not one of theirs.
+    With patients named 1, 2 and 3, almost any text is one of their ids.
     """
 
     by_case: Mapping[str, set[str]]
@@ -255,18 +255,19 @@ class Register:
     """Of CT and layout, as in the table's column."""
 
     def patients(self, key: str, text: str) -> set[str]:
-        """The patients whom a text names, as the value of a key of a provenance file; nobody if the key holds no id."""
+        """The patients that a text names, as the value of a key of a provenance file; empty if the key is not for
+        ids."""
         if key in _ANY_ID:
             kinds = [self.by_case, self.by_patient, self.by_series]
         else:
             by_ending = {"case_id": self.by_case, "patient_id": self.by_patient, "series_uid": self.by_series}
-            by_ending["_sha256"] = self.by_sha256  # of others: "sha256" is that of the files beside the record
+            by_ending["_sha256"] = self.by_sha256  # of other files: "sha256" is that of the files next to the record
             kinds = [of_kind for ending, of_kind in by_ending.items() if key.endswith(ending)]
         return set().union(*(of_kind.get(text, ()) for of_kind in kinds))
 
 
 _ANY_ID = {"reference", "donors", "trained_on", "nodules"}
-"""Keys that hold case or patient ids, such as those of a declaration."""
+"""Keys for case or patient ids, such as those of a declaration."""
 
 
 def read_register(cases: pd.DataFrame) -> Register:
@@ -279,18 +280,18 @@ def read_register(cases: pd.DataFrame) -> Register:
 
 
 def patients_named_in(record: object, register: Register) -> frozenset[str]:
-    """The known patients whom a provenance record names, however deep: in its ids and hashes, never in paths."""
+    """The known patients named anywhere in a provenance record: in its ids and hashes, not in paths."""
     return frozenset(patient for key, text in _texts(record) for patient in register.patients(key, text))
 
 
 def declares_nobody(record: dict) -> bool:
-    """Whether a provenance record says that another system made the sample, from no patient of this run."""
+    """Whether according to its provenance record a sample comes from another system, without patients of this run."""
     declared = record.get("declared") or {}
     return bool(declared) and all(value == "none" for value in declared.values())
 
 
 def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a JSON value with the key that it stands under, be it in lists."""
+    """Every text in a JSON value, including in lists, with its key."""
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
@@ -306,8 +307,8 @@ def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ConfigError(
             f"roles.{role}",
-            f"names {', '.join(unknown[:5])}{more}, whom the source does not have ({len(wanted)} are named)",
-            "Spell patients as in the column patient_id of the index, and take out those whose scans are not there.",
+            f"names {', '.join(unknown[:5])}{more}, not in the source ({len(wanted)} are named)",
+            "Spell patients as in the column patient_id of the index, and remove those whose scans are missing.",
         )
     if excluded := sorted(set(wanted) - usable):
-        LOG.warning("roles.%s names %s, of whom no series is usable", role, ", ".join(excluded))
+        LOG.warning("roles.%s names %s, without a usable series", role, ", ".join(excluded))

@@ -1,1 +1,1 @@
-"""The configuration: its models, how it is read, and its reference page."""
+"""The configuration: its models, loading, and its reference page."""

@@ -1,4 +1,4 @@
-"""From files to a validated config: YAML and JSON read, merged as Snakemake does, and every error named."""
+"""From files to a validated config: YAML and JSON are read and merged as Snakemake does, and every error is named."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ _MOVED = {
 
 
 def parse_config(values: dict[str, Any], origin: str | Path = "config") -> Config:
-    """Validate a merged config; where it names a preset, that one's values hold for the keys that it does not give.
+    """Validate a merged config; a preset that it names provides the values of keys that it does not set.
 
     Args:
         values: the nested mapping, as YAML or Snakemake gives it.
-        origin: the file it came from, for messages.
+        origin: the file that it came from, for messages.
 
     Raises:
         ConfigError: naming every wrong key and what it should be.
     """
-    # Here, as it reads all generators' modules: one that cannot be read is an error of the config as well.
+    # Imported here because it loads all generator modules: one that fails to load is a config error as well.
     from lungddpm.config.models import Config
 
     try:
@@ -57,7 +57,7 @@ def load_config(*sources: Path | str, needs_source: bool = True) -> Config:
 
     Args:
         sources: files of the config, or JSON texts, later ones over earlier ones.
-        needs_source: whether `source.path` must be there; where it need not be, it may be wrong as well.
+        needs_source: whether `source.path` must exist; if not, it may also be wrong.
 
     Raises:
         ConfigError: a file is missing, is not YAML, or the merged values are wrong.
@@ -92,7 +92,7 @@ def read_values(*sources: Path | str) -> dict[str, Any]:
 
 
 def _over_preset(values: dict[str, Any]) -> dict[str, Any]:
-    """The values over those of their preset; `published` is the defaults of the models, and has no file."""
+    """The values merged over those of their preset; `published` means the defaults of the models and has no file."""
     file = _PRESETS.get(str(values.get("preset")))
     return merge_values(read_values(file), values) if file else values
 
@@ -109,27 +109,27 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(path, "does not exist", "Give the path of a YAML file.") from None
+        raise ConfigError(path, "does not exist", "Pass the path of a YAML file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(path, f"cannot be read as YAML ({error})", "Fix the file.") from None
 
 
 def parse_yaml(text: str, origin: str | Path) -> Any:
-    """The value of a YAML or JSON document, in which no mapping may have a key twice: YAML would drop the first.
+    """The value of a YAML or JSON document; duplicate keys are an error, because YAML would drop the first one.
 
-    Keys count as equal if they are so once they are read, like `yes` and `true`, or if only their type differs, like
-    `1` and `"1"`. What a merge key (`<<`) brings may be overridden: that is what it is for.
+    Keys are duplicates if they are equal once parsed, like `yes` and `true`, or differ only in type, like `1` and
+    `"1"`. The keys of a merge key (`<<`) may be overridden, as that is its purpose.
 
     Args:
         text: the document.
-        origin: the file it came from, for messages.
+        origin: the file that it came from, for messages.
 
     Raises:
         ConfigError: it is not YAML, or has a key twice; the message has both lines.
     """
     try:
         value = json.loads(text)
-        text = text.replace("\t", " ")  # YAML takes no tabs, and in JSON they never stand within a string
+        text = text.replace("\t", " ")  # YAML does not allow tabs, and JSON never has them inside strings
     except (ValueError, RecursionError):
         value = None
     try:
@@ -145,7 +145,7 @@ def parse_yaml(text: str, origin: str | Path) -> Any:
 
 
 def _repeated_keys(root: yaml.Node | None, loader: yaml.SafeLoader) -> Iterator[tuple[str, int, int]]:
-    """Keys that a mapping has twice, by their dotted path, each with the lines (from 1) of its first two places."""
+    """Duplicate keys by dotted path, each with the line numbers (from 1) of its first two occurrences."""
     waiting, seen = [(root, "")], set()
     while waiting:
         node, path = waiting.pop()
@@ -173,18 +173,18 @@ def _repeated_keys(root: yaml.Node | None, loader: yaml.SafeLoader) -> Iterator[
 
 
 def _explain(problem: ErrorDetails) -> str:
-    # Union branches of pydantic end up in the location ("roles.test.list[str]"): users know only keys.
+    # Pydantic puts union branches into the location ("roles.test.list[str]"), but users know only keys.
     from lungddpm.config.models import Generators
 
     location = problem["loc"]
     if location[:1] == ("generators",) and len(location) > 2 and location[1] not in Generators.model_fields:
-        # The same of the kinds of variants.
+        # The same for the kinds of variants.
         location = (*location[:2], *location[3:])
     path = ".".join(str(part) for part in location if re.fullmatch(r"[A-Za-z0-9_]+", str(part)))
     if problem["type"] == "extra_forbidden" and path in _MOVED:
         return f"{path}: is now {_MOVED[path]}"
     if problem["type"] == "extra_forbidden":
-        given = " (what this generator is given of the reference cannot be chosen)"
+        given = " (this generator's input from the reference is fixed)"
         of_ladder = location[:1] == ("generators",) and location[-1] in ("hint", "background")
         return f"{path}: there is no such key{given if of_ladder else ''}"
     message = problem["msg"].removeprefix("Value error, ")

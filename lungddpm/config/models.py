@@ -1,4 +1,4 @@
-"""The configuration: the only place where a default or a limit of it is written.
+"""The configuration: the only place where its defaults and limits are written.
 
 `config.yaml` and the overlays in `config/` hold values; these models hold names, types, units, defaults, limits and
 the rules that span several keys. Strings are coerced ("4" -> 4), because `snakemake --config 'a={"b": 4}'` passes
@@ -53,17 +53,17 @@ from lungddpm.core.values import merge_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 UserPath = Annotated[Path, AfterValidator(lambda path: Path(os.path.expanduser(path)))]
-"""A path of the user's, in which `~` is the home folder, as in a shell."""
+"""A user's path, in which `~` is the home folder, as in a shell."""
 
 
 def _sources() -> ModuleType:
-    """The contract of sources. Rooms import only rooms before them: this one comes to know the plug-ins at run time
-    alone, which import their sections from here."""
+    """The contract of sources, imported at run time: rooms import only earlier rooms, and the plug-ins import their
+    sections from here."""
     return importlib.import_module("lungddpm.sources")
 
 
 def _generators() -> ModuleType:
-    """The same of generators."""
+    """The contract of generators, likewise."""
     return importlib.import_module("lungddpm.generators")
 
 
@@ -77,7 +77,7 @@ def _is_number(text: str) -> bool:
 
 def _check_known(name: str, known: set[str], key: str) -> None:
     if name not in known:
-        raise ValueError(f"{key}: there is no '{name}'; known are {', '.join(sorted(known))}")
+        raise ValueError(f"{key}: there is no '{name}'; available: {', '.join(sorted(known))}")
 
 
 class _SourceKeys(Section):
@@ -87,8 +87,8 @@ class _SourceKeys(Section):
     """Where the section stands, for messages that do not say it."""
     kind: Name = "phantom"
     path: UserPath | None = None
-    """Folder of the data set; a source that simulates its patients makes its own and ignores this. A relative path
-    starts in the working directory of the run, `~` is your home folder."""
+    """Folder of the data set; a simulated source makes its own and ignores this. Relative paths start in the working
+    directory of the run; `~` is your home folder."""
 
     @model_validator(mode="after")
     def _known(self) -> _SourceKeys:
@@ -99,22 +99,22 @@ class _SourceKeys(Section):
 
     @property
     def declared(self) -> Any:
-        """What the module of this kind declares: a `lungddpm.sources.Source`."""
+        """The declaration of the module of this kind: a `lungddpm.sources.Source`."""
         return _sources().source_of(self.kind)
 
     @property
     def settings(self) -> Any:
-        """The section of this kind of source; None where it has none."""
+        """The section of this kind of source; None if it has none."""
         return getattr(self, self.kind, None)
 
     @property
     def is_simulated(self) -> bool:
-        """Whether the patients are not real: the source makes them."""
+        """Whether the patients are simulated."""
         return self.declared.simulate is not None
 
     @property
     def caveat(self) -> str:
-        """What the report has to say of this kind of source, by its settings; mostly empty."""
+        """A caveat about this source for the report, depending on its settings; mostly empty."""
         return getattr(self.settings, "caveat", "")
 
     def without_folder(self) -> Self:
@@ -122,7 +122,7 @@ class _SourceKeys(Section):
         return self.model_copy(update={"path": None if self.path is None else Path(self.path.name)})
 
     def reading(self, kind: str | None = None) -> tuple[Section, ...]:
-        """The settings by which scans are read, as a source's functions get them: one section, or none.
+        """The settings for reading scans, as passed to a source's functions: one section, or none.
 
         Args:
             kind: of the source; by default this one.
@@ -136,7 +136,7 @@ def _source_section() -> type[Section]:
     """`_SourceKeys` and one section for each module in `lungddpm/sources/` that has settings."""
     declared = [_sources().source_of(name) for name in _sources().names()]
     kinds = "; ".join(f"`{each.name}`: {each.title}" for each in declared)
-    kind = Field(default=_SourceKeys.model_fields["kind"].default, description=f"Where scans are from. {kinds}.")
+    kind = Field(default=_SourceKeys.model_fields["kind"].default, description=f"Type of data source. {kinds}.")
     fields: dict[str, Any] = {"kind": (Name, kind)}
     for each in declared:
         if each.settings is not None:
@@ -195,11 +195,11 @@ class Roles(Section):
     discovery: Members = 0.5
     """Patients who train the denoiser and, as real data, the segmenter."""
     reference: Members = 0.2
-    """Patients whose CT fills what a layout leaves open in synthetic CT."""
+    """Patients whose CT fills the voxels of synthetic CT that the layout leaves open."""
     test: Members = 0.3
-    """Patients on whom the segmenters are compared."""
+    """Patients on which the segmenters are compared."""
     allow_shared_patients: bool = False
-    """Let one patient have several roles. The verdict then means nothing but that the pipeline runs."""
+    """Allow a patient to have several roles. The verdict then only shows that the pipeline runs."""
 
     @field_validator(*ROLES, mode="before")
     @classmethod
@@ -207,7 +207,7 @@ class Roles(Section):
         for patient in value if isinstance(value, list) else ():
             if not isinstance(patient, str):
                 raise ValueError(
-                    f"a patient is read as {patient!r}, not as text: YAML takes some ids for numbers, dates, or yes "
+                    f"a patient id is read as {patient!r}, not as text: YAML takes some ids for numbers, dates, or yes "
                     'and no. Quote patient ids, as in ["0010"]'
                 )
         if isinstance(value, str) and not _is_number(value):
@@ -219,7 +219,7 @@ class Roles(Section):
         named = self.named()
         for role, patients in named.items():
             if not patients:
-                raise ValueError(f"roles.{role} names no patient")
+                raise ValueError(f"roles.{role} is empty")
             if twice := [patient for patient, times in Counter(patients).items() if times > 1]:
                 raise ValueError(f"roles.{role} names patient {twice[0]} twice")
         shares = [value for role in ROLES if isinstance(value := getattr(self, role), float)]
@@ -236,7 +236,7 @@ class Roles(Section):
         return {role: value for role in ROLES if isinstance(value := getattr(self, role), list)}
 
     def counts(self, n_patients: int) -> dict[str, int]:
-        """Patients of each role; shares are rounded so that together they take what they add up to.
+        """Number of patients of each role; shares are rounded so that their total is preserved.
 
         Args:
             n_patients: usable patients of the source.
@@ -245,7 +245,7 @@ class Roles(Section):
         values = {role: getattr(self, role) for role in ROLES if role not in named}
         shares = {role: value * n_patients for role, value in values.items() if value < 1}
         whole = {role: int(share) for role, share in shares.items()}
-        # Largest remainder (Hamilton): plain rounding of 0.5, 0.2, 0.3 of 3 patients would ask for 4.
+        # Largest remainder (Hamilton): plain rounding of 0.5, 0.2, 0.3 of 3 patients would need 4.
         left = round(sum(shares.values())) - sum(whole.values())
         by_remainder = sorted(shares, key=lambda role: whole[role] - shares[role])
         counts = values | {role: whole[role] + (role in by_remainder[:left]) for role in shares}
@@ -255,22 +255,23 @@ class Roles(Section):
 
 
 class LayoutLimits(Section):
-    """What a scan's layout has to keep within; outside it the case is excluded, with the figure as the reason."""
+    """Limits for the layout of a scan; a case outside them is excluded, and the reason gives the figure."""
 
     lung_litres: Range = (1.0, 12.0)
-    """Least and greatest volume of both lungs together, in litres."""
+    """Smallest and largest volume of both lungs together, in litres."""
     smaller_lung_share: Annotated[float, Field(ge=0, le=0.5)] = 0.15
-    """Least share of the lung volume that the smaller lung holds."""
+    """Smallest share of the lung volume in the smaller lung."""
     end_slice_share: Annotated[float, Field(ge=0, le=1)] = 0.1
-    """Largest lung area on the first or last slice, as a share of the greatest axial area; above it lungs are cut."""
+    """Largest lung area on the first or last slice, as a share of the largest axial area; above it the lungs are cut
+    off."""
     vessel_share: Range = (0.003, 0.3)
-    """Least and greatest share of the lung volume that vessels take."""
+    """Smallest and largest share of vessels in the lung volume."""
     nodule_share: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Least share of all nodule voxels that lie in the lungs or touch them."""
+    """Smallest share of all nodule voxels that are in the lungs or touch them."""
     lung_hu: Range = (-1010.0, -250.0)
     """Lowest and highest median of the lungs in HU; beyond them the CT is not in Hounsfield units."""
     tissue_hu: Range = (-250.0, 400.0)
-    """Lowest and highest level of the soft tissue around the lungs in HU, contrast included; the same holds."""
+    """Lowest and highest level of the soft tissue around the lungs in HU, with or without contrast; likewise."""
 
     @model_validator(mode="after")
     def _ranges(self) -> LayoutLimits:
@@ -285,47 +286,48 @@ class Layouts(Section):
     """From CT and readers' contours to label volumes."""
 
     consensus_by: Literal["vote", "staple"] = "vote"
-    """How readers' masks become one nodule: `vote` counts the readers of each voxel; `staple` estimates how reliable
-    each reader is, and from that how probable it is that a voxel is nodule (Warfield et al. 2004)."""
+    """How readers' masks are combined into one nodule: `vote` counts the readers of each voxel; `staple` estimates the
+    reliability of each reader and from it the probability that a voxel is nodule (Warfield et al. 2004)."""
     consensus: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Share of a nodule's own readers who must have drawn a voxel for it to count; with `staple` the probability that
-    it must reach."""
+    """Share of a nodule's readers who must have marked a voxel for it to count; with `staple`, the probability that it
+    must reach."""
     minimum_readers: Annotated[int, Field(ge=1, le=4)] = 1
-    """Nodules drawn by fewer distinct readers are left out."""
+    """Nodules marked by fewer distinct readers are left out."""
     lungs: Literal["classical", "lungmask", "totalsegmentator"] = "classical"
-    """`classical` (built in, no weights), or the network of that package, to be installed with its weights."""
+    """`classical` (built in, no weights), or the network of that package, which must be installed with its weights."""
     limits: LayoutLimits = LayoutLimits()
 
 
 class Synthesis(Section):
-    """Which layouts the synthetic CT is made from."""
+    """Layouts that synthetic CT is made from."""
 
     place_nodules: bool = True
-    """Give references without a nodule new plausible ones (from the discovery cases); else they are not used."""
+    """Place plausible nodules (from the discovery cases) in references that have none; otherwise these are not used."""
     jitter_repeats: bool = True
-    """From the second time that a reference is used on, shift and scale its nodules; else only the noise differs."""
+    """Shift and scale the nodules of a reference from its second use on; otherwise only the noise differs."""
     scale: tuple[PositiveFloat, PositiveFloat] = (0.75, 1.33)
-    """Smallest and largest factor on the diameter of a nodule that is placed or jittered."""
+    """Smallest and largest factor on the diameter of placed or jittered nodules."""
     shift_mm: Annotated[float, Field(ge=0)] = 15.0
     """Largest shift of a jittered nodule in mm."""
     draw_per_replicate: bool = True
-    """Every replicate trains on samples of its own draw: own layouts, own noise, own order of references. The verdict
-    then covers the luck of the draw. Samples cost as many times as much as there are replicates. Those of
-    `arms.external` are shared in any case."""
+    """Every replicate trains on its own draw of samples: own layouts, own noise, own order of references. The verdict
+    then covers variation between draws. The cost of sampling is multiplied by the number of replicates. Samples of
+    `arms.external` are always shared."""
     training_per_replicate: bool = False
-    """The generators are trained once per replicate as well, so that the verdict covers the luck of that training;
+    """Also train the generators once per replicate, so that the verdict covers variation between these trainings;
     needs `draw_per_replicate`."""
 
     def decides_layouts(self) -> dict[str, Any]:
-        """The keys that decide what the layout of a sample is, as JSON-like values: not how many draws there are."""
+        """The keys that determine the layout of a sample, as JSON-like values; the number of draws is not among
+        them."""
         return self.model_dump(mode="json", exclude={"draw_per_replicate", "training_per_replicate"})
 
     @model_validator(mode="after")
     def _draws(self) -> Synthesis:
         if self.training_per_replicate and not self.draw_per_replicate:
             raise ValueError(
-                "synthesis.training_per_replicate needs synthesis.draw_per_replicate: true, as each training has "
-                "samples of its own"
+                "synthesis.training_per_replicate needs synthesis.draw_per_replicate: true, because each training has "
+                "its own samples"
             )
         return self
 
@@ -339,17 +341,17 @@ class Synthesis(Section):
 
 
 class SampleFilter(Section):
-    """Which samples count in arms `real+<generator>.filtered@<dose>`, after FreeTumor's rule."""
+    """Filter for the samples of arms `real+<generator>.filtered@<dose>`, after FreeTumor's rule."""
 
     found: Annotated[float, Field(gt=0, le=1)] = 0.7
-    """Least share of a sample's nodule voxels that the segmenters of the same real cases alone find."""
+    """Smallest share of a sample's nodule voxels that the segmenters trained on the same real cases alone must find."""
     draws: Annotated[float, Field(ge=1)] = 2.0
-    """Samples that are drawn and judged, as a multiple of those that the arm takes: the first ones of those kept. Where
-    fewer are kept, the arm has fewer, and the tables say so."""
+    """Samples drawn and judged, as a multiple of the number that the arm takes (the first ones kept). If fewer are
+    kept, the arm is smaller, and the tables report it."""
 
 
 class Arms(Section):
-    """The training sets that are compared. `real` is always there; the others are named after what they add."""
+    """The training sets to compare. `real` is always included; the others are named after what they add."""
 
     generators: list[Name] = ["lung_ddpm"]
     """Generators of synthetic CT: modules of `lungddpm/generators/`, variants of them in `generators`, or names in
@@ -357,30 +359,30 @@ class Arms(Section):
     doses: list[PositiveFloat] = [1.0]
     """Synthetic cases as a multiple of the real training cases."""
     real_cases: Annotated[list[PositiveInt | Literal["all"]], Field(min_length=1)] = ["all"]
-    """Numbers of real training cases: all arms are made with each of them, and compared with the real cases of that
-    number. `all` takes every usable discovery case; smaller numbers are nested subsets, whole patients drawn by `seed`,
+    """Numbers of real training cases: all arms are made with each number and compared with the same real cases alone.
+    `all` takes every usable discovery case; smaller numbers are nested subsets of whole patients, drawn with `seed` and
     the same for all arms."""
     generators_learn_from: Literal["same", "all"] = "same"
-    """What generators learn from where an arm has fewer real cases than there are: the `same` cases, so that nothing
-    of the others gets into the arm, or `all`, as with a generator that somebody else has trained. Training, the
-    nodules that are placed, and the donors of copy_paste go by it."""
+    """Training cases of the generators for arms with a subset of the real cases: the `same` subset, so that the arm
+    gets no information from the others, or `all`, as with a generator trained elsewhere. This also applies to placed
+    nodules and to the donors of copy_paste."""
     controls: list[Name] = ["real"]
     """`real` (the real cases once more: arm `real+real`), or generators used as controls, at `control_dose`."""
     control_dose: PositiveFloat = 1.0
     """Dose of the control generators."""
     synthetic_only: list[Name] = []
-    """Generators that are also trained on alone, with as many synthetic cases as there are real ones: arm
+    """Generators that also get an arm without real cases, with as many synthetic cases as there are real ones:
     `synthetic:<generator>`."""
     quality_only: list[Name] = []
-    """Further generators, or names in `external`, whose samples are made and judged (image quality, label fidelity), as
-    many as the largest of `doses` takes, without an arm. Their external CT may come without nodules: it is the place of
-    systems that draw without a layout, such as HA-GAN, and of variants that differ in how they sample."""
+    """Further generators, or names in `external`, that are only measured (image quality, label fidelity) and have no
+    arm; they make as many samples as the largest of `doses` takes. External CT may have no nodules here. Meant for
+    systems that draw without a layout, such as HA-GAN, and for variants that differ only in sampling."""
     filtered: list[Name] = []
-    """Those of `generators` that also give arms `real+<generator>.filtered@<dose>`, of samples that pass `filter`."""
+    """Those of `generators` that also get arms `real+<generator>.filtered@<dose>`, with samples that pass `filter`."""
     filter: SampleFilter = SampleFilter()
     external: dict[Name, UserPath] = {}
-    """Folders of synthetic CT that other systems made, by name, e.g. `{maisi: /data/maisi}`; the names may stand where
-    generators do (docs/how-to/bring-your-own-synthetic-ct.md)."""
+    """Folders of synthetic CT from other systems, by name, e.g. `{maisi: /data/maisi}`; these names can be used like
+    generators (docs/how-to/bring-your-own-synthetic-ct.md)."""
 
     @model_validator(mode="after")
     def _lists(self) -> Arms:
@@ -393,7 +395,7 @@ class Arms(Section):
         if self.generators and not self.doses:
             raise ValueError("arms.generators is set, but arms.doses is empty: name a dose, e.g. [1.0]")
         if taken := set(self.quality_only) & {*self.generators, *self.controls, *self.synthetic_only}:
-            raise ValueError(f"arms.quality_only: {sorted(taken)[0]} has an arm already, which is judged as well")
+            raise ValueError(f"arms.quality_only: {sorted(taken)[0]} already has an arm, which is measured as well")
         if others := set(self.filtered) - set(self.generators):
             raise ValueError(f"arms.filtered: {sorted(others)[0]} is not in arms.generators")
         if both := set(self.generators) & set(self.controls):
@@ -401,7 +403,7 @@ class Arms(Section):
         return self
 
     def check_names(self, generators: set[str]) -> None:
-        """Make sure that the lists name generators, of the config or of `external`.
+        """Check that the lists name generators of the config or of `external`.
 
         Raises:
             ValueError: they do not.
@@ -415,8 +417,8 @@ class Arms(Section):
                 _check_known(name, generators | set(self.external), f"arms.{key}")
 
     def doses_of(self) -> dict[str, list[float]]:
-        """Generators in use and the doses that the arms take of each, in ascending order; of those without an arm, the
-        dose that is judged."""
+        """Generators in use and the doses of each in the arms, in ascending order; for those without an arm, the dose
+        that is judged."""
         doses = {name: set(self.doses) for name in self.generators}
         doses |= {name: {self.control_dose} for name in self.controls if name != BASELINE}
         for name in self.synthetic_only:
@@ -425,7 +427,7 @@ class Arms(Section):
         return {name: sorted(values) for name, values in doses.items()}
 
     def largest_doses(self) -> dict[str, float]:
-        """Generators in use and the largest dose that any arm takes of each."""
+        """Generators in use and the largest dose of each in any arm."""
         return {name: doses[-1] for name, doses in self.doses_of().items()}
 
     def drawn_dose(self, arm: Arm) -> float:
@@ -433,7 +435,7 @@ class Arms(Section):
         return round(arm.dose * self.filter.draws, 9) if arm.filtered else arm.dose
 
     def drawn_doses_of(self) -> dict[str, list[float]]:
-        """The same as `doses_of` of what is drawn: with the candidates of filtered arms."""
+        """Like `doses_of`, for the samples drawn: includes the candidates of filtered arms."""
         drawn: dict[str, set[float]] = {name: set(doses) for name, doses in self.doses_of().items()}
         for arm in self.all():
             if arm.generator is not None:
@@ -450,7 +452,7 @@ class Arms(Section):
         return None if None in numbers else max(number for number in numbers if number is not None)
 
     def all(self) -> list[Arm]:
-        """All arms, number by number of real cases: `real` first, then those with synthetic CT, then the controls."""
+        """All arms, grouped by number of real cases: `real` first, then those with synthetic CT, then the controls."""
         mixed = [Arm(True, name, dose) for name in self.generators for dose in self.doses]
         mixed += [Arm(True, name, dose, filtered=True) for name in self.filtered for dose in self.doses]
         alone = [Arm(False, name, 1.0) for name in self.synthetic_only]
@@ -468,7 +470,7 @@ class Arms(Section):
 
 
 class Network(Section):
-    """A smaller nnU-Net than the planned one: for small grids and for CPUs."""
+    """A smaller nnU-Net than the planned one, for small grids and CPUs."""
 
     patch: Size3 = (32, 32, 32)
     """Patch size in voxels, in the order of `grid.size` (x, y, z)."""
@@ -481,12 +483,12 @@ class Network(Section):
         if any(edge % reduction for edge in self.patch):
             raise ValueError(
                 f"segmentation.network.patch {list(self.patch)} is not divisible by {reduction}, "
-                f"as {len(self.features)} stages need"
+                f"as required by {len(self.features)} stages"
             )
         if all(edge == reduction for edge in self.patch):
             raise ValueError(
                 f"segmentation.network.patch {list(self.patch)} shrinks to one voxel in {len(self.features)} stages, "
-                "which instance normalisation cannot take; enlarge it or drop a stage"
+                "which instance normalisation does not support; enlarge it or drop a stage"
             )
         return self
 
@@ -495,26 +497,26 @@ class Segmentation(Section):
     """nnU-Net: every arm gets the plans made on `real` and the same number of optimizer steps."""
 
     network: Network | None = None
-    """Patch and features; null takes what nnU-Net plans (`3d_fullres`)."""
+    """Patch and features; null uses nnU-Net's plan (`3d_fullres`)."""
     batch_size: Annotated[int, Field(ge=2)] = 2
     """Patches per optimizer step."""
     steps: PositiveInt = 250_000
     """Optimizer steps in every arm (nnU-Net's default: 1000 epochs of 250)."""
     save_every: PositiveInt = 250
-    """Steps between saved states; also the length of what nnU-Net calls an epoch."""
+    """Steps between saved states; also the length of an nnU-Net epoch."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
-    """`sgd`: nnU-Net's own (Nesterov momentum, polynomial decay); `adamw`: learns in hundreds of steps."""
+    """`sgd`: nnU-Net's default (Nesterov momentum, polynomial decay); `adamw`: learns within hundreds of steps."""
     learning_rate: PositiveFloat = 1e-2
     """Initial learning rate, decayed polynomially to zero."""
     foreground_prior: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Probability of nodule that an untrained network gives every voxel, e.g. 0.01 (as for the focal loss, Lin et al.
-    2017): hundreds of steps are then not spent on learning that nodules are rare. null starts as nnU-Net does."""
+    """Nodule probability that the untrained network predicts for every voxel, e.g. 0.01 (as for the focal loss, Lin et
+    al. 2017), which saves the hundreds of steps needed to learn that nodules are rare. null: nnU-Net's default."""
     n_folds: Annotated[int, Field(ge=2)] = 5
-    """The real training cases are split, by patient, into this many folds, balanced by nodule volume."""
+    """Number of folds into which the real training cases are split, by patient and balanced by nodule volume."""
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
-    """Folds that are trained; a replicate is a fold with a seed."""
+    """Folds to train; a replicate is a fold with a seed."""
     seeds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0]
-    """Seeds that are trained in every fold."""
+    """Seeds to train in every fold."""
 
     @model_validator(mode="after")
     def _folds(self) -> Segmentation:
@@ -535,43 +537,44 @@ class Segmentation(Section):
 
     @staticmethod
     def replicate_name(fold: int | str, seed: int | str) -> str:
-        """Name of a replicate, which is also that of its folder."""
+        """Name of a replicate and of its folder."""
         return f"fold{fold}_seed{seed}"
 
 
 class ImageQuality(Section):
-    """How synthetic CT is compared with real CT; FID and MMD need a feature network."""
+    """Comparison of synthetic with real CT; FID and MMD need a feature network."""
 
     weights: Literal["hub"] | UserPath | None = None
-    """The public file `resnet_50.pth` of MedicalNet; `hub` takes it from Hugging Face; null takes a network with random
-    weights, whose distances tell sets apart but compare with no publication."""
+    """MedicalNet's public file `resnet_50.pth`; `hub` fetches it from Hugging Face; null uses a network with random
+    weights, whose distances separate sets but are not comparable with any publication."""
 
 
 class LabelFidelity(Section):
-    """How well the segmenters of `real` find the nodules of synthetic CT; of real references beside it."""
+    """How well the segmenters of `real` find the nodules of synthetic CT, compared with those of the real
+    references."""
 
     samples: PositiveInt = 50
-    """Samples of each generator that are judged by every replicate, the first ones of its plan, and as many references
-    (more where the samples were made from others)."""
+    """Samples of each generator judged by every replicate: the first ones of its plan, and the same number of
+    references (more if the samples were made from others)."""
 
 
 class Calibration(Section):
-    """Limits of the calibration check: how far the HU of a generator's samples may be from those of their references,
-    on average over samples. Outside them the check fails, and the page says so first."""
+    """Limits of the calibration check: how far the HU of a generator's samples may deviate from those of their
+    references, on average over samples. Outside them the check fails, which the report shows at the top."""
 
     lungs_hu: PositiveFloat = 10.0
-    """Largest mean difference in the lungs, nodules left out, in HU, to either side."""
+    """Largest absolute mean difference in the lungs, without nodules, in HU."""
     vessels_hu: PositiveFloat | None = None
-    """The same in the vessels; null shows it without a limit, as generators that do not see where the vessels are
+    """The same in the vessels; null reports it without a limit, because generators that are not given the vessels
     (`classes`) draw them elsewhere."""
     nodules_hu: PositiveFloat = 40.0
-    """The same in the nodules, of samples with the reference's own layout."""
+    """The same in the nodules, for samples with the reference's own layout."""
     spread_ratio: Range = (0.9, 1.1)
-    """Smallest and largest ratio of the standard deviations of HU in the lungs, nodules left out: samples over
+    """Smallest and largest ratio of the standard deviations of HU in the lungs, without nodules: samples over
     references."""
     nodules_spread_ratio: Range = (0.7, 1.4)
-    """The same in the nodules, of samples with the reference's own layout. Wider, because a sample has few nodule
-    voxels: what it is there for is nodules of speckle, or of one gray, whose mean is right."""
+    """The same in the nodules, for samples with the reference's own layout. Wider, because a sample has few nodule
+    voxels: it is meant to detect nodules that are speckled or constant although their mean is right."""
 
     @model_validator(mode="after")
     def _spread(self) -> Calibration:
@@ -583,71 +586,73 @@ class Calibration(Section):
 
 
 class Instrument(Section):
-    """Limits of the instrument check, which stands above the answers: whether the run can show what is there. Those of
-    HU are in `calibration`."""
+    """Limits of the instrument check, shown above the answers: whether the run can detect a gain that exists. The
+    limits of HU are in `calibration`."""
 
     loss_fall: Share = 0.1
-    """Largest share of the fall of a segmenter's training loss that may come in the last third of its steps, beyond
-    scatter; above it, segmenters are compared while they learn."""
+    """Largest share of the fall of a segmenter's training loss in the last third of its steps, beyond scatter; above
+    it, segmenters are compared while still learning."""
     validation_rise: Share = 0.03
     """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter."""
     seam_ratio: Range = (0.8, 1.25)
-    """Smallest and largest step at the border of the lungs, as a multiple of the references' own. (Lungs of one grey
-    come to 1.27 on the phantom cohort, other patients' lungs to 0.78.)"""
+    """Smallest and largest step at the border of the lungs, as a multiple of that of the references. (On the phantom
+    cohort, constant lungs have 1.27, other patients' lungs 0.78.)"""
     label_fidelity: Share = 0.8
-    """Least Dice of the segmenters of `real` on a generator's samples, as a share of that on the references' CT."""
+    """Smallest Dice of the segmenters of `real` on a generator's samples, as a share of that on the references' CT."""
     label_fidelity_ceiling: Share = 0.3
-    """Least Dice of these segmenters on the references' CT. Below it they know too little to judge a generator, and
-    the check is not measured."""
+    """Smallest Dice of these segmenters on the references' CT. Below it they are too poor to judge a generator, and the
+    check is not measured."""
     training_distance: Share = 0.7
-    """Least distance of a generator's samples to the nearest training case, in the lungs, as a share of that of real
-    cases: of the medians, and of the smallest distances. (An image without any texture, which remembers nothing, comes
-    to 0.71 of independent noise.)"""
+    """Smallest distance of a generator's samples to the nearest training case, in the lungs, as a share of that of real
+    cases; applies to the medians and to the smallest distances. (An image without any texture, which remembers nothing,
+    has 0.71 of the distance of independent noise.)"""
 
     @model_validator(mode="after")
     def _seam(self) -> Instrument:
         low, high = self.seam_ratio
         if not 0 <= low <= 1 <= high:
-            raise ValueError(f"seam_ratio: 1 must lie between the two, got {low:g}, {high:g}")
+            raise ValueError(f"seam_ratio: 1 must be between the two, got {low:g}, {high:g}")
         return self
 
 
 class Verdict(Section):
-    """Statistics of the comparison, and what its page warns of."""
+    """Statistics of the comparison, and thresholds for warnings."""
 
     bootstraps: Annotated[int, Field(ge=100)] = 10_000
-    """Bootstrap resamples (replicate, then case); they describe, they do not decide."""
+    """Bootstrap resamples (replicates, then cases); descriptive only."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Level of the confidence intervals; an arm is better or worse where p, corrected for all arms, is below 1 - it."""
+    """Level of the confidence intervals; an arm is better or worse if p, corrected for all arms, is below 1 minus
+    it."""
     relevant_difference: Share | None = None
-    """The difference in Dice, the measure that decides, that matters to you: a run reports whether it can show one.
-    null takes the published gain, 0.032 (lungddpm/verdict/published.csv)."""
+    """The smallest difference in Dice, the deciding measure, that matters to you: a run reports whether it can detect
+    it. null uses the published gain, 0.032 (lungddpm/verdict/published.csv)."""
     primary: str | list[str] = []
     """The arm that the run is about, or several, e.g. `real+lung_ddpm@1.0`: tested first, at the full level. The other
-    arms with synthetic CT are tested only where every primary arm was decided. Name it before the run."""
+    arms with synthetic CT are tested only if every primary arm was decided. Choose it before the run."""
     calibration: Calibration = Calibration()
     instrument: Instrument = Instrument()
 
 
 class Workflow(Section):
-    """How the work is cut into jobs and processes. Results depend only on the processes that share a training."""
+    """How the work is split into jobs and processes. Results depend only on the number of processes that share a
+    training."""
 
     case_shards: PositiveInt = 4
-    """Jobs that share the preparation of cases; never more than there are scans."""
+    """Jobs that share the preparation of cases; at most one per scan."""
     synthesis_shards: PositiveInt = 2
-    """Jobs per generator that share its synthesis; each loads the model once. Never more than there are samples."""
+    """Jobs per generator that share its synthesis; each loads the model once. At most one per sample."""
     training_gpus: PositiveInt = 1
-    """GPUs of a node that share the training of a generator, in one job and a process each. n processes take n times
+    """GPUs of a node that share the training of a generator, in one job with a process each. n processes make n times
     `training.accumulation` forward passes per step: divide that by n to keep the recipe."""
     training_nodes: PositiveInt = 1
-    """Nodes that share it, with `training_gpus` each; more than one needs Slurm."""
+    """Nodes that share a training, with `training_gpus` each; more than one needs Slurm."""
 
     def prepare_jobs(self, scans: int) -> int:
-        """Jobs that share the preparation of so many scans; at least one, which says why there is none."""
+        """Jobs that share the preparation of `n_scans` scans; at least one, which reports if there are none."""
         return max(1, min(self.case_shards, scans))
 
     def synthesize_jobs(self, samples: int) -> int:
-        """Jobs that share the synthesis of so many samples; at least one."""
+        """Jobs that share the synthesis of `n_samples` samples; at least one."""
         return max(1, min(self.synthesis_shards, samples))
 
     @property
@@ -657,9 +662,9 @@ class Workflow(Section):
 
 
 class _Variants(Section):
-    """Settings of the generators, each by its name. Any other name is a variant of one of them: `kind` names that one,
-    whose section holds for all keys that the variant does not give. `weights_of` names a generator of that kind with
-    whose weights the variant draws; without it, a variant of a generator that is trained is trained as well."""
+    """Settings of the generators by name. Any other name is a variant of one of them: `kind` names that generator,
+    whose section provides the keys that the variant does not set. `weights_of` names a generator of that kind whose
+    weights the variant uses; without it, a variant of a trained generator is trained itself."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -674,8 +679,8 @@ class _Variants(Section):
             kind = given.get("kind") if isinstance(given, dict) else None
             if kind not in cls.model_fields:
                 raise ValueError(
-                    f"there is no generator '{name if kind is None else kind}'; known are {known}. A variant names one "
-                    f"of them: {name}: {{kind: ...}}"
+                    f"there is no generator '{name if kind is None else kind}'; available: {known}. For a variant, "
+                    f"name one of them: {name}: {{kind: ...}}"
                 )
             if name == BASELINE or re.fullmatch(r"[A-Za-z0-9_]+", name) is None:
                 raise ValueError(
@@ -690,13 +695,13 @@ class _Variants(Section):
 
 
 def _typed(generic: Any, *arguments: Any) -> Any:
-    """A generic type with arguments that are known at run time only."""
+    """A generic type whose arguments are known only at run time."""
     return generic[arguments]
 
 
 def _generators_section() -> type[Section]:
-    """One section for each plug-in in `lungddpm/generators/`, of its settings with their defaults; and what variants
-    of them may have."""
+    """One section for each plug-in in `lungddpm/generators/` with its settings and their defaults, and the keys of
+    variants."""
     fields: dict[str, Any] = {}
     of_variants: list[Any] = []
     for name in _generators().names():
@@ -727,13 +732,13 @@ def _name_of_arm(text: str) -> str:
 
 
 class Config(Section):
-    """Everything that decides what a run computes."""
+    """Everything that determines what a run computes."""
 
     preset: Literal["demo", "published"] = "published"
-    """What holds where a key is not given. `published`: the defaults of this page, which are the published recipe.
-    `demo`: the phantom cohort on a laptop (`lungddpm/config/presets/demo.yaml`)."""
+    """Values of the keys that are not set. `published`: the defaults on this page, i.e. the published recipe. `demo`:
+    the phantom cohort on a laptop (`lungddpm/config/presets/demo.yaml`)."""
     seed: Annotated[int, Field(ge=0)] = 1
-    """Root of every random number in the run."""
+    """Root seed of all random numbers in the run."""
     source: Source = Source()
     external_tests: dict[Name, ExternalTest] = {}
     """External test sets by name, e.g. `{task06: {kind: images, path: /data/Task06_Lung}}`, each with the keys of
@@ -782,20 +787,20 @@ class Config(Section):
         return self
 
     def primary_arms(self) -> list[str]:
-        """Names of the arms of `verdict.primary`, a dose spelled as in `arms.names()`; what is not a name stays."""
+        """Names of the arms of `verdict.primary`, with doses spelled as in `arms.names()`; invalid names are kept."""
         given = self.verdict.primary
         return list(dict.fromkeys(map(_name_of_arm, [given] if isinstance(given, str) else given)))
 
     def differences(self) -> str:
-        """All values that are not defaults, as JSON; without the preset, as these then differ from `published`."""
+        """All values that are not defaults, as JSON; without the preset, so they are relative to `published`."""
         values = self.model_dump(mode="json", exclude_defaults=True, exclude={"preset"})
-        # In full: what a variant leaves out would be taken from the section of its kind.
+        # In full: a missing key of a variant would be taken from the section of its kind.
         for name, settings in self.generators.variants().items():
             values["generators"][name] = settings.model_dump(mode="json")
         return json.dumps(values, separators=(",", ":"))
 
     def without_folders(self) -> Config:
-        """The same for results: of the user's folders, which may tell who ran it and where, only the names."""
+        """The same for results, with only the names of the user's folders, as paths may reveal who ran it and where."""
         external = {name: Path(folder.name) for name, folder in self.arms.external.items()}
         weights = self.image_quality.weights
         weights = Path(weights.name) if isinstance(weights, Path) else weights
@@ -813,7 +818,7 @@ class Config(Section):
         return {INTERNAL: self.source, **self.external_tests}
 
     def generators_in_use(self) -> list[str]:
-        """Plug-ins that the arms name, and those whose weights they draw with."""
+        """Plug-ins named by the arms, and those whose weights they use."""
         names = [name for name in self.arms.largest_doses() if name not in self.arms.external]
         owners = [owner for name in names if (owner := self.weights_owner(name)) is not None]
         return list(dict.fromkeys([*names, *owners]))
@@ -824,7 +829,7 @@ class Config(Section):
         return kind
 
     def plugin_of(self, generator: str) -> Any:
-        """What the module of a generator declares: a `lungddpm.generators.Plugin`.
+        """The declaration of a generator's module: a `lungddpm.generators.Plugin`.
 
         Raises:
             ConfigError: there is no such generator.
@@ -832,7 +837,7 @@ class Config(Section):
         return _generators().plugin(self.kind_of(generator))
 
     def weights_owner(self, generator: str) -> str | None:
-        """The generator with whose weights a generator draws: itself, if it is trained; None if it needs none.
+        """The generator whose weights a generator uses: itself, if it is trained; None if it needs none.
 
         Raises:
             ConfigError: there is no such generator.
@@ -844,38 +849,38 @@ class Config(Section):
         return generator if declared.recipe is not None else declared.weights_of
 
     def draws(self, generator: str) -> list[str | None]:
-        """The replicates that have a draw of their own of a generator's samples; [None] where all share one."""
+        """The replicates with their own draw of a generator's samples; [None] if all share one."""
         if generator in self.arms.external or not self.synthesis.draw_per_replicate:
             return [None]
         return [*self.segmentation.replicates()]
 
     def cohorts(self, generator: str, real_cases: int | None) -> list[Cohort]:
-        """The synthetic cohorts of a generator in use for a number of real cases, one per draw."""
+        """The synthetic cohorts of a generator for a number of real cases, one per draw."""
         return [Cohort(real_cases, replicate) for replicate in self.draws(generator)]
 
     def training_of(self, cohort: Cohort) -> Cohort:
-        """The training that a cohort's samples are drawn with; the nodules they are given are of the same cases."""
+        """The training behind a cohort's samples; placed nodules come from the same cases."""
         return Cohort(
             cohort.real_cases if self.arms.generators_learn_from == "same" else None,
             cohort.replicate if self.synthesis.training_per_replicate else None,
         )
 
     def trainings(self) -> list[Cohort]:
-        """Every training of a generator, the one of most real cases for the first replicate first."""
+        """Every training of a generator, starting with the one on the most real cases for the first replicate."""
         numbers = dict.fromkeys([self.arms.largest_number(), *self.arms.numbers()])
         replicates = self.segmentation.replicates() if self.synthesis.draw_per_replicate else [None]
         cohorts = [Cohort(number, replicate) for number in numbers for replicate in replicates]
         return list(dict.fromkeys(map(self.training_of, cohorts)))
 
     def for_generator(self, name: str, cohort: Cohort = SHARED) -> GeneratorConfig[Any]:
-        """What a generator is given of this config.
+        """The part of this config that a generator gets.
 
         Args:
             name: of the generator.
-            cohort: the one that it makes, or is trained for.
+            cohort: the cohort that it makes or is trained for.
 
         Raises:
-            ConfigError: there is no such generator, or it cannot work on this grid.
+            ConfigError: there is no such generator, or it does not support this grid.
         """
         try:
             self._check(name)
@@ -896,15 +901,15 @@ class Config(Section):
         if is_trained(config):
             return config
         known = [each for each, _ in self.generators if self.weights_owner(each) == each]
-        raise ConfigError("--generator", f"'{name}' is not trained", f"Generators that are: {', '.join(known)}.")
+        raise ConfigError("--generator", f"'{name}' is not trained", f"Trained generators: {', '.join(known)}.")
 
     def trained_generators(self) -> list[GeneratorConfig[TrainedSettings]]:
-        """Those of the generators in use that are trained, each for the first of `trainings`."""
+        """The trained generators among those in use, each for the first of `trainings`."""
         first = self.trainings()[0]
         return [each for name in self.generators_in_use() if is_trained(each := self.for_generator(name, first))]
 
     def _check(self, name: str) -> None:
-        """Make sure that a generator can work with the config.
+        """Check that a generator can work with the config.
 
         Raises:
             ConfigError: there is no such generator.
@@ -919,10 +924,10 @@ class Config(Section):
             raise ValueError(f"generators.{name}: {error}") from None
 
     def _check_weights(self, name: str, owner: str) -> None:
-        """Make sure that a generator can draw with the weights of another one."""
+        """Check that a generator can use the weights of another one."""
         wanted, settings = self.plugin_of(name).weights_of, getattr(self.generators, name)
         if owner not in {each for each, _ in self.generators} or self.kind_of(owner) != wanted:
-            raise ValueError(f"weights_of: '{owner}' is not {wanted}, nor a variant of it")
+            raise ValueError(f"weights_of: '{owner}' is neither {wanted} nor a variant of it")
         if self.weights_owner(owner) != owner:
             raise ValueError(f"weights_of: '{owner}' is not trained, it has the weights of {self.weights_owner(owner)}")
         trained = getattr(self.generators, owner)

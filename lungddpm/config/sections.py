@@ -1,4 +1,4 @@
-"""Sections of the configuration that generators and the models behind them share, and what a generator is given of it.
+"""Sections of the configuration shared by generators and the models behind them, and the part of it that one gets.
 
 A plug-in in `lungddpm/generators/` builds its own settings from these classes; `config.models` puts the settings of all
 plug-ins together.
@@ -38,18 +38,18 @@ def _check_classes(classes: list[Layer]) -> list[Layer]:
 Classes = Annotated[list[Layer], AfterValidator(_check_classes)]
 
 SHARED_RUN = "main"
-"""Stands for the run's name in seeds that no training decides: layouts are the same for all generators, whatever their
-runs are called."""
+"""Replaces the run's name in seeds that do not depend on a training: layouts are the same for all generators, whatever
+their runs are called."""
 
 
 class Section(BaseModel):
-    """A mapping of keys; unknown ones are refused."""
+    """A mapping of keys; unknown ones are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class Grid(Section):
-    """The model grid: what every CT and layout is resampled to."""
+    """The model grid, to which every CT and layout is resampled."""
 
     size: Size3 = (64, 64, 64)
     """Voxels along x (left to right), y (posterior to anterior), z (feet to head)."""
@@ -77,21 +77,20 @@ class Denoiser(Section):
     norm_groups: PositiveInt = 32
     """Groups of every GroupNorm; must divide every level's channels."""
     attention: bool = True
-    """Self-attention where the feature map is 16 voxels wide and in the middle; off for training on crops, unless
-    sampling sees the same crops."""
+    """Self-attention at feature maps 16 voxels wide and in the middle; must be off for training on crops, unless
+    sampling uses the same crops."""
     padding: Padding = "zeros"
-    """What convolutions see beyond the volume: `zeros`, as published, or its outermost voxels (`replicate`)."""
+    """Padding of convolutions: `zeros`, as published, or the outermost voxels (`replicate`)."""
     norm: Norm = "volume"
-    """Over what norms take mean and variance: groups of channels over the whole `volume`, as published, or all channels
-    of a `voxel`. A network that is trained on crops sees whole volumes as it saw those only with `replicate` and
-    `voxel`."""
+    """Normalisation over groups of channels of the whole `volume`, as published, or over all channels of a `voxel`. A
+    network trained on crops behaves the same on whole volumes only with `replicate` and `voxel`."""
     time_conditioning: TimeConditioning = "shift"
     """How the noise level enters each residual block: `shift` adds a function of it to the features, as published;
     `scale_shift` also scales the normalised features by one (adaptive normalisation, Dhariwal & Nichol 2021), which a
     short training learns sooner."""
     wavelet: bool = False
-    """Work on the eight Haar sub-bands of the CT, each of half the edge, and transform back (WDM): a fraction of the
-    memory and of the operations. WDM has `multipliers: [1, 2, 2, 4, 4]`."""
+    """Work on the eight Haar sub-bands of the CT, each of half the edge, and transform back (WDM): needs a fraction of
+    the memory and operations. WDM has `multipliers: [1, 2, 2, 4, 4]`."""
 
     @model_validator(mode="after")
     def _groups(self) -> Denoiser:
@@ -109,7 +108,7 @@ class Denoiser(Section):
 
     @property
     def halvings(self) -> str:
-        """What halves the grid so often, in words."""
+        """The layers that halve the grid, in words."""
         return f"{len(self.multipliers)} denoiser levels{' and the wavelet transform' if self.wavelet else ''}"
 
 
@@ -119,65 +118,64 @@ class Training(Section):
     steps: PositiveInt = 100_000
     """Optimizer steps."""
     loss: Literal["l1", "l2"] = "l1"
-    """What the network minimises: its mean absolute error (`l1`, as published) or its mean squared error (`l2`)."""
+    """Loss: mean absolute error (`l1`, as published) or mean squared error (`l2`)."""
     lesion_weight: PositiveFloat = 1.0
-    """How many times as much a nodule voxel counts in the loss as another one (published: 1; MAISI-v2: 100); a batch's
-    weights have the mean 1."""
+    """Weight of a nodule voxel in the loss relative to other voxels (published: 1; MAISI-v2: 100); the weights of a
+    batch have mean 1."""
     batch_size: PositiveInt = 1
     """Volumes (or crops) per forward pass."""
     accumulation: PositiveInt = 2
-    """Forward passes per optimizer step, on each process where several share the training."""
+    """Forward passes per optimizer step; per process if several share the training."""
     learning_rate: PositiveFloat = 1e-5
     """Peak learning rate of Adam."""
     learning_rate_schedule: Literal["constant", "cosine"] = "constant"
     """`cosine` decays to zero over `steps`."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    """Steps over which the learning rate first rises to its peak, which a shorter training never reaches; none as
-    published."""
+    """Warm-up steps of the learning rate; a shorter training never reaches the peak. 0 as published."""
     gradient_clip: PositiveFloat | None = None
-    """Largest gradient norm; null does not clip (as published)."""
+    """Largest gradient norm; null: no clipping (as published)."""
     crop: PositiveInt | None = None
     """Edge of random cubic crops in voxels; null trains on whole volumes (as published)."""
     augmentation: Literal["none", "mild", "standard"] = "none"
-    """`none`: as published; `mild`: left and right swapped in half of the samples, HU changed a little; `standard`:
-    half of them turned, scaled and shifted a little as well, which blurs, and dims small nodules on coarse grids."""
+    """`none`: as published; `mild`: left-right flips in half of the samples, slight changes of HU; `standard`: also
+    slight rotation, scaling and shifts in half of them, which blurs, and dims small nodules on coarse grids."""
     ema_decay: Annotated[float, Field(ge=0, lt=1)] = 0.995
     """Decay of the exponential moving average of the weights."""
     ema_every: PositiveInt = 10
     """Steps between updates of the average."""
     ema_start: Annotated[int, Field(ge=0)] = 2000
-    """The average is a plain copy before this step."""
+    """Before this step the average is a plain copy."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 on a GPU that has it, else fp32."""
+    """`auto`: bf16 on a GPU that supports it, else fp32."""
     gradient_checkpointing: bool = False
-    """Compute activations once more in the backward pass instead of keeping them: less memory, more time."""
+    """Recompute activations in the backward pass instead of keeping them: less memory, more time."""
     compile: bool = False
     """Compile the network (torch.compile): minutes at the start, faster steps."""
     save_every: PositiveInt = 1000
-    """Steps between saved states, from which an interrupted training goes on."""
+    """Steps between saved states, from which an interrupted training resumes."""
     sample_every: PositiveInt = 5000
-    """Steps between grids of samples; one is drawn at the end in any case."""
+    """Steps between grids of samples; one is always drawn at the end."""
 
 
 class Solving(Section):
     """From noise to CT: solver and steps."""
 
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddpm"
-    """`ddpm`: ancestral, as published; `ddim`: first order; `dpmsolver++`, `unipc`: multistep, 20 steps will do."""
+    """`ddpm`: ancestral, as published; `ddim`: first order; `dpmsolver++`, `unipc`: multistep, 20 steps suffice."""
     order: Annotated[int, Field(ge=2, le=3)] = 2
     """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
     steps: PositiveInt = 250
     """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
     intensities: Literal["corrected", "published"] = "corrected"
-    """How the reference is scaled for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
+    """Scaling of the reference for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
     axial slice by its own minimum and maximum, for published weights only."""
     times: Literal["corrected", "published"] = "corrected"
-    """`published`: the denoiser gets its times on a scale of 1000 whatever `timesteps` (Lung-DDPM+)."""
+    """`published`: the denoiser gets timesteps on a scale of 1000 whatever `timesteps` is (Lung-DDPM+)."""
     levels: Literal["corrected", "published"] = "corrected"
-    """`corrected`: timesteps even in the log signal-to-noise ratio, to the clean CT; `published`: even in time, with
-    fractions, where sampling ends at timestep 0; dynamic thresholding (Lung-DDPM+, sampler `dpmsolver++`)."""
+    """`corrected`: timesteps evenly spaced in the log signal-to-noise ratio, down to the clean CT; `published`: evenly
+    spaced in time, with fractions, ending at timestep 0; dynamic thresholding (Lung-DDPM+, sampler `dpmsolver++`)."""
     batch_size: PositiveInt = 1
-    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
+    """Volumes sampled at once on a GPU; on a CPU one at a time, so that they do not depend on each other."""
 
     @model_validator(mode="after")
     def _levels(self) -> Solving:
@@ -190,13 +188,13 @@ class Sampling(Solving):
     """From noise to CT: solver, steps, and anatomically aware sampling (AAS)."""
 
     resampling: PositiveInt = 1
-    """Times that the noise levels are visited, two at a time, with fresh noise in between (RePaint): n times the cost
-    for a better seam between what is generated and what the reference fills."""
+    """Number of visits to the noise levels, two at a time, with fresh noise in between (RePaint): n times the cost for
+    a better seam between generated and reference voxels."""
     aas: Literal["corrected", "published"] = "corrected"
     """`published` pastes the reference one noise level late and leaves its noise in the background."""
     background: Background = "reference"
-    """What the voxels show that the layout leaves open: `reference`: its CT (AAS); `generated`: what the network draws
-    there (no AAS)."""
+    """Content of the voxels that the layout leaves open: `reference`: its CT (AAS); `generated`: drawn by the network
+    (no AAS)."""
 
     @model_validator(mode="after")
     def _resampling(self) -> Sampling:
@@ -208,21 +206,21 @@ class Sampling(Solving):
 
 
 class GeneratorSettings(Section):
-    """Settings of a generator that has none."""
+    """Settings of a generator without any of its own."""
 
     def decides_samples(self) -> dict[str, Any]:
-        """The keys that decide a sample besides its inputs, weights and seed, as JSON-like values."""
+        """The keys that determine a sample besides its inputs, weights and seed, as JSON-like values."""
         return self.model_dump(mode="json", exclude={"run": True, "training": True, "sampling": {"batch_size"}})
 
     def check_grid(self, grid: Grid) -> None:
-        """Make sure that the generator can work on a grid.
+        """Check that the generator supports a grid.
 
         Raises:
             ValueError: it cannot.
         """
 
     def check_weights(self, trained: TrainedSettings) -> None:
-        """Make sure that it can draw with the weights of another generator, where it does.
+        """Check that it can use the weights of another generator, if it does.
 
         Raises:
             ValueError: it cannot.
@@ -237,13 +235,13 @@ class TrainedSettings(GeneratorSettings):
     classes: Classes = ["lung", "nodule"]
     """Layout classes that condition the network, in channel order. Without `vessel`, vessels count as lung."""
     orientation: Orientation = "published"
-    """How the network sees the chest, in training and in sampling. `published`: turned in plane, as published weights
-    do (an inference, see docs/explanation/diffusion.md); `ras`: as the grid lies, as weights of earlier versions do. It
-    must be that of the weights; only weights of `published` can be exported."""
+    """Orientation of the chest for the network, in training and sampling. `published`: rotated in plane, as for the
+    published weights (inferred, see docs/explanation/diffusion.md); `ras`: that of the grid, as in earlier versions. It
+    must match the weights; only weights of `published` can be exported."""
     training: Training = Training()
 
     def decides_weights(self, processes: int) -> dict[str, Any]:
-        """The keys that decide the weights of the trained network, as JSON-like values.
+        """The keys that determine the weights of the trained network, as JSON-like values.
 
         `accumulation` counts the forward passes of all processes together: n take n times those of one.
         """
@@ -253,11 +251,11 @@ class TrainedSettings(GeneratorSettings):
         return decisive
 
     def decides_fit(self) -> dict[str, Any]:
-        """The keys on which weights and their use must agree, as JSON-like values; nested ones by their dotted path."""
+        """The keys that must match between weights and their use, as JSON-like values; nested ones by dotted path."""
         return self.model_dump(mode="json", include={"classes", "orientation"})
 
     def drawn_size(self, grid: Grid) -> Size3:
-        """Voxels along x, y, z that the network sees at once when it draws."""
+        """Voxels along x, y, z that the network processes at once when drawing."""
         return grid.size
 
     def check_grid(self, grid: Grid) -> None:
@@ -271,16 +269,18 @@ class UNetSettings(TrainedSettings):
 
     denoiser: Denoiser = Denoiser()
     hint: Hint = "none"
-    """What the network sees of the reference beside the layout, as one more channel. `none`: nothing, as published;
-    `slice`: one axial slice, halfway up what the layout names, also where it is to be drawn (as in GEM-3D); `volume`:
-    all but the voxels that the layout names."""
+    """What the network is given of the reference besides the layout, as an additional channel. `none`: nothing, as
+    published; `slice`: one axial slice at mid-height of the labelled voxels, including the region to draw (as in
+    GEM-3D);
+    `volume`: everything except the labelled voxels."""
 
     @model_validator(mode="after")
     def _crop(self) -> UNetSettings:
         crop = self.training.crop
         if crop is not None and crop % self.denoiser.reduction:
             raise ValueError(
-                f"training.crop {crop} is not divisible by {self.denoiser.reduction}, as {self.denoiser.halvings} need"
+                f"training.crop {crop} is not divisible by {self.denoiser.reduction}, "
+                f"as required by {self.denoiser.halvings}"
             )
         return self
 
@@ -291,7 +291,7 @@ class UNetSettings(TrainedSettings):
     def decides_weights(self, processes: int) -> dict[str, Any]:
         decisive = super().decides_weights(processes)
         if self.hint == "none":
-            # Trainings that began before there was this key go on.
+            # Trainings that began before this key existed continue.
             del decisive["hint"]
         return decisive
 
@@ -300,14 +300,14 @@ class UNetSettings(TrainedSettings):
         crop, reduction, drawn = self.training.crop, self.denoiser.reduction, self.drawn_size(grid)
         if any(edge % reduction for edge in drawn):
             raise ValueError(
-                f"grid.size {list(grid.size)} is not divisible by {reduction}, as {self.denoiser.halvings} need"
+                f"grid.size {list(grid.size)} is not divisible by {reduction}, as required by {self.denoiser.halvings}"
             )
         if self.denoiser.attention and len(set(drawn)) != 1:
-            raise ValueError("denoiser.attention needs a cubic grid.size (it sits at 16 voxels an edge)")
+            raise ValueError("denoiser.attention needs a cubic grid.size (it acts at 16 voxels per edge)")
         if self.denoiser.attention and crop is not None and drawn != (crop,) * 3:
             raise ValueError(
                 "training.crop needs denoiser.attention: false "
-                "(attention sits at a fixed map size, which crops do not have)"
+                "(attention acts at a fixed feature map size, which crops do not have)"
             )
 
 
@@ -317,8 +317,8 @@ class DiffusionSettings(UNetSettings):
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""
     prediction: Literal["epsilon", "v", "clean"] = "epsilon"
-    """What the network predicts: the noise (`epsilon`, as published), the velocity (`v`) or the CT itself (`clean`).
-    Under `epsilon`, a small error at the noisiest levels moves the brightness of a whole volume."""
+    """Prediction target: the noise (`epsilon`, as published), the velocity (`v`) or the CT itself (`clean`). With
+    `epsilon`, a small error at the noisiest levels shifts the brightness of a whole volume."""
     sampling: Sampling = Sampling()
 
     @model_validator(mode="after")
@@ -335,15 +335,15 @@ _SMALLEST_JUDGED = 6
 
 
 class Autoencoder(Section):
-    """The autoencoder whose latents a latent diffusion model draws; trained before that, on CT alone."""
+    """The autoencoder whose latents a latent diffusion model draws; trained first, on CT alone."""
 
     channels: Annotated[list[PositiveInt], Field(min_length=2)] = [32, 64]
-    """Channels of each level; each but the last halves the grid. On a grid of 128 voxels an edge, a latent of three
+    """Channels of each level; each but the last halves the grid. On a grid of 128 voxels per edge, a latent of three
     levels is 11 mm wide: most nodules vanish."""
     latent_channels: PositiveInt = 4
     """Channels of the latents."""
     residual_blocks: PositiveInt = 1
-    """Of each level, on the way in and on the way out."""
+    """Per level, in the encoder and in the decoder."""
     norm_groups: PositiveInt = 32
     """Groups of every GroupNorm; must divide all `channels`."""
     padding: Padding = "zeros"
@@ -351,23 +351,23 @@ class Autoencoder(Section):
     norm: Norm = "volume"
     """See `denoiser.norm`."""
     steps: PositiveInt = 20_000
-    """How many of `training.steps` train the autoencoder, the first ones; the others train the denoiser."""
+    """How many of `training.steps` train the autoencoder, which comes first; the others train the denoiser."""
     learning_rate: PositiveFloat = 1e-4
-    """Peak learning rate of those steps. What else `training` says holds for both; the average, warmup and decay begin
-    again with the denoiser."""
+    """Peak learning rate of those steps. The other keys of `training` apply to both; average, warm-up and decay restart
+    with the denoiser."""
     crop: PositiveInt | None = None
     """Edge of random cubic crops in voxels, anywhere in the volume; null trains on whole volumes."""
     kl_weight: Annotated[float, Field(ge=0)] = 1e-7
-    """Weight of the divergence of the latents' distribution from a standard normal one, summed over a sample; that of
-    the mean absolute error is 1."""
+    """Weight of the KL divergence of the latents from a standard normal distribution, summed over a sample; the mean
+    absolute error has weight 1."""
     adversarial_weight: Annotated[float, Field(ge=0)] = 0.1
-    """Weight of the loss by which a discriminator of patches is fooled (least squares)."""
+    """Weight of the adversarial loss of a patch discriminator (least squares)."""
     adversarial_from: Annotated[int, Field(ge=0)] = 2000
-    """The step from which on there is this discriminator; from `steps` on, there is none."""
+    """First step with this discriminator; from `steps` on there is none."""
 
     @property
     def reduction(self) -> int:
-        """How many times smaller latents are than the grid."""
+        """Factor by which latents are smaller than the grid."""
         return 2 ** (len(self.channels) - 1)
 
     @model_validator(mode="after")
@@ -378,7 +378,7 @@ class Autoencoder(Section):
         if self.latent_channels > self.reduction**3:
             raise ValueError(
                 f"latent_channels {self.latent_channels} exceeds {self.reduction**3}, the voxels of a latent: it would "
-                "not compress anything"
+                "compress nothing"
             )
         return self
 
@@ -387,18 +387,18 @@ class LatentSettings(UNetSettings):
     """Settings of a diffusion model that draws the latents of an autoencoder."""
 
     orientation: Literal["ras"] = "ras"
-    """As the grid lies: nobody has published weights that would ask for another."""
+    """That of the grid: there are no published weights that need another one."""
     autoencoder: Autoencoder = Autoencoder()
     timesteps: PositiveInt = 250
     """Noise levels T of the cosine schedule."""
     prediction: Literal["epsilon", "v", "clean"] = "v"
-    """What the network predicts, see `lung_ddpm.prediction`."""
+    """Prediction target, see `lung_ddpm.prediction`."""
 
     @model_validator(mode="after")
     def _latents(self) -> LatentSettings:
         crop, own, reduction = self.training.crop, self.autoencoder.crop, self.autoencoder.reduction
         if self.denoiser.wavelet:
-            raise ValueError("denoiser.wavelet is for voxels: an autoencoder has shrunk them already")
+            raise ValueError("denoiser.wavelet is for voxels, but the autoencoder has already reduced them")
         if self.autoencoder.steps >= self.training.steps:
             raise ValueError(
                 f"autoencoder.steps {self.autoencoder.steps} leave none of training.steps {self.training.steps} to the "
@@ -431,13 +431,13 @@ class LatentSettings(UNetSettings):
         reduction, crop = self.autoencoder.reduction * self.denoiser.reduction, self.autoencoder.crop
         if any(edge % reduction for edge in grid.size):
             raise ValueError(
-                f"grid.size {list(grid.size)} is not divisible by {reduction}, as the autoencoder and "
-                f"{len(self.denoiser.multipliers)} denoiser levels need"
+                f"grid.size {list(grid.size)} is not divisible by {reduction}, as required by the autoencoder "
+                f"and {len(self.denoiser.multipliers)} denoiser levels"
             )
         if crop is not None and crop > min(grid.size):
             raise ValueError(f"autoencoder.crop {crop} is larger than grid.size {list(grid.size)}")
         if (crop or min(grid.size)) < _SMALLEST_JUDGED:
-            raise ValueError(f"the autoencoder's discriminator needs at least {_SMALLEST_JUDGED} voxels an edge")
+            raise ValueError(f"the autoencoder's discriminator needs at least {_SMALLEST_JUDGED} voxels per edge")
 
 
 S = TypeVar("S", bound=GeneratorSettings, covariant=True)
@@ -445,15 +445,15 @@ S = TypeVar("S", bound=GeneratorSettings, covariant=True)
 
 @dataclass(frozen=True)
 class GeneratorConfig(Generic[S]):
-    """What a generator is given of the configuration.
+    """The part of the configuration that a generator gets.
 
     Attributes:
         name: its section in `generators`; see `kind`.
         settings: its own settings.
         grid: the grid of all cases.
         seed: root of every random number.
-        weights_from: the other generator whose weights it draws with, if it does.
-        trained_for: how many real cases it learns from, and the only replicate that it is trained for, if there is one.
+        weights_from: the other generator whose weights it uses, if any.
+        trained_for: the number of real cases it learns from, and its replicate, if it is trained for one only.
     """
 
     name: str
@@ -465,16 +465,16 @@ class GeneratorConfig(Generic[S]):
 
     @property
     def kind(self) -> str:
-        """Its module in `lungddpm/generators/`: that of a variant has another name than it has itself."""
+        """Its module in `lungddpm/generators/`; for a variant this differs from its name."""
         kind: str = getattr(self.settings, "kind", self.name)
         return kind
 
     @property
     def of_weights(self) -> GeneratorConfig[Any]:
-        """The same of the generator whose weights it draws with: its own, or another's.
+        """The config of the generator whose weights it uses: its own, or another's.
 
         Raises:
-            ValueError: it draws with none.
+            ValueError: it uses none.
         """
         if self.weights_from is not None:
             return self.weights_from
@@ -484,7 +484,7 @@ class GeneratorConfig(Generic[S]):
 
     @property
     def run(self) -> str:
-        """The name that enters its seeds: that of its run; a training for one replicate alone has seeds of its own."""
+        """The name that enters its seeds: that of its run; a training for one replicate has its own seeds."""
         if not isinstance(self.settings, TrainedSettings):
             return SHARED_RUN
         own = "" if self.trained_for.replicate is None else f"-{self.trained_for.replicate}"
@@ -492,12 +492,12 @@ class GeneratorConfig(Generic[S]):
 
     @property
     def model_folder(self) -> str:
-        """Where a run keeps what was trained, within its results."""
+        """Folder of the trained model within the results of a run."""
         run = self.settings.run if isinstance(self.settings, TrainedSettings) else SHARED_RUN
         return f"models/{self.name}/{run}/{self.trained_for.name}"
 
     def decides_samples(self) -> dict[str, Any]:
-        """What decides a sample besides its inputs, weights and seed, as JSON-like values."""
+        """Everything that determines a sample besides its inputs, weights and seed, as JSON-like values."""
         own = self.settings.decides_samples()
         if self.weights_from is None:
             return own
@@ -507,7 +507,8 @@ class GeneratorConfig(Generic[S]):
         }
 
     def decides_fit(self: GeneratorConfig[TrainedSettings]) -> dict[str, Any]:
-        """What weights were trained for, by dotted key, as JSON-like values: their use must agree on all of it."""
+        """The settings that weights were trained for, by dotted key, as JSON-like values: their use must match all of
+        them."""
         grid = self.grid.model_dump(mode="json", include={"size", "extent", "window_hu"})
         of_weights = self.of_weights.name
         return {"generator": of_weights, **self.settings.decides_fit(), **{f"grid.{k}": v for k, v in grid.items()}}
@@ -519,5 +520,5 @@ class GeneratorConfig(Generic[S]):
 
 
 def is_trained(config: GeneratorConfig[GeneratorSettings]) -> TypeGuard[GeneratorConfig[TrainedSettings]]:
-    """Whether it is that of a generator that is trained, and does not draw with the weights of another one."""
+    """Whether the generator is trained itself and does not use the weights of another one."""
     return isinstance(config.settings, TrainedSettings) and config.weights_from is None

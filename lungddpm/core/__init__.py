@@ -1,1 +1,1 @@
-"""What every room needs: labels, volumes, the case contract, files and locks, devices, errors, progress."""
+"""Shared by all rooms: labels, volumes, the case contract, files and locks, devices, errors, progress."""

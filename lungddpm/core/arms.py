@@ -1,4 +1,4 @@
-"""The names of arms, in one place: what the name of a training set stands for, and how it is written."""
+"""The grammar of arm names, in one place: parsing and formatting."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from dataclasses import dataclass, replace
 from lungddpm.core.errors import ConfigError
 
 BASELINE = "real"
-"""The real cases alone, with which every other arm of as many real cases is compared; also the word for real cases in a
-name."""
+"""The real cases alone, which all other arms with the same real cases are compared with; also the word for real cases
+in names."""
 _NUMBER = r"(?P<{0}>[1-9][0-9]*)?"
 _NAME = re.compile(
     rf"real{_NUMBER.format('n_real')}"
@@ -27,21 +27,21 @@ class Arm:
     and so on."""
 
     real: bool
-    """Whether it is trained on the real cases; every arm is validated on them."""
+    """Whether it trains on the real cases; every arm validates on them."""
     added: str | None
     """A generator, `real` for the real cases once more, or None."""
     dose: float
-    """How much is added, as a multiple of the real cases: 1 where the name has no dose, 0 where nothing is added."""
+    """How much is added, as a multiple of the real cases: 1 if the name has no dose, 0 if nothing is added."""
     real_cases: int | None = None
-    """How many real cases there are; None for all. Arms of one number have the same ones."""
+    """Number of real cases; None for all. Arms with the same number have the same cases."""
     filtered: bool = False
-    """Whether only those samples count whose nodules the segmenters of its `baseline` find (`arms.filter`)."""
+    """Whether only samples whose nodules the segmenters of its `baseline` find are used (`arms.filter`)."""
 
     @classmethod
     def parse(cls, text: str) -> Arm:
         """The arm of a name.
 
-        A dose may be written in several ways (`@1`, `@1.0`); `name` has one of them.
+        A dose may be written in several ways (`@1`, `@1.0`); `name` is the canonical one.
 
         Raises:
             ConfigError: not the name of an arm.
@@ -65,8 +65,8 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As folders, tables and the command line have it, e.g. `real+lung_ddpm@1.0`; the dose is written as JSON
-        writes a float."""
+        """Canonical name in folders, tables and on the command line, e.g. `real+lung_ddpm@1.0`; the dose is formatted
+        like a JSON float."""
         number = "" if self.real_cases is None else str(self.real_cases)
         if not self.real:
             return f"synthetic{number}:{self.added}"
@@ -83,19 +83,19 @@ class Arm:
 
     @property
     def baseline(self) -> Arm:
-        """The arm that it is compared with: its real cases alone."""
+        """The arm to compare it with: its real cases alone."""
         return Arm(True, None, 0.0, self.real_cases)
 
     @property
     def recipe(self) -> Arm:
-        """The same with all real cases: what arms of several numbers have in common."""
+        """The same arm with all real cases, common to arms with different numbers of real cases."""
         return replace(self, real_cases=None)
 
     def is_control(self, generators: Collection[str]) -> bool:
-        """Whether it tests none of these generators: `real` itself, the real cases once more, or a control generator.
+        """Whether it tests none of these generators: `real` itself, the real cases again, or a control generator.
 
         Args:
-            generators: those that the run asks about (`arms.generators`).
+            generators: those under test (`arms.generators`).
         """
         return self.real and self.added not in generators
 

@@ -1,11 +1,11 @@
-"""Cases on disk: the tables and the folder that every room agrees on, real and synthetic alike.
+"""Cases on disk: the tables and folders shared by all rooms, for real and synthetic cases.
 
 <table>.tsv              one row per case, columns as in `COLUMNS`
 nodules.tsv              one row per nodule of a usable case, columns as in `NODULE_COLUMNS`
 <folder>/ct.nii.gz       int16 HU, RAS+, on the model grid
 <folder>/layout.nii.gz   uint8 labels (see `lungddpm.core.labels`), same grid
-<folder>/nodules.nii.gz  uint8 numbers of the nodules in the scan's own resolution, cropped; no synthetic case has it
-<folder>/qc.png          picture of the layout over the scan; no synthetic case has it
+<folder>/nodules.nii.gz  uint8 numbers of the nodules in the scan's own resolution, cropped; real cases only
+<folder>/qc.png          picture of the layout over the scan; real cases only
 <folder>/case.json       provenance and quality figures (`sample.json` for synthetic cases)
 """
 
@@ -45,15 +45,16 @@ NODULES = "nodules.tsv"
 """Name of the table of their nodules, beside it."""
 _EXAMPLES = 3
 LARGEST_HU = 3071
-"""What 12 bits hold where air is -1024."""
+"""Range of 12 bits with air at -1024."""
 
 CHARACTERISTICS = (
     "subtlety", "internal_structure", "calcification", "sphericity", "margin",
     "lobulation", "spiculation", "texture", "malignancy",
 )  # fmt: skip
-"""What readers of LIDC-IDRI rate, from 1 to 5 (6 for calcification); `internal_structure` goes up to 4."""
+"""Characteristics rated by the readers of LIDC-IDRI, from 1 to 5 (6 for calcification); `internal_structure` goes up to
+4."""
 RATINGS = ("texture", "malignancy", "subtlety")
-"""Of these, what bears on whether a nodule is found; it goes with the nodule into layouts and lesions."""
+"""Those that affect whether a nodule is found; copied with the nodule to samples and lesions."""
 
 NODULE_COLUMNS = [
     "case_id", "patient_id", "nodule", "readers", "flagged", "volume_mm3", "equivalent_diameter_mm", "long_axis_mm",
@@ -61,19 +62,19 @@ NODULE_COLUMNS = [
     "touches_pleura", "touches_vessel", "share_in_or_touching_lungs", "layout_volume_mm3", "volume_error", "notes",
 ]  # fmt: skip
 """`nodule` is its value in `nodules.nii.gz`; axes and elongation are those of `extent.Extent`; the position is in
-patient coordinates, RAS+; characteristics are medians over the readers, empty where nobody rated; `notes` reports what
-was untidy about their contours."""
+patient coordinates, RAS+; characteristics are medians over the readers, empty if nobody rated; `notes` reports
+irregular contours."""
 
 OWN, PLACED, JITTERED, ADDED = "reference", "placed", "jittered", "added"
-"""Where a sample's layout is from: it is the reference's own; nodules were placed in a reference that has none; the
-reference's nodules were moved; they are where they were, and others were placed beside them."""
+"""Origin of a sample's layout: the reference's own; nodules placed in a reference that has none; the reference's
+nodules moved; the reference's nodules unchanged, with additional ones."""
 
 
 def read_cases(path: Path) -> pd.DataFrame:
-    """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 where nobody has counted).
+    """Read a case table; text columns as str (never NaN), `n_nodules` as int (0 if not counted).
 
     Raises:
-        InputError: missing file or columns, or a file that was cut short.
+        InputError: missing file or columns, or a file that was truncated.
     """
     import pandas as pd
 
@@ -85,7 +86,7 @@ def read_cases(path: Path) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(path, f"is not a table of cases ({error})", "Delete it and run again.") from None
     if not text.endswith("\n"):
-        raise InputError(path, "is cut short", "Delete it and run again.")
+        raise InputError(path, "is truncated", "Delete it and run again.")
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(path, f"lacks the columns {', '.join(missing)}", "Delete it and run again.")
     table["n_nodules"] = table["n_nodules"].replace("", "0")
@@ -94,7 +95,7 @@ def read_cases(path: Path) -> pd.DataFrame:
     try:
         return table.astype(numbers)
     except ValueError as error:
-        raise InputError(path, f"has a number that is none ({error})", "Delete it and run again.") from None
+        raise InputError(path, f"has an invalid number ({error})", "Delete it and run again.") from None
 
 
 def write_cases(path: Path, rows: pd.DataFrame | Iterable[dict]) -> None:
@@ -112,7 +113,7 @@ def usable(cases: pd.DataFrame, role: str) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class CaseFolder:
-    """The folder of one case, real or synthetic; its files have their names here and nowhere else."""
+    """The folder of one case, real or synthetic; the only place that defines the names of its files."""
 
     path: Path
 
@@ -150,7 +151,7 @@ class CaseFolder:
         return self.path / "sample.json"
 
     def nodule_figures(self) -> list[dict]:
-        """What `case.json` says of the nodules, by number from 1; nothing where the case was made elsewhere.
+        """The nodules in `case.json`, by number from 1; empty if the case was made elsewhere.
 
         Raises:
             InputError: it is damaged.
@@ -159,7 +160,7 @@ class CaseFolder:
         return record.get("qc", {}).get("nodules", [])
 
     def hash(self) -> str:
-        """What the column `sha256` holds: one SHA-256 over CT and layout.
+        """The value of the column `sha256`: one SHA-256 over CT and layout.
 
         Raises:
             InputError: a file is missing.
@@ -189,22 +190,22 @@ def folder_of(table: Path, case: pd.Series) -> CaseFolder:
 
 
 def unchanged_folder_of(table: Path, case: pd.Series) -> CaseFolder:
-    """The same, checked against the row's `sha256`.
+    """CT and layout, checked against the row's `sha256`.
 
     Raises:
-        InputError: a file is missing, or differs from what the table says.
+        InputError: a file is missing, or its hash differs from the table.
     """
     folder = folder_of(table, case)
     if folder.hash() != case["sha256"]:
-        problem = f"differs from what {table} says was written there"
+        problem = f"does not match its hash in {table}"
         raise InputError(folder.path, problem, "Delete the table and run again.")
     return folder
 
 
 def hash_voxels(ct: Volume) -> str:
-    """SHA-256 of the HU of a CT, by which a scan is known again whatever its file, header and compression.
+    """SHA-256 of the HU of a CT, which identifies a scan whatever its file, header and compression.
 
-    HU are rounded and clipped to what 12 bits hold: padding has many values below air, and metal many above.
+    HU are rounded and clipped to 12 bits: padding has various values below air, and metal above.
 
     Args:
         ct: HU, in canonical orientation.
@@ -223,27 +224,27 @@ def check_case(ct: Volume, layout: Volume, origin: Path | str) -> None:
     """
     if ct.shape != layout.shape:
         raise ExcludedCaseError(
-            origin, f"CT {ct.shape} and labels {layout.shape} differ in shape", "Export both on one grid."
+            origin, f"CT {ct.shape} and labels {layout.shape} differ in shape", "Export both on the same grid."
         )
     if not ct.same_grid(layout):
-        raise ExcludedCaseError(origin, "CT and labels have different affines", "Export both with one geometry.")
+        raise ExcludedCaseError(origin, "CT and labels have different affines", "Export both with the same geometry.")
     if not np.isfinite(ct.array).all():
-        raise ExcludedCaseError(origin, "the CT holds NaN or infinite values", "Export it in Hounsfield units.")
+        raise ExcludedCaseError(origin, "the CT has NaN or infinite values", "Export it in Hounsfield units.")
     if ct.array.min() == ct.array.max():
         raise ExcludedCaseError(origin, f"the CT is constant ({ct.array.flat[0]} HU)", "Export it again.")
     unknown = np.setdiff1d(np.unique(layout.array), [int(label) for label in Label])
     if unknown.size:
         raise ExcludedCaseError(
             origin,
-            f"the labels hold {', '.join(f'{value:g}' for value in unknown[:5])}, known are 0 to {max(Label)}",
+            f"the labels contain {', '.join(f'{value:g}' for value in unknown[:5])}, allowed are 0 to {max(Label)}",
             "Use 0 background, 1 lung, 2 nodule, 3 vessel.",
         )
 
 
 def excluded_alike(rows: Iterable[Mapping]) -> list[list[Mapping]]:
-    """The excluded rows of a case table, grouped by the kind of their reason, the most frequent kind first.
+    """The excluded rows of a case table, grouped by kind of reason, the most frequent kind first.
 
-    Reasons are of a kind if they differ only in the file they name and in numbers.
+    Reasons are of the same kind if they differ only in the file name and in numbers.
     """
     kinds: dict[str, list[Mapping]] = defaultdict(list)
     for row in rows:
@@ -254,12 +255,12 @@ def excluded_alike(rows: Iterable[Mapping]) -> list[list[Mapping]]:
 
 
 def log_excluded(rows: Iterable[Mapping]) -> None:
-    """Say who is excluded and why, one line for each kind of reason."""
+    """Log which cases are excluded and why, one line per kind of reason."""
     for alike in excluded_alike(rows):
         named = ", ".join(row["case_id"] for row in alike[:_EXAMPLES])
         more = f" and {len(alike) - _EXAMPLES} more" if len(alike) > _EXAMPLES else ""
-        told = "excluded" if len(alike) == 1 else "excluded for reasons like"
-        LOG.warning("%s%s: %s: %s", named, more, told, alike[0]["reason"])
+        action = "excluded" if len(alike) == 1 else "excluded for reasons such as"
+        LOG.warning("%s%s: %s: %s", named, more, action, alike[0]["reason"])
 
 
 def internal(cases: pd.DataFrame) -> pd.DataFrame:
@@ -268,5 +269,5 @@ def internal(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:
-    """The cases of a role, excluded ones too, in table order."""
+    """The cases of a role, including excluded ones, in table order."""
     return cases[cases["role"].map(lambda cell: role in roles_of(cell)).astype(bool)]

@@ -1,10 +1,10 @@
-"""What code a stage's result depends on: computed from the syntax trees, so that it is neither listed nor forgotten.
+"""The code that the result of a stage depends on, computed from the syntax trees instead of listed by hand.
 
-A stage starts at its entries in `STAGES`. From there every name is followed to the definition of the package that it
-stands for, through imports in modules and in functions. Comments, docstrings, type-only imports, the order of
-definitions and what is only said to the user do not count. Annotations of functions do not either, but they are
-followed, as methods are called on the values that they describe. What no name leads to does not count: a module that
-`importlib` loads has to be named by the table, with `{name}` in the place of its name.
+A stage starts at its entries in `STAGES`. From there every name is followed to its definition in the package, through
+imports in modules and functions. Comments, docstrings, type-only imports, the order of definitions and log messages do
+not count. Annotations of functions do not count either, but they are followed, because methods are called on the values
+that they describe. Code that no name leads to does not count: a module loaded by `importlib` must be in the table, with
+`{name}` for its name.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lungddpm.core.progress import LOG
 PACKAGE = Path(__file__).parents[1]
 STAGES: dict[str, tuple[str, ...]] = {
     "simulate": ("lungddpm.sources.{name}:simulate",),
-    # What a source's cache of headers depends on.
+    # Dependencies of a source's header cache.
     "find_series": ("lungddpm.sources.{name}:find_series",),
     "index": (
         "lungddpm.sources.index:index_source",
@@ -33,7 +33,7 @@ STAGES: dict[str, tuple[str, ...]] = {
     "prepare": ("lungddpm.sources.{name}:load_scan", "lungddpm.layouts.compose:run_prepare"),
     "collect": ("lungddpm.layouts.collect:run_collect",),
     "qc": ("lungddpm.report.layout_pages:run_qc",),
-    # What the weights depend on. Not `run_train`: it also watches, saves and resumes.
+    # Dependencies of the weights. Not `run_train`: it also monitors, saves and resumes.
     "train": (
         "lungddpm.models.data:open_cache",
         "lungddpm.models.training:initial_network",
@@ -48,7 +48,7 @@ STAGES: dict[str, tuple[str, ...]] = {
         "lungddpm.synthesis.run:_row",
     ),
     "import_external": ("lungddpm.synthesis.plan:samples_wanted", "lungddpm.synthesis.external:import_external"),
-    # What one sample depends on beside its layout, and what a made layout does.
+    # Dependencies of one sample besides its layout, and of a made layout.
     "draw": ("lungddpm.generators.{name}:load", "lungddpm.core.volume:write_volume"),
     "make_layout": (
         "lungddpm.layouts.placement:open_library",
@@ -72,22 +72,22 @@ STAGES: dict[str, tuple[str, ...]] = {
 }
 """Where each stage starts: a module, or "module:definition". `{name}` is the source's or the generator's module."""
 LEFT_OUT = {
-    "lungddpm": "the version says which release made a file, not what is in it",
-    "lungddpm.config": "the values decide, and they are in each rule's `params.settings`",
-    "lungddpm.core.code": "how fingerprints are taken changes no result",
+    "lungddpm": "the version records the release, not the content of a file",
+    "lungddpm.config": "only the values matter, and they are in each rule's `params.settings`",
+    "lungddpm.core.code": "computing fingerprints does not change results",
     "lungddpm.core.device": "where something is computed, not what",
-    "lungddpm.core.errors": "how errors are worded",
-    "lungddpm.core.files.atomic_path": "how a file comes to its place, not what is in it",
-    "lungddpm.core.files.exclusive_lock": "waits only",
-    "lungddpm.core.files.lock_if_free": "waits only",
-    "lungddpm.core.locks": "waits only",
-    "lungddpm.core.memory": "where arrays lie, not what is in them",
-    "lungddpm.core.progress": "speaks only",
+    "lungddpm.core.errors": "wording of errors",
+    "lungddpm.core.files.atomic_path": "how a file is put in place, not its content",
+    "lungddpm.core.files.exclusive_lock": "only waits",
+    "lungddpm.core.files.lock_if_free": "only waits",
+    "lungddpm.core.locks": "only waits",
+    "lungddpm.core.memory": "where arrays are stored, not their content",
+    "lungddpm.core.progress": "only prints",
     "lungddpm.core.torch_device": "where something is computed, not what",
-    "lungddpm.synthesis.run._patients_of": "reads what stands beside the weights, whose hash counts",
-    "lungddpm.models.accelerator": "where something is computed, and how precisely as far as config leaves it open",
+    "lungddpm.synthesis.run._patients_of": "reads metadata of the weights, whose hash counts",
+    "lungddpm.models.accelerator": "where something is computed, and its precision if not set in config",
 }
-"""Modules, packages and definitions that decide no result, and why."""
+"""Modules, packages and definitions that do not affect results, and why."""
 
 Definition = tuple[str, str]
 """Module and name."""
@@ -98,7 +98,7 @@ def stage_fingerprint(stage: str, name: str = "") -> str:
 
     Args:
         stage: a key of `STAGES`.
-        name: what the entries' `{name}` stands for, e.g. the kind of the source.
+        name: replaces `{name}` in the entries, e.g. the kind of the source.
 
     Raises:
         LookupError: the package has no such module.
@@ -117,7 +117,7 @@ def _own_code() -> Code:
 
 
 class CodeFromStep(TypedDict):
-    """The code that a training ran with from a step on, counted from 1."""
+    """The code of a training from a step on; steps are counted from 1."""
 
     from_step: int
     code: str
@@ -126,21 +126,21 @@ class CodeFromStep(TypedDict):
 def code_of_steps(
     before: Iterable[CodeFromStep], steps_taken: int, code: str, begin_again: str = ""
 ) -> list[CodeFromStep]:
-    """Which code takes which steps of a training that goes on; a warning where it is not the code so far.
+    """Record which code runs which steps of a resumed training; log a warning if the code has changed.
 
     Args:
-        before: what this gave when the training ran last; empty for a new one.
-        steps_taken: from where it goes on. Entries beyond it were never saved.
+        before: the result when the training last ran; empty for a new one.
+        steps_taken: where it resumes. Entries beyond it were never saved.
         code: fingerprint of the present code.
-        begin_again: how a user begins again instead, as a clause for the warning.
+        begin_again: how to start over instead, as a clause for the warning.
     """
     held = [entry for entry in before if entry["from_step"] <= steps_taken]
     if held and held[-1]["code"] == code:
         return held
     if held:
         LOG.warning(
-            "The code has changed since step %d (%.12s, now %.12s): the training goes on, and its record names both. "
-            "To begin again, %s.",
+            "The code has changed since step %d (%.12s, now %.12s): the training continues, and its record lists both. "
+            "To start over, %s.",
             steps_taken,
             held[-1]["code"],
             code,
@@ -150,7 +150,7 @@ def code_of_steps(
 
 
 class Code:
-    """The code of a package as it lies on the disk, as far as it decides results.
+    """The code of a package on disk, as far as it affects results.
 
     Args:
         package: its folder.
@@ -172,7 +172,7 @@ class Code:
         return hashlib.sha256(text.encode("utf-8", "backslashreplace")).hexdigest()
 
     def reached(self, entries: Iterable[str]) -> set[Definition]:
-        """The definitions that the entries lead to; what a module does when it is imported has the empty name.
+        """The definitions that the entries lead to; the import-time code of a module has the empty name.
 
         Raises:
             LookupError: an entry does not exist.
@@ -189,7 +189,7 @@ class Code:
                 continue
             seen.add(place)
             name, definition = place
-            # Importing a module does what stands at its top, and at the top of the packages around it.
+            # Importing a module runs its top-level code, and that of its parent packages.
             parts = name.split(".")
             left += [(".".join(parts[:size]), "") for size in range(1, len(parts) + 1)]
             if (module := self._module(name)) is None:  # a folder without __init__.py
@@ -209,7 +209,7 @@ class Code:
         return [(name, definition)] if definition else module.places()
 
     def _places(self, dotted: str) -> list[Definition]:
-        """What a dotted name stands for; where it is a module that is used as a value, all that is in it."""
+        """The definition of a dotted name; if it is a module used as a value, everything in it."""
         parts = dotted.split(".")
         for size in range(len(parts), 0, -1):
             if (module := self._module(".".join(parts[:size]))) is not None:
@@ -217,7 +217,7 @@ class Code:
         return []
 
     def _module(self, name: str) -> _Module | None:
-        """A module of the package by its dotted name; None where there is none."""
+        """A module of the package by its dotted name; None if there is none."""
         if name not in self._modules:
             first, *rest = name.split(".")
             stem = self._package.joinpath(*rest)
@@ -228,7 +228,7 @@ class Code:
 
 
 def is_within(dotted: str, names: Iterable[str]) -> bool:
-    """Whether a dotted name is one of these or within one; the package itself has nothing but its own top within."""
+    """Whether a dotted name is one of these or inside one; the package itself only contains its own top level."""
     parts = dotted.split(".")
     within = {".".join(parts[:size]) for size in range(2, len(parts) + 1)}
     return not (within | ({parts[0]} if len(parts) <= 2 else set())).isdisjoint(names)
@@ -239,7 +239,7 @@ class _Statement:
     """A statement at the top of a module.
 
     Attributes:
-        text: its tree, what its names stand for in other libraries, and hashes of the data files that it names.
+        text: its tree, the meaning of its names in other libraries, and hashes of the data files that it names.
         uses: dotted names of the package.
     """
 
@@ -252,8 +252,8 @@ class _Module:
 
     Attributes:
         imported: local name -> dotted name, from the package and from elsewhere.
-        names: all that it gives a value to.
-        beside: what lies in its folder, by name.
+        names: all names that it assigns.
+        beside: contents of its folder, by name.
     """
 
     def __init__(self, path: Path, name: str, left_out: frozenset[str]):
@@ -272,7 +272,7 @@ class _Module:
         self._read: dict[str, list[_Statement]] = {}
 
     def statements(self, name: str) -> list[_Statement]:
-        """The statements that give a value to a name; under the empty one those that may do more than that."""
+        """The statements that assign a name; under the empty name those that may have side effects."""
         if name not in self._read:
             self._read[name] = [_Reader(self).statement(node) for node in self._nodes.get(name, [])]
         return self._read[name]
@@ -286,7 +286,7 @@ class _Module:
         return dotted.partition(".")[0] == self.name.partition(".")[0]
 
     def _only_defines(self, statement: ast.stmt) -> bool:
-        """Whether a statement counts only where the names that it gives a value to are used.
+        """Whether a statement counts only if the names that it assigns are used.
 
         A decorator of the package may also register what it decorates.
         """
@@ -300,11 +300,11 @@ class _Module:
 
 
 class _Reader:
-    """Reads the tree of a statement at the top of a module, without what does not count.
+    """Reads the tree of a top-level statement, without the parts that do not count.
 
     Attributes:
         uses: dotted names of the package that it uses.
-        elsewhere: what its names stand for in other libraries, and hashes of the data files that it names.
+        elsewhere: the meaning of its names in other libraries, and hashes of the data files that it names.
     """
 
     def __init__(self, module: _Module):
@@ -321,7 +321,7 @@ class _Reader:
         return _Statement(repr([trees, sorted(self.elsewhere)]), frozenset(self.uses))
 
     def trees(self, nodes: Iterable[Any]) -> list[Any]:
-        """As `tree`, for those that count."""
+        """Like `tree`, for the nodes that count."""
         return [self.tree(node) for node in _counting(nodes) if not self._only_speaks(node)]
 
     def tree(self, node: Any) -> Any:
@@ -367,7 +367,7 @@ class _Reader:
         return [type(node).__name__, getattr(node, "name", ""), names, outside, self._within(scope, body)]
 
     def _follow_types(self, annotations: Iterable[ast.expr | None]) -> None:
-        """Take what annotations name for used: methods are called on such values. They do not count as text."""
+        """Treat names in annotations as used: methods are called on such values. Their text does not count."""
         elsewhere = set(self.elsewhere)
         for annotation in annotations:
             self.tree(annotation)
@@ -380,7 +380,7 @@ class _Reader:
         return tree
 
     def _meaning(self, name: str) -> str:
-        """The dotted name that a local one stands for; empty for a variable of a function and for Python's own."""
+        """The dotted name behind a local one; empty for variables of a function and for built-ins."""
         return next((scope[name] for scope in reversed(self.scopes) if name in scope), "")
 
     def _use(self, chain: list[str]) -> None:
@@ -391,7 +391,7 @@ class _Reader:
                 self.elsewhere.add(f"{chain[0]} = {meaning}")
 
     def _only_speaks(self, node: Any) -> bool:
-        """Whether it is a call whose value nobody takes, of a module that is left out: LOG.info(...)."""
+        """Whether it is a call of an excluded module whose value is not used: LOG.info(...)."""
         if not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)):
             return False
         chain = _chain(node.value.func)
@@ -399,7 +399,7 @@ class _Reader:
         return bool(meaning) and is_within(meaning, self.module.left_out)
 
     def _take_data(self, constant: object) -> None:
-        """Hash a file that lies beside the module, or all of a folder, if this is its name."""
+        """Hash a file next to the module, or everything in a folder, if this is its name."""
         path = self.module.beside.get(constant) if isinstance(constant, str) else None
         if path is not None:
             files = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -416,7 +416,7 @@ _NO_CODE = ("ctx", "kind", "type_comment", "lineno")
 
 
 def _counting(nodes: Iterable[Any]) -> Iterator[Any]:
-    """Of several nodes, those that compute something: no imports, no docstrings, nothing that only types need."""
+    """The nodes that compute something: no imports, docstrings or type-only statements."""
     for node in nodes:
         if isinstance(node, ast.If) and _chain(node.test)[-1:] == ["TYPE_CHECKING"]:
             yield from _counting(node.orelse)
@@ -427,7 +427,7 @@ def _counting(nodes: Iterable[Any]) -> Iterator[Any]:
 
 
 def _statements_in(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
-    """The statements of a scope, also those in blocks, but for those that only types need."""
+    """The statements of a scope, including those in blocks, without type-only ones."""
     for node in nodes:
         yield node
         if isinstance(node, ast.If) and _chain(node.test)[-1:] == ["TYPE_CHECKING"]:
@@ -452,7 +452,7 @@ def _imports_in(nodes: Iterable[ast.AST], package: str) -> dict[str, str]:
 
 
 def _bound_in(nodes: Iterable[ast.AST]) -> list[str]:
-    """The names that nodes give a value to in their own scope, but for imports."""
+    """The names that nodes assign in their own scope, except imports."""
     found: list[str] = []
     for node in nodes:
         if isinstance(node, ast.Name):

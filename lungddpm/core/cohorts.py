@@ -1,4 +1,4 @@
-"""How many real cases a run trains on, and the synthetic cohorts that go with them, by their names."""
+"""Numbers of real cases, and the names of the synthetic cohorts that belong to them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ALL = "all"
-"""Stands for all usable discovery cases, in the config, in tables and in names of folders."""
+"""Means all usable discovery cases, in the config, in tables and in folder names."""
 PATTERN = r"(?:all|real[1-9][0-9]*)(?:-fold[0-9]+_seed[0-9]+)?"
 """Every name of a cohort, as a regular expression."""
 _NAME = re.compile(r"(?:all|real(?P<number>[1-9][0-9]*))(?:-(?P<replicate>fold[0-9]+_seed[0-9]+))?")
@@ -26,9 +26,9 @@ class Cohort:
     """The samples of a generator that belong together, or the training behind them."""
 
     real_cases: int | None = None
-    """How many real cases the generator learned from, and a dose is a multiple of; None for all."""
+    """Number of real cases that the generator learned from, and that a dose is a multiple of; None for all."""
     replicate: str | None = None
-    """The only replicate that trains on this draw; None where all replicates share it."""
+    """The only replicate that trains on this draw; None if all replicates share it."""
 
     @classmethod
     def parse(cls, text: str) -> Cohort:
@@ -45,7 +45,7 @@ class Cohort:
 
     @property
     def name(self) -> str:
-        """As folders and the command line have it, e.g. `all`, `real4`, `real4-fold0_seed1`."""
+        """The name in folders and on the command line, e.g. `all`, `real4`, `real4-fold0_seed1`."""
         cases = ALL if self.real_cases is None else f"real{self.real_cases}"
         return cases if self.replicate is None else f"{cases}-{self.replicate}"
 
@@ -55,10 +55,10 @@ SHARED = Cohort()
 
 
 def count_real_cases(number: int | None, available: int) -> int:
-    """How many real cases a number of the config stands for; None is all.
+    """The number of real cases for a number in the config; None is all.
 
     Raises:
-        ConfigError: there are not more than that. A number that is all of them would be a second name for `all`.
+        ConfigError: the number is not below the number of cases; it would be a second name for `all`.
     """
     if number is None:
         return available
@@ -66,7 +66,7 @@ def count_real_cases(number: int | None, available: int) -> int:
         raise ConfigError(
             "arms.real_cases",
             f"names {number}, but there are {available} usable discovery cases",
-            "Name smaller numbers, all for all of them, or give more patients the role discovery.",
+            "Use smaller numbers, `all` for all of them, or give more patients the role discovery.",
         )
     return number
 
@@ -74,18 +74,18 @@ def count_real_cases(number: int | None, available: int) -> int:
 def training_cases(table: pd.DataFrame, number: int | None, seed: int) -> pd.DataFrame:
     """The first `number` usable discovery cases of a case table, in a seeded order of patients.
 
-    A smaller number is a subset of a larger one, and the cases of a patient stay together as far as the number allows.
+    Smaller numbers give subsets of larger ones, and the cases of a patient stay together as far as the number allows.
 
     Args:
         table: all cases.
-        number: how many; None takes all.
+        number: how many; None: all.
         seed: root of the draw.
 
     Returns:
         Rows in table order.
 
     Raises:
-        ConfigError: there are not more than that.
+        ConfigError: there are not more cases than that.
     """
     discovery = usable(table, DISCOVERY)
     count = count_real_cases(number, len(discovery))

@@ -1,6 +1,6 @@
-"""GPUs for jobs: each claims a free one, and sees only that one. Nothing here imports torch.
+"""GPUs for jobs: each job claims a free one and sees only that. Nothing here imports torch.
 
-A claim is a lock in the machine's folder for temporary files, one for each GPU or MIG device, shared by all users. The
+A claim is a lock in the machine's temporary folder, one per GPU or MIG device, shared by all users. The
 kernel releases it when the process ends, however it ends.
 """
 
@@ -38,9 +38,9 @@ class Gpu:
     """A GPU, or a MIG device of one.
 
     Attributes:
-        uuid: as the driver has it; names the lock.
+        uuid: from the driver; names the lock.
         name: of the product.
-        visible_as: what stands for it in CUDA_VISIBLE_DEVICES: its UUID, or the number that the user gave.
+        visible_as: its entry in CUDA_VISIBLE_DEVICES: its UUID, or the number given by the user.
     """
 
     uuid: str
@@ -52,19 +52,19 @@ class Gpu:
 def claim_device(device: str) -> Iterator[str]:
     """Claim a GPU for this process, if `device` may be one, and hide the others; before torch is loaded.
 
-    Waits while other jobs hold all that would do. Of the processes that torchrun starts on this machine, the first one
-    claims a GPU for each, and all see these. GPUs that Slurm assigned are claimed within the Slurm job only: between
-    jobs Slurm decides. Where there is no `nvidia-smi`, nothing is claimed, and torch decides what is there.
+    Waits while other jobs hold all suitable GPUs. Of the processes that torchrun starts on this machine, the first
+    claims a GPU for each, and all of them see these. GPUs assigned by Slurm are only claimed within the Slurm job:
+    between jobs Slurm decides. Without `nvidia-smi`, nothing is claimed, and torch chooses.
 
     Args:
         device: `auto`, `cuda` (any visible GPU), `cuda:<number>` (that one of the visible GPUs, in the order of
-            CUDA_VISIBLE_DEVICES or else of `nvidia-smi`), or another device, for which nothing is done.
+            CUDA_VISIBLE_DEVICES or else of `nvidia-smi`), or another device, for which nothing is claimed.
 
     Yields:
-        The device as torch has to be asked for it now: of a claimed `cuda:1`, plain `cuda`.
+        The device name for torch: for a claimed `cuda:1`, plain `cuda`.
 
     Raises:
-        ConfigError: the GPU is not there, or there are too few GPUs for the processes.
+        ConfigError: the GPU is not available, or there are too few GPUs for the processes.
     """
     gpus = visible_gpus() if device == "auto" or device.partition(":")[0] == "cuda" else []
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -76,7 +76,7 @@ def claim_device(device: str) -> Iterator[str]:
         gpus, device = [_numbered(gpus, device)], "cuda"
     if processes > len(gpus):
         there = f"{processes} processes share {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}"
-        raise ConfigError("device", there, f"Start one process per GPU at most: {_described(gpus)}.")
+        raise ConfigError("device", there, f"Start at most one process per GPU: {_described(gpus)}.")
     with ExitStack() as held:
         if processes == 1:
             visible = _claim(gpus, 1, held)
@@ -95,9 +95,9 @@ def claim_device(device: str) -> Iterator[str]:
 
 
 def visible_gpus() -> list[Gpu]:
-    """The GPUs that a process may use: those of CUDA_VISIBLE_DEVICES, in its order; all where it is not set.
+    """The GPUs that a process may use: those in CUDA_VISIBLE_DEVICES, in its order; all if it is not set.
 
-    As CUDA does, this ends at the first entry that does not exist.
+    Like in CUDA, the list ends at the first entry that does not exist.
     """
     listed = list_gpus()
     given = os.environ.get(VISIBLE)
@@ -116,7 +116,7 @@ def visible_gpus() -> list[Gpu]:
 
 
 def list_gpus() -> list[Gpu]:
-    """All GPUs of this machine, as `nvidia-smi` numbers them; of one that is split by MIG, its MIG devices instead."""
+    """All GPUs of this machine, in the order of `nvidia-smi`; for one partitioned by MIG, its MIG devices instead."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return []
@@ -138,7 +138,7 @@ def list_gpus() -> list[Gpu]:
 
 
 def log_device(device: str, details: str) -> None:
-    """Say what this stage computes on; beside its log, write that to `<log without suffix>.device.json`."""
+    """Log the device of this stage, and write it to `<log without suffix>.device.json` next to its log."""
     LOG.info("Computing on %s (%s)", device, details)
     for handler in LOG.handlers:
         if isinstance(handler, logging.FileHandler):
@@ -146,7 +146,7 @@ def log_device(device: str, details: str) -> None:
 
 
 def device_of(log_file: Path) -> str:
-    """The device that the stage with this log used last; `cpu` where it named none, as only networks use another."""
+    """The device that the stage with this log last used; `cpu` without a record, because only networks use another."""
     try:
         record = json.loads(device_record(log_file).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -168,7 +168,7 @@ def _described(gpus: Sequence[Gpu]) -> str:
 
 
 def _claim(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
-    """Hold the locks of so many of these GPUs, as soon as they are free; returns them for CUDA_VISIBLE_DEVICES."""
+    """Hold the locks of `count` of these GPUs as soon as they are free; return them for CUDA_VISIBLE_DEVICES."""
     locks = {gpu: held.enter_context(_lock(gpu.uuid)) for gpu in gpus}
     claimed: list[Gpu] = []
     is_waiting = False
@@ -179,7 +179,7 @@ def _claim(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
         if len(claimed) == count:
             break
         if not is_waiting:
-            LOG.warning("Other jobs hold the GPUs: waiting for %d of %s", count - len(claimed), _described(gpus))
+            LOG.warning("Other jobs are using the GPUs: waiting for %d of %s", count - len(claimed), _described(gpus))
             is_waiting = True
         time.sleep(_POLL_SECONDS)
     for gpu in set(gpus) - set(claimed):
@@ -188,9 +188,9 @@ def _claim(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
 
 
 def _claim_for_all(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
-    """Claim a GPU for each process of this launch, and let the other processes know.
+    """Claim a GPU for each process of this launch, and inform the other processes.
 
-    Those that need several collect them one after the other: two that had half of them each would wait for ever.
+    Launches that need several GPUs collect them one at a time: two with half of the GPUs each would wait forever.
     """
     with _lock("several") as gate:
         gate.wait()
@@ -206,7 +206,7 @@ def _claim_for_all(gpus: Sequence[Gpu], count: int, held: ExitStack) -> str:
 def _claimed_by_first_process() -> str:
     path = _announcement()
     while True:
-        # A killed launch may have left one.
+        # A killed launch may have left its file.
         with suppress(FileNotFoundError):
             announced = json.loads(path.read_text(encoding="utf-8"))
             if is_alive(announced["process"], announced["began"]):
@@ -221,7 +221,7 @@ def _announcement() -> Path:
 
 @contextmanager
 def _lock(name: str) -> Iterator[FileLock]:
-    """A lock of this machine that all users can hold, not yet taken."""
+    """A lock on this machine that all users can hold, not yet taken."""
     if any(variable in os.environ for variable in _SLURM_ASSIGNED):
         name = f"slurm{os.environ.get('SLURM_JOB_ID', '')}-{name}"
     path = _folder() / f"lungddpm-{name.replace('/', '_')}.lock"

@@ -1,4 +1,4 @@
-"""What every picture of a scan shares: planes in radiological convention, windows, colours, and how a figure is saved.
+"""Shared by all pictures of scans: planes in radiological convention, windows, colours, and saving.
 
 Colours are those of Okabe & Ito (2008), which any colour vision can distinguish.
 """
@@ -48,13 +48,13 @@ STYLE = {
 
 @dataclass(frozen=True)
 class Plane:
-    """An orthogonal plane of a RAS+ volume and how radiology shows it."""
+    """An orthogonal plane of a RAS+ volume in radiological convention."""
 
     name: str
     axis: int
-    """Voxel axis at right angles to the plane."""
+    """Voxel axis perpendicular to the plane."""
     sides: tuple[str, str, str, str]
-    """What lies at the left, right, top and bottom of the picture."""
+    """Sides of the patient at the left, right, top and bottom of the picture."""
 
 
 PLANES = (
@@ -98,7 +98,8 @@ def inner_voxel(mask: np.ndarray, spacing_mm: np.ndarray) -> tuple[int, int, int
 
 
 def difference_limit(difference_hu: np.ndarray, layout: np.ndarray) -> int:
-    """Where the colours of a difference end: its 98th percentile in what the layout fills, in whole hundreds of HU."""
+    """Limit of the colour scale of a difference: its 98th percentile in the labelled voxels, in whole hundreds of
+    HU."""
     made = np.abs(difference_hu[layout != Label.BACKGROUND])
     return max(100, 100 * math.ceil(np.quantile(made, 0.98) / 100)) if made.size else 100
 
@@ -111,7 +112,7 @@ def size_mm(volume: Volume, plane: Plane) -> tuple[float, float]:
 
 
 def mark_sides(axis: plt.Axes, plane: Plane) -> None:
-    """Letter the four edges of a picture with what lies there."""
+    """Label the four edges of a picture with the sides of the patient."""
     left_and_right = ((0.03, 0.5, "left", "center"), (0.97, 0.5, "right", "center"))
     places = (*left_and_right, (0.5, 0.97, "center", "top"), (0.5, 0.03, "center", "bottom"))
     for side, (x, y, horizontal, vertical) in zip(plane.sides, places, strict=True):

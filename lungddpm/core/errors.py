@@ -1,4 +1,4 @@
-"""The exceptions that users see. Each message names the file or key, what is wrong, and the way out."""
+"""The exceptions that users see. Each message names the file or key, the problem, and the fix."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def printable(text: str) -> str:
-    """Text that can be written as UTF-8: bytes of file names that are not become escapes, as JSON has them.
+    """Text that can be written as UTF-8: other bytes of file names become escapes, as in JSON.
 
     Python holds such a byte, e.g. 0xFC, as a lone surrogate, U+DCFC, which becomes `\\udcfc`.
     """
@@ -18,9 +18,9 @@ class UserError(Exception):
     """Something the user can fix: the command ends with exit code 2 and this message, without a traceback.
 
     Args:
-        what: the file, folder or config key concerned.
-        problem: what is wrong with it, as a clause ("has no CT series").
-        remedy: what the user can do about it, as a sentence.
+        what: the file, folder or config key.
+        problem: what is wrong, as a clause ("has no CT series").
+        remedy: what the user can do, as a sentence.
     """
 
     def __init__(self, what: str | Path, problem: str, remedy: str):
@@ -33,15 +33,15 @@ class ConfigError(UserError):
 
 
 class InputError(UserError):
-    """A file or folder of the user's is missing, unreadable, or breaks its contract."""
+    """A user's file or folder is missing, unreadable, or breaks its contract."""
 
 
 class ExcludedCaseError(InputError):
-    """One case cannot be used. The run goes on without it; the reason is kept in `cases.tsv`."""
+    """One case cannot be used. The run continues without it; the reason is kept in `cases.tsv`."""
 
 
 class LeakError(UserError):
-    """A test patient has found a way into a training set."""
+    """A test patient is in a training set."""
 
 
 class OutputError(UserError):
@@ -49,9 +49,9 @@ class OutputError(UserError):
 
 
 _OUTPUT_PROBLEMS = {
-    errno.ENOSPC: ("no space is left on the device", "Free some space and run the same command again."),
-    errno.EDQUOT: ("the disk quota is used up", "Free some space and run the same command again."),
-    errno.EROFS: ("the file system is read-only", "Choose a results folder that can be written (--directory)."),
+    errno.ENOSPC: ("there is no space left on the device", "Free some space and run the same command again."),
+    errno.EDQUOT: ("the disk quota is exceeded", "Free some space and run the same command again."),
+    errno.EROFS: ("the file system is read-only", "Choose a writable results folder (--directory)."),
     errno.EEXIST: ("a file is in the way of the folder", "Move the file, or choose another folder (--directory)."),
     errno.ENOTDIR: ("a file is in the way of the folder", "Move the file, or choose another folder (--directory)."),
     errno.EACCES: ("permission is denied", "Choose a folder that you may read and write (--directory)."),
@@ -60,9 +60,9 @@ _OUTPUT_PROBLEMS = {
 
 
 def from_os_error(error: BaseException | None) -> OutputError | None:
-    """The user-facing form of a full or read-only disk; None where `error` is something else.
+    """The user-facing form of a full or read-only disk; None if `error` is something else.
 
-    Libraries wrap the system's error in errors of their own: what an exception came from is looked at as well.
+    Libraries wrap the system's error in their own, so the causes of an exception are checked as well.
     """
     if error is None:
         return None

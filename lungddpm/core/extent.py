@@ -1,4 +1,4 @@
-"""How long, wide and stretched a body is, as radiologists measure nodules."""
+"""Length, width and elongation of a body, as radiologists measure nodules."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from scipy import spatial
 class Extent:
     """Long axis, short axis and elongation of a body.
 
-    The axes are those of RECIST 1.1 (Eisenhauer et al., European J. Cancer 45:228, 2009): the long axis is the greatest
+    The axes are those of RECIST 1.1 (Eisenhauer et al., European J. Cancer 45:228, 2009): the long axis is the largest
     distance between two points of the outline in any axial slice, its maximum Feret diameter; the short axis is how
-    wide the body is at right angles to it, in the same slice. An outline runs midway between voxel centres inside and
+    wide the body is perpendicular to it, in the same slice. An outline runs midway between voxel centres inside and
     outside, as that of scikit-image's Feret diameter: a single pixel is one pixel long.
 
     Elongation is the square root of the second largest principal moment over the largest (IBSI: Zwanenburg et al.,
@@ -43,7 +43,7 @@ def extent_of(mask: np.ndarray, spacing_mm: np.ndarray) -> Extent:
 
 
 def _axes_mm(region: np.ndarray, spacing_mm: np.ndarray) -> tuple[float, float]:
-    """The longest diameter of a region's outline in its plane, and the width at right angles to it."""
+    """The longest diameter of a region's outline in its plane, and the width perpendicular to it."""
     pixels = np.argwhere(region)
     halves = np.array([(0.5, 0), (-0.5, 0), (0, 0.5), (0, -0.5)])
     outline_mm = (pixels[:, None] + halves).reshape(-1, 2) * spacing_mm

@@ -1,4 +1,4 @@
-"""Atomic writes and hashes: a reader sees the old file or the new one, never half of one."""
+"""Atomic writes and hashes: a reader sees the old file or the new one, never a partial one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lungddpm.core.errors import InputError
-from lungddpm.core.locks import FileLock, tell_once
+from lungddpm.core.locks import FileLock, warn_once
 from lungddpm.core.progress import LOG
 
 if TYPE_CHECKING:
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 
 _NOT_SUPPORTED = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.EINVAL}
-"""What disks answer that lack an operation, such as exFAT, SMB and FUSE."""
+"""Error codes of disks that lack an operation, such as exFAT, SMB and FUSE."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path`; it is synced and renamed to `path` if the block ends well.
+    """A temporary path in the folder of `path`; it is synced and renamed to `path` if the block succeeds.
 
-    The temporary name keeps all suffixes of `path` (".nii.gz"), because writers choose the format by them. What killed
-    processes left of `path` is removed.
+    The temporary name keeps all suffixes of `path` (".nii.gz"), because writers choose the format by them. Remains of
+    killed processes are removed.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +43,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=suffix)
     temporary = Path(name)
     try:
-        # Until this process ends, however it ends; some network disks have no locks.
+        # Held until this process ends; some network disks have no locks.
         with suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield temporary
         with temporary.open("rb") as written:
             _sync(written.fileno())
-        # mkstemp makes files private; results are read by colleagues. Some disks keep no modes.
+        # mkstemp makes files private, but results are read by colleagues. Some disks do not store modes.
         with suppress(OSError):
             temporary.chmod(0o666 & ~_umask())
         os.replace(temporary, path)
@@ -63,11 +63,11 @@ def exclusive_lock(path: Path, work: str) -> Iterator[None]:
     """Hold a lock file while the block runs; wait for another process that holds it, such as a killed run's orphan.
 
     Args:
-        path: the lock file; it is made and stays.
+        path: the lock file; it is created and kept.
         work: what the other process is doing, for the message ("training into results/models/lung_ddpm/main").
     """
     lock = FileLock(path)
-    # A forked child would hold the lock as well, and nnU-Net's loaders live on when their training is killed.
+    # A forked child would hold the lock as well, and nnU-Net's loaders survive a killed training.
     os.register_at_fork(after_in_child=lock.close)
     try:
         if not lock.take():
@@ -89,25 +89,25 @@ def lock_if_free(path: Path) -> Iterator[bool]:
 
 
 def link_or_copy(target: Path, link: Path, seen_from: Path | None = None) -> None:
-    """Make a relative symbolic link to a file or folder; where the disk has no links, a copy.
+    """Make a relative symbolic link to a file or folder, or a copy if the disk has no links.
 
     Args:
-        target: what the link leads to.
+        target: of the link.
         link: the link to make.
-        seen_from: folder that the link will lie in, where that is not the one it is made in.
+        seen_from: final folder of the link, if it will be moved.
     """
     try:
         link.symlink_to(os.path.relpath(target.resolve(), (seen_from or link.parent).resolve()))
     except OSError as error:
         if error.errno not in _NOT_SUPPORTED:
             raise
-        tell_once("LINKS", "%s: this disk has no symbolic links (%s); files are copied", link.parent, error.strerror)
+        warn_once("LINKS", "%s: this disk has no symbolic links (%s); files are copied", link.parent, error.strerror)
         copy = shutil.copytree if target.is_dir() else shutil.copyfile
         copy(target, link)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write UTF-8 text atomically; what UTF-8 cannot hold is written as `printable` shows it."""
+    """Write UTF-8 text atomically; characters outside UTF-8 are written as by `printable`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -118,14 +118,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, remedy: str = "Delete it and run again.") -> dict[str, Any]:
-    """Read a JSON file that holds an object.
+    """Read a JSON file that contains an object.
 
     Args:
         path: the file.
-        remedy: what the user can do where it cannot be read, as a sentence.
+        remedy: what the user can do if it cannot be read, as a sentence.
 
     Raises:
-        InputError: it is missing, unreadable, damaged, or not an object; or an object in it has a key twice, of which
+        InputError: it is missing, unreadable, damaged, or not an object; or has a duplicate key, of which
             Python would drop the first.
     """
     try:
@@ -156,7 +156,7 @@ def check_archive(path: Path) -> None:
     """Compare the checksums of a zip archive, such as torch.save writes; torch.load does not.
 
     Raises:
-        BadZipFile: it is cut short, or a part differs from its checksum.
+        BadZipFile: it is truncated, or a part differs from its checksum.
     """
     with zipfile.ZipFile(path) as archive:
         if (damaged := archive.testzip()) is not None:
@@ -174,7 +174,7 @@ def seed_from(*parts: int | str) -> int:
 
 
 def seeded_order(names: Iterable[str], seed: int, draw: str) -> list[str]:
-    """Distinct names in an order that follows from the seed and from them alone, not from that in which they come."""
+    """Distinct names in an order that depends only on the seed and the names, not on their original order."""
     return sorted(set(names), key=lambda name: (seed_from(seed, draw, name), name))
 
 
@@ -198,7 +198,7 @@ def _plain(value: Any) -> Any:
 
 
 def _remove_left_behind(folder: Path, prefix: str, suffix: str) -> None:
-    """Remove the temporary files of these names whose process is no more: nobody holds a lock on them."""
+    """Remove temporary files with these names that nobody holds a lock on, because their process has ended."""
     for path in folder.glob(f"{glob.escape(prefix)}{'[a-z0-9_]' * 8}{glob.escape(suffix)}"):
         with suppress(OSError), path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -206,7 +206,7 @@ def _remove_left_behind(folder: Path, prefix: str, suffix: str) -> None:
 
 
 def _sync(descriptor: int) -> None:
-    """Have a file's bytes on the disk, where it can say so."""
+    """Sync a file's bytes to disk, if the file system supports it."""
     try:
         os.fsync(descriptor)
     except OSError as error:

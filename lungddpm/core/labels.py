@@ -1,10 +1,10 @@
-"""The labels of volumes: the numbers live here and nowhere else."""
+"""The labels of volumes: the only place that defines these numbers."""
 
 from enum import IntEnum
 
 
 class Label(IntEnum):
-    """Values of a layout volume (uint8). Lung excludes nodules and vessels; nodule wins over both."""
+    """Values of a layout volume (uint8). Lung excludes nodules and vessels; nodule takes precedence over both."""
 
     BACKGROUND = 0
     LUNG = 1

@@ -1,8 +1,8 @@
-"""Locks between processes: flock where the disk has it, else a file beside it that names who holds it.
+"""Locks between processes: flock if the disk supports it, or else a file that names the holder.
 
 Some disks have no locks: Lustre without `-o flock` (ENOSYS), NFS without lockd (ENOLCK), some of SMB and FUSE. There
-`<name>.held` stands in for the lock of `<name>`. It names machine, process and when that began, and its holder touches
-it now and then: where a process was killed, its lock is free at once on the same machine, and after a while on others.
+`<name>.held` replaces the lock of `<name>`. It records machine, process and start time, and its holder touches it
+regularly: the lock of a killed process is free immediately on the same machine, and after a while on others.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from lungddpm.core.progress import LOG
 
 SECONDS_BETWEEN_TOUCHES = 30
 STALE_AFTER_SECONDS = 300
-"""Without a touch, the lock of another machine's process is free."""
+"""Seconds without a touch after which the lock of a process on another machine is free."""
 _POLL_SECONDS = 1.0
 _TOLERANCE_SECONDS = 5.0
-"""When a process began is computed from the clock, which may be corrected meanwhile."""
+"""Tolerance in seconds: the start time of a process depends on the clock, which may be adjusted."""
 
 
 class FileLock:
     """An exclusive lock, not yet taken.
 
     Args:
-        path: its file; it is made and stays.
-        create: False for a file that is there and may be another user's; for flock, reading it is enough.
+        path: its file; it is created and kept.
+        create: False for an existing file that may belong to another user; flock only needs read access.
 
     Raises:
-        OSError: the file cannot be made or opened.
+        OSError: the file cannot be created or opened.
     """
 
     def __init__(self, path: Path, create: bool = True):
@@ -45,7 +45,7 @@ class FileLock:
         self._released: threading.Event | None = None
 
     def take(self) -> bool:
-        """Take the lock if it is free; returns whether it was."""
+        """Take the lock if it is free; return whether it was."""
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -71,7 +71,7 @@ class FileLock:
                 file.write(_describe(process))
 
     def release(self) -> None:
-        """Give the lock back."""
+        """Release the lock."""
         self.close()
         if self._released is not None:
             self._released.set()
@@ -79,7 +79,7 @@ class FileLock:
             self.held.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Close the lock's file, as a forked child has to: it would hold the lock as well."""
+        """Close the lock's file in a forked child, which would otherwise hold the lock as well."""
         descriptor, self.descriptor = self.descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -95,12 +95,12 @@ class FileLock:
         return True
 
     def _remove_stale(self) -> bool:
-        """Remove the stand-in if nobody holds it; returns whether it is gone."""
+        """Remove the substitute file if nobody holds it; return whether it is gone."""
         try:
             holders = self.held.read_text(encoding="utf-8")
             if _is_held(holders, self.held):
                 return False
-            # Of several processes that find it stale, one gets it; if it is another's by now, it goes back.
+            # Of several processes that find it stale, one gets it; if it belongs to another by now, it is put back.
             aside = self.held.with_name(f"{self.held.name}-{socket.gethostname()}-{os.getpid()}")
             self.held.rename(aside)
             if aside.read_text(encoding="utf-8") != holders:
@@ -117,21 +117,21 @@ class FileLock:
                 os.utime(self.held)
 
 
-def tell_once(key: str, message: str, *values: object) -> None:
-    """Warn of what a disk lacks: once, and not again in the processes that this one starts."""
-    variable = f"LUNGDDPM_TOLD_{key}"
+def warn_once(key: str, message: str, *values: object) -> None:
+    """Warn once about a missing feature of a disk, and not again in child processes."""
+    variable = f"LUNGDDPM_WARNED_{key}"
     if variable not in os.environ:
         os.environ[variable] = "1"
         LOG.warning(message, *values)
 
 
 def _check_missing(error: OSError, path: Path) -> None:
-    """Say that the disk has no locks, unless the error is another one."""
+    """Report that the disk has no locks, or raise any other error."""
     if error.errno == errno.EBADF:
         raise error
-    tell_once(
+    warn_once(
         "LOCKS",
-        "%s: this disk has no file locks (%s); files called *.held stand in for them",
+        "%s: this disk has no file locks (%s); files named *.held are used instead",
         path.parent,
         error.strerror,
     )
@@ -144,18 +144,18 @@ def _describe(process: int) -> str:
 
 
 def _is_held(holders: str, path: Path) -> bool:
-    """Whether one of the processes that a stand-in names lives, as far as that can be known from here."""
+    """Whether one of the processes named in a substitute file is alive, as far as can be known from here."""
     entries = [line.split(" ") for line in holders.splitlines()]
     if entries and all(len(entry) == 3 and entry[0] == socket.gethostname() for entry in entries):
         return any(is_alive(int(process), float(began)) for _, process, began in entries)
-    # Another machine's, or not written in full.
+    # From another machine, or not fully written.
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}-") as probe:
-        now = os.fstat(probe.fileno()).st_mtime  # by the disk's clock, as the touches
+        now = os.fstat(probe.fileno()).st_mtime  # by the disk's clock, like the touches
     return now - path.stat().st_mtime < STALE_AFTER_SECONDS
 
 
 def is_alive(process: int, began: float) -> bool:
-    """Whether the process of this number that began then (seconds since 1970) lives."""
+    """Whether the process with this id and start time (seconds since 1970) is alive."""
     import psutil
 
     try:

@@ -1,4 +1,4 @@
-"""How this process gets its memory from the kernel, and how much it took."""
+"""Memory allocation of this process, and its peak."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what it frees, for its next arrays; where the C library is not glibc, do nothing.
+    """Let this process reuse freed memory for its next arrays; does nothing without glibc.
 
     By default every large array is fresh memory from the kernel, which hands it out page by page.
     """
@@ -22,7 +22,7 @@ def keep_freed_memory() -> None:
 
 
 def peak_memory_mib(device: str = "cpu") -> float:
-    """Most memory in MiB so far: of tensors on a GPU, else of the whole process."""
+    """Peak memory in MiB so far: of tensors on a GPU, otherwise of the whole process."""
     if device.startswith("cuda"):
         import torch
 

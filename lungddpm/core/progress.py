@@ -1,4 +1,4 @@
-"""What a person sees while a stage works: a bar on a terminal, plain lines in a log file."""
+"""Progress of a stage: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _IN_OTHER_ENCODINGS = "lungddpm.spell"
 
 
 def adapt_terminal() -> None:
-    """Let standard output and error spell what their encoding lacks: on a Latin-1 terminal, "≥" becomes ">="."""
+    """Let standard output and error spell out characters that their encoding lacks: in Latin-1, "≥" becomes ">="."""
     codecs.register_error(_IN_OTHER_ENCODINGS, _spell)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -46,9 +46,9 @@ def _spell(error: UnicodeError) -> tuple[str, int]:
 def start_logging(log_file: str | Path | None = None) -> None:
     """Send messages of the package to standard error and, if given, to a file as well.
 
-    Of several processes that torchrun started, only the first one speaks; the others report errors only.
+    Of several processes started by torchrun, only the first logs; the others report errors only.
     """
-    # Where the disk is full, so is the log: the message counts, not why it could not be written.
+    # If the disk is full, the log cannot be written either: the message matters, not the failure to write it.
     logging.raiseExceptions = False
     is_first = os.environ.get("RANK", "0") == "0"
     LOG.setLevel(logging.INFO if is_first else logging.ERROR)
@@ -64,28 +64,28 @@ def start_logging(log_file: str | Path | None = None) -> None:
 
 
 def device_record(log_file: Path) -> Path:
-    """The file beside a log in which `core.device.log_device` records what the stage computes on."""
+    """The file next to a log in which `core.device.log_device` records the device of the stage."""
     return log_file.with_suffix(".device.json")
 
 
 def shorten_paths(text: str) -> str:
-    """Text for a file of the run: paths without the folders of the machine, which may show who ran it and where.
+    """Text for a file of the run: paths without the machine's folders, which may reveal who ran it and where.
 
-    Those are the working directory, the software, the home folder, and what absolute paths the command was given.
+    These are the working directory, the software, the home folder, and absolute paths on the command line.
     """
     given = [word.rpartition("=")[2] for word in sys.argv[1:]]
     folders = [os.getcwd(), str(Path(__file__).parents[2]), sys.prefix, sys.base_prefix, os.path.expanduser("~")]
     folders += [
         path for word in given if os.path.isabs(word) for path in (os.path.normpath(word), os.path.realpath(word))
     ]
-    # Where there is no home folder, its path is not one.
+    # Without a home folder its path is empty.
     for folder in sorted(filter(os.path.isabs, set(folders) - {os.sep}), key=len, reverse=True):
         text = text.replace(folder + os.sep, "").replace(folder, os.path.basename(folder))
     return text
 
 
 class _FileFormatter(logging.Formatter):
-    """For logs, which are results: see `shorten_paths`. The terminal shows whole paths."""
+    """For logs, which are results: see `shorten_paths`. The terminal shows full paths."""
 
     def format(self, record: logging.LogRecord) -> str:
         return shorten_paths(super().format(record))
@@ -94,8 +94,8 @@ class _FileFormatter(logging.Formatter):
 class Progress:
     """Counts steps towards a total.
 
-    On a terminal: a tqdm bar with time left. Everywhere: a log line every 15 s and at the end, so that a log file
-    reads the same whoever watches.
+    On a terminal: a tqdm bar with time left. In any case: a log line every 15 s and at the end, so that log files
+    do not depend on the terminal.
 
     Example:
         with Progress("denoiser", total=1000) as progress:
@@ -124,17 +124,17 @@ class Progress:
             self._line()
 
     def steps(self) -> Iterator[int]:
-        """The steps that are left, 0-based, advancing by one after each."""
+        """The remaining steps, 0-based, advancing by one after each."""
         for step in range(self.done, self.total):
             yield step
             self.advance()
 
     def note(self, **notes: float | str) -> None:
-        """Values to show beside the count, e.g. the loss."""
+        """Values to show next to the count, e.g. the loss."""
         self._notes = {name: f"{v:.4g}" if isinstance(v, float) else str(v) for name, v in notes.items()}
 
     def advance(self, steps: int = 1) -> None:
-        """One more step, or so many, are done."""
+        """Count one or more steps as done."""
         self.done += steps
         if self._bar is not None:
             self._bar.set_postfix(self._notes, refresh=False)

@@ -1,21 +1,21 @@
-"""What a patient does in a run: the names of the roles, and how a case table writes them."""
+"""The roles of patients: their names, and their form in case tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 DISCOVERY, REFERENCE, TEST = ROLES = ("discovery", "reference", "test")
-"""Roles of patients: training, lending their CT to synthetic cases, and comparing the segmenters."""
+"""Roles of patients: training, lending their CT to synthetic cases, and testing the segmenters."""
 INTERNAL = "internal"
-"""What the column `data_set` holds for the cases of `source`, and for samples, which are made from these. Those of an
+"""Value of the column `data_set` for the cases of `source`, and for samples, which are made from these. Cases of an
 external test set have its name there, and the role test."""
 SYNTHETIC = "synthetic"
-"""What the column `role` holds for a synthetic case."""
+"""Value of the column `role` for a synthetic case."""
 _JOINT = "+"
 
 
 def join_roles(roles: Iterable[str]) -> str:
-    """The cell of the column `role`: several only under `roles.allow_shared_patients`, none for a patient without."""
+    """The cell of the column `role`: several only with `roles.allow_shared_patients`, empty for a patient without."""
     return _JOINT.join(roles)
 
 

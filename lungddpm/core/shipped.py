@@ -1,4 +1,4 @@
-"""Where the workflow, the default config, the overlays and the profiles lie: in a clone, or inside a wheel."""
+"""Location of the workflow, default config, overlays and profiles: in a clone, or inside a wheel."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from lungddpm.core.errors import OutputError
 
 TO_EDIT = ("config.yaml", "config", "profiles", "workflow/schemas")
-"""What a user edits, of the shipped folder, and the schema by which an editor completes keys."""
+"""The part of the shipped folder that users edit, and the schema with which editors complete keys."""
 
 
 def shipped_folder() -> Path:
     """Folder that holds `workflow/Snakefile`, `config.yaml`, `config/`, `profiles/` and `envs/`.
 
-    In a wheel these lie inside the package (pyproject.toml puts them there), in a clone beside it.
+    In a wheel these are inside the package (pyproject.toml puts them there), in a clone next to it.
     """
     package = Path(__file__).resolve().parents[1]
     inside = package / "shipped"
@@ -22,7 +22,7 @@ def shipped_folder() -> Path:
 
 
 def default_config(folder: Path = Path()) -> Path:
-    """The config that a run in this folder starts from: its own config.yaml, else the shipped one (the demo)."""
+    """The config that a run in this folder starts from: its own config.yaml, or else the shipped one (the demo)."""
     own = folder / "config.yaml"
     return own if own.exists() else shipped_folder() / "config.yaml"
 
@@ -31,17 +31,17 @@ def copy_to_edit(folder: Path) -> list[Path]:
     """Copy the default config, the overlays and the profiles into a folder.
 
     Args:
-        folder: made if it does not exist.
+        folder: created if it does not exist.
 
     Returns:
         The copied files, relative to the folder.
 
     Raises:
-        OutputError: the folder cannot be written, or has one of them already; nothing is copied then.
+        OutputError: the folder is not writable, or already has one of them; then nothing is copied.
     """
     for name in TO_EDIT:
         if (folder / name).exists():
-            raise OutputError(folder / name, "exists already and is not overwritten", "Choose another folder.")
+            raise OutputError(folder / name, "already exists and is not overwritten", "Choose another folder.")
     source = shipped_folder()
     found = [path for name in TO_EDIT for path in (source / name, *(source / name).rglob("*"))]
     copied = sorted(path.relative_to(source) for path in found if path.is_file())

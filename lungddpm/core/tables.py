@@ -1,4 +1,4 @@
-"""Tables for reading: one form for pages and for the terminal."""
+"""Tables for display, for pages and for the terminal."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from io import StringIO
 
 @dataclass(frozen=True)
 class DisplayTable:
-    """A table as it is shown: heads and cells as text."""
+    """A table for display: heads and cells as text."""
 
     heads: list[str]
     rows: list[list[str]]
     numeric: list[bool]
-    """Of each column: whether it stands at the right, as numbers do."""
+    """For each column: whether it is right-aligned, like numbers."""
 
     def text(self, width: int = 200) -> str:
-        """For a terminal, in columns without lines; no line is longer than `width` characters."""
+        """For a terminal, in columns without lines; lines have at most `width` characters."""
         from rich.console import Console
         from rich.table import Table
         from rich.text import Text

@@ -1,4 +1,4 @@
-"""Numbers and words as a person reads them: a true minus, signs, enough digits, plurals."""
+"""Numbers and words for readers: a true minus, signs, enough digits, plurals."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def format_number(value: float | None, form: str) -> str:
 
 
 def format_spread(mean: float, sd: float, form: str) -> str:
-    """ "0.612 ± 0.208", in the format of `format_number`; the mean alone where there is no sd."""
+    """ "0.612 ± 0.208", in the format of `format_number`; the mean alone if there is no sd."""
     shown_sd = format_number(sd, form.removeprefix("+"))
     return format_number(mean, form) + (f" ± {shown_sd}" if shown_sd else "")
 
 
 def signed(value: float, digits: int = 3) -> str:
-    """A difference with its sign, a true minus, and no sign where it rounds to zero: "+0.032", "−0.117", "0.000"."""
+    """A difference with its sign, a true minus, and no sign if it rounds to zero: "+0.032", "−0.117", "0.000"."""
     text = f"{value:+.{digits}f}"
     return text.replace("-", "−") if text.strip("+-0.") else text[1:]
 
 
 def bound(value: float) -> str:
-    """A limit of an interval: `signed`, with digits enough to show on which side of zero it lies."""
+    """A limit of an interval: `signed`, with enough digits to show on which side of zero it is."""
     digits = 3
     while value and abs(value) < 1 and not round(abs(value), digits) and digits < 9:
         digits += 1
@@ -35,7 +35,7 @@ def bound(value: float) -> str:
 
 
 def format_p(p: float, level: float = 0.05) -> str:
-    """ "= 0.034", "= 0.21" or "< 0.001", with digits enough to show on which side of `level` it lies."""
+    """ "= 0.034", "= 0.21" or "< 0.001", with enough digits to show on which side of `level` it is."""
     if p < 0.001 <= level:
         return "< 0.001"
     digits = 3 if p < 0.1 else 2
@@ -50,7 +50,7 @@ def plural(number: int, noun: str) -> str:
 
 
 def format_hours(hours: float) -> str:
-    """A cost as a person says it: "24 min", "3.1 h", "120 h"."""
+    """A duration for readers: "24 min", "3.1 h", "120 h"."""
     return f"{max(1, round(60 * hours))} min" if hours < 1 else f"{hours:.1f} h" if hours < 10 else f"{hours:.0f} h"
 
 

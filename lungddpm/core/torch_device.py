@@ -1,4 +1,4 @@
-"""The device that a stage computes on, as torch sees it; which GPUs it sees, `core.device` has decided."""
+"""The torch device of a stage; `core.device` decides which GPUs are visible."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from lungddpm.core.errors import ConfigError
 
 
 def select_device(device: str) -> torch.device:
-    """The device of that name; `auto` takes a CUDA GPU if there is one, else the CPU.
+    """The device of that name; `auto`: a CUDA GPU if there is one, else the CPU.
 
-    Of the processes that torchrun started on this machine, each gets the GPU of its own number.
+    Each process started by torchrun on this machine gets the GPU with its own number.
 
     Args:
         device: `auto`, `cpu`, `cuda`, `cuda:<number>` or `mps`.
 
     Raises:
-        ConfigError: it is unknown or not there, or there are too few GPUs for the processes.
+        ConfigError: it is unknown or not available, or there are too few GPUs for the processes.
     """
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     present = ["cpu", *(["cuda", *gpus] if gpus else []), *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -29,13 +29,15 @@ def select_device(device: str) -> torch.device:
         return chosen
     if chosen.index is not None or int(local_rank) >= len(gpus):
         raise ConfigError(
-            "device", f"'{device}' gives no GPU to process {local_rank}", "Use auto, and one process per GPU at most."
+            "device",
+            f"'{device}' leaves process {local_rank} without a GPU",
+            "Use auto, and at most one process per GPU.",
         )
     return torch.device("cuda", int(local_rank))
 
 
 def device_name(device: torch.device) -> str:
-    """What to call it in logs and tables: the GPU's product name, or the number of CPU threads."""
+    """Its name in logs and tables: the GPU's product name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{torch.get_num_threads()} threads"

@@ -1,4 +1,4 @@
-"""Weights in files of torch, ours and others': no code in them is run, and what is damaged or not fit is refused."""
+"""Weights in torch files, our own and others': no code in them is run, and damaged or unsuitable files are rejected."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from lungddpm.core.files import check_archive
 from lungddpm.core.progress import LOG
 
 _ZIP_START = b"PK\x03\x04"
-# What DataParallel and torch.compile put into the names of what they wrap.
+# Prefixes that DataParallel and torch.compile add to names.
 _WRAPPERS = {"module", "_orig_mod"}
-# Single numbers of numpy, which nnU-Net logs into its checkpoints: torch reads only tensors and plain Python unasked.
+# numpy scalars, which nnU-Net stores in its checkpoints: by default torch only reads tensors and plain Python.
 _NUMPY_NUMBERS: list[Any] = [np.float64(0).__reduce__()[0], np.dtype, *(type(np.dtype(kind)) for kind in "efdilq")]
 
 
 def load_checked(path: Path) -> Any:
-    """What `torch.save` wrote of tensors, numbers, text and containers, on the CPU, its checksums compared.
+    """Load tensors, numbers, text and containers written by `torch.save` onto the CPU, verifying checksums.
 
-    Files that torch wrote before version 1.6 are not zip archives and have no checksums, which is logged.
+    Files written by torch before version 1.6 are not zip archives and have no checksums, which is logged.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, is damaged, is not a file of torch, or holds code; a clause for a message.
+        ValueError: it cannot be read, is damaged, is not a torch file, or contains code; a clause for a message.
     """
     if path.is_dir():
         raise ValueError("is a folder, not a file")
@@ -44,12 +44,13 @@ def load_checked(path: Path) -> Any:
     except Exception as error:  # damaged bytes make torch and zipfile fail in any of their functions
         raise ValueError(_problem(error)) from None
     if not is_archive:
-        LOG.warning("%s has the format of torch before 1.6, without checksums: damage would go unnoticed", path)
+        LOG.warning("%s has the format of torch before 1.6, without checksums: damage cannot be detected", path)
     return content
 
 
 def unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
-    """The same by the names that they have in the network itself, without those of DataParallel and torch.compile.
+    """The weights under the names that they have in the network itself, without prefixes of DataParallel and
+    torch.compile.
 
     Raises:
         ValueError: a key is not text, or two keys have the same name; a clause for a message.
@@ -60,13 +61,13 @@ def unwrapped(weights: Mapping[Any, Any]) -> dict[str, Any]:
             raise ValueError(f"has a key that is not text: {key!r:.80}")
         name = ".".join(part for part in key.split(".") if part not in _WRAPPERS)
         if name in named:
-            raise ValueError(f"holds key {name} twice, with and without a prefix such as 'module.'")
+            raise ValueError(f"has key {name} twice, with and without a prefix such as 'module.'")
         named[name] = value
     return named
 
 
-def fault_of(value: Any) -> str | None:
-    """Why a network cannot take a value as a weight, as a clause ("holds a sparse tensor"); None where it can."""
+def problem_of(value: Any) -> str | None:
+    """Why a network cannot take a value as a weight, as a clause ("holds a sparse tensor"); None if it can."""
     if not isinstance(value, torch.Tensor):
         return "holds no tensor"
     if value.is_meta:
@@ -89,7 +90,7 @@ def _type_name(tensor: torch.Tensor) -> str:
 
 
 def _problem(error: Exception) -> str:
-    """What is wrong with a file, as a clause. Of torch's own text, only what does not advise to run the code in it."""
+    """What is wrong with a file, as a clause, without torch's advice to run the code in it."""
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
@@ -100,5 +101,5 @@ def _problem(error: Exception) -> str:
     reason = re.sub(r"\x1b\[[0-9;]*m", "", text).partition("\n")[0][:200]
     shown = f" ({reason})" if reason.isprintable() and reason and "weights" not in reason.lower() else ""
     if isinstance(error, zipfile.BadZipFile):
-        return f"is cut short or damaged{shown}"
-    return f"is cut short, damaged, or not a checkpoint of torch{shown}"
+        return f"is truncated or damaged{shown}"
+    return f"is truncated, damaged, or not a checkpoint of torch{shown}"

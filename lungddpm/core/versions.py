@@ -1,4 +1,4 @@
-"""Which versions of what results depend on are installed."""
+"""Installed versions of the libraries that results depend on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARIES = [
     "nibabel", "numpy", "scipy", "pandas", "scikit-image", "scikit-learn", "connected-components-3d", "matplotlib",
     "plotly",
 ]  # fmt: skip
-"""What a run needs and what its results depend on; the manifest records their versions."""
+"""The libraries that a run needs and its results depend on; the manifest records their versions."""
 
 
 def installed_versions() -> dict[str, str]:

@@ -1,7 +1,7 @@
 """Volumes: array plus affine, NIfTI in and out, the model grid, and the model's intensity range.
 
 Arrays are indexed (x, y, z); affines map voxel indices to patient coordinates in mm, RAS+ (NIfTI's convention).
-nibabel is imported where it is used: it takes a quarter of a second, which commands without images need not pay.
+nibabel is imported where it is used: the import takes a quarter of a second, which commands without images avoid.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 AIR_HU = -1024
 LABEL_TOLERANCE = 1e-3
-"""How far a stored label may lie from the whole number that it means."""
+"""Tolerance between a stored label and the whole number that it means."""
 SHEAR_TOLERANCE_DEGREES = 0.05
-"""How far axes may be from perpendicular: rounded headers stay below it, the smallest tilt of a gantry is above."""
+"""Tolerance for perpendicular axes: rounded headers stay below it, the smallest gantry tilt is above."""
 LARGEST_VOXELS = 2**29
-"""Of a file that is read, four times those of the largest chest CT: a small file can claim, or unpack to, any size."""
+"""Limit for a file, four times the largest chest CT: a small file can claim, or unpack to, any size."""
 _DISAGREE_MM = 0.1
 _BAND_CELLS = 64
-"""So many cells along an axis are resampled by one product of matrices."""
+"""Cells along an axis that are resampled by one matrix product."""
 
 Window = tuple[float, float] | tuple[np.ndarray, np.ndarray]
 """Lowest and highest HU: of a whole volume, or arrays that broadcast over it."""
@@ -71,7 +71,7 @@ class Volume:
         return Volume(array, self.affine)
 
     def crop(self, box: Box) -> Volume:
-        """A box of the volume, with non-negative starts, at its place in the patient."""
+        """A box of the volume, with non-negative starts, at its position in the patient."""
         to_box = np.eye(4)
         to_box[:3, 3] = [side.start for side in box]
         return Volume(self.array[box], self.affine @ to_box)
@@ -89,7 +89,7 @@ class Volume:
         return self.shape == other.shape and self.distance_mm(other) <= tolerance_mm
 
     def distance_mm(self, other: Volume) -> float:
-        """How far apart the corners of two grids of one shape lie, at most, along any axis of the patient."""
+        """Largest distance between the corners of two grids of the same shape, along any axis of the patient."""
         corners = np.array([[i, j, k, 1] for i in (0, 1) for j in (0, 1) for k in (0, 1)], float)
         corners[:, :3] *= np.array(self.shape) - 1
         return float(np.abs(corners @ (self.affine - other.affine).T).max())
@@ -101,8 +101,8 @@ class Header:
 
     Attributes:
         shape: voxels along the stored axes.
-        affines: (4, 4) each, stored index -> mm, RAS+; the first one holds, others are what the header says as well.
-        notes: what a user should know about it, a clause each.
+        affines: (4, 4) each, stored index -> mm, RAS+; the first is used, the others are also in the header.
+        notes: remarks for the user, a clause each.
     """
 
     shape: tuple[int, int, int]
@@ -116,16 +116,16 @@ class Header:
 
     @property
     def grids(self) -> tuple[Volume, ...]:
-        """The same by each of the affines."""
+        """The grids from each of the affines."""
         nothing = np.broadcast_to(np.uint8(0), self.shape)
         return tuple(Volume(nothing, affine).canonical() for affine in self.affines)
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a 3-D NIfTI file in the closest RAS+ orientation, values as stored (scaled where the header says so).
+    """Read a 3-D NIfTI file in the closest RAS+ orientation, values as stored (scaled if the header has a scale).
 
     Raises:
-        InputError: as `read_header`, or the voxels are cut short or damaged, or fill more memory than there is.
+        InputError: as `read_header`, or the voxels are truncated or damaged, or do not fit into memory.
     """
     image, header = _open_image(path)
     return Volume(_read_array(path, image, header), header.affines[0]).canonical()
@@ -134,11 +134,11 @@ def read_volume(path: Path) -> Volume:
 def read_labels(path: Path) -> Volume:
     """Read a volume of labels, whole numbers that may be stored as something else.
 
-    Tools write labels as floats, a hair beside the whole numbers, or scaled into a header that was the CT's. What lies
-    within `LABEL_TOLERANCE` of a whole number, or within half a step of the stored integers, is that number.
+    Some tools write labels as floats that are slightly off, or scaled with the CT's header. Values within
+    `LABEL_TOLERANCE` of a whole number, or within half a step of the stored integers, are rounded to it.
 
     Returns:
-        uint8 where every value is a label from 0 to 255, in the closest RAS+ orientation; else as stored.
+        uint8 if every value is a label from 0 to 255, in the closest RAS+ orientation; otherwise as stored.
 
     Raises:
         InputError: as `read_volume`.
@@ -161,8 +161,8 @@ def read_grid(path: Path) -> Volume:
 def read_header(path: Path) -> Header:
     """The geometry of a NIfTI file.
 
-    The sform holds where its code is set and it can be inverted, else the qform where its code is set. Where neither
-    is, only the voxel sizes are known: the axes are taken as nibabel does, x to the left, the origin in the middle.
+    The sform is used if its code is set and it is invertible, else the qform if its code is set. If neither is,
+    only the voxel sizes are known: the axes are nibabel's default, x to the left, the origin in the middle.
 
     Raises:
         InputError: missing or unreadable, not 3-D, without voxels or with more than `LARGEST_VOXELS`, not one real
@@ -184,17 +184,17 @@ def _open_image(path: Path) -> tuple[SpatialImage, Header]:
     stored = tuple(int(n) for n in image.shape)
     shape = volume_shape(path, stored)
     if image.get_data_dtype().kind not in "biuf":
-        raise InputError(path, "holds colours or complex numbers", "Store one number per voxel.")
+        raise InputError(path, "has colours or complex numbers", "Store one number per voxel.")
     affines, notes = _affines(image, shape)
     return image, volume_header(path, stored, affines, notes)
 
 
 def volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
-    """The shape of the volume that a file holds, without further dimensions of length 1.
+    """The shape of the volume in a file, without further dimensions of length 1.
 
     Args:
         path: the file, for messages.
-        stored: its shape by its header.
+        stored: the shape in its header.
 
     Raises:
         InputError: not 3-D, without voxels, or with more than `LARGEST_VOXELS`.
@@ -232,7 +232,7 @@ def volume_header(
 
 
 def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
-    """The affines of a header that can be inverted, the one that holds first; and notes on them."""
+    """The invertible affines of a header, the one to use first, and notes on them."""
     sform, qform = (_coded(image.header, kind) for kind in ("sform", "qform"))
     if sform is None and qform is None:
         affine = np.asarray(image.affine, float)
@@ -241,7 +241,7 @@ def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np
     usable = tuple(affine for affine in (sform, qform) if affine is not None and _invertible(affine))
     if sform is not None and qform is not None and len(usable) == 1:
         used = "sform" if _invertible(sform) else "qform"
-        return usable, (f"only its {used} can be inverted, which is used",)
+        return usable, (f"only its {used} is invertible, and is used",)
     if len(usable) == 2:
         nothing = np.broadcast_to(np.uint8(0), shape)
         apart_mm = Volume(nothing, usable[0]).distance_mm(Volume(nothing, usable[1]))
@@ -251,7 +251,7 @@ def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np
 
 
 def _coded(header: Nifti1Header, kind: str) -> np.ndarray | None:
-    """The sform or qform of a header; None where its code is 0, or its numbers make no affine."""
+    """The sform or qform of a header; None if its code is 0, or its numbers are not an affine."""
     try:
         affine, code = getattr(header, f"get_{kind}")(coded=True)
     except Exception:  # a quaternion of arbitrary bytes
@@ -269,7 +269,7 @@ def _read_array(path: Path, image: SpatialImage, header: Header) -> np.ndarray:
         array = np.asarray(image.dataobj).reshape(header.shape)
     except MemoryError:
         raise InputError(
-            path, f"{image.shape} voxels do not fit into memory", "Check its header, or use less."
+            path, f"{image.shape} voxels do not fit into memory", "Check its header, or crop it."
         ) from None
     except Exception as error:  # damaged bytes make nibabel fail in any of its functions
         raise _unreadable(path, error) from None
@@ -277,17 +277,17 @@ def _read_array(path: Path, image: SpatialImage, header: Header) -> np.ndarray:
 
 
 def _stored_step(image: SpatialImage) -> float:
-    """What neighbouring stored integers differ by; 0 where floats are stored."""
+    """Difference of neighbouring stored integers; 0 if floats are stored."""
     slope = getattr(image.dataobj, "slope", 0.0)
     return float(slope) if image.get_data_dtype().kind in "biu" and np.isfinite(slope) else 0.0
 
 
 def whole_numbers(array: np.ndarray, tolerance: float = LABEL_TOLERANCE) -> np.ndarray:
-    """Labels, (x, y, z), as uint8 where each is at most this far from a number from 0 to 255; else as they are."""
+    """Labels, (x, y, z), as uint8 where each is at most this far from a number from 0 to 255; otherwise unchanged."""
     if array.dtype == np.uint8:
         return array
     largest, whole = np.iinfo(np.uint8).max, np.empty(array.shape, np.uint8)
-    # Slice by slice: a scaled volume is float64, of which no further copy should be made.
+    # Slice by slice: a scaled volume is float64, and another copy of it would be too large.
     for k in range(array.shape[2]):
         values = array[:, :, k]
         rounded = np.clip(np.rint(values), 0, largest)
@@ -320,7 +320,7 @@ def model_grid(
     """The affine of a grid of `size` cells along the axes of `volume`, true to the patient.
 
     The outer edges of the grid's cells (not their centres) lie on the outer edges of the volume's voxels, or, with a
-    mask, on those of the mask's bounding box widened by the margin, which may reach beyond the volume.
+    mask, on those of the mask's bounding box plus the margin, which may reach beyond the volume.
 
     Args:
         volume: the scan, RAS+.
@@ -344,13 +344,13 @@ def model_grid(
 
 
 def per_axis(values: Iterable[T]) -> tuple[T, T, T]:
-    """Three values, those of x, y and z, as a tuple: a shape, a `Box`, a position."""
+    """Three values for x, y and z as a tuple: a shape, a `Box`, a position."""
     x, y, z = values
     return x, y, z
 
 
 def bounding_box(mask: np.ndarray) -> Box:
-    """The smallest box that holds every true voxel of a mask; the mask must have one."""
+    """The bounding box of the true voxels of a mask; the mask must have one."""
     used = (np.flatnonzero(mask.any(axis=others)) for others in ((1, 2), (0, 2), (0, 1)))
     return per_axis(slice(int(indices[0]), int(indices[-1]) + 1) for indices in used)
 
@@ -381,7 +381,7 @@ def resample_image(volume: Volume, affine: np.ndarray, shape: tuple[int, int, in
 
 
 def occupancy(mask: Volume, affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """The share of each target cell that a mask covers, exact for grids with parallel axes, finer or coarser.
+    """The share of each target cell covered by a mask, exact for grids with parallel axes, finer or coarser.
 
     Args:
         mask: bool, in any orientation.
@@ -425,7 +425,7 @@ def _overlap_weights(voxels: int, edges: np.ndarray) -> np.ndarray:
 
 def _interpolant_weights(voxels: int, edges: np.ndarray) -> np.ndarray:
     """(cells, voxels): each voxel's weight in the mean of the linear interpolant over each cell."""
-    # One more voxel at each end repeats the outermost value, which makes the interpolant constant there.
+    # An extra voxel at each end repeats the outermost value, which makes the interpolant constant there.
     offset = np.clip(edges, -0.5, voxels - 0.5)[:, None] - np.arange(-1, voxels + 1)
     rising = np.clip(offset + 1, 0, 1) ** 2 / 2
     falling = (1 - np.clip(1 - offset, 0, 1) ** 2) / 2
@@ -436,13 +436,13 @@ def _interpolant_weights(voxels: int, edges: np.ndarray) -> np.ndarray:
 
 
 def _weighted_means(array: np.ndarray, weights: list[np.ndarray], outside: float) -> np.ndarray:
-    """The separable weighted sum over a volume; the part of a cell that no voxel covers counts as `outside`."""
+    """The separable weighted sum over a volume; the part of a cell outside all voxels counts as `outside`."""
     x, y, z = (axis_weights.astype(np.float32) for axis_weights in weights)
     used = np.flatnonzero(z.any(axis=0))
     in_plane = np.zeros((len(x), len(y), len(used)), np.float32)
     along_x, along_y = _bands(x), _bands(y)
     rows_done = np.empty((len(x), array.shape[1]), np.float32)
-    # Slice by slice: a float copy of a whole scan would not fit beside it in a small memory.
+    # Slice by slice: an additional float copy of the scan might not fit into memory.
     for place, k in enumerate(used):
         values = array[:, :, k].astype(np.float32) - np.float32(outside)
         for cells, voxels, part in along_x:
@@ -455,7 +455,7 @@ def _weighted_means(array: np.ndarray, weights: list[np.ndarray], outside: float
 
 
 def _bands(weights: np.ndarray) -> list[tuple[slice, slice, np.ndarray]]:
-    """Some cells, the voxels that they look at, and these weights: of (cells, voxels), nearly all others are 0."""
+    """Some cells, the voxels that they depend on, and their weights: nearly all others of (cells, voxels) are 0."""
     bands = []
     for first in range(0, len(weights), _BAND_CELLS):
         cells = slice(first, min(first + _BAND_CELLS, len(weights)))
@@ -466,22 +466,22 @@ def _bands(weights: np.ndarray) -> list[tuple[slice, slice, np.ndarray]]:
 
 
 def tilt_degrees(affine: np.ndarray) -> float:
-    """How far the axes of an affine, (4, 4), are from perpendicular, in degrees."""
+    """Deviation of the axes of an affine, (4, 4), from perpendicular, in degrees."""
     axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return float(np.degrees(np.arcsin(np.clip(np.abs(axes.T @ axes - np.eye(3)).max(), 0, 1))))
 
 
 def is_sheared(affine: np.ndarray) -> bool:
-    """Whether the axes of an affine, (4, 4), are not perpendicular, as where the scanner's gantry was tilted."""
+    """Whether the axes of an affine, (4, 4), are not perpendicular, e.g. because the gantry was tilted."""
     return tilt_degrees(affine) > SHEAR_TOLERANCE_DEGREES
 
 
 def upright_grid(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.ndarray, tuple[int, int, int]]:
     """The orthogonal grid that covers a sheared one, edge to edge.
 
-    The slices (z) stay where they are, in their own planes: only their offsets within the plane differ. So nothing is
-    interpolated between slices, no air is added above or below them, and a lung that is cut by the scan's last slice
-    still ends on a last slice.
+    The slices (z) keep their planes: only their offsets within the plane change. So there is no interpolation between
+    slices, no air is added above or below them, and a lung that is cut off by the scan's last slice still ends on the
+    last slice.
 
     Args:
         affine: (4, 4), voxel index -> mm, in the closest RAS+ orientation.
@@ -507,15 +507,15 @@ def upright_grid(affine: np.ndarray, shape: tuple[int, int, int]) -> tuple[np.nd
 def resample_upright(volume: Volume, labels: bool = False, outside: float = AIR_HU) -> Volume:
     """Resample a volume with a sheared affine (see `is_sheared`) onto the orthogonal grid that covers it.
 
-    The grid depends on affine and shape alone (see `upright_grid`): a CT and its labels come out on one grid.
+    The grid depends only on affine and shape (see `upright_grid`): a CT and its labels end up on the same grid.
 
     Args:
         volume: HU, or labels; in any orientation.
-        labels: take the nearest voxel, and 0 outside; else interpolate linearly.
-        outside: value beyond the volume, but for labels.
+        labels: nearest voxel, and 0 outside; otherwise linear interpolation.
+        outside: value beyond the volume, except for labels.
 
     Returns:
-        The volume in the closest RAS+ orientation, of the dtype that came in (bool as bool).
+        The volume in the closest RAS+ orientation, with the input's dtype (bool as bool).
     """
     import SimpleITK
 
@@ -546,9 +546,9 @@ def resample_upright(volume: Volume, labels: bool = False, outside: float = AIR_
 
 
 def slice_windows(hu: np.ndarray, axis: int) -> Window:
-    """The least and the greatest HU of each slice across an axis, for `to_model_range` and `to_hu`.
+    """The minimum and maximum HU of each slice across an axis, for `to_model_range` and `to_hu`.
 
-    Published Lung-DDPM scales its volumes so (arXiv 2502.15204), which loses the HU that slices have in common.
+    Published Lung-DDPM scales its volumes this way (arXiv 2502.15204), which loses the HU common to all slices.
 
     Returns:
         Two float32 arrays that broadcast over `hu`; a slice of one value gets a window of 1 HU above it.

@@ -1,1 +1,1 @@
-"""How well a segmenter does: measures of voxels, surfaces and lesions, FROC."""
+"""Evaluation of a segmenter: measures of voxels, surfaces and lesions, FROC."""

@@ -1,8 +1,8 @@
-"""FROC: the share of lesions that candidates find, against the false positives a scan that come with them.
+"""FROC: the share of lesions found by candidates against their false positives per scan.
 
-Every score is a place where one could cut: candidates of at least that score count, all of equal score together.
-Between two cuts, and from no candidate at all to the first, the curve is a straight line; above the highest rate that
-candidates reach it stays where it is. That, the seven rates, and their mean sensitivity (CPM, competition performance
+Every score is a threshold: candidates of at least that score count, those of equal score together. Between two
+thresholds, and from no candidates to the first, the curve is a straight line; above the highest rate that candidates
+reach it is constant. This, the seven rates, and their mean sensitivity (CPM, competition performance
 metric) are as in LUNA16 (Setio et al. 2017, Medical Image Analysis 42:1) after Niemeijer et al. (2011), IEEE
 Transactions on Medical Imaging 30:215.
 """
@@ -15,9 +15,9 @@ import numpy as np
 import pandas as pd
 
 RATES = (1 / 8, 1 / 4, 1 / 2, 1.0, 2.0, 4.0, 8.0)
-"""False positives a scan at which sensitivity is read; CPM is the mean over them."""
-FROC_COLUMNS = ["arm", "replicate", "false_positives_a_scan", "sensitivity"]
-BAND_COLUMNS = ["arm", "false_positives_a_scan", "sensitivity", "ci_low", "ci_high"]
+"""False positives per scan at which sensitivity is read; CPM is the mean over them."""
+FROC_COLUMNS = ["arm", "replicate", "false_positives_per_scan", "sensitivity"]
+BAND_COLUMNS = ["arm", "false_positives_per_scan", "sensitivity", "ci_low", "ci_high"]
 CPM_COLUMNS = ["arm", "cpm", "cpm_ci_low", "cpm_ci_high"]
 # Every fourth is one of the seven.
 _CURVE_RATES = 2.0 ** (np.arange(-12, 13) / 4)
@@ -26,24 +26,24 @@ _BOOTSTRAPS = 1000
 
 @dataclass(frozen=True)
 class Findings:
-    """What the candidates of one replicate found in all its scans."""
+    """The results of one replicate's candidates in all its scans."""
 
     n_scans: int
     lesion_scores: np.ndarray
-    """(lesions,): highest score of the candidates that hit the lesion, NaN where none does."""
+    """(lesions,): highest score of the candidates that hit the lesion, NaN if none does."""
     lesion_scans: np.ndarray
-    """(lesions,) int: which scan, from 0, each is in."""
+    """(lesions,) int: index of the scan of each."""
     false_scores: np.ndarray
     """(false positives,): scores of the candidates that hit no lesion."""
     false_scans: np.ndarray
     """(false positives,) int."""
 
     def sensitivity(self, rates: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Sensitivity at rates of false positives a scan, with every scan counted as often as its weight says.
+        """Sensitivity at rates of false positives per scan, with weighted scans.
 
         Args:
             rates: (rates,), ascending, above 0.
-            weights: (draws, scans): all ones for the scans as they are, counts for a bootstrap.
+            weights: (draws, scans): all ones for the original scans, counts for a bootstrap.
 
         Returns:
             (draws, rates), NaN for a draw without a lesion.
@@ -57,7 +57,7 @@ class Findings:
         return np.array([np.interp(rates, x, y) for x, y in zip(false, found, strict=True)])
 
     def _at_least(self, cuts: np.ndarray, scores: np.ndarray, scans: np.ndarray) -> np.ndarray:
-        """(scans, 1 + cuts): how many scores are at or above each cut, cuts falling; first of all, none."""
+        """(scans, 1 + cuts): number of scores at or above each cut, cuts descending; the first column is 0."""
         counts = np.zeros((self.n_scans, len(cuts) + 1))
         known = np.isfinite(scores)
         np.add.at(counts, (scans[known], len(cuts) - np.searchsorted(cuts, scores[known])), 1)
@@ -65,7 +65,7 @@ class Findings:
 
 
 def findings_of(cases: pd.DataFrame, lesions: pd.DataFrame, candidates: pd.DataFrame) -> Findings | None:
-    """What one replicate's tables say; None where its predictions came without probabilities.
+    """The candidates in one replicate's tables; None if its predictions have no probabilities.
 
     Args:
         cases: rows of `metrics.csv` (`case_id`, `n_candidates`).
@@ -91,7 +91,7 @@ def froc_tables(
     """FROC of all arms; arms without a lesion, or a replicate without probabilities, are left out.
 
     Bands are pointwise percentile limits of the mean over replicates under 1,000 resamples; each draws replicates, then
-    cases, one set for all arms and replicates. They describe, they do not decide.
+    cases, one set for all arms and replicates. They are descriptive only.
 
     Args:
         cases: `metrics.csv` of all arms and replicates, with both as columns; each has the same cases.
@@ -120,7 +120,7 @@ def froc_tables(
         curves = np.stack([found.sensitivity(_CURVE_RATES, weights) for found in replicates.values()])
         for replicate, curve in zip(replicates, curves[:, 0, at_seven], strict=True):
             keys = {"arm": arm, "replicate": replicate}
-            points.append(pd.DataFrame(keys | {"false_positives_a_scan": RATES, "sensitivity": curve}))
+            points.append(pd.DataFrame(keys | {"false_positives_per_scan": RATES, "sensitivity": curve}))
         drawn = np.einsum("br,rbk->bk", _draws(len(replicates), generator) / len(replicates), curves[:, 1:])
         tails = np.array([(1 - confidence) / 2, (1 + confidence) / 2])
         low, high = np.nanquantile(drawn, tails, axis=0)
@@ -140,5 +140,5 @@ def _rows(table: pd.DataFrame, keys: tuple[str, str]) -> pd.DataFrame:
 
 
 def _draws(n: int, generator: np.random.Generator) -> np.ndarray:
-    """(resamples, n): how often each of n units is drawn in n draws with replacement."""
+    """(resamples, n): count of each of n units in n draws with replacement."""
     return generator.multinomial(n, np.full(n, 1 / n), _BOOTSTRAPS)

@@ -1,33 +1,34 @@
-"""Lesions found and false alarms of one case: connected components of the masks, and candidates with a score.
+"""Lesions found and false positives of one case: connected components of the masks, and candidates with scores.
 
-Two views of the same prediction. The mask says which lesions a reader of the mask would see. The probabilities give
-candidates: regions that the segmenter takes for a nodule more or less surely, from which FROC is made (see `froc`).
+Two views of the same prediction. The mask shows which lesions a reader of the mask would see. The probabilities give
+candidates: regions that may be a nodule, with a confidence, from which FROC is computed (see `froc`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import cc3d
 import numpy as np
 from scipy import ndimage, spatial
 
-from lungddpm.core.cases import RATINGS
+from lungddpm.core.cases import ADDED, RATINGS
 from lungddpm.core.extent import extent_of
-from lungddpm.core.volume import Volume
+from lungddpm.core.volume import Volume, per_axis
 
 SIZE_BINS = ("< 6 mm", "6-10 mm", "> 10 mm")
 SIZE_COLUMNS = dict(zip(SIZE_BINS, ("below_6_mm", "6_to_10_mm", "above_10_mm"), strict=True))
-"""How the size bins are written in names of columns."""
+"""The size bins in column names."""
 TEXTURES = ("ground glass", "part-solid", "solid")
 """By the rating of texture: 1 ground glass, 3 part-solid, 5 solid."""
 TEXTURE_COLUMNS = dict(zip(TEXTURES, ("ground_glass", "part_solid", "solid"), strict=True))
-"""How textures are written in names of columns."""
+"""The textures in column names."""
 CANDIDATE_PROBABILITY = 0.1
-"""A candidate is a connected region of at least this probability: low, so that what a mask at 0.5 leaves out is there
-to be found at a lower score; not lower, so that neighbours do not grow together."""
+"""A candidate is a connected region of at least this probability: low, so that lesions missing from a mask at 0.5 can
+be found at a lower score; not lower, so that neighbours do not merge."""
 _TOUCHING = 26
 
 
@@ -40,11 +41,11 @@ class Lesion:
     overlap: float
     """Share of the lesion's voxels that the prediction covers."""
     long_axis_mm: float = math.nan
-    """See `extent.Extent`, for this and the next two."""
+    """See `extent.Extent`, also for the next two."""
     short_axis_mm: float = math.nan
     elongation: float = math.nan
     score: float = math.nan
-    """Highest score of the candidates that hit it; NaN where none does, or without probabilities."""
+    """Highest score of the candidates that hit it; NaN if none does, or without probabilities."""
 
     @property
     def found(self) -> bool:
@@ -55,6 +56,21 @@ class Lesion:
     def size_bin(self) -> str:
         """One of `SIZE_BINS`; 6 and 10 mm themselves belong to the middle one."""
         return SIZE_BINS[int(self.diameter_mm >= 6) + int(self.diameter_mm > 10)]
+
+
+@dataclass(frozen=True)
+class RatedNodule:
+    """A nodule of a layout: a real one, or one that has its shape.
+
+    Attributes:
+        position_mm: of its centroid, RAS.
+        volume_mm3: its volume.
+        ratings: `RATINGS` of the real nodule, medians over its readers; None if not rated.
+    """
+
+    position_mm: tuple[float, float, float]
+    volume_mm3: float
+    ratings: Mapping[str, float | None]
 
 
 @dataclass(frozen=True)
@@ -114,15 +130,44 @@ def lesion_measures(
     return Detection(lesions, n_components - n_matched, candidates)
 
 
-def ratings_of(reference: Volume, nodules: Sequence[dict]) -> list[dict[str, float | None]]:
-    """What readers said of each lesion: `RATINGS`, each None where nobody rated.
+def nodules_of_case(figures: Sequence[Mapping[str, Any]]) -> list[RatedNodule]:
+    """The nodules of a real case.
 
-    A nodule belongs to the lesion nearest its centroid. Nodules that touch on this grid are one lesion, which has the
-    ratings of the largest of them.
+    Args:
+        figures: `CaseFolder.nodule_figures`.
+    """
+    return [_rated(nodule, [nodule[f"centroid_{axis}_mm"] for axis in "xyz"], nodule) for nodule in figures]
+
+
+def nodules_of_sample(
+    record: Mapping[str, Any], reference: Sequence[Mapping[str, Any]], *, own_layout: bool
+) -> list[RatedNodule]:
+    """The nodules of a synthetic case: its reference's own if they are still there, and those that were placed.
+
+    Args:
+        record: its `sample.json`.
+        reference: figures of the reference's nodules, see `nodules_of_case`; empty if there is none.
+        own_layout: it has the layout of its reference.
+    """
+    own = nodules_of_case(reference) if own_layout or record.get("layout_origin") == ADDED else []
+    placed = [_rated(nodule, nodule["position_mm"], nodule.get("ratings", {})) for nodule in record.get("nodules", [])]
+    return [*own, *placed]
+
+
+def _rated(nodule: Mapping[str, Any], position_mm: Iterable[float], ratings: Mapping[str, Any]) -> RatedNodule:
+    return RatedNodule(per_axis(position_mm), nodule["volume_mm3"], {name: ratings.get(name) for name in RATINGS})
+
+
+def ratings_of(reference: Volume, nodules: Iterable[RatedNodule]) -> list[dict[str, float | None]]:
+    """The readers' ratings of each lesion: `RATINGS`, each None if not rated.
+
+    A nodule is the lesion that its position is in, or next to, within the diagonal of a voxel: positions are rounded,
+    or lie in the hollow of a nodule. Nodules that merged on the grid are one lesion, which has the ratings of
+    the largest.
 
     Args:
         reference: bool; its lesions are numbered as by `lesion_measures`.
-        nodules: figures of the case's nodules, `qc.nodules` of `case.json`.
+        nodules: of that layout, as far as they are known.
     """
     numbers, n_lesions = cc3d.connected_components(reference.array, connectivity=_TOUCHING, return_N=True)
     ratings: list[dict[str, float | None]] = [dict.fromkeys(RATINGS) for _ in range(n_lesions)]
@@ -130,15 +175,17 @@ def ratings_of(reference: Volume, nodules: Sequence[dict]) -> list[dict[str, flo
         return ratings
     places = np.argwhere(numbers)
     nearest = spatial.KDTree(places @ reference.affine[:3, :3].T + reference.affine[:3, 3])
-    for nodule in sorted(nodules, key=lambda nodule: nodule["volume_mm3"]):
-        _, at = nearest.query([nodule[f"centroid_{axis}_mm"] for axis in "xyz"])
-        ratings[numbers[tuple(places[at])] - 1] = {name: nodule[name] for name in RATINGS}
+    diagonal_mm = float(np.linalg.norm(reference.spacing_mm))
+    for nodule in sorted(nodules, key=lambda nodule: nodule.volume_mm3):
+        apart_mm, at = nearest.query(nodule.position_mm)
+        if apart_mm <= diagonal_mm:
+            ratings[numbers[tuple(places[at])] - 1] = dict(nodule.ratings)
     return ratings
 
 
-def texture_class(rating: float) -> str:
-    """One of `TEXTURES` for a median rating from 1 to 5, of which 3 is part-solid; empty for NaN."""
-    if math.isnan(rating):
+def texture_class(rating: float | None) -> str:
+    """One of `TEXTURES` for a median rating from 1 to 5, of which 3 is part-solid; empty if not rated."""
+    if rating is None or math.isnan(rating):
         return ""
     return TEXTURES[int(rating >= 2.5) + int(rating > 3.5)]
 

@@ -1,7 +1,7 @@
 """The registry of measures: how well a predicted nodule mask agrees with the readers' mask, one number per case.
 
-From an entry follow its column in `metrics.csv` and `cases.csv`, its rows in `measures.csv`, its place in the verdict
-and on the report page, and its line in `docs/reference/measures.md`.
+An entry defines its column in `metrics.csv` and `cases.csv`, its rows in `measures.csv`, its role in the verdict and
+in the report, and its line in `docs/reference/measures.md`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lungddpm.core.volume import Volume
 
 @dataclass(frozen=True)
 class MaskPair:
-    """The readers' mask and the predicted one, and what several measures take from them, computed once.
+    """The readers' mask and the predicted one, with quantities that several measures share, computed once.
 
     A mask's surface is its voxels with a face neighbour outside it, all lesions together.
     """
@@ -62,8 +62,8 @@ class MaskPair:
 
     @property
     def tolerance_mm(self) -> float:
-        """Distance at which two surfaces still agree: one voxel, by the grid's largest spacing, so that neighbours
-        along every axis are within it."""
+        """Distance within which two surfaces agree: one voxel of the grid's largest spacing, so that neighbours along
+        every axis are within it."""
         return float(self.reference.spacing_mm.max())
 
     @cached_property
@@ -82,36 +82,36 @@ class Measure:
     """An entry of the registry.
 
     Raises:
-        ValueError: it decides or supports the verdict, whose sentences are about shares of which more is better.
+        ValueError: it decides or supports the verdict, but is not a share for which larger is better.
     """
 
     column: str
     """In `metrics.csv`, with the unit."""
     title: str
-    """Its name in prose, as it stands within a sentence."""
+    """Its name within a sentence."""
     meaning: str
-    """What it is, as a phrase."""
+    """Its definition, as a phrase."""
     compute: Callable[[MaskPair], float]
-    """Asked only where neither `without_nodule` nor `without_prediction` has the answer; NaN where it is undefined."""
+    """Called only if neither `without_nodule` nor `without_prediction` applies; NaN if undefined."""
     better: Literal["larger", "smaller", "near 0"]
     form: str
     """Format of a value, e.g. ".3f"; a "+" shows the sign."""
     unit: str = ""
     limits: tuple[float, float] = (0.0, 1.0)
-    """Smallest and largest value there can be."""
+    """Smallest and largest possible value."""
     without_nodule: float | None = math.nan
     """Value of a case whose reference is empty; None: computed as for any other case."""
     without_prediction: float | None = math.nan
     """Value where nothing was predicted in a case with a nodule; None: computed as for any other case."""
     role: Literal["decides", "supports", "describes"] = "describes"
-    """What it does in the verdict."""
+    """Its role in the verdict."""
 
     def __post_init__(self) -> None:
         if self.role != "describes" and (self.better, self.limits) != ("larger", (0.0, 1.0)):
-            raise ValueError(f"measure {self.column}: it {self.role}, so it must lie in 0 to 1, larger being better")
+            raise ValueError(f"measure {self.column}: it {self.role}, so it must be in 0 to 1, larger being better")
 
     def of(self, masks: MaskPair) -> float:
-        """Its value for one case; NaN where it has none."""
+        """Its value for one case; NaN if it has none."""
         fixed = None
         if not masks.n_reference:
             fixed = self.without_nodule
@@ -122,7 +122,7 @@ class Measure:
     @property
     def head(self) -> str:
         """Head of a table's column: title, unit, and in which direction values are better."""
-        # The mark never stands on a line of its own: no-break spaces tie it to the word before.
+        # No-break spaces keep the mark on the same line as the word before.
         unit = f", {self.unit}" if self.unit else ""
         return f"{self.title[0].upper()}{self.title[1:]}{unit}\N{NO-BREAK SPACE}{_ARROWS[self.better]}"
 
@@ -135,7 +135,7 @@ def _ratio(numerator: int, denominator: int) -> float:
 
 
 def _surface_dice(masks: MaskPair) -> float:
-    # Places in mm are products: neighbours may come out farther apart than the spacing by the last digit.
+    # Positions in mm are products: rounding may put neighbours slightly farther apart than the spacing.
     within = np.concatenate(masks.surface_distances_mm) <= masks.tolerance_mm * (1 + 1e-6)
     return float(within.mean())
 
@@ -198,22 +198,22 @@ MEASURES = {measure.column: measure for measure in _ENTRIES}
 
 
 def measure_masks(masks: MaskPair) -> dict[str, float]:
-    """Every measure of one case, by column; NaN where it has no value."""
+    """Every measure of one case, by column; NaN if it has no value."""
     return {column: measure.of(masks) for column, measure in MEASURES.items()}
 
 
 def deciding_measure() -> Measure:
-    """The one that decides the verdict."""
+    """The measure that decides the verdict."""
     return next(measure for measure in MEASURES.values() if measure.role == "decides")
 
 
 def verdict_measures() -> list[Measure]:
-    """Those that the verdict is about: the deciding one, then those that support it."""
+    """The measures of the verdict: the deciding one, then those that support it."""
     return [deciding_measure(), *(measure for measure in MEASURES.values() if measure.role == "supports")]
 
 
 def _surface_mm(mask: Volume) -> np.ndarray:
-    """Places of the mask's voxels that have a face neighbour outside it, (n, 3) in mm along the grid's axes."""
+    """Positions of the mask's voxels with a face neighbour outside it, (n, 3) in mm along the grid's axes."""
     (box,) = ndimage.find_objects(mask.array.astype(np.uint8))
     inside = mask.array[box]
     edge = inside & ~ndimage.binary_erosion(inside)

@@ -1,4 +1,4 @@
-"""What is generated from the registry of measures: the table in `docs/reference/measures.md`."""
+"""Generates the table in `docs/reference/measures.md` from the registry of measures."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROLES = {"decides": "decides", "supports": "supports", "describes": "–"}
 
 
 def markdown_table() -> str:
-    """Every measure: column, range, direction, what it is where a mask is empty, and its part in the verdict."""
+    """Every measure: column, range, direction, values for empty masks, and role in the verdict."""
     lines = [
         "| column | measure | what it is | range | better | case without a nodule | nothing predicted | verdict |\n",
         "|---|---|---|---|---|---|---|---|\n",

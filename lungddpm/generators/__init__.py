@@ -1,30 +1,30 @@
-"""Generators: what turns a reference CT, a layout and a seed into a synthetic CT. Each module here is one.
+"""Generators: each module turns a reference CT, a layout and a seed into a synthetic CT.
 
 A module declares:
 
-TITLE: str                    what it is, in a few words
+TITLE: str                    short description
 CITATION: str                 the work to cite
 Settings                      its keys in `generators.<name>` of the config: a subclass of `GeneratorSettings`, or that
                               class itself; of `TrainedSettings` for a generator that is trained
-LAYOUTS: tuple[str, str]      where the layouts are from when a reference with nodules is used first, and again: each
-                              `OWN`, `JITTERED` or `ADDED`, depending on what its CT can show. References without a
-                              nodule get placed ones; where both are `OWN`, they are left out
+LAYOUTS: tuple[str, str]      source of the layout when a reference with nodules is used first, and again: each
+                              `OWN`, `JITTERED` or `ADDED`, depending on what it can draw. References without a
+                              nodule get placed ones; if both are `OWN`, they are left out
 load(config, weights, device) -> Generator
 
-and where it applies:
+and, if applicable:
 
-WEIGHTS_OF: str               the generator whose weights it draws with; one that is trained has its own
-recipe(config) -> Recipe      how it is trained; required where `Settings` are `TrainedSettings`, as is
-preview(config) -> Preview    what draws a few samples while it trains
-drawing(config) -> Drawing    what a sample costs, for `lungddpm plan`; required of those that draw with weights
+WEIGHTS_OF: str               the generator whose weights it uses; a trained generator has its own
+recipe(config) -> Recipe      how it is trained; required if `Settings` are `TrainedSettings`, as is
+preview(config) -> Preview    draws a few samples during training
+drawing(config) -> Drawing    cost of a sample, for `lungddpm plan`; required for generators with weights
 FAMILY: str                   the family of its model, a row of the ladder (`lungddpm.verdict.ladder`); controls and
                               floors have none
-PUBLISHED_AS: Mapping         by what it is given of the reference (`given_of`), the method in
-                              `lungddpm/verdict/published.csv` that it then stands for
+PUBLISHED_AS: Mapping         by the information that it is given (`given_of`), the method in
+                              `lungddpm/verdict/published.csv` that it represents
 
-A module imports heavy libraries inside its functions only: light commands import it to read what it declares. It
-imports no other part of the configuration than `lungddpm.config.sections`. Synthetic CT that other systems made needs
-no module: see `lungddpm.synthesis.external`.
+A module imports heavy libraries only inside its functions, because light commands import it for its declarations. Of
+the configuration it imports only `lungddpm.config.sections`. Synthetic CT from other systems does not need a module:
+see `lungddpm.synthesis.external`.
 """
 
 from __future__ import annotations
@@ -53,20 +53,20 @@ if TYPE_CHECKING:
 
 NOTHING, LAYOUT, SLICE, VOLUME = "none", "layout", "layout+slice", "layout+volume"
 GIVEN = NOTHING, LAYOUT, SLICE, VOLUME
-"""What a generator is given of the CT that it is to draw, as `published.csv` has it. (Of nothing but the random
-numbers, no generator here draws: without a layout there is no label.)"""
+"""The information about the target CT that a generator is given, in the terms of `published.csv`. (All generators here
+are given the layout: without one there are no labels.)"""
 
 _REQUIRED = ("TITLE", "CITATION", "Settings", "LAYOUTS", "load")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One synthetic CT to make.
+    """One synthetic CT to draw.
 
     Attributes:
         reference: int16 HU; fills what the layout leaves open.
         layout: uint8 labels on the same grid.
-        seed: of every random number in this CT.
+        seed: for all random numbers in this CT.
         made: how the layout was made; None for the reference's own.
         donors: folder of every case that one of its nodules is from, by case id.
     """
@@ -83,12 +83,12 @@ class Generator:
     """A generator ready to work.
 
     Attributes:
-        make: tasks on grids of one size -> one (x, y, z) int16 HU array each, on its reference's grid. Where the
+        make: tasks on grids of equal size -> one (x, y, z) int16 HU array each, on its reference's grid. Where the
             layout is background, the array equals the reference exactly (but for published AAS, which leaves noise in
-            it, and for `med_ddpm`, which has no AAS). A task's array does not depend on the others.
-        device: what it computes on, for the record.
-        batch_size: tasks that it takes at once on a GPU.
-        describe: what a task's CT is drawn with besides, as JSON-like values for its `sample.json`.
+            it, and for `med_ddpm`, which has no AAS). A task's array does not depend on the other tasks.
+        device: description of its device, for the record.
+        batch_size: tasks to pass at once on a GPU.
+        describe: further inputs of a task's CT, as JSON-like values for its `sample.json`.
     """
 
     make: Callable[[list[Task]], list[np.ndarray]]
@@ -99,11 +99,11 @@ class Generator:
 
 @dataclass(frozen=True)
 class Drawing:
-    """What it takes to draw with a network.
+    """The cost of drawing with a network.
 
     Attributes:
         passes: forward passes per sample, on average.
-        batch_size: samples that are drawn at once on a GPU.
+        batch_size: samples drawn at once on a GPU.
     """
 
     passes: float
@@ -112,11 +112,11 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Plugin:
-    """What a module in this folder declares; see the top of this file.
+    """The declaration of a module in this folder; see the top of this file.
 
     Attributes:
         name: of the module.
-        weights_of: the generator whose weights it draws with; itself, if it is trained; None if it needs none.
+        weights_of: the generator whose weights it uses; itself, if it is trained; None if it needs none.
     """
 
     name: str
@@ -133,13 +133,13 @@ class Plugin:
     published_as: Mapping[str, str]
 
     def training(self, config: GeneratorConfig[TrainedSettings]) -> tuple[Recipe, Preview]:
-        """How it is trained, and what draws a few samples meanwhile.
+        """Its training recipe, and the preview that draws a few samples meanwhile.
 
         Raises:
             ConfigError: it is not trained.
         """
         if self.recipe is None or self.preview is None:
-            raise ConfigError("--generator", f"'{self.name}' is not trained", "Name a generator that is.")
+            raise ConfigError("--generator", f"'{self.name}' is not trained", "Name a trained generator.")
         return self.recipe(config), self.preview(config)
 
 
@@ -149,13 +149,13 @@ def names() -> list[str]:
 
 
 def plugin(name: str) -> Plugin:
-    """What a generator declares.
+    """The declaration of a generator.
 
     Raises:
         ConfigError: there is no such generator, or its module lacks a declaration.
     """
     if name not in names():
-        raise ConfigError("generators", f"there is no generator '{name}'", f"Known are {', '.join(names())}.")
+        raise ConfigError("generators", f"there is no generator '{name}'", f"Available: {', '.join(names())}.")
     module = importlib.import_module(f"{__name__}.{name}")
     missing = [required for required in _REQUIRED if not hasattr(module, required)]
     trains = not missing and issubclass(module.Settings, TrainedSettings)
@@ -164,7 +164,7 @@ def plugin(name: str) -> Plugin:
     missing += [name for name in required if not hasattr(module, name)]
     if missing:
         remedy = "See docs/how-to/add-a-generator-or-source.md."
-        raise ConfigError(module.__file__ or name, f"declares no {', no '.join(missing)}", remedy)
+        raise ConfigError(module.__file__ or name, f"does not declare {', '.join(missing)}", remedy)
     return Plugin(
         name=name,
         title=module.TITLE,
@@ -182,9 +182,9 @@ def plugin(name: str) -> Plugin:
 
 
 def given_of(config: GeneratorConfig[Any]) -> str:
-    """What a generator that draws with a network is given of the reference beside the layout: one of `GIVEN`.
+    """The information that a generator with a network is given besides the layout: one of `GIVEN`.
 
-    Where the open voxels are pasted, that is the whole volume around what is drawn, whatever the network sees of it.
+    If the open voxels are pasted, that is the whole volume around the drawn region, whatever the network sees of it.
     """
     sampling = getattr(config.settings, "sampling", None)
     if getattr(sampling, "background", "generated") == "reference":

@@ -1,4 +1,5 @@
-"""Control: nodules of other patients blended into the reference, beside its own. Augmentation without a model."""
+"""Control: nodules of other patients blended into the reference, in addition to its own. Augmentation without a
+model."""
 
 from __future__ import annotations
 
@@ -26,18 +27,18 @@ CITATION = (
 Settings = GeneratorSettings
 LAYOUTS = ADDED, ADDED
 FEATHER_VOXELS = 3
-"""Distance from a pasted nodule at which nothing but the reference is left."""
+"""Distance from a pasted nodule beyond which only the reference remains."""
 _GAIN_LIMITS = (0.5, 2.0)
 _NEARLY_NOTHING_HU = 1.0
 
 
 @dataclass(frozen=True)
 class Original:
-    """A nodule where it comes from.
+    """A nodule in its original case.
 
     Attributes:
         spline: (x, y, z) float32 cubic spline coefficients of its case's CT in HU.
-        lung: bool, that grid: lung and nodule, without what touches vessels or walls.
+        lung: bool, on that grid: lung and nodule, without voxels that touch vessels or walls.
         spacing_mm: of that grid, (3,).
         centre: voxel coordinates of its centroid there, (3,).
         mean_hu: over its voxels there.
@@ -51,8 +52,8 @@ class Original:
 
 
 def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -> Generator:
-    """Ready at once; needs nothing but the donors' cases."""
-    # Neighbouring samples share donors, but a cohort of them would not fit into memory.
+    """Needs no weights, only the donors' cases."""
+    # Neighbouring samples share donors, but those of a whole cohort would not fit into memory.
     read = lru_cache(maxsize=16)(read_original)
 
     def make(task: Task) -> np.ndarray:
@@ -86,11 +87,11 @@ def read_original(folder: CaseFolder, number: int) -> Original:
 
 
 def paste_nodules(task: Task, originals: list[Original]) -> np.ndarray:
-    """The reference with the nodules that the layout adds, each turned and scaled as it was placed.
+    """The reference with the nodules that the layout adds, each rotated and scaled as it was placed.
 
-    A nodule keeps its mean HU, and its lung becomes as dark as the lung at its new place: a linear map of HU that
-    takes its part of every voxel for granted. Around it, the reference takes over within `FEATHER_VOXELS`. Voxels
-    outside the lungs and of other nodules stay exactly as they are.
+    A linear map of HU keeps the mean HU of a nodule and makes its surrounding lung as dark as the lung at its new
+    place. Around it, the reference takes over within `FEATHER_VOXELS`. Voxels outside the lungs and of other nodules
+    stay exactly as they are.
 
     Args:
         task: with a made layout.
@@ -111,9 +112,9 @@ def paste_nodules(task: Task, originals: list[Original]) -> np.ndarray:
 
 
 def _made(task: Task) -> MadeLayout:
-    """The task's layout as `LAYOUTS` asks for it: with nodules added."""
+    """The task's layout, which must have added nodules, as required by `LAYOUTS`."""
     if task.made is None:
-        raise ValueError("copy_paste got a layout to which no nodule was added")
+        raise ValueError("copy_paste needs a layout with an added nodule")
     return task.made
 
 
@@ -125,7 +126,7 @@ def _blend(
     nodule: PlacedNodule,
     original: Original,
 ) -> np.ndarray:
-    """A box of the CT with one nodule more, at `cells`."""
+    """A box of the CT with one more nodule, at `cells`."""
     from scipy import ndimage
 
     values, lung = _turned(original, nodule, reference)
@@ -136,7 +137,7 @@ def _blend(
     contrast_hu = is_pasted_hu - was_around_hu
     gain = (original.mean_hu - lies_around_hu) / contrast_hu if abs(contrast_hu) > _NEARLY_NOTHING_HU else 1.0
     matched = original.mean_hu + np.clip(gain, *_GAIN_LIMITS) * (values - is_pasted_hu)
-    # Vessels and walls beside the nodule stay at home.
+    # Vessels and walls beside the nodule are not copied.
     matched = np.maximum(np.where(cells | lung, matched, lies_around_hu), AIR_HU)
     weight = np.clip(1 - ndimage.distance_transform_edt(~cells) / FEATHER_VOXELS, 0, 1)
     weight[~cells & np.isin(labels, [Label.BACKGROUND, Label.NODULE])] = 0
@@ -144,7 +145,7 @@ def _blend(
 
 
 def _turned(original: Original, nodule: PlacedNodule, grid: Volume) -> tuple[np.ndarray, np.ndarray]:
-    """The CT around a nodule's origin as it lies on another grid once the nodule is placed, and where it is lung."""
+    """The CT around the original nodule, resampled to the grid on which the nodule is placed, and its lung mask."""
     from scipy import ndimage
     from scipy.spatial.transform import Rotation
 

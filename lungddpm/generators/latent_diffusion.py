@@ -1,4 +1,4 @@
-"""Latent diffusion: an autoencoder makes CT small, and a diffusion model draws what it makes of CT."""
+"""Latent diffusion: an autoencoder compresses CT, and a diffusion model draws its latents."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ FAMILY = "latent diffusion"
 PUBLISHED_AS = {LAYOUT: "Make-A-Volume", SLICE: "GEM-3D"}
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 20
-"""Of the grids of samples that a training draws."""
+"""Steps for the grids of samples drawn during training."""
 
 
 class LatentSampling(Section):
-    """From noise to latents, and on to CT."""
+    """From noise to latents, and from latents to CT."""
 
     sampler: Literal["ddpm", "ddim", "dpmsolver++", "unipc"] = "ddim"
-    """`ddpm`: ancestral; `ddim`: first order, as GEM-3D; `dpmsolver++`, `unipc`: multistep, 20 steps will do."""
+    """`ddpm`: ancestral; `ddim`: first order, as GEM-3D; `dpmsolver++`, `unipc`: multistep, 20 steps suffice."""
     order: Annotated[int, Field(ge=2, le=3)] = 2
     """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
     steps: PositiveInt = 200
     """Noise levels visited, at most `timesteps`."""
     background: Background = "reference"
-    """What the voxels show that the layout leaves open: `reference`: its CT, pasted after decoding; `generated`: what
-    is decoded there."""
+    """Content of the voxels that the layout leaves open: `reference`: its CT, pasted after decoding; `generated`: the
+    decoded CT."""
     batch_size: PositiveInt = 1
-    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
+    """Volumes sampled at once on a GPU; on a CPU one at a time, so that they do not depend on each other."""
 
 
 class Settings(LatentSettings):
@@ -62,7 +62,7 @@ class Settings(LatentSettings):
 
 
 def recipe(config: GeneratorConfig[Settings]) -> Recipe:
-    """The autoencoder, then the denoiser: on whole volumes, or on crops around anything that the layouts name."""
+    """The autoencoder, then the denoiser: on whole volumes, or on crops around labelled voxels."""
     import torch
 
     from lungddpm.models.latent import LatentDiffusion, LatentError, build_latent_diffusion, denoiser_channels
@@ -83,7 +83,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
         ),
         hint=settings.hint,
         optimization=LatentOptimization,
-        # The denoiser learns what the autoencoder makes of a batch.
+        # The denoiser learns from the latents of a batch.
         prepares=lambda network, shape: cast(LatentDiffusion, network).autoencoder.encode(
             torch.zeros(shape[0], 1, *shape[1:])
         ),
@@ -92,7 +92,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
-    """DPM-Solver++ with a few steps; while the autoencoder is trained, what it makes of the reference."""
+    """DPM-Solver++ with a few steps; while the autoencoder is trained, its reconstruction of the reference."""
     import torch
 
     from lungddpm.models.denoiser import open_voxels
@@ -146,7 +146,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 
 
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
-    """One pass per noise level; decoding takes about as much as one more."""
+    """One pass per noise level; decoding costs about one more."""
     return Drawing(config.settings.sampling.steps + 1, config.settings.sampling.batch_size)
 
 
@@ -165,7 +165,7 @@ def load_latent_diffusion(
 
 
 def _solver(config: GeneratorConfig[Settings], sampling: LatentSampling) -> DiffusionSolver:
-    """Latents have no bounds, so that nothing limits what the denoiser implies."""
+    """Latents are unbounded, so the denoiser's estimate is not clipped."""
     from lungddpm.models.sampling import DiffusionSolver, noise_levels
     from lungddpm.models.schedule import cosine_betas
 

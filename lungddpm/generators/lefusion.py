@@ -1,7 +1,7 @@
-"""LeFusion: a diffusion model draws nodules into the reference, each with a histogram; all else stays exactly as it is.
+"""LeFusion: a diffusion model draws nodules into the reference, each with a given histogram; all else is unchanged.
 
 The network sees a crop around the nodule and a histogram of HU. Outside the nodule the reference is pasted at every
-noise level, so that the nodule fits what lies around it.
+noise level, so that the nodule matches its surroundings.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from lungddpm.models.lesions import DiscoveryNodule
     from lungddpm.models.recipe import Preview, Recipe
 
-TITLE = "LeFusion: a diffusion model draws nodules with chosen histograms, all else is the reference"
+TITLE = "LeFusion: a diffusion model draws nodules with given histograms, all else is the reference"
 CITATION = (
     "LeFusion: Controllable Pathology Synthesis via Lesion-Focused Diffusion Models, ICLR 2025, arXiv 2403.14066 "
     "(here with the network of Lung-DDPM+)."
@@ -41,19 +41,19 @@ CITATION = (
 FAMILY = "nodule inpainting"
 LAYOUTS = OWN, ADDED
 PREVIEW_STEPS = 20
-"""Of the grids of samples that a training draws."""
+"""Steps for the grids of samples drawn during training."""
 
 
 class LesionTraining(PlusTraining):
-    """Training on crops around nodules; the loss counts the nodule and one voxel around it, and nothing else. Published
-    crops are of 64 x 64 x 32 voxels."""
+    """Training on crops around nodules; the loss covers only the nodule and one voxel around it. Published crops have
+    64 x 64 x 32 voxels."""
 
     steps: PositiveInt = 50_000
     """Optimizer steps (published: 20,000 to 50,000)."""
     learning_rate: PositiveFloat = 1e-4
     """Peak learning rate of Adam (published)."""
     lesion_weight: Annotated[float, Field(ge=1, le=1)] = 1.0
-    """There is none: nothing but nodules counts."""
+    """Fixed: only nodules count in the loss."""
 
 
 class LesionSampling(Sampling):
@@ -63,18 +63,18 @@ class LesionSampling(Sampling):
     """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
 
     background: Literal["reference"] = "reference"
-    """All but the nodules is the reference's own."""
+    """Everything except the nodules is the reference's own."""
 
     @model_validator(mode="after")
     def _corrected(self) -> LesionSampling:
         for key in ("aas", "intensities", "times", "levels"):
             if getattr(self, key) != "corrected":
-                raise ValueError(f"{key} is corrected: what else is published is of other systems")
+                raise ValueError(f"{key} must be corrected: the published mode belongs to other systems")
         return self
 
 
 class Settings(CropSettings):
-    """LeFusion: a network of its own, for crops around nodules."""
+    """LeFusion: its own network, for crops around nodules."""
 
     timesteps: PositiveInt = 300
     """Noise levels T of the cosine schedule (published)."""
@@ -83,7 +83,7 @@ class Settings(CropSettings):
 
 
 def recipe(config: GeneratorConfig[Settings]) -> Recipe:
-    """Trained on crops around nodules, for what lies within these; keeps their histograms."""
+    """Trained on crops around nodules, with a loss inside the nodules; stores their histograms."""
     from lungddpm.models.lesions import BINS, LesionError, LesionLoss, keep_histograms
     from lungddpm.models.objectives import unet_inputs
     from lungddpm.models.recipe import Recipe
@@ -102,7 +102,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
-    """The nodules of a crop with the histogram that they have, by DPM-Solver++ with a few steps."""
+    """The nodules of a crop with their own histogram, by DPM-Solver++ with a few steps."""
     from lungddpm.models.lesions import draw_nodules, histograms_of, show
     from lungddpm.models.sampling import make_solver
     from lungddpm.models.schedule import cosine_betas
@@ -179,7 +179,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
             made = draw(
                 [volumes[place][crop.where] for place, crop in zip(busy, now, strict=True)],
                 [tasks[place].layout.array[crop.where] for place, crop in zip(busy, now, strict=True)],
-                # With nodule voxels that later crops draw; what stands there yet is not part of any nodule.
+                # Includes nodule voxels that later crops will draw; their present content is not part of any nodule.
                 [missing[place][crop.where] for place, crop in zip(busy, now, strict=True)],
                 [chosen[place][crop.nodule].histogram for place, crop in zip(busy, now, strict=True)],
                 [generators[place] for place in busy],
@@ -205,7 +205,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 def choose_histograms(
     crops: Sequence[Crop], discovery: Sequence[DiscoveryNodule], seed: int
 ) -> dict[int, DiscoveryNodule]:
-    """For each nodule that crops draw, by its number, the discovery nodule whose histogram it gets.
+    """The discovery nodule whose histogram each drawn nodule gets, by number.
 
     Args:
         crops: of one layout.

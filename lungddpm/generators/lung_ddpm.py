@@ -1,4 +1,4 @@
-"""Lung-DDPM: the denoiser draws what the layout names, the reference fills the rest (anatomically aware sampling)."""
+"""Lung-DDPM: the denoiser draws the labelled voxels, the reference fills the rest (anatomically aware sampling)."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ FAMILY = "pixel diffusion"
 PUBLISHED_AS = {LAYOUT: "Med-DDPM", VOLUME: "Lung-DDPM"}
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 20
-"""Of the grids of samples that a training draws."""
+"""Steps for the grids of samples drawn during training."""
 
 
 class Settings(DiffusionSettings):
-    """Lung-DDPM: network, schedule, training, sampling; the defaults are what is published."""
+    """Lung-DDPM: network, schedule, training, sampling; the defaults are the published ones."""
 
 
 def recipe(config: GeneratorConfig[Settings]) -> Recipe:
-    """Trained on whole volumes, or on crops around anything that the layouts name."""
+    """Trained on whole volumes, or on crops around labelled voxels."""
     from lungddpm.models.objectives import diffusion_recipe
 
     return diffusion_recipe(config)
@@ -54,7 +54,7 @@ def preview(config: GeneratorConfig[DiffusionSettings]) -> Preview:
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:
     """Load the denoiser onto the device.
 
-    In the mode `published` of AAS, open voxels keep the noise that this mode leaves in them.
+    With `aas: published`, open voxels keep the noise that this mode leaves in them.
 
     Raises:
         InputError: see `load_denoiser`.
@@ -79,15 +79,15 @@ def load_sampler(
     resampling: int = 1,
     aas: Literal["corrected", "published"] | None,
 ) -> Generator:
-    """Load the denoiser of whole volumes.
+    """Load a denoiser of whole volumes.
 
     Args:
-        config: of the generator that the denoiser was trained for.
-        solving: how to get from noise to CT.
+        config: of the generator for which the denoiser was trained.
+        solving: settings of the solver.
         weights: of the denoiser.
         device: see `make_accelerator`.
         resampling: see `Sampling`.
-        aas: see `Sampling`; None draws the open voxels as well.
+        aas: see `Sampling`; None: the open voxels are drawn as well.
 
     Raises:
         InputError: see `load_denoiser`.
@@ -134,7 +134,7 @@ def draw_volumes(
 
     Args:
         tasks: on grids of one size.
-        windows: for each, the HU range that the network knows as [-1, 1].
+        windows: for each, the HU range that the network maps to [-1, 1].
         classes: of the layout that condition the network.
         sample: (condition (N, C, D, H, W), reference (N, 1, D, H, W), a generator per task) -> CT (N, 1, D, H, W).
         device: of these tensors.
@@ -162,10 +162,10 @@ def draw_volumes(
 
 
 def window_of(hu: np.ndarray, solving: Solving, grid: Grid) -> Window:
-    """The HU range that the denoiser knows as [-1, 1], for an (x, y, z) CT; see `Solving.intensities`."""
+    """The HU range that the denoiser maps to [-1, 1], for an (x, y, z) CT; see `Solving.intensities`."""
     return slice_windows(hu, axis=2) if solving.intensities == "published" else grid.window_hu
 
 
 def fill_open_voxels(task: Task, hu: np.ndarray) -> np.ndarray:
-    """Generated HU where the layout names a class, the reference's own elsewhere, also beyond the model's window."""
+    """Generated HU at labelled voxels, the reference's own elsewhere, even beyond the model's window."""
     return np.where(task.layout.array == Label.BACKGROUND, task.reference.array.astype(np.int16), hu)

@@ -1,6 +1,6 @@
-"""Lung-DDPM+: nodule by nodule, the denoiser redraws a crop of the reference; all else stays the reference's own.
+"""Lung-DDPM+: nodule by nodule, the denoiser redraws a crop of the reference; all else is copied from the reference.
 
-The crop is drawn from the noise that gives the reference again (its inversion), but for the nodule, where the noise is
+The crop is drawn from the noise that reproduces the reference (its inversion), except in the nodule, where the noise is
 fresh. So it resembles the reference around the nodule, and is blended into it over some distance.
 """
 
@@ -48,41 +48,42 @@ NODULES_PER_CASE = 2.5
 
 
 class PlusDenoiser(Denoiser):
-    """The published network of Lung-DDPM+ (39.0 million parameters): one level less than that of Lung-DDPM."""
+    """The published network of Lung-DDPM+ (39.0 million parameters): one level fewer than that of Lung-DDPM."""
 
     multipliers: Annotated[list[PositiveInt], Field(min_length=2)] = [1, 2, 3, 4]
     """Channels of each level as multiples of `base_channels`; each level but the last halves the crop."""
 
 
 class PlusTraining(Training):
-    """Training on crops around nodules; what is published of the recipe is that of Lung-DDPM."""
+    """Training on crops around nodules; as far as published, the recipe is that of Lung-DDPM."""
 
     crop: Annotated[int, Field(ge=8)] = 64
-    """Edge of the cubic crops in voxels, each around a voxel of a nodule; sampling works on crops of this edge, too."""
+    """Edge of the cubic crops in voxels, each around a voxel of a nodule; sampling uses crops of the same edge."""
 
 
 class PlusSampling(Sampling):
-    """From the inverted reference to CT: the solver, which inverts as well (the same number of steps once more)."""
+    """From the inverted reference to CT: the solver, which also computes the inversion (the same number of steps
+    again)."""
 
     sampler: Literal["ddim", "dpmsolver++", "unipc"] = "dpmsolver++"
     """`ddim`: first order; `dpmsolver++` (as published), `unipc`: multistep."""
     order: Annotated[int, Field(ge=2, le=3)] = 3
     """Order of `dpmsolver++` and `unipc`."""
     steps: PositiveInt = 50
-    """Noise levels visited, at most `timesteps`: on the way to the noise and on the way back."""
+    """Noise levels visited, at most `timesteps`, in each direction."""
     resampling: Annotated[int, Field(ge=1, le=1)] = 1
-    """There is none: fresh noise on the way would undo the inversion."""
+    """Fixed: fresh noise during sampling would undo the inversion."""
     aas: Literal["corrected", "published"] = "corrected"
     """`published`: a crop starts from the reference's noise and is then drawn freely; `corrected`: voxels of the crop
-    that do not count in the result keep to the reference at all noise levels."""
+    that are not used in the result follow the reference at all noise levels."""
     background: Literal["reference"] = "reference"
-    """All but the nodules is the reference's own."""
+    """Everything except the nodules is the reference's own."""
 
 
 def nodules_only(classes: list[Layer]) -> list[Layer]:
-    """Refuse other classes than nodules."""
+    """Allow no classes other than nodules."""
     if classes != ["nodule"]:
-        raise ValueError("classes is [nodule]")
+        raise ValueError("classes must be [nodule]")
     return classes
 
 
@@ -90,14 +91,14 @@ class CropSettings(DiffusionSettings):
     """Settings of a generator that draws nodules in crops around them."""
 
     classes: Annotated[list[Layer], AfterValidator(nodules_only)] = ["nodule"]
-    """Layout classes that condition the denoiser: nodules alone."""
+    """Layout classes that condition the denoiser: only nodules."""
     denoiser: PlusDenoiser = PlusDenoiser()
     hint: Literal["none"] = "none"
-    """There is none: the denoiser works on the reference's own crop."""
+    """Fixed: the denoiser works on the reference's own crop."""
     training: PlusTraining = PlusTraining()
 
     def drawn_size(self, grid: Grid) -> Size3:
-        """That of a crop."""
+        """The shape of a crop."""
         return (self.training.crop,) * 3
 
     def decides_samples(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class CropSettings(DiffusionSettings):
 
 
 class Settings(CropSettings):
-    """Lung-DDPM+: a denoiser of its own, for crops around nodules; the defaults are what is published."""
+    """Lung-DDPM+: its own denoiser, for crops around nodules; the defaults are the published ones."""
 
     run: Name = "plus"
     """Name of the run: the folder under `results/models/lung_ddpm_plus/`, part of every sample's seed."""
@@ -121,10 +122,10 @@ class Crop:
 
     Attributes:
         where: its place in the volume.
-        nodule: which one it draws, by the number of `scipy.ndimage.label` with all 26 neighbours.
+        nodule: number of the nodule that it draws, from `scipy.ndimage.label` with all 26 neighbours.
         drawn: (edge, edge, edge) bool: the nodule voxels that this crop draws.
-        weight: (edge, edge, edge) float32: the share of what is drawn in the result; 1 in the nodule and one voxel
-            around it, then falling to 0, which it is where the crop meets the rest of the volume.
+        weight: (edge, edge, edge) float32: the weight of the drawn crop in the result; 1 in the nodule and one voxel
+            around it, falling to 0 where the crop meets the rest of the volume.
     """
 
     where: Box
@@ -141,7 +142,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
-    """The nodules of a crop drawn, its rest pasted."""
+    """The nodules of a crop are drawn, the rest is pasted."""
     return lung_ddpm.preview(config)
 
 
@@ -175,7 +176,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         condition = torch.from_numpy(np.stack([condition_channels(layout, classes) for layout in layouts]))
         condition = condition.to(accelerator.device)
         drawn = to_device([crop.drawn for crop in crops])
-        # What does not count in the result.
+        # Voxels that are not used in the result.
         outside = [
             (crop.weight == 0) | (layout == Label.BACKGROUND) for crop, layout in zip(crops, layouts, strict=True)
         ]
@@ -213,7 +214,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 
 
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
-    """Passes to the noise and back, for each nodule."""
+    """Passes to the noise and back for each nodule."""
     sampling = config.settings.sampling
     return Drawing(2 * sampling.steps * NODULES_PER_CASE, sampling.batch_size)
 
@@ -221,12 +222,12 @@ def drawing(config: GeneratorConfig[Settings]) -> Drawing:
 def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
     """Crops that draw every nodule voxel of a layout once, nodule by nodule.
 
-    What a crop draws is a quarter of its edge away from where it meets the rest of the volume. A nodule for which that
-    leaves too little room is drawn in parts, in overlapping crops; each sees what those before it have drawn.
+    The drawn voxels of a crop are a quarter of its edge away from where it meets the rest of the volume. A nodule that
+    does not fit is drawn in parts, in overlapping crops; each sees the result of those before it.
 
     Args:
         layout: (x, y, z) uint8 labels.
-        edge: of the crops in voxels, at least 8, at most the layout's shortest.
+        edge: of the crops in voxels, at least 8, at most the layout's shortest edge.
 
     Raises:
         InputError: the layout has no nodule.
@@ -237,7 +238,7 @@ def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:
     if not count:
         remedy = "Exclude the reference, or fix its layout."
         raise InputError("drawing nodule by nodule", "got a layout without a nodule", remedy)
-    # Where a crop is as long as the volume, it does not meet any rest of it.
+    # Along an axis on which a crop spans the volume there is no border.
     longest = [edge if size == edge else edge - 2 * (edge // 4) for size in layout.shape]
     crops = []
     for number, box in enumerate(ndimage.find_objects(numbers), start=1):

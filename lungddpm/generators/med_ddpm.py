@@ -1,4 +1,5 @@
-"""Med-DDPM: the denoiser draws the whole volume for a layout; without AAS, all around the lungs is invented, too."""
+"""Med-DDPM: the denoiser draws the whole volume for a layout; without AAS, even the anatomy around the lungs is
+drawn."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ LAYOUTS = OWN, JITTERED
 
 
 class Settings(GeneratorSettings):
-    """Med-DDPM: how it samples. Its network is that of `lung_ddpm`."""
+    """Med-DDPM: its sampling. The network is that of `lung_ddpm`."""
 
     sampling: Solving = Solving()
 

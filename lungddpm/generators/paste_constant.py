@@ -1,4 +1,4 @@
-"""Control: the reference with lungs of one constant grey. What the pasted background alone gives."""
+"""Control: the reference with constant lungs. Shows the effect of the pasted background alone."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ LAYOUTS = OWN, JITTERED
 
 
 def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -> Generator:
-    """Ready at once; needs nothing."""
+    """Needs no weights."""
     return Generator(make=lambda tasks: [fill_with_mean_lung(task) for task in tasks])
 
 
 def fill_with_mean_lung(task: Task) -> np.ndarray:
-    """The reference with every voxel of the layout, nodules and vessels too, at the mean HU of its lung voxels.
+    """The reference with every labelled voxel, including nodules and vessels, at the mean HU of its lung voxels.
 
     Returns:
         (x, y, z) int16 HU.

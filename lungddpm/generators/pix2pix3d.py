@@ -1,7 +1,8 @@
 """Pix2pix3D: a conditional GAN draws the CT of a layout in one pass; the reference may fill the rest.
 
-It has the losses of pix2pixHD in 3-D (see `lungddpm.models.adversarial`); an error of the HU stands in for one of them.
-Noise is an input of the network, but no loss rewards its use: two CT of one layout differ in fine noise alone.
+It has the losses of pix2pixHD in 3-D (see `lungddpm.models.adversarial`), with an L1 error of the HU instead of the
+perceptual loss. Noise is an input of the network, but no loss rewards its use: two CT of one layout differ only in fine
+noise.
 """
 
 from __future__ import annotations
@@ -27,22 +28,22 @@ if TYPE_CHECKING:
 TITLE = "Pix2pix3D: a conditional GAN draws the lungs in one pass, the reference fills the rest"
 CITATION = (
     "High-Resolution Image Synthesis and Semantic Manipulation with Conditional GANs, CVPR 2018, arXiv 1711.11585 "
-    "(pix2pixHD; here in 3-D, with an L1 error of the HU in the place of its perceptual loss)."
+    "(pix2pixHD; here in 3-D, with an L1 error of the HU instead of its perceptual loss)."
 )
 FAMILY = "one-pass GAN"
 PUBLISHED_AS = {LAYOUT: "Pix2pix3D"}
 LAYOUTS = OWN, JITTERED
 
 _REDUCTION = 16
-"""How many times smaller the deepest feature map is than the grid."""
+"""Factor by which the deepest feature map is smaller than the grid."""
 _POOLED = 2
-"""How many times smaller the grid is that the second discriminator sees."""
+"""Factor by which the second discriminator's grid is smaller."""
 _SMALLEST_MAP = 3
-"""Edge of the map before a discriminator's last two convolutions, each of which takes one voxel off."""
+"""Edge of the map before a discriminator's last two convolutions, each of which removes one voxel."""
 
 
 class Translation(Section):
-    """The network that draws: a U-Net of five levels."""
+    """The generator network: a U-Net with five levels."""
 
     widths: Annotated[list[PositiveInt], Field(min_length=6, max_length=6)] = [32, 32, 64, 128, 256, 32]
     """Channels of its five levels, each of which but the last halves the grid, then of its last layer."""
@@ -58,47 +59,48 @@ class Translation(Section):
 
 
 class Discriminator(Section):
-    """The two networks that judge patches: one at the grid's scale, one at half of it. They matter in training only."""
+    """The two patch discriminators: one at full and one at half resolution. Used only in training."""
 
     channels: PositiveInt = 64
-    """Channels of the first layer; each further one has twice as many."""
+    """Channels of the first layer; they double with every further layer."""
     layers: int = 3
-    """Layers between the first one and the logits. How many fit depends on the grid (or the crop): 3 at 48 voxels an
+    """Layers between the first one and the logits. The maximum depends on the grid (or the crop): 3 at 48 voxels per
     edge, 4 at 128."""
 
 
 class LossWeights(Section):
-    """Weights of the network's losses; that of the adversarial one is 1."""
+    """Weights of the network's losses; the adversarial loss has weight 1."""
 
     reconstruction: Annotated[float, Field(ge=0)] = 100.0
-    """Of the error of the HU, in units of half of `grid.window_hu` (as in pix2pix; pix2pixHD has a perceptual loss)."""
+    """Weight of the error of the HU, in units of half of `grid.window_hu` (as in pix2pix; pix2pixHD has a perceptual
+    loss)."""
     feature_matching: Annotated[float, Field(ge=0)] = 10.0
-    """Of the difference of the discriminators' features between drawn and real CT (as published)."""
+    """Weight of the feature matching loss: discriminator features of drawn against real CT (as published)."""
 
 
 class AdversarialTraining(Training):
-    """Training of the network and of its discriminators, which have the same learning rate."""
+    """Training of the network and its discriminators, with the same learning rate."""
 
     steps: PositiveInt = 160_000
-    """Optimizer steps, each of both (published: 200 passes over the cases)."""
+    """Optimizer steps of both (published: 200 passes over the cases)."""
     loss: Literal["l1", "l2"] = "l1"
-    """How the error of the HU counts: absolute (`l1`) or squared (`l2`)."""
+    """Error of the HU: absolute (`l1`) or squared (`l2`)."""
     accumulation: PositiveInt = 1
-    """Forward passes per optimizer step, on each process where several share the training."""
+    """Forward passes per optimizer step; per process if several share the training."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate of both Adams, whose betas are .5 and .999."""
     learning_rate_schedule: Literal["constant", "cosine"] = "cosine"
-    """`cosine` decays to zero over `steps` (published: constant for the first half, then on a line to zero)."""
+    """`cosine` decays to zero over `steps` (published: constant for the first half, then linear to zero)."""
     gradient_checkpointing: Literal[False] = False
-    """There is none: this network needs little memory."""
+    """Fixed: this network needs little memory."""
 
 
 class TranslationSampling(Section):
     """From layout to CT."""
 
     background: Literal["reference", "generated"] = "reference"
-    """What the voxels show that the layout leaves open: `reference`: its CT, pasted; `generated`: what the network
-    draws there."""
+    """Content of the voxels that the layout leaves open: `reference`: its CT, pasted; `generated`: drawn by the
+    network."""
 
 
 class Settings(TrainedSettings):
@@ -119,21 +121,21 @@ class Settings(TrainedSettings):
         crop, layers = self.training.crop, self.discriminator.layers
         for name, edges in {"grid.size": grid.size, "training.crop": grid.size if crop is None else (crop,)}.items():
             if any(edge % _REDUCTION for edge in edges):
-                raise ValueError(f"{name} {list(edges)} is not divisible by {_REDUCTION}, as five levels need")
+                raise ValueError(f"{name} {list(edges)} is not divisible by {_REDUCTION}, as required by five levels")
         most = most_layers(min(grid.size) if crop is None else crop)
         if not 1 <= layers <= most:
             where = f"grid.size {list(grid.size)}" if crop is None else f"training.crop {crop}"
-            raise ValueError(f"discriminator.layers {layers} does not fit {where}: it is from 1 to {most} there")
+            raise ValueError(f"discriminator.layers {layers} does not fit {where}: it must be from 1 to {most}")
 
 
 def most_layers(edge: int) -> int:
-    """The largest number of a discriminator's layers for volumes of such an edge, which must be 16 at least."""
-    # All but the last one halve their input, and so does the layer before them.
+    """The largest number of discriminator layers for volumes of this edge, which must be at least 16."""
+    # All but the last halve their input, and so does the layer before them.
     return (edge // _POOLED // _SMALLEST_MAP).bit_length() - 1
 
 
 def recipe(config: GeneratorConfig[Settings]) -> Recipe:
-    """Trained on whole volumes. On crops around what the layouts name, norms see other means than where it draws."""
+    """Trained on whole volumes, or on crops around labelled voxels, where norms see other means than in drawing."""
     import torch
 
     from lungddpm.models.adversarial import AdversarialOptimization, Discriminators, TranslationObjective
@@ -154,7 +156,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
-    """One pass, whatever `sampling` says of the background."""
+    """One pass, whatever the background in `sampling`."""
     return lambda network, condition, reference, generators: _paste(
         _draw(network, condition, generators), condition, reference
     )
@@ -192,8 +194,8 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 
 
 def _draw(network: torch.nn.Module, condition: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """(N, C, D, H, W) and a generator per volume -> CT (N, 1, D, H, W) float32. Each in a pass of its own, so that it
-    does not depend on the others."""
+    """(N, C, D, H, W) and a generator per volume -> CT (N, 1, D, H, W) float32. One pass per volume, so that it does
+    not depend on the others."""
     import torch
 
     from lungddpm.models.sampling import draw_noise

@@ -1,4 +1,4 @@
-"""Floor: the reference through the autoencoder of latent diffusion. What is lost before any latent is drawn."""
+"""Floor: the reference through the autoencoder of latent diffusion. Shows the loss before any latent is drawn."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 
 
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
-    """Encoding and decoding take about as much as two passes of the denoiser."""
+    """Encoding and decoding cost about as much as two passes of the denoiser."""
     return Drawing(2)

@@ -1,4 +1,4 @@
-"""Rectified flow: a network that predicts velocities draws what the layout names along straight paths from noise."""
+"""Rectified flow: a network that predicts velocities draws the labelled voxels along straight paths from noise."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ CITATION = (
 FAMILY = "rectified flow"
 LAYOUTS = OWN, JITTERED
 PREVIEW_STEPS = 10
-"""Of the grids of samples that a training draws."""
+"""Steps for the grids of samples drawn during training."""
 
 
 class FlowSampling(Section):
     """From noise to CT in Euler steps."""
 
     steps: PositiveInt = 30
-    """Steps of equal length, each a forward pass; MAISI-v2 takes 30, and its FID is nearly as good with 10."""
+    """Steps of equal length, each a forward pass; MAISI-v2 uses 30, and its FID is nearly as good with 10."""
     background: Background = "reference"
-    """What the voxels show that the layout leaves open: `reference`: its CT, pasted after each step (AAS);
-    `generated`: what the network draws there."""
+    """Content of the voxels that the layout leaves open: `reference`: its CT, pasted after each step (AAS);
+    `generated`: drawn by the network."""
     batch_size: PositiveInt = 1
-    """Volumes sampled at once on a GPU; a CPU takes them one by one, so that they do not depend on one another."""
+    """Volumes sampled at once on a GPU; on a CPU one at a time, so that they do not depend on each other."""
 
 
 class Settings(UNetSettings):
     """Rectified flow: network, training, sampling."""
 
     times: Literal["uniform", "logit_normal"] = "uniform"
-    """How training draws its times: evenly, or as logistic functions of standard normal numbers, which gives more of
-    the middle between CT and noise."""
+    """Distribution of the times in training: uniform, or the logistic function of standard normal numbers, which puts
+    more weight on the middle between CT and noise."""
     sampling: FlowSampling = FlowSampling()
 
 
 def recipe(config: GeneratorConfig[Settings]) -> Recipe:
-    """Trained on whole volumes, or on crops around anything that the layouts name."""
+    """Trained on whole volumes, or on crops around labelled voxels."""
     from lungddpm.models.denoiser import build_denoiser
     from lungddpm.models.flow import VelocityPrediction
     from lungddpm.models.objectives import WeightedError, unet_inputs
@@ -68,7 +68,7 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
-    """A few Euler steps, whatever `sampling` says."""
+    """A few Euler steps, whatever `sampling` sets."""
     from lungddpm.models.flow import FlowSolver
     from lungddpm.models.hints import seeing, show
     from lungddpm.models.sampling import sample_aas

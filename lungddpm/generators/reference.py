@@ -1,4 +1,4 @@
-"""Control: the reference's own CT. What as many more real cases would have given."""
+"""Control: the reference's own CT. Shows the gain from as many more real cases."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LAYOUTS = OWN, OWN
 
 
 def load(config: GeneratorConfig[Settings], weights: Path | None, device: str) -> Generator:
-    """Ready at once; needs nothing."""
+    """Needs no weights."""
     return Generator(make=lambda tasks: [copy_reference(task) for task in tasks])
 
 

@@ -1,1 +1,1 @@
-"""From scans to cases: lungs, vessels and nodules segmented, checked, and put on the model grid."""
+"""From scans to cases: lungs, vessels and nodules are segmented, checked, and resampled to the model grid."""

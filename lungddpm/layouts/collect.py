@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 
 def run_collect(config: Config, tables: list[Path], output: Path) -> None:
-    """Merge the shards' tables, and make sure that every role can do its part.
+    """Merge the shards' tables, and check that every role has usable cases.
 
-    Rows are in order of case id, those without a patient last. Beside the merged table it writes `nodules.tsv`, with a
-    row for each nodule of the usable cases.
+    Rows are in order of case id, those without a patient last. Next to the merged table it writes `nodules.tsv`, with
+    a row for each nodule of the usable cases.
 
     Args:
-        config: `synthesis.place_nodules` is used; `roles` stands in messages.
+        config: `synthesis.place_nodules` is used; `roles` appears in messages.
         tables: case tables of all shards.
         output: merged table to write, in the folder of the cases.
 
     Raises:
         InputError: a role has no usable case, or none with a nodule where it needs one (references do not, if they get
-            placed ones), or so has an external test set; the message says why the others were excluded. Or the
+            placed ones), or an external test set has none; the message gives the reasons for the exclusions. Or the
             `case.json` of a usable case is missing or damaged.
     """
     import pandas as pd
@@ -68,12 +68,12 @@ def _check_enough(members: pd.DataFrame, key: str, gets_nodules: bool) -> None:
     raise InputError(
         key,
         f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
-        "Give it more patients, or fix what the reasons name.",
+        "Give it more patients, or fix the reasons for the exclusions.",
     )
 
 
 def _nodules_of(cases: pd.DataFrame, table: Path) -> pd.DataFrame:
-    """One row per nodule (see `NODULE_COLUMNS`), from the figures that the cases' folders keep."""
+    """One row per nodule (see `NODULE_COLUMNS`), from the records in the cases' folders."""
     import pandas as pd
 
     rows, remedy = [], "Delete the table of its case and run again."

@@ -1,4 +1,4 @@
-"""From a scan to a case: CT and layout on the model grid, with the figures that tell how good the layout is."""
+"""From a scan to a case: CT and layout on the model grid, with quality figures of the layout."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from lungddpm.core.volume import (
     resample_upright,
     write_volume,
 )
-from lungddpm.layouts.hounsfield import REMEDY, hounsfield_fault, recognised_fault
+from lungddpm.layouts.hounsfield import REMEDY, hounsfield_problem, recognised_problem
 from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
 from lungddpm.layouts.pictures import draw_case
@@ -47,8 +47,8 @@ LUNG_OCCUPANCY = 0.5
 VESSEL_OCCUPANCY = 0.25
 """Below one half: a vessel thinner than a cell never fills half of it."""
 _SHARE_PER_MM = (1e-6, 0.05, 0.5, 50.0)
-"""How much of a cell's share a mm of distance outweighs. The least decides only between equal shares, and where every
-cell that the nodule fills is taken."""
+"""Penalty on a cell's share per mm of distance. The smallest only breaks ties, and is used if every cell that the
+nodule fills is taken."""
 _NAME_FOLDER = "Run 'lungddpm index' again, with the same external_tests and folders as here."
 _LIBRARIES = (
     "numpy",
@@ -70,7 +70,7 @@ class Case:
         ct: int16 HU.
         layout: uint8 `Label`, same grid.
         qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read.
-        found: what the layout was made from, in the scan's own resolution.
+        found: the segmentation behind the layout, in the scan's own resolution.
     """
 
     ct: Volume
@@ -80,19 +80,19 @@ class Case:
 
 
 def build_case(scan: Scan, config: Config) -> Case:
-    """Label lungs, vessels and nodules, and take CT and labels to the model grid.
+    """Label lungs, vessels and nodules, and resample CT and labels to the model grid.
 
-    Ready labels are used where the scan brings them; what they lack of lungs and vessels is segmented.
+    Labels of the scan are used if there are any; lungs and vessels missing from them are segmented.
 
     Raises:
-        ExcludedCaseError: the CT is not in HU (see `hounsfield_fault`), the scan does not show both lungs in full (see
+        ExcludedCaseError: the CT is not in HU (see `hounsfield_problem`), the scan does not cover both lungs (see
             `segment_lungs`), or the layout is outside the limits of the config (see `check_layout`).
     """
     ct = scan.ct.canonical()
     ct = ct.like(np.maximum(ct.array, AIR_HU))
     nodules = [nodule.canonical(scan.ct) for nodule in find_nodules(scan, config.layouts)]
     if is_sheared(ct.affine):
-        # Contours are drawn in tilted slices: only their masks can be resampled.
+        # Contours are defined in the tilted slices, so only their masks can be resampled.
         nodules = [nodule.upright(ct) for nodule in nodules]
         ct = resample_upright(ct)
     numbers = number_voxels(nodules, ct.shape)
@@ -120,10 +120,10 @@ def build_case(scan: Scan, config: Config) -> Case:
 
 
 def nodules_on_grid(masks: list[Volume], affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Give each nodule as many cells as its volume fills, at least one, where it fills them most.
+    """Give each nodule the number of cells that corresponds to its volume, at least one, choosing those it fills most.
 
-    No two nodules share a cell; small nodules, which have less to spare, choose first. Where the fullest cells would
-    move the nodule's centroid by more than half a cell along an axis, as with some thin ones, nearer cells are taken.
+    No two nodules share a cell; small nodules choose first. If the fullest cells would move the nodule's centroid by
+    more than half a cell along an axis, as for some thin ones, nearer cells are used.
 
     Args:
         masks: bool, one nodule each, on grids parallel to the target.
@@ -131,7 +131,7 @@ def nodules_on_grid(masks: list[Volume], affine: np.ndarray, shape: tuple[int, i
         shape: cells of the target along x, y, z.
 
     Returns:
-        int32 of `shape`: 0, or the nodule's place in `masks`, counted from 1.
+        int32 of `shape`: 0, or the nodule's place in `masks`, from 1.
     """
     cells = np.zeros(shape, np.int32)
     cell_mm3 = abs(np.linalg.det(affine[:3, :3]))
@@ -160,12 +160,12 @@ def run_prepare(
     table: Path,
     external: Mapping[str, Path] | None = None,
 ) -> None:
-    """Prepare the cases of one shard: every row of the index whose number leaves `shard` on division by `shards`.
+    """Prepare the cases of one shard: every row of the index whose number modulo `shards` is `shard`.
 
     Writes `<output>/<case_id>/{ct.nii.gz, layout.nii.gz, nodules.nii.gz, qc.png, case.json}`, then the shard's case
     table. `nodules.nii.gz` holds the numbers of the nodules in the scan's own resolution, cropped to them; a case
-    without nodules has none. A case that is complete and whose inputs, settings and code have not changed is left as
-    it is.
+    without nodules does not have this file. A complete case whose inputs, settings and code have not changed is
+    kept.
 
     Args:
         config: `grid` and `layouts` are used, kinds of sources through the index, and their settings.
@@ -178,7 +178,8 @@ def run_prepare(
         external: folders of the external test sets, by name.
 
     Raises:
-        InputError: the index or a data set is missing. A case that cannot be used is no error: its row says why.
+        InputError: the index or a data set is missing. A case that cannot be used is not an error: its row gives the
+            reason.
     """
     rows = read_index(index).iloc[shard::shards]
     folders = {INTERNAL: source, **(external or {})}
@@ -196,7 +197,7 @@ def run_prepare(
 
 
 def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
-    """The case table's row for one row of the index, once the case's folder is up to date."""
+    """The case table's row for one row of the index, after updating the case's folder."""
     if row["status"] != "ok":
         return _excluded(row, folder, row["reason"])
     record = _finished(config, source, row, folder)
@@ -235,7 +236,7 @@ def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> 
         "qc": case.qc,
         "placement": measure_places(case.layout, case.qc["nodules"]),
     }
-    # Last: its presence says that the case is complete.
+    # Last: its presence means that the case is complete.
     write_json(folder.record, record)
     return record
 
@@ -246,7 +247,7 @@ def _reading(config: Config, row: pd.Series) -> tuple[Section, ...]:
 
 
 def _finished(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict | None:
-    """The record of a case that need not be prepared again."""
+    """The record of a case that does not need to be prepared again."""
     try:
         record = read_json(folder.record)
         unchanged = record["fingerprint"] == _fingerprint(config, source, row, record["inputs"])
@@ -264,12 +265,12 @@ def _write_nodules(path: Path, found: Segmented) -> None:
 
 
 def _hash_nodules(path: Path) -> str:
-    """SHA-256 of the file of nodules; empty where there is none."""
+    """SHA-256 of the file of nodules; empty if there is none."""
     return sha256_of(path) if path.exists() else ""
 
 
 def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[str]) -> str:
-    """What a case depends on: settings, code, the row of the index, the bytes of the input files."""
+    """Dependencies of a case: settings, code, the row of the index, the content of the input files."""
     return fingerprint(
         {
             "grid": config.grid,
@@ -294,12 +295,12 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
         try:
             lungs_lr = segment_lungs(ct, config.layouts)
         except ExcludedCaseError:
-            # Lungs are looked for by their HU: where those are wrong, that is the reason to give.
-            _check_hounsfield(recognised_fault(ct.array, limits))
+            # Lungs are found by their HU: if these are wrong, that is the reason to report.
+            _check_hounsfield(recognised_problem(ct.array, limits))
             raise
-        _check_hounsfield(hounsfield_fault(ct.array, lungs_lr > 0, limits))
+        _check_hounsfield(hounsfield_problem(ct.array, lungs_lr > 0, limits))
         return lungs_lr
-    _check_hounsfield(hounsfield_fault(ct.array, labels == Label.LUNG, limits))
+    _check_hounsfield(hounsfield_problem(ct.array, labels == Label.LUNG, limits))
     lungs = (labels == Label.LUNG) | (labels == Label.VESSEL)
     for nodule in nodules:
         around, mask = surroundings(nodule, ct, CONTACT_MM)
@@ -310,9 +311,9 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
     return lungs_lr
 
 
-def _check_hounsfield(fault: str | None) -> None:
-    if fault is not None:
-        raise ExcludedCaseError("CT", fault, REMEDY)
+def _check_hounsfield(problem: str | None) -> None:
+    if problem is not None:
+        raise ExcludedCaseError("CT", problem, REMEDY)
 
 
 def _vessels(ct: Volume, labels: np.ndarray | None, lungs: np.ndarray) -> np.ndarray:
@@ -326,7 +327,7 @@ def _volume_mm3(mask: Volume) -> float:
 
 
 def _distance_mm(centre: np.ndarray, affine: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    """Distance of every cell to a place given in cells, (3,); the axes are those of the grid, never sheared."""
+    """Distance of every cell to a position given in cells, (3,); the grid's axes are never sheared."""
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     x, y, z = (((np.arange(n) - c) * step) ** 2 for n, c, step in zip(shape, centre, spacing, strict=True))
     return np.sqrt(x[:, None, None] + y[:, None] + z)

@@ -1,7 +1,7 @@
-"""Whether a CT is in Hounsfield units, judged by where lung, soft tissue and air lie; and what else it looks like.
+"""Check whether a CT is in Hounsfield units by the levels of lung, soft tissue and air; if not, describe its values.
 
-Every CT passes here: scans on their way to a case, and synthetic CT that another system made. Nothing is corrected: an
-offset that is guessed wrong would move every value.
+Every CT is checked here: scans on their way to a case, and synthetic CT of other systems. Nothing is corrected: a
+wrongly guessed offset would shift every value.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from lungddpm.core.volume import bounding_box
 REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), its labels as 1 lung, 2 nodule, 3 vessel."
 
 _SAMPLE = 1_000_000
-"""Voxels that are looked at: enough for percentiles."""
+"""Number of sampled voxels: enough for percentiles."""
 _FEWEST = 8
-"""Voxels that a tissue needs to be judged."""
+"""Minimum number of voxels to judge a tissue."""
 _LUNG_HU, _TISSUE_HU, _AIR_HU = -850, 40, -1000
-"""What is usual, for messages."""
+"""Usual values, for messages."""
 _TISSUE_PERCENTILE = 60.0
-"""Of what surrounds the lungs: above all air and fat, below bone, contrast and metal."""
+"""Percentile of the surroundings of the lungs: above air and fat, below bone, contrast and metal."""
 _CONTRAST_HU = (350.0, 1350.0)
-"""Soft tissue less lung, of whatever lungs: values of a larger or smaller difference are scaled."""
+"""Soft tissue minus lung, for any lungs: values with a larger or smaller difference are scaled."""
 _DARKEST_HU = (-1600.0, -800.0)
-"""The darkest hundredth of whatever lungs."""
+"""1st percentile of any lungs."""
 _SMALLEST_RANGE = 60.0
 _ROUNDING = 1e-3
 _DARK_OF_UNSIGNED = 5000.0
@@ -38,22 +38,22 @@ _OFFSET_TOLERANCE = 300.0
 _SMALLEST_OFFSET = 200.0
 _INVERTED_TOLERANCE = 120.0
 _CUT_SHARE, _CUT_HU = 0.25, -900.0
-"""So much lung at one lowest value, and above this: a window has cut it."""
+"""If this share of the lung has the lowest value, and that is above this level, a window has clipped it."""
 _FILLED_SHARE = 0.5
 _DARK_HU = -700.0
 _AERATED_HU = -520.0
-"""Some lung is darker, even in expiration; none is where the values are scaled down."""
+"""Some lung is darker, even in expiration, unless the values are scaled down."""
 
 
 @dataclass(frozen=True)
 class Landmarks:
-    """Levels of a CT, in whatever unit it has.
+    """Levels of a CT, in its own unit.
 
     Attributes:
         lung: median of the lungs.
-        tissue: level of the soft tissue around them; None where nothing surrounds them.
+        tissue: level of the soft tissue around them; None if nothing surrounds them.
         darkest: 1st percentile of the lungs.
-        guessed: lung and tissue are the darker and the brighter part of the scan; where lungs are given, False.
+        guessed: whether lung and tissue are the darker and the brighter part of the scan; False if lungs are given.
         cut: the lungs' lowest value, if many lung voxels have it and nothing in the scan is lower; else None.
         sides: median of the voxels on the lateral faces of the scan.
         filling: the same, if most of these voxels have that one value; else None.
@@ -77,11 +77,11 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
 
     Args:
         ct: (x, y, z), any unit, finite.
-        lungs: bool of the same shape; None takes the darker and the brighter part of the middle of the scan (Otsu's
-            threshold) for lung and soft tissue, which holds for every chest whatever its unit.
+        lungs: bool of the same shape; None uses the darker and the brighter part of the middle of the scan (Otsu's
+            threshold) as lung and soft tissue, which works for every chest in any unit.
 
     Returns:
-        None without lungs to judge, or where all values are equal.
+        None without lungs to judge, or if all values are equal.
     """
     step = max(1, round((ct.size / _SAMPLE) ** (1 / 3)))
     values = ct[::step, ::step, ::step]
@@ -119,11 +119,11 @@ def find_landmarks(ct: np.ndarray, lungs: np.ndarray | None = None) -> Landmarks
     )
 
 
-def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) -> str | None:
-    """What is wrong with a CT's values, as a clause that names what they look like; None where they are HU.
+def hounsfield_problem(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) -> str | None:
+    """What is wrong with a CT's values, as a clause that describes them; None if they are HU.
 
-    What scans differ in passes: padding, contrast, metal, emphysema, noise, a field of view inside the body, air cut at
-    -1000.
+    Normal differences between scans pass: padding, contrast, metal, emphysema, noise, a field of view inside the body,
+    air clipped at -1000.
 
     Args:
         ct: (x, y, z), finite.
@@ -138,8 +138,8 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
         is_tissue = found.tissue is not None and found.filling is not None and abs(found.filling - found.tissue) <= 1
         if found.filling is not None and found.filling > _DARK_HU and not is_tissue:
             return (
-                f"is filled with {found.filling:g} around the patient, where air has {_AIR_HU} HU: it was masked, or "
-                "padded with another value"
+                f"is filled with {found.filling:g} around the patient, where air has {_AIR_HU} HU: it was masked or "
+                "padded"
             )
         return None
     levels = _tell(found)
@@ -148,17 +148,17 @@ def hounsfield_fault(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) ->
     without_labels = find_landmarks(ct)
     if not _in_place(found, limits) and without_labels is not None and _in_hounsfield(without_labels, limits):
         return (
-            f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks something "
-            "else, or the labels are of another scan"
+            f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks another "
+            "structure, or the labels belong to another scan"
         )
     if _between(found.lung, limits.lung_hu) and found.tissue is not None and found.tissue <= _DARK_HU:
-        return f"has no soft tissue around the lungs: all but the lungs was masked ({levels})"
+        return f"has no soft tissue around the lungs: everything except the lungs was masked ({levels})"
     looks = _look(found, limits) or _scaled(found)
     return f"is not in Hounsfield units: {looks} ({levels})"
 
 
-def recognised_fault(ct: np.ndarray, limits: LayoutLimits) -> str | None:
-    """The same without lungs, where none can be found: None also where nothing shows that the values are not HU."""
+def recognised_problem(ct: np.ndarray, limits: LayoutLimits) -> str | None:
+    """The same if no lungs can be found: None also if nothing indicates that the values are not HU."""
     found = find_landmarks(ct)
     if found is None or _in_hounsfield(found, limits):
         return None
@@ -181,11 +181,11 @@ def _in_place(found: Landmarks, limits: LayoutLimits) -> bool:
 def _cut_to_a_window(found: Landmarks) -> str | None:
     if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= _SMALLEST_RANGE:
         return None
-    return f"is cut to a window: it has nothing below {found.cut:g} HU, where most of the lungs lie"
+    return f"is cut to a window: it has nothing below {found.cut:g} HU, but most of the lungs should be there"
 
 
 def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
-    """What the values look like; None where that is not clear."""
+    """What the values look like; None if that is not clear."""
     low, high, lung = found.low, found.high, found.lung
     tissue = lung if found.tissue is None else found.tissue
     if high - low <= 1e-6:
@@ -200,7 +200,7 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
             return "its values are HU divided by 1000"
         return "its values are standardised (z-scores), with a mean near 0 and a standard deviation near 1"
     if low >= -0.5 and high <= 255.5 and high > 127:
-        return "it holds 8-bit grey values (0 to 255) of a display window"
+        return "it has 8-bit grey values (0 to 255) of a display window"
     # Without labels, the brighter part of the scan counts as tissue.
     dark_is_tissue = found.guessed and _between(lung, limits.tissue_hu)
     air = tissue if dark_is_tissue else lung
@@ -215,11 +215,10 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     if shifted and _between(tissue - lung, _CONTRAST_HU) and _between(found.darkest - offset, _DARKEST_HU):
         if offset > 0:
             return (
-                f"its values are {_named(offset)} too high, an offset as of stored values whose rescale intercept was "
-                "not applied"
+                f"its values are {_named(offset)} too high, like stored values whose rescale intercept was not applied"
             )
         return _rescaled_twice(-offset)
-    # What was below -1024 has been set to it: of values rescaled twice, only soft tissue and bone are left above.
+    # Values below -1024 were set to -1024: of values rescaled twice, only soft tissue and bone are left above.
     if lung <= limits.lung_hu[0] and _between(tissue, (lung, _DARK_HU)):
         return _rescaled_twice(-offset)
     return None
@@ -231,20 +230,20 @@ def _scaled(found: Landmarks) -> str:
 
 def _rescaled_twice(offset: float) -> str:
     return (
-        f"its values are {_named(offset)} too low, an offset as of values that were rescaled twice (the rescale "
+        f"its values are {_named(offset)} too low, like values that were rescaled twice (the rescale "
         "intercept was applied a second time)"
     )
 
 
 def _named(offset: float) -> str:
-    """A size of an offset, the usual one where one is near."""
+    """The size of an offset, rounded to a usual one if one is near."""
     near = [usual for usual in _OFFSETS if abs(offset - usual) <= _OFFSET_TOLERANCE]
     return f"about {near[0] if near else round(offset, -1):g}"
 
 
 def _tell(found: Landmarks) -> str:
     tissue = "" if found.tissue is None else f", soft tissue at {found.tissue:.4g}"
-    return f"lung lies at {found.lung:.4g}{tissue}; in HU these are about {_LUNG_HU} and {_TISSUE_HU}"
+    return f"lung is at {found.lung:.4g}{tissue}; in HU these are about {_LUNG_HU} and {_TISSUE_HU}"
 
 
 def _between(value: float, limits: tuple[float, float]) -> bool:

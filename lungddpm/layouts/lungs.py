@@ -1,4 +1,5 @@
-"""Lungs from CT, classically: threshold, airways out, left from right, closed over nodules and hila.
+"""Classical lung segmentation: threshold, removal of airways, separation of left and right, closing over nodules and
+hila.
 
 The steps follow Hu, Hoffman & Reinhardt, IEEE Trans. Med. Imaging 20:490-498, 2001 (threshold, separation, closing);
 the airways are grown with an explosion stop as in Mori et al., Proc. SPIE 4321, 2001.
@@ -22,14 +23,14 @@ _SMOOTHING_MM = 1.0
 _THRESHOLD_HU = (-550.0, -350.0)
 _TISSUE_HU = -300.0
 _GAS_HU = -965.0
-"""Median that even emphysema stays above, and bowel gas below."""
+"""Threshold of the median between emphysema (above) and bowel gas (below)."""
 _SHELL_MM = 3.0
-"""Erosion that the patient survives and the shell of a table does not."""
+"""Erosion that removes the shell of a table but not the patient."""
 _CLOSING_MM = 8.0
 _COSTAL_CLOSING_MM = 17.0
-"""Half the width of the gaps that are closed: hilar vessels everywhere, nodules of 30 mm on the chest wall."""
+"""Half the width of the gaps to close: hilar vessels everywhere, nodules of 30 mm on the chest wall."""
 _LATERAL_MM = 6.0
-"""What lies lateral to a thinner wisp of lung, beside a bronchus say, is not yet chest wall."""
+"""Tissue lateral to a thinner piece of lung, e.g. next to a bronchus, is not chest wall."""
 _TRACHEA_MM2 = (60.0, 700.0)
 _LUMEN_HU = -850.0
 _TRACHEA_DRIFT_MM = 6.0
@@ -52,14 +53,14 @@ def segment_lungs(ct: Volume, settings: Layouts = _DEFAULTS) -> np.ndarray:
 
     Args:
         ct: HU, RAS+ (see `Volume.canonical`), at any spacing.
-        settings: gives the method and the limits (see `check_lungs`).
+        settings: the method and the limits (see `check_lungs`).
 
     Returns:
         uint8 of the CT's shape: 0 outside, `RIGHT`, `LEFT`.
 
     Raises:
-        ExcludedCaseError: there are no lungs, only one, too little of them, or they are cut off by the field of view.
-        UserError: the method needs a package or weights that cannot be had.
+        ExcludedCaseError: there are no lungs, only one, they are too small, or cut off by the field of view.
+        UserError: the method needs a package or weights that are not available.
     """
     if settings.lungs == "classical":
         lungs_lr = _classically(ct)
@@ -108,7 +109,7 @@ def split_lungs(lungs: Volume) -> np.ndarray:
     box = bounding_box(lungs.array)
     cropped = lungs.array[box]
     work = _at_least(_SPLITTING_MM, lungs.like(cropped), outside=0.0)
-    # An empty rim: where the box cuts no air, the distance to the surface must not run past its edge.
+    # An empty rim: the distance to the surface must not extend past the edge of the box.
     mask = np.pad(work.array >= 0.5, 1)
     depth_mm = ndimage.distance_transform_edt(mask, work.spacing_mm)
     markers = _two_lungs(mask, depth_mm, work.spacing_mm)
@@ -125,7 +126,7 @@ def split_lungs(lungs: Volume) -> np.ndarray:
 
 
 def measure_lungs(lungs_lr: Volume) -> dict[str, float]:
-    """Figures by which lungs are judged.
+    """Quality figures of the lungs.
 
     Args:
         lungs_lr: `RIGHT` and `LEFT`, RAS+, with at least one voxel.
@@ -147,11 +148,11 @@ def measure_lungs(lungs_lr: Volume) -> dict[str, float]:
 
 
 def check_lungs(lungs_lr: Volume, settings: Layouts) -> None:
-    """Check that the scan shows both lungs from end to end, and enough of them.
+    """Check that the scan covers both lungs completely, and that their volumes are plausible.
 
     Args:
         lungs_lr: see `measure_lungs`.
-        settings: gives the limits.
+        settings: the limits.
 
     Raises:
         ExcludedCaseError: there are not two lungs, an end slice or a side of the scan cuts through them, they are too
@@ -164,7 +165,7 @@ def check_lungs(lungs_lr: Volume, settings: Layouts) -> None:
     for end in ("bottom", "top"):
         if (share := figures[f"end_slice_share_{end}"]) > limits.end_slice_share:
             raise _excluded(
-                f"the lungs are cut off at the {end} of the scan: its end slice shows {share:.1%} of their greatest"
+                f"the lungs are cut off at the {end} of the scan: its end slice has {share:.1%} of their largest"
                 f" area, more than {limits.end_slice_share:.1%} (layouts.limits.end_slice_share)"
             )
     for axis in (0, 1):
@@ -174,16 +175,17 @@ def check_lungs(lungs_lr: Volume, settings: Layouts) -> None:
     litres = figures["lung_litres_right"] + figures["lung_litres_left"]
     least, most = limits.lung_litres
     if not least <= litres <= most:
-        raise _excluded(f"the lungs hold {litres:.2f} litres, not {least:g} to {most:g} (layouts.limits.lung_litres)")
+        raise _excluded(f"the lungs have {litres:.2f} litres, not {least:g} to {most:g} (layouts.limits.lung_litres)")
     if (share := figures["smaller_lung_share"]) < limits.smaller_lung_share:
         raise _excluded(
-            f"the smaller lung holds {share:.1%} of the lung volume, less than {limits.smaller_lung_share:.1%}"
+            f"the smaller lung has {share:.1%} of the lung volume, less than {limits.smaller_lung_share:.1%}"
             " (layouts.limits.smaller_lung_share)"
         )
 
 
 def pieces_holding(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """The 6-connected pieces of a mask that hold a seed; both bool, of one shape, the seeds within the mask."""
+    """The 6-connected components of a mask that contain a seed; both bool, of equal shape, the seeds within the
+    mask."""
     labels, count = cc3d.connected_components(mask, connectivity=6, return_N=True)
     kept = np.zeros(count + 1, bool)
     kept[labels[seeds]] = True
@@ -191,11 +193,11 @@ def pieces_holding(seeds: np.ndarray, mask: np.ndarray) -> np.ndarray:
 
 
 def _excluded(problem: str) -> ExcludedCaseError:
-    return ExcludedCaseError("CT", problem, "Use chest CT in Hounsfield units that shows both lungs in full.")
+    return ExcludedCaseError("CT", problem, "Use chest CT in Hounsfield units that covers both lungs.")
 
 
 def _at_least(spacing_mm: float, volume: Volume, outside: float = AIR_HU) -> Volume:
-    """The volume on a grid no finer than `spacing_mm` along any axis; the same volume where that changes nothing."""
+    """The volume on a grid no finer than `spacing_mm` along any axis; unchanged if it already is."""
     shape = per_axis(
         int(np.ceil(n * s / spacing_mm)) if s < spacing_mm else n
         for n, s in zip(volume.shape, volume.spacing_mm, strict=True)
@@ -218,7 +220,7 @@ def _threshold(hu: np.ndarray) -> float:
 
 
 def _outside(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
-    """The air around the patient: what touches a lateral face.
+    """The air around the patient, i.e. air that touches a lateral face.
 
     Raises:
         ExcludedCaseError: lung touches a lateral face.
@@ -231,16 +233,16 @@ def _outside(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
 
 
 def _holds_lung(outside: np.ndarray, hu: np.ndarray, spacing: np.ndarray) -> bool:
-    """Whether the air around the patient is joined by lung, as where the scanner's circle cuts through the chest."""
+    """Whether the air around the patient includes lung, e.g. if the scanner's circle cuts through the chest."""
     dense = (outside & (hu > _GAS_HU)).view(np.uint8)
-    # Thin, like the patient's skin, is what lies between air and tissue only because both are mixed there.
+    # Thin layers, as at the patient's skin, are between air and tissue only because of partial volume.
     dense = ndimage.minimum_filter(dense, 2 * np.maximum(1, np.rint(_SHELL_MM / spacing)).astype(int) + 1)
     labels = cc3d.connected_components(dense, connectivity=6)
     return bool(_lung_like(dense.astype(bool) & ~_whole_length(labels)[labels], hu, float(spacing.prod())).any())
 
 
 def _whole_length(labels: np.ndarray) -> np.ndarray:
-    """For each label whether it runs from end to end of the scan, as a table does whose foam looks like lung."""
+    """For each label whether it extends over the whole scan, like a table whose foam looks like lung."""
     return _present((labels[:, :, 0],), labels.max()) & _present((labels[:, :, -1],), labels.max())
 
 
@@ -254,9 +256,9 @@ def _present(faces: tuple[np.ndarray, ...], largest: int) -> np.ndarray:
 
 
 def _body(hu: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """The patient with all that is enclosed, without the table: its shell is too thin to survive an erosion."""
+    """The patient including all cavities, without the table, whose shell is too thin to survive an erosion."""
     reach = np.maximum(1, np.rint(_SHELL_MM / spacing)).astype(int)
-    # A chest wall that the field of view cuts goes on beyond it: what is left of it must not count as a shell.
+    # A chest wall cut by the field of view continues beyond it: the remaining part must not count as a shell.
     beyond = [(2 * n + 2, 2 * n + 2) for n in reach[:2]]
     tissue = np.pad(hu > _TISSUE_HU, [*beyond, (0, 0)], mode="edge")
     solid = ndimage.minimum_filter(tissue.view(np.uint8), 2 * reach + 1)
@@ -281,7 +283,7 @@ def _lung_like(air: np.ndarray, hu: np.ndarray, voxel_mm3: float) -> np.ndarray:
 
 
 def _airways(hu: np.ndarray, air: np.ndarray, lungs: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Trachea and main bronchi with their walls, as far as they are air; nothing where no trachea shows.
+    """Trachea and main bronchi with their walls, as far as they are air; empty if no trachea is visible.
 
     The threshold rises from step to step until the region explodes into the lungs (Mori et al. 2001).
     """
@@ -354,7 +356,8 @@ def _round_patches(air: np.ndarray, spacing: np.ndarray) -> list[np.ndarray]:
 
 
 def _two_lungs(mask: np.ndarray, depth_mm: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Cores of the two lungs (values `RIGHT` and `LEFT`), found by peeling until two large pieces lie side by side."""
+    """Cores of the two lungs (values `RIGHT` and `LEFT`), found by eroding until there are two large pieces side by
+    side."""
     for peeled_mm in np.arange(0, _DEEPEST_PEEL_MM, spacing.min()):
         labels = cc3d.connected_components(depth_mm > peeled_mm, connectivity=6)
         counts = cc3d.statistics(labels)["voxel_counts"][1:]
@@ -372,13 +375,13 @@ def _two_lungs(mask: np.ndarray, depth_mm: np.ndarray, spacing: np.ndarray) -> n
 
 
 def _close(lungs_lr: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np.ndarray:
-    """Each lung closed over vessels, hila and nodules on the pleura, its holes filled, the airways left out.
+    """Each lung closed over vessels, hila and nodules on the pleura, with holes filled, without the airways.
 
-    A wider closing, for large nodules on the chest wall, counts only where the same lung lies further medially: at the
-    mediastinum it would swallow the aorta.
+    A wider closing, for large nodules on the chest wall, is only used where the same lung is further medial: at the
+    mediastinum it would include the aorta.
     """
     margin = np.ceil(_COSTAL_CLOSING_MM / spacing).astype(int) + 2
-    # Room on every side: at the edge of the array, nothing would erode again what the dilation had added.
+    # Padding on every side: at the edge of the array, the dilation would not be eroded again.
     lungs_lr, airways = (np.pad(array, [(n, n) for n in margin]) for array in (lungs_lr, airways))
     all_closed = lungs_lr.copy()
     for side in (RIGHT, LEFT):
@@ -399,17 +402,18 @@ def _close(lungs_lr: np.ndarray, airways: np.ndarray, spacing: np.ndarray) -> np
 
 
 def _amid(mask: np.ndarray, places: np.ndarray, radius_mm: float, spacing: np.ndarray) -> np.ndarray:
-    """Those of some voxels (flat indices) that have nothing but the mask within a radius; beyond the array is no mask.
+    """The voxels (flat indices) whose neighbourhood within a radius is entirely in the mask; voxels outside
+    the array are not.
 
-    The same as a distance transform of the mask above the radius, which takes several times as long where few voxels
-    are asked for: line by line of the ball, most drop out after a few lines.
+    Equals a distance transform of the mask above the radius, but several times as fast for few voxels: of the lines of
+    the ball, most voxels fail after a few.
     """
     reach = np.floor(radius_mm / spacing).astype(int)
     x, y, z = (step * np.arange(-n, n + 1) for step, n in zip(spacing, reach, strict=True))
     inside = np.sqrt(x[:, None, None] ** 2 + y[:, None] ** 2 + z**2) <= radius_mm
     half = (np.count_nonzero(inside, axis=0) - 1) // 2
     lines = np.argwhere(inside.any(axis=0)) - reach[1:]
-    # Along x: so far is the next voxel that is not in the mask.
+    # Along x: distance to the next voxel outside the mask.
     numbers = np.arange(mask.shape[0], dtype=np.int16)[:, None, None]
     before = np.maximum.accumulate(np.where(mask, np.int16(-1), numbers), axis=0)
     after = np.minimum.accumulate(np.where(mask, np.int16(len(numbers)), numbers)[::-1], axis=0)[::-1]
@@ -417,7 +421,7 @@ def _amid(mask: np.ndarray, places: np.ndarray, radius_mm: float, spacing: np.nd
     run = np.pad(np.minimum(numbers - before, after - numbers), [(n, n) for n in margin])
     x, y, z = (part + n for part, n in zip(np.unravel_index(places, mask.shape), margin, strict=True))
     at = np.ravel_multi_index((x, y, z), run.shape)
-    # The farthest lines first: they decide most.
+    # The farthest lines first, because they exclude most.
     for j, k in lines[np.argsort(-np.abs(lines * spacing[1:]).max(axis=1), kind="stable")]:
         kept = run.flat[at + (j * run.shape[2] + k)] > half[j + reach[1], k + reach[2]]
         at, places = at[kept], places[kept]

@@ -1,9 +1,9 @@
-"""Lungs by published networks, from packages that are installed on demand and that fetch their own weights.
+"""Lung segmentation by published networks, from optional packages that fetch their own weights.
 
     lungmask           U-net R231, slice by slice: Hofmanninger et al., Eur. Radiol. Exp. 4:50, 2020
     totalsegmentator   nnU-Net, five lobes: Wasserthal et al., Radiology: Artificial Intelligence 5:e230024, 2023
 
-Both leave trachea and main bronchi out. Both use a GPU where one is visible; on a CPU a scan takes minutes.
+Both exclude trachea and main bronchi. Both use a GPU if one is visible; on a CPU a scan takes minutes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _KEY = "layouts.lungs"
 
 
 def lungs_by_network(ct: Volume, name: str) -> np.ndarray:
-    """Both lungs as a network sees them, unchecked.
+    """Both lungs as segmented by a network, unchecked.
 
     Args:
         ct: HU, RAS+.
@@ -41,13 +41,13 @@ def lungs_by_network(ct: Volume, name: str) -> np.ndarray:
         uint8 of the CT's shape: 0 outside, `RIGHT`, `LEFT`.
 
     Raises:
-        UserError: the package is not installed, or its weights cannot be had.
+        UserError: the package is not installed, or its weights are not available.
     """
     return {"lungmask": _by_lungmask, "totalsegmentator": _by_totalsegmentator}[name](ct)
 
 
 def _by_lungmask(ct: Volume) -> np.ndarray:
-    # It takes arrays as (slice, row, column) in LPS order and gives 1 for the right lung, 2 for the left.
+    # It takes arrays as (slice, row, column) in LPS order and returns 1 for the right lung, 2 for the left.
     found = _lungmask_model().apply(_ras_lps(ct.array).transpose(2, 1, 0))
     lungs_lr = np.zeros(ct.shape, np.uint8)
     for label, side in ((1, RIGHT), (2, LEFT)):
@@ -63,7 +63,7 @@ def _lungmask_model() -> Any:
         raise _missing("lungmask", error) from None
     try:
         model = LMInferer(modelname="R231", tqdm_disable=True)
-    # No network (URLError is an OSError), or a download that was cut short.
+    # No network (URLError is an OSError), or a download that was truncated.
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         fetch = 'python -c "from lungmask import LMInferer; LMInferer()"'
         raise _without_weights("lungmask", error, fetch, "TORCH_HOME") from None
@@ -119,7 +119,7 @@ def _log_device(device: str) -> None:
 
 
 def _ras_lps(array: np.ndarray) -> np.ndarray:
-    """An (x, y, z) array turned from RAS to LPS, or back."""
+    """An (x, y, z) array converted from RAS to LPS, or back."""
     return array[::-1, ::-1]
 
 
@@ -134,6 +134,6 @@ def _missing(package: str, error: ImportError) -> UserError:
 def _without_weights(package: str, error: Exception, fetch: str, folder: str) -> UserError:
     return UserError(
         f"{_KEY} = {package}",
-        f"the network's weights cannot be had ({' '.join(str(error).split())[:300]})",
-        f"Run `{fetch}` where there is a network (${folder} says where they are kept), or set {_KEY} to classical.",
+        f"the network's weights are not available ({' '.join(str(error).split())[:300]})",
+        f"Run `{fetch}` with network access (${folder} is where they are kept), or set {_KEY} to classical.",
     )

@@ -1,4 +1,4 @@
-"""Nodules: from readers' contours, or ready labels, to physical nodules in the scan's own index space.
+"""Nodules: from readers' contours, or from labels, to physical nodules in the scan's own index space.
 
 The rules are those of LIDC-IDRI: Armato et al., Medical Physics 38:915-931, 2011, doi 10.1118/1.3528204 (a contour is
 the first voxel outside the nodule). Clustering by the smallest distance between contours and the consensus over
@@ -30,7 +30,7 @@ SMALLEST_TOLERANCE_MM = 0.1
 _ROUNDING_MM = 1e-3
 """Slice positions in headers are rounded: contours exactly one slice apart must stay linked."""
 _STAPLE_ROUNDS = 200
-"""It converges within tens."""
+"""It converges within tens of iterations."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +40,15 @@ class Nodule:
     corner: tuple[int, int, int]
     """Index of the box's first voxel in the scan."""
     mask: np.ndarray
-    """bool; the box fits closely."""
+    """bool; cropped to the nodule."""
     readers: int = 1
-    """Distinct readers who drew it; 1 where ready labels say so."""
+    """Distinct readers who marked it; 1 for labels."""
     flagged: bool = False
-    """One reader drew it more than once, in contours that touch: their union was taken."""
+    """Whether one reader marked it more than once, in contours that touch: their union is used."""
     characteristics: dict[str, float] = field(default_factory=dict)
-    """Median rating over the annotations, e.g. `malignancy`; empty where nobody rated."""
+    """Median rating over the annotations, e.g. `malignancy`; empty without ratings."""
     untidy: dict[str, int] = field(default_factory=dict)
-    """See `untidy_contours`; empty where labels were ready."""
+    """See `untidy_contours`; empty for labels."""
 
     @property
     def voxels(self) -> int:
@@ -65,7 +65,7 @@ class Nodule:
         into[self.box][self.mask] = value
 
     def volume_in(self, scan: Volume) -> Volume:
-        """The nodule as a small volume of its own, at its place in the patient."""
+        """The nodule as a small separate volume, at its position in the patient."""
         return scan.crop(self.box).like(self.mask)
 
     def canonical(self, scan: Volume) -> Nodule:
@@ -87,7 +87,7 @@ def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
     """The physical nodules of a scan, from feet to head.
 
     Contours are clustered and merged by consensus; nodules of fewer than `settings.minimum_readers` distinct readers,
-    and those without a voxel at `settings.consensus`, are left out. Of ready labels, every 26-connected component of
+    and those without a voxel at `settings.consensus`, are left out. For labels, every 26-connected component of
     the label `NODULE` is a nodule, whatever the settings.
     """
     nodules = (
@@ -112,11 +112,11 @@ def number_voxels(nodules: Sequence[Nodule], shape: tuple[int, int, int]) -> np.
     """One array for all nodules of a scan.
 
     Args:
-        nodules: in the scan's index space; where two overlap, the smaller one is shown.
+        nodules: in the scan's index space; if two overlap, the smaller one takes precedence.
         shape: of the scan.
 
     Returns:
-        uint8 of `shape`: 0, or the nodule's place in `nodules`, counted from 1.
+        uint8 of `shape`: 0, or the nodule's place in `nodules`, from 1.
 
     Raises:
         ExcludedCaseError: there are more nodules than uint8 can number.
@@ -125,7 +125,7 @@ def number_voxels(nodules: Sequence[Nodule], shape: tuple[int, int, int]) -> np.
     if len(nodules) > most:
         raise ExcludedCaseError(
             "nodules",
-            f"there are {len(nodules)}, more than the {most} that can be numbered",
+            f"there are {len(nodules)}, but at most {most} can be numbered",
             "Remove specks from the nodule label.",
         )
     numbers = np.zeros(shape, np.uint8)
@@ -139,13 +139,13 @@ def cluster_annotations(
 ) -> list[list[Annotation]]:
     """Group the annotations of one scan into physical nodules.
 
-    Two annotations are linked if their contours come as close as the slice thickness (single linkage). While a cluster
-    holds more than four annotations, or two of one reader, its own tolerance shrinks by a tenth, down to 0.1 mm.
+    Two annotations are linked if their contours are within the slice thickness (single linkage). While a cluster has
+    more than four annotations, or two of one reader, its tolerance is reduced by a tenth, down to 0.1 mm.
 
     Args:
         annotations: of one scan.
         affine: (4, 4) of the scan, index -> mm.
-        slice_thickness_mm: None takes the distance between slices.
+        slice_thickness_mm: None: the distance between slices.
 
     Returns:
         Clusters in the order of their first annotation.
@@ -171,7 +171,7 @@ def cluster_annotations(
 
 
 def consensus(cluster: Sequence[Annotation], level: float, by: str = "vote") -> Nodule | None:
-    """The voxels that at least a share of the nodule's own readers drew, or that are probably nodule by STAPLE.
+    """The voxels marked by at least a share of the nodule's own readers, or with a sufficient STAPLE probability.
 
     Args:
         cluster: the annotations of one physical nodule.
@@ -189,7 +189,7 @@ def consensus(cluster: Sequence[Annotation], level: float, by: str = "vote") -> 
     for annotation, (corner, mask) in zip(cluster, masks, strict=True):
         inside = tuple(slice(first, first + n) for first, n in zip(corner - low, mask.shape, strict=True))
         drawn[readers.index(annotation.reader)][inside] |= mask
-    # Rounding must not turn "one of three" at a level of 1/3 into less than that.
+    # Rounding must not push "one of three" below a level of 1/3.
     agreed = (staple(drawn) if by == "staple" else drawn.mean(axis=0)) >= level - 1e-6
     if not agreed.any():
         return None
@@ -209,14 +209,14 @@ def consensus(cluster: Sequence[Annotation], level: float, by: str = "vote") -> 
 
 
 def staple(masks: np.ndarray) -> np.ndarray:
-    """How probable it is that each voxel is nodule, each reader's sensitivity and specificity estimated beside it.
+    """The probability that each voxel is nodule, estimated jointly with each reader's sensitivity and specificity.
 
-    Warfield, Zou & Wells, IEEE Trans. Med. Imaging 23:903-921, 2004, by ITK. The box around what any reader drew,
-    with a voxel on each side, counts as the region in question: a wider one would make specificities, and with them
-    the voxels of a single reader, look surer.
+    Warfield, Zou & Wells, IEEE Trans. Med. Imaging 23:903-921, 2004, by ITK. The region is the bounding box of all
+    readers' marks plus a voxel on each side: a wider one would inflate the specificities, and with them the confidence
+    in voxels of a single reader.
 
     Args:
-        masks: bool, (readers, x, y, z), in the box that fits closely around all of them.
+        masks: bool, (readers, x, y, z), in their common bounding box.
 
     Returns:
         float, (x, y, z).
@@ -232,7 +232,7 @@ def staple(masks: np.ndarray) -> np.ndarray:
 
 
 def annotation_mask(annotation: Annotation) -> tuple[np.ndarray, np.ndarray]:
-    """What one reader drew for one nodule: the union of the outlined regions, less those to be cut out.
+    """One reader's mask of one nodule: the union of the outlined regions, minus the exclusions.
 
     Returns:
         (corner, mask): the index of the first voxel of a box around all contours, (3,), and the box, bool.
@@ -258,7 +258,7 @@ def annotation_mask(annotation: Annotation) -> tuple[np.ndarray, np.ndarray]:
 def contour_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """The pixels whose centres lie inside a closed polygon by the even-odd rule, without its listed points.
 
-    A contour that touches or crosses itself, is open, or has gaps is no error: the last point joins the first.
+    A contour that touches or crosses itself, is open, or has gaps is not an error: the last point joins the first.
 
     Args:
         points: (n, 2) int, column and row.
@@ -272,20 +272,20 @@ def contour_mask(points: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
 
 
 def untidy_contours(cluster: Sequence[Annotation]) -> dict[str, int]:
-    """What is untidy about the outlines of one nodule, in words, and how often; all of it is normal in LIDC-IDRI.
+    """Irregularities in the outlines of one nodule, in words, with counts; all of them are normal in LIDC-IDRI.
 
-    A contour is open if its ends, and gapped if two consecutive points, are more than a pixel apart. It touches or
+    A contour is open if its ends are more than a pixel apart, and has gaps if two consecutive points are. It touches or
     crosses itself if it comes back to a point, or to the middle of a step: so do diagonal steps that cross.
 
     Args:
         cluster: the annotations of one physical nodule.
 
     Returns:
-        Only what occurs, e.g. `{"open contours": 2}`.
+        Only those that occur, e.g. `{"open contours": 2}`.
     """
     counts: Counter[str] = Counter()
     for annotation in cluster:
-        if annotation.region is not None:  # nobody drew these contours
+        if annotation.region is not None:  # these contours were not drawn
             continue
         for contour in annotation.contours:
             counts.update(_untidiness(contour.points))
@@ -297,7 +297,7 @@ def untidy_contours(cluster: Sequence[Annotation]) -> dict[str, int]:
 
 
 def _untidiness(points: np.ndarray) -> list[str]:
-    """What is untidy about one contour."""
+    """Irregularities of one contour."""
     corners = points[(points != np.roll(points, 1, axis=0)).any(axis=1)]
     interior = contour_mask(points - points.min(axis=0), tuple(np.ptp(points, axis=0) + 1))
     found = {"contours with an empty interior": not interior.any()}

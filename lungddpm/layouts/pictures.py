@@ -1,4 +1,4 @@
-"""The picture by which a reader checks a case: contours of its layout over the scan, three planes, every nodule."""
+"""The picture for checking a case by eye: contours of its layout over the scan, three planes, every nodule."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def draw_case(found: Segmented, layout: Volume, title: str) -> Figure:
     """Three planes through the largest nodule, without and with contours, and a close-up of each nodule.
 
     Args:
-        found: the scan and what was found in it; its contours are the solid ones.
-        layout: what the model sees, on its own grid, parallel to the scan's; dashed in the close-ups.
-        title: what is shown. Of more than six nodules the largest are shown, and the title says how many are not.
+        found: the scan and its segmentation, whose contours are solid.
+        layout: the layout on the model grid, parallel to the scan's; dashed in the close-ups.
+        title: of the picture. With more than six nodules, only the largest are shown, and the title gives the number
+            hidden.
     """
     labels = found.labels()
     box = _around(found.ct, labels > 0)
@@ -143,6 +144,6 @@ def _close_up(axis: plt.Axes, scan: Volume, nodules: np.ndarray, inside: Box, la
     width, _ = size_mm(scan, _AXIAL)
     x, y = (np.argwhere(nodules[:, :, k] == number).mean(axis=0) + 0.5) * scan.spacing_mm[:2]
     half = _CLOSE_UP_MM / 2
-    # The horizontal axis runs against the page: the patient's right is on the left.
+    # The horizontal axis is reversed: the patient's right is on the left.
     axis.set(xlim=(width - x - half, width - x + half), ylim=(y - half, y + half), facecolor="black")
     axis.set_title(str(number), fontsize=8, pad=2)

@@ -1,16 +1,18 @@
-"""New plausible nodules: real ones of the discovery cases, turned, scaled and put into lungs; and existing ones moved.
+"""New plausible nodules: real ones of the discovery cases, rotated, scaled and placed in lungs; and moving existing
+ones.
 
 The published protocol had radiologists place nodules in references that have none (arXiv 2502.15204). Here the shapes
-are those of the discovery cases' nodules, the places follow a prior that was learned from them (`prior`), and these
-rules hold for every nodule that is put somewhere:
+are those of the discovery cases' nodules, the positions follow a prior learned from them (`prior`), and these
+rules apply to every placed nodule:
 
-- Only lung and vessel become nodule. What would lie beyond the lungs is cut off, at most `CUT_SHARE` of a nodule, so
-  that it can sit on the pleura.
+- Only lung and vessel become nodule. The part beyond the lungs is cut off, at most `CUT_SHARE` of a nodule, so that it
+  can be attached to the pleura.
 - It touches neither another nodule nor a medial surface, that is one with more of the same lung further lateral:
   mediastinum, hilum, airways, and most of the diaphragm's dome, which no label separates from the heart.
-- It takes at most `VESSEL_SHARE` of its volume from vessels, so that it hangs on a vessel but swallows no hilar one.
+- At most `VESSEL_SHARE` of its volume comes from vessels, so it can be attached to a vessel but does not swallow a
+hilar one.
 
-All functions are deterministic under the generator of random numbers that they are given.
+All functions are deterministic given their random number generator.
 """
 
 from __future__ import annotations
@@ -41,14 +43,14 @@ if TYPE_CHECKING:
 CUT_SHARE = 0.15
 VESSEL_SHARE = 0.3
 DROP_PROBABILITY = ADD_PROBABILITY = 0.25
-"""Of one nodule less, or one more, when a layout is jittered."""
+"""Probability of removing or adding one nodule when a layout is jittered."""
 _SHAPES_TRIED = 10
 _PLACES_TRIED = 20_000
 _PLACES_AT_ONCE = 500
 _CELLS_TRIED = 60
 _SCALES_TRIED = 10
 _LUNG_AROUND = 0.3
-"""A nodule with less lung around it lies in the mediastinum or the chest wall: were it moved, lung would be left."""
+"""A nodule with less lung around it is in the mediastinum or the chest wall: moving it would leave lung there."""
 _FREE, _VESSEL, _OUTSIDE, _FORBIDDEN = range(4)
 _NEIGHBOURS = np.ones((3, 3, 3), bool)
 
@@ -58,11 +60,11 @@ class Shape:
     """A real nodule.
 
     Attributes:
-        mask: bool, at the resolution of its scan, RAS+; the box fits closely.
+        mask: bool, at the resolution of its scan, RAS+; cropped to the nodule.
         case_id: its case.
         patient_id: its patient.
-        number: which of the case's nodules, from 1.
-        ratings: `cases.RATINGS`, medians over its readers; empty where nobody rated.
+        number: of the nodule in its case, from 1.
+        ratings: `cases.RATINGS`, medians over its readers; empty if nobody rated.
     """
 
     mask: Volume
@@ -79,15 +81,15 @@ class Shape:
 
 @dataclass(frozen=True)
 class PlacedNodule:
-    """One nodule of a layout that was made here: whose shape it has and what became of it.
+    """One placed nodule of a layout: the origin of its shape, and how it was placed.
 
     Attributes:
-        case_id: whence the shape is.
-        patient_id: whose it is.
-        nodule: its number there.
+        case_id: case of the shape.
+        patient_id: patient of the shape.
+        nodule: its number in that case.
         scale: factor on its diameter.
         rotation_degrees: rotation vector about its centre, along the axes of the grid.
-        centre_mm: centroid of the whole nodule, also of what lies beyond the lungs and is cut off, RAS.
+        centre_mm: centroid of the whole nodule, including the part cut off beyond the lungs, RAS.
         position_mm: of its centroid in the made layout, RAS.
         volume_mm3: in the made layout.
         ratings: of the nodule whose shape it has, see `Shape`.
@@ -112,12 +114,12 @@ class MadeLayout:
     """uint8 `Label`, on the grid of the layout that it was made from."""
     nodules: tuple[PlacedNodule, ...]
     numbers: np.ndarray
-    """(x, y, z) uint16: 0, or the place in `nodules`, from 1, of the one that a voxel is of."""
+    """(x, y, z) uint16: 0, or the position in `nodules`, from 1, of the voxel's nodule."""
 
 
 @dataclass(frozen=True)
 class Donor:
-    """A nodule that lends its shape; the shape itself is read when it is drawn."""
+    """A nodule that provides its shape, which is read when it is drawn."""
 
     folder: cases.CaseFolder
     case_id: str
@@ -134,21 +136,19 @@ class Donor:
         for shape in read_shapes(self.folder, self.case_id, self.patient_id):
             if shape.number == self.number:
                 return shape
-        raise InputError(
-            self.folder.nodules, f"holds no nodule {self.number}", "Delete its folder and prepare it again."
-        )
+        raise InputError(self.folder.nodules, f"has no nodule {self.number}", "Delete its folder and prepare it again.")
 
 
 @dataclass(frozen=True)
 class NoduleLibrary:
-    """What new nodules are drawn from."""
+    """The donors and prior that new nodules are drawn from."""
 
     donors: tuple[Donor, ...]
     counts: tuple[int, ...]
     """Nodules of each case that has any."""
     prior: Prior
     fingerprint: str
-    """Changes with whatever a draw depends on."""
+    """Fingerprint of everything that a draw depends on."""
 
     @property
     def folders(self) -> dict[str, cases.CaseFolder]:
@@ -159,18 +159,18 @@ class NoduleLibrary:
 def open_library(
     cases_table: Path, table: pd.DataFrame, allow_shared_patients: bool, discovery: pd.DataFrame | None = None
 ) -> NoduleLibrary:
-    """The nodules of the usable discovery cases; of patients who are also tested on only where that is allowed.
+    """The nodules of the usable discovery cases, excluding patients that are also tested on unless that is allowed.
 
     Only `case.json` of each case is read here.
 
     Args:
-        cases_table: where the table lies, beside the cases' folders.
+        cases_table: path of the table, next to the cases' folders.
         table: all cases.
         allow_shared_patients: see `roles.allow_shared_patients`.
-        discovery: those of the discovery cases that lend their nodules; all by default.
+        discovery: the discovery cases that provide nodules; all by default.
 
     Raises:
-        InputError: no such nodule, or a case without a readable record.
+        InputError: there are no such nodules, or a case has no readable record.
     """
     tested = set(cases.of_role(table, TEST)["patient_id"])
     donors, counts, measures, identity = [], [], [], []
@@ -191,7 +191,7 @@ def open_library(
     if not donors:
         raise InputError(
             cases_table,
-            f"has no nodule in the lungs of its {len(discovery)} discovery cases, from which new ones could be made",
+            f"has no nodule in the lungs of its {len(discovery)} discovery cases to make new ones from",
             "Raise arms.real_cases, give roles.discovery other patients, or set synthesis.place_nodules and "
             "jitter_repeats to false.",
         )
@@ -221,16 +221,16 @@ def read_shapes(folder: cases.CaseFolder, case_id: str, patient_id: str) -> list
 
 
 def place(layout: Volume, library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator) -> MadeLayout:
-    """Put new nodules into a layout: as many as some discovery case has, each a real one's shape, turned and scaled.
+    """Place new nodules in a layout: as many as some discovery case has, each with the shape of a real one.
 
     Args:
-        layout: uint8 `Label`, RAS+; nodules that it has stay.
-        library: shapes, numbers and places to draw from.
+        layout: uint8 `Label`, RAS+; its own nodules are kept.
+        library: shapes, numbers and positions to draw from.
         settings: `scale` is used.
-        rng: of every draw.
+        rng: for all draws.
 
     Returns:
-        The layout; it has fewer nodules, or none, where there is no room for more.
+        The layout, with fewer nodules or none if there is no room for more.
     """
     lungs = _Lungs(layout)
     weights = library.prior.weights(layout)
@@ -238,25 +238,25 @@ def place(layout: Volume, library: NoduleLibrary, settings: Synthesis, rng: np.r
     while len(lungs.nodules) < wanted and _add(lungs, weights, library, settings, rng):
         pass
     if len(lungs.nodules) < wanted:
-        LOG.info("of %d nodules to be placed, %d fit into the lungs", wanted, len(lungs.nodules))
+        LOG.info("%d nodules to place, %d fit into the lungs", wanted, len(lungs.nodules))
     return lungs.made()
 
 
 def jitter(
     layout: Volume, own: Sequence[Shape], library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator
 ) -> MadeLayout:
-    """Move and scale the nodules of a layout; now and then one is left out (never the last), or one is added.
+    """Move and scale the nodules of a layout; occasionally one is removed (never the last), or one is added.
 
-    All are lifted first, which leaves lung; large ones, which have less room, choose first. Each gets a factor within
-    `settings.scale` and a shift that is uniform in a ball of `settings.shift_mm`, both on condition that it fits; where
-    nothing fits it stays as it was. Nodules that hardly touch the lungs are not moved.
+    All are first removed, which leaves lung; large ones, which have less room, choose first. Each gets a factor within
+    `settings.scale` and a shift that is uniform in a ball of `settings.shift_mm`, both conditional on fitting; if
+    nothing fits it is unchanged. Nodules that barely touch the lungs are not moved.
 
     Args:
         layout: uint8 `Label`, RAS+, with nodules.
         own: their shapes; their grids are parallel to the layout's.
-        library: what an added one is drawn from.
+        library: to draw an added one from.
         settings: `scale` and `shift_mm` are used.
-        rng: of every draw.
+        rng: for all draws.
     """
     was = layout.array == Label.NODULE
     cells = np.where(was, nodules_on_grid([shape.mask for shape in own], layout.affine, layout.shape), 0)
@@ -281,18 +281,18 @@ def jitter(
 
 
 def transformed(mask: Volume, rotation: np.ndarray, scale: float, step_mm: float) -> Volume:
-    """A body turned about its centroid and scaled, its volume true to the scale up to half a voxel.
+    """A body rotated about its centroid and scaled, with the scaled volume exact to half a voxel.
 
-    The surface is interpolated from the signed distance, so that thick slices leave no steps.
+    The surface is interpolated from the signed distance, so thick slices do not leave steps.
 
     Args:
-        mask: bool, at any spacing; only the spacing of its affine counts.
+        mask: bool, at any spacing; only the spacing of its affine is used.
         rotation: (3, 3).
         scale: factor on lengths.
         step_mm: edge of the result's voxels.
 
     Returns:
-        bool, the box fits closely; its affine has the axes of the array and the centroid of `mask` as its origin.
+        bool, cropped to the body; its affine has the axes of the array and the centroid of `mask` as its origin.
     """
     spacing_mm = mask.spacing_mm
     body = np.pad(mask.array, 2)
@@ -319,7 +319,7 @@ def transformed(mask: Volume, rotation: np.ndarray, scale: float, step_mm: float
 
 
 class _Lungs:
-    """A layout while nodules are put into it."""
+    """A layout in which nodules are being placed."""
 
     def __init__(self, layout: Volume):
         lungs = layout.array != Label.BACKGROUND
@@ -333,12 +333,12 @@ class _Lungs:
         self._codes[ndimage.binary_dilation(forbidden, _NEIGHBOURS)] = _FORBIDDEN
 
     def first_fit(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray | None:
-        """The first place, (3,), of those given, (m, 3), at which a nodule's cells, (n, 3) from its own, all fit."""
+        """The first of these positions, (m, 3), at which all of a nodule's cells, (n, 3) offsets, fit; (3,)."""
         reach = int(np.abs(cells).max())
         codes = np.pad(self._codes, reach, constant_values=_OUTSIDE)
         strides = np.array([codes.shape[1] * codes.shape[2], codes.shape[2], 1])
         codes, steps = codes.ravel(), cells @ strides
-        # Most places of a large nodule fail, and a few of its cells tell.
+        # Most positions of a large nodule fail, which a few of its cells show.
         some_steps = steps[:: 1 + len(steps) // _CELLS_TRIED]
         for first in range(0, len(places), _PLACES_AT_ONCE):
             at_once = places[first : first + _PLACES_AT_ONCE]
@@ -351,7 +351,7 @@ class _Lungs:
         return None
 
     def put(self, cells: np.ndarray, shape: Shape, scale: float, rotation: Rotation, centre_mm: np.ndarray) -> None:
-        """Turn cells, (n, 3), into a nodule, as far as they lie in the lungs."""
+        """Turn cells, (n, 3), into a nodule, as far as they are in the lungs."""
         labels = self.layout.array
         cells = cells[((cells >= 0) & (cells < labels.shape)).all(axis=1)]
         cells = cells[labels[tuple(cells.T)] != Label.BACKGROUND]
@@ -380,22 +380,22 @@ class _Lungs:
         self.put(cells, shape, 1.0, Rotation.identity(), shape.centre_mm)
 
     def put_back(self, cells: np.ndarray, shape: Shape) -> None:
-        """Leave a nodule where it was, unless another one has come too near."""
+        """Keep a nodule in place, unless another one is now too close."""
         taken = ndimage.binary_dilation(self.layout.array == Label.NODULE, _NEIGHBOURS)
         if taken[tuple(cells.T)].any():
-            LOG.info("nodule %d of %s fits nowhere any more and is left out", shape.number, shape.case_id)
+            LOG.info("nodule %d of %s no longer fits anywhere and is left out", shape.number, shape.case_id)
         else:
             self.put_unmoved(cells, shape)
 
     def made(self) -> MadeLayout:
-        """The layout as it is now."""
+        """The current layout."""
         return MadeLayout(self.layout, tuple(self.nodules), self._numbers)
 
 
 def _add(
     lungs: _Lungs, weights: np.ndarray, library: NoduleLibrary, settings: Synthesis, rng: np.random.Generator
 ) -> bool:
-    """Put a new nodule somewhere, its place drawn by weight from those where it fits; False if none was found."""
+    """Place a new nodule at a weighted random position where it fits; False if none was found."""
     places = np.argwhere(weights > 0)
     log_weights = np.log(weights[weights > 0])
     for attempt in range(_SHAPES_TRIED + 1):
@@ -405,7 +405,7 @@ def _add(
         shape = donor.shape()
         rotation, offset = Rotation.random(rng=rng), rng.uniform(-0.5, 0.5, 3)
         cells = _cells_of(shape, rotation.as_matrix(), scale, offset, lungs.layout.spacing_mm)
-        # Gumbel's trick: the order in which places would be drawn by weight without putting them back.
+        # Gumbel trick: the order of weighted sampling without replacement.
         order = np.argsort(-(log_weights + rng.gumbel(size=len(places))))[:_PLACES_TRIED]
         if (at := lungs.first_fit(cells, places[order])) is not None:
             lungs.put(at + cells, shape, scale, rotation, _to_mm(lungs.layout, at + offset))
@@ -414,7 +414,7 @@ def _add(
 
 
 def _move(lungs: _Lungs, shape: Shape, settings: Synthesis, rng: np.random.Generator) -> bool:
-    """Put a lifted nodule back, scaled and shifted; False if it fits nowhere within the shift at the scales tried."""
+    """Put a removed nodule back, scaled and shifted; False if it does not fit within the shift at the scales tried."""
     spacing_mm = lungs.layout.spacing_mm
     centre = np.linalg.solve(lungs.layout.affine, [*shape.centre_mm, 1])[:3]
     low, high = settings.scale
@@ -423,7 +423,7 @@ def _move(lungs: _Lungs, shape: Shape, settings: Synthesis, rng: np.random.Gener
         direction = rng.normal(size=3)
         shift_mm = direction / np.linalg.norm(direction) * settings.shift_mm * rng.random() ** (1 / 3)
         target = centre + shift_mm / spacing_mm
-        # All places in the ball that put the centre as deep into its cell as this one: one resampled shape serves all.
+        # All positions in the ball with the same offset within the cell, so that one resampled shape serves all.
         offset = target - np.rint(target)
         reach = np.ceil(settings.shift_mm / spacing_mm).astype(int) + 1
         places = np.argwhere(np.ones(2 * reach + 1, bool)) - reach + np.rint(centre).astype(int)
@@ -465,7 +465,7 @@ def _cells_of(
 
 
 def _medial(lungs: np.ndarray) -> np.ndarray:
-    """What lies outside the lungs with lung further lateral in the same row: mediastinum, hila, airways."""
+    """Voxels outside the lungs with lung further lateral in the same row: mediastinum, hila, airways."""
     side = bounding_box(lungs)[0]
     middle = (side.start + side.stop) // 2
     lateral = np.concatenate(
@@ -478,14 +478,14 @@ def _medial(lungs: np.ndarray) -> np.ndarray:
 
 
 def _lung_around(labels: np.ndarray, nodule: np.ndarray) -> float:
-    """Share of a nodule's neighbours, other nodules aside, that are lung or vessel."""
+    """Share of a nodule's neighbours, not counting other nodules, that are lung or vessel."""
     around = labels[ndimage.binary_dilation(nodule, _NEIGHBOURS) & ~nodule]
     around = around[around != Label.NODULE]
     return float((around != Label.BACKGROUND).mean()) if around.size else 0.0
 
 
 def _read_record(path: Path) -> dict:
-    """What `prepare` recorded of a case, as far as it is needed here."""
+    """The part of `prepare`'s record of a case that is needed here."""
     remedy = "Delete its folder and prepare it again."
     record = read_json(path, remedy)
     try:
@@ -495,4 +495,4 @@ def _read_record(path: Path) -> dict:
             "fingerprint": record["fingerprint"],
         }
     except (KeyError, TypeError) as error:
-        raise InputError(path, f"does not say where the case's nodules are ({error!r})", remedy) from None
+        raise InputError(path, f"does not give the positions of the case's nodules ({error!r})", remedy) from None

@@ -1,8 +1,8 @@
-"""Where nodules sit in real lungs: learned from the cases' layouts, applied to a layout that is to get new nodules.
+"""Prior for nodule positions in real lungs: learned from the cases' layouts, applied to layouts that get new nodules.
 
-A place is described by its distances to the lungs' surface and to the nearest vessel and by its height. The prior is
-the ratio of the nodules found at such places to those to be expected there if nodules lay anywhere in the lungs with
-equal probability (a relative risk, as in case-control studies), so that it carries over to lungs of another form.
+A position is described by its distances to the lungs' surface and to the nearest vessel and by its height. The prior is
+the ratio of the nodules found at such positions to the number expected if nodules were uniformly distributed in the
+lungs (a relative risk, as in case-control studies), so that it carries over to lungs of another form.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ HEIGHTS = (0.2, 0.4, 0.6, 0.8)
 """Upper edges of the bins; the last bin of each feature is open."""
 BINS = (len(SURFACE_MM) + 1, len(VESSEL_MM) + 1, len(HEIGHTS) + 1)
 _FARTHEST_MM = 100.0
-"""Stands for the distance to a vessel in a layout without vessels."""
+"""Used as the distance to a vessel in a layout without vessels."""
 _SHARE_IN_LUNGS = 0.5
 _BANDWIDTH_BINS = 1.6
 """Standard deviation of the smoothing for one nodule, about the spread of a feature over its bins; it shrinks with the
 number n of nodules as n^(-1/7) (Scott, Multivariate Density Estimation, 1992, section 6.3, for three features)."""
 _PSEUDO_NODULES = 0.06
-"""What every place gets beside what was found and expected there, so that few nodules give a soft prior: about one
-nodule, spread over the kernel's bins."""
+"""Added to the found and expected counts of every bin, so that few nodules give a soft prior: about one nodule, spread
+over the kernel's bins."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Places:
         inside: bool, lung, vessel or nodule.
         surface_mm: from the voxel's centre to the centre of the nearest voxel outside the lungs; 0 outside.
         vessel_mm: likewise to the nearest vessel.
-        height: share of the lungs' volume that lies lower, one value a slice of the box. Other than a height in mm
+        height: share of the lungs' volume that lies lower, one value per slice of the box. Unlike a height in mm
             over the lowest voxel, it does not depend on how deep the recesses reach, and lungs fill all heights evenly.
     """
 
@@ -62,7 +62,7 @@ class Places:
 
 
 def places_of(layout: Volume) -> Places:
-    """The features of every place in a layout's lungs; the layout must have a lung voxel."""
+    """The features of every position in a layout's lungs; the layout must have a lung voxel."""
     lungs = layout.array != Label.BACKGROUND
     box = bounding_box(lungs)
     inside = lungs[box]
@@ -78,12 +78,12 @@ def places_of(layout: Volume) -> Places:
 
 
 def lies_in_lungs(nodule: dict) -> bool:
-    """Whether a nodule of `case.json`'s `qc` is one of the lungs, rather than of the mediastinum or the chest wall."""
+    """Whether a nodule of `case.json`'s `qc` is in the lungs, rather than in the mediastinum or the chest wall."""
     return nodule["share_in_or_touching_lungs"] >= _SHARE_IN_LUNGS
 
 
 def measure_places(layout: Volume, nodules: Sequence[dict]) -> dict:
-    """What the prior needs of one case, JSON-like.
+    """The data of one case for the prior, JSON-like.
 
     Args:
         layout: uint8 `Label`, with lungs.
@@ -91,7 +91,7 @@ def measure_places(layout: Volume, nodules: Sequence[dict]) -> dict:
 
     Returns:
         `lung_voxels`: lung voxels in each bin, flat in the order of `BINS`; `nodules`: the three features at the
-        centroid of each nodule that lies in the lungs.
+        centroid of each nodule in the lungs.
     """
     places = places_of(layout)
     counts = np.bincount(places.bins()[places.inside], minlength=np.prod(BINS))
@@ -114,17 +114,16 @@ def measure_places(layout: Volume, nodules: Sequence[dict]) -> dict:
 
 @dataclass(frozen=True)
 class Prior:
-    """How much likelier a nodule is at places of each kind than anywhere in the lungs; all 1 is flat."""
+    """Relative probability of a nodule in each bin, compared with the average over the lungs; all 1 is flat."""
 
     ratio: np.ndarray
     """Of shape `BINS`, positive."""
 
     @classmethod
     def learn(cls, measures: Iterable[dict]) -> Prior:
-        """The prior of some cases, each described by `measure_places`; flat where they hold no nodule.
+        """The prior of some cases, each described by `measure_places`; flat if they have no nodules.
 
-        Cases count by their nodules: a patient with many says more about where nodules sit, and its lungs stand for
-        where they could have been.
+        Cases are weighted by their number of nodules, both in the found and in the expected counts.
         """
         found, expected = np.zeros(BINS), np.zeros(BINS)
         for case in measures:
@@ -137,7 +136,8 @@ class Prior:
             lung = np.reshape(case["lung_voxels"], BINS)
             expected += len(case["nodules"]) * lung / lung.sum()
         sigma = _BANDWIDTH_BINS * max(found.sum(), 1) ** (-1 / 7)
-        # What leaves the histogram at its rim is lost from both counts alike, so the ratio is not biased there.
+        # Mass smoothed beyond the edge of the histogram is lost from both counts alike, so the ratio is not biased
+        # there.
         found, expected = (ndimage.gaussian_filter(counts, sigma, mode="constant") for counts in (found, expected))
         return cls((found + _PSEUDO_NODULES) / (expected + _PSEUDO_NODULES))
 

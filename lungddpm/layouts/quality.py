@@ -1,4 +1,4 @@
-"""Figures that show how good a layout is, and the limits outside which its case is not used."""
+"""Quality figures of a layout, and their limits, outside which its case is excluded."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lungddpm.layouts.lungs import measure_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm
 
 CONTACT_MM = 2.0
-"""What comes as near as this to a nodule's voxels touches it: readers' contours differ by a pixel or two."""
+"""Voxels within this distance of a nodule touch it: readers' contours differ by a pixel or two."""
 VESSEL_REACH_MM = 8.0
-"""A vessel goes on at least as far as this: what ends sooner is the nodule's own rim, which looks like a vessel."""
+"""A vessel extends at least this far: shorter ones are the nodule's own rim, which looks like a vessel."""
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """What was found in a scan, in the scan's own resolution.
+    """The segmentation of a scan, in the scan's own resolution.
 
     Attributes:
         ct: int16 HU, RAS+.
@@ -50,12 +50,12 @@ class Segmented:
 
 
 def measure_layout(found: Segmented, nodules: Sequence[Nodule], cells: Volume) -> dict:
-    """The figures of a case, JSON-like: what `check_layout` judges, and a dict for each nodule.
+    """The figures of a case, JSON-like: those for `check_layout`, and a dict for each nodule.
 
-    Volumes and shares are those of the scan's own resolution, but for the nodules' `layout_volume_mm3`.
+    Volumes and shares are at the scan's own resolution, except the nodules' `layout_volume_mm3`.
 
     Args:
-        found: the scan and what was found in it.
+        found: the scan and its segmentation.
         nodules: in the index space of `found.ct`, in the order of their numbers.
         cells: on the model grid: 0, or the number of the nodule.
     """
@@ -80,22 +80,22 @@ def check_layout(figures: dict, limits: LayoutLimits) -> None:
         limits: from the config.
 
     Raises:
-        ExcludedCaseError: giving the figure, the limit, and the key of the limit.
+        ExcludedCaseError: with the figure, the limit, and the key of the limit.
     """
     share, (least, most) = figures["vessel_share_of_lungs"], limits.vessel_share
     if not least <= share <= most:
         raise ExcludedCaseError(
             "vessels",
             f"they take {share:.2%} of the lungs, not {least:.2%} to {most:.2%} (layouts.limits.vessel_share)",
-            "Look for noise, contrast or other contents of the lungs that explain it.",
+            "Look for noise, contrast or lung contents that explain it.",
         )
     share = figures["nodule_share_in_or_touching_lungs"]
     if share is not None and share < limits.nodule_share:
         raise ExcludedCaseError(
             "nodules",
-            f"{share:.1%} of their voxels lie in the lungs or touch them, less than {limits.nodule_share:.1%}"
+            f"{share:.1%} of their voxels are in the lungs or touch them, less than {limits.nodule_share:.1%}"
             " (layouts.limits.nodule_share)",
-            "Check that the readers' XML or the labels belong to this scan, and that its lungs are found.",
+            "Check that the readers' XML or the labels belong to this scan, and the segmentation of its lungs.",
         )
 
 
@@ -111,7 +111,7 @@ def surroundings(nodule: Nodule, scan: Volume, margin_mm: float) -> tuple[Box, n
 
 
 def touches(mask: np.ndarray, other: np.ndarray, spacing_mm: np.ndarray) -> bool:
-    """Whether any two voxels of two masks lie within `CONTACT_MM`, centre to centre.
+    """Whether any two voxels of two masks are within `CONTACT_MM`, centre to centre.
 
     A longer step between neighbouring voxels counts as `CONTACT_MM`, so that direct neighbours touch at any spacing.
     """
@@ -154,7 +154,7 @@ def _measure_nodule(found: Segmented, lungs: np.ndarray, nodule: Nodule, number:
 
 
 def _reaching(vessels: np.ndarray, mask: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """The connected pieces of vessels that reach away from a nodule."""
+    """The connected components of vessels that extend away from a nodule."""
     pieces = cc3d.connected_components(vessels, connectivity=26)
     far = ndimage.distance_transform_edt(~mask, spacing_mm) >= VESSEL_REACH_MM
     kept = np.zeros(pieces.max() + 1, bool)

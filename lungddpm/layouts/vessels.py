@@ -17,7 +17,7 @@ from lungddpm.layouts.lungs import pieces_holding
 
 _FINEST_MM = 1.0
 _REFINEMENT = 0.7
-"""Share of a coarse scan's pixel that the working grid resolves; finer holds nothing new."""
+"""Step of the working grid as a share of a coarse scan's pixel; a finer grid adds no information."""
 _SCALES_MM = (0.8, 1.3, 2.1, 3.4)
 _HU_RANGE = (-1000.0, 100.0)
 _FAINT_HU, _CLEAR_HU = 45.0, 110.0
@@ -26,11 +26,11 @@ _ABOVE_LUNG_HU = 250.0
 _TISSUE_HU = -550.0
 _SPECK_MM3 = 30.0
 _RIM_MM, _DEEP_SHARE = 5.0, 0.5
-"""What does not reach this share deeper than the lungs' rim is pleura, fat, scar or the diaphragm's partial volume."""
+"""Components with a smaller share inside the lungs' rim are pleura, fat, scar or partial volume of the diaphragm."""
 
 
 def segment_vessels(ct: Volume, lungs: np.ndarray) -> np.ndarray:
-    """Arteries and veins of about 1 to 10 mm inside the lungs; dense nodules respond too and have to be cut out.
+    """Arteries and veins of about 1 to 10 mm inside the lungs; dense nodules respond as well and must be removed.
 
     Args:
         ct: HU, RAS+, at any spacing.
@@ -51,7 +51,7 @@ def segment_vessels(ct: Volume, lungs: np.ndarray) -> np.ndarray:
     hu = resample_image(ct, affine, shape).array
     np.clip(hu, *_HU_RANGE, out=hu)
     inside = occupancy(ct.like(lungs), affine, shape) >= 0.5
-    # The grid's step differs a little between axes, because its edges lie on the box's.
+    # The grid's step differs slightly between axes, because its edges match those of the box.
     vessels = _tubes(hu, inside, np.linalg.norm(affine[:3, :3], axis=0))
     target = ct.like(lungs).crop(box)
     result = np.zeros(ct.shape, bool)
@@ -60,15 +60,15 @@ def segment_vessels(ct: Volume, lungs: np.ndarray) -> np.ndarray:
 
 
 def _tubes(hu: np.ndarray, inside: np.ndarray, spacing_mm: np.ndarray) -> np.ndarray:
-    """Vessels on the working grid, whose outermost voxels must lie outside the lungs."""
-    # Filled up, because the chest wall would outshine what lies next to it; the lungs' outermost voxels are part wall.
+    """Vessels on the working grid, whose outermost voxels must be outside the lungs."""
+    # Filled, because the bright chest wall would dominate its neighbours; the lungs' outermost voxels are part wall.
     core = ndimage.binary_erosion(inside)
     lung_hu = np.median(hu[inside])
     filled = np.where(core, hu, lung_hu)
     response = np.zeros(hu.shape, np.float32)
     for scale_mm in _SCALES_MM:
         smooth = ndimage.gaussian_filter(filled, scale_mm / spacing_mm, truncate=3)
-        # Far from any tube the image does not even bend downwards on average: most voxels end here.
+        # Far from any tube the mean curvature is not even negative: most voxels are excluded here.
         bent = _bent(smooth, core, spacing_mm, scale_mm)
         tubeness = _tubeness(smooth, bent, spacing_mm) * scale_mm**2
         response.flat[bent] = np.maximum(response.flat[bent], tubeness)
@@ -85,10 +85,10 @@ def _tubes(hu: np.ndarray, inside: np.ndarray, spacing_mm: np.ndarray) -> np.nda
 
 
 def _bent(image: np.ndarray, core: np.ndarray, spacing_mm: np.ndarray, scale_mm: float) -> np.ndarray:
-    """Flat indices of the core's voxels where the image bends downwards on average; none may lie on the rim."""
+    """Flat indices of the core's voxels with negative mean curvature; none may be on the rim."""
     xx_mm2, yy_mm2, zz_mm2 = (step**2 for step in spacing_mm)
     found = [np.empty(0, int)]
-    # Plane by plane, so that what each step works on stays in the processor's cache.
+    # Plane by plane, so that the data of each step stays in the CPU cache.
     for x in np.flatnonzero(core.any(axis=(1, 2))):
         twice = 2 * image[x, 1:-1, 1:-1]
         laplacian = (image[x + 1, 1:-1, 1:-1] - twice + image[x - 1, 1:-1, 1:-1]) / xx_mm2
@@ -100,7 +100,7 @@ def _bent(image: np.ndarray, core: np.ndarray, spacing_mm: np.ndarray, scale_mm:
 
 
 def _second(image: np.ndarray, places: np.ndarray, spacing_mm: np.ndarray, a: int, b: int) -> np.ndarray:
-    """Second derivative along two axes by central differences; no place may lie on the image's rim."""
+    """Second derivative along two axes by central differences; no position may be on the image's rim."""
     flat = image.ravel()
     strides = (image.shape[1] * image.shape[2], image.shape[2], 1)
     i, j = strides[a], strides[b]

@@ -1,1 +1,1 @@
-"""All that is trained to draw: networks, schedules, objectives, sampling, data, the training loop, checkpoints."""
+"""Trained models: networks, schedules, objectives, sampling, data, the training loop, checkpoints."""

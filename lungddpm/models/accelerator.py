@@ -1,4 +1,4 @@
-"""Accelerate set up for the denoiser: device, precision and processes; and what goes with them."""
+"""Accelerate for the denoiser: device, precision and processes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ACCELERATE_NAMES = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
 def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Accelerator:
-    """Choose device and precision, join the other processes if torchrun or accelerate started several, and say so.
+    """Choose and log device and precision, and join the other processes if torchrun or accelerate started several.
 
     Args:
-        device: see `select_device`. Which GPUs are visible, `core.device.claim_device` has decided.
-        precision: `auto` (bf16 on a GPU that has it, else fp32), `fp32`, `bf16` or `fp16`.
-        accumulation: forward passes an optimizer step.
+        device: see `select_device`; `core.device.claim_device` decides which GPUs are visible.
+        precision: `auto` (bf16 on a GPU that supports it, else fp32), `fp32`, `bf16` or `fp16`.
+        accumulation: forward passes per optimizer step.
 
     Raises:
         ConfigError: see `select_device`; or the device has no fp16.
@@ -45,13 +45,13 @@ def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Acce
 
 
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a tensor from the CPU to a device, without waiting until a GPU has done what it was told before."""
+    """Copy a tensor from the CPU to a device, without waiting for a GPU to finish earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @contextmanager
 def explain_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn a device's or the machine's lack of memory into a message that names the options.
+    """Turn an out-of-memory error into a message that names the options.
 
     Raises:
         ConfigError: memory ran out inside the block.

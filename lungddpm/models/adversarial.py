@@ -1,8 +1,8 @@
-"""Adversarial training: a network draws CT for a layout, discriminators learn to tell it from real CT.
+"""Adversarial training: a network draws CT for a layout, discriminators learn to distinguish it from real CT.
 
 The losses are those of pix2pixHD (Wang et al. 2018, arXiv 1711.11585), here in 3-D: least squares (Mao et al. 2017,
-arXiv 1611.04076) on patches at two scales, and feature matching. An error of the HU stands in for its perceptual loss,
-whose weights are of photographs. Networks and the adversarial loss are MONAI's.
+arXiv 1611.04076) on patches at two scales, and feature matching. An error of the HU replaces the perceptual loss, whose
+network was trained on photographs. Networks and the adversarial loss are MONAI's.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Features = list[list[torch.Tensor]]
 
 
 class Translator(nn.Module):
-    """Draws a CT in one pass: MONAI's `BasicUNet`, its output limited to (-1, 1) by a hyperbolic tangent.
+    """Draws a CT in one pass: MONAI's `BasicUNet`, with its output limited to (-1, 1) by a hyperbolic tangent.
 
     Args:
         in_channels: noise and layout classes.
         widths: channels of the five levels, then of the last layer.
         norm_groups: groups of every GroupNorm; they divide all widths.
-        orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
+        orientation: of the network, see `turned`; `ras`: that of the grid.
     """
 
     def __init__(self, in_channels: int, widths: Sequence[int], norm_groups: int, orientation: Orientation):
@@ -67,7 +67,7 @@ class Discriminators(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, layers: int, scales: int = SCALES):
         super().__init__()
-        # Norms over a batch would make what is said of a sample depend on the others.
+        # Norms over a batch would make the result for a sample depend on the others.
         of_scale = (PatchDiscriminator(3, channels, in_channels, 1, layers, norm="INSTANCE") for _ in range(scales))
         self.of_scale = nn.ModuleList(of_scale)
 
@@ -98,7 +98,7 @@ class TranslationObjective:
     """The losses of pix2pixHD, with an error of the HU instead of the perceptual one.
 
     Args:
-        error: how the error of a voxel counts.
+        error: loss per voxel.
         reconstruction: its weight; that of the adversarial loss is 1.
         feature_matching: weight of the difference of features.
     """
@@ -136,7 +136,7 @@ def adversarial_loss(features: Features, *, taken_for_real: bool) -> torch.Tenso
 
     Args:
         features: of discriminators; the last ones are the logits.
-        taken_for_real: as what the loss wants the volumes to be taken.
+        taken_for_real: whether the loss rewards classifying the volumes as real.
     """
     # Without the last argument, MONAI sends logits through a leaky ReLU before it squares.
     loss = PatchAdversarialLoss("mean", "least_squares", no_activation_leastsq=True)
@@ -176,7 +176,7 @@ class AdversarialOptimization(Optimization):
         self.opponent.optimizer.load_state_dict(state["opponent_optimizer"])
 
     def _pass(self, batch: Batch, step: int) -> torch.Tensor:
-        # The bare opponent: that of several processes counts its passes, and this one is none of its own.
+        # The bare opponent: the wrapper for several processes counts its passes, and this is not one of them.
         with _frozen(self.opponent.network) as judge:
             loss, drawn = self.objective.loss(self.learner.prepared, batch, judge)
             self.learner.learn(loss)
@@ -186,7 +186,7 @@ class AdversarialOptimization(Optimization):
 
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[nn.Module]:
-    """Within the block, gradients pass through the network and leave none in it."""
+    """Within the block, gradients pass through the network without accumulating in it."""
     network.requires_grad_(False)
     try:
         yield network

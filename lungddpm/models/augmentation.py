@@ -1,7 +1,7 @@
 """Random changes of a training sample, CT and layout together.
 
-They stay within what scans of real patients differ by (pose, size, calibration), because a generative model learns
-them as part of what it draws. Published training has none.
+They stay within normal differences between real scans (pose, size, calibration), because a generative model learns
+them as part of its output. Published training has none.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def augment(
         clean: (channels, D, H, W) CT in [-1, 1]: the whole volume where the augmentation is affine, else the crop.
         labels: (D, H, W) uint8 on the same grid.
         change: what to do.
-        crop: which voxels of the whole volume the result covers. Beyond the volume its outermost voxels go on.
+        crop: which voxels of the whole volume the result covers. Beyond the volume its outermost voxels are repeated.
 
     Returns:
         CT and labels of the crop.

@@ -1,4 +1,4 @@
-"""Trained networks on disk: `model.safetensors`, with EMA weights and what they were trained for in the metadata."""
+"""Trained networks on disk: `model.safetensors`, with EMA weights and their training settings in the metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.code import CodeFromStep
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import atomic_path
-from lungddpm.core.torch_files import fault_of
+from lungddpm.core.torch_files import problem_of
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -26,23 +26,23 @@ _FORMAT = "lungddpm-model-4"
 _EARLIER_FORMATS = "lungddpm-denoiser", "lungddpm-model-"
 _RETRAIN = "Train the generator again (lungddpm train), or give the path of its model.safetensors."
 _BEFORE_THE_KEY = {"hint": "none"}
-"""What weights were trained with that do not name a key: it came later."""
-ADAPT = "Set the config to what the weights were trained with, or give other weights."
-_FAULTS_SHOWN = 3
+"""Values for keys that older weights do not have."""
+ADAPT = "Set the config to the settings of the weights, or use other weights."
+_PROBLEMS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """What is written beside the weights.
+    """The metadata of weights.
 
     Attributes:
         config: of the generator (see `GeneratorConfig.dump`).
-        fit: what their use must agree with (see `GeneratorConfig.decides_fit`).
+        fit: settings that their use must match (see `GeneratorConfig.decides_fit`).
         steps: optimizer steps taken.
-        config_fingerprint: of the keys that decide what training computes.
-        data_fingerprint: of the cases that it saw.
+        config_fingerprint: of the keys that affect training.
+        data_fingerprint: of the training cases.
         trained_on: their patients.
-        code: which code took which steps, where that is known.
+        code: which code version ran which steps, if known.
         kept: see `Recipe.keep`.
     """
 
@@ -57,7 +57,7 @@ class Metadata:
 
     @property
     def trained_for(self) -> dict[str, Any]:
-        """`fit`, with the keys that there are today."""
+        """`fit`, with all current keys."""
         return {**_BEFORE_THE_KEY, **self.fit}
 
     @classmethod
@@ -93,10 +93,10 @@ def save_network(path: Path, network: nn.Module, metadata: Metadata) -> None:
 
 
 def read_metadata(path: Path) -> Metadata:
-    """Read what is written beside the weights of our format; cheap.
+    """Read the metadata of weights in our format; cheap.
 
     Raises:
-        InputError: missing, cut short, or not weights of ours.
+        InputError: missing, truncated, or not weights trained here.
     """
     held = {"kept": {}, **_read_description(path)}  # files of before have nothing kept
     try:
@@ -109,13 +109,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """Read the weights of our format, float32, by their keys, and compare the checksum that was written with them.
 
     Raises:
-        InputError: missing, cut short, damaged, or not a denoiser of ours.
+        InputError: missing, truncated, damaged, or not a denoiser trained here.
     """
     held = _read_description(path)
     try:
         weights = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(path, f"is cut short or damaged ({error})", _RETRAIN) from None
+        raise InputError(path, f"is truncated or damaged ({error})", _RETRAIN) from None
     refuse_unfit(path, weights, _RETRAIN)
     if held.pop("sha256", None) != _checksum(held, weights):
         raise InputError(path, "is damaged: it differs from the checksum that was written with it", _RETRAIN)
@@ -131,20 +131,21 @@ def load_network(
     """Build a network with the EMA weights of a file, ready to predict.
 
     Args:
-        path: a file of ours.
+        path: a file written here.
         config: of the generator that the network is of.
         build: the network, with any weights.
         device: where the network goes.
 
     Raises:
-        InputError: missing, cut short, damaged, not weights of ours, or made for something else than the config asks.
+        InputError: missing, truncated, damaged, not weights trained here, or made for something else than the config
+            asks.
     """
     check_fit(path, config)
     return fill(path, build, read_weights(path), device)
 
 
 def check_fit(path: Path, config: GeneratorConfig[TrainedSettings]) -> None:
-    """Make sure that weights of ours were trained for what the config asks.
+    """Check that weights trained here match the config.
 
     Raises:
         InputError: they were not; names the key.
@@ -153,7 +154,7 @@ def check_fit(path: Path, config: GeneratorConfig[TrainedSettings]) -> None:
     for key in dict.fromkeys([*trained, *asked]):
         if trained.get(key) != asked.get(key):
             raise InputError(
-                path, f"was trained with {key} {trained.get(key)}, the config says {asked.get(key)}", ADAPT
+                path, f"was trained with {key} {trained.get(key)}, but the config has {asked.get(key)}", ADAPT
             )
 
 
@@ -167,27 +168,27 @@ def fill(
     """The network with these weights, on the device, ready to predict.
 
     Args:
-        path: where they are from, for messages.
+        path: of the weights, for messages.
         build: the network, with any weights.
         weights: float32, by the network's keys.
         device: where the network goes.
-        prefix: what stands before every key in the file.
+        prefix: of every key in the file.
 
     Raises:
-        InputError: its keys or shapes are others.
+        InputError: keys or shapes differ.
     """
     with torch.device("meta"):
         network = build()
-    if faults := faults_of(weights, network):
-        shown = ", ".join(f"key {prefix}{fault}" for fault in faults[:_FAULTS_SHOWN])
-        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise InputError(path, f"does not hold the network of the config: {shown}{more}", ADAPT)
+    if problems := problems_of(weights, network):
+        shown = ", ".join(f"key {prefix}{problem}" for problem in problems[:_PROBLEMS_SHOWN])
+        more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+        raise InputError(path, f"does not match the network of the config: {shown}{more}", ADAPT)
     network.to_empty(device=device).load_state_dict(weights)
     return network.eval().requires_grad_(False)
 
 
 def _read_description(path: Path) -> dict[str, Any]:
-    """What `save_network` wrote beside the weights."""
+    """The metadata written by `save_network`."""
     if path.is_dir():
         raise InputError(path, "is a folder, not a file", _RETRAIN)
     try:
@@ -196,11 +197,11 @@ def _read_description(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(path, "does not exist", _RETRAIN) from None
     except (OSError, SafetensorError) as error:
-        raise InputError(path, f"is cut short or not a safetensors file ({error})", _RETRAIN) from None
+        raise InputError(path, f"is truncated or not a safetensors file ({error})", _RETRAIN) from None
     if _FORMAT not in texts and any(name.startswith(_EARLIER_FORMATS) for name in texts):
-        raise InputError(path, "was trained by an earlier version, whose weights are not read any more", _RETRAIN)
+        raise InputError(path, "was trained by an earlier version, whose weights are no longer supported", _RETRAIN)
     if _FORMAT not in texts:
-        raise InputError(path, "holds no weights trained by lungddpm", _RETRAIN)
+        raise InputError(path, "has no weights trained by lungddpm", _RETRAIN)
     try:
         return dict(json.loads(texts[_FORMAT]))
     except (ValueError, TypeError) as error:
@@ -208,7 +209,7 @@ def _read_description(path: Path) -> dict[str, Any]:
 
 
 def _checksum(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 of weights and of what is written beside them."""
+    """SHA-256 of weights and metadata."""
     digest = hashlib.sha256(json.dumps(description).encode())
     for name in sorted(weights):
         digest.update(name.encode())
@@ -217,19 +218,19 @@ def _checksum(description: Mapping[str, Any], weights: Mapping[str, torch.Tensor
 
 
 def refuse_unfit(path: Path, weights: Mapping[str, Any], remedy: str) -> None:
-    """Refuse what is not a tensor of finite numbers; names the key."""
+    """Reject anything but tensors of finite numbers; the error names the key."""
     for key, value in weights.items():
-        if (fault := fault_of(value)) is not None:
-            raise InputError(path, f"key {key} {fault}", remedy)
+        if (problem := problem_of(value)) is not None:
+            raise InputError(path, f"key {key} {problem}", remedy)
 
 
-def faults_of(weights: Mapping[str, torch.Tensor], network: nn.Module) -> list[str]:
-    """What is wrong with the weights of a network, key by key; empty where all is right."""
+def problems_of(weights: Mapping[str, torch.Tensor], network: nn.Module) -> list[str]:
+    """What is wrong with the weights of a network, key by key; empty if all is right."""
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     return [
         *(f"{key} is missing" for key in shapes if key not in found),
-        *(f"{key} has no place in it" for key in found if key not in shapes),
+        *(f"{key} is unexpected" for key in found if key not in shapes),
         *(
             f"{key} has the shape {found[key]} instead of {shape}"
             for key, shape in shapes.items()

@@ -1,8 +1,8 @@
-"""What the denoiser is trained on: cases decoded once into a cache on disk, and which of them a step sees.
+"""Training data of the denoiser: cases decoded once into a cache on disk, and the samples of each step.
 
 Sample i of a training (its case, crop, noise level, augmentation and noise) is a function of the seed and of i alone.
-So the order of samples does not depend on how many processes share the work, and a resumed training needs no state
-of random generators.
+So the order of samples does not depend on the number of processes, and a resumed training does not need the state of
+random generators.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _ALL_HU = np.arange(-(2**15), 2**15, dtype=np.int16)
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All cases as arrays that may lie on disk.
+    """All cases as arrays that may be on disk.
 
     Attributes:
         case_ids: n names.
@@ -59,14 +59,14 @@ def open_cache(
     cohorts are removed. Several processes may call this at once: one decodes, the others wait for it.
 
     Args:
-        folder: where the cache lies, for nothing else.
+        folder: of the cache, used only for it.
         case_ids: name of each case.
         case_folders: folder of each case.
         hashes: `cases.hash_case` of each of them.
         size: voxels along x, y, z that all cases must have.
 
     Raises:
-        InputError: a case is unreadable, breaks its contract, or lies on another grid.
+        InputError: a case is unreadable, breaks its contract, or is on another grid.
     """
     name = fingerprint([_CACHE_FORMAT, *hashes])[:32]
     shape = (len(hashes), *reversed(size))
@@ -105,7 +105,7 @@ class SampleStream:
         self.training, self.draw_level = config.settings.training, objective.draw_level
         self.seed, self.run = config.seed, config.run
         self.centres, self.hint = recipe.crop_centres, recipe.hint
-        # What `to_model_range` makes of every HU, and `condition_channels` of every label, looked up on the device.
+        # Lookup tables on the device: `to_model_range` of every HU, `condition_channels` of every label.
         labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
         channels = condition_channels(labels, config.settings.classes).reshape(-1, len(Label))
         self.range_of_hu = torch.from_numpy(to_model_range(_ALL_HU, config.grid.window_hu)).to(device)
@@ -118,7 +118,7 @@ class SampleStream:
         return Batch(*(torch.stack(parts) for parts in zip(*samples, strict=True)))
 
     def _sample(self, index: int) -> tuple[torch.Tensor, ...]:
-        """What `Batch` holds, without N."""
+        """The content of `Batch`, without N."""
         case = self._case(index)
         ct, layout = self.data.ct[case], self.data.layout[case]
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "sample", index))
@@ -151,7 +151,7 @@ class SampleStream:
         return self.channels_of_label[:, labels.long()]
 
     def _case(self, index: int) -> int:
-        """Every case once, in random order, before any comes again."""
+        """Every case once, in random order, before any is repeated."""
         epoch, place = divmod(index, len(self.data.ct))
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "order", epoch))
         return int(torch.randperm(len(self.data.ct), generator=generator)[place])
@@ -166,7 +166,7 @@ def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator
     Args:
         layout: labels, axes in any order.
         edge: voxels along each side, at most those of the layout.
-        centres: labels that the centre may have; where the layout has none of them, it is any voxel.
+        centres: labels that the centre may have; any voxel if the layout has none of them.
         generator: source of the draws.
     """
     labels = [label for label in centres if (layout == label).any()]
@@ -180,12 +180,12 @@ def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator
 
 
 def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:
-    """The arrays as they lie on disk; None where one is missing or not whole."""
+    """The arrays on disk; None if one is missing or incomplete."""
     if not all(path.exists() for path in paths.values()):
         return None
     try:
         arrays = _mapped(paths)
-    except Exception:  # damaged bytes make numpy fail in many ways, and advise to unpickle them
+    except Exception:  # damaged bytes make numpy fail in many ways, or suggest unpickling
         LOG.warning("The cache %s is damaged and is made again", paths["ct"].parent)
         return None
     return arrays if all(array.shape == shape for array in arrays.values()) else None
@@ -209,7 +209,7 @@ def _decode(paths: dict[str, Path], shape: tuple[int, ...], case_folders: Sequen
         for number in progress.steps():
             ct, layout = case_folders[number].read()
             if ct.shape != shape[:0:-1]:
-                problem = f"has {ct.shape} voxels, grid.size is {shape[:0:-1]}"
+                problem = f"has {ct.shape} voxels, but grid.size is {shape[:0:-1]}"
                 raise InputError(case_folders[number].path, problem, "Prepare the cases again (lungddpm prepare).")
             ct_file.write(ct.array.astype("<i2").transpose(2, 1, 0).tobytes())
             layout_file.write(layout.array.astype(np.uint8).transpose(2, 1, 0).tobytes())

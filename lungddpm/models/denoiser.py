@@ -103,7 +103,7 @@ def body_arguments(settings: Denoiser, edge: float) -> dict[str, Any]:
 
 
 def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The arguments of the `UNet` that weights belong to; None where they are not intelligible as such.
+    """The arguments of the `UNet` that weights belong to; None if they are not intelligible as such.
 
     `norm_groups` and `orientation` are missing: they leave no trace in the weights.
     """
@@ -252,7 +252,7 @@ class WaveletUNet(UNet):
     The condition stands beside the sub-bands voxel by voxel (`space_to_depth`).
 
     Args:
-        in_channels, arguments: as of `UNet`, whose inputs and outputs it has; D, H, W are divisible by twice its
+        in_channels, arguments: from `UNet`, whose inputs and outputs it has; D, H, W are divisible by twice its
             reduction. `attention_factor` counts from the first level.
     """
 

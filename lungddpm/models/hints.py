@@ -13,8 +13,7 @@ from lungddpm.models.denoiser import open_voxels
 from lungddpm.models.recipe import Network
 
 MASKED = -1.0
-"""Stands in `volume` where there is something to draw: air, so that interpolation leaves there what borders of lungs
-look like."""
+"""Value in `volume` of the voxels to draw: air, so that interpolation produces realistic borders of lungs."""
 
 
 def show(hint: Hint, reference: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ Beside the noisy crop it sees where the nodule is, and the nodule's histogram: t
 of equal width over the model's range [-1, 1], that is over `grid.window_hu`. Each bin is a channel that is constant
 within the nodule. So the network is that of the other generators with more channels, and the histogram reaches every
 voxel that it is about in the first layer. Cross attention would need another network, and sits at levels where a
-nodule of a few voxels is hardly there any more.
+nodule of a few voxels almost disappears.
 
 Histograms to draw with are those of the nodules that the network was trained on; they are kept with its weights.
 """
@@ -165,16 +165,16 @@ def read_histograms(weights: Path) -> list[DiscoveryNodule]:
     """The nodules that a network was trained on.
 
     Raises:
-        InputError: the file is none of ours, or holds no histograms.
+        InputError: the file was not written by lungddpm, or has no histograms.
     """
     kept = read_metadata(weights).kept.get(_KEPT)
     if not kept:
-        raise InputError(weights, "holds no histograms of nodules", "Train the generator again (lungddpm train).")
+        raise InputError(weights, "has no histograms of nodules", "Train the generator again (lungddpm train).")
     return [DiscoveryNodule(one["case_id"], one["number"], tuple(one["counts"])) for one in kept]
 
 
 def choose_histogram(nodules: Sequence[DiscoveryNodule], voxels: int, seed: int) -> DiscoveryNodule:
-    """Draw one of the nodules with at least half and at most twice so many voxels; where there is none, the nearest.
+    """Draw one of the nodules with half to twice as many voxels; if there are none, the nearest in size.
 
     Size is counted in voxels, as the less of them a nodule has, the more of them are partly lung.
 

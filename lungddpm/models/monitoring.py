@@ -1,4 +1,4 @@
-"""How a training is watched: loss curve, TensorBoard, and grids of samples drawn from the same noise each time."""
+"""Monitoring of a training: loss curve, TensorBoard, and grids of samples drawn from the same noise each time."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _SAMPLES = ["step", "case_id", "mse"]
 
 
 class Monitor:
-    """Writes what a person looks at while a training runs.
+    """Writes the files for monitoring a running training.
 
-    <output>/history.csv          a row an optimizer step
+    <output>/history.csv          one row per optimizer step
     <output>/tensorboard/         the same for TensorBoard, where that package is installed
     <output>/samples/step-*.png   reference, layout and sample of a few discovery cases
     <output>/samples.csv          mean squared error of each of those samples where it was drawn, on [0, 1]
@@ -56,7 +56,7 @@ class Monitor:
         self.board = _open_board(output / "tensorboard", step)
 
     def add_step(self, step: int, figures: Sequence[float], seconds: float) -> None:
-        """Pass on the figures of a step (see `HISTORY`) that took so many seconds."""
+        """Record the figures of a step (see `HISTORY`) and its seconds."""
         if self.board is not None:
             for name, value in zip(HISTORY, figures, strict=True):
                 self.board.add_scalar(name, value, step)
@@ -82,13 +82,13 @@ class Monitor:
             self.board.add_scalar("mse", float(np.mean(mse)), step)
 
     def close(self) -> None:
-        """Write what TensorBoard still holds back."""
+        """Flush TensorBoard."""
         if self.board is not None:
             self.board.close()
 
 
 def memory_mib(device: torch.device) -> float:
-    """Most memory in MiB so far: of tensors on a GPU, else of the whole process."""
+    """Peak memory in MiB so far: of tensors on a GPU, otherwise of the whole process."""
     return peak_memory_mib(str(device))
 
 
@@ -150,7 +150,7 @@ def _figure(
     drawn: Sequence[np.ndarray],
     errors: Sequence[float],
 ) -> Figure:
-    """A row a case; all arrays (D, H, W)."""
+    """One row per case; all arrays (D, H, W)."""
     colours = ListedColormap([colour for _, colour in drawing.LABELS.values()])
     grey, coloured = {"cmap": "gray", "vmin": -1, "vmax": 1}, {"cmap": colours, "vmin": -0.5, "vmax": len(Label) - 0.5}
     figure = Figure(figsize=(7.5, 2.6 * len(names)), layout="constrained")

@@ -103,7 +103,7 @@ class Optimization:
         self.learners = [self.learner]
 
     def take_step(self, step: int, asked_to_stop: Callable[[], bool] = lambda: False) -> torch.Tensor:
-        """Take one optimizer step, counted from 0.
+        """Take one optimizer step, from 0.
 
         Args:
             step: which one.

@@ -1,7 +1,7 @@
 """The published denoisers: the U-Net from our files or from `.pt` files of the published systems, and back.
 
-A `.pt` file of torch holds {step, model, ema}, the last two with the network under the prefix `denoise_fn.` beside the
-coefficients of the diffusion process. It does not say how its network sees the chest; the config does (`orientation`).
+A `.pt` file of torch has {step, model, ema}, the last two with the network under the prefix `denoise_fn.` and the
+coefficients of the diffusion process. It does not record the orientation of the chest; the config does (`orientation`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from lungddpm.core.progress import LOG
 from lungddpm.core.torch_files import load_checked, unwrapped
 from lungddpm.models.checkpoint import (
     ADAPT,
-    faults_of,
     fill,
     load_network,
+    problems_of,
     read_metadata,
     read_weights,
     refuse_unfit,
@@ -47,14 +47,14 @@ _CONFIG_KEYS = {
 }
 
 _PUBLISHED = {
-    "prediction": ("epsilon", "take what it predicts for noise"),
-    "denoiser.padding": ("zeros", "show it zeros beyond the volume"),
+    "prediction": ("epsilon", "interpret its prediction as noise"),
+    "denoiser.padding": ("zeros", "pad it with zeros"),
     "denoiser.norm": ("volume", "normalize over the volume"),
     "denoiser.time_conditioning": ("shift", "only shift features by the noise level"),
-    "denoiser.wavelet": (False, "show it voxels instead of sub-bands"),
-    "hint": ("none", "show it nothing of the reference"),
+    "denoiser.wavelet": (False, "give it voxels instead of sub-bands"),
+    "hint": ("none", "give it nothing of the reference"),
 }
-"""What is one in all published files, and what the published code would do to others."""
+"""Settings common to all published files, and the consequence of others in the published code."""
 
 
 def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device: str | torch.device = "cpu") -> UNet:
@@ -66,7 +66,7 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
         device: where the denoiser goes.
 
     Raises:
-        InputError: missing, cut short, damaged, of neither format, with code inside, or made for something else than
+        InputError: missing, truncated, damaged, of neither format, with code inside, or made for something else than
             the config asks; names the keys that are wrong.
     """
 
@@ -83,23 +83,23 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
 
 
 def export_published(weights: Path, output: Path) -> None:
-    """Write a denoiser of ours in the published format, its EMA weights in both places.
+    """Write a denoiser trained here in the published format, its EMA weights in both places.
 
     The published code shows it volumes in the published orientation, so it must have been trained in that one. Kernels
     cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
 
     Raises:
-        InputError: the weights are missing, cut short, not a denoiser of ours, of the orientation `ras`, or of a
+        InputError: the weights are missing, truncated, not a denoiser trained here, of the orientation `ras`, or of a
             prediction or a padding that is not published; or the output is not named `.pt`.
     """
     if output.suffix != ".pt":
-        raise InputError(output, "is not a name for a published checkpoint", "End it in .pt.")
+        raise InputError(output, "is not a name for a published checkpoint", "It must end in .pt.")
     metadata = read_metadata(weights)
     settings = metadata.config["settings"]
     if "timesteps" not in settings:
         generator = metadata.config["generator"]
         raise InputError(weights, f"was trained by {generator}, which is not a diffusion model", "Give other weights.")
-    turned = {"orientation": ("published", "show it every chest turned")}
+    turned = {"orientation": ("published", "give it every chest rotated")}
     for key, (published, consequence) in {**turned, **_PUBLISHED}.items():
         if (own := metadata.trained_for[key]) != published:
             problem = f"was trained with {key} {own}: the published code would {consequence}"
@@ -117,7 +117,7 @@ def _read_published(path: Path, config: GeneratorConfig[DiffusionSettings]) -> d
         average = content.get("ema") if isinstance(content, Mapping) else None
         if not isinstance(average, Mapping):
             problem = "is not a published checkpoint: it has no entry 'ema' with the weights"
-            raise InputError(path, problem, "Give a file with step, model and ema, or a model.safetensors.")
+            raise InputError(path, problem, "Use a file with step, model and ema, or a model.safetensors.")
         average = unwrapped(average)
     except FileNotFoundError:
         raise InputError(path, "does not exist", _COPY_AGAIN) from None
@@ -128,14 +128,14 @@ def _read_published(path: Path, config: GeneratorConfig[DiffusionSettings]) -> d
         raise InputError(path, f"has no key that starts with {_PREFIX}", _COPY_AGAIN)
     for key, (published, _) in _PUBLISHED.items():
         if (asked := config.decides_fit()[key]) != published:
-            raise InputError(path, f"holds a network of {key} {published} (the config says {asked})", ADAPT)
+            raise InputError(path, f"has a network with {key} {published} (the config has {asked})", ADAPT)
     if "betas" not in average:
         raise InputError(path, "has no key betas, the noise schedule", _COPY_AGAIN)
     refuse_unfit(path, {"betas": average["betas"], **network}, _COPY_AGAIN)
     _check_schedule(path, average["betas"], config)
     if others := {value.dtype for value in network.values()} - {torch.float32}:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in others))
-        LOG.info("%s holds weights in %s: they are taken as float32", path, names)
+        LOG.info("%s has weights in %s: they are converted to float32", path, names)
     return {key.removeprefix(_PREFIX): value.float() for key, value in network.items()}
 
 
@@ -143,10 +143,10 @@ def _check_schedule(path: Path, betas: torch.Tensor, config: GeneratorConfig[Dif
     timesteps = config.settings.timesteps
     if betas.shape != (timesteps,):
         trained = betas.numel()
-        raise InputError(path, f"was trained with timesteps {trained}, the config says {timesteps}", ADAPT)
+        raise InputError(path, f"was trained with timesteps {trained}, but the config has {timesteps}", ADAPT)
     rounding = torch.finfo(betas.dtype).eps
     if not torch.allclose(betas.double(), cosine_betas(timesteps), rtol=rounding, atol=1e-5):
-        raise InputError(path, "was trained with another noise schedule than the cosine one", "Give other weights.")
+        raise InputError(path, "was trained with a noise schedule other than cosine", "Use other weights.")
 
 
 def _explain_other_network(
@@ -160,12 +160,12 @@ def _explain_other_network(
         other = UNet(**inferred, norm_groups=1)
     asked = network_arguments(config)
     differing = [
-        f"{_CONFIG_KEYS[name]}: {_in_words(name, value)} (the config says {_in_words(name, asked[name])})"
+        f"{_CONFIG_KEYS[name]}: {_in_words(name, value)} (the config has {_in_words(name, asked[name])})"
         for name, value in inferred.items()
         if value != asked[name]
     ]
-    if differing and not faults_of(weights, other):
-        raise InputError(path, f"holds another network, {'; '.join(differing)}", ADAPT)
+    if differing and not problems_of(weights, other):
+        raise InputError(path, f"has a different network, {'; '.join(differing)}", ADAPT)
 
 
 def _in_words(argument: str, value: Any) -> str:
@@ -174,5 +174,5 @@ def _in_words(argument: str, value: Any) -> str:
     if argument == "attention_factor":
         if value is None:
             return "no attention"
-        return f"attention for {value * ATTENTION_EDGE:g} voxels an edge" if value else "attention in the middle alone"
+        return f"attention for {value * ATTENTION_EDGE:g} voxels per edge" if value else "attention in the middle alone"
     return str(value)

@@ -1,4 +1,5 @@
-"""What of a training differs between families of models. The rest (data, averaging, states, watch) is shared."""
+"""The parts of a training that differ between families of models. The rest (data, averaging, states, monitoring) is
+shared."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ Preview = Callable[[nn.Module, torch.Tensor, torch.Tensor, Sequence[torch.Genera
 in which the reference fills the open voxels, to watch a training by."""
 
 INSIDE = (Label.LUNG, Label.NODULE, Label.VESSEL)
-"""What layouts name: open voxels are pasted later, so they matter less."""
+"""Labelled voxels: open voxels are pasted later, so they matter less."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Batch:
         condition: (N, C, D, H, W) float32, see `condition_channels`.
         noise: standard normal, shaped like `clean`.
         levels: (N,) noise levels, as `Objective.draw_level` gives them.
-        shown: (N, channels, D, H, W) the hint, see `hints.show`; None where there is none.
+        shown: (N, channels, D, H, W) the hint, see `hints.show`; None if there is none.
     """
 
     clean: torch.Tensor

@@ -332,7 +332,7 @@ def stepper(
     generators: Sequence[torch.Generator],
     channels: int = 1,
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(index, state of so many channels at this level) -> state at the next level."""
+    """(index, state with these channels at this level) -> state at the next level."""
     predict_at = predictor_of(predict, condition, solver.times, channels)
 
     def take_step(index: int, state: torch.Tensor) -> torch.Tensor:
@@ -345,7 +345,7 @@ def stepper(
 def predictor_of(
     predict: Predictor, condition: torch.Tensor, times: Sequence[float], channels: int = 1
 ) -> Callable[[int, torch.Tensor], torch.Tensor]:
-    """(index, state of so many channels at this level) -> what the network predicts, float32."""
+    """(index, state with these channels at this level) -> the network's prediction, float32."""
     # Made once, so that a step neither copies the condition nor sends a time to the device.
     of_batch = torch.tensor(times, device=condition.device)[:, None].repeat(1, len(condition))
     inputs = torch.cat([condition.new_empty(len(condition), channels, *condition.shape[2:]), condition], dim=1)

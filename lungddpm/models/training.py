@@ -1,11 +1,11 @@
-"""Training of a generator, in one process or several, resumable at any moment.
+"""Training of a generator, in one or several processes, resumable at any time.
 
-<output>/state/step-*.pt     everything needed to go on: the newest state and the one before it
-<output>/history.csv         step, loss, learning_rate, seconds, memory_mib; one row an optimizer step
+<output>/state/step-*.pt     everything needed to resume: the newest state and the one before it
+<output>/history.csv         step, loss, learning_rate, seconds, memory_mib; one row per optimizer step
 <output>/samples/, samples.csv, tensorboard/   see `monitoring.Monitor`
 <output>/cache/              the decoded cases, while the training runs
-<output>/model.safetensors   EMA weights: where it stands, the training is complete
-<output>/training.json       written last: fingerprints of config and data, steps, which code took which of them
+<output>/model.safetensors   EMA weights: if it exists, the training is complete
+<output>/training.json       written last: fingerprints of config and data, steps, and which code version ran them
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lungddpm.models.training_states import keep_states, load_state, newest_stat
 
 MEMORY_OPTIONS = (
     "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
-    "or lower denoiser.base_channels; 'lungddpm train --estimate' shows what is needed. A saved state is intact."
+    "or lower denoiser.base_channels; 'lungddpm train --estimate' shows the requirements. Saved states are intact."
 )
 
 
@@ -59,7 +59,7 @@ def run_train(
 ) -> None:
     """Train a generator on the usable discovery cases, or on the subset that it is for; write `model.safetensors`.
 
-    A training of the same config on the same cases is continued from its last saved state, also where the code has
+    A training with the same config on the same cases continues from its last saved state, even if the code has
     changed, which is recorded; on a CPU it ends bit-identical to one that was never interrupted. One that is complete
     is left as it is, unless by other code. Started by torchrun or `accelerate launch`, all processes share the
     training and the first one writes.
@@ -72,12 +72,12 @@ def run_train(
         output: folder of the run.
         device: see `make_accelerator`.
         initial: weights to start from (see `Recipe.load`); None starts from random ones.
-        restart: begin again whatever was saved. It is removed when the new training has saved.
+        restart: start over whatever was saved. Old states are removed once the new training has saved.
 
     Raises:
         InputError: no usable case, a case that breaks its contract, initial weights that are missing or do not fit, or
             a loss that is no longer a number.
-        ConfigError: the device is not there, it ran out of memory, or there are not as many cases.
+        ConfigError: the device is not available, it ran out of memory, or there are not enough cases.
         SystemExit: code 143 after SIGTERM, when the step under way is done and saved.
     """
     number = config.trained_for.real_cases
@@ -87,9 +87,9 @@ def run_train(
     if rows.empty:
         what = "discovery case with a nodule" if recipe.needs_nodule else "discovery case"
         among = "" if number is None else f" among the {number} of arms.real_cases"
-        raise InputError(cases_table, f"has no usable {what}{among}", "See its columns role, status and reason.")
+        raise InputError(cases_table, f"has no usable {what}{among}", "Check its columns role, status and reason.")
     if initial is not None and not initial.exists():
-        raise InputError(initial, "does not exist", "Give the path of a model.safetensors or a published .pt.")
+        raise InputError(initial, "does not exist", "Pass the path of a model.safetensors or a published .pt.")
     folders = [cases.folder_of(cases_table, row) for _, row in rows.iterrows()]
     hashes = [folder.hash() for folder in folders]
     training = config.settings.training
@@ -121,7 +121,7 @@ def initial_network(config: GeneratorConfig[TrainedSettings], recipe: Recipe, we
 
 
 class _Run:
-    """A training under way: its steps, and what of them is written."""
+    """A training under way: its steps and its output."""
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class _Run:
         self.monitor: Monitor | None = None
 
     def resume(self, restart: bool) -> None:
-        """Go on from the newest state of this very training, if there is one; all processes from the same."""
+        """Resume from the newest state of this training, if there is one; all processes from the same."""
         found = self._newest_state() if self.accelerator.is_main_process and not restart else None
         (self.saved,) = broadcast_object_list([found])
         if self.saved is None:
@@ -160,7 +160,7 @@ class _Run:
             state = load_state(self.saved)
             self.optimization.load_state_dict(state)
             self.history = state["history"].tolist()
-            LOG.info("Going on from step %d of %d", len(self.history), self.training.steps)
+            LOG.info("Resuming from step %d of %d", len(self.history), self.training.steps)
             self.code = code_of_steps(state["code"], len(self.history), self.code[-1]["code"], "give --restart")
         if self.accelerator.is_main_process:
             self.monitor = Monitor(self.output, len(self.history))
@@ -199,14 +199,14 @@ class _Run:
             write_json(self._record, {**self.fingerprints, "steps": metadata.steps, "code": self.code})
 
     def _newest_state(self) -> Path | None:
-        """The newest state of this training; None where it is the last one of a training that other code finished."""
+        """The newest state of this training; None if it is the last one of a training that other code finished."""
         found = newest_state(self.output / "state", self.fingerprints)
         if found is None or not self._record.exists():
             return found
         record = read_json(self._record)
         if {**record, **self.fingerprints} != record or record["code"][-1]["code"] == self.code[-1]["code"]:
             return found
-        LOG.info("%s: this training was finished by other code and is passed over", found)
+        LOG.info("%s: this training was finished by other code and is ignored", found)
         return None
 
     @property
@@ -255,7 +255,7 @@ class _Run:
             self.monitor.write_history(self.history)
 
     def _stop(self) -> None:
-        LOG.warning("Asked to stop (SIGTERM): step %d is saved, the same command goes on from it", len(self.history))
+        LOG.warning("Stopped by SIGTERM: step %d is saved, the same command resumes from it", len(self.history))
         self.accelerator.end_training()
         raise SystemExit(128 + signal.SIGTERM)
 

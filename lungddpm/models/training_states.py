@@ -27,21 +27,21 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any], previous: Path
     """
     path = folder / f"step-{step:08d}.pt"
     with atomic_path(path) as temporary, temporary.open("wb") as file:
-        # Given a path, torch writes it itself, and does not tell a full disk from other faults.
+        # Given a path, torch writes the file itself and does not distinguish a full disk from other errors.
         torch.save(state, file)
     keep_states(folder, path, previous)
     return path
 
 
 def keep_states(folder: Path, *kept: Path | None) -> None:
-    """Remove all states but these, and what a killed process left half written."""
+    """Remove all other states, and partial files of killed processes."""
     for other in folder.iterdir():
         if other not in kept:
             other.unlink()
 
 
 def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
-    """The newest undamaged state of a training; says which ones it passes over, and why.
+    """The newest undamaged state of a training; logs which ones are ignored, and why.
 
     Args:
         folder: where the states lie.
@@ -51,14 +51,14 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
         try:
             state = load_checked(path)
         except ValueError as error:
-            LOG.warning("%s is damaged and is passed over: it %s", path, error)
+            LOG.warning("%s is damaged and is ignored: it %s", path, error)
             continue
         held = state if isinstance(state, dict) else {}
         different = [name for name, value in wanted.items() if held.get(name) != value]
         if not different:
             return path
         what = " and ".join(name.removesuffix("_fingerprint") for name in different)
-        LOG.info("%s stems from a training with another %s and is passed over", path, what)
+        LOG.info("%s is from a training with different %s and is ignored", path, what)
     return None
 
 

@@ -1,1 +1,1 @@
-"""About a run as a whole: start it, plan it, estimate and time it, verify it, check the machine."""
+"""A run as a whole: start, plan, estimate, benchmark and verify it, and check the machine."""

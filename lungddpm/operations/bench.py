@@ -1,7 +1,7 @@
-"""How fast the denoiser is, option by option, each beside the plain module in the same minutes.
+"""Speed of the denoiser by option, each measured alternately with the plain module.
 
-Machines are noisy and shared. So every option gets a process of its own, which takes turns with one of the base
-(contiguous fp32, eager), and what is told is the median of the ratios of neighbouring turns.
+Machines are noisy and shared. So every option gets a separate process, which alternates with one of the base
+(contiguous fp32, eager), and the median of the ratios of neighbouring rounds is reported.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from lungddpm.operations.estimate import count, made_up
 
 SAMPLERS = {"ddpm 250": ("ddpm", 250), "dpmsolver++ 50": ("dpmsolver++", 50), "dpmsolver++ 20": ("dpmsolver++", 20)}
 MEASURED = "measured"
-_PASSES = {"cpu": 1, "cuda": 10}  # a turn; a GPU's are too short to be timed one by one
+_PASSES = {"cpu": 1, "cuda": 10}  # per round; single passes on a GPU are too short to be timed
 _MATRIX_EDGE = {"cpu": 2048, "cuda": 8192}
 _STEPS_EXTRAPOLATED_FROM = 2
 _SMALL_EDGE = 16
@@ -55,7 +55,7 @@ Call = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Option:
-    """One way to compute, or several at once; as it stands, the base.
+    """One or several optimizations; without any, the base.
 
     Attributes:
         keep_memory: see `keep_freed_memory`; CPU only.
@@ -64,7 +64,7 @@ class Option:
         bf16: autocast to bfloat16.
         compile: torch.compile.
         graphs: CUDA graphs, in sampling only.
-        batch: volumes at once.
+        batch: volumes per pass.
     """
 
     keep_memory: bool = False
@@ -96,7 +96,7 @@ class Option:
 
 BASE = Option()
 USED = {"cpu": Option(keep_memory=True, channels_last=True, winograd=True), "cuda": Option(bf16=True)}
-"""What sampling uses where nothing is set (see `place`, `make_accelerator`); training is never by planes."""
+"""The default of sampling (see `place`, `make_accelerator`); training never uses planes."""
 _ALL_OF_A_GPU = Option(channels_last=True, bf16=True, compile=True, graphs=True)
 OPTIONS = [
     BASE,
@@ -119,21 +119,21 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Row:
-    """What is reported of an option; None where it was not measured.
+    """The results of an option; None if not measured.
 
     Attributes:
         option: its name.
-        status: `measured`, or why not.
-        pass_seconds: of a forward pass in inference, a volume: median of the turns.
-        ratio: base's seconds over the option's, a volume: median over the rounds; and the least and the most.
-        max_difference: of the predicted noise from the base's.
-        flop_per_second: operations of the direct network (see `estimate.count`) a second.
-        matrix_fraction: that, of the rate at which the same process multiplied matrices in the option's precision.
+        status: `measured`, or the reason why not.
+        pass_seconds: of a forward pass in inference, per volume: median over the rounds.
+        ratio: base's seconds over the option's, per volume: median over the rounds, with minimum and maximum.
+        max_difference: between the predicted noise and the base's.
+        flop_per_second: operations of the direct network (see `estimate.count`) per second.
+        matrix_fraction: this as a fraction of the rate of matrix products in the same process and precision.
         training_steps_per_second: optimizer steps on `batch` volumes, forward and backward.
-        training_ratio: base's seconds over the option's, a volume.
-        sampling_seconds: of each of `SAMPLERS`, a volume.
-        extrapolated: those of them that were extrapolated from a few steps.
-        sampling_memory_mib, training_memory_mib: the most so far: of tensors on a GPU, else of the process.
+        training_ratio: base's seconds over the option's, per volume.
+        sampling_seconds: of each of `SAMPLERS`, per volume.
+        extrapolated: samplers that were extrapolated from a few steps.
+        sampling_memory_mib, training_memory_mib: peak so far: tensors on a GPU, otherwise the whole process.
     """
 
     option: str
@@ -155,7 +155,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SamplerRow:
-    """What is told of a sampler, measured in full on a small grid; `ratio` as in `Row`, to the first of `SAMPLERS`."""
+    """The results of a sampler, measured in full on a small grid; `ratio` as in `Row`, to the first of `SAMPLERS`."""
 
     sampler: str
     seconds: float
@@ -166,11 +166,11 @@ class SamplerRow:
 
 @dataclass(frozen=True)
 class Problem:
-    """What all options compute.
+    """The task that all options compute.
 
     Attributes:
         device: `cpu`, `cuda` or `cuda:<number>`.
-        size: voxels an edge.
+        size: voxels per edge.
         base_channels: width of the published network.
     """
 
@@ -184,7 +184,7 @@ class Problem:
         return self.device.partition(":")[0]
 
     def config(self, option: Option = BASE) -> GeneratorConfig[DiffusionSettings]:
-        """The published network and recipe, an optimizer step a forward pass."""
+        """The published network and recipe, with one forward pass per optimizer step."""
         training = {
             "batch_size": option.batch,
             "accumulation": 1,
@@ -210,26 +210,26 @@ def run_bench(
 
     Args:
         device: see `make_accelerator`; CPU or CUDA.
-        size: voxels an edge.
+        size: voxels per edge.
         base_channels: width of the published network.
-        names: options to measure beside the base; all where none is named.
-        rounds: turns of each option.
+        names: options to measure besides the base; empty: all.
+        rounds: rounds per option.
         longest_s: samplings that would take longer are extrapolated from two steps, and the comparison of samplers on a
-            small grid is left out; 0 measures none in full.
-        training: whether to measure training, too.
+            small grid is left out; 0: none is measured in full.
+        training: whether to measure training as well.
         output: the JSON file.
 
     Raises:
-        ConfigError: the device is not there or is neither a CPU nor CUDA, the network does not fit the size, or an
-            option is not known.
+        ConfigError: the device is not available or is neither a CPU nor CUDA, the network does not fit the size, or an
+            option is unknown.
     """
     if unknown := set(names) - {option.name for option in OPTIONS}:
         known = "; ".join(option.name for option in OPTIONS)
-        raise ConfigError("--option", f"there is no option '{min(unknown)}'", f"Known are: {known}.")
+        raise ConfigError("--option", f"there is no option '{min(unknown)}'", f"Available: {known}.")
     found = make_accelerator(device, "fp32").device
     problem = Problem(str(found), size, base_channels)
     if problem.kind not in _PASSES:
-        raise ConfigError("--device", f"options of '{found.type}' are not known", "Use cpu or cuda.")
+        raise ConfigError("--device", f"there are no options for '{found.type}'", "Use cpu or cuda.")
     parameters, flop, _ = count(problem.config())
     asked = [option for option in OPTIONS if option == BASE or not names or option.name in names]
     with explain_out_of_memory("Lower --size or --base."), _process(problem, BASE) as base:
@@ -256,7 +256,7 @@ def run_bench(
 
 
 def _row(problem: Problem, base: Call, option: Option, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
-    """A row of the table, also for an option that the device does not have, or that fails."""
+    """A row of the table, even if the device lacks the option or it fails."""
     if not option.exists_on(problem.kind):
         return Row(option.name, "not on this device")
     try:
@@ -268,7 +268,7 @@ def _row(problem: Problem, base: Call, option: Option, rounds: int, longest_s: f
 
 
 def ratios(base: Sequence[float], option: Sequence[float]) -> tuple[float, float, float]:
-    """How much faster an option is: median, least and most of the ratios of turns that were taken side by side."""
+    """Speed-up of an option: median, minimum and maximum of the ratios of neighbouring rounds."""
     of_rounds = [b / s for b, s in zip(base, option, strict=True)]
     return statistics.median(of_rounds), min(of_rounds), max(of_rounds)
 
@@ -281,7 +281,7 @@ def describe(result: dict[str, Any]) -> str:
     printed = StringIO()
     console = Console(file=printed, width=200, no_color=True, highlight=False)
     heads = [
-        "option", "s/pass", "ratio", "(least-most)", "difference", "of matrix rate", "training steps/s", "ratio",
+        "option", "s/pass", "ratio", "(min-max)", "difference", "of matrix rate", "training steps/s", "ratio",
         *(f"{name}, s" for name in SAMPLERS), "MiB sampling", "MiB training",
     ]  # fmt: skip
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
@@ -303,16 +303,16 @@ def describe(result: dict[str, Any]) -> str:
         )  # fmt: skip
     console.print(table)
     console.print(
-        f"\n{result['size']}^3 voxels, base {result['base_channels']}, {result['flop_per_pass'] / 1e12:.3g} TFLOP a "
-        f"pass; {result['device_name']}, {result['threads']} threads, torch {result['torch']}. Times are a volume's; "
-        f"ratios to the base, medians of {result['rounds']} rounds taken in turns. ~ is extrapolated from "
+        f"\n{result['size']}^3 voxels, base {result['base_channels']}, {result['flop_per_pass'] / 1e12:.3g} TFLOP per "
+        f"pass; {result['device_name']}, {result['threads']} threads, torch {result['torch']}. Times are per volume; "
+        f"ratios to the base are medians of {result['rounds']} alternating rounds. ~: extrapolated from "
         f"{_STEPS_EXTRAPOLATED_FROM} steps.",
         markup=False, soft_wrap=True,
     )  # fmt: skip
     if result["samplers"]:
         console.print(f"\nSamplers, in full at {result['samplers_size']}^3:\n", markup=False)
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="")
-        for head in ("sampler", "s/volume", "ratio", "(least-most)"):
+        for head in ("sampler", "s/volume", "ratio", "(min-max)"):
             table.add_column(head, justify="left" if head == "sampler" else "right")
         for row in result["samplers"]:
             spread = f"({_number(row['ratio_least'])}-{_number(row['ratio_most'])})"
@@ -322,11 +322,11 @@ def describe(result: dict[str, Any]) -> str:
 
 
 class GraphedPredictor:
-    """A predictor whose kernels are recorded once as a CUDA graph, and then started all at once.
+    """A predictor whose kernels are recorded once as a CUDA graph and then launched together.
 
     Args:
         predict: the denoiser; always called with tensors of these shapes and types.
-        noisy, timesteps: what it is called with.
+        noisy, timesteps: its arguments.
     """
 
     def __init__(self, predict: Predictor, noisy: torch.Tensor, timesteps: torch.Tensor):
@@ -342,7 +342,7 @@ class GraphedPredictor:
             self.predicted = predict(self.noisy, self.timesteps)
 
     def __call__(self, noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """See `Predictor`; the next call overwrites what is returned."""
+        """See `Predictor`; the next call overwrites the result."""
         self.noisy.copy_(noisy)
         self.timesteps.copy_(timesteps)
         self.graph.replay()
@@ -350,11 +350,11 @@ class GraphedPredictor:
 
 
 class Workbench:
-    """A denoiser prepared as an option says, and the clock; lives in a process of its own.
+    """A denoiser prepared for an option, with timers; runs in its own process.
 
     Args:
-        problem: what to compute.
-        option: how.
+        problem: the task.
+        option: the optimizations.
     """
 
     def __init__(self, problem: Problem, option: Option):
@@ -385,7 +385,7 @@ class Workbench:
         return self.predicted[:1].numpy()
 
     def pass_seconds(self) -> float:
-        """Of a forward pass, a volume."""
+        """Of a forward pass, per volume."""
         passes = _PASSES[self.problem.kind]
         with torch.inference_mode(), self.accelerator.autocast():
             seconds = self._timed(lambda: [self.predict(self.noisy, self.timesteps) for _ in range(passes)])
@@ -402,7 +402,7 @@ class Workbench:
         return 2 * edge**3 / min(seconds)
 
     def sampling_seconds(self, sampler: Sampler, steps: int) -> float:
-        """Of sampling under AAS, a volume."""
+        """Of sampling with AAS, per volume."""
         condition = self.noisy[:, 1:].sign()
         reference = self.noisy[:, :1].clamp(-1, 1)
         generators = [torch.Generator(self.device).manual_seed(seed) for seed in range(self.option.batch)]
@@ -415,7 +415,7 @@ class Workbench:
         return self._timed(draw) / self.option.batch
 
     def training_seconds(self) -> float:
-        """Of an optimizer step, a volume. The first call sets up the training and takes one step more."""
+        """Of an optimizer step, per volume. The first call sets up the training and takes one extra step."""
         optimization = self.optimization or self._set_up()
         self.optimization = optimization
         return self._timed(lambda: optimization.take_step(1)) / self.option.batch
@@ -460,7 +460,7 @@ class Workbench:
 
 
 def with_numbers(network: nn.Module) -> nn.Module:
-    """The network with weights that let every layer count: fresh ones predict zero."""
+    """The network with weights that make every layer matter: initial ones predict zero."""
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         drawn = torch.randn(parameter.shape, generator=generator)
@@ -469,7 +469,7 @@ def with_numbers(network: nn.Module) -> nn.Module:
 
 
 def _measure(call: Call, base: Call, option: Option, rounds: int, longest_s: float, training: bool, flop: int) -> Row:
-    """A row of the table: an option's process beside the base's."""
+    """A row of the table, from an option's process and the base's."""
     difference = float(np.abs(base("output") - call("output")).max())
     turns: list[tuple[float, float, float]] = []
     for number in range(rounds):
@@ -506,22 +506,22 @@ def _measure(call: Call, base: Call, option: Option, rounds: int, longest_s: flo
 def _training(
     call: Call, base: Call, option: Option, rounds: int
 ) -> tuple[float, float, float] | tuple[None, None, None]:
-    """Seconds of an optimizer step a volume, ratio to the base, MiB; None each where it is not possible."""
+    """Seconds of an optimizer step per volume, ratio to the base, MiB; None each if not possible."""
     try:
         base("training_seconds")
         if option.batch * base("memory_mib") > call("free_memory_mib"):
-            LOG.warning("%s: no training, its memory might not suffice", option.name)
+            LOG.warning("%s: training is not measured, it might run out of memory", option.name)
             return None, None, None
         turns = [(base("training_seconds"), call("training_seconds")) for _ in range(rounds)]
     except _FAILURES as error:
-        LOG.warning("%s: no training, it failed: %s", option.name, _first_line(error))
+        LOG.warning("%s: training failed: %s", option.name, _first_line(error))
         return None, None, None
     base_seconds, seconds = zip(*turns, strict=True)
     return statistics.median(seconds), ratios(base_seconds, seconds)[0], call("memory_mib")
 
 
 def _sampling_seconds(call: Call, pass_seconds: float, longest_s: float) -> tuple[dict[str, float], list[str]]:
-    """Seconds a volume of each sampler, and which of them are extrapolated."""
+    """Seconds per volume of each sampler, and which of them are extrapolated."""
     seconds, extrapolated = {}, []
     for name, (sampler, steps) in SAMPLERS.items():
         if steps * pass_seconds > longest_s:
@@ -534,13 +534,13 @@ def _sampling_seconds(call: Call, pass_seconds: float, longest_s: float) -> tupl
 
 
 def _measure_samplers(problem: Problem, rounds: int, longest_s: float) -> list[SamplerRow]:
-    """The samplers in turns, in full; none where the longest would take too long."""
+    """The samplers alternately, in full; empty if the longest would take too long."""
     first = next(iter(SAMPLERS))
     if longest_s <= 0:
         return []
     with _process(problem, USED[problem.kind]) as call:
         if call("pass_seconds") * SAMPLERS[first][1] > longest_s:
-            LOG.warning("Samplers are not compared: one sampling would take longer than %g s", longest_s)
+            LOG.warning("Samplers are not compared: sampling would take longer than %g s", longest_s)
             return []
         turns = []
         for number in range(rounds):
@@ -554,7 +554,7 @@ def _measure_samplers(problem: Problem, rounds: int, longest_s: float) -> list[S
 
 @contextmanager
 def _process(problem: Problem, option: Option) -> Iterator[Call]:
-    """A process with a workbench; yields what calls its methods by name."""
+    """A process with a workbench; yields a function that calls its methods by name."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         pool.submit(_set_up, problem, option).result()
         yield lambda method, *arguments: pool.submit(_call, method, *arguments).result()

@@ -1,4 +1,4 @@
-"""What designs around the config's can show, and what they cost: the table of `lungddpm plan --power`."""
+"""Power and cost of designs around the config's: the table of `lungddpm plan --power`."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from lungddpm.verdict.design import (
     Components,
     Costs,
     Design,
-    able_designs,
     costs_of_timing,
     detectable_by_design,
     hours_of_design,
     power_of_design,
+    sufficient_designs,
     typical_components,
 )
 from lungddpm.verdict.families import asked_arms, design_of, relevant_difference, stages_per_replicate
@@ -34,12 +34,12 @@ from lungddpm.verdict.tables import read_csv
 
 _REPLICATES = (0.5, 1.0, 1.5, 2.0, 3.0)
 _CASES = (0.5, 1.0, 2.0, 4.0)
-"""What the table shows, as multiples of the config's own."""
+"""Rows of the table, as multiples of the config's own design."""
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """Variance components that the user states; None takes those of the run, or the defaults."""
+    """Variance components given by the user; None takes those of the run, or the defaults."""
 
     run_sd: float | None = None
     residual_sd: float | None = None
@@ -59,18 +59,18 @@ def run_design(
     """The designs as text: detectable difference, power and hours for replicates x test cases. Writes nothing.
 
     Args:
-        configs: see `run_plan`, as are tables, scans, device, step_seconds and bench.
-        tables: of the scans; with `results`, that run's are taken.
+        configs: see `run_plan`, also for tables, scans, device, step_seconds and bench.
+        tables: of the scans; with `results`, that run's are used.
         scans: their number.
-        device: what the hours are estimated for, where no run was timed.
-        step_seconds: of an optimizer step there.
-        bench: what `lungddpm bench` has written.
-        results: folder of a finished run, whose variance components and times are taken.
-        assumed: components that count whatever the run says.
+        device: to estimate the hours for, if no run was timed.
+        step_seconds: of an optimizer step on that device.
+        bench: output of `lungddpm bench`.
+        results: folder of a finished run, whose variance components and times are used.
+        assumed: components that override those of the run.
 
     Raises:
         ConfigError: see `run_plan`.
-        InputError: `results` holds no table of variance components, or none that can be used.
+        InputError: `results` has no usable table of variance components.
     """
     config = load_plan_config(*configs)
     tables = tables if results is None else [results / "cases" / "cases.tsv"]
@@ -99,9 +99,9 @@ def _components(config: Config, results: Path | None, assumed: Assumed) -> tuple
         known = [arm for arm in arms if arm in set(table["arm"])] or table.loc[table["family"] != "controls", "arm"]
         found = typical_components(table, list(known))
         if found is None:
-            raise InputError(path, "holds no variance components", "Take a run with two replicates or more.")
+            raise InputError(path, "has no variance components", "Use a run with at least two replicates.")
         run_df = int(table["run_df"].max())
-        origin = f"from {path}, the run's with {plural(run_df, 'degree')} of freedom"
+        origin = f"from {path}, that of runs with {plural(run_df, 'degree')} of freedom"
     elif config.source.is_simulated:
         found, origin = MEASURED_ON_PHANTOMS, "measured on the phantom cohort's demo"
     else:
@@ -113,7 +113,7 @@ def _components(config: Config, results: Path | None, assumed: Assumed) -> tuple
 
 
 def _timed_costs(config: Config, own: Design, results: Path) -> dict[str, Costs]:
-    """The costs of the design from the times of a run, by head of column; none where it has no times."""
+    """The costs of the design from the times of a run, by column head; empty if it has no times."""
     timing, cases = results / "tables" / "timing.csv", results / "cases" / "cases.tsv"
     if not timing.exists() or not cases.exists():
         return {}
@@ -123,7 +123,7 @@ def _timed_costs(config: Config, own: Design, results: Path) -> dict[str, Costs]
 
 
 def _planned_costs(config: Config, stages: Sequence[Stage], own: Design, cohort: Cohort) -> dict[str, Costs]:
-    """The costs that are planned: those of GPUs, where they are used, and of cores."""
+    """The planned costs: GPU hours, if GPUs are used, and core hours."""
     hours: dict[str, dict[str, float]] = {"GPU hours": {}, "core hours": {}}
     for stage in stages:
         for head, value in (("GPU hours", stage.gpu_hours), ("core hours", stage.core_hours)):
@@ -152,20 +152,20 @@ def _table(own: Design, components: Components, relevant: float, costs: dict[str
 
 
 def _notes(config: Config, own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> list[str]:
-    """What the table rests on, and the smallest designs that can show the relevant difference."""
+    """The assumptions of the table, and the smallest designs that can detect the relevant difference."""
     measure, primary = deciding_measure().title, config.primary_arms()
     compared = f"primary: {', '.join(primary)}" if primary else f"{own.n_compared} compared together"
-    found = able_designs(own, components, relevant, next(iter(costs.values()), None))
+    found = sufficient_designs(own, components, relevant, next(iter(costs.values()), None))
     able = " or ".join(
         f"{plural(one.n_replicates, 'replicate')} with {plural(one.n_cases, 'test case')}" for one in found
     )
     whose = "of the config" if config.verdict.relevant_difference else "the published gain"
     return [
         f"* the config's own design: {plural(own.n_arms, 'arm')}, {compared}.",
-        f"Detectable: the true difference in {measure} that is shown with a probability of {100 * POWER:.0f} %.",
-        f"For {relevant:.3f} ({whose}) it takes {able}."
+        f"Detectable: the true difference in {measure} that is detected with a probability of {100 * POWER:.0f} %.",
+        f"Needed for {relevant:.3f} ({whose}): {able}."
         if able
-        else f"No design within reach shows {relevant:.3f} ({whose}) with a probability of {100 * POWER:.0f} %.",
+        else f"No design within reach detects {relevant:.3f} ({whose}) with a probability of {100 * POWER:.0f} %.",
         f"Sd of {measure}: run {components.run_sd:.3g}, residual {components.residual_sd:.3g}, arm x case "
         f"{components.arm_case_sd:.3g}",
     ]

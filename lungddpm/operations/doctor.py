@@ -1,4 +1,4 @@
-"""`lungddpm doctor`: what this machine has, and what a run would miss."""
+"""`lungddpm doctor`: what this machine has, and what is missing for a run."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def describe() -> list[str]:
     return lines + _devices()
 
 
-def faults() -> list[str]:
-    """What would stop a run: missing libraries, a torchvision that does not load, a known bad torch."""
+def problems() -> list[str]:
+    """What would stop a run: missing libraries, a torchvision that does not load, a torch with known problems."""
     found = installed_versions()
     problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in found]
     if problems:
         return problems
     if found["torch"].startswith("2.9."):
-        problems.append("another torch: 2.9.* runs 3-D convolutions under autocast four times slower")
+        problems.append("another torch version: 2.9.* runs 3-D convolutions under autocast four times slower")
     try:
         importlib.import_module("torchvision")
     except Exception as error:
-        problems.append(f"a torchvision that matches torch: nnU-Net cannot find its classes without ({error})")
+        problems.append(f"a torchvision that matches torch: nnU-Net needs it to find its classes ({error})")
     return problems
 
 

@@ -1,4 +1,4 @@
-"""What a training will cost, estimated before it starts."""
+"""Estimate the cost of a training before it starts."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from lungddpm.models.recipe import Recipe, Steps
 from lungddpm.models.training import MEMORY_OPTIONS, initial_network
 
 _BYTES_A_WEIGHT = 4
-_KEPT_A_WEIGHT = 4  # the weight, its average and two moments of Adam
+_KEPT_A_WEIGHT = 4  # the weight, its average and the two moments of Adam
 
 
 def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto") -> None:
     """Count parameters and operations, take two steps of each phase, extrapolate, and print. Writes nothing.
 
     Args:
-        config: of the generator; no case needs to exist, the volumes are made up.
+        config: of the generator; no cases are needed, the volumes are synthetic noise.
         device: see `make_accelerator`.
 
     Raises:
-        ConfigError: the device is not there, or it ran out of memory.
+        ConfigError: the device is not available, or ran out of memory.
     """
     training = config.settings.training
     parameters, forward, whole_pass = count(config)
@@ -47,19 +47,19 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
         optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         seconds = _step_seconds(optimization)
         whole = sum(steps * each for steps, each in zip(optimization.phases, seconds, strict=True))
-    kept = parameters * _KEPT_A_WEIGHT + of_opponent * (_KEPT_A_WEIGHT - 1)  # it has no average
+    kept = parameters * _KEPT_A_WEIGHT + of_opponent * (_KEPT_A_WEIGHT - 1)  # they have no average
     state_mib = kept * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
     kind = "of GPU memory" if accelerator.device.type == "cuda" else "of the process's memory"
     rows = {
-        "parameters": f"{parameters:,}" + (f", and {of_opponent:,} of its opponent" if of_opponent else ""),
+        "parameters": f"{parameters:,}" + (f", and {of_opponent:,} of its discriminators" if of_opponent else ""),
         "forward pass": f"{_flop(forward)} (batch of {training.batch_size})",
         "optimizer step": f"{_flop(operations)} (passes: {training.accumulation}, processes: {processes})",
-        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at the most",
+        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at most",
         "step time": f"{', then '.join(f'{each:.3g} s' for each in seconds)}, "
-        f"{_flop(operations / processes / seconds[-1])}/s a process",
-        "whole training": f"{_duration(whole)} for {training.steps:,} steps, grids of samples apart",
-        "disk": f"2 states of {state_mib:.3g} MiB, 3 while one is written; {cache_mib:.3g} MiB a discovery case",
+        f"{_flop(operations / processes / seconds[-1])}/s per process",
+        "whole training": f"{_duration(whole)} for {training.steps:,} steps, without grids of samples",
+        "disk": f"2 states of {state_mib:.3g} MiB, 3 while one is written; {cache_mib:.3g} MiB per discovery case",
     }
     accelerator.print("\n".join(f"{name:<16}{value}" for name, value in rows.items()))
 
@@ -70,7 +70,7 @@ def recipe_of(config: GeneratorConfig[TrainedSettings]) -> Recipe:
 
 
 def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:
-    """(N, D, H, W) of what a forward pass in training sees."""
+    """(N, D, H, W) of the input of a forward pass in training."""
     crop, batch_size = config.settings.training.crop, config.settings.training.batch_size
     return (batch_size, *(config.grid.size[::-1] if crop is None else (crop,) * 3))
 
@@ -78,7 +78,7 @@ def training_shape(config: GeneratorConfig[TrainedSettings]) -> tuple[int, ...]:
 def phases_of(
     config: GeneratorConfig[TrainedSettings],
 ) -> list[tuple[int, GeneratorConfig[TrainedSettings], Recipe]]:
-    """The parts of a training whose steps are alike, in order: how many steps each has, its config and its recipe."""
+    """The phases of a training, in order: number of steps, config and recipe of each."""
     recipe, steps = recipe_of(config), config.settings.training.steps
     if recipe.before is None:
         return [(steps, config, recipe)]
@@ -90,15 +90,15 @@ def phases_of(
 def count(
     config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...] | None = None, recipe: Recipe | None = None
 ) -> tuple[int, int, int]:
-    """Parameters, floating point operations of a forward pass, and of a pass forward and backward.
+    """Parameters, and floating point operations of a forward pass and of a forward and backward pass.
 
-    Multiplications and additions count apart, and only those of convolutions and matrix products do. Nothing is
+    Multiplications and additions are counted separately, and only those of convolutions and matrix products. Nothing is
     computed: the tensors are empty.
 
     Args:
         config: of the generator.
         shape: (N, D, H, W) of the input; by default `training_shape`.
-        recipe: of a part of its training; by default that of the whole.
+        recipe: of a phase of its training; by default that of the whole.
     """
     recipe, shape = recipe or recipe_of(config), shape or training_shape(config)
     with torch.device("meta"):
@@ -119,10 +119,10 @@ def count(
 
 
 def count_opponent(config: GeneratorConfig[TrainedSettings], recipe: Recipe | None = None) -> tuple[int, int]:
-    """Parameters of what an adversarial training trains besides, and operations that they add to a pass; 0 without it.
+    """Parameters of the discriminators of an adversarial training, and operations that they add per pass; 0 without it.
 
-    The opponent sees real and drawn CT twice: when the network learns, which takes a gradient of the drawn CT, and when
-    it learns itself.
+    They see real and drawn CT twice: in the network's step, which needs a gradient of the drawn CT, and in their own
+    step.
     """
     recipe = recipe or recipe_of(config)
     if recipe.opponent is None:
@@ -159,7 +159,7 @@ def made_up(config: GeneratorConfig[TrainedSettings]) -> TrainingData:
 
 
 def _step_seconds(optimization: Steps) -> list[float]:
-    """Seconds of a step of each phase: the second one, as the first one includes what is done once."""
+    """Seconds of a step of each phase: of the second step, because the first includes one-off work."""
     begins = [sum(optimization.phases[:phase]) for phase in range(len(optimization.phases))]
     return [[_timed_step(optimization, begin + step) for step in range(2)][1] for begin in begins]
 

@@ -1,7 +1,7 @@
 """`lungddpm fetch lidc`: LIDC-IDRI from the Imaging Data Commons, as CT and the readers' SEG objects.
 
-What there is and how large it is says the index that the optional package `idc-index` brings with it; nothing is asked
-over the network before the transfer. Fedorov et al., RadioGraphics 43:e230180, 2023, doi 10.1148/rg.230180.
+Files and sizes come from the index in the optional package `idc-index`; there is no network access before the
+transfer. Fedorov et al., RadioGraphics 43:e230180, 2023, doi 10.1148/rg.230180.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 LARGE_BYTES = 20 * 10**9
-"""More than this is fetched only once somebody has agreed."""
+"""Larger downloads need confirmation."""
 CONFIG = "lidc.yaml"
 LICENCE = "CC BY 3.0 (https://creativecommons.org/licenses/by/3.0/)"
 CITATIONS = (
@@ -64,11 +64,11 @@ class Item:
 
     @property
     def folder(self) -> Path:
-        """Where it lies, in the folder of the data set."""
+        """Its folder, relative to that of the data set."""
         return Path(self.patient, self.study, f"{self.modality}_{self.series}")
 
     def is_complete(self, output: Path) -> bool:
-        """Whether it lies there with all its files and bytes."""
+        """Whether it is there with the right number and size of files."""
         sizes = [file.stat().st_size for file in (output / self.folder).glob("*.dcm")]
         return (len(sizes), sum(sizes)) == (self.files, self.size)
 
@@ -93,15 +93,15 @@ def read_index() -> pd.DataFrame:
 
 
 def select(index: pd.DataFrame, patients: str) -> list[Item]:
-    """What to fetch: CT, and for each reader and nodule a SEG object.
+    """The series to fetch: CT, and a SEG object for each reader and nodule.
 
     Args:
-        index: as of `read_index`.
-        patients: how many, in order of their ids, of those with nodules of at least 3 mm; or ids with commas between
-            them; or `all`, which is all with such nodules.
+        index: from `read_index`.
+        patients: a number of patients with nodules of at least 3 mm, in order of their ids; or comma-separated ids;
+            or `all`, i.e. all with such nodules.
 
     Raises:
-        InputError: no patient, or one who is not in the collection.
+        InputError: no patients, or one that is not in the collection.
     """
     scans = index[(index["modality"] == "CT") & index["result"].isna()]
     drawn = index[(index["modality"] == "SEG") & (index["result"] == _READINGS)]
@@ -115,11 +115,11 @@ def select(index: pd.DataFrame, patients: str) -> list[Item]:
     if unknown := sorted(set(wanted) - set(scans["patient"])):
         shown = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
         raise InputError(
-            "--patients", f"names patients that are not in LIDC-IDRI ({shown})", "Ids are such as LIDC-IDRI-0001."
+            "--patients", f"names patients that are not in LIDC-IDRI ({shown})", "Ids look like LIDC-IDRI-0001."
         )
     if not wanted:
         raise InputError(
-            "--patients", f"'{patients}' does not name a patient", "Give a number, ids with commas, or all."
+            "--patients", f"'{patients}' does not name a patient", "Give a number, comma-separated ids, or all."
         )
     items = [
         Item(row.patient, row.study, row.series, row.modality, int(row.files), round(row.megabytes * 10**6))
@@ -140,25 +140,25 @@ def describe(items: Sequence[Item], missing: Sequence[Item], output: Path) -> li
         f"here already: {len(items) - len(missing)} series; to fetch: {_gigabytes(missing)} into {output}",
     ]
     if without:
-        lines.append(f"no nodule of 3 mm or more, so that the scan will not be used: {', '.join(without)}")
+        lines.append(f"without a nodule of at least 3 mm, so the scan will not be used: {', '.join(without)}")
     return lines
 
 
 def fetch(items: Sequence[Item], output: Path, transfer: Transfer) -> None:
-    """Fetch what is not complete, patient by patient, and check its files and bytes.
+    """Fetch incomplete series, patient by patient, and check number and size of their files.
 
-    What an earlier call has fetched stays; of a series that was cut short, the files are removed first.
+    Complete series of an earlier call are kept; the files of an incomplete series are removed first.
 
     Raises:
         OutputError: the disk is too small.
-        UserError: series are not complete after all.
+        UserError: series are incomplete after the transfer.
     """
     missing = [item for item in items if not item.is_complete(output)]
     output.mkdir(parents=True, exist_ok=True)
     needed, free = sum(item.size for item in missing), shutil.disk_usage(output).free
     if needed > free:
         problem = f"{needed / 10**9:.1f} GB are needed, {free / 10**9:.1f} GB are free"
-        raise OutputError(output, problem, "Name fewer patients, or another folder.")
+        raise OutputError(output, problem, "Choose fewer patients, or another folder.")
     with Progress("series", total=len(missing)) as progress:
         for _, group in groupby(missing, key=lambda item: item.patient):
             of_patient = list(group)
@@ -168,20 +168,20 @@ def fetch(items: Sequence[Item], output: Path, transfer: Transfer) -> None:
             for _ in of_patient:
                 progress.advance()
     if left := [item for item in missing if not item.is_complete(output)]:
-        problem = f"{len(left)} of {len(missing)} series did not come as the index says"
+        problem = f"{len(left)} of {len(missing)} series are incomplete"
         raise UserError(output / left[0].folder, problem, "Run the same command again: it fetches what is missing.")
 
 
 def write_config(output: Path) -> Path:
-    """Write the overlay that names the folder, and return where it is."""
+    """Write the overlay that points to the folder, and return its path."""
     path = output / CONFIG
-    # JSON is YAML, and quotes whatever a path can hold.
+    # JSON is YAML, and quotes any character of a path.
     write_text(path, f"source: {{kind: lidc, path: {json.dumps(str(output.resolve()), ensure_ascii=False)}}}\n")
     return path
 
 
 def by_idc(series: Sequence[str], folder: Path) -> None:
-    """Fetch series through `idc-index`, which uses s5cmd and asks for no account."""
+    """Fetch series through `idc-index`, which uses s5cmd and needs no account."""
     from idc_index import IDCClient
 
     IDCClient.client().download_from_selection(

@@ -1,4 +1,4 @@
-"""What a run will cost, estimated before anything is spent: jobs, hours, memory and disk of every stage."""
+"""Estimate the cost of a run in advance: jobs, hours, memory and disk of every stage."""
 
 from __future__ import annotations
 
@@ -30,31 +30,31 @@ GIB = 2**30
 PEAK_TFLOP_PER_S = {
     "rtx3090": 71, "rtx4090": 165, "a6000": 155, "l40s": 362, "a100": 312, "h100": 989, "h200": 989, "b200": 2250,
 }  # fmt: skip
-"""Dense bf16 matrix products with sums in fp32, from the makers' data sheets."""
+"""Dense bf16 matrix products with fp32 accumulation, from the vendors' data sheets."""
 UTILISATION = 0.15
 """Share of the peak that 3-D networks reach. nnU-Net's default network for 128^3 voxels takes 1.53e18 operations (1000
 epochs of 250 steps and 50 validations) and 9 hours on an A100 (Isensee et al., arXiv 2404.09556, runtimes in nnU-Net's
 documentation): 47 of 312 TFLOP/s."""
 CPU = "cpu"
 CORE_FLOP_PER_S = 40e9
-"""Of one core of a server: 55e9 in the demo's denoiser, 25e9 in its segmenters, with all that is around them."""
+"""Of one server core: 55e9 in the demo's denoiser, 25e9 in its segmenters, including all overhead."""
 _SCAN_VOXELS = 512**2 * 240
-"""Of a chest CT, where nothing shows the size of the scans."""
+"""Of a chest CT, if the size of the scans is unknown."""
 
 _CACHE_BYTES = 3
 """Per voxel and case of a training's cache."""
 _LARGEST_PATCH = 128
-"""An edge of what nnU-Net plans for 8 GB of GPU memory and isotropic voxels."""
+"""Patch edge that nnU-Net plans for 8 GB of GPU memory and isotropic voxels."""
 _TORCH_GIB, _CUDA_HOST_GIB = 1.2, 8.0
-"""Of a process with torch, beside what its network takes; with a GPU, CUDA's libraries and nnU-Net's loading processes
-come on top, which was not measured."""
+"""Of a process with torch, without its network; with a GPU, CUDA's libraries and nnU-Net's loader processes come on
+top, which was not measured."""
 _START_S, _TORCH_START_S = 1.0, 5.0
 """Of each job: Python and its libraries."""
 
 
 @dataclass(frozen=True)
 class _Rate:
-    """What a stage without a GPU takes, on one core."""
+    """Cost of a stage without a GPU, on one core."""
 
     seconds: float
     """A case."""
@@ -86,7 +86,7 @@ _RATES = {
 _CASE_BYTES_PER_VOXEL = 1.6
 """CT and layout on the grid, compressed."""
 _PREDICTION_BYTES_PER_VOXEL = 1.0
-"""Mask and probability, compressed: 0.1 to 1.8, the less a network is sure of."""
+"""Mask and probability, compressed: 0.1 to 1.8, growing with the network's uncertainty."""
 
 
 @dataclass(frozen=True)
@@ -100,9 +100,9 @@ class Cohort:
     reference: int
     test: int
     origin: str
-    """How this is known, as a clause."""
+    """Source of this information, as a clause."""
     external: int = 0
-    """Scans of external test sets, which are among `scans`, but not among `test`."""
+    """Scans of external test sets; included in `scans`, but not in `test`."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Speed:
     flop_per_s: float
     """Of a GPU, or of one core of a CPU."""
     origin: str
-    """How this is known, as a clause."""
+    """Source of this information, as a clause."""
 
     @property
     def is_gpu(self) -> bool:
@@ -123,40 +123,40 @@ class Speed:
 
 @dataclass(frozen=True)
 class Stage:
-    """What all jobs of one rule take together; memory is that of the largest job."""
+    """Total cost of all jobs of a rule; memory is that of the largest job."""
 
     name: str
     jobs: int
     gpu_hours: float
     core_hours: float
-    """Of jobs that ask for no GPU."""
+    """Of jobs without a GPU."""
     memory_gib: float
     """On one node."""
     gpu_memory_gib: float | None
-    """On one GPU, without the savings of `gradient_checkpointing`; None for jobs that ask for no GPU."""
+    """On one GPU, without the savings of `gradient_checkpointing`; None for jobs without a GPU."""
     disk_gib: float
-    """At the most while the stage runs; training states and caches go away when it ends."""
+    """Peak while the stage runs; training states and caches are removed when it ends."""
 
 
 @dataclass(frozen=True)
 class NetworkCost:
-    """What one network takes to train and to apply."""
+    """Cost of training and applying one network."""
 
     parameters: int
     forward_flop: int
     """Of one volume (or patch)."""
     step_flop: int
-    """Of one optimizer step; where a training has several parts, of the last one."""
+    """Of one optimizer step; if a training has several phases, of the last one."""
     memory_bytes: int
-    """In training: weights, their gradients, averages and moments, and what a forward pass keeps for the backward pass,
+    """In training: weights, their gradients, averages and moments, and the activations kept for the backward pass,
     in fp32. The savings of mixed precision go into what libraries need besides: nnU-Net's default network, 7.2 GiB by
     this count, takes 7.7 GB (see `UTILISATION`)."""
     weights_bytes: int
     drawing_bytes: int
-    """To apply it to one volume (or patch), besides the weights: about a quarter of what a forward pass in training
-    keeps."""
+    """To apply it to one volume (or patch), besides the weights: about a quarter of the activations kept in
+    training."""
     opponent_parameters: int = 0
-    """Of what adversarial training trains besides."""
+    """Of the discriminators in adversarial training."""
     training_flop: int = 0
     """Of all steps of a generator's training, of one process."""
 
@@ -173,14 +173,14 @@ def run_plan(
 
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
-        tables: tables that may list the scans; the first that exists is taken.
-        scans: number of scans, whatever tables say; None where a table or the source says it.
+        tables: tables that may list the scans; the first that exists is used.
+        scans: number of scans, overriding the tables; None: from a table or the source.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
         step_seconds: of an optimizer step on that device (of one core, on a CPU); see `measured_speed`.
-        bench: what `lungddpm bench` has written; then the device is the one that it measured.
+        bench: output of `lungddpm bench`; then the device is the one measured.
 
     Raises:
-        ConfigError: the config is wrong, the device unknown, or nothing shows how many scans there are.
+        ConfigError: the config is wrong, the device unknown, or the number of scans unknown.
         InputError: a table, or the file of `bench`, cannot be read.
     """
     config = load_plan_config(*configs)
@@ -195,7 +195,7 @@ def first_table(tables: Sequence[Path]) -> Path | None:
 
 
 def choose_speed(config: Config, device: str, step_seconds: float | None, bench: Path | None) -> Speed:
-    """The speed of a device: that of a benchmark, of a timed step, or of its data sheet; see `run_plan`.
+    """The speed of a device, from a benchmark, a timed step, or its data sheet; see `run_plan`.
 
     Raises:
         ConfigError: the device is not known.
@@ -207,20 +207,20 @@ def choose_speed(config: Config, device: str, step_seconds: float | None, bench:
 
 
 def load_plan_config(*sources: Path | str) -> Config:
-    """A config to plan with: `source.path` may be missing, as no scan is read."""
+    """A config for planning: `source.path` may be missing, because no scan is read."""
     return load_config(*sources, needs_source=False)
 
 
 def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohort:
-    """How many scans there are, of which size, and in which role.
+    """The number of scans, their size, and their roles.
 
     Args:
-        config: `source`, `external_tests` and `roles` count.
-        index: table of `lungddpm index` or `collect`; one of another kind of source is not used.
-        scans: number of scans of `source` where there is no table; None takes what the source says.
+        config: `source`, `external_tests` and `roles` are used.
+        index: table of `lungddpm index` or `collect`; one of other data sets is ignored.
+        scans: number of scans of `source` if there is no table; None: from the source.
 
     Raises:
-        ConfigError: nothing shows how many scans there are.
+        ConfigError: the number of scans is unknown.
     """
     if scans is None and index is not None and (known := _cohort_of_table(config, index)) is not None:
         return known
@@ -231,7 +231,7 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     elif size is not None:
         number, origin = size.scans, size.origin
     else:
-        raise ConfigError("--cases", "is missing, and no index shows how many scans there are", "Give the number.")
+        raise ConfigError("--cases", "is missing, and there is no index with the number of scans", "Give the number.")
     sizes = {name: _declared_size(each) for name, each in config.external_tests.items()}
     external = sum(each.scans for each in sizes.values() if each is not None)
     if unknown := [name for name, each in sizes.items() if each is None]:
@@ -240,7 +240,7 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
 
 
 def _declared_size(source: Source) -> Size | None:
-    """What a source says of its size; None where it says nothing."""
+    """The size that a source declares; None if it declares none."""
     declared = source.declared.size
     size: Size | None = None if declared is None else declared(source.settings)
     return size
@@ -253,22 +253,20 @@ def known_speed(device: str) -> Speed:
         ConfigError: the device is not known.
     """
     if device == CPU:
-        return Speed(CPU, CORE_FLOP_PER_S, f"{CORE_FLOP_PER_S / 1e9:g} GFLOP/s a core, good to a factor of two or so")
+        return Speed(CPU, CORE_FLOP_PER_S, f"{CORE_FLOP_PER_S / 1e9:g} GFLOP/s per core, good to a factor of two")
     if device not in PEAK_TFLOP_PER_S:
         known = ", ".join([CPU, *PEAK_TFLOP_PER_S])
-        raise ConfigError("--device", f"'{device}' is not known", f"Take one of {known}, or give --step-seconds.")
+        raise ConfigError("--device", f"'{device}' is not known", f"Use one of {known}, or give --step-seconds.")
     peak = PEAK_TFLOP_PER_S[device]
-    return Speed(
-        device, UTILISATION * peak * 1e12, f"{UTILISATION:.0%} of {peak} TFLOP/s, good to a factor of two or so"
-    )
+    return Speed(device, UTILISATION * peak * 1e12, f"{UTILISATION:.0%} of {peak} TFLOP/s, good to a factor of two")
 
 
 def measured_speed(config: Config, device: str, step_seconds: float) -> Speed:
     """The speed of a device on which one optimizer step was timed (`lungddpm train --estimate`).
 
     Args:
-        config: the one that was timed; of several generators that are trained, the first one in use.
-        device: what it ran on; for `cpu`, on one core.
+        config: the one that was timed; if several generators are trained, for the first one in use.
+        device: its device; for `cpu`, one core.
         step_seconds: of one optimizer step.
 
     Raises:
@@ -276,20 +274,20 @@ def measured_speed(config: Config, device: str, step_seconds: float) -> Speed:
     """
     trained = config.trained_generators()
     if not trained:
-        raise ConfigError("--step-seconds", "no generator of the config is trained", "Name a device.")
+        raise ConfigError("--step-seconds", "the config has no trained generator", "Give a device.")
     rate = network_cost(trained[0]).step_flop / step_seconds
     return Speed(device, rate, f"{rate / 1e12:.3g} TFLOP/s, from {step_seconds:g} s per step of {trained[0].name}")
 
 
 def benchmarked_speed(path: Path) -> Speed:
-    """The speed that `lungddpm bench` has measured, in training where it trained, by what training uses as it stands.
+    """The speed that `lungddpm bench` measured with the default options, in training if it was measured.
 
     Raises:
         InputError: the file is missing, or is not a result of `lungddpm bench`.
     """
     from lungddpm.operations.bench import BASE, MEASURED, USED
 
-    remedy = "Write it by 'lungddpm bench'."
+    remedy = "Create it with 'lungddpm bench'."
     result = read_json(path, remedy)
     try:
         is_cpu = result["device"] == CPU
@@ -297,7 +295,7 @@ def benchmarked_speed(path: Path) -> Speed:
         row = rows.get(USED["cpu" if is_cpu else "cuda"].name) or rows[BASE.name]
         rate = row["flop_per_second"]
         if row["training_steps_per_second"]:
-            # A step's passes forward and backward take three times the operations of one forward.
+            # Forward and backward pass of a step take three times the operations of a forward pass.
             rate = 3 * result["flop_per_pass"] * row["training_steps_per_second"]
         rate /= result["threads"] if is_cpu else 1
         return Speed(result["device_name"], rate, f"{rate / 1e12:.3g} TFLOP/s, from {path.as_posix()}")
@@ -307,7 +305,7 @@ def benchmarked_speed(path: Path) -> Speed:
 
 
 def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
-    """Every stage of a run that starts from nothing, in order of the work.
+    """Every stage of a run from scratch, in order.
 
     Hours of networks are their operations at the given speed; those of the other stages were measured on the demo and
     on scans of LIDC-IDRI, on one core.
@@ -322,7 +320,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
         }
         for doses in (drawn, config.arms.largest_doses())
     )
-    # Doses share samples, but each is a job of its own.
+    # Doses share samples, but each is a separate job.
     jobs_of = {
         name: len(config.draws(name))
         * sum(
@@ -394,10 +392,10 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
 
 
 def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
-    """Operations and memory of the network of a generator that is trained.
+    """Operations and memory of the network of a trained generator.
 
-    A step's are those of its crops, if any, in the last part of the training; memory is that of the largest part. A
-    forward pass is over what the network sees when it draws.
+    Those of a step are for its crops, if any, in the last phase of the training; memory is that of the largest phase.
+    The forward pass is that of drawing.
     """
     from lungddpm.operations.estimate import count, count_opponent, phases_of, recipe_of
 
@@ -415,7 +413,7 @@ def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
         parameters,
         forward,
         step,
-        # Weight, gradient, average (but of an opponent) and two moments of Adam.
+        # Weight, gradient, average (not for discriminators) and the two moments of Adam.
         5 * 4 * parameters + 4 * 4 * of_opponent + kept,
         4 * parameters,
         _kept_by_network(recipe_of(config), drawn) // 4,
@@ -452,7 +450,7 @@ def segmenter_cost(config: Config) -> NetworkCost:
     parameters = sum(parameter.numel() for parameter in network.parameters())
     one_pass = forward.get_total_flops()
     kept = _kept_bytes(network, lambda: network(patches))
-    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at the most.
+    # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
     volume = segmentation.batch_size
     return NetworkCost(
@@ -461,7 +459,7 @@ def segmenter_cost(config: Config) -> NetworkCost:
 
 
 def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
-    """The plan as a table for a terminal, with what it rests on."""
+    """The plan as a table for a terminal, with its assumptions."""
     heads = ["stage", "jobs", "GPU hours", "core hours", "memory, GiB", "GPU memory, GiB", "disk, GiB"]
     totals = [
         "together", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
@@ -476,13 +474,13 @@ def describe_plan(cohort: Cohort, speed: Speed, stages: Sequence[Stage]) -> str:
     return (
         f"{table.text(100)}\n\n"
         f"{cohort.scans} scans ({cohort.origin}): {cohort.discovery} discovery, {cohort.reference} reference, "
-        f"{cohort.test} test{external}.\n{speed.device}: {speed.origin}.\nMemory is that of one job; disk what a stage "
-        "takes at the most. Jobs that ask for a GPU take core hours only where there is none."
+        f"{cohort.test} test{external}.\n{speed.device}: {speed.origin}.\nMemory is per job; disk is the peak of a "
+        "stage. Jobs with a GPU take core hours only if there is none."
     )
 
 
 def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
-    """What a table of cases tells; None where it is of other data sets."""
+    """The cohort of a table of cases; None if it is of other data sets."""
     from lungddpm.core.cases import internal, read_cases, usable
 
     table = read_cases(index)
@@ -508,7 +506,7 @@ def _light(name: str, jobs: int, cases: int, voxels: float = 0.0, further_disk_b
 def _heavy(
     name: str, jobs: int, flop: float, memory_bytes: float, disk_bytes: float, speed: Speed, processes: int = 1
 ) -> Stage:
-    """A stage that asks for GPUs, one for each of a node's processes; without one it runs on cores."""
+    """A stage with GPUs, one for each process of a node; without a GPU it runs on cores."""
     hours = (jobs * _TORCH_START_S + flop / speed.flop_per_s) / 3600
     network = memory_bytes / GIB
     if speed.is_gpu:
@@ -523,9 +521,9 @@ def _train_generator(
     trainings: int,
     speed: Speed,
 ) -> Stage:
-    # Three states of weights, average and moments while one is written, and the result; an opponent has no average.
+    # Three states of weights, average and moments while one is written, and the result; discriminators have no average.
     disk = 4 * (13 * cost.parameters + 9 * cost.opponent_parameters) + _CACHE_BYTES * voxels
-    # Each of several processes takes the forward passes of one.
+    # Each process makes its own forward passes.
     flop = cost.training_flop * workflow.training_processes
     return _heavy(
         "train_generator", trainings, trainings * flop, cost.memory_bytes, trainings * disk, speed,
@@ -571,7 +569,7 @@ def _patch(config: Config) -> tuple[int, int, int]:
 
 
 def _kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
-    """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
+    """Bytes that a training pass over (N, D, H, W) voxels keeps, without `gradient_checkpointing`."""
     import torch
 
     with torch.device("meta"):
@@ -580,7 +578,7 @@ def _kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
 
 
 def _kept_in_training(config: GeneratorConfig[TrainedSettings], recipe: Recipe) -> int:
-    """The same of a whole training pass: an opponent first judges what the network draws, then that and real CT."""
+    """The same for a whole training pass: discriminators first judge the drawn CT, then drawn and real CT."""
     import torch
 
     from lungddpm.operations.estimate import training_shape
@@ -596,7 +594,8 @@ def _kept_in_training(config: GeneratorConfig[TrainedSettings], recipe: Recipe) 
 
 
 def _kept_bytes(network: torch.nn.Module, forward: Callable[[], object]) -> int:
-    """Bytes that a forward pass keeps for the backward pass, weights apart; on the meta device nothing is computed."""
+    """Bytes that a forward pass keeps for the backward pass, without weights; on the meta device nothing is
+    computed."""
     from torch.autograd.graph import saved_tensors_hooks
 
     weights = {parameter.untyped_storage()._cdata for parameter in network.parameters()}

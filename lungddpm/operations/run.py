@@ -1,7 +1,7 @@
-"""`lungddpm run`: Snakemake behind a lock of our own, so that the same command always continues.
+"""`lungddpm run`: Snakemake behind our own lock, so that the same command always continues.
 
-After a kill -9 Snakemake leaves its own lock and refuses to start. Here, whoever holds `results/.lock` is the run;
-a Snakemake lock without such a holder is stale and is cleared (see docs/explanation/interruption.md).
+After a kill -9 Snakemake leaves its own lock and refuses to start. Here, the process that holds `results/.lock` is the
+run; a Snakemake lock without such a process is stale and is cleared (see docs/explanation/interruption.md).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from lungddpm.core.progress import LOG
 from lungddpm.core.shipped import default_config, shipped_folder
 from lungddpm.operations.verify import outputs_to_make_again
 
-FAULTS_VARIABLE = "LUNGDDPM_FAULTS"
-"""Names a file to which stages append the user's faults, so that `run` can repeat them where they are seen: last."""
+ERRORS_VARIABLE = "LUNGDDPM_ERRORS"
+"""Names a file to which stages append user errors, so that `run` can repeat them at the end, where they are seen."""
 
 SNAKEFILES = [Path("Snakefile"), Path("snakefile"), Path("workflow/Snakefile"), Path("workflow/snakefile")]
 """Where Snakemake looks for the workflow."""
@@ -35,18 +35,18 @@ SNAKEFILES = [Path("Snakefile"), Path("snakefile"), Path("workflow/Snakefile"), 
 CONFIG_OPTIONS = ("--configfile", "--configfiles")
 
 _LEAST_FREE_BYTES = 100 * 2**20
-"""Below this Snakemake itself could not keep its records."""
+"""With less, Snakemake itself could not keep its records."""
 
 
 def run_snakemake(arguments: Sequence[str]) -> int:
-    """Run snakemake with these arguments in the results folder's lock.
+    """Run snakemake with these arguments while holding the lock of the results folder.
 
     Returns:
-        Snakemake's exit code; 2 where a stage refused the user's input.
+        Snakemake's exit code; 2 if a stage rejected the user's input.
 
     Raises:
         OutputError: another run holds the folder, or the folder cannot be written.
-        UserError: a folder's name that Snakemake cannot take, or a config file that would run code.
+        UserError: a folder name that Snakemake cannot handle, or a config file that would run code.
     """
     directory = _option(arguments, "--directory", "-d") or Path(".")
     if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
@@ -57,27 +57,27 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     _check_configs(arguments, directory)
     with (
         _lock(directory / "results") as lock,
-        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as faults,
+        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as problems,
     ):
-        environment = _environment(faults.name, directory)
+        environment = _environment(problems.name, directory)
         _check_space(directory / "results")
         _date_no_later_than_now(directory / "results")
-        # Snakemake keeps the lock's descriptor: should we be killed, it still counts as the run. Its jobs do not
+        # Snakemake inherits the lock's descriptor: if we are killed, it still counts as the run. Its jobs do not
         # inherit it, so an orphaned job cannot block the next run.
         if _has_stale_lock(directory):
-            LOG.info("Clearing the lock that an interrupted run left behind.")
+            LOG.info("Clearing the lock of an interrupted run.")
             subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
         damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
         forced = ["--forcerun", *damaged] if damaged else []
         code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced]), environment, lock)
-        messages = list(dict.fromkeys(faults.read().splitlines()))
+        messages = list(dict.fromkeys(problems.read().splitlines()))
     for message in messages:
         LOG.error("error: %s", message)
     return 2 if messages else code
 
 
 def _with_shipped_workflow(arguments: Sequence[str], directory: Path) -> list[str]:
-    """The arguments, with the workflow and the default profile that come with the package, and this folder's config."""
+    """The arguments, with the workflow and default profile of the package, and this folder's config."""
     shipped, own = shipped_folder(), Path("config.yaml")
     LOG.info("No Snakefile in this folder: running the workflow of lungddpm %s", __version__)
     added = ["--snakefile", str(shipped / "workflow" / "Snakefile")]
@@ -87,7 +87,7 @@ def _with_shipped_workflow(arguments: Sequence[str], directory: Path) -> list[st
     if not own.exists():
         LOG.info("Config: %s; 'lungddpm init' copies it for editing", default_config(directory))
     elif directory.resolve() != Path.cwd():
-        # Snakemake looks for it in its working folder only.
+        # Snakemake only looks for it in its working folder.
         return _with_config_first(own, arguments)
     return arguments
 
@@ -100,9 +100,9 @@ def _with_config_first(path: Path, arguments: list[str]) -> list[str]:
     return [CONFIG_OPTIONS[0], str(path), *arguments]
 
 
-def report_fault(error: UserError) -> None:
-    """Leave a message for `run_snakemake`, if one is listening."""
-    if path := os.environ.get(FAULTS_VARIABLE):
+def report_error(error: UserError) -> None:
+    """Leave a message for `run_snakemake`, if it is listening."""
+    if path := os.environ.get(ERRORS_VARIABLE):
         with suppress(OSError), Path(path).open("a", encoding="utf-8") as file:
             file.write(" ".join(str(error).split()) + "\n")
 
@@ -118,32 +118,32 @@ def _snakemake(arguments: Sequence[str]) -> list[str]:
     beside_python = Path(sys.executable).with_name("snakemake")
     program = str(beside_python) if beside_python.exists() else shutil.which("snakemake")
     if program is None:
-        raise UserError("snakemake", "is not installed beside this Python", "Run 'make demo', or pip install it.")
+        raise UserError("snakemake", "is not installed with this Python", "Run 'make demo', or pip install it.")
     return [program, *arguments]
 
 
-def _environment(faults: str, directory: Path) -> dict[str, str]:
+def _environment(problems: str, directory: Path) -> dict[str, str]:
     # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     caches = _caches_in(directory / ".snakemake" / "cache") if not _can_keep_caches() else {}
-    # On a cluster, jobs are `python -m snakemake`, which would import what lies in the working folder first.
-    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", FAULTS_VARIABLE: faults, **caches}
+    # On a cluster, jobs are `python -m snakemake`, which would import from the working folder first.
+    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", ERRORS_VARIABLE: problems, **caches}
 
 
 def _can_keep_caches() -> bool:
-    """Whether the folder can be written in which Snakemake has to keep its cache, and other libraries would like to."""
+    """Whether the cache folder that Snakemake requires, and other libraries use, is writable."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "snakemake")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError as error:
-        LOG.warning("%s cannot be written (%s): caches go below .snakemake of the run", folder.parent, error.strerror)
+        LOG.warning("%s is not writable (%s): caches go to .snakemake of the run", folder.parent, error.strerror)
         return False
 
 
 def _caches_in(folder: Path) -> dict[str, str]:
-    """Variables by which libraries keep their caches in a folder; those that are set already stay."""
+    """Environment variables that move the caches of libraries into a folder; existing ones are kept."""
     folder = folder.resolve()
     own = {"MPLCONFIGDIR": "matplotlib", "NUMBA_CACHE_DIR": "numba", "TRITON_CACHE_DIR": "triton"}
     for name in own.values():
@@ -158,7 +158,7 @@ def _temporary_folder(directory: Path) -> str:
         return tempfile.gettempdir()
     except FileNotFoundError:
         folder = (directory / ".snakemake" / "tmp").resolve()
-        LOG.warning("No folder for temporary files can be written: they go below .snakemake of the run")
+        LOG.warning("There is no writable folder for temporary files: they go to .snakemake of the run")
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
         return tempfile.tempdir
@@ -184,14 +184,14 @@ def _check_names(directory: Path) -> None:
     for folder in (Path.cwd(), directory.resolve()):
         if braces := {"{", "}"} & set(str(folder)):
             raise UserError(
-                folder, f"has '{min(braces)}' in its path, which Snakemake takes for a wildcard", "Use another folder."
+                folder, f"has '{min(braces)}' in its path, which Snakemake treats as a wildcard", "Use another folder."
             )
 
 
 def _check_configs(arguments: Sequence[str], directory: Path) -> None:
-    """Refuse what Snakemake would drop in silence, and config files that it would evaluate.
+    """Reject options that Snakemake would silently drop, and config files that it would execute.
 
-    A file from somebody else may say what, not run it.
+    A config file from somebody else must not run code.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument(*CONFIG_OPTIONS, nargs="+", action="append", default=[], type=Path)
@@ -200,7 +200,7 @@ def _check_configs(arguments: Sequence[str], directory: Path) -> None:
     for option in ("configfile", "config"):
         if len(getattr(given, option)) > 1:
             raise ConfigError(
-                f"--{option}", "is given twice, and Snakemake takes only the last", f"Put all after one --{option}."
+                f"--{option}", "is given twice, and Snakemake uses only the last", f"Put all after one --{option}."
             )
     for path in [Path("config.yaml"), directory / "config.yaml", *chain(*given.configfile)]:
         if path.is_file() and "__use_yte__" in read_values(path):
@@ -217,26 +217,26 @@ def _check_space(results: Path) -> None:
     if (free := shutil.disk_usage(results).free) < _LEAST_FREE_BYTES:
         raise OutputError(
             results,
-            f"only {free / 2**20:.0f} MiB are free, a run needs {_LEAST_FREE_BYTES / 2**20:.0f} MiB to start",
+            f"only {free / 2**20:.0f} MiB are free, but a run needs {_LEAST_FREE_BYTES / 2**20:.0f} MiB to start",
             "Free some space, or use another --directory.",
         )
 
 
 def _date_no_later_than_now(results: Path) -> None:
-    """Date files from the future, as a clock that was set back leaves them, to this moment; their order stays.
+    """Set time stamps in the future (after the clock was set back) to the present; their order is kept.
 
-    Snakemake fails, and deletes what it has made, where an output is older than what it was made from.
+    Snakemake fails, and deletes its output, if an output is older than its input.
     """
     (results / ".lock").touch()
     now = (results / ".lock").stat().st_mtime_ns  # the disk's clock, which may be another machine's
     ahead = {}
     for path in results.rglob("*"):
-        with suppress(FileNotFoundError):  # a job that outlived its Snakemake may still be at work
+        with suppress(FileNotFoundError):  # a job that outlived its Snakemake may still be running
             if (date := path.lstat().st_mtime_ns) > now:
                 ahead[path] = date
     if not ahead:
         return
-    LOG.warning("%d files are dated in the future, such as %s: they are dated now.", len(ahead), next(iter(ahead)))
+    LOG.warning("%d files had future time stamps, such as %s: they were set to now.", len(ahead), next(iter(ahead)))
     microseconds_ago = {date: place for place, date in enumerate(sorted(set(ahead.values()), reverse=True))}
     for path, date in ahead.items():
         with suppress(FileNotFoundError):
@@ -249,12 +249,12 @@ def _has_stale_lock(directory: Path) -> bool:
 
 
 def _supervise(command: Sequence[str], environment: dict[str, str], lock: FileLock) -> int:
-    """Run the command in a process group of its own; forward signals; leave no orphan if it is killed."""
+    """Run the command in its own process group; forward signals; leave no orphans if it is killed."""
     process = subprocess.Popen(command, env=environment, process_group=0, pass_fds=(lock.descriptor,))
     lock.share_with(process.pid)
 
     def forward(number: int, _frame: object) -> None:
-        # To the whole group, as a terminal does on Ctrl-C: alone, Snakemake would wait hours for a training job.
+        # To the whole group, like a terminal on Ctrl-C: Snakemake alone would wait hours for a training job.
         os.killpg(process.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -262,7 +262,7 @@ def _supervise(command: Sequence[str], environment: dict[str, str], lock: FileLo
     code = process.wait()
     if code < 0:
         LOG.error("snakemake was killed by signal %d; ending its jobs. The same command continues.", -code)
-    # Its jobs if it was killed; else what a killed job has left, such as nnU-Net's loaders, which would wait for ever.
+    # Its jobs if it was killed; otherwise remains of a killed job, such as nnU-Net's loaders, which would wait forever.
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return 128 - code if code < 0 else code

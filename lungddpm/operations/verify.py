@@ -1,8 +1,8 @@
-"""Which files of a finished run are no longer what they were, and how the run makes them again.
+"""Find files of a finished run that have changed, and have the run make them again.
 
-results/SHA256SUMS      what the run computed, as `sha256sum --check` reads it
-results/manifest.json   what `lungddpm report` made of it (see `verdict.report`)
-results/.damaged        outputs of the workflow that `lungddpm run` has to make again, one a line
+results/SHA256SUMS      hashes of what the run computed, in the format of `sha256sum --check`
+results/manifest.json   hashes of the output of `lungddpm report` (see `report.page`)
+results/.damaged        outputs of the workflow that `lungddpm run` must make again, one per line
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lungddpm.core.progress import LOG, Progress
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
 _TO_MAKE_AGAIN = ".damaged"
-# What the manifest lists, what every run writes again, and what only a training under way needs.
+# Files that the manifest lists, that every run rewrites, or that only a training under way needs.
 _NOT_SUMMED = re.compile(
     rf"(tables|figures|logs|benchmarks)/|report\.html$|{MANIFEST}$|{SUMS}$|config\.json$|cases/index\.cache\.json$"
     r"|models/[^/]+/[^/]+/[^/]+/(state|cache|tensorboard)/|arms/[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$"
@@ -30,12 +30,12 @@ _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 @dataclass(frozen=True)
 class Damage:
-    """A file that is missing or has other bytes than when it was written.
+    """A file that is missing or has changed since it was written.
 
     Attributes:
         file: relative to the results folder.
         problem: "is missing" or "has changed".
-        outputs: what stands for it in the workflow, relative alike: the file is made again with these.
+        outputs: the workflow outputs that make it, also relative: the file is made again with these.
     """
 
     file: PurePosixPath
@@ -44,7 +44,7 @@ class Damage:
 
 
 def run_checksums(results: Path) -> None:
-    """Write `SHA256SUMS`: the hash of every file that the stages before the report have written below `results`."""
+    """Write `SHA256SUMS`: the hashes of all files written below `results` by the stages before the report."""
     names = sorted(path.relative_to(results).as_posix() for path in results.rglob("*") if _is_file(path))
     summed = [name for name in names if not _NOT_SUMMED.match(name)]
     with Progress("checksums", len(summed)) as progress:
@@ -56,17 +56,17 @@ def run_checksums(results: Path) -> None:
 
 
 def run_verify(results: Path, repair: bool) -> list[Damage]:
-    """Compare the files of a finished run with the hashes that it left, and say which differ.
+    """Compare the files of a finished run with its hashes, and report which differ.
 
     Args:
         results: a run's folder.
-        repair: delete what is damaged, and have `lungddpm run` make it again; it keeps all the rest.
+        repair: delete damaged files, and have `lungddpm run` make them again; all others are kept.
 
     Returns:
-        What is damaged, in order of name.
+        The damaged files, in order of name.
 
     Raises:
-        InputError: the run has not ended, or the lists of hashes are damaged themselves.
+        InputError: the run has not finished, or the lists of hashes are themselves damaged.
     """
     found = list(find_damage(results))
     for damage in found:
@@ -81,9 +81,9 @@ def run_verify(results: Path, repair: bool) -> list[Damage]:
 
 
 def outputs_to_make_again(results: Path) -> list[str]:
-    """What `run_verify` has deleted and no run has made since, by its name below the results folder.
+    """Files that `run_verify` deleted and no run has made since, by their name below the results folder.
 
-    Snakemake alone would not look for it: to it, what a finished run was made from need not be there.
+    Snakemake alone would not look for them: it does not need the inputs of a finished run.
     """
     path = results / _TO_MAKE_AGAIN
     listed = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -94,7 +94,7 @@ def outputs_to_make_again(results: Path) -> list[str]:
 
 
 def find_damage(results: Path) -> Iterator[Damage]:
-    """What is damaged in a finished run, in order of name; see `run_verify`."""
+    """The damaged files of a finished run, in order of name; see `run_verify`."""
     recorded = _recorded(results)
     with Progress("verifying", len(recorded)) as progress:
         for name, wanted in sorted(recorded.items()):
@@ -112,7 +112,7 @@ def _is_file(path: Path) -> bool:
 
 def _recorded(results: Path) -> dict[str, str]:
     """The hash of every listed file, by its name below the results folder."""
-    remedy = "'lungddpm run' writes it at the end: run it (again)."
+    remedy = "Run 'lungddpm run' (again), which writes it at the end."
     recorded = {}
     try:
         text = (results / SUMS).read_text(encoding="utf-8")
@@ -120,17 +120,17 @@ def _recorded(results: Path) -> dict[str, str]:
         raise InputError(results / SUMS, "does not exist", remedy) from None
     for line in text.splitlines():
         if (parts := _LINE.fullmatch(line)) is None:
-            raise InputError(results / SUMS, f"has a line that is no checksum: {line[:80]}", f"Delete it; {remedy}")
+            raise InputError(results / SUMS, f"has a line that is not a checksum: {line[:80]}", f"Delete it; {remedy}")
         recorded[parts[2]] = parts[1]
     manifest = read_json(results / MANIFEST, f"Delete it; {remedy}")
     try:
         return recorded | manifest["sha256"]
     except (KeyError, TypeError):
-        raise InputError(results / MANIFEST, "holds no hashes", f"Delete it; {remedy}") from None
+        raise InputError(results / MANIFEST, "has no hashes", f"Delete it; {remedy}") from None
 
 
 def _outputs(results: Path, file: PurePosixPath) -> list[PurePosixPath]:
-    """The workflow's outputs that stand for a file: itself, unless a stage writes it beside its output."""
+    """The workflow outputs that make a file: itself, unless a stage writes it next to its output."""
     match file.parts:
         case ("source", *_):
             return [PurePosixPath("source/.complete")]
@@ -165,5 +165,5 @@ def _tables_that_list(case: str, results: Path, pattern: str) -> list[PurePosixP
 def _lists(table: Path, case: str) -> bool:
     try:
         return case in set(read_cases(table)["path"])
-    except InputError:  # damaged itself: it may have listed the case
+    except InputError:  # itself damaged: it may have listed the case
         return True

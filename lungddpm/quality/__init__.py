@@ -1,2 +1,2 @@
-"""How good synthetic CT is: errors by region, feature distances, diversity, nearness to training cases, calibration,
+"""Quality of synthetic CT: errors by region, feature distances, diversity, nearness to training cases, calibration,
 label fidelity."""

@@ -44,7 +44,7 @@ def compare_hu(
         reference_layout: labels of the reference, same shape.
 
     Returns:
-        One dict {region, metric, value, note} for each of `CHECKS`; NaN where there is nothing to compare.
+        One dict {region, metric, value, note} for each of `CHECKS`; NaN if there is nothing to compare.
     """
     same = layout == reference_layout
     masks = {
@@ -72,13 +72,13 @@ def calibration_table(quality: pd.DataFrame | None, generators: list[str], limit
     """The check of every generator, one row each of `CHECKS`.
 
     Args:
-        quality: rows of `image_quality.csv`; None where image quality was not measured.
+        quality: rows of `image_quality.csv`; None if image quality was not measured.
         generators: all generators of the run.
         limits: of the config.
 
     Returns:
-        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. What was not measured
-        says so; it never passes.
+        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. Measures without a
+            value are marked as such and never pass.
     """
     measured = {}
     if quality is not None:

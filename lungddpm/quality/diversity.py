@@ -1,4 +1,4 @@
-"""Whether the samples of a generator differ: from each other, and from the cases that it was trained on."""
+"""Diversity of a generator's samples: differences from each other, and from its training cases."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lungddpm.quality.similarity import WINDOW, n_scales, similarities
 
 
 def nearest_case(image: np.ndarray, mask: np.ndarray, cases: Mapping[str, np.ndarray]) -> tuple[str, float]:
-    """The case that is nearest to an image, by the root of the mean squared difference over some of the voxels.
+    """The case nearest to an image, by root mean squared difference over some of the voxels.
 
     Args:
         image: (x, y, z), HU.
-        mask: the voxels that count, bool, of that shape; at least one.
+        mask: the voxels to compare, bool, of that shape; at least one.
         cases: name -> CT of that shape, HU; at least one.
 
     Returns:
@@ -32,12 +32,12 @@ def nearest_case(image: np.ndarray, mask: np.ndarray, cases: Mapping[str, np.nda
 
 @dataclass(frozen=True)
 class Nearness:
-    """How near samples come to training cases, against how near real cases of other patients do.
+    """Nearness of samples to training cases, relative to that of real cases of other patients.
 
-    None of the figures proves a copy, or that there is none. Distance also shrinks where an image is smoother than a
-    real one: with cases that are alike on average, one without any texture is 1 / sqrt 2 times as far as a real one.
-    The ratio of the medians does not see a few copies among many samples; the others see one, but the smallest of many
-    distances is small by chance as well. A copy that was shifted, or is brighter, escapes all of them.
+    None of the figures proves or excludes a copy. Distance also shrinks if an image is smoother than a real one: with
+    cases that are equal on average, one without any texture is 1 / sqrt 2 times as far as a real one. The ratio of the
+    medians does not react to a few copies among many samples; the others do, but the smallest of many distances is also
+    small by chance. A shifted or brightened copy escapes all of them.
     """
 
     ratio: float
@@ -49,11 +49,11 @@ class Nearness:
 
 
 def memorisation(samples: np.ndarray, real: np.ndarray) -> Nearness:
-    """Whether samples lie nearer to the training cases than real cases lie to each other.
+    """Compare the distances of samples to the training cases with those between real cases.
 
     Args:
         samples: distance of each sample to its nearest training case; at least one.
-        real: the same of real cases, itself and its patient left out; at least one.
+        real: the same for real cases, itself and its patient left out; at least one.
     """
     nearer = int(np.count_nonzero(samples < real.min()))
     return Nearness(float(np.median(samples) / np.median(real)), float(samples.min() / real.min()), nearer)
@@ -61,7 +61,7 @@ def memorisation(samples: np.ndarray, real: np.ndarray) -> Nearness:
 
 @dataclass(frozen=True)
 class NoduleDraws:
-    """How one nodule of a layout differs between draws."""
+    """Differences of one nodule of a layout between draws."""
 
     voxel_sd: float
     """Root of the variance over draws, averaged over its voxels."""
@@ -74,10 +74,10 @@ class NoduleDraws:
 
 
 def compare_draws(images: Sequence[np.ndarray], nodules: np.ndarray) -> list[NoduleDraws]:
-    """How several draws of one layout differ in each of its nodules (components by all 26 neighbours).
+    """Differences between several draws of one layout in each of its nodules (26-connected components).
 
-    Similarity is taken in a box that holds the nodule and what SSIM's window sees from it, so that the coarser scales
-    of MS-SSIM do not compare what lies far around. Small nodules have room for one scale.
+    Similarity is computed in a box that contains the nodule and its SSIM windows, so that the coarser scales of MS-SSIM
+    do not compare distant surroundings. Small nodules allow one scale.
 
     Args:
         images: (x, y, z) each, in [0, 1]; at least two.
@@ -98,13 +98,13 @@ def _compare_nodule(images: Sequence[np.ndarray], nodule: np.ndarray, box: Seque
 
 
 def _seen_from(side: slice, size: int) -> slice:
-    """What SSIM's window sees from a part of an axis, within the axis; no shorter than the window."""
+    """The extent of the SSIM windows around a part of an axis, within the axis; at least one window long."""
     low, high = max(int(side.start) - WINDOW // 2, 0), min(int(side.stop) + WINDOW // 2, size)
     return slice(max(min(low, size - WINDOW), 0), max(high, min(WINDOW, size)))
 
 
 def pairwise_similarity(images: Sequence[np.ndarray], masks: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """MS-SSIM of every two images, within each region; the lower, the more they differ.
+    """MS-SSIM of every two images, within each region; lower means more different.
 
     Args:
         images: (x, y, z) in [0, 1] each.

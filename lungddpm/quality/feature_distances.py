@@ -1,4 +1,4 @@
-"""How far two sets of CT volumes are apart, in the features of a network: FID, MMD, KID, and what `two_samples` has."""
+"""Distances between two sets of CT volumes in the features of a network: FID, MMD, KID, and those of `two_samples`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from scipy.spatial.distance import cdist, pdist
 
 MEDICALNET = "MedicalNet ResNet-50"
-"""What tables call the feature network with its public weights."""
+"""Name in tables of the feature network with its public weights."""
 _ROUNDING = 1e-12
 _TOO_FEW = "needs two images on each side"
 _TOO_FEW_NEIGHBOURS = "needs four images on each side"
@@ -21,8 +21,8 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     """FID: the Frechet distance of two Gaussians fitted to feature vectors (Heusel et al. 2017, arXiv 1706.08500).
 
     |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2). With A = (X - m1) / sqrt(n1 - 1), so that S1 = A^T A, and B
-    likewise, the last trace is the sum of the singular values of A B^T: the root of a singular matrix without symmetry
-    need not be taken.
+    likewise, the last trace is the sum of the singular values of A B^T: this avoids the root of a singular,
+    non-symmetric matrix.
 
     Args:
         first: (n1, features), n1 >= 2; may be fewer than features.
@@ -32,14 +32,14 @@ def frechet_distance(first: np.ndarray, second: np.ndarray) -> float:
     a, b = ((x - x.mean(axis=0)) / np.sqrt(len(x) - 1) for x in (first, second))
     shared, total = np.linalg.svd(a @ b.T, compute_uv=False).sum(), (a**2).sum() + (b**2).sum()
     distance = mean_difference @ mean_difference + total - 2 * shared
-    # Equal sets differ by rounding, to either side.
+    # Equal sets differ by rounding, in either direction.
     return float(distance) if distance > _ROUNDING * total else 0.0
 
 
 def squared_mmd(first: np.ndarray, second: np.ndarray, bandwidth: float) -> float:
     """Squared maximum mean discrepancy, unbiased (Gretton et al. 2012, JMLR 13:723, eq. 3), with one Gaussian kernel.
 
-    Its expectation is 0 for two sets from one distribution, so that single values may well be below.
+    Its expectation is 0 for two sets from the same distribution, so single values may be negative.
 
     Args:
         first: (n1, features), n1 >= 2.
@@ -61,7 +61,7 @@ def median_distance(features: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Features of several images, and whose images they are.
+    """Features of several images, and their patients.
 
     Attributes:
         features: (regions, features) of each.
@@ -86,9 +86,9 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """KID: the squared MMD, unbiased, with the kernel (x y / features + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401).
 
-    Its expectation does not depend on the numbers of images, as that of FID does. All pairs of images are taken, not
-    random blocks of them. The standard error is a jackknife over patients: each is left out once, with all images on
-    both sides, as those of one patient are alike. Where both sets are from one distribution, it is too large.
+    Unlike that of FID, its expectation does not depend on the numbers of images. All pairs of images are used, not
+    random blocks. The standard error is a jackknife over patients: each is left out once, with all images on both
+    sides, because images of one patient are similar. If both sets are from the same distribution, it is too large.
 
     Args:
         first: (n1, features), n1 >= 2.
@@ -97,7 +97,7 @@ def kernel_distance(
         second_patients: likewise.
 
     Returns:
-        (distance, standard error); the latter is NaN where a patient's absence leaves less than two images on a side.
+        (distance, standard error); the latter is NaN if leaving out a patient leaves fewer than two images on a side.
     """
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -127,7 +127,7 @@ def _of_pairs(
 
 @dataclass(frozen=True)
 class _Measured:
-    """A figure of two sets, and what else to know about it."""
+    """A figure of two sets, with remarks."""
 
     value: float
     note: str
@@ -137,7 +137,7 @@ class _Measured:
 def distances_of_sets(
     sets: dict[str, ImageSet], references: ImageSet, others: ImageSet, regions: tuple[str, ...]
 ) -> list[dict]:
-    """How far sets of images are from the references: FID, squared MMD, KID, precision, recall, and a classifier's AUC.
+    """Distances of sets of images to the references: FID, squared MMD, KID, precision, recall, and a classifier's AUC.
 
     Args:
         sets: image -> its volumes.
@@ -148,7 +148,7 @@ def distances_of_sets(
 
     Returns:
         One dict {image, region, metric, value, standard_error, n, n_real, note} a set, region and metric; the value is
-        NaN, and the note says why, where a set has too few images.
+        NaN, with the reason in the note, if a set has too few images.
     """
     rows = []
     for place, region in enumerate(regions):
@@ -182,7 +182,7 @@ def _samples(
     made: np.ndarray, real: np.ndarray, made_patients: list[str], real_patients: list[str]
 ) -> dict[str, _Measured]:
     """KID, precision, recall, and the AUC of a classifier."""
-    # They import scikit-learn, which those who only read what is written here can do without.
+    # They import scikit-learn, which is not needed for reading the results.
     from lungddpm.quality.two_samples import NEIGHBOURS, classifier_auc, share_within
 
     found = {"kid": _Measured(math.nan, _TOO_FEW)}

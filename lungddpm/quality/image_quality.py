@@ -1,8 +1,8 @@
-"""How close synthetic CT comes to real CT, beside floors that need no model.
+"""Similarity of synthetic to real CT, compared with floors that do not need a model.
 
-Each sample is compared with its reference, region by region, and all of them together with all references, in the
-features of a network. Intensities are on [0, 1] over `grid.window_hu`. What the layout leaves open is copied from the
-reference, so that only the figures within the layout, and at its border, say something about the generator.
+Each sample is compared with its reference by region, and all samples together with all references in the features of
+a network. Intensities are on [0, 1] over `grid.window_hu`. Voxels that the layout leaves open are copied from
+the reference, so only the figures within the layout, and at its border, are informative about the generator.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ SET_COLUMNS = [
     "generator", "image", "region", "metric", "value", "standard_error", "n", "n_real", "extractor", "weights_sha256",
     "note",
 ]  # fmt: skip
-"""One row per set of images, region and metric: `n` images (or pairs, or nodules) beside `n_real` real cases."""
+"""One row per set of images, region and metric: `n` images (or pairs, or nodules) compared with `n_real` real cases."""
 SYNTHETIC, CONSTANT_LUNGS, SHIFTED = "synthetic", "constant lungs", "shifted references"
-"""Of the two floors, one keeps nothing but the references' brightness, the other changes nothing but that."""
+"""Of the two floors, one keeps only the references' brightness, the other changes only that."""
 OTHER_PATIENTS, COPIES = "other patients", "copies of the references"
-"""More floors: the discovery cases, taken for a sample or for a set of samples; each sample's own reference."""
+"""Further floors: the discovery cases, treated as a sample or a set of samples; each sample's own reference."""
 WHOLE, LUNGS, SEAM = "whole volume", "lungs", "seam"
-"""Two of the `regions`, and the border between what the layout names and what it leaves open."""
+"""Two of the `regions`, and the border between labelled and open voxels."""
 METRICS = ("mse", "psnr_db", "ssim", "ms_ssim", "mean_difference_hu")
 SEAM_RATIO, NEAREST = "gradient_ratio", "nearest_training_rms_hu"
 MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER = "nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real"
 """Memorisation, see `diversity.Nearness`."""
 PAIRWISE, VOXEL_SD, MEAN_SD = "pairwise_ms_ssim", "voxel_sd_hu", "nodule_mean_sd_hu"
-"""Diversity of the draws of one layout; the last also of real nodules, beside which it can be read."""
+"""Diversity of the draws of one layout; the last also of real nodules, for comparison."""
 _SHELL_VOXELS = 2
 
 
@@ -78,12 +78,12 @@ class Reference:
 
 @dataclass(frozen=True)
 class Sample:
-    """A synthetic case beside the reference that it was made from; all on one grid.
+    """A synthetic case with its reference, on the same grid.
 
     Attributes:
         ct: synthetic, HU.
-        layout: what it was made from.
-        reference: None where another system made it without one.
+        layout: the one that it was made from.
+        reference: None for a sample of another system without one.
     """
 
     ct: Volume
@@ -94,8 +94,8 @@ class Sample:
 def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.ndarray]:
     """Masks of the regions in which a synthetic CT can be compared with its reference; lungs include nodules.
 
-    Where nodules were placed or moved, the reference shows something else: those voxels are left out of the lungs, and
-    the nodules are not compared at all. The shell around nodules stays within the layout; what is beyond is copied.
+    Where nodules were placed or moved, the reference shows other tissue: those voxels are left out of the lungs, and
+    the nodules are not compared at all. The shell around nodules is limited to labelled voxels; the others are copied.
     """
     same = layout == reference_layout
     nodules = (layout == Label.NODULE) & same.all()
@@ -110,18 +110,18 @@ def regions(layout: np.ndarray, reference_layout: np.ndarray) -> dict[str, np.nd
 
 
 def constant_lungs(reference: np.ndarray, lungs: np.ndarray) -> np.ndarray:
-    """The floor: the reference with one constant in the lungs, the one of least squared error (their mean)."""
+    """The floor: the reference with constant lungs at the value of least squared error (their mean)."""
     return np.where(lungs, reference[lungs].mean() if lungs.any() else 0, reference).astype(reference.dtype)
 
 
 def shifted_lungs(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, same: np.ndarray) -> np.ndarray:
-    """The floor: the reference, as bright in the lungs as the image is on average. It differs in nothing else.
+    """The floor: the reference with the image's mean brightness in the lungs, otherwise unchanged.
 
     Args:
         image: (x, y, z), HU.
         reference: same shape, HU.
         layout: labels that the image was made from, same shape.
-        same: bool, same shape: voxels of which the mean difference is taken, where the layout names them.
+        same: bool, same shape: voxels for the mean difference, if they are labelled.
     """
     lungs = layout != Label.BACKGROUND
     compared = lungs & same
@@ -138,7 +138,7 @@ def compare_images(
         image: (x, y, z) in [0, 1].
         reference: same shape and range.
         masks: region name -> bool mask of that shape.
-        window_hu: the HU range that [0, 1] stands for.
+        window_hu: the HU range of [0, 1].
 
     Returns:
         One dict {region, metric, value, note} per region and metric. Values of an empty region are NaN, as is
@@ -166,9 +166,9 @@ def compare_images(
 
 
 def seam_ratio(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, same: np.ndarray) -> float:
-    """The step across the layout's border, as a multiple of the reference's own: above 1, the seam shows.
+    """The step across the layout's border, as a multiple of the reference's: above 1, the seam is visible.
 
-    The step is the mean absolute difference of face neighbours of which the layout names one and leaves the other open.
+    The step is the mean absolute difference between face neighbours of which one is labelled and the other open.
 
     Args:
         image: (x, y, z) in [0, 1].
@@ -177,7 +177,7 @@ def seam_ratio(image: np.ndarray, reference: np.ndarray, layout: np.ndarray, sam
         same: bool, same shape; pairs with a voxel where it is false do not count.
 
     Returns:
-        NaN where there is no such pair, or the reference has no step at all.
+        NaN if there is no such pair, or the reference has no step at all.
     """
     named = layout != Label.BACKGROUND
     of_image, of_reference = 0.0, 0.0
@@ -216,10 +216,10 @@ def list_samples(sample_tables: list[Path]) -> pd.DataFrame:
 
 
 def reference_of(sample_folder: cases.CaseFolder) -> str | None:
-    """Case id of a sample's reference; None where another system made it without one.
+    """Case id of a sample's reference; None for a sample of another system without one.
 
     Raises:
-        InputError: `sample.json` does not say.
+        InputError: it is not in `sample.json`.
     """
     origin, remedy = sample_folder.sample_record, "Delete the sample and synthesize it again."
     record = read_json(origin, remedy)
@@ -232,7 +232,7 @@ def read_sample(sample_folder: cases.CaseFolder, cases_table: Path) -> Sample:
     """A synthetic case and the case it was made from.
 
     Raises:
-        InputError: `sample.json` names no known reference, or the two CTs lie on different grids.
+        InputError: `sample.json` names no known reference, or the two CTs are on different grids.
     """
     name = reference_of(sample_folder)
     if name is None:
@@ -257,7 +257,7 @@ class RealCase:
         case_id: its name.
         patient_id: its patient.
         hu: (x, y, z) int16, clipped to the window.
-        lungs: bool, same shape: what its layout names, nodules and vessels too.
+        lungs: bool, same shape: labelled voxels, including nodules and vessels.
         nodules_hu: mean HU of each of its nodules.
     """
 
@@ -269,9 +269,9 @@ class RealCase:
 
 
 def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], generator: str, output: Path) -> None:
-    """Judge the samples of a generator, one by one and together, and the floors with them.
+    """Measure the samples of a generator, individually and together, and the floors with them.
 
-    Writes `output`, a CSV with `COLUMNS`, and beside it what `sets_beside` names, with `SET_COLUMNS`.
+    Writes `output`, a CSV with `COLUMNS`, and next to it the table named by `sets_beside`, with `SET_COLUMNS`.
 
     Args:
         config: the run's config; `grid.window_hu` and `image_quality` are used.
@@ -284,7 +284,7 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
         InputError: a file is missing or breaks the contract of a case, or the weights of the feature network do not
             fit.
     """
-    # It imports torch, which those who only read what is written here can do without.
+    # It imports torch, which is not needed for reading the results.
     from lungddpm.quality.medicalnet import load_extractor
 
     extractor, window = load_extractor(config.image_quality.weights), config.grid.window_hu
@@ -326,7 +326,7 @@ def _images_of(sample: Sample, window: tuple[float, float]) -> dict[str, np.ndar
 def _judge_samples(
     cases_table: Path, samples: pd.DataFrame, training: list[RealCase], window: tuple[float, float], what: str
 ) -> list[dict]:
-    """Every sample and the floors beside its reference, and how near both come to a training case."""
+    """Compare every sample and the floors with its reference, and their nearness to training cases."""
     rows, every_case = [], {case.case_id: case.hu for case in training}
     with Progress(what, len(samples)) as progress:
         for number, row in enumerate(samples.to_dict("records")):
@@ -366,7 +366,7 @@ def _nearest_row(hu: np.ndarray, lungs: np.ndarray, training: dict[str, np.ndarr
 
 
 def _nearest_of_real(training: list[RealCase], references: list[RealCase]) -> list[dict]:
-    """How near real cases come to the training case of another patient that is nearest."""
+    """The distance of real cases to the nearest training case of another patient."""
     rows = []
     for case in [*training, *references]:
         others = {other.case_id: other.hu for other in training if other.patient_id != case.patient_id}
@@ -376,7 +376,7 @@ def _nearest_of_real(training: list[RealCase], references: list[RealCase]) -> li
 
 
 def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
-    """What those distances say together: of the samples, and of constant lungs, which have nothing to remember."""
+    """Summary of these distances: of the samples, and of constant lungs, which remember nothing."""
     found = pd.DataFrame(rows, columns=COLUMNS).query("metric == @NEAREST").dropna(subset="value")
     distances = {image: found.loc[found["image"] == image, "value"].to_numpy() for image in found["image"].unique()}
     real, summary = distances.pop(OTHER_PATIENTS, np.array([])), []
@@ -391,7 +391,7 @@ def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
                 N_NEARER: nearness.n_nearer,
             }
             nearest = found[found["image"] == image].sort_values("value", kind="stable").iloc[0]
-            # Were samples and real cases alike, each would be as likely the nearest of all.
+            # If samples and real cases were alike, each would be equally likely to be the nearest.
             by_chance = len(of_image) / (len(real) + 1)
             notes = {
                 MEDIAN_RATIO: f"real: {np.median(real):.0f} HU",
@@ -408,7 +408,7 @@ def _distance_rows(
     cases_table: Path, samples: pd.DataFrame, training: list[RealCase], references: list[RealCase],
     window: tuple[float, float], extractor: Extractor,
 ) -> list[dict]:  # fmt: skip
-    """How far the samples and all floors are from the references, in the features of a network."""
+    """Distances of the samples and all floors to the references, in the features of a network."""
     with Progress(f"features by {extractor.name}", len(training) + len(references) + 2 * len(samples)) as progress:
 
         def features(hu: np.ndarray, lungs: np.ndarray) -> np.ndarray:
@@ -425,7 +425,7 @@ def _distance_rows(
         of_reference = dict(zip((case.case_id for case in references), real.features, strict=True))
         for row in samples.to_dict("records"):
             sample = read_sample(row["folder"], cases_table)
-            # One that was made without a reference is of nobody.
+            # A sample without a reference belongs to no patient.
             patient = row["case_id"] if sample.reference is None else row["patient_id"]
             for image, hu in _images_of(sample, window).items():
                 sets[image].add(features(hu, sample.layout.array != Label.BACKGROUND), patient)
@@ -437,12 +437,12 @@ def _distance_rows(
 
 
 def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[dict]:
-    """How alike the samples of one layout are: over all pairs, MS-SSIM; in the nodules, HU as well."""
+    """Similarity of the samples of one layout: MS-SSIM over all pairs; in the nodules, also HU."""
     by_layout = defaultdict(list)
     for row in samples.to_dict("records"):
         by_layout[row["patient_id"], sha256_of(row["folder"].layout)].append(row["folder"])
     alike = [folders for folders in by_layout.values() if len(folders) > 1]
-    note = "no two samples have one layout"
+    note = "no two samples share a layout"
     pairs: dict[str, list[float]] = {WHOLE: [], LUNGS: []}
     nodules: list[NoduleDraws] = []
     for folders in alike:
@@ -485,7 +485,7 @@ def _nodule_rows(nodules: list[NoduleDraws], width_hu: float, note: str) -> list
 
 
 def _real_nodules_row(training: list[RealCase]) -> list[dict]:
-    """How much the mean HU of real nodules differ: what draws that vary as much as real nodules would come to."""
+    """Spread of the mean HU of real nodules: the value for draws that vary as much as real nodules."""
     found = [hu for case in training for hu in case.nodules_hu]
     sd = float(np.std(found, ddof=1)) if len(found) > 1 else math.nan
     note = f"{plural(len(found), 'real nodule')}, each of its own layout"

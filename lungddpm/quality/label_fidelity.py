@@ -1,14 +1,15 @@
-"""Label fidelity: do segmenters that learned from real nodules find the nodules that a generator drew?
+"""Label fidelity: do segmenters trained on real nodules find the nodules that a generator drew?
 
 A replicate of `real` segments synthetic CT, and its masks are compared with the layout that the CT was drawn from. The
-same on the references' real CT, against their own layouts, is the ceiling: these patients are as new to the segmenter.
-Samples near the ceiling show nodules that look like nodules, where the layout says; samples far below it do not, and a
-segmenter that trains on them learns from wrong labels. Where the ceiling itself is low, the segmenter knows too little
-to judge.
+same for the references' real CT, against their own layouts, is the ceiling: these patients are also new to the
+segmenter. Samples near the ceiling show recognisable nodules where their layout has them; samples far below it do not,
+and a segmenter trained on them learns from wrong labels. If the ceiling itself is low, the segmenter is too poor to
+judge.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -30,14 +31,23 @@ from lungddpm.core.progress import Progress
 from lungddpm.core.roles import REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, read_volume
-from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, Lesion
+from lungddpm.evaluation.lesions import (
+    SIZE_COLUMNS,
+    TEXTURE_COLUMNS,
+    TEXTURES,
+    Lesion,
+    RatedNodule,
+    nodules_of_case,
+    nodules_of_sample,
+    ratings_of,
+    texture_class,
+)
 from lungddpm.evaluation.segmentation import case_columns, evaluate_case
 from lungddpm.quality.image_quality import SYNTHETIC, reference_of
-from lungddpm.quality.textures import KnownNodule, RealNodules, lesion_textures
 from lungddpm.segmentation.nnunet import open_segmenter
 
 REAL_CT = "(real CT)"
-"""What stands for a generator in the rows of the references; no generator can have this name."""
+"""Replaces the generator in the rows of the references; no generator can have this name."""
 METRICS, LESIONS = "metrics.csv", "lesions.csv"
 _CASE = ["generator", "images", "case_id", "patient_id", "sha256"]
 _ONE = ["case_id", "sha256"]  # Draws of several replicates may give a name to different CT.
@@ -49,9 +59,10 @@ METRIC_COLUMNS = [
 the layout of that case; `patient_seen`, `nodules_seen`: the segmenter was trained on that patient, or on patients whose
 nodules are in it."""
 LESION_COLUMNS = [*_CASE, "lesion", "diameter_mm", "size_bin", "texture", "found", "overlap"]
-"""One row per lesion. `texture`: see `textures`; empty where it is not known."""
+"""One row per lesion. `texture`: that of the real nodule that the lesion is, or has the shape of; empty if nobody
+rated it. A layout does not specify it, and most generators do not know it: recall by texture shows how they draw it."""
 STRATA = [*SIZE_COLUMNS.values(), *TEXTURE_COLUMNS.values()]
-"""Kinds of lesions, as columns have them: by size, and by texture."""
+"""Kinds of lesions in column names: by size, and by texture."""
 RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_positives_per_scan"]
 TABLE_COLUMNS = [
     "generator", "images", "n_replicates", "n_cases", "n_empty_cases", "n_lesions", "dice_mean", "dice_sd", "recall",
@@ -59,21 +70,22 @@ TABLE_COLUMNS = [
     "false_positives_per_scan", "n_paired", "difference", "ci_low", "ci_high",
     "recall_difference", "recall_ci_low", "recall_ci_high", "note",
 ]  # fmt: skip
+STRATUM_COLUMNS = ["generator", "images", "texture", "size", "n_lesions", "found_percent"]
 
 
 @dataclass(frozen=True)
 class JudgedCase:
-    """A CT to segment, with the layout that its nodules should be found by.
+    """A CT to segment, with the layout to compare its nodules with.
 
     Attributes:
-        who: the columns of `METRIC_COLUMNS` that say what it is.
+        who: the columns of `METRIC_COLUMNS` that identify it.
         folder: CT and layout.
-        nodules: of the layout, as far as they are known.
+        nodules: of the layout, as far as known.
     """
 
     who: dict[str, object]
     folder: CaseFolder
-    nodules: Sequence[KnownNodule] = ()
+    nodules: Sequence[RatedNodule] = ()
 
 
 def run_label_fidelity(
@@ -87,12 +99,12 @@ def run_label_fidelity(
     device: str = "auto",
     processes: int = 1,
 ) -> None:
-    """Let one replicate segment the samples of all generators and the references, and judge its masks.
+    """Segment the samples of all generators and the references with one replicate, and evaluate its masks.
 
     Writes to `output`: `lesions.csv` (`LESION_COLUMNS`) and, last, `metrics.csv` (`METRIC_COLUMNS`).
 
     Args:
-        config: the run's config; `label_fidelity.samples` cases of each generator are judged, and as many references.
+        config: the run's config; `label_fidelity.samples` sets the number of samples per generator and of references.
         arm_dir: folder of the arm, which is trained on real cases alone.
         fold: fold of the replicate.
         seed: seed of the replicate.
@@ -100,7 +112,7 @@ def run_label_fidelity(
         sample_tables: case tables of all generators, the shards of each in their order.
         output: folder of the replicate.
         device: auto, cpu, cuda (the first visible GPU) or mps.
-        processes: threads that nnU-Net may use at most.
+        processes: maximum number of threads of nnU-Net.
 
     Raises:
         ConfigError: no such device.
@@ -115,9 +127,9 @@ def run_label_fidelity(
 
 
 def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tables: list[Path]) -> list[JudgedCase]:
-    """The references, then the samples of every generator: the first ones of its plan.
+    """The references, then the first planned samples of every generator.
 
-    References that the chosen samples were made from are among them, however many these are.
+    References that the chosen samples were made from are always included.
 
     Raises:
         InputError: see `run_label_fidelity`.
@@ -129,21 +141,22 @@ def cases_to_judge(config: Config, arm_dir: Path, cases_table: Path, sample_tabl
     made_from = [reference_of(folder) or "" for folder in folders]
     ceiling = references[(np.arange(len(references)) < limit) | references["case_id"].isin(made_from)]
     seen = _Seen(arm_dir, real, None if config.roles.allow_shared_patients else cases_table)
-    nodules = RealNodules(cases_table)
+    real_folders = {row["case_id"]: cases.unchanged_folder_of(cases_table, row) for _, row in ceiling.iterrows()}
+    layouts = {case_id: read_volume(folder.layout) for case_id, folder in real_folders.items()}
+    figures = {case_id: folder.nodule_figures() for case_id, folder in real_folders.items()}
     judged = [
         JudgedCase(
             _who(row, REAL_CT, REFERENCE, row["case_id"], own_layout=True, seen=seen.of_reference(row)),
-            cases.unchanged_folder_of(cases_table, row),
-            nodules.of_case(row["case_id"]),
+            real_folders[row["case_id"]],
+            nodules_of_case(figures[row["case_id"]]),
         )
         for _, row in ceiling.iterrows()
     ]
-    layouts = {case.who["case_id"]: read_volume(case.folder.layout) for case in judged}
     for (_, row), folder, reference in zip(chosen, folders, made_from, strict=True):
         own = _is_same(read_volume(folder.layout), layouts.get(reference))
         who = _who(row, row["source"], SYNTHETIC, reference, own_layout=own, seen=seen.of_sample(row, folder))
-        known = nodules.of_sample(read_json(folder.sample_record), reference, own_layout=own)
-        judged.append(JudgedCase(who, folder, known))
+        record = read_json(folder.sample_record)
+        judged.append(JudgedCase(who, folder, nodules_of_sample(record, figures.get(reference, []), own_layout=own)))
     return judged
 
 
@@ -173,12 +186,12 @@ def _is_same(layout: Volume, other: Volume | None) -> bool:
 
 
 class _Seen:
-    """Whom the segmenter was trained on, by `arm.json`, and who of them is in a case.
+    """The training patients of the segmenter, from `arm.json`, and whether they are in a case.
 
     Args:
         arm_dir: folder of the arm.
         real_cases: all cases.
-        forbidden_in: the table to name where a reference's patient is one of them; None allows it.
+        forbidden_in: the table to name in the error if a reference's patient is one of them; None allows it.
     """
 
     def __init__(self, arm_dir: Path, real_cases: pd.DataFrame, forbidden_in: Path | None):
@@ -195,7 +208,7 @@ class _Seen:
         return {"patient_seen": seen, "nodules_seen": seen}
 
     def of_sample(self, row: pd.Series, folder: CaseFolder) -> dict[str, bool]:
-        """The same of a sample: by its reference, and by whose nodules were placed in it or went into it elsewhere."""
+        """The same for a sample: by its reference, and by the origin of its nodules."""
         record = read_json(folder.sample_record)
         donors = {"nodules": record.get("nodules", []), "donors": record.get("declared", {}).get("donors", [])}
         of_nodules = splits.patients_named_in(donors, self._register)
@@ -208,12 +221,12 @@ class _Seen:
 def judge(
     chosen: Iterable[JudgedCase], segment: Callable[[Path], Volume], what: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Segment every case and compare the mask with its layout; a CT and layout that come twice are segmented once.
+    """Segment every case and compare the mask with its layout; duplicate pairs of CT and layout are segmented once.
 
     Args:
-        chosen: as of `cases_to_judge`.
+        chosen: from `cases_to_judge`.
         segment: path of a CT (HU) -> its nodules, 0 or 1, on the grid of the CT.
-        what: is done, for the progress.
+        what: description for the progress bar.
 
     Returns:
         (`METRIC_COLUMNS`, `LESION_COLUMNS`).
@@ -227,15 +240,14 @@ def judge(
     with Progress(what, len(chosen)) as progress:
         for case in chosen:
             files = case.who["sha256"]
+            _, layout = case.folder.read()
+            nodules = layout.like(layout.array == Label.NODULE)
             if files not in found:
-                _, layout = case.folder.read()
-                mask = segment(case.folder.ct)
-                measures, detection = evaluate_case(
-                    layout.like(layout.array == Label.NODULE), layout.like(mask.array.astype(bool))
-                )
+                mask = layout.like(segment(case.folder.ct).array.astype(bool))
+                measures, detection = evaluate_case(nodules, mask)
                 found[files] = measures, detection.lesions
             measures, of_case = found[files]
-            textures = lesion_textures(read_volume(case.folder.layout), case.nodules)
+            textures = [texture_class(ratings["texture"]) for ratings in ratings_of(nodules, case.nodules)]
             metrics.append(case.who | measures)
             lesions += [
                 {**case.who, **asdict(lesion), "lesion": number, "texture": texture}
@@ -247,7 +259,7 @@ def judge(
 
 
 def runs_table(metrics: pd.DataFrame, lesions: pd.DataFrame) -> pd.DataFrame:
-    """What each replicate found in the CT of each generator and in real CT: `RUN_COLUMNS`.
+    """The results of each replicate on the CT of each generator and on real CT: `RUN_COLUMNS`.
 
     Args:
         metrics: `METRIC_COLUMNS` of all replicates, with `replicate` as a column.
@@ -270,14 +282,14 @@ def fidelity_table(
     folds: Mapping[str, int],
     confidence: float,
 ) -> pd.DataFrame:
-    """Label fidelity of every generator beside the ceiling: `TABLE_COLUMNS`, one row each, the ceiling first.
+    """Label fidelity of every generator and the ceiling: `TABLE_COLUMNS`, one row each, the ceiling first.
 
     Dice is a mean over cases with a nodule of their means over replicates, and its sd is over cases; recall is pooled
     over lesions and replicates. Differences to the ceiling are over the `n_paired` samples that have the layout of
-    their reference, each against that reference in the same replicate; where there is none, they are differences of
+    their reference, each against that reference in the same replicate; if there are none, they are differences of
     means.
-    Their intervals are t intervals over independent replicates (folds, or seeds of a single fold): they cover the luck
-    of training a segmenter on real cases, for these samples and references as they are.
+    Their intervals are t intervals over independent replicates (folds, or seeds of a single fold): they cover
+    variation between trainings of a segmenter on real cases, for these samples and references.
 
     Args:
         metrics: as for `runs_table`.
@@ -326,10 +338,28 @@ def _summary(metrics: pd.DataFrame, lesions: pd.DataFrame) -> dict[str, float]:
     strata = {f"_{column}": lesions["size_bin"] == size for size, column in SIZE_COLUMNS.items()}
     strata |= {f"_{column}": lesions["texture"] == texture for texture, column in TEXTURE_COLUMNS.items()}
     for suffix, chosen in {"": lesions["size_bin"].notna(), **strata}.items():
-        of_kind = lesions[chosen]
-        row[f"n_lesions{suffix}"] = len(of_kind[[*_ONE, "lesion"]].drop_duplicates())
-        row[f"recall{suffix}"] = of_kind["found"].astype(float).mean()
+        row[f"n_lesions{suffix}"], row[f"recall{suffix}"] = _recall(lesions[chosen])
     return row
+
+
+def _recall(lesions: pd.DataFrame) -> tuple[int, float]:
+    """How many lesions there are, and the share that was found, over lesions and replicates."""
+    return len(lesions[[*_ONE, "lesion"]].drop_duplicates()), lesions["found"].astype(float).mean()
+
+
+def strata_table(lesions: pd.DataFrame) -> pd.DataFrame:
+    """Lesions found by texture and size: `STRATUM_COLUMNS`, one row per generator and stratum that has a lesion.
+
+    Args:
+        lesions: as for `runs_table`; those whose texture is not known are in no stratum.
+    """
+    rows = []
+    for (generator, images), drawn in lesions.groupby(["generator", "images"], sort=False):
+        for texture, size in itertools.product(TEXTURES, SIZE_COLUMNS):
+            number, recall = _recall(drawn[(drawn["texture"] == texture) & (drawn["size_bin"] == size)])
+            if number:
+                rows.append((generator, images, texture, size, number, 100 * recall))
+    return pd.DataFrame(rows, columns=STRATUM_COLUMNS)
 
 
 def _means(table: pd.DataFrame, column: str) -> pd.Series:
@@ -344,7 +374,7 @@ def _paired(drawn: pd.DataFrame, real: pd.DataFrame, column: str, keys: list[str
 
 
 def _interval(by_replicate: pd.Series, folds: Mapping[str, int], confidence: float) -> tuple[float, float, float]:
-    """Mean over independent replicates and its t interval; NaN limits where there is one, all NaN where none."""
+    """Mean over independent replicates and its t interval; NaN limits with one replicate, all NaN with none."""
     found = by_replicate.dropna()
     if len(set(folds.values())) > 1:
         found = found.groupby(found.index.map(folds)).mean()
@@ -355,7 +385,7 @@ def _interval(by_replicate: pd.Series, folds: Mapping[str, int], confidence: flo
 
 
 def _note(drawn: pd.DataFrame, n_paired: int) -> str:
-    """What a reader of a generator's row has to know, as clauses."""
+    """Remarks on a generator's row, as clauses."""
     if drawn.empty:
         return "not judged"
     each = drawn.drop_duplicates(_ONE)

@@ -1,8 +1,9 @@
-"""The feature network of FID and MMD: MedicalNet's 3-D ResNet-50 as HA-GAN's evaluation uses it.
+"""The feature network of FID and MMD: MedicalNet's 3-D ResNet-50 as used in HA-GAN's evaluation.
 
-Graph and weights: Chen et al. 2019, "Med3D", arXiv 1904.00625. Layers 3 and 4 keep the resolution of layer 2 and dilate
-their convolutions by 2 and 4, so that the last map has an eighth of the grid's edge; its mean over all places is the
-feature vector. Use in evaluation: Sun et al. 2022, "HA-GAN", IEEE JBHI 26:3966: volumes in [-1, 1], in their own size.
+Architecture and weights: Chen et al. 2019, "Med3D", arXiv 1904.00625. Layers 3 and 4 keep the resolution of layer 2 and
+dilate their convolutions by 2 and 4, so that the last map has an eighth of the grid's edge; its mean over all positions
+is the feature vector. Use in evaluation: Sun et al. 2022, "HA-GAN", IEEE JBHI 26:3966: volumes in [-1, 1], in their own
+size.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import nn
 
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import sha256_of
-from lungddpm.core.torch_files import fault_of, load_checked, unwrapped
+from lungddpm.core.torch_files import load_checked, problem_of, unwrapped
 from lungddpm.quality.feature_distances import MEDICALNET
 
 MEDICALNET_CHANNELS = 64
@@ -28,11 +29,11 @@ MEDICALNET_CHANNELS = 64
 RANDOM_CHANNELS = 16
 """Of the network with random weights: 512 features, for a sixteenth of the time."""
 RANDOM_SEED = 0
-"""Of those weights. Not of the config: distances of two runs compare only within one and the same network."""
+"""Seed of those weights. Not from the config: distances are only comparable between runs with the same network."""
 _HUB_REPOSITORY, _HUB_FILE = "TencentMedicalNet/MedicalNet-Resnet50", "resnet_50.pth"
 _SEGMENTATION_HEAD = "conv_seg."
-_COPY_AGAIN = f"Give the public file {_HUB_FILE} of MedicalNet as image_quality.weights, downloaded again."
-_FAULTS_SHOWN = 3
+_COPY_AGAIN = f"Download MedicalNet's public file {_HUB_FILE} again and set image_quality.weights to it."
+_PROBLEMS_SHOWN = 3
 
 
 def build_network(channels: int) -> nn.Module:
@@ -61,8 +62,8 @@ class Extractor:
 
     Attributes:
         network: volumes (N, 1, D, H, W) in [-1, 1] -> (N, features).
-        name: what stands in tables.
-        weights_sha256: of the weights' file; of the parameters themselves where they are random.
+        name: in tables.
+        weights_sha256: of the weights file, or of the parameters themselves if they are random.
     """
 
     network: nn.Module
@@ -84,13 +85,14 @@ class Extractor:
 
 
 def load_extractor(weights: Path | Literal["hub"] | None) -> Extractor:
-    """MedicalNet with its public weights; without them, a narrower network of the same graph with random ones.
+    """MedicalNet with its public weights; without them, a narrower network of the same architecture with random
+    weights.
 
     Args:
-        weights: the public file; `hub` takes it from Hugging Face (network needed); None for random weights.
+        weights: the public file; `hub` fetches it from Hugging Face (needs network access); None for random weights.
 
     Raises:
-        InputError: the file is missing, damaged or holds something else, or the hub cannot be reached.
+        InputError: the file is missing, damaged or something else, or the hub cannot be reached.
     """
     if weights is None:
         return _random_extractor()
@@ -103,9 +105,9 @@ def load_extractor(weights: Path | Literal["hub"] | None) -> Extractor:
 
 
 def read_resnet_weights(path: Path, network: nn.Module) -> dict[str, torch.Tensor]:
-    """Read a file of MedicalNet's, {state_dict: {module.<key>: tensor}}; its segmentation head is left out.
+    """Read a MedicalNet file, {state_dict: {module.<key>: tensor}}, without its segmentation head.
 
-    No code in the file is run. BatchNorm's batch counters play no role and may be missing.
+    No code in the file is run. BatchNorm's batch counters are not used and may be missing.
 
     Raises:
         InputError: missing, damaged, or not exactly the keys and shapes of the network; names the wrong keys.
@@ -114,32 +116,32 @@ def read_resnet_weights(path: Path, network: nn.Module) -> dict[str, torch.Tenso
         content = load_checked(path)
         state = content.get("state_dict") if isinstance(content, Mapping) else None
         if not isinstance(state, Mapping):
-            raise ValueError("holds no weights of MedicalNet: it has no entry 'state_dict'")
+            raise ValueError("has no weights of MedicalNet: there is no entry 'state_dict'")
         state = unwrapped(state)
     except FileNotFoundError:
         raise InputError(path, "does not exist", _COPY_AGAIN) from None
     except ValueError as error:
         raise InputError(path, str(error), _COPY_AGAIN) from None
     state = {key: value for key, value in state.items() if not key.startswith(_SEGMENTATION_HEAD)}
-    if faults := _faults(state, network.state_dict()):
-        more = f" and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        problem = f"is not a ResNet-50 of MedicalNet: {', '.join(faults[:_FAULTS_SHOWN])}{more}"
+    if problems := _problems(state, network.state_dict()):
+        more = f" and {len(problems) - _PROBLEMS_SHOWN} more" if len(problems) > _PROBLEMS_SHOWN else ""
+        problem = f"is not a ResNet-50 of MedicalNet: {', '.join(problems[:_PROBLEMS_SHOWN])}{more}"
         raise InputError(path, problem, _COPY_AGAIN)
     return {key: value.float() for key, value in state.items() if not _is_counter(key)}
 
 
-def _faults(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> list[str]:
-    faults = [f"key {key} is missing" for key in wanted if key not in found and not _is_counter(key)]
+def _problems(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> list[str]:
+    problems = [f"key {key} is missing" for key in wanted if key not in found and not _is_counter(key)]
     for key, value in found.items():
         if key not in wanted:
-            faults.append(f"key {key} has no place in it")
+            problems.append(f"key {key} is unexpected")
         elif _is_counter(key):
             continue
-        elif (fault := fault_of(value)) is not None:
-            faults.append(f"key {key} {fault}")
+        elif (problem := problem_of(value)) is not None:
+            problems.append(f"key {key} {problem}")
         elif value.shape != wanted[key].shape:
-            faults.append(f"key {key} has the shape {tuple(value.shape)} instead of {tuple(wanted[key].shape)}")
-    return faults
+            problems.append(f"key {key} has the shape {tuple(value.shape)} instead of {tuple(wanted[key].shape)}")
+    return problems
 
 
 def _is_counter(key: str) -> bool:
@@ -166,7 +168,7 @@ def _from_hub() -> Path:
 
     try:
         return Path(hf_hub_download(_HUB_REPOSITORY, _HUB_FILE))
-    except Exception as error:  # no network, no such file, a full disk: the hub's client has an error for each
-        problem = f"{_HUB_FILE} of {_HUB_REPOSITORY} cannot be had ({type(error).__name__})"
-        remedy = f"Download {_HUB_FILE} of MedicalNet where there is a network, and give its path."
+    except Exception as error:  # no network, no such file, a full disk: the hub's client raises different errors
+        problem = f"{_HUB_FILE} of {_HUB_REPOSITORY} is not available ({type(error).__name__})"
+        remedy = f"Download {_HUB_FILE} of MedicalNet with network access, and give its path."
         raise InputError("image_quality.weights: hub", problem, remedy) from None

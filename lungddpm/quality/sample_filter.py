@@ -1,8 +1,8 @@
-"""The quality filter of samples: how much of its nodules do segmenters that learned from real cases find in each?
+"""The quality filter: how much of a sample's nodules do segmenters trained on real cases find?
 
 After FreeTumor, where a synthetic lesion counts only if the baseline segmenter finds at least 70 % of its voxels. Here
 every candidate for an arm is judged as a whole; `lungddpm.arms.compose` then keeps those above `arms.filter.found`. The
-segmenters are those of the arm's own real cases alone, so that nobody is behind the choice who is not in the arm.
+segmenters are trained only on the arm's own real cases, so no other patient influences the choice.
 """
 
 from __future__ import annotations
@@ -38,33 +38,33 @@ def run_filter(
     device: str = "auto",
     processes: int = 1,
 ) -> None:
-    """Let one replicate of an arm's baseline segment the arm's candidates.
+    """Segment an arm's candidates with one replicate of its baseline.
 
-    Writes to `output`: `samples.csv` (`FILTER_COLUMNS`) and, last, `filter.json`: whose segmenter this was, and on
-    which cases it was trained.
+    Writes to `output`: `samples.csv` (`FILTER_COLUMNS`) and, last, `filter.json`: the segmenter and
+    its training cases.
 
     Args:
         config: the run's config.
         arm: its name.
         arm_dir: folder of its baseline, the same real cases alone.
-        fold: fold of the replicate that judges.
-        seed: seed of it.
+        fold: fold of the judging replicate.
+        seed: its seed.
         cases_table: `cases.tsv`.
         sample_tables: tables of the candidates, in the order of shards.
         output: folder of this replicate and arm.
         device: auto, cpu, cuda (the first visible GPU) or mps.
-        processes: threads that nnU-Net may use at most.
+        processes: maximum number of threads of nnU-Net.
 
     Raises:
         ConfigError: not an arm, or no such device.
-        InputError: the replicate is not trained, it is one of another arm, or a sample is missing or was changed.
+        InputError: the replicate is not trained or belongs to another arm, or a sample is missing or was changed.
     """
     record = output / "filter.json"
     record.unlink(missing_ok=True)
     judged = Arm.parse(arm)
     composed = read_json(arm_dir / "arm.json", "Run 'lungddpm compose' for this arm first.")
     if composed["arm"] != judged.baseline.name:
-        raise InputError(arm_dir, f"is {composed['arm']}", f"Give the folder of {judged.baseline.name}.")
+        raise InputError(arm_dir, f"is the folder of {composed['arm']}", f"Use that of {judged.baseline.name}.")
     n_real = len(training_cases(read_cases(cases_table), judged.real_cases, config.seed))
     candidates = first_samples(sample_tables, round(config.arms.drawn_dose(judged) * n_real))
     with open_segmenter(config, arm_dir, fold, seed, device, processes) as segmenter:
@@ -90,12 +90,12 @@ def run_filter(
 def judge_candidates(
     candidates: list[tuple[Path, pd.Series]], segment: Callable[[Path], Volume], what: str
 ) -> pd.DataFrame:
-    """Which share of its nodule voxels is found in each sample: `FILTER_COLUMNS`.
+    """The share of the nodule voxels found in each sample: `FILTER_COLUMNS`.
 
     Args:
         candidates: rows of sample tables, each with its table, in the order of the plan.
         segment: path of a CT (HU) -> its nodules, 0 or 1, on the grid of the CT.
-        what: is done, for the progress.
+        what: description for the progress bar.
 
     Raises:
         InputError: a CT or layout is missing, was changed or breaks the contract of a case.

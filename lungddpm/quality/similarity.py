@@ -1,8 +1,8 @@
 """Structural similarity of two CT volumes, at one scale (SSIM) and at several (MS-SSIM), within regions.
 
 SSIM: Wang et al. 2004, IEEE TIP 13:600. MS-SSIM: Wang, Simoncelli and Bovik 2003, Asilomar Conference 37:1398. Both on
-[0, 1], with a 3-D Gaussian window of sigma 1.5 and 11 voxels. Written out, because regions need the maps of both
-factors, which scikit-image does not give, and MONAI only slowly (4 s per pair at 128^3: its window is not separable).
+[0, 1], with a 3-D Gaussian window of sigma 1.5 and 11 voxels. Implemented here, because regions need the maps of both
+factors, which scikit-image does not return, and MONAI only slowly (4 s per pair at 128^3: its window is not separable).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter
 
 WINDOW = 11
-"""Edge of the window in voxels; on smaller grids there is no similarity."""
+"""Edge of the window in voxels; similarity is undefined on smaller grids."""
 _SIGMA = 1.5
 _C1, _C2 = 0.01**2, 0.03**2
 _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -21,10 +21,10 @@ _SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 
 
 def n_scales(shape: tuple[int, int, int]) -> int:
-    """Scales of MS-SSIM that a grid has room for: the window fits the coarsest (5 from 176 voxels, 4 from 88).
+    """Number of MS-SSIM scales on a grid: the window must fit the coarsest (5 from 176 voxels, 4 from 88).
 
     Returns:
-        0 to 5; with fewer than 5, the weights of the scales there are, rescaled to a sum of 1.
+        0 to 5; with fewer than 5, the weights are rescaled to a sum of 1.
     """
     return sum(min(shape) >> scale >= WINDOW for scale in range(len(_SCALE_WEIGHTS)))
 
@@ -55,7 +55,7 @@ def similarity_maps(image: np.ndarray, reference: np.ndarray) -> tuple[np.ndarra
 def similarities(
     image: np.ndarray, reference: np.ndarray, masks: dict[str, np.ndarray]
 ) -> dict[str, tuple[float, float]]:
-    """SSIM and MS-SSIM within regions: means of the maps, where coarser voxels count as far as they lie within.
+    """SSIM and MS-SSIM within regions: means of the maps, where coarser voxels are weighted by their share within.
 
     Args:
         image: (x, y, z) in [0, 1].
@@ -63,7 +63,7 @@ def similarities(
         masks: region name -> bool mask of that shape.
 
     Returns:
-        (ssim, ms_ssim) by region; NaN where the region is empty or the grid smaller than the window. MS-SSIM takes
+        (ssim, ms_ssim) by region; NaN if the region is empty or the grid smaller than the window. MS-SSIM takes
         negative means as 0.
     """
     scales = n_scales(image.shape)
@@ -88,7 +88,7 @@ def similarities(
 
 
 def _over_scales(means: list[tuple[float, float]]) -> float:
-    """MS-SSIM from the mean (SSIM, contrast x structure) of each scale: luminance counts at the coarsest alone."""
+    """MS-SSIM from the mean (SSIM, contrast x structure) of each scale: luminance only counts at the coarsest."""
     factors = [*(contrast_structure for _, contrast_structure in means[:-1]), means[-1][0]]
     weights = np.array(_SCALE_WEIGHTS[: len(means)])
     return float(np.prod(np.maximum(factors, 0) ** (weights / weights.sum())))

@@ -1,4 +1,4 @@
-"""Two sets of feature vectors, image by image: is each near the other set, and can a classifier tell them apart?"""
+"""Two sets of feature vectors, image by image: is each near the other set, and can a classifier distinguish them?"""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 NEIGHBOURS = 3
-"""Of a vector, up to which its set is taken to reach; as published."""
+"""Neighbour that defines the radius around a vector; as published."""
 _FOLDS = 5
 
 
 def share_within(points: np.ndarray, centres: np.ndarray) -> float:
-    """Share of points that the centres' set reaches: no farther from a centre than its third nearest other centre.
+    """Share of points covered by the centres: no farther from a centre than its third nearest other centre.
 
-    Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991). With made images as points and real ones
-    as centres it is their precision: how many look real. The other way round it is their recall: how much of what is
-    real they show.
+    Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991). With synthetic images as points and real
+    ones as centres it is precision: how many look real. The other way round it is recall: how much of the real
+    distribution they cover.
 
     Args:
         points: (n, features).
         centres: (m, features), m > `NEIGHBOURS`.
     """
-    # Exact also where centres are equal; the other algorithms round.
+    # Exact even if centres are equal; the other algorithms round.
     nearest = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="ball_tree").fit(centres)
     distances, _ = nearest.kneighbors()
     return float((cdist(points, centres) <= distances[:, -1]).any(axis=1).mean())
 
 
 def classifier_auc(made: np.ndarray, real: np.ndarray, made_patients: list[str], real_patients: list[str]) -> float:
-    """How well a classifier tells made from real images that it has not seen: 0.5 cannot, 1 always can.
+    """How well a classifier separates unseen synthetic from real images: 0.5 is chance, 1 is perfect.
 
     Classifier two-sample test (Lopez-Paz and Oquab 2017, arXiv 1610.06545): logistic regression on standardized
     features, its AUC. Up to five folds; images of one patient are all in one fold. Only images of one fold are compared
@@ -49,8 +49,8 @@ def classifier_auc(made: np.ndarray, real: np.ndarray, made_patients: list[str],
         real_patients: likewise.
 
     Returns:
-        The share of pairs, one made and one real, in which the made one scores higher; NaN where a side has less than
-        two patients.
+        The share of pairs, one synthetic and one real, in which the synthetic one scores higher; NaN if a side has
+        fewer than two patients.
     """
     folds = min(_FOLDS, len(set(made_patients)), len(set(real_patients)))
     if folds < 2:

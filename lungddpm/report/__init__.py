@@ -1,1 +1,1 @@
-"""What people look at: the report page, pages of layouts, figures, the viewer."""
+"""Output for readers: the report page, layout pages, figures, the slice viewer."""

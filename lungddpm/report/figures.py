@@ -1,7 +1,7 @@
-"""The figures of the verdict: each a function from data to a matplotlib figure.
+"""The figures of the verdict: each is a function from data to a matplotlib figure.
 
-Colours are told apart with any colour vision; shape or position always says the same, so
-that a grey print loses nothing.
+The palette is safe for colour-blind readers, and shape or position always carries the same information, so nothing is
+lost in greyscale print.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _NO_CLAIM = ("#555555", "o")
 _FLOORS = [COPIES, SHIFTED, CONSTANT_LUNGS, OTHER_PATIENTS]
 _GENERATOR_BAR: dict[str, Any] = {"color": "#0072B2"}
 _FLOOR_BAR: dict[str, Any] = {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
-_LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: as the reference"
+_LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: like the reference"
 _QUALITY_PANELS = {
     ("mse", LUNGS): ("MSE, lungs", _LOWER),
     ("ms_ssim", LUNGS): ("MS-SSIM, lungs", _HIGHER),
@@ -66,7 +66,7 @@ _QUALITY_PANELS = {
     ("fid", LUNGS): ("FID, lungs", _LOWER),
     ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
 }
-"""Metric and region -> title, and which values are good."""
+"""Metric and region -> title, and which direction is better."""
 _FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}
 _COSTS = {
     "function_evaluations": "function evaluations",
@@ -75,14 +75,14 @@ _COSTS = {
 }
 _WORTH = {
     "label_fidelity_dice": ("label fidelity,\nDice", "higher"),
-    "nodule_hu_difference": ("nodules, HU\nto reference", "near 0"),
+    "nodule_hu_difference": ("nodule HU\nvs reference", "near 0"),
     "fid_lungs": ("FID, lungs", "lower"),
     "kid_lungs": ("KID, lungs", "lower"),
 }
-"""Column of `quality_and_cost.csv` -> what it is, and which values are good."""
+"""Column of `quality_and_cost.csv` -> label, and which direction is better."""
 _COLOURS, _SHAPES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#8a8a8a"), "osD^vPX<"
 _MARKS = [(colour, _SHAPES[(n + turn) % 8]) for turn in range(8) for n, colour in enumerate(_COLOURS)]
-"""Colours and shapes of points: every pair once, and neighbours differ in both."""
+"""Colours and shapes of points: each pair is used once, and neighbours differ in both."""
 _BY_NETWORK = ("fid", "mmd_squared")
 _LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":"))
 """Colour and dashes of lines in one panel."""
@@ -91,14 +91,14 @@ _CLOSE_UP_MM = 80.0
 
 
 def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float, narrow: bool = False) -> Figure:
-    """Differences to the real cases alone with their intervals, one panel per measure, one line per arm; numbers at the
+    """Differences to the real cases alone with their intervals: a panel per measure, a line per arm, numbers on the
     right.
 
     Args:
         verdict: rows of `verdict.csv` (baseline rows are left out).
-        measures: column -> its name in prose, in the order of the panels.
+        measures: column -> display name, in the order of the panels.
         confidence: level of the intervals, for the axis label.
-        narrow: for a telephone's screen: names and numbers above the lines instead of beside them.
+        narrow: for phone screens: names and numbers above the lines instead of beside them.
     """
     compared = verdict[verdict["difference"].notna()]
     arms = list(dict.fromkeys(compared["arm"]))
@@ -140,12 +140,12 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
 
 
 def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
-    """Every case's score in every arm (mean over replicates), a line an arm, bars the arms' means.
+    """Every case's score in every arm (mean over replicates): a line per arm, bars at the arms' means.
 
     Args:
         cases: rows of `cases.csv`.
         measure: its column.
-        prose: its name.
+        prose: its display name.
     """
     scores = cases.pivot_table(index="case_id", columns="arm", values=measure, sort=False, dropna=False).dropna()
     scores = scores[list(dict.fromkeys(cases["arm"]))]
@@ -159,12 +159,12 @@ def case_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
 
 
 def run_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
-    """Every training run's mean score over cases, a line an arm, bars the arms' means.
+    """Every training run's mean score over cases: a line per arm, bars at the arms' means.
 
     Args:
         cases: rows of `cases.csv`.
         measure: its column.
-        prose: its name.
+        prose: its display name.
     """
     scores = cases.pivot(index="case_id", columns=["arm", "replicate"], values=measure).dropna()
     if scores.empty:
@@ -179,12 +179,12 @@ def run_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
 
 def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     """Every case's difference to its own score under the arm's real cases alone in the same replicate (means over
-    replicates), a line an arm, bars the means.
+    replicates): a line per arm, bars at the means.
 
     Args:
         cases: rows of `cases.csv`.
         measure: its column.
-        prose: its name.
+        prose: its display name.
     """
     baselines = {arm: Arm.parse(arm).baseline.name for arm in dict.fromkeys(cases["arm"])}
     scores = cases.pivot(index=["case_id", "replicate"], columns="arm", values=measure)
@@ -195,16 +195,16 @@ def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     }
     differences = {arm: of_cases for arm, of_cases in differences.items() if of_cases.size}
     if not differences:
-        return _empty_figure("no test case was scored in real and in another arm")
+        return _empty_figure("no test case was scored both in real and in another arm")
     with plt.rc_context(STYLE):
         figure, axis = _strips(differences, signed)
         axis.axvline(0, color="#777777", linewidth=1, zorder=1)
-        axis.set_xlabel(f"difference of each test case to itself under real, {prose}  (left: worse, right: better)")
+        axis.set_xlabel(f"{prose} of each test case minus that under real  (left: worse, right: better)")
     return figure
 
 
 def froc_plot(band: pd.DataFrame, confidence: float) -> Figure:
-    """Sensitivity over false positives a scan with bands, one panel an arm, its real cases alone dashed.
+    """Sensitivity over false positives per scan with bands: a panel per arm, the same real cases alone dashed.
 
     Args:
         band: rows of `froc_band.csv`.
@@ -234,7 +234,7 @@ def froc_plot(band: pd.DataFrame, confidence: float) -> Figure:
             Line2D([], [], color="#777777", linestyle="--", label=BASELINE),
         ]
         panels[0].legend(handles=handles, frameon=False, loc="lower right")
-        figure.supxlabel(f"false positives a scan  (bands: {100 * confidence:g} %)", fontsize="medium")
+        figure.supxlabel(f"false positives per scan  (bands: {100 * confidence:g} %)", fontsize="medium")
         figure.supylabel("sensitivity for nodules", fontsize="medium")
     return figure
 
@@ -246,7 +246,7 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
         reference: CT in HU, RAS+.
         layout: labels, same grid.
         synthetic: CT in HU, same grid.
-        title: what is shown.
+        title: of the figure.
     """
     centre = largest_nodule(layout)
     difference = synthetic.array.astype(np.float32) - reference.array
@@ -304,7 +304,7 @@ def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, co
     Args:
         verdict: rows of `verdict.csv` of one measure.
         band: rows of `dose_response_band.csv` of that measure.
-        prose: its name.
+        prose: its display name.
         confidence: level of intervals and band.
     """
     several = band["baseline"].nunique() > 1
@@ -331,11 +331,11 @@ def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, co
 
 
 def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Figure:
-    """Difference to the real cases alone over how many there are: a panel per generator, a line per dose, with bands.
+    """Difference to the real cases alone over their number: a panel per generator, a line with a band per dose.
 
     Args:
         verdict: rows of `verdict.csv` of one measure.
-        prose: its name.
+        prose: its display name.
         confidence: level of the bands.
     """
     compared = verdict[verdict["difference"].notna()].sort_values("real_cases")
@@ -362,7 +362,7 @@ def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Fig
                     axis.plot(
                         row["real_cases"], row["difference"], marker, color=colour, markerfacecolor=face, markersize=6
                     )
-            # Numbers double from one to the next as a rule.
+            # The numbers usually double from one to the next.
             axis.set_xscale("log", base=2)
             axis.set_xticks(numbers, [str(number) for number in numbers])
             axis.xaxis.set_minor_locator(NullLocator())
@@ -377,8 +377,8 @@ def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Fig
 
 
 def segmenter_curves(curves: pd.DataFrame) -> Figure:
-    """Training loss of the segmenter over optimizer steps, a panel an arm, a line a replicate, the arm's real cases
-    alone behind them.
+    """Training loss of the segmenter over optimizer steps: a panel per arm, a line per replicate; in grey the mean of
+    the arm's real cases alone.
 
     Args:
         curves: rows of `training_curves.csv`.
@@ -417,7 +417,7 @@ def denoiser_curve(history: pd.DataFrame) -> Figure:
 
 
 def quality_bars(quality: pd.DataFrame) -> Figure:
-    """Image quality of every generator beside the floors, which need none: six panels, a measure and region each.
+    """Image quality of every generator beside the floors: six panels, one per measure and region.
 
     Args:
         quality: rows of `image_quality.csv`. Floors differ with the generators' layouts; their means are shown.
@@ -426,7 +426,7 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
     names = [*generators, *_FLOORS]
     trained = quality["extractor"].isin(["", MEDICALNET]).all()
     if not generators:
-        return _empty_figure("no sample was judged")
+        return _empty_figure("no sample was measured")
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(2, 3, figsize=(7.2, 1.9 + 0.44 * len(names)), sharey=True, layout="constrained")
         for axis, ((metric, region), (title, better)) in zip(axes.flat, _QUALITY_PANELS.items(), strict=True):
@@ -452,13 +452,13 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
             axis.spines["left"].set_visible(False)
         axes[0, 0].invert_yaxis()
         handles = [Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR)]
-        handles.append(Patch(label="floor: needs no generator", **_FLOOR_BAR))
+        handles.append(Patch(label="floor: made without a generator", **_FLOOR_BAR))
         figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
 
 
 def fidelity_plot(runs: pd.DataFrame) -> Figure:
-    """Dice and share of lesions found in the CT of every generator, a dot a replicate, beside the ceiling (dashed).
+    """Dice and share of lesions found in the CT of every generator: a dot per replicate, the ceiling dashed.
 
     Args:
         runs: rows of `label_fidelity_runs.csv`.
@@ -487,22 +487,22 @@ def fidelity_plot(runs: pd.DataFrame) -> Figure:
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
-        figure.supxlabel("dot: a replicate of real; bar: their mean; dashed: the ceiling, real CT", fontsize=9)
+        figure.supxlabel("dot: one replicate of real; bar: mean; dashed: ceiling (real CT)", fontsize=9)
     return figure
 
 
 def cost_plot(costs: pd.DataFrame) -> Figure:
-    """What generators are worth over what a volume of theirs takes: a row per measure, a column per cost, a mark per
-    generator; dashed: real CT.
+    """Quality of the generators over the cost per volume: a row per measure, a column per cost, a mark per generator;
+    dashed: real CT.
 
     Args:
-        costs: rows of `quality_and_cost.csv`; of several runs, with names that tell them apart.
+        costs: rows of `quality_and_cost.csv`; for several runs, with distinct names.
     """
     real = costs[costs["generator"] == REAL_CT]
     made = costs[(costs["generator"] != REAL_CT) & costs[list(_COSTS)].notna().any(axis=1)]
     worth = {column: text for column, text in _WORTH.items() if made[column].notna().any()}
     if not worth:
-        return _empty_figure("no generator's worth was measured")
+        return _empty_figure("no generator has both cost and quality measured")
     marks = dict(zip(made["generator"], itertools.cycle(_MARKS)))
     legend_rows = math.ceil(len(marks) / 3)
     with plt.rc_context(STYLE):
@@ -532,7 +532,7 @@ def cost_plot(costs: pd.DataFrame) -> Figure:
             elif cost == "seconds_per_volume":
                 axis.set_xscale("log")
             else:
-                # Generators without a network ask for none.
+                # Generators without a network make no evaluations.
                 axis.set_xscale("symlog", linthresh=1)
                 axis.set_xlim(-0.4, 3 * most if most > 0 else 1)
             axis.xaxis.set_major_formatter("{x:g}")
@@ -547,10 +547,10 @@ def cost_plot(costs: pd.DataFrame) -> Figure:
 
 
 def _strips(values: dict[str, np.ndarray], form: Callable[[float], str]) -> tuple[Figure, plt.Axes]:
-    """A line a name, a dot a value and a bar their mean, which stands at the right in its form."""
+    """A line per name, a dot per value, a bar at the mean, and the formatted mean on the right."""
     figure, axis = plt.subplots(figsize=(7.2, 0.9 + 0.38 * len(values)), layout="constrained")
     for line, of_cases in enumerate(values.values()):
-        # Steps of the golden ratio keep neighbours in rank apart, the same in every drawing.
+        # Golden-ratio steps spread neighbouring ranks apart, and are the same in every drawing.
         height = line + 0.5 * ((np.arange(of_cases.size) * 0.618) % 1 - 0.5)
         axis.plot(
             np.sort(of_cases), height, "o", markersize=5 if of_cases.size <= _MANY_CASES else 3, zorder=2,
@@ -569,13 +569,13 @@ def _strips(values: dict[str, np.ndarray], form: Callable[[float], str]) -> tupl
 
 
 def _outcome_style(verdict: str) -> tuple[str, str, str]:
-    """Colour, marker, and what the marker is filled with."""
+    """Colour, marker and fill."""
     colour, marker = _OUTCOMES.get(verdict, _NO_CLAIM)
     return colour, marker, colour if verdict in _OUTCOMES else "white"
 
 
 def _panels(count: int) -> tuple[Figure, list[plt.Axes]]:
-    """Panels of one size on one scale, at most three a row, as many as wanted shown."""
+    """Panels of equal size and scale, at most three per row; unused ones are hidden."""
     columns = min(3, count)
     rows = math.ceil(count / columns)
     figure, axes = plt.subplots(
@@ -597,7 +597,7 @@ def _box_around(centre: tuple[int, int, int], volume: Volume, plane: Plane) -> t
 
 
 def _close_up(middle_mm: float, extent_mm: float) -> tuple[float, float]:
-    """Both ends of the close-up along one side of a picture, as near to `middle_mm` as lies within the picture."""
+    """Both ends of the close-up along one side of a picture, centred on `middle_mm` as far as the picture allows."""
     half = min(_CLOSE_UP_MM, extent_mm) / 2
     middle_mm = min(max(middle_mm, half), extent_mm - half)
     return middle_mm - half, middle_mm + half

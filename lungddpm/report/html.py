@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _SINGLY = 30
-"""So many excluded cases have a row each; of more, those with reasons of a kind share one."""
+"""Up to this many excluded cases have a row each; beyond it, cases with the same kind of reason share one."""
 
 
 def render(template: str, **values: Any) -> str:
@@ -26,8 +26,8 @@ def render(template: str, **values: Any) -> str:
 
 
 def show_excluded(case_table: pd.DataFrame) -> DisplayTable | None:
-    """The excluded rows of a case table with their reasons; a row for each kind of reason where there are many; None
-    where there is none."""
+    """The excluded rows of a case table with their reasons, one row per kind of reason if there are many; None if there
+    are none."""
     excluded = case_table[case_table["status"] != "ok"].to_dict("records")
     if not excluded:
         return None

@@ -1,4 +1,4 @@
-"""Pages on which a reader checks the layouts before anything is trained on them: one a case, and an overview."""
+"""Pages for checking the layouts by eye before anything is trained on them: one per case, and an overview."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from lungddpm.core.text import format_number
 from lungddpm.report.html import render, show_excluded
 
 UNUSUAL = 3.5
-"""Modified z-score beyond which a figure is pointed out (Iglewicz & Hoaglin, Detecting outliers, 1993)."""
+"""Modified z-score beyond which a figure is flagged (Iglewicz & Hoaglin, Detecting outliers, 1993)."""
 _ENOUGH_CASES = 8
-"""Of fewer cases no spread is known."""
+"""With fewer cases the spread cannot be estimated."""
 _NO_LIMIT = (float("-inf"), float("inf"))
 
 
@@ -34,7 +34,7 @@ class Check:
     value: Callable[[dict], float]
     form: str
     limits: Callable[[LayoutLimits], tuple[float, float]]
-    """Outside them a case is excluded."""
+    """A case outside them is excluded."""
 
 
 def _percent(key: str) -> Callable[[dict], float]:
@@ -53,11 +53,11 @@ CHECKS = (
         lambda limits: (100 * limits.smaller_lung_share, 50),
     ),
     Check(
-        "lung area on the first slice, % of the greatest", _percent("end_slice_share_bottom"), ".1f",
+        "lung area on the first slice, % of the largest", _percent("end_slice_share_bottom"), ".1f",
         lambda limits: (0, 100 * limits.end_slice_share),
     ),
     Check(
-        "lung area on the last slice, % of the greatest", _percent("end_slice_share_top"), ".1f",
+        "lung area on the last slice, % of the largest", _percent("end_slice_share_top"), ".1f",
         lambda limits: (0, 100 * limits.end_slice_share),
     ),
     Check(
@@ -74,7 +74,7 @@ CHECKS = (
 def run_qc(config: Config, cases_table: Path, output: Path) -> None:
     """Write `<output>/index.html` and, for every usable case, `<output>/cases/<case>.html`.
 
-    The pages point to the pictures `qc.png` in the cases' folders: they move with the results folder as a whole.
+    The pages link to `qc.png` in the cases' folders, so they can only be moved together with the results folder.
 
     Args:
         config: `layouts.limits` are shown beside the figures.
@@ -132,14 +132,14 @@ def run_qc(config: Config, cases_table: Path, output: Path) -> None:
             n_cases=len(names),
         ),
     )  # fmt: skip
-    LOG.info("layouts to look at: %s", output / "index.html")
+    LOG.info("layouts to check: %s", output / "index.html")
 
 
 def unusual(figures: pd.DataFrame) -> pd.DataFrame:
-    """Which figures lie far from those of the other cases, by their modified z-score; none where cases are few.
+    """Flag figures far from those of the other cases, by modified z-score; none if there are few cases.
 
     Args:
-        figures: one row a case, one column a check.
+        figures: one row per case, one column per check.
 
     Returns:
         bool, same rows and columns.
@@ -156,7 +156,7 @@ def _page(case_id: str) -> str:
 
 
 def _show_checks(figures: pd.DataFrame, odd: pd.DataFrame, case_id: str, limits: LayoutLimits) -> DisplayTable:
-    """A case's figures beside the limits and beside the middle half of all cases."""
+    """A case's figures, the limits, and the interquartile range of all cases."""
     rows = []
     for check in CHECKS:
         low, high = check.limits(limits)
@@ -172,7 +172,7 @@ def _show_checks(figures: pd.DataFrame, odd: pd.DataFrame, case_id: str, limits:
             ]
         )
     return DisplayTable(
-        ["figure", "here", "limits", "middle half of all cases", ""], rows, [False, True, True, True, False]
+        ["figure", "this case", "limits", "middle half of all cases", ""], rows, [False, True, True, True, False]
     )
 
 
@@ -186,17 +186,16 @@ def _show_nodules(nodules: list[dict]) -> DisplayTable | None:
             f"{nodule['equivalent_diameter_mm']:.1f}",
             f"{nodule['volume_mm3']:.0f}",
             f"{nodule['layout_volume_mm3']:.0f}",
-            format_number(nodule["malignancy"], ".1f"),
-            format_number(nodule["texture"], ".1f"),
+            *(format_number(nodule[name], ".1f") for name in cases.RATINGS),
             "yes" if nodule["touches_pleura"] else "no",
             "yes" if nodule["touches_vessel"] else "no",
             nodule["notes"],
         ]
         for number, nodule in enumerate(nodules, start=1)
     ]
-    heads = ["nodule", "readers", "diameter, mm", "volume, mm³", "in the layout, mm³", "malignancy", "texture",
-             "at the pleura", "at a vessel", "notes"]  # fmt: skip
-    return DisplayTable(heads, rows, [True] * 7 + [False] * 3)
+    heads = ["nodule", "readers", "diameter, mm", "volume, mm³", "in the layout, mm³", *cases.RATINGS,
+             "touches pleura", "touches vessel", "notes"]  # fmt: skip
+    return DisplayTable(heads, rows, [True] * (5 + len(cases.RATINGS)) + [False] * 3)
 
 
 def _show_overview(figures: pd.DataFrame, usable: pd.DataFrame) -> DisplayTable:

@@ -1,4 +1,4 @@
-"""The manifest: what a verdict was made with and from."""
+"""The manifest: code, configuration and inputs behind a verdict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def arm_files(config: Config, results: Path) -> dict[str, Path]:
 
 
 def draw_files(config: Config, results: Path) -> dict[str, list[Path]]:
-    """The `draw.json` of every arm's replicates that have a draw of their own."""
+    """The `draw.json` of every replicate that has its own draw, by arm."""
     paths = {
         arm: [draw_record(results / "arms" / arm, name) for name in config.segmentation.replicates()]
         for arm in config.arms.names()
@@ -33,7 +33,7 @@ def draw_files(config: Config, results: Path) -> dict[str, list[Path]]:
 
 
 def read_arms(config: Config, results: Path) -> dict[str, dict[str, Any]]:
-    """What `arm.json` says of every arm that has one, and under `draws` what each `draw.json` does."""
+    """The content of `arm.json` of every arm that has one, with that of each `draw.json` under `draws`."""
     draws = draw_files(config, results)
     return {
         arm: {**read_json(path), "draws": [read_json(draw) for draw in draws[arm]]}
@@ -42,7 +42,7 @@ def read_arms(config: Config, results: Path) -> dict[str, dict[str, Any]]:
 
 
 def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, Any]:
-    """What the verdict was made with and from; nothing in it names a machine, a user or an absolute path.
+    """Code, configuration and inputs of the verdict, without any machine or user name or absolute path.
 
     Args:
         config: the run's config.
@@ -50,8 +50,8 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
         files: the files to hash, in that folder.
 
     Returns:
-        JSON-like: written (UTC), git_commit, platform, versions, config, primary (the arms that are tested first, and
-        replicates that were evaluated before these were named), training_code (see there), sha256 by relative path.
+        JSON-like: written (UTC), git_commit, platform, versions, config, primary (the arms tested first, and replicates
+        evaluated before these were named), training_code (see there), sha256 by relative path.
     """
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -66,7 +66,7 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
 
 
 def training_code(config: Config, results: Path) -> dict[str, list[CodeFromStep]]:
-    """Which code took which steps of every training, by its folder; a segmenter's by arm and replicate."""
+    """Which code version ran which steps of every training, by folder; for segmenters by arm and replicate."""
     records = {
         path.parent.relative_to(results).as_posix(): path for path in sorted(results.glob("models/*/*/*/training.json"))
     }
@@ -80,14 +80,14 @@ def training_code(config: Config, results: Path) -> dict[str, list[CodeFromStep]
 
 
 def _git_commit() -> str | None:
-    """The commit of the code that runs, marked where it has been changed since; None outside a git checkout."""
+    """The commit of the running code, marked if the working tree has changes; None outside a git checkout."""
 
     def git(*arguments: str) -> subprocess.CompletedProcess:
         command = ["git", "-C", str(PACKAGE), *arguments]
         return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
 
     try:
-        # An environment inside somebody's repository is not a checkout of ours.
+        # An environment inside another repository is not a checkout of this one.
         if git("ls-files", "--error-unmatch", "__init__.py").returncode:
             return None
         commit = git("rev-parse", "HEAD").stdout.strip()

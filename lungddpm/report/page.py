@@ -1,4 +1,4 @@
-"""The verdict of a run: tables, figures, one self-contained page, and a manifest of what it was made from."""
+"""The verdict of a run: tables, figures, one self-contained page, and a manifest of its inputs."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ from lungddpm.report.sections import (
     show_detection,
     show_dose_response,
     show_fidelity,
+    show_fidelity_strata,
     show_filter,
     show_ladder,
     show_measure_differences,
@@ -58,12 +59,12 @@ from lungddpm.verdict.tables import read_csv, write_tables
 def run_report(config: Config, results: Path) -> None:
     """Reach the verdict of a run.
 
-    Reads the metrics of all arms and replicates in the config, the cases, and what else the run left (image quality,
+    Reads the metrics of all arms and replicates in the config, the cases, and the run's other results (image quality,
     samples, training history, arms, benchmarks; each may be missing). Writes `<results>/tables/`, `figures/`,
     `report.html` and `manifest.json`.
 
     Raises:
-        InputError: metrics or `cases/cases.tsv` are missing or do not fit together.
+        InputError: metrics or `cases/cases.tsv` are missing or do not match.
     """
     case_table = cases.read_cases(results / "cases" / cases.CASES)
     tables, written = write_tables(config, results)
@@ -122,7 +123,7 @@ def draw_figures(
     for one in first_of_generators(shown):
         sample, reference = one.sample, one.sample.reference
         if reference is not None:
-            title = f"{one.generator}: sample {one.case_id}, made from {reference.case_id}"
+            title = f"{one.generator}: sample {one.case_id}, reference {reference.case_id}"
             drawn[f"montage-{one.generator}"] = figures.montage(reference.ct, sample.layout, sample.ct, title)
     for trained in config.trained_generators():
         history = results / trained.model_folder / "history.csv"
@@ -146,17 +147,17 @@ def render_report(
     manifest: dict[str, Any],
     layouts: bool,
 ) -> str:
-    """The page as HTML, complete in itself: figures, slices and scripts inlined, no network.
+    """The page as self-contained HTML: figures, slices and scripts are inlined, nothing is loaded from the network.
 
     Args:
         config: the run's config.
         case_table: all cases, excluded ones too.
-        tables: as of `write_tables`.
+        tables: from `write_tables`.
         drawn: SVG and PNG path by figure name.
-        shown: samples to look through, the most important first.
-        arms: as of `read_arms`.
-        manifest: as of `describe_run`.
-        layouts: whether the pages of the layouts are there to point to.
+        shown: samples for the viewer, the most important first.
+        arms: from `read_arms`.
+        manifest: from `describe_run`.
+        layouts: whether layout pages exist to link to.
     """
     images = {
         name: "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
@@ -210,6 +211,9 @@ def render_report(
         else None,
         costs=show_costs(tables["quality_and_cost"]) if "quality_and_cost" in tables else None,
         fidelity=show_fidelity(tables["label_fidelity"]) if "label_fidelity" in tables else None,
+        fidelity_strata=(
+            show_fidelity_strata(tables["label_fidelity_by_stratum"]) if "label_fidelity_by_stratum" in tables else None
+        ),
         fidelity_notes=(
             tables["label_fidelity"].query("note != ''")[["generator", "note"]].to_dict("records")
             if "label_fidelity" in tables

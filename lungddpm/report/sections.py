@@ -1,4 +1,4 @@
-"""The tables and sentences of the report page, each from a table of the verdict."""
+"""The tables and sentences of the report page, each made from a table of the verdict."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lungddpm.core.arms import is_baseline
 from lungddpm.core.roles import INTERNAL, ROLES, TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
-from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS
+from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, TEXTURES
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import GIVEN, NOTHING
 from lungddpm.quality.calibration import DIFFERENCE, NODULES, SPREAD
@@ -37,8 +37,8 @@ from lungddpm.verdict.ladder import NOT_IN_RUN
 from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
 
-SHARED_LUCK = (
-    "In simulated benchmarks of three arms whose replicates share half of their luck, false claims rise from 5 % to "
+SHARED_VARIANCE = (
+    "In simulated benchmarks of three arms whose replicates share half their variance, false claims rise from 5 % to "
     "16 % (3 replicates, 40 cases) or 37 % (5 replicates, 249 cases)."
 )
 
@@ -48,7 +48,7 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     verdict, cases_scored = tables["verdict"], tables["cases"]
     n_cases, n_replicates = int(verdict["n_cases"].max()), int(verdict["n_replicates"].max())
     limits = [
-        f"Not evaluated, and left out: {arm}, {', '.join(replicates)}."
+        f"Not evaluated and left out: {arm}, {', '.join(replicates)}."
         for arm, replicates in missing_replicates(cases_scored, config).items()
     ]
     run_df, n_independent = int(verdict["run_df"].max()), int(verdict["n_independent"].max())
@@ -56,38 +56,36 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     limits += caveats(n_cases, n_independent, run_df, needed)
     if n_independent < n_replicates:
         limits.append(
-            f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its luck, so they "
-            "are averaged, and folds are counted."
+            f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its split of the "
+            "data, so they are averaged, and folds are counted."
         )
     elif len(config.segmentation.folds) == 1:
-        limits.append("All replicates share one fold: the luck of that split of the training cases is not covered.")
-    limits += covered_luck(config)
+        limits.append("All replicates share one fold: variation between splits of the training cases is not covered.")
+    limits += covered_variation(config)
     if (n_patients := cases_scored["patient_id"].nunique()) < (n_scans := cases_scored["case_id"].nunique()):
-        limits.append(
-            f"{n_scans} test cases come from {n_patients} patients, but count as if each were a patient of its own."
-        )
+        limits.append(f"{n_scans} test cases come from {n_patients} patients, but are treated as independent.")
     if n_empty := cases_scored.loc[cases_scored["n_lesions"] == 0, "case_id"].nunique():
         limits.append(
             f"Test cases without a nodule: {n_empty}. They do not count towards Dice and sensitivity; "
-            "what was wrongly marked in them is under “Lesions found”."
+            "their false positives are under “Lesions found”."
         )
     x, y, z = config.grid.size
-    limits.append(f"All CT was resampled to {x} x {y} x {z} voxels: nodules of a voxel or two can vanish or merge.")
+    limits.append(f"All CT was resampled to {x} x {y} x {z} voxels: nodules of one or two voxels can vanish or merge.")
     return limits
 
 
 @dataclass(frozen=True)
 class DisplayCheck:
-    """A check of the instrument as it is shown: its outcome, and a line for each of its subjects."""
+    """A check of the instrument for display: its outcome, and a line for each of its subjects."""
 
     name: str
     status: str
     lines: list[dict[str, str]]
-    """figure, limit, status and sentence of each subject."""
+    """Figure, limit, status and sentence of each subject."""
 
 
 def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
-    """The checks of `instrument.csv` for reading; the worst status of its lines is that of a check."""
+    """The checks of `instrument.csv` for display; the status of a check is the worst of its lines."""
     shown = []
     for name, rows in table[table["check"] != ANSWER].groupby("check", sort=False):
         lines = [
@@ -122,29 +120,29 @@ def _limit_text(low: float, high: float) -> str:
     return f"at least {low:.3g}" if pd.isna(high) else f"{low:.3g} to {high:.3g}"
 
 
-def covered_luck(config: Config) -> list[str]:
-    """Which luck the comparison covers and which it does not, as sentences; none where no arm has synthetic CT."""
+def covered_variation(config: Config) -> list[str]:
+    """The random variation that the comparison covers and does not cover, in sentences; none without synthetic CT."""
     generators = config.arms.largest_doses()
     if not generators:
         return []
     plugins = [name for name in generators if name not in config.arms.external]
     trained = bool(config.trained_generators())
-    covered = ["which patients are tested", "how a segmenter's training ends"]
+    covered = ["choice of test patients", "training of the segmenter"]
     open_: list[str] = []
     if plugins:
-        (covered if config.synthesis.draw_per_replicate else open_).append("which samples are drawn")
+        (covered if config.synthesis.draw_per_replicate else open_).append("draw of the samples")
     if trained:
-        (covered if config.synthesis.training_per_replicate else open_).append("how a generator's training ends")
+        (covered if config.synthesis.training_per_replicate else open_).append("training of the generator")
     if external := [name for name in generators if name in config.arms.external]:
-        open_.append(f"all that another system's luck decides ({', '.join(external)}: one set of samples)")
-    text = f"Luck that the comparison covers: {', '.join(covered)}."
+        open_.append(f"randomness of the other system ({', '.join(external)}: one set of samples)")
+    text = f"Random variation that the comparison covers: {', '.join(covered)}."
     if open_:
-        text += f" Not covered, as all replicates share it: {', '.join(open_)}. {SHARED_LUCK}"
+        text += f" Not covered, because all replicates share it: {', '.join(open_)}. {SHARED_VARIANCE}"
     return [text]
 
 
 def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> DisplayTable:
-    """The rows of one measure in `verdict.csv` for reading."""
+    """The rows of one measure in `verdict.csv` for display."""
     rows = [
         [
             row["arm"], format_spread(row["mean"], row["sd"], ".3f"), format_number(row["difference"], "+.3f"),
@@ -160,7 +158,7 @@ def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, signi
 
 
 def show_description(verdict: pd.DataFrame, measure: Measure, confidence: str, significance: float) -> DisplayTable:
-    """What describes the comparisons of one measure without deciding them."""
+    """Descriptive columns of the comparisons of one measure, which do not decide them."""
     rows = [
         [
             row["arm"], format_number(row["difference"], "+.3f"), interval_text(row, "bootstrap"),
@@ -176,7 +174,7 @@ def show_description(verdict: pd.DataFrame, measure: Measure, confidence: str, s
 
 
 def show_calibration(calibration: pd.DataFrame) -> DisplayTable:
-    """`calibration.csv` for reading."""
+    """`calibration.csv` for display."""
     names = {DIFFERENCE: ("mean difference, HU", "+.1f"), SPREAD: ("spread of HU, ratio of sd", ".3f")}
     rows = []
     for row in calibration.to_dict("records"):
@@ -194,7 +192,7 @@ def show_calibration(calibration: pd.DataFrame) -> DisplayTable:
 
 
 def show_run_spread(spread: pd.DataFrame, significance: float) -> DisplayTable:
-    """`run_spread.csv` for reading."""
+    """`run_spread.csv` for display."""
     rows = [
         [
             row["arm"], str(row["n_replicates"]), format_number(row["mean"], ".3f"),
@@ -210,7 +208,7 @@ def show_run_spread(spread: pd.DataFrame, significance: float) -> DisplayTable:
 
 
 def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float) -> DisplayTable:
-    """`dose_response.csv` for reading."""
+    """`dose_response.csv` for display."""
     rows = [
         [
             row["generator"], row["baseline"], MEASURES[row["metric"]].title, str(row["n_doses"]),
@@ -224,8 +222,8 @@ def show_dose_response(lines: pd.DataFrame, confidence: str, significance: float
 
 
 def show_measures(summary: pd.DataFrame) -> DisplayTable:
-    """`measures.csv` for reading: one row per arm, one column per measure; in brackets the scored cases where they are
-    fewer than for another measure."""
+    """`measures.csv` for display: a row per arm, a column per measure; in brackets the number of scored cases, if it is
+    lower than for another measure."""
     rows = []
     for arm, of_arm in summary.groupby("arm", sort=False):
         values, n_cases = of_arm.set_index("metric"), int(of_arm["n_cases"].max())
@@ -240,7 +238,7 @@ def show_measures(summary: pd.DataFrame) -> DisplayTable:
 
 
 def show_measure_differences(summary: pd.DataFrame) -> DisplayTable:
-    """Differences to `real` in `measures.csv`, of the measures that are better in one direction."""
+    """Differences to `real` in `measures.csv`, for the measures with a direction."""
     directed = {column: measure for column, measure in MEASURES.items() if measure.better != "near 0"}
     rows = [
         [
@@ -260,7 +258,7 @@ def show_measure_differences(summary: pd.DataFrame) -> DisplayTable:
 
 
 def show_unscored(summary: pd.DataFrame, cases_scored: pd.DataFrame) -> DisplayTable | None:
-    """Predictions without a value of a measure, as nothing was predicted; None where there are none."""
+    """Predictions without a value of a measure because nothing was predicted; None if there are none."""
     judged = cases_scored[cases_scored["n_lesions"] > 0]
     n_predictions, n_cases = judged.groupby("arm").size(), judged.groupby("arm")["case_id"].nunique()
     rows = [
@@ -271,13 +269,13 @@ def show_unscored(summary: pd.DataFrame, cases_scored: pd.DataFrame) -> DisplayT
         ]
         for row in summary[summary["n_undefined"] > 0].to_dict("records")
     ]  # fmt: skip
-    heads = ["arm", "measure", "predictions scored", "cases scored in a replicate at least"]
+    heads = ["arm", "measure", "predictions scored", "cases scored in at least one replicate"]
     return DisplayTable(heads, rows, [False, False, True, True]) if rows else None
 
 
 def show_detection(detection: pd.DataFrame) -> DisplayTable:
-    """`detection.csv` for reading."""
-    heads = ["arm", "found", *[f"found, {size}" for size in SIZE_COLUMNS], "false positives a scan", "CPM",
+    """`detection.csv` for display."""
+    heads = ["arm", "found", *[f"found, {size}" for size in SIZE_COLUMNS], "false positives per scan", "CPM",
              "scans without nodule", "false positives there, mm³"]  # fmt: skip
     rows = []
     for row in detection.to_dict("records"):
@@ -296,7 +294,7 @@ def show_detection(detection: pd.DataFrame) -> DisplayTable:
 
 
 def show_strata(strata: pd.DataFrame) -> DisplayTable | None:
-    """`detection_by_stratum.csv` for reading, a column per arm; None where no lesion's texture was rated."""
+    """`detection_by_stratum.csv` for display, a column per arm; None if no lesion has a texture rating."""
     if strata.empty:
         return None
     arms = list(dict.fromkeys(strata["arm"]))
@@ -322,8 +320,8 @@ def show_case_scores(cases_scored: pd.DataFrame) -> DisplayTable:
 
 
 def show_quality(quality: pd.DataFrame) -> DisplayTable:
-    """What compares voxels in `image_quality.csv`, for reading: one row per generator, image and region; copies of the
-    references are left out, as nothing differs in them."""
+    """The voxelwise comparisons in `image_quality.csv` for display: a row per generator, image and region; copies of
+    the references are left out, because they do not differ."""
     columns = {"mse": ("MSE × 1000", 1000, ".2f"), "psnr_db": ("PSNR, dB", 1, ".1f"), "ssim": ("SSIM", 1, ".3f"),
                "ms_ssim": ("MS-SSIM", 1, ".3f"), "mean_difference_hu": ("mean difference, HU", 1, "+.0f")}  # fmt: skip
     rows, by_voxel = [], quality[quality["metric"].isin(columns) & (quality["image"] != COPIES)]
@@ -339,7 +337,7 @@ def show_quality(quality: pd.DataFrame) -> DisplayTable:
 
 
 def show_sets(quality: pd.DataFrame) -> DisplayTable:
-    """What compares sets in `image_quality.csv`, for reading: one row per generator and image."""
+    """The comparisons of sets in `image_quality.csv` for display: one row per generator and image."""
     return _by_image(quality, {
         ("fid", WHOLE): ("FID, whole volume", ".3g"), ("fid", LUNGS): ("FID, lungs", ".3g"),
         ("kid", WHOLE): ("KID ± se, whole volume", ".2g"), ("kid", LUNGS): ("KID ± se, lungs", ".2g"),
@@ -351,7 +349,7 @@ def show_sets(quality: pd.DataFrame) -> DisplayTable:
 
 
 def show_memorisation_and_diversity(quality: pd.DataFrame) -> DisplayTable:
-    """How near images come to training cases, and how much draws of one layout differ, for reading."""
+    """Nearness of images to training cases, and diversity of the draws of one layout, for display."""
     return _by_image(quality, {
         (MEDIAN_RATIO, LUNGS): ("distance to training case, median", ".2f"),
         (SMALLEST_RATIO, LUNGS): ("smallest", ".2f"), (N_NEARER, LUNGS): ("nearer than any real", ".0f"),
@@ -363,11 +361,11 @@ def show_memorisation_and_diversity(quality: pd.DataFrame) -> DisplayTable:
 
 
 def _by_image(quality: pd.DataFrame, columns: dict[tuple[str, str], tuple[str, str]]) -> DisplayTable:
-    """One row per generator and image that has any of these values, one column each of (metric, region).
+    """One row per generator and image that has any of these values, one column per (metric, region).
 
     Args:
         quality: rows of `image_quality.csv`.
-        columns: metric and region -> head and format; a standard error stands beside its value.
+        columns: metric and region -> head and format; a standard error is shown next to its value.
     """
     rows = []
     for (generator, image), group in quality.groupby(["generator", "image"], sort=False):
@@ -383,7 +381,7 @@ def _by_image(quality: pd.DataFrame, columns: dict[tuple[str, str], tuple[str, s
 
 
 def show_costs(costs: pd.DataFrame) -> DisplayTable:
-    """`quality_and_cost.csv` for reading."""
+    """`quality_and_cost.csv` for display."""
     rows = [
         [
             row["generator"], format_number(row["function_evaluations"], ".3g"),
@@ -394,13 +392,13 @@ def show_costs(costs: pd.DataFrame) -> DisplayTable:
         ]
         for row in costs.to_dict("records")
     ]  # fmt: skip
-    heads = ["CT", "function evaluations", "seconds per volume", "memory, MiB", "device", "Dice of label fidelity",
-             "nodules, HU off", "FID, lungs", "KID ± se, lungs"]  # fmt: skip
+    heads = ["CT", "function evaluations", "seconds per volume", "memory, MiB", "device", "label fidelity, Dice",
+             "nodules, HU error", "FID, lungs", "KID ± se, lungs"]  # fmt: skip
     return DisplayTable(heads, rows, [False, True, True, True, False, *[True] * 4])
 
 
 def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
-    """`label_fidelity.csv` for reading; textures of which there is no lesion are left out."""
+    """`label_fidelity.csv` for display; textures without a lesion are left out."""
     kinds = {size: f"_{column}" for size, column in SIZE_COLUMNS.items()}
     kinds |= {text: f"_{column}" for text, column in TEXTURE_COLUMNS.items() if fidelity[f"n_lesions_{column}"].any()}
     rows = []
@@ -423,8 +421,23 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
     return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)])
 
 
+def show_fidelity_strata(strata: pd.DataFrame) -> DisplayTable | None:
+    """`label_fidelity_by_stratum.csv` for reading, a column per generator; None if no lesion's texture is known."""
+    if strata.empty:
+        return None
+    generators = list(dict.fromkeys(strata["generator"]))
+    cells = {
+        (row["texture"], row["size"], row["generator"]): f"{row['found_percent']:.0f} % of {row['n_lesions']}"
+        for row in strata.to_dict("records")
+    }
+    order = [(texture, size) for texture in TEXTURES for size in SIZE_COLUMNS]
+    rows = [[*stratum, *(cells.get((*stratum, generator), "") for generator in generators)] for stratum in order]
+    rows = [row for row in rows if any(row[2:])]
+    return DisplayTable(["texture", "size", *generators], rows, [False, False, *[True] * len(generators)])
+
+
 def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, DisplayTable, list[str]]:
-    """`ladder.csv` for reading: the families crossed with what is given, then a row per generator, and notes on
+    """`ladder.csv` for display: families crossed with the given information, then a row per generator, and notes on
     published methods.
 
     Args:
@@ -445,8 +458,9 @@ def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, Di
         ]
         for row in ladder[ladder["generator"] != ""].to_dict("records")
     ]  # fmt: skip
-    names = ["family", "given", "generator", "stands for", "FID, whole volume", "FID, lungs", "label fidelity, Dice",
-             "to the ceiling", "arm", "difference to real", f"{confidence} CI", "verdict"]  # fmt: skip
+    names = ["family", "given", "generator", "published method", "FID, whole volume", "FID, lungs",
+             "label fidelity, Dice", "to the ceiling", "arm", "difference to real", f"{confidence} CI",
+             "verdict"]  # fmt: skip
     numeric = [False] * 4 + [True] * 4 + [False, True, True, False]
     return (
         DisplayTable(heads, crossed, [False] * len(heads)),
@@ -456,7 +470,7 @@ def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, Di
 
 
 def _in_cell(row: dict) -> str:
-    """A generator with the difference that it made and the method that it stands for, or such a method alone."""
+    """A generator with its difference to `real` and the published method that it represents, or that method alone."""
     if not row["generator"]:
         return f"({row['stands_for']}: {NOT_IN_RUN})"
     difference = format_number(row["difference"], "+.3f")
@@ -467,12 +481,12 @@ def _in_cell(row: dict) -> str:
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
     """Name, title and citation of every generator in use.
 
-    The citation is empty for what another system made, and for controls that say there is none.
+    The citation is empty for samples of another system and for controls without one.
     """
     described = []
     for name in config.arms.largest_doses():
         if name in config.arms.external:
-            described.append((name, "external: made by another system", ""))
+            described.append((name, "external: samples of another system", ""))
         else:
             declared = config.plugin_of(name)
             cited = "" if declared.citation.startswith("None") else declared.citation
@@ -482,13 +496,13 @@ def generators_of(config: Config) -> list[tuple[str, str, str]]:
 
 
 def extractors_of(quality: pd.DataFrame) -> list[str]:
-    """The feature networks behind FID and MMD, each with the beginning of its weights' SHA-256."""
+    """The feature networks behind FID and MMD, each with the first digits of its weights' SHA-256."""
     used = quality.loc[quality["extractor"] != "", ["extractor", "weights_sha256"]].drop_duplicates()
     return [f"{name} ({digest[:12]})" for name, digest in used.itertuples(index=False)]
 
 
 def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
-    """`published_comparison.csv` for reading, and the reasons to which its last column points, (a) first."""
+    """`published_comparison.csv` for display, and the reasons that its last column refers to, (a) first."""
     reasons = comparison["why_not"].unique().tolist()
     rows = []
     for row in comparison.to_dict("records"):
@@ -530,13 +544,13 @@ def show_roles(case_table: pd.DataFrame) -> DisplayTable:
 
 
 def show_arms(arms: dict[str, dict]) -> DisplayTable:
-    """What every arm is trained on, and what its leak guard found; from the parsed `arm.json` files with their draws
+    """The training set of every arm and the result of its leak guard, from the parsed `arm.json` files with their draws
     (see `read_arms`)."""
     rows = []
     for arm, content in arms.items():
         draws = content["draws"]
         shared_cases = [case for case in content["cases"] if case["trained_on"]]
-        # Draws are of one size, but for those of a filter that kept too few.
+        # Draws have the same size, except where a filter kept too few samples.
         trained_on = shared_cases + (draws[0]["cases"] if draws else [])
         sizes = sorted({len(shared_cases) + len(draw["cases"]) for draw in draws} or {len(shared_cases)})
         sources = Counter(case["source"] + (" again" if case["name"] != case["case_id"] else "") for case in trained_on)
@@ -546,10 +560,10 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
         proofs = [content["leak_guard"], *(draw["leak_guard"] for draw in draws)]
         shared = sorted({patient for proof in proofs for patient in proof["shared_patients"]})
         made_of = ", ".join(
-            f"{count} {source}" + (f" (other ones in each of {len(draws)} replicates)" if source in drawn else "")
+            f"{count} {source}" + (f" (different ones in each of {len(draws)} replicates)" if source in drawn else "")
             for source, count in sources.items()
         )
-        guard = f"SHARED: {', '.join(shared)}" if shared else "no test patient in it"
+        guard = f"SHARED: {', '.join(shared)}" if shared else "no test patients"
         rows.append(
             [arm, " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))), made_of, str(len(patients)), guard]
         )
@@ -559,7 +573,7 @@ def show_arms(arms: dict[str, dict]) -> DisplayTable:
 
 
 def show_filter(kept: pd.DataFrame) -> DisplayTable:
-    """`sample_filter.csv` for reading."""
+    """`sample_filter.csv` for display."""
     rows = [
         [
             row["arm"], row["replicate"] or "all", str(row["judged"]), f"{100 * row['found_mean']:.0f} %",
@@ -575,7 +589,7 @@ def show_timing(timing: pd.DataFrame) -> DisplayTable:
     """Time and memory by stage."""
     stages = timing.groupby("stage", sort=False).agg(
         jobs=("job", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"), memory=("max_rss_mb", "max"),
-        device=("device", lambda told: "; ".join(dict.fromkeys(told))),
+        device=("device", lambda devices: "; ".join(dict.fromkeys(devices))),
     )  # fmt: skip
     rows = [
         [
@@ -588,7 +602,7 @@ def show_timing(timing: pd.DataFrame) -> DisplayTable:
         ]
         for stage, row in zip(stages.index, stages.itertuples(), strict=True)
     ]
-    heads = ["stage", "jobs", "time of all", "longest job", "peak memory, MB", "device"]
+    heads = ["stage", "jobs", "total time", "longest job", "peak memory, MB", "device"]
     return DisplayTable(heads, rows, [False, *[True] * 4, False])
 
 
@@ -599,7 +613,7 @@ def interval_text(row: dict, kind: str = "ci") -> str:
 
 
 def p_text(value: float, significance: float) -> str:
-    """A p with digits enough to show on which side of the level it lies."""
+    """A p with enough digits to show on which side of the level it is."""
     return "" if pd.isna(value) else format_p(value, round(significance, 12)).removeprefix("= ")
 
 

@@ -18,8 +18,8 @@ _MARKS = {PASSED: "+", FAILED: "!", NOT_MEASURED: "?"}
 
 
 def verdict_table_text(results: Path) -> str:
-    """The verdict as plain text for a terminal: the instrument check, whether the answer stands, the deciding measure
-    of each arm in a table and in sentences, also on external test sets, and where the report lies.
+    """The verdict as plain text for a terminal: the instrument check, whether the answer holds, the deciding measure
+    of each arm in a table and in sentences, also on external test sets, and the path of the report.
 
     Raises:
         InputError: the run has no verdict yet.

@@ -40,9 +40,9 @@ PANELS = ("reference CT", "layout", "synthetic CT", "synthetic − reference")
 _OUTLINED = (0, 2)
 """Panels over which the nodules' outlines can be drawn."""
 _LIMIT_BYTES = 14_000_000
-"""Of all volumes as they stand in the page; plotly takes 5 MB, and the page is to stay under 25 MB."""
+"""For all volumes as embedded in the page; plotly takes 5 MB, and the page should stay under 25 MB."""
 _ENDS = (("L", "R"), ("P", "A"), ("F", "H"))
-"""Where the first and the last slice across each voxel axis lie."""
+"""Side of the first and the last slice across each voxel axis."""
 _GAP, _BAR = 0.008, 0.055
 """Shares of a figure's width: between panels, and for the colour bar at the right."""
 _PANEL = (1 - _BAR - _GAP * (len(PANELS) - 1)) / len(PANELS)
@@ -50,7 +50,7 @@ _PANEL = (1 - _BAR - _GAP * (len(PANELS) - 1)) / len(PANELS)
 
 @dataclass(frozen=True)
 class DisplaySample:
-    """A sample to look through, and why this one."""
+    """A sample for the viewer, and why it was chosen."""
 
     generator: str
     case_id: str
@@ -59,7 +59,7 @@ class DisplaySample:
 
 
 def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
-    """Of every generator a typical sample, then of every generator one of its worst."""
+    """A typical sample of every generator, then one of the worst of every generator."""
     ranked = {
         generator: ranked_samples(results, generator, config.cohorts(generator, config.arms.largest_number()))
         for generator in config.arms.largest_doses()
@@ -75,7 +75,7 @@ def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
 
 
 def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
-    """The first sample of each generator, of those that have a reference to stand beside."""
+    """The first sample of each generator, among those that have a reference to compare with."""
     first: dict[str, DisplaySample] = {}
     for one in shown:
         if one.sample.reference is not None:
@@ -84,8 +84,8 @@ def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
 
 
 def ranked_samples(results: Path, generator: str, cohorts: Sequence[Cohort]) -> list[cases.CaseFolder]:
-    """Folders of those samples of these cohorts that can be judged by eye beside a reference, by squared error in the
-    lungs: those with the reference's own nodules, if any has, else those with a nodule.
+    """Folders of the samples of these cohorts that can be compared with a reference by eye, sorted by squared error in
+    the lungs: those with the reference's own nodules, if there are any, else those with a nodule.
 
     Without measured image quality only the first sample with a nodule.
     """
@@ -99,7 +99,7 @@ def ranked_samples(results: Path, generator: str, cohorts: Sequence[Cohort]) -> 
         quality = read_csv(path)
         mse = quality[(quality["image"] == SYNTHETIC) & (quality["metric"] == "mse")]
         mse = mse[mse["case_id"].isin(folders.index)].pivot(index="case_id", columns="region", values="value")
-        # Beside a reference whose nodules are elsewhere, a sample says little: those with its own layout come first.
+        # Next to a reference whose nodules are elsewhere, a sample shows little: those with its layout come first.
         own = mse[mse["nodules"].notna()]
         if len(ranked := (mse if own.empty else own).sort_values("lungs").index):
             return folders[ranked].tolist()
@@ -110,12 +110,12 @@ def viewer_values(shown: list[DisplaySample], limit_bytes: int = _LIMIT_BYTES) -
     """What `viewer.html.jinja` needs.
 
     Args:
-        shown: samples, the most important first; the first is always taken.
-        limit_bytes: later samples are taken as long as all volumes stay within it.
+        shown: samples, the most important first; the first is always included.
+        limit_bytes: later samples are included as long as all volumes stay within it.
 
     Returns:
         panels (HTML by plane name), labels (name and colour), data (JSON-like, what the script reads), left_out
-        (samples there was no room for); None if there is no sample.
+        (samples that did not fit); None if there is no sample.
     """
     if not shown:
         return None
@@ -175,10 +175,10 @@ def list_nodules(sample: Sample) -> list[dict[str, Any]]:
 
 
 def _pack(one: DisplaySample) -> tuple[dict[str, Any], dict[str, str]]:
-    """A sample as the page holds it: what describes it, and its volumes by the names that the description uses.
+    """A sample as embedded in the page: its description, and its volumes by the names used in the description.
 
-    Outside the lungs most generators copy the reference: the difference packs better than the synthetic CT, which
-    stands for itself only where there is no reference.
+    Outside the lungs most generators copy the reference, so the difference compresses better than the synthetic CT,
+    which is embedded only if there is no reference.
     """
     sample, who = one.sample, f"{one.generator}/{one.case_id}"
     arrays = {"layout": (f"{who}/layout", sample.layout.array.astype("u1"))}
@@ -237,7 +237,7 @@ def _panels(plane: Plane) -> str:
     hidden = {"showgrid": False, "zeroline": False, "showticklabels": False, "ticks": "", "constrain": "domain"}
     for column in range(1, len(PANELS) + 1):
         left = (column - 1) * (_PANEL + _GAP)
-        # Panels move as one with the first, which keeps a mm across as long as a mm up.
+        # All panels follow the first, which keeps one mm across as long as one mm up.
         kept, moved = ({"scaleanchor": "y"}, {}) if column == 1 else ({"matches": "x"}, {"matches": "y"})
         # Radiological convention: every picture runs against its horizontal axis.
         figure.update_xaxes(domain=[left, left + _PANEL], autorange="reversed", **kept, **hidden, row=1, col=column)

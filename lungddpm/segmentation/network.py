@@ -1,4 +1,4 @@
-"""nnU-Net's network, as the device runs it well."""
+"""nnU-Net's network, tuned for the device."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _OF_OUTPUTS = re.compile(r"\bdecoder\.seg_layers\.\d+\.(bias|weight)$")
 
 
 def suit_to_device(network: torch.nn.Module, device: torch.device) -> None:
-    """On a CPU, keep the weights with their channels last, and freed memory in the process: a fifth less time per step.
+    """On a CPU, keep the weights channels-last, and freed memory in the process: a fifth less time per step.
 
-    Outputs of the convolutions follow their weights. InstanceNorm copies them to the usual order and is as accurate as
-    there; GroupNorm would not be (see `models.denoiser`).
+    Outputs of the convolutions have the same memory format. InstanceNorm copies them to the usual order and is equally
+    accurate; GroupNorm would not be (see `models.denoiser`).
     """
     if device.type == "cpu":
         keep_freed_memory()
@@ -24,10 +24,10 @@ def suit_to_device(network: torch.nn.Module, device: torch.device) -> None:
 
 
 def start_at_prior(network: torch.nn.Module, nodule: float) -> None:
-    """Let an untrained U-Net of nnU-Net give every voxel this probability of nodule.
+    """Make an untrained nnU-Net predict this nodule probability for every voxel.
 
-    nnU-Net starts at about one half. Where nodules are one voxel in a thousand, its network then first learns to answer
-    "background" everywhere, and there the Dice loss hardly has a gradient: hundreds of steps may pass before it finds a
+    nnU-Net starts at about one half. If nodules are one voxel in a thousand, its network first learns to predict
+    "background" everywhere, where the Dice loss has almost no gradient: hundreds of steps may pass before it finds a
     nodule. The biases of the last layers set the probability (Lin et al., Focal loss for dense object detection, 2017,
     section 4.1). Their weights are centered so that they add no offset: the normalized channels that they sum share one
     mean at the start, and nnU-Net's random weights would turn it into a different probability for each seed.

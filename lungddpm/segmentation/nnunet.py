@@ -1,10 +1,10 @@
 """The only adapter to nnU-Net: plan, train and predict one arm, without its command line and global settings.
 
 <arm>/plan.json                               written last: the arm is planned and preprocessed
-<arm>/nnUNet_preprocessed/, <arm>/nnUNet_results/seed<k>/    as nnU-Net lays them out, usable with its own commands
-                                              (nnUNet_extTrainer must name the folder `trainers` beside this file)
-A replicate with a draw of its own (see `lungddpm.arms.compose`) adds the samples of that draw to the preprocessed cases
-when it is trained, and its `training.json` has its split; nnU-Net's splits_final.json has what all replicates share.
+<arm>/nnUNet_preprocessed/, <arm>/nnUNet_results/seed<k>/    in nnU-Net's layout, usable with its own commands
+                                              (nnUNet_extTrainer must point to the folder `trainers` next to this file)
+A replicate with its own draw (see `lungddpm.arms.compose`) adds the samples of that draw to the preprocessed cases
+when it is trained, and its `training.json` has its split; nnU-Net's splits_final.json has the shared cases.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ TRAINERS = Path(__file__).parent / "trainers"
 def run_plan_segmenter(config: Config, arm_dir: Path, plans_from: Path | None = None, processes: int = 1) -> None:
     """Fingerprint, plan and preprocess an arm; with `plans_from`, take fingerprint and plans from that arm.
 
-    Writes `plan.json` last; does nothing where that already describes this arm under this config.
+    Writes `plan.json` last; does nothing if that already describes this arm with this config.
 
     Args:
-        config: `segmentation.network` and `segmentation.batch_size` make nnU-Net's configuration `lungddpm`.
+        config: `segmentation.network` and `segmentation.batch_size` define nnU-Net's configuration `lungddpm`.
         arm_dir: folder of a composed arm.
         plans_from: folder of the planned arm `real`, so that all arms train the same network on the same scale.
         processes: cases preprocessed at once.
@@ -84,7 +84,7 @@ def run_plan_segmenter(config: Config, arm_dir: Path, plans_from: Path | None = 
     with exclusive_lock(arm_dir / ".lock", f"planning {arm_dir}"):
         marker = arm_dir / "plan.json"
         if marker.exists() and _read_plan(arm_dir)["fingerprint"] == state:
-            LOG.info("%s is planned and preprocessed already", arm_dir)
+            LOG.info("%s is already planned and preprocessed", arm_dir)
             return
         marker.unlink(missing_ok=True)
         preprocessed = arm_dir / "nnUNet_preprocessed" / DATASET
@@ -98,7 +98,7 @@ def run_plan_segmenter(config: Config, arm_dir: Path, plans_from: Path | None = 
 
         with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
             if plans_from is None:
-                LOG.info("nnU-Net measures and plans %s", arm_dir.name)
+                LOG.info("nnU-Net fingerprints and plans %s", arm_dir.name)
                 _plan(config, preprocessed, processes)
             else:
                 for name in ("dataset_fingerprint.json", f"{PLANS}.json"):
@@ -119,8 +119,8 @@ def small_configuration(planned: dict, transpose_forward: list[int], network: Ne
     Args:
         planned: the configuration `3d_fullres` of the plans.
         transpose_forward: the plans' order of axes, relative to (z, y, x) as SimpleITK reads them.
-        network: patch in (x, y, z) and features of each stage; None keeps what nnU-Net planned.
-        batch_size: patches an optimizer step.
+        network: patch in (x, y, z) and features of each stage; None keeps nnU-Net's plan.
+        batch_size: patches per optimizer step.
     """
     configuration = {"inherits_from": "3d_fullres", "batch_size": batch_size}
     if network is None:
@@ -145,12 +145,12 @@ def small_configuration(planned: dict, transpose_forward: list[int], network: Ne
 def run_train_segmenter(
     config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1
 ) -> None:
-    """Train one replicate of an arm for `segmentation.steps` optimizer steps, or go on where a killed run stopped.
+    """Train one replicate of an arm for `segmentation.steps` optimizer steps, or resume a killed run.
 
     The random seed depends on the run's seed, the replicate's seed and the fold, not on the arm: replicates of
-    different arms are pairs. A finished training of the same data and settings is kept. One of others is set aside
-    until this one has saved, and goes on if it is asked for again before. Changed code does not end a training:
-    `training.json` records which code took which steps.
+    different arms are pairs. A finished training with the same data and settings is kept. A different one is set
+    aside until this one has saved, and resumes if it is requested again before that. Changed code does not end a
+    training: `training.json` records which code version ran which steps.
 
     Args:
         config: the run's config.
@@ -158,12 +158,12 @@ def run_train_segmenter(
         fold: index into the arm's folds.
         seed: the replicate's seed.
         device: auto (a CUDA GPU if there is one, else the CPU), cpu, cuda (the first visible one) or mps.
-        processes: data loaders beside the training process on a GPU. On a CPU batches are made in the training
-            process, which makes runs repeatable bit by bit.
+        processes: data loader processes on a GPU. On a CPU batches are made in the training process, which makes runs
+            bit-identical.
 
     Raises:
         ConfigError: no such device.
-        InputError: the arm is not planned as it is now, has no such fold, or lacks the replicate's draw.
+        InputError: the arm is not planned in its present form, has no such fold, or lacks the replicate's draw.
     """
     chosen = _select_device(device)
     settings = _training_settings(config, arm_dir, fold, seed)
@@ -171,7 +171,7 @@ def run_train_segmenter(
     what = f"{arm_dir.name} fold {fold} seed {seed}"
     with exclusive_lock(results_folder(arm_dir, seed) / f".lock_fold{fold}", f"training {what}"):
         if _is_trained(folder, settings):
-            LOG.info("%s is trained already", what)
+            LOG.info("%s is already trained", what)
             return
         aside = folder.with_name(f".{folder.name}-of-other-settings")
         _make_way(folder, aside, settings, what)
@@ -206,11 +206,11 @@ def run_predict(
         cases_table: table of the real cases, with roles.
         output: folder for the masks.
         device: as for `run_train_segmenter`.
-        processes: threads that nnU-Net may use at most.
+        processes: maximum number of threads of nnU-Net.
 
     Raises:
         ConfigError: no such device.
-        InputError: the replicate is not trained, or not on this arm and with this config as they are now.
+        InputError: the replicate is not trained on the present arm with the present config.
     """
     cases = usable(read_cases(cases_table), TEST)
     what = f"segmenting test cases, {arm_dir.name} fold {fold} seed {seed}"
@@ -229,7 +229,7 @@ def run_predict(
 
 
 class Segmenter:
-    """A trained replicate, ready to segment one CT after the other."""
+    """A trained replicate, ready to segment CTs."""
 
     def __init__(self, predictor: nnUNetPredictor, reader: BaseReaderWriter):
         self._predictor, self._reader = predictor, reader
@@ -241,10 +241,10 @@ class Segmenter:
         return _on_grid_of(ct, mask, np.uint8)
 
     def mask_and_probability(self, ct: Path) -> tuple[Volume, Volume]:
-        """The same, and the probability of nodule: uint16, 65535 times the probability."""
+        """The nodules, and their probability: uint16, 65535 times the probability."""
         image, properties = self._reader.read_images([str(ct)])
         mask, probabilities = self._predictor.predict_single_npy_array(image, properties, None, None, True)
-        # Channel 1 is the nodule. In 8 bits the surest candidates, those that a FROC ranks first, would all be 255.
+        # Channel 1 is the nodule. In 8 bits the most confident candidates, which a FROC ranks first, would all be 255.
         return _on_grid_of(ct, mask, np.uint8), _on_grid_of(ct, np.rint(65535 * probabilities[1]), np.uint16)
 
 
@@ -257,7 +257,7 @@ def _on_grid_of(ct: Path, array_zyx: np.ndarray, kind: type[np.generic]) -> Volu
 def open_segmenter(
     config: Config, arm_dir: Path, fold: int, seed: int, device: str = "auto", processes: int = 1
 ) -> Iterator[Segmenter]:
-    """A trained replicate of an arm, loaded once for all that is segmented within the block.
+    """A trained replicate of an arm, loaded once for all segmentations within the block.
 
     Mirrored copies are averaged on a GPU only (8 times the work).
 
@@ -267,57 +267,57 @@ def open_segmenter(
         fold: fold of the replicate.
         seed: seed of the replicate.
         device: as for `run_train_segmenter`.
-        processes: threads that nnU-Net may use at most.
+        processes: maximum number of threads of nnU-Net.
 
     Raises:
         ConfigError: no such device.
-        InputError: the replicate is not trained, or not on this arm and with this config as they are now.
+        InputError: the replicate is not trained on the present arm with the present config.
     """
     chosen = _select_device(device)
     folder = fold_folder(arm_dir, fold, seed)
     if not _is_trained(folder, _training_settings(config, arm_dir, fold, seed)):
         raise InputError(
-            folder, "holds no finished training of this arm with this config", "Run 'lungddpm segment train' first."
+            folder, "has no finished training of this arm with this config", "Run 'lungddpm segment train' first."
         )
     with _environment(arm_dir, processes, seed), _quiet(folder / "console.log"):
         yield Segmenter(*_predictor(arm_dir, folder, chosen))
 
 
 def results_folder(arm_dir: Path, seed: int | str) -> Path:
-    """The folder that nnU-Net is told to be `nnUNet_results` for one seed."""
+    """The folder passed to nnU-Net as `nnUNet_results` for one seed."""
     return arm_dir / "nnUNet_results" / f"seed{seed}"
 
 
 def fold_folder(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
-    """Where nnU-Net keeps the checkpoints of one replicate."""
+    """nnU-Net's folder for the checkpoints of one replicate."""
     return results_folder(arm_dir, seed) / DATASET / f"{TRAINER}__{PLANS}__{CONFIGURATION}" / f"fold_{fold}"
 
 
 def weights_file(arm_dir: Path, fold: int | str, seed: int | str) -> Path:
-    """What nnU-Net writes at the end of a replicate's training; fold and seed may be wildcards of a rule."""
+    """The file that nnU-Net writes at the end of a replicate's training; fold and seed may be wildcards of a rule."""
     return fold_folder(arm_dir, fold, seed) / _FINAL
 
 
 def segmenter_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> list[tuple[int, float, float]]:
     """Optimizer step, mean training loss (nnU-Net's: cross-entropy minus soft Dice) and Dice of the validation patches
-    (NaN where they hold no nodule) at every saved state of a replicate, from nnU-Net's logs; empty where there are
+    (NaN if they have no nodule) at every saved state of a replicate, from nnU-Net's logs; empty if there are
     none."""
     logged = {}
     for log in sorted(fold_folder(arm_dir, fold, seed).glob("training_log_*.txt")):
-        # A resumed training repeats what it had not saved.
+        # A resumed training repeats the steps that it had not saved.
         for epoch, loss, dice in _LOGGED_EPOCH.findall(log.read_text(encoding="utf-8")):
             logged[int(epoch)] = float(loss), float(dice)
     return [((epoch + 1) * save_every, *values) for epoch, values in sorted(logged.items())]
 
 
 def _select_device(device: str) -> torch.device:
-    """See `core.torch_device.select_device`; refuses GPUs that nnU-Net would not take: it trains on the first one."""
+    """See `core.torch_device.select_device`; rejects GPUs other than the first, which nnU-Net always uses."""
     from lungddpm.core.torch_device import device_name, select_device
 
     chosen = select_device(device)
     if chosen.index:
         raise ConfigError(
-            "device", "nnU-Net takes the first visible GPU only", f"Use cuda, with CUDA_VISIBLE_DEVICES={chosen.index}."
+            "device", "nnU-Net only uses the first visible GPU", f"Use cuda, with CUDA_VISIBLE_DEVICES={chosen.index}."
         )
     log_device(str(chosen), device_name(chosen))
     return chosen
@@ -351,7 +351,7 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
         preprocessor.show_progress_bar = False
         preprocessor.run(DATASET, CONFIGURATION, PLANS, processes)
         return
-    # nnU-Net's own loop starts a process even for one: seconds for each arm.
+    # nnU-Net's own loop always starts a process, which takes seconds per arm.
     dataset_json = read_json(preprocessed / "dataset.json")
     target = preprocessed / configuration.data_identifier
     target.mkdir()
@@ -365,9 +365,9 @@ def _preprocess(raw: Path, preprocessed: Path, processes: int) -> None:
 
 
 def _preprocess_draw(arm_dir: Path, draw: dict[str, Any]) -> None:
-    """Preprocess the samples of one replicate's draw beside the cases that all replicates share.
+    """Preprocess the samples of one replicate's draw, next to the cases that all replicates share.
 
-    Always: samples that were made again have the names of the former ones.
+    Always: samples that were made again have the same names as before.
     """
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
@@ -379,7 +379,7 @@ def _preprocess_draw(arm_dir: Path, draw: dict[str, Any]) -> None:
     raw = draw_record(arm_dir, draw["replicate"]).parent
     with Progress(f"preprocessing the draw of {draw['replicate']}", len(draw["cases"])) as progress:
         for case in draw["cases"]:
-            for ending in (".b2nd", "_seg.b2nd", ".pkl"):  # of a killed training: blosc2 refuses to write over a file
+            for ending in (".b2nd", "_seg.b2nd", ".pkl"):  # of a killed training: blosc2 does not overwrite files
                 (target / f"{case['name']}{ending}").unlink(missing_ok=True)
             image, label = (str(raw / file) for file in image_and_label(case["name"]))
             preprocessor.run_case_save(str(target / case["name"]), [image], label, plans, configuration, dataset_json)
@@ -387,12 +387,12 @@ def _preprocess_draw(arm_dir: Path, draw: dict[str, Any]) -> None:
 
 
 def _make_way(folder: Path, aside: Path, settings: dict, what: str) -> None:
-    """Set a training of other data or settings aside until the new one has saved, or take back the one that is wanted.
+    """Set a training with other data or settings aside until the new one has saved, or restore the wanted one.
 
     Args:
         folder: of the training.
-        aside: where one of other settings lies meanwhile.
-        settings: of the training that is wanted.
+        aside: temporary place of one with other settings.
+        settings: of the wanted training.
         what: its name, for messages.
     """
     before = _settings_of(folder)
@@ -434,7 +434,7 @@ def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch
     )
     if latest is not None:
         trainer.load_checkpoint(str(latest))
-        LOG.info("%s goes on after epoch %d of %d", what, trainer.current_epoch, trainer.num_epochs)
+        LOG.info("%s resumes after epoch %d of %d", what, trainer.current_epoch, trainer.num_epochs)
     steps = trainer.num_iterations_per_epoch
     code = stage_fingerprint("train_segmenter")
     held = code_of_steps(before, trainer.current_epoch * steps, code, "delete its folder fold_<number>")
@@ -448,13 +448,13 @@ def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch
 
 @contextlib.contextmanager
 def _sigterm_as_exit(what: str) -> Iterator[None]:
-    """Within the block SIGTERM, which clusters send before the time limit, ends the process in order, loaders too.
+    """Within the block SIGTERM, which clusters send before the time limit, ends the process and its loaders cleanly.
 
-    nnU-Net saves in hundreds of steps, which may take longer than a cluster waits: what is not saved is done again.
+    nnU-Net saves every few hundred steps, which may take longer than a cluster waits: unsaved steps are repeated.
     """
 
     def end(*_: object) -> None:
-        LOG.warning("%s: asked to stop (SIGTERM): the same command goes on from the last saved state", what)
+        LOG.warning("%s: stopped by SIGTERM: the same command resumes from the last saved state", what)
         raise SystemExit(128 + signal.SIGTERM)
 
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
@@ -468,24 +468,24 @@ def _sigterm_as_exit(what: str) -> Iterator[None]:
 
 
 def _latest_state(folder: Path) -> Path | None:
-    """The last saved state of a training under way; None where there is none, or a damaged one, which is removed."""
+    """The last saved state of a training under way; None if there is none, or a damaged one, which is removed."""
     path = folder / "checkpoint_latest.pth"
     if not path.exists():
         return None
     try:
         _read_checkpoint(path)
     except InputError as error:
-        LOG.warning("%s: %s: training again from the start", path, error.problem)
+        LOG.warning("%s: %s: training restarts", path, error.problem)
         path.unlink()
         return None
     return path
 
 
 def _read_checkpoint(path: Path) -> dict:
-    """A checkpoint on the CPU. nnU-Net, which goes on from it by its path, would run code in it: here that is refused.
+    """A checkpoint on the CPU. nnU-Net, which resumes from its path, would run code in it: that is rejected here.
 
     Raises:
-        InputError: it is missing, cut short or otherwise damaged, or holds code.
+        InputError: it is missing, truncated or otherwise damaged, or contains code.
     """
     from lungddpm.core.torch_files import load_checked
 
@@ -537,10 +537,10 @@ def _read_arm(arm_dir: Path) -> dict[str, Any]:
 
 
 def _read_draw(config: Config, arm_dir: Path, fold: int, seed: int) -> dict[str, Any]:
-    """What a replicate alone trains on; empty where it shares all its cases.
+    """The training cases of one replicate only; empty if it shares all its cases.
 
     Raises:
-        InputError: the draw was not composed, or for the arm as it was.
+        InputError: the draw was not composed, or for an earlier form of the arm.
     """
     arm = _read_arm(arm_dir)
     if not arm["own_draws"]:
@@ -550,7 +550,7 @@ def _read_draw(config: Config, arm_dir: Path, fold: int, seed: int) -> dict[str,
     path = draw_record(arm_dir, replicate)
     draw = read_json(path, remedy)
     if draw["arm_fingerprint"] != arm["fingerprint"]:
-        raise InputError(path, "was composed for the arm as it was before", remedy)
+        raise InputError(path, "was composed for an earlier form of the arm", remedy)
     return draw
 
 
@@ -559,9 +559,9 @@ def _read_plan(arm_dir: Path) -> dict[str, Any]:
 
 
 def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> dict:
-    """All that decides a replicate's weights, with a fingerprint; what `LungDDPMTrainer` reads.
+    """Everything that determines a replicate's weights, with a fingerprint; read by `LungDDPMTrainer`.
 
-    Of an arm's cases, only those that this replicate trains on and is validated on count.
+    Of an arm's cases, only those used by this replicate for training and validation count.
 
     Raises:
         InputError: the arm is not planned, was composed again since, has no such fold, or lacks the replicate's draw.
@@ -570,7 +570,7 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
     if plan["arm_fingerprint"] != arm["fingerprint"]:
         raise InputError(arm_dir, "was composed again after it was planned", "Run 'lungddpm segment plan' again.")
     if fold >= (n_folds := len(arm["folds"])):
-        raise InputError(arm_dir, f"has {n_folds} folds, counted from 0, but not fold {fold}", "Train one of them.")
+        raise InputError(arm_dir, f"has {n_folds} folds, from 0, but not fold {fold}", "Train one of them.")
     options = config.segmentation
     drawn = _read_draw(config, arm_dir, fold, seed).get("cases", [])
     split = {"train": arm["folds"][fold]["train"] + [case["name"] for case in drawn], "val": arm["folds"][fold]["val"]}
@@ -584,7 +584,7 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
         "seed": seed_from(config.seed, seed, fold),
         "split": split,
         "cases": fingerprint([[hashes[name] for name in names] for names in split.values()]),
-        # Not the code that planned: a training under way survives its change.
+        # Not the code of planning: a training under way survives its change.
         "plan": {key: plan[key] for key in ("plans_sha256", "nnunetv2")},
     }
     return settings | {"fingerprint": fingerprint(settings)}
@@ -595,14 +595,14 @@ def _is_trained(folder: Path, settings: dict) -> bool:
 
 
 def _settings_of(folder: Path) -> dict:
-    """The settings of the training in a fold's folder; empty where there is none."""
+    """The settings of the training in a fold's folder; empty if there is none."""
     path = folder / "training.json"
     return read_json(path) if path.exists() else {}
 
 
 @contextlib.contextmanager
 def _environment(arm_dir: Path, processes: int, seed: int | None = None, loaders: int = 1) -> Iterator[None]:
-    """nnU-Net's environment variables for one arm (and seed), set before its modules are loaded and then put back."""
+    """nnU-Net's environment variables for one arm (and seed), set before its modules are loaded and then restored."""
     arm_dir = arm_dir.resolve()
     values = {
         "nnUNet_raw": arm_dir / "nnUNet_raw",
@@ -614,7 +614,7 @@ def _environment(arm_dir: Path, processes: int, seed: int | None = None, loaders
         "nnUNet_compile": "f",
     }
     before = {name: os.environ.get(name) for name in values}
-    # Compiling needs a C compiler on the machine and is not repeatable: only who sets the variable gets it.
+    # Compiling needs a C compiler and is not reproducible, so it is only on if the user sets the variable.
     values["nnUNet_compile"] = before["nnUNet_compile"] or values["nnUNet_compile"]
     os.environ.update({name: str(value) for name, value in values.items()})
     try:
@@ -629,20 +629,20 @@ def _environment(arm_dir: Path, processes: int, seed: int | None = None, loaders
 
 @contextlib.contextmanager
 def _quiet(log_file: Path) -> Iterator[None]:
-    """Send what nnU-Net prints to a file instead of the terminal."""
+    """Redirect nnU-Net's output from the terminal to a file."""
     log_file.parent.mkdir(parents=True, exist_ok=True)
     with log_file.open("a", encoding="utf-8") as log, contextlib.redirect_stdout(_ShortenedPaths(log)):
         yield
 
 
 class _ShortenedPaths(io.TextIOBase):
-    """A text file that is told no absolute paths (see `shorten_paths`)."""
+    """A text file without absolute paths (see `shorten_paths`)."""
 
     def __init__(self, file: TextIO):
         self._file = file
 
     def write(self, text: str) -> int:
-        """Write at once: a killed run leaves all that was printed."""
+        """Write immediately, so that a killed run leaves its complete output."""
         self._file.write(shorten_paths(text))
         self._file.flush()
         return len(text)

@@ -1,4 +1,4 @@
-"""nnU-Net's predictor, as a CPU runs it well. Importing this loads torch and nnU-Net."""
+"""nnU-Net's predictor, tuned for CPUs. Importing this loads torch and nnU-Net."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _TILES = 4
 class CpuPredictor(nnUNetPredictor):
     """nnU-Net's predictor with several tiles per forward pass, and logits summed in float32 instead of float16.
 
-    With a batch of one, torch leaves oneDNN for most of a small network's 3D convolutions (`use_mkldnn` in its
+    With a batch of one, torch does not use oneDNN for most of a small network's 3D convolutions (`use_mkldnn` in its
     Convolution.cpp) and takes five times as long.
     """
 
@@ -24,7 +24,7 @@ class CpuPredictor(nnUNetPredictor):
         Args:
             data: (channels, z, y, x), at least as large as a tile.
             slicers: one per tile.
-            do_on_device: not used; all of it is on the CPU.
+            do_on_device: not used; everything is on the CPU.
 
         Returns:
             (classes, z, y, x) float32.
@@ -35,7 +35,7 @@ class CpuPredictor(nnUNetPredictor):
         weights = torch.zeros(data.shape[1:])
         for start in range(0, len(slicers), _TILES):
             places = slicers[start : start + _TILES]
-            # A last tile without another goes with a copy of itself.
+            # A last single tile is paired with a copy of itself.
             tiles = torch.stack([data[place] for place in (places if len(places) > 1 else places * 2)])
             for place, predicted in zip(places, self._internal_maybe_mirror_and_predict(tiles), strict=False):
                 logits[place] += predicted * gaussian

@@ -1,30 +1,28 @@
-"""Sources: where scans come from. Each module or package here is one, but for `index`, which lists what they find.
+"""Sources of scans. Each module or package here is one, except `index`, which lists what they find.
 
 A module declares:
 
-TITLE: str                    what it is, in a few words
+TITLE: str                    short description
 CITATION: str                 the work to cite
 find_series(path, cache) -> list[Series]
-                              reads headers only; nothing is dropped, excluded series carry a reason
+                              reads headers only; nothing is dropped, excluded series have a reason
 load_scan(path, case) -> Scan
                               reads one series of the index in full
 
-and where it applies:
+and, if applicable:
 
 Settings                      its keys in `source.<name>` of the config: a subclass of `Section`. Unless the source
-                              simulates, they say how scans are read: `find_series` and `load_scan` get them as a third
-                              argument. A property `caveat` is a sentence that the report shows: what a reader of it
-                              has to know of the labels
-size(settings) -> Size        how many scans it has, for `lungddpm plan`; `settings` is None without `Settings`
+                              simulates, they control how scans are read: `find_series` and `load_scan` get them as a
+                              third argument. A property `caveat` is a sentence about the labels that is shown in the
+                              report
+size(settings) -> Size        number of scans, for `lungddpm plan`; `settings` is None without `Settings`
 simulate(settings, seed, output, threads)
-                              writes its cohort into a folder, from which `find_series` reads it, on so many cores, the
-                              same files whatever their number. Such a source needs
-                              `Settings`, and `size` is exact, but it needs no `source.path`; the report says that its
-                              patients are not real
+                              writes its cohort into a folder, from which `find_series` reads it, on `threads` cores,
+                              the same files for any number of cores. Such a source needs `Settings`, and `size` is
+                              exact, but no `source.path`; the report states that its patients are simulated
 
-A module imports heavy libraries inside its functions only: light
-commands import it to read what it declares. It imports no other part of the configuration than
-`lungddpm.config.sections`.
+A module imports heavy libraries only inside its functions, because light commands import it for its declarations. Of
+the configuration it imports only `lungddpm.config.sections`.
 """
 
 from __future__ import annotations
@@ -44,12 +42,12 @@ from lungddpm.core.volume import Volume
 
 _REQUIRED = ("TITLE", "CITATION", "find_series", "load_scan")
 _NO_SOURCES = {"index"}
-"""What else lies in this folder."""
+"""Other modules in this folder."""
 
 
 @dataclass(frozen=True)
 class Series:
-    """One CT series as its headers describe it: a row of the index."""
+    """One CT series as described by its headers: a row of the index."""
 
     case_id: str
     patient_id: str
@@ -57,13 +55,13 @@ class Series:
     size: tuple[int, int, int] = (0, 0, 0)
     spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     n_nodules: int | None = 0
-    """None: only the labels themselves would show it."""
+    """None: unknown before the labels are read."""
     path: str = ""
     annotations: tuple[str, ...] = ()
     excluded: str = ""
     """Why the series cannot be used; empty if it can."""
     notes: tuple[str, ...] = ()
-    """What a user should know about how it is read, a clause each."""
+    """Remarks for the user on how it is read, a clause each."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +87,13 @@ class Region:
 
 @dataclass(frozen=True)
 class Annotation:
-    """What one reader drew for one nodule of at least 3 mm."""
+    """The outlines of one reader for one nodule of at least 3 mm."""
 
     reader: int
     contours: tuple[Contour, ...]
     characteristics: dict[str, int] = field(default_factory=dict)
     region: Region | None = None
-    """The voxels of the nodule where these are what is stored; the contours are then derived from them."""
+    """The voxels of the nodule, if these are stored; the contours are then derived from them."""
 
 
 @dataclass(frozen=True)
@@ -109,27 +107,27 @@ class Scan:
     labels: np.ndarray | None = None
     """Ready labels instead of contours, same shape: 1 lung, 2 nodule, 3 vessel."""
     slice_thickness_mm: float | None = None
-    """Thickness of a slice where the headers give it; it can differ from the distance between slices."""
+    """Thickness of a slice, if the headers give it; it can differ from the distance between slices."""
     files: tuple[Path, ...] = ()
     """Every file that was read, for provenance."""
     notes: tuple[str, ...] = ()
-    """What a user should know about how it was read, a clause each; `case.json` keeps them in `qc.notes`."""
+    """Remarks for the user on how it was read, a clause each; stored in `qc.notes` of `case.json`."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How many scans a source has, before any is read."""
+    """Number of scans of a source, before any is read."""
 
     scans: int
     voxels: float
     """Of one scan, on average."""
     origin: str
-    """How this is known, as a clause."""
+    """Source of this information, as a clause."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """What a module in this folder declares; see the top of this file."""
+    """The declaration of a module in this folder; see the top of this file."""
 
     name: str
     """Of the module."""
@@ -148,18 +146,18 @@ def names() -> list[str]:
 
 
 def source_of(kind: str) -> Source:
-    """What a source declares.
+    """The declaration of a source.
 
     Raises:
         ConfigError: there is no such source, or its module lacks a declaration.
     """
     if kind not in names():
-        raise ConfigError("source.kind", f"there is no source '{kind}'", f"Known are {', '.join(names())}.")
+        raise ConfigError("source.kind", f"there is no source '{kind}'", f"Available: {', '.join(names())}.")
     module = importlib.import_module(f"{__name__}.{kind}")
     required = (*_REQUIRED, "Settings", "size") if hasattr(module, "simulate") else _REQUIRED
     if missing := [name for name in required if not hasattr(module, name)]:
         remedy = "See docs/how-to/add-a-generator-or-source.md."
-        raise ConfigError(module.__file__ or kind, f"declares no {', no '.join(missing)}", remedy)
+        raise ConfigError(module.__file__ or kind, f"does not declare {', '.join(missing)}", remedy)
     return Source(
         name=kind,
         title=module.TITLE,

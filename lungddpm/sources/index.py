@@ -1,4 +1,4 @@
-"""From a source's folder to the index: one row per series, and what its headers said, cached."""
+"""From a source's folder to the index: one row per series, with a cache of the headers."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ if TYPE_CHECKING:
 
 INDEX_COLUMNS = [*cases.COLUMNS, "annotations", "notes"]
 """The index is a case table before any voxel is read: `path` and `annotations` (a JSON list) are relative to the
-source's folder, sizes and spacings are the scan's own, `n_nodules` counts what readers marked, if that is known.
-`notes` (a JSON list) holds what a user should know about a series that can be used."""
+source's folder, sizes and spacings are the scan's own, `n_nodules` counts the readers' marks, if known.
+`notes` (a JSON list) has remarks on a usable series."""
 LONGEST_NAME = 64
 """Characters of a case id before what distinguishes it from an equal one; no DICOM identifier may have more."""
 
 
 class Cache:
-    """What was read from files, for as long as their names, sizes and times stay what they were.
+    """Values read from files, valid as long as the files' names, sizes and times do not change.
 
-    In its file: JSON of the code that has read, and for every key the state of its files and what they said. A cache
-    that other code has written, or that cannot be read, counts as empty.
+    Stored as JSON: the fingerprint of the reading code, and for every key the state of its files and the value. A cache
+    written by other code, or unreadable, counts as empty.
 
     Args:
-        path: file of the cache; None keeps nothing beyond this run.
+        path: file of the cache; None: nothing is kept beyond this run.
         kind: source that it belongs to.
     """
 
@@ -50,15 +50,15 @@ class Cache:
     def recall(
         self, key: str, files: Iterable[Path], read: Callable[[], Any], keep: Callable[[Any], bool] = lambda value: True
     ) -> Any:
-        """What `read()` gave when these files were last read, or gives now if one of them has changed since.
+        """The cached value of `read()`, or a new one if a file has changed since.
 
         Args:
-            key: names the entry; one that no call names any more is forgotten.
-            files: all that `read` looks at.
-            read: gives a JSON value without tuples; what it raises is passed on, and not kept.
-            keep: whether a value is kept; those with errors are better read again.
+            key: names the entry; entries that no call uses any more are dropped.
+            files: all files that `read` depends on.
+            read: returns a JSON value without tuples; exceptions are passed on and not cached.
+            keep: whether to cache a value; those with errors should be read again.
         """
-        # Before reading: a file that changes meanwhile has another state the next time.
+        # Before reading: a file that changes meanwhile will have another state next time.
         state = _state(files)
         known = self._before.get(key)
         if known is not None and known[0] == state:
@@ -83,17 +83,18 @@ class Cache:
 
 
 def case_ids(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
-    """Distinct names that are safe for folders, in the order given; the second of equal names gets `_2`, and so on.
+    """Distinct names that are safe for folders, in the order given; the second of two equal names gets `_2`, and so
+    on.
 
     Args:
-        names: of cases, whatever they consist of.
-        others: case ids that are given already.
+        names: of cases, with any characters.
+        others: case ids that are taken already.
     """
     given: list[str] = []
     taken: dict[str, int] = {name.casefold(): 1 for name in others}
     for name in names:
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:LONGEST_NAME] or "unnamed"
-        # Tables and the cache lie in the folder of the cases.
+        # Tables and the cache are in the folder of the cases.
         candidate = safe = re.sub(r"(?i)\.(tsv|json)$", r"_\1", safe)
         # Case-insensitive file systems would put "a" and "A" into one folder.
         while candidate.casefold() in taken:
@@ -105,7 +106,7 @@ def case_ids(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
 
 
 def reason_of(error: InputError, top: Path) -> str:
-    """An error as tables show it: in one line, files relative to the data set."""
+    """An error for tables: in one line, with paths relative to the data set."""
     message = str(error)
     for root in (top, top.resolve()):
         message = message.replace(printable(f"{root}/"), "")
@@ -114,39 +115,40 @@ def reason_of(error: InputError, top: Path) -> str:
 
 def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
     """All files that are not hidden, and the reason for each folder that cannot be listed."""
-    files, seen, faults = [], set(), {}
+    files, seen, problems = [], set(), {}
 
     def note(error: OSError) -> None:
         folder = Path(error.filename)
-        fault = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its rights.")
-        faults[folder.relative_to(top).as_posix()] = reason_of(fault, top)
+        problem = InputError(folder, f"cannot be listed ({error.strerror})", "Check the folder and its permissions.")
+        problems[folder.relative_to(top).as_posix()] = reason_of(problem, top)
 
     for folder, subfolders, names in os.walk(top, onerror=note, followlinks=True):
-        # Links to folders are common where only a part of the data set is used; a link upwards must not loop.
+        # Links to folders are common if only part of a data set is used; a link upwards must not loop.
         if (real := os.path.realpath(folder)) in seen:
             subfolders.clear()
             continue
         seen.add(real)
-        # Hidden folders hold snapshots, hidden files what macOS adds: copies of what is read elsewhere, or no data.
+        # Hidden folders are snapshots, hidden files are from macOS: copies of other files, or not data.
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         files += [Path(folder, name) for name in sorted(names) if not name.startswith(".")]
-    return files, faults
+    return files, problems
 
 
 def relative_name(path: Path, top: Path) -> str:
-    """A path as tables and caches have it."""
+    """A path as stored in tables and caches."""
     return path.relative_to(top).as_posix()
 
 
 def check_folder(path: Path, key: str = "source") -> None:
-    """Make sure that the data set's folder is there.
+    """Check that the folder of the data set exists.
 
     Args:
         path: of the folder.
         key: of the data set in the config, for messages.
 
     Raises:
-        InputError: it is not; the message has the whole path, as a relative one starts in the working directory.
+        InputError: it does not; the message has the absolute path, because relative ones depend on the working
+            directory.
     """
     if not path.is_dir():
         remedy = f"Set {key}.path to the folder of the data set; a relative path starts in the working directory."
@@ -161,23 +163,23 @@ def index_source(
     Args:
         kind: module of the source.
         path: folder of the data set.
-        cache: file that remembers what the headers said, so that only what has changed is read the next time.
-        reading: settings by which the source reads, `config.source.reading()`.
+        cache: file that caches the headers, so that only changes are read the next time.
+        reading: settings for reading the source, `config.source.reading()`.
         key: of the data set in the config, for messages.
 
     Raises:
-        InputError: the folder is missing, or holds no series at all.
+        InputError: the folder is missing or has no series.
     """
     check_folder(path, key)
     remembered = Cache(cache, kind)
     found = source_of(kind).find_series(path, remembered, *reading)
     remembered.save()
     if not found:
-        problem = f"holds no CT series that the source '{kind}' can read"
+        problem = f"has no CT series that the source '{kind}' can read"
         raise InputError(path.absolute(), problem, f"Check {key}.path and {key}.kind.")
     rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
     which = "" if key == "source" else f"{key}: "
-    LOG.info("%s%d of %d series can be used", which, sum(row["status"] == "ok" for row in rows), len(rows))
+    LOG.info("%s%d of %d series are usable", which, sum(row["status"] == "ok" for row in rows), len(rows))
     cases.log_excluded(rows)
     return rows
 
@@ -234,7 +236,8 @@ def read_index(path: Path) -> pd.DataFrame:
 
 
 def write_index(path: Path, index: list[dict]) -> None:
-    """Write the index as a tab-separated table, atomically. Without pandas, which takes longer than ten headers."""
+    """Write the index as a tab-separated table, atomically. Without pandas, whose import takes longer than ten
+    headers."""
     with (
         atomic_path(path) as temporary,
         temporary.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
@@ -245,12 +248,12 @@ def write_index(path: Path, index: list[dict]) -> None:
 
 
 def _with_its_bytes(path: str) -> str:
-    """A path of a table as the file system knows it: `printable` undone."""
+    """A path from a table in file system form: the inverse of `printable`."""
     return re.sub(r"\\u(dc[89a-f][0-9a-f])", lambda escape: chr(int(escape[1], 16)), path)
 
 
 def _state(files: Iterable[Path]) -> str:
-    """A hash that changes with every file that comes, goes or is written; one that cannot be read has a state too."""
+    """A hash that changes when a file is added, removed or written; unreadable files have a state, too."""
     states: list[list[str | int]] = []
     for file in files:
         try:
@@ -258,7 +261,7 @@ def _state(files: Iterable[Path]) -> str:
         except OSError:
             states.append([file.name])
         else:
-            # The change time tells files apart that were replaced by others of the same size and date.
+            # The change time detects files replaced by others of the same size and date.
             states.append([file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns])
     return fingerprint(states)
 

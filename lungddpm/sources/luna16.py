@@ -1,7 +1,7 @@
-"""LUNA16: 888 CT of LIDC-IDRI as MetaImage, subset0/ to subset9/, each file called by its series.
+"""LUNA16: 888 CT of LIDC-IDRI as MetaImage, subset0/ to subset9/, each file named after its series.
 
-Nodules are what LIDC-IDRI's readers outlined: XML files anywhere below the folder, found by the series that they name.
-Without them, and on request only, they are spheres from `annotations.csv`. Setio et al., Medical Image Analysis
+Nodules are the outlines of LIDC-IDRI's readers: XML files anywhere below the folder, matched by the series that they
+name. Without them, and only on request, they are spheres from `annotations.csv`. Setio et al., Medical Image Analysis
 42:1-13, 2017, doi 10.1016/j.media.2017.06.015.
 """
 
@@ -40,25 +40,25 @@ TABLE = "annotations.csv"
 _COLUMNS = ("seriesuid", "coordX", "coordY", "coordZ", "diameter_mm")
 _SUFFIXES = (".mhd", ".mha")
 _LUNGS = "seg-lungs"
-"""Folders whose names begin so hold LUNA16's lung masks, under the names of the images."""
+"""Folders with this prefix have LUNA16's lung masks, under the names of the images."""
 _LARGEST_MM = 1e6
 _KEY = "source.luna16.nodules"
 SPHERES = f"nodules are spheres of the diameters in {TABLE}, not readers' outlines"
 
 
 class Settings(Section):
-    """How LUNA16 is read. Used when `source.kind` is `luna16`."""
+    """Reading of LUNA16. Used when `source.kind` is `luna16`."""
 
     nodules: Literal["readers", "spheres"] = "readers"
-    """`readers`: LIDC-IDRI's XML, which has to be below `source.path` as well. `spheres`: as large as
-    annotations.csv says, and where it says; they have no reader, and no shape."""
+    """`readers`: LIDC-IDRI's XML, which must be below `source.path` as well. `spheres`: spheres with the positions and
+    diameters of annotations.csv, without readers and shape."""
     patient_table: Annotated[str | None, AfterValidator(check_table)] = None
-    """A table with the columns `file` (the series) and `patient` in the folder of the data set. null: each scan is a
-    patient of its own, though LIDC-IDRI has patients with two scans."""
+    """A table with the columns `file` (the series) and `patient` in the folder of the data set. null: each scan counts
+    as a separate patient, although LIDC-IDRI has patients with two scans."""
 
     @property
     def caveat(self) -> str:
-        """What the report says of the nodules."""
+        """The caveat about the nodules in the report."""
         return f"The {SPHERES}." if self.nodules == "spheres" else ""
 
 
@@ -77,18 +77,18 @@ class Sphere:
 def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> list[Series]:
     """One series per image, from the headers of the images and the readers' XML, or from `annotations.csv`.
 
-    XML of series that are not here, and of chest radiographs, is no reason for a row: LUNA16 is a part of LIDC-IDRI.
+    XML of other series and of chest radiographs has no row: LUNA16 is a subset of LIDC-IDRI.
 
     Raises:
-        InputError: `annotations.csv` or the table of patients is needed, and missing or broken.
+        InputError: `annotations.csv` or the table of patients is needed, but missing or invalid.
     """
-    files, faults = files_below(path)
+    files, problems = files_below(path)
     patient_of = patient_finder(path, Images(patient_table=settings.patient_table))
     images: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if suffix_of(file.name) in _SUFFIXES and not _is_mask(file, path):
             images[stem_of(file.name)].append(file)
-    found = [Series("", "", "", path=name, excluded=reason) for name, reason in faults.items()]
+    found = [Series("", "", "", path=name, excluded=reason) for name, reason in problems.items()]
     with Progress("headers of images", total=len(images)) as progress:
         for copies in images.values():
             found.append(_described(path, cache, copies, patient_of))
@@ -100,16 +100,16 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
 
 
 def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Scan:
-    """Read one scan of the index in full, in the order in which its voxels are stored, as outlines count in that.
+    """Read one scan of the index in full, in its stored voxel order, which the outlines refer to.
 
     Args:
         path: folder of the data set.
         case: row of the index; `path`, `series_uid` and `annotations` are used.
-        settings: where nodules are from.
+        settings: source of the nodules.
 
     Raises:
-        ExcludedCaseError: an unreadable file, or outlines that do not fit the image.
-        InputError: `annotations.csv` is broken.
+        ExcludedCaseError: an unreadable file, or outlines that do not match the image.
+        InputError: `annotations.csv` is invalid.
     """
     image = path / case["path"]
     annotated = [path / name for name in json.loads(case["annotations"])]
@@ -120,7 +120,7 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     array = stored.array
     if array.dtype.kind == "f":
         if not np.isfinite(array).all():
-            raise ExcludedCaseError(image, "holds NaN or infinity", "Copy it again.")
+            raise ExcludedCaseError(image, "has NaN or infinite values", "Copy it again.")
         array = np.rint(array)
     ct = stored.like(np.clip(array, AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
     files = (*files_of(image), *annotated)
@@ -135,7 +135,7 @@ def read_spheres(table: Path) -> dict[str, list[Sphere]]:
     """The rows of `annotations.csv`, by series.
 
     Raises:
-        InputError: the table cannot be read, lacks a column, or holds what is no place or diameter.
+        InputError: the table cannot be read, lacks a column, or has an invalid position or diameter.
     """
     try:
         rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
@@ -144,20 +144,22 @@ def read_spheres(table: Path) -> dict[str, list[Sphere]]:
     spheres: dict[str, list[Sphere]] = defaultdict(list)
     for number, row in enumerate(rows, start=2):
         if missing := [column for column in _COLUMNS if row.get(column) is None]:
-            problem = f"has no {', no '.join(missing)} in line {number}"
-            raise InputError(table.absolute(), problem, f"It has the columns {', '.join(_COLUMNS)}.")
+            problem = f"lacks {', '.join(missing)} in line {number}"
+            raise InputError(table.absolute(), problem, f"It must have the columns {', '.join(_COLUMNS)}.")
         try:
             x, y, z, diameter = (float(row[column]) for column in _COLUMNS[1:])
         except ValueError:
             x = y = z = diameter = float("nan")
         if not (all(abs(value) < _LARGEST_MM for value in (x, y, z)) and 0 < diameter < _LARGEST_MM):
-            raise InputError(table.absolute(), f"has no place and diameter in mm in line {number}", "Correct the line.")
+            raise InputError(
+                table.absolute(), f"has no valid position and diameter in line {number}", "Correct the line."
+            )
         spheres[row["seriesuid"].strip()].append(Sphere((x, y, z), diameter))
     return dict(spheres)
 
 
 def paint(ct: Volume, spheres: list[Sphere], origin: Path) -> np.ndarray:
-    """Labels with a nodule in every voxel whose centre lies in a sphere, and at least in the one at its centre.
+    """Labels with a nodule in every voxel whose centre is in a sphere, and at least in the voxel at its centre.
 
     Args:
         ct: the scan.
@@ -168,7 +170,7 @@ def paint(ct: Volume, spheres: list[Sphere], origin: Path) -> np.ndarray:
         uint8 `Label`, of the scan's shape.
 
     Raises:
-        ExcludedCaseError: a centre lies outside the scan.
+        ExcludedCaseError: a centre is outside the scan.
     """
     labels = np.zeros(ct.shape, np.uint8)
     to_index = np.linalg.inv(ct.affine)
@@ -177,8 +179,8 @@ def paint(ct: Volume, spheres: list[Sphere], origin: Path) -> np.ndarray:
         centre = to_index[:3, :3] @ centre_mm + to_index[:3, 3]
         nearest = np.rint(centre).astype(int)
         if (nearest < 0).any() or (nearest >= ct.shape).any():
-            raise ExcludedCaseError(origin, f"does not reach to a nodule of {TABLE}", "Match the table and the images.")
-        # A sphere of mm reaches as far along an axis of indices as that axis is long in the inverse.
+            raise ExcludedCaseError(origin, f"does not contain a nodule of {TABLE}", "Match the table and the images.")
+        # Along an index axis, a sphere in mm extends as far as the norm of that row of the inverse affine.
         reach = np.linalg.norm(to_index[:3, :3], axis=1) * sphere.diameter_mm / 2
         low = np.maximum(np.floor(centre - reach), 0).astype(int)
         high = np.minimum(np.ceil(centre + reach).astype(int) + 1, ct.shape)
@@ -195,7 +197,7 @@ def _is_mask(image: Path, top: Path) -> bool:
 
 
 def _described(top: Path, cache: Cache, copies: list[Path], patient_of: PatientOf) -> Series:
-    """What the header of an image says, and whose it is; `case_id` is still empty."""
+    """The header of an image and its patient; `case_id` is still empty."""
     image, *others = copies
 
     def describe() -> dict:
@@ -212,7 +214,7 @@ def _described(top: Path, cache: Cache, copies: list[Path], patient_of: PatientO
         patient = patient_of(image)
         if others:
             named = ", ".join(relative_name(other, top) for other in others)
-            raise InputError(image, f"is there more than once ({named})", "Keep one copy of it.")
+            raise InputError(image, f"exists more than once ({named})", "Keep one copy of it.")
     except InputError as error:
         excluded = excluded or reason_of(error, top)
     return Series(
@@ -227,21 +229,21 @@ def _described(top: Path, cache: Cache, copies: list[Path], patient_of: PatientO
 
 
 def _with_readings(top: Path, cache: Cache, files: list[Path], found: list[Series]) -> list[Series]:
-    """The series with what their readers' XML says, and a row for XML that cannot be read."""
+    """The series with the data of their readers' XML, and a row for unreadable XML."""
     xml_files = [file for file in files if file.suffix.lower() == ".xml"]
     folders = {each.series_uid: [Path(each.path).parent.as_posix()] for each in found if each.series_uid}
     reads = read_all(top, xml_files, folders, [], cache)
 
     def read(series: Series) -> Series:
         readings = readings_of(series.series_uid, series.path, reads)
-        fault = readings.fault
-        if not {series.series_uid} & (set(reads.of_series) | set(reads.faults)):
-            fault = f"{series.path}: no reader XML names this series. Add LIDC-IDRI's XML, or set {_KEY}: spheres."
+        problem = readings.problem
+        if not {series.series_uid} & (set(reads.of_series) | set(reads.problems)):
+            problem = f"{series.path}: no reader XML names this series. Add LIDC-IDRI's XML, or set {_KEY}: spheres."
         return replace(
             series,
             n_nodules=readings.n_nodules,
             annotations=readings.files,
-            excluded=series.excluded or fault,
+            excluded=series.excluded or problem,
         )
 
     return [
@@ -251,7 +253,7 @@ def _with_readings(top: Path, cache: Cache, files: list[Path], found: list[Serie
 
 
 def _with_spheres(top: Path, _cache: Cache, files: list[Path], found: list[Series]) -> list[Series]:
-    """The series with what `annotations.csv` says."""
+    """The series with the data of `annotations.csv`."""
     table = next((file for file in files if file.name == TABLE), None)
     if table is None:
         remedy = f"Add it, or set {_KEY}: readers."
@@ -266,6 +268,6 @@ def _with_spheres(top: Path, _cache: Cache, files: list[Path], found: list[Serie
 
 
 def _stack(ct: Volume) -> Stack:
-    """The slices of an image, as outlines in XML find them: by position, as an image has no UIDs."""
+    """The slices of an image, which outlines in XML find by position, because an image has no UIDs."""
     positions = np.outer(np.arange(ct.shape[2]), ct.affine[:3, 2]) + ct.affine[:3, 3]
     return Stack((), ct.shape, ct.affine, positions * [-1, -1, 1], None)

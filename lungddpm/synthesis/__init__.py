@@ -1,1 +1,1 @@
-"""From references and layouts to a synthetic cohort: what is made, by whom, and with what provenance."""
+"""From references and layouts to a synthetic cohort: planning, sampling and provenance."""

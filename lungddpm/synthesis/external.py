@@ -1,4 +1,4 @@
-"""Synthetic CT that another system made, imported from a folder (`arms.external`) once it keeps the contract.
+"""Synthetic CT of another system, imported from a folder (`arms.external`) if it fulfils the contract.
 
 <folder>/samples.json             see `Declaration`
 <folder>/<sample>/ct.nii.gz       HU, on the grid of its reference
@@ -24,16 +24,16 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.roles import INTERNAL, SYNTHETIC
 from lungddpm.core.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
-from lungddpm.layouts.hounsfield import hounsfield_fault, recognised_fault
+from lungddpm.layouts.hounsfield import hounsfield_problem, recognised_problem
 from lungddpm.synthesis.records import is_complete
 
 if TYPE_CHECKING:
     import pandas as pd
 
 NOBODY = "none"
-"""What a declaration says where no patient of this run went in; an empty list is refused."""
+"""Declares that no patient of this run was used; an empty list is an error."""
 SPACING_FACTOR = 1.5
-"""How far beyond the smallest and the largest voxel edges of the real cases those of a sample may be, as a factor."""
+"""Tolerance of a sample's voxel edges beyond the smallest and largest of the real cases, as a factor."""
 _REMEDY = "See docs/how-to/bring-your-own-synthetic-ct.md."
 _SHOWN = 40
 _CT, _LAYOUT = _FILES = cases.CaseFolder.CT, cases.CaseFolder.LAYOUT
@@ -53,16 +53,16 @@ class DeclaredSample(_Entry):
     sample: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")]
     """Its folder."""
     reference: _Text
-    """Case of this run whose CT it was made from, on whose grid it lies, or `none`."""
+    """Case of this run whose CT it was made from and whose grid it has, or `none`."""
     donors: _Patients
-    """Patients or cases of whom anything else went into it, or `none`."""
+    """Patients or cases whose data was used in any other way, or `none`."""
 
 
 class Declaration(_Entry):
-    """What `samples.json` holds."""
+    """The content of `samples.json`."""
 
     trained_on: _Patients
-    """Patients or cases of this run whom the system was trained on, or `none`."""
+    """Patients or cases of this run on which the system was trained, or `none`."""
     samples: Annotated[list[DeclaredSample], Field(min_length=1)]
     """A smaller dose takes the first ones."""
 
@@ -78,13 +78,13 @@ def import_external(
 ) -> list[dict[str, Any]]:
     """Check the whole folder of another system, and copy the first samples.
 
-    Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}`; samples that are there already are kept.
+    Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}`; existing samples are kept.
 
     Args:
         config: `grid.size` and `layouts.limits` are used.
         root: the folder.
         generator: its name in `arms.external`.
-        wanted: how many samples to copy.
+        wanted: number of samples to copy.
         cases_table: table of the real cases.
         real_cases: its content.
         output: folder of this generator's samples.
@@ -110,14 +110,14 @@ def import_external(
         more = f"; and {len(violations) - _SHOWN} more" if len(violations) > _SHOWN else ""
         raise InputError(
             root,
-            f"breaks the contract of arms.external, {len(violations)} times: {'; '.join(violations[:_SHOWN])}{more}",
+            f"breaks the contract of arms.external {len(violations)} times: {'; '.join(violations[:_SHOWN])}{more}",
             _REMEDY,
         )
     rows = []
     for entry in declaration.samples[:wanted]:
         reference = None if entry.reference == NOBODY else usable.loc[entry.reference]
         rows.append(_copy(root, entry, declaration, generator, reference, output))
-    LOG.info("%s: %d of %d samples are taken", generator, len(rows), len(declaration.samples))
+    LOG.info("%s: %d of %d samples are used", generator, len(rows), len(declaration.samples))
     return rows
 
 
@@ -125,39 +125,39 @@ def read_declaration(root: Path) -> Declaration:
     """Read `samples.json`.
 
     Raises:
-        InputError: it is missing, is no JSON, or does not say what it should; the message has every fault.
+        InputError: it is missing, is not JSON, or has wrong keys or values; the message lists all errors.
     """
     path = root / "samples.json"
     content = read_json(path, _REMEDY)
     try:
         return Declaration.model_validate(content)
     except ValidationError as error:
-        faults = {
-            f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}, got {fault['input']!r:.60}"
-            for fault in error.errors()
+        problems = {
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}, got {problem['input']!r:.60}"
+            for problem in error.errors()
         }
-        raise InputError(path, f"has {len(faults)} faults: {'; '.join(sorted(faults)[:_SHOWN])}", _REMEDY) from None
+        raise InputError(path, f"has {len(problems)} errors: {'; '.join(sorted(problems)[:_SHOWN])}", _REMEDY) from None
 
 
 def check_names(declaration: Declaration, real_cases: pd.DataFrame) -> list[str]:
-    """What is wrong with the names in a declaration, each as "<file>: <fault>".
+    """Errors in the names of a declaration, each as "<file>: <problem>".
 
-    A patient of elsewhere cannot be told from one of this run who is misspelt, so both are refused.
+    An outside patient cannot be distinguished from a misspelt one of this run, so both are errors.
     """
     known = {name for key in ("case_id", "patient_id", "series_uid") for name in real_cases[key]}
-    faults = []
+    problems = []
     for sample, times in Counter(entry.sample for entry in declaration.samples).items():
         if times > 1:
-            faults.append(f"lists {sample} {times} times")
+            problems.append(f"lists {sample} {times} times")
         if sample in known:
-            faults.append(f"gives a sample the name of the case {sample}")
+            problems.append(f"gives a sample the name of the case {sample}")
     lists = {"trained_on": declaration.trained_on}
     lists |= {f"donors of {entry.sample}": entry.donors for entry in declaration.samples}
     for key, names in lists.items():
         strangers = [] if names == NOBODY else sorted(set(names) - known)
         if strangers:
-            faults.append(f"{key} names {', '.join(strangers[:5])}, not in this run (leave out patients of elsewhere)")
-    return [f"samples.json: {fault}" for fault in faults]
+            problems.append(f"{key} names {', '.join(strangers[:5])}, not in this run (leave out other patients)")
+    return [f"samples.json: {problem}" for problem in problems]
 
 
 def check_sample(
@@ -167,76 +167,78 @@ def check_sample(
     grids: Mapping[str, Volume],
     named: Collection[Label] = (Label.LUNG, Label.NODULE),
 ) -> list[str]:
-    """What is wrong with the files of one sample, each as "<file>: <fault>".
+    """Errors in the files of one sample, each as "<file>: <problem>".
 
     Args:
         root: folder of the other system.
         entry: the sample's declaration.
         config: `grid.size` and `layouts.limits` are used.
         grids: of the usable real cases, by case id.
-        named: labels that a layout must have; nobody trains on samples of `arms.quality_only`, so that these need no
-            nodule.
+        named: labels that a layout must have; samples of `arms.quality_only` are not used for training, so they do not
+            need nodules.
     """
-    faults, volumes = [], {}
+    problems, volumes = [], {}
     for name in _FILES:
         path = root / entry.sample / name
         if not path.resolve().is_relative_to(root.resolve()):
-            faults.append((name, f"leads out of the folder, to {path.resolve()}"))
+            problems.append((name, f"points outside the folder, to {path.resolve()}"))
             continue
         try:
             volumes[name] = _READERS[name](path)
         except InputError as error:
-            faults.append((name, error.problem))
+            problems.append((name, error.problem))
     ct, layout = (volumes.get(name) for name in _FILES)
     if entry.reference != NOBODY and entry.reference not in grids:
-        faults.append((_CT, f"is made from {entry.reference}, which is not a usable case of this run"))
+        problems.append((_CT, f"is made from {entry.reference}, which is not a usable case of this run"))
     elif ct is not None:
-        faults += [(_CT, fault) for fault in _grid_faults(ct, entry.reference, config.grid.size, grids)]
+        problems += [(_CT, problem) for problem in _grid_problems(ct, entry.reference, config.grid.size, grids)]
     if layout is not None:
-        faults += [(_LAYOUT, fault) for fault in _label_faults(layout.array, named)]
+        problems += [(_LAYOUT, problem) for problem in _label_problems(layout.array, named)]
     off_grid = ct is not None and layout is not None and not ct.same_grid(layout)
     if off_grid:
-        faults.append((_LAYOUT, "is not on the grid of its CT"))
+        problems.append((_LAYOUT, "is not on the grid of its CT"))
     if ct is not None:
         lungs = None if off_grid or layout is None else layout.array == Label.LUNG
-        faults += [(_CT, fault) for fault in _intensity_faults(ct.array, lungs, config.layouts.limits)]
-    return [f"{entry.sample}/{name}: {fault}" for name, fault in faults]
+        problems += [(_CT, problem) for problem in _intensity_problems(ct.array, lungs, config.layouts.limits)]
+    return [f"{entry.sample}/{name}: {problem}" for name, problem in problems]
 
 
-def _grid_faults(ct: Volume, reference: str, size: tuple[int, int, int], grids: Mapping[str, Volume]) -> list[str]:
+def _grid_problems(ct: Volume, reference: str, size: tuple[int, int, int], grids: Mapping[str, Volume]) -> list[str]:
     if reference != NOBODY:
         return [] if ct.same_grid(grids[reference]) else [f"is not on the grid of {reference}: resample it"]
-    faults = [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, the model grid {tuple(size)}: resample it"]
+    problems = (
+        [] if ct.shape == tuple(size) else [f"has {ct.shape} voxels, but the grid has {tuple(size)}: resample it"]
+    )
     if is_sheared(ct.affine):
-        faults.append("has sheared axes: resample it to an upright grid")
+        problems.append("has sheared axes: resample it to an upright grid")
     real_mm = np.array([grid.spacing_mm for grid in grids.values()])
     low, high = real_mm.min(axis=0) / SPACING_FACTOR, real_mm.max(axis=0) * SPACING_FACTOR
     if ((ct.spacing_mm < low) | (ct.spacing_mm > high)).any():
         shown = " x ".join(f"{edge:.2f}" for edge in ct.spacing_mm)
-        faults.append(f"has voxels of {shown} mm, the real cases' are elsewhere: write its true affine")
-    return faults
+        problems.append(f"has voxels of {shown} mm, unlike the real cases: write its true affine")
+    return problems
 
 
-def _intensity_faults(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLimits) -> list[str]:
+def _intensity_problems(hu: np.ndarray, lungs: np.ndarray | None, limits: LayoutLimits) -> list[str]:
     if not np.isfinite(hu).all():
-        return [f"holds NaN or infinity in {np.count_nonzero(~np.isfinite(hu))} voxels"]
+        return [f"has NaN or infinite values in {np.count_nonzero(~np.isfinite(hu))} voxels"]
     if hu.min() == hu.max():
         return [f"is constant ({hu.flat[0]:g} HU)"]
-    if fault := recognised_fault(hu, limits) if lungs is None else hounsfield_fault(hu, lungs, limits):
-        return [fault]
+    if problem := recognised_problem(hu, limits) if lungs is None else hounsfield_problem(hu, lungs, limits):
+        return [problem]
     stored = np.iinfo(np.int16)
     if hu.min() < stored.min or hu.max() > stored.max:
-        return [f"ranges from {hu.min():g} to {hu.max():g}, which are no HU"]
+        return [f"ranges from {hu.min():g} to {hu.max():g}, which are not HU"]
     return []
 
 
-def _label_faults(labels: np.ndarray, named: Collection[Label]) -> list[str]:
+def _label_problems(labels: np.ndarray, named: Collection[Label]) -> list[str]:
     found = np.unique(labels).tolist()
-    faults = []
+    problems = []
     if unknown := [label for label in found if label not in list(Label)]:
-        faults.append(f"holds the label {unknown[0]:g}; known are 0 background, 1 lung, 2 nodule, 3 vessel")
-    faults += [f"has no {label.name.lower()}" for label in Label if label in named and label not in found]
-    return faults
+        problems.append(f"has the label {unknown[0]:g}; allowed are 0 background, 1 lung, 2 nodule, 3 vessel")
+    problems += [f"has no {label.name.lower()}" for label in Label if label in named and label not in found]
+    return problems
 
 
 def _copy(
@@ -247,7 +249,7 @@ def _copy(
     reference: pd.Series | None,
     output: Path,
 ) -> dict[str, Any]:
-    """Write one sample in the form of all others; returns its row."""
+    """Write one sample in the common form; return its row."""
     folder = cases.CaseFolder(output / entry.sample)
     provenance = {
         "sample_id": entry.sample,

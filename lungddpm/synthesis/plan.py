@@ -1,4 +1,4 @@
-"""Which samples a generator makes: of which reference, with which layout and which seeds."""
+"""The samples to draw: their references, layouts and seeds."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class PlannedSample:
     Attributes:
         sample_id: its name and folder.
         reference: row of the case table.
-        repeat: how many times the reference was used before.
-        seed: of every random number in the CT.
+        repeat: number of earlier uses of the reference.
+        seed: for all random numbers in the CT.
         layout_origin: `OWN`, `PLACED`, `JITTERED` or `ADDED`.
-        layout_seed: of every random number in the layout; None for `OWN`. The same for all generators of a run, so that
-            those that can show the same layouts get the same ones.
+        layout_seed: for all random numbers in the layout; None for `OWN`. The same for all generators of a run, so that
+            generators with the same `LAYOUTS` get the same layouts.
     """
 
     sample_id: str
@@ -41,14 +41,14 @@ class PlannedSample:
 def samples_wanted(
     config: Config, generator: str, table: pd.DataFrame, dose: float | None = None, cohort: Cohort = SHARED
 ) -> int:
-    """How many samples make up a dose (by default the largest): that times the real cases of the cohort, rounded.
+    """Number of samples for a dose (by default the largest): the dose times the real cases of the cohort, rounded.
 
     Raises:
-        ConfigError: no arm uses the generator, or there are not as many real cases.
+        ConfigError: no arm uses the generator, or there are not enough real cases.
     """
     doses = config.arms.largest_doses()
     if generator not in doses:
-        raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use are: {', '.join(doses)}.")
+        raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use: {', '.join(doses)}.")
     available = len(cases.usable(table, DISCOVERY))
     return round((dose or doses[generator]) * count_real_cases(cohort.real_cases, available))
 
@@ -58,23 +58,23 @@ def plan_samples(
 ) -> list[PlannedSample]:
     """The samples of a dose (by default the largest), in order; a smaller dose is the first ones of a larger one.
 
-    References take turns until there are `samples_wanted`: in table order, or, in a draw for one replicate alone, in an
-    order of that draw. Those with nodules get layouts as the generator's `LAYOUTS` says, those without get placed
-    nodules; without `synthesis.place_nodules`, and for generators that show own layouts only, they are left out.
-    Without `synthesis.jitter_repeats`, the layout stays the same each time.
+    References are used in turn until there are `samples_wanted`: in table order or, in a draw for one replicate, in an
+    order of that draw. Those with nodules get layouts according to the generator's `LAYOUTS`, those without get placed
+    nodules; without `synthesis.place_nodules`, and for generators that only draw own layouts, they are left out.
+    Without `synthesis.jitter_repeats`, the layout does not change between uses.
 
-    A draw has its own order, layouts and noise, whatever the number of real cases: what differs between numbers is what
-    the generator has learned, and how many samples a dose takes.
+    A draw has its own order, layouts and noise, independent of the number of real cases: different numbers only differ
+    in the training of the generator and the number of samples per dose.
 
     Args:
         config: doses, root seed, `synthesis`, and the generator's own settings.
         generator: a plug-in that the config uses.
         table: all cases.
         dose: as a multiple of the real training cases.
-        cohort: the number of these, and the replicate that the draw is for.
+        cohort: number of real training cases, and the replicate of the draw.
 
     Raises:
-        ConfigError: no arm uses the generator, or there are not as many real cases.
+        ConfigError: no arm uses the generator, or there are not enough real cases.
         InputError: there is no reference to use.
     """
     number = samples_wanted(config, generator, table, dose, cohort)
@@ -94,11 +94,11 @@ def plan_samples(
         reference, case_id = references[place], references[place]["case_id"]
         varies = repeat > 0 and config.synthesis.jitter_repeats
         origin = PLACED if reference["n_nodules"] == 0 else again if varies else first
-        # Where repeats are not to differ, all of them take the layout of the first.
+        # Without jitter, all repeats use the layout of the first.
         layout_seed = seed_from(config.seed, SHARED_RUN, "layout", case_id, repeat if varies else 0, *draw)
         plan.append(
             PlannedSample(
-                # An arm holds the samples of all draws: each has its own name.
+                # An arm contains the samples of all draws, so each has its own name.
                 sample_id="_".join([case_id, *draw, f"s{repeat:03d}"]),
                 reference=reference,
                 repeat=repeat,
@@ -111,7 +111,7 @@ def plan_samples(
 
 
 def _references(config: Config, generator: str, table: pd.DataFrame, needs_nodule: bool) -> list[pd.Series]:
-    """The references that take turns, in table order."""
+    """The references to use, in table order."""
     usable = cases.usable(table, REFERENCE)
     if with_nodule := needs_nodule or not config.synthesis.place_nodules:
         usable = usable[usable["n_nodules"] > 0]

@@ -1,4 +1,4 @@
-"""What stands beside a sample: `sample.json`."""
+"""The record of a sample: `sample.json`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lungddpm.core.files import read_json
 
 
 def is_complete(folder: CaseFolder, wanted_fingerprint: str) -> bool:
-    """Whether a sample's files are there, unchanged, and were made from what the fingerprint stands for."""
+    """Whether a sample's files exist, are unchanged, and match the fingerprint of its inputs."""
     try:
         record = read_json(folder.sample_record)
         return record["fingerprint"] == wanted_fingerprint and record["sha256"] == folder.hash()

@@ -1,4 +1,4 @@
-"""Synthesis of a cohort, by several jobs at once: what is complete stays, what is missing is made once."""
+"""Synthesis of a cohort by several concurrent jobs: complete samples are kept, missing ones are made once."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class SynthesisJob:
         output: folder of this generator's samples.
         table: the table to write.
         shard: 0-based number of this share of the work.
-        shards: how many shares there are.
-        dose: as a multiple of the real training cases; by default the largest that an arm takes.
+        shards: number of shares.
+        dose: as a multiple of the real training cases; by default the largest of any arm.
         weights: of the trained network, for generators that need one.
-        external: folder of what another system made; by default the one in `arms.external`.
+        external: folder of samples of another system; by default the one in `arms.external`.
         device: see `lungddpm.models.accelerator.make_accelerator`.
-        cohort: how many real training cases there are, and the replicate that the draw is for.
+        cohort: number of real training cases, and the replicate of the draw.
     """
 
     generator: str
@@ -65,7 +65,7 @@ class SynthesisJob:
 
 @dataclass(frozen=True)
 class _Missing:
-    """A sample that is still to be made, and what its record will say of its origin."""
+    """A sample that is still to be made, and its provenance."""
 
     sample: PlannedSample
     provenance: dict[str, Any]
@@ -78,14 +78,14 @@ def run_synthesize(config: Config, job: SynthesisJob) -> None:
     """Make the samples `shard`, `shard + shards`, ... of a dose and the table that lists them.
 
     Writes `<output>/<sample>/{ct.nii.gz,layout.nii.gz,sample.json}` and one row per sample, in the order of the plan:
-    row k of shard s is number k * shards + s of the dose. `path` in the table is relative to `output`. Samples that
-    are complete and were made from the same inputs with the same settings are left as they are; what another process
-    is making for another dose is left to it.
+    row k of shard s is number k * shards + s of the dose. `path` in the table is relative to `output`. Complete
+    samples with the same inputs and settings are kept; samples that another process is making for another dose are left
+    to it.
 
     Raises:
         ConfigError: no arm uses the generator, or it cannot work with this config.
-        InputError: no usable reference, missing or unfit weights, a case that breaks its contract, or one in whose
-            lungs no nodule can be placed.
+        InputError: no usable reference, missing or unsuitable weights, a case that breaks its contract, or one without
+            room for a nodule in its lungs.
     """
     real_cases = cases.read_cases(job.cases_table)
     if job.generator in config.arms.external:
@@ -111,21 +111,21 @@ class _Synthesis:
         self.weights = _weights_for(job.generator, config.weights_owner(job.generator), job.weights)
         self.library: NoduleLibrary | None = None
         if any(sample.layout_origin != OWN for sample in planned):
-            # Placement imports scipy, which light commands do without.
+            # Placement imports scipy, which light commands do not need.
             from lungddpm.layouts.placement import open_library
 
             donors = training_cases(real_cases, self.of_generator.trained_for.real_cases, config.seed)
             self.library = open_library(job.cases_table, real_cases, config.roles.allow_shared_patients, donors)
 
     def make_missing(self) -> None:
-        """Make what is not complete already."""
+        """Make the samples that are not complete."""
         missing = self._missing()
         if len(missing) < len(self.planned):
-            LOG.info("%d of %d samples are complete already", len(self.planned) - len(missing), len(self.planned))
+            LOG.info("%d of %d samples are already complete", len(self.planned) - len(missing), len(self.planned))
         if not missing:
             return
         generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
-        # On a CPU, batches bring nothing, and a volume's sums would depend on its batch by a last digit.
+        # On a CPU, batches are not faster, and results would depend on the batch in the last digit.
         size = 1 if generator.device == "cpu" else generator.batch_size
         with Progress(f"synthesis with {self.job.generator}", len(missing)) as progress:
             while missing:
@@ -161,7 +161,7 @@ class _Synthesis:
         return {**provenance, "fingerprint": fingerprint(provenance)}
 
     def _layout_inputs(self, sample: PlannedSample, reference: CaseFolder) -> str | None:
-        """Fingerprint of what decides a made layout besides its seed and the reference's own; None for `OWN`."""
+        """Fingerprint of the inputs of a made layout besides its seed and the reference's own; None for `OWN`."""
         if sample.layout_origin == OWN or self.library is None:
             return None
         inputs = {
@@ -196,7 +196,7 @@ class _Synthesis:
             write_json(folder.sample_record, {**each.provenance, **record})
 
     def _task_of(self, sample: PlannedSample) -> Task:
-        """What the plan asks for, its layout made."""
+        """The task for a planned sample, with its layout."""
         folder = cases.folder_of(self.job.cases_table, sample.reference)
         ct, own = folder.read()
         if sample.layout_origin == OWN or self.library is None:
@@ -212,16 +212,16 @@ class _Synthesis:
         if not made.nodules:
             raise InputError(
                 folder.layout,
-                "has no room in its lungs for any nodule of the discovery cases",
-                "Lower synthesis.scale, or name other patients in roles.reference.",
+                "has no room in its lungs for a nodule of the discovery cases",
+                "Lower synthesis.scale, or use other patients in roles.reference.",
             )
         return Task(ct, made.layout, sample.seed, made, {**self.library.folders, case_id: folder})
 
 
 def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -> tuple[list[_Missing], list[_Missing]]:
-    """Lock the next `size` missing samples; returns them, and those that are missing still.
+    """Lock the next `size` missing samples; return them, and those still missing.
 
-    What another process holds stays missing for now; what one has made meanwhile does not.
+    Samples held by another process remain missing for now; samples made meanwhile do not.
     """
     batch: list[_Missing] = []
     left: list[_Missing] = []
@@ -236,12 +236,12 @@ def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -
 
 
 def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path | None:
-    """The weights that a generator draws with; None where it needs none, whatever is given."""
+    """The weights of a generator; None if it needs none, even if some are given."""
     if owner is None:
         return None
     if given is None:
         problem = f"needs the weights of a trained {owner}"
-        raise InputError(f"generator '{generator}'", problem, "Give --weights.")
+        raise InputError(f"generator '{generator}'", problem, "Pass --weights.")
     if not given.exists():
         remedy = f"Train it first (lungddpm train --generator {owner})."
         raise InputError(given, "does not exist", remedy)
@@ -249,7 +249,7 @@ def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path 
 
 
 def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) -> dict[str, Any]:
-    """What decides a sample besides its reference, its layout and its seed."""
+    """Everything that determines a sample besides its reference, layout and seed."""
     return {
         "generator": config.name,
         "code": stage_fingerprint("draw", config.kind),
@@ -260,7 +260,7 @@ def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) 
 
 
 def _patients_of(weights: Path) -> list[str] | None:
-    """The patients whom weights of ours were trained on, for the leak guard; None where the file does not say it."""
+    """The training patients of weights, for the leak guard; None if the file does not record them."""
     if weights.suffix != ".safetensors":
         return None
     from lungddpm.models.checkpoint import read_metadata

@@ -1,4 +1,4 @@
-"""What follows from the instrument check: the answer stands, or this run cannot tell, and what would be able to."""
+"""The conclusion from the instrument check: the answer stands, or this run cannot tell, and what would change that."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lungddpm.config.models import Config
 from lungddpm.core.arms import Arm
 from lungddpm.core.text import format_hours, plural
 from lungddpm.evaluation.measures import deciding_measure
-from lungddpm.verdict.design import Costs, able_designs, hours_of_design
+from lungddpm.verdict.design import Costs, hours_of_design, sufficient_designs
 from lungddpm.verdict.families import asked_arms, relevant_difference
 from lungddpm.verdict.instrument import (
     ALIKE,
@@ -37,33 +37,33 @@ _NEEDED = {
     "worse": _OF_ANY | {NULL, ALIKE, NAMED, GENERATOR},
     "no difference shown": _OF_ANY | {POSITIVE, ENOUGH, GENERATOR},
 }
-"""The checks that an answer needs: what was found has to be more than luck, what was not found could have been, and
-what is wrong with this generator does not make synthetic CT useless. The other outcomes answer nothing."""
+"""The checks that an answer needs: a gain must be more than chance, a gain that was not found must have been findable,
+and a defect of this generator does not make synthetic CT useless. The other outcomes answer nothing."""
 _REASONS = {
-    POSITIVE: "it does not show what more real data bring",
-    NULL: "it calls an arm different that adds nothing",
-    CONVERGED: "its segmenters still learn",
+    POSITIVE: "it misses the gain from more real data",
+    NULL: "it calls an arm different although that arm adds nothing",
+    CONVERGED: "its segmenters were still learning",
     GENERATOR: "{subject} is not calibrated",
     ENOUGH: "it is too small",
     COMPLETE: "runs or cases are missing",
     DISTINCT: "runs are copies of others",
     ALIKE: "the runs of one arm scatter more than others",
-    NAMED: "the primary arm was named afterwards",
+    NAMED: "the primary arm was chosen afterwards",
 }
 _REMEDIES = {
-    POSITIVE: "fewer real cases, to which more data make a difference, or more replicates",
+    POSITIVE: "fewer real cases, so that more data make a difference, or more replicates",
     NULL: "more replicates",
     CONVERGED: "more segmentation.steps",
     GENERATOR: "samples of {subject} within the limits (longer training, or another seed)",
-    COMPLETE: "the missing runs, which the same 'lungddpm run' makes",
-    DISTINCT: "trainings of their own in the place of copies",
+    COMPLETE: "the missing runs (start the same 'lungddpm run' again)",
+    DISTINCT: "separate trainings instead of copies",
     ALIKE: "more replicates",
-    NAMED: "a run whose primary arm is named before it",
+    NAMED: "a new run with the primary arm chosen beforehand",
 }
 
 
 def doubted_arms(checks: pd.DataFrame, verdict: pd.DataFrame, config: Config) -> dict[str, list[dict]]:
-    """The failed checks that bear on each arm that the run is about; arms whose answer stands are left out.
+    """The failed checks that affect each arm that the run is about; arms whose answer stands are left out.
 
     Args:
         checks: of `instrument_table`.
@@ -84,74 +84,74 @@ def doubted_arms(checks: pd.DataFrame, verdict: pd.DataFrame, config: Config) ->
 
 
 def _is_about(check: dict, arm: Arm) -> bool:
-    """Whether what a check found concerns an arm."""
+    """Whether the result of a check concerns an arm."""
     if check["check"] in (GENERATOR, COMPLETE):
         return check["subject"] in ("", arm.name, arm.baseline.name, arm.generator)
     if check["check"] in (POSITIVE, NULL):
         return Arm.parse(check["subject"]).baseline == arm.baseline
-    # Of the others, the subject is the arm that showed it most.
+    # For the others, the subject is the arm that showed it most.
     return True
 
 
 def answer_row(
     checks: pd.DataFrame, verdict: pd.DataFrame, components: pd.DataFrame, config: Config, costs: Costs | None
 ) -> dict[str, object]:
-    """The last row of `instrument.csv`: whether the answer stands, and if not, what would make a run able to tell.
+    """The last row of `instrument.csv`: whether the answer stands, and if not, what a run would need to tell.
 
     Args:
         checks: of `instrument_table`.
         verdict: rows of `verdict.csv`.
         components: rows of `variance_components.csv`.
         config: of the run.
-        costs: of the run, from its own times; None where these are not known.
+        costs: of the run, from its own times; None if unknown.
     """
     asked, doubted = asked_arms(config), doubted_arms(checks, verdict, config)
     unknown = [_short(check) for check in checks[checks["status"] == NOT_MEASURED].to_dict("records")]
     not_known = f" Not measured: {', '.join(dict.fromkeys(unknown))}." if unknown else ""
     row: dict[str, object] = {"check": ANSWER, "subject": "", "measure": "", "status": STANDS}
     if not asked:
-        return row | {"sentence": "No arm has synthetic CT: there is nothing to answer."}
+        return row | {"sentence": "No arm has synthetic CT, so there is no question to answer."}
     if not doubted:
         failed = [_short(check) for check in checks[checks["status"] == FAILED].to_dict("records")]
-        said = "no check that bears on it failed" if failed or unknown else "every check was passed"
-        others = f" Failed, without bearing on it: {', '.join(dict.fromkeys(failed))}." if failed else ""
+        said = "no check that affects it failed" if failed or unknown else "all checks passed"
+        others = f" Failed, but does not affect it: {', '.join(dict.fromkeys(failed))}." if failed else ""
         return row | {"sentence": f"The answer stands: {said}.{others}{not_known}"}
     firm = [name for name in asked if name not in doubted]
     stands = f"The answer stands for {', '.join(firm)}. " if firm else ""
     about = f"about {', '.join(doubted)}" if firm else "whether synthetic CT helps"
     bearing = [check for of_arm in doubted.values() for check in of_arm]
     reasons = _joined(_REASONS[check["check"]].format(**check) for check in bearing) or "not all arms were measured"
-    wanted = _wanted(bearing, components, config, costs)
-    able = f" What would make it able: {'; '.join(wanted)}." if wanted else ""
+    needed = _needs(bearing, components, config, costs)
+    needs = f" It would need: {'; '.join(needed)}." if needed else ""
     return row | {
         "status": CANNOT_TELL,
-        "sentence": f"{stands}This run cannot tell {about}: {reasons}.{able}{not_known}",
+        "sentence": f"{stands}This run cannot tell {about}: {reasons}.{needs}{not_known}",
     }
 
 
-def _wanted(bearing: list[dict], components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
-    """What it takes to pass these checks."""
-    wanted = [_REMEDIES[check["check"]].format(**check) for check in bearing if check["check"] in _REMEDIES]
+def _needs(bearing: list[dict], components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
+    """What a run needs to pass these checks."""
+    needs = [_REMEDIES[check["check"]].format(**check) for check in bearing if check["check"] in _REMEDIES]
     if any(check["check"] == ENOUGH for check in bearing):
-        # How many replicates is then said.
-        wanted = [_bigger(components, config, costs), *(text for text in wanted if "more replicates" not in text)]
-    return list(dict.fromkeys(wanted))
+        # The design then gives the number of replicates.
+        needs = [_bigger(components, config, costs), *(text for text in needs if "more replicates" not in text)]
+    return list(dict.fromkeys(needs))
 
 
 def _short(check: dict) -> str:
-    """A check by its name, or where it measures several things by what was measured."""
+    """The name of a check, with the measure if the check has several."""
     name = SHORT.get(check["measure"], check["check"])
     return f"{name} of {check['subject']}" if check["check"] in (GENERATOR, MEMORISED) else name
 
 
 def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> str:
-    """Designs that show the relevant difference, and what the whole benchmark then takes."""
+    """Designs that detect the relevant difference, with the time of the whole benchmark."""
     relevant, found = relevant_difference(config), design_of_run(config, components)
     if found is None:
-        return "three replicates or more"
+        return "at least three replicates"
     own, typical = found
     texts = []
-    for one in able_designs(own, typical, relevant, costs):
+    for one in sufficient_designs(own, typical, relevant, costs):
         cases = f"these {one.n_cases}" if one.n_cases == own.n_cases else str(one.n_cases)
         text = f"{plural(one.n_replicates, 'replicate')} with {cases} test cases"
         if costs is not None:

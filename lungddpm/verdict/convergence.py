@@ -1,4 +1,4 @@
-"""Have the segmenters stopped learning? Trainings that are compared while they learn may differ in how fast they do."""
+"""Have the segmenters converged? Arms compared while still learning may only differ in how fast they learn."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from scipy import stats
 
 COLUMNS = ["arm", "measure", "change", "change_of_whole", "standard_error", "p"]
 LOSS, DICE = "training_loss", "pseudo_dice"
-"""Mean loss of the training patches, and Dice of the validation patches, since the state saved before."""
+"""Mean loss of the training patches and Dice of the validation patches since the previous saved state."""
 _FEWEST = 3
-"""Points of a line; fewer leave nothing to take its scatter from."""
+"""Points per line; fewer leave no residual to estimate the scatter from."""
 
 
 def convergence_table(curves: pd.DataFrame) -> pd.DataFrame:
-    """How much every arm's segmenters still learn in the last third of their training.
+    """How much each arm's segmenters still learn in the last third of training.
 
-    A straight line is fitted to the last third of each replicate's curve, which has to hold three saved states at
-    least; slopes are averaged over replicates, and compared with the scatter around the lines, taken from all runs.
+    A straight line is fitted to the last third of each replicate's curve, which must have at least three saved states;
+    slopes are averaged over replicates and compared with the residual scatter, pooled over all runs.
 
     Args:
         curves: arm, replicate, step, training_loss, pseudo_dice; one row per saved state.
 
     Returns:
         `COLUMNS`, for each arm and measure that can be judged: `change` over the last third (negative: the loss still
-        falls), the same as a share of the change of the whole training, its standard error, and the one-sided p that
-        it is learning. Empty where curves are too short.
+        falls), its share of the change over the whole training, its standard error, and the one-sided p that it is
+        still learning. Empty if curves are too short.
     """
     rows = []
     for measure, learning in ((LOSS, -1), (DICE, 1)):
@@ -50,8 +50,8 @@ def convergence_table(curves: pd.DataFrame) -> pd.DataFrame:
 
 
 def _last_third(curve: pd.DataFrame, measure: str) -> tuple[float, float, float, int, float] | None:
-    """Change along the line, change of the whole training, squares around the line and their degrees of freedom, and
-    the factor from the scatter's variance to that of the change; None for a curve that is too short."""
+    """Change along the line, change over the whole training, residual sum of squares and its degrees of freedom, and
+    the factor from the residual variance to that of the change; None if the curve is too short."""
     curve = curve.dropna(subset=measure)
     n_points = math.ceil(len(curve) / 3)
     if len(curve) <= _FEWEST:

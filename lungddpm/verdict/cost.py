@@ -1,4 +1,4 @@
-"""Quality against cost: what a volume of each generator takes, beside what it is worth."""
+"""Quality against cost: what a volume of each generator costs, and how good it is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLUMNS = ["generator", "function_evaluations", *DRAWING_COLUMNS[1:], *QUALITY_C
 
 
 def function_evaluations(config: Config, generator: str) -> float:
-    """Forward passes of a network per volume: 0 where none is asked, NaN where another system made the CT."""
+    """Forward passes of a network per volume: 0 without a network, NaN for CT of another system."""
     if generator in config.arms.external:
         return math.nan
     declared = config.plugin_of(generator)
@@ -27,16 +27,16 @@ def function_evaluations(config: Config, generator: str) -> float:
 
 
 def cost_table(config: Config, drawing: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
-    """Cost and quality of every generator, and first of real CT, what it would be worth: `COLUMNS`.
+    """Cost and quality of every generator, preceded by the quality of real CT: `COLUMNS`.
 
     Args:
         config: of the run.
         drawing: of `records.drawing_costs`.
-        tables: of them `image_quality` and `label_fidelity` count, where the run has them.
+        tables: `image_quality` and `label_fidelity` are used, if the run has them.
 
     Returns:
-        One row per generator, controls too; NaN where something was not measured. Of real CT: the Dice of label
-        fidelity on the references, and FID and KID of other patients against them.
+        One row per generator, controls included; NaN if not measured. For real CT: the label fidelity Dice of the
+        references, and FID and KID of other patients against them.
     """
     quality, fidelity = tables.get("image_quality"), tables.get("label_fidelity")
     rows = [{"generator": REAL_CT, **_quality(None, quality), **_fidelity(REAL_CT, fidelity)}]
@@ -54,11 +54,11 @@ def _fidelity(name: str, table: pd.DataFrame | None) -> dict[str, float]:
 
 
 def _quality(name: str | None, table: pd.DataFrame | None) -> dict[str, float | str]:
-    """HU of the nodules, FID and KID of a generator; of other real patients where None."""
+    """Nodule HU, FID and KID of a generator; None: of other real patients."""
     if table is None:
         return {}
     if name is None:
-        # How far they are from the references does not depend on the generator.
+        # Their distance to the references does not depend on the generator.
         chosen = table[table["image"] == OTHER_PATIENTS].drop_duplicates(["region", "metric"])
     else:
         chosen = table[(table["generator"] == name) & (table["image"] == SYNTHETIC)]

@@ -1,9 +1,9 @@
-"""A benchmark before it is run: what so many replicates and test cases can show, and what they cost.
+"""The design of a benchmark before it is run: what a number of replicates and test cases can show, and its cost.
 
-The decision is that of `statistics`, looked at from the other side. With known variance components its mean squares are
-chi-squared and independent of the difference that comes out, so the power is an average over them of a normal
-probability; nothing is simulated. The noncentral t distribution, which takes the estimated variances for the true ones,
-is close to it from some 16 test cases on and promises too much below.
+The decision is that of `statistics`. Given the variance components, its mean squares are chi-squared and independent of
+the observed difference, so the power is the average of a normal probability over their distribution; nothing is
+simulated. The noncentral t distribution, which takes the estimated variances for the true ones,
+is close to it with about 16 test cases or more and too optimistic below.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from lungddpm.verdict.statistics import POWER, Effect, MeanSquare, Scores, minim
 COMPONENT_COLUMNS = ["arm", "family", "metric", "n_replicates", "n_cases", "run_df", "run_sd", "residual_sd",
                      "arm_case_sd"]  # fmt: skip
 _NODES = (24, 12, 8)
-"""Of the quadrature over the mean squares of runs, cases and residual."""
+"""Nodes of the quadrature over the mean squares of runs, cases and residual."""
 _MOST_REPLICATES = 50
 _MORE_CASES = (1.0, 1.5, 2.0, 3.0, 4.0)
 _LARGEST = 1e3
-"""Of a difference, in units of its standard error; no run takes more to show it."""
+"""Upper bound of a detectable difference, in units of its standard error."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Components:
     run_sd: float
     """Between training runs (arm x replicate), of the mean over infinitely many cases."""
     residual_sd: float
-    """Of a case in a run (arm x replicate x case)."""
+    """Residual (arm x replicate x case)."""
     arm_case_sd: float
     """Between cases (arm x case), the same in all runs."""
 
@@ -44,7 +44,7 @@ class Components:
 MEASURED_ON_PHANTOMS = Components(0.034, 0.066, 0.02)
 """Of the phantom cohort's demo with two replicates and eight cases; another machine gave a run sd of 0.012."""
 ASSUMED = Components(0.015, 0.1, 0.1)
-"""What the rates of docs/reference/measures.md were simulated with; no real cohort has been measured."""
+"""The values behind the simulated rates in docs/reference/measures.md; no real cohort has been measured."""
 
 
 @dataclass(frozen=True)
@@ -52,16 +52,16 @@ class Design:
     """The size of a benchmark."""
 
     n_arms: int
-    """All arms, the baseline too: the scatter of training runs is taken from all."""
+    """All arms including the baseline: the run-to-run variance is estimated from all."""
     n_compared: int
-    """Arms that are corrected together."""
+    """Arms in one family of Holm's correction."""
     n_replicates: int
     """Independent ones: folds, or seeds of a single fold."""
     n_cases: int
     """Test cases with a nodule."""
     confidence: float
     n_baselines: int = 1
-    """Arms, of `n_arms`, that others are compared with."""
+    """Baselines among the `n_arms`."""
 
     @property
     def run_df(self) -> int:
@@ -70,15 +70,15 @@ class Design:
 
     @property
     def decides(self) -> bool:
-        """Whether anything can be decided at all."""
+        """Whether anything can be decided."""
         return self.n_replicates > 1 and self.n_cases >= minimum_cases(self.n_compared, self.confidence)
 
 
 def power_of_design(design: Design, components: Components, difference: float) -> float:
-    """Probability that an arm which truly differs by `difference` is called so, at the strictest level that Holm asks.
+    """Probability of detecting a true difference `difference`, at the strictest level of Holm's correction.
 
     Args:
-        design: of the benchmark; 0 where it cannot decide anything.
+        design: of the benchmark; the power is 0 if it cannot decide anything.
         components: known, not estimated.
         difference: positive, in the measure's unit.
     """
@@ -89,7 +89,7 @@ def power_of_design(design: Design, components: Components, difference: float) -
 
 
 def detectable_by_design(design: Design, components: Components) -> float:
-    """The true difference with a power of `POWER`; infinite where the design cannot decide anything."""
+    """The true difference with a power of `POWER`; infinite if the design cannot decide anything."""
     if not design.decides:
         return math.inf
     thresholds, sd = _thresholds(design, components)
@@ -99,7 +99,7 @@ def detectable_by_design(design: Design, components: Components) -> float:
 
 
 def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, float]:
-    """Differences from which on an arm is called better, equally probable ones; and the sd of a difference."""
+    """Equally probable thresholds above which an arm is called better, and the sd of a difference."""
     n_replicates, n_cases = design.n_replicates, design.n_cases
     residual = 2 * components.residual_sd**2 / (n_replicates * n_cases)
     between_cases = 2 * components.arm_case_sd**2 / n_cases + residual
@@ -123,7 +123,7 @@ def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, flo
 def components_of(scores: Scores, arm: int, baseline: int = 0) -> Components | None:
     """Estimate the components from an arm and its baseline; None with one replicate or one case.
 
-    The scatter of runs, which comes from all arms, is the median-unbiased estimate, as in `Effect.detectable`.
+    The run-to-run variance, estimated from all arms, is the median-unbiased estimate, as in `Effect.detectable`.
     """
     paired, interaction = scores.paired(arm, baseline).scores, scores.interaction
     if paired.shape[1] < 2 or paired.shape[2] < 2 or not interaction.df:
@@ -138,11 +138,11 @@ def components_of(scores: Scores, arm: int, baseline: int = 0) -> Components | N
 
 
 def typical_components(table: pd.DataFrame, arms: Sequence[str]) -> Components | None:
-    """The median over arms of each variance; None where none of the arms has any.
+    """The median over arms of each variance; None if no arm has one.
 
     Args:
         table: rows of `variance_components.csv` of one measure.
-        arms: those that count.
+        arms: the arms to use.
     """
     rows = table[table["arm"].isin(arms)].dropna(subset="run_sd")
     if rows.empty:
@@ -152,17 +152,17 @@ def typical_components(table: pd.DataFrame, arms: Sequence[str]) -> Components |
 
 
 STAGES_PER_RUN = {"train_segmenter": False, "predict": True, "evaluate": True}
-"""Stages with a job per arm and replicate, and whether it takes longer with more test cases."""
+"""Stages with a job per arm and replicate, and whether its time grows with the test cases."""
 STAGES_PER_SCAN = ("simulate", "index", "prepare", "collect", "qc", "checksums")
-"""Stages that go through all scans."""
+"""Stages that process all scans."""
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What the stages of a benchmark take, and the size that they take it for."""
+    """Hours of the stages of a benchmark, and the size of benchmark they were measured on."""
 
     hours_of: Mapping[str, float]
-    """By stage; of all its jobs, one after another."""
+    """By stage, summed over all its jobs."""
     replicates: int
     """Independent ones."""
     test_cases: int
@@ -171,7 +171,7 @@ class Costs:
     """Further stages that grow with the replicates."""
 
     def hours(self, replicates: int, test_cases: int) -> float:
-        """Hours of the same arms with so many replicates and test cases."""
+        """Hours of the same arms with these numbers of replicates and test cases."""
         more_runs, more_cases = replicates / self.replicates, test_cases / self.test_cases
         more_scans = (self.scans + test_cases - self.test_cases) / self.scans
         total = 0.0
@@ -193,14 +193,14 @@ def costs_of_timing(
     scans: int,
     per_replicate: tuple[str, ...] = (),
 ) -> Costs:
-    """The costs of a benchmark of `n_runs` runs, from the times of a run that may have had more or fewer.
+    """The costs of a benchmark of `n_runs` runs, from the times of one that may have had more or fewer.
 
     Args:
         timing: rows of `timing.csv`.
-        n_runs: arms x replicates that are paid for.
+        n_runs: arms x replicates to account for.
         replicates: independent ones, in `n_runs`.
         test_cases: of the run that was timed.
-        scans: likewise, of all roles.
+        scans: all scans of that run, of any role.
         per_replicate: further stages that grow with the replicates.
     """
     by_stage = timing.groupby("stage")["seconds"]
@@ -211,8 +211,8 @@ def costs_of_timing(
     return Costs(hours, replicates, test_cases, scans, per_replicate)
 
 
-def able_designs(design: Design, components: Components, difference: float, costs: Costs | None) -> list[Design]:
-    """Designs with a power of `POWER` for a difference: with the test cases there are, and a cheaper one with more.
+def sufficient_designs(design: Design, components: Components, difference: float, costs: Costs | None) -> list[Design]:
+    """Designs with a power of `POWER` for a difference: one with the present test cases, and a cheaper one with more.
 
     Args:
         design: of the run.
@@ -221,7 +221,7 @@ def able_designs(design: Design, components: Components, difference: float, cost
         costs: of the run; None takes replicates x test cases as the cost.
 
     Returns:
-        None, one or two designs, each with the fewest replicates that do.
+        None, one or two designs, each with the fewest replicates that suffice.
     """
 
     def price(one: Design) -> float:
@@ -241,7 +241,7 @@ def able_designs(design: Design, components: Components, difference: float, cost
 
 
 def hours_of_design(wanted: Design, own: Design, costs: Costs) -> float:
-    """Hours of a design, where another one has so many cases with a nodule among the test cases of `costs`."""
+    """Hours of a design; `own` has its cases with a nodule among the test cases of `costs`."""
     return costs.hours(wanted.n_replicates, round(costs.test_cases * wanted.n_cases / own.n_cases))
 
 

@@ -9,8 +9,8 @@ from lungddpm.verdict.design import Design
 from lungddpm.verdict.published import published_gain
 
 PRIMARY, QUESTION, CONTROLS = "primary arms", "arms with synthetic CT", "controls"
-"""Families of arms: Holm's correction is made within each. Where there are primary arms, they are tested before the
-other arms with synthetic CT."""
+"""Families of arms: Holm's correction is made within each. Primary arms, if there are any, are
+tested before the other arms with synthetic CT."""
 
 
 def family_of(arm: Arm, config: Config) -> str:
@@ -21,7 +21,7 @@ def family_of(arm: Arm, config: Config) -> str:
 
 
 def gates_of(config: Config) -> dict[str, str]:
-    """Family -> the family that has to be decided before."""
+    """Family -> the family that must be decided first."""
     return {QUESTION: PRIMARY} if config.primary_arms() else {}
 
 
@@ -31,7 +31,7 @@ def external_family(family: str) -> str:
 
 
 def asked_arms(config: Config) -> list[str]:
-    """The arms that the run is about: the primary ones, else all that test a generator."""
+    """The arms that the run is about: the primary ones, or else all that test a generator."""
     families = {arm.name: family_of(arm, config) for arm in config.arms.all()}
     return [
         name for name, family in families.items() if family == (PRIMARY if PRIMARY in families.values() else QUESTION)
@@ -39,13 +39,13 @@ def asked_arms(config: Config) -> list[str]:
 
 
 def relevant_difference(config: Config) -> float:
-    """The difference in the deciding measure that a run should be able to show: the config's, or the published gain."""
+    """The difference in the deciding measure that a run should detect: the config's, or the published gain."""
     given = config.verdict.relevant_difference
     return published_gain(deciding_measure().column) if given is None else given
 
 
 def design_of(config: Config, n_cases: int) -> Design:
-    """The design of a config, with so many test cases with a nodule."""
+    """The design of a config with `n_cases` test cases that have a nodule."""
     folds, seeds = len(config.segmentation.folds), len(config.segmentation.seeds)
     replicates = folds if folds > 1 else seeds
     n_compared = max(1, len(asked_arms(config)))

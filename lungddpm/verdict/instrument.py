@@ -1,4 +1,4 @@
-"""Can this run show what is there? The checks that stand above the answer, each with its figure and its limit."""
+"""Can this run detect a gain that exists? The checks shown above the answer, each with its figure and its limit."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ SHORT = {
     _FALL: "training loss", _RISE: "validation Dice", _HU: "HU", _STEP: "seam", _FIDELITY: "label fidelity",
     _TO_MANY: "median distance to training cases", _TO_ONE: "smallest distance to a training case",
 }  # fmt: skip
-"""Names of measures of which a check has several."""
+"""Short names of the measures of checks that have several."""
 POSITIVE_GENERATOR = "reference"
-"""The generator that adds real CT: what it adds is known to help, if anything does."""
+"""The generator that adds real CT, which is expected to help if anything does."""
 _LEARNING = 0.05
 """p below which a curve still changes beyond its scatter."""
 
 
 @dataclass(frozen=True)
 class Missing:
-    """What a run should have and has not."""
+    """What a run should have but does not."""
 
     replicates: Mapping[str, list[str]]
-    """Of each arm that lacks some."""
+    """By arm, for arms that lack any."""
     test_cases: list[str]
     """Usable test cases that were not evaluated."""
 
@@ -77,13 +77,13 @@ def instrument_table(
         config: of the run.
         tables: `verdict`, `variance_components`, `run_spread`, `convergence`, `calibration`; `image_quality` and
             `label_fidelity` where the run has them.
-        missing: what was not evaluated.
+        missing: runs and cases that were not evaluated.
         copies: groups of replicates that are the same, each as "arm, replicate".
         named_late: replicates that were evaluated before `verdict.primary` was as it is now.
 
     Returns:
         `COLUMNS`, one row per check and subject (an arm or a generator; empty: the whole run): what was measured, its
-        value and limits (NaN: none), `status`, and a sentence. What was not measured never passes.
+        value and limits (NaN: none), `status`, and a sentence. What is not measured never passes.
     """
     verdict = tables["verdict"]
     verdict = verdict[verdict["metric"] == deciding_measure().column]
@@ -110,14 +110,14 @@ def _row(
 
 
 def _judged(value: float, limits: tuple[float, float]) -> str:
-    """The status of a value by its limits, of which either may be NaN."""
+    """The status of a value given its limits, either of which may be NaN."""
     if math.isnan(value):
         return NOT_MEASURED
     return FAILED if value < limits[0] or value > limits[1] else PASSED
 
 
 def _controls(config: Config, verdict: pd.DataFrame) -> list[dict]:
-    """Both controls, a row for each arm that is one."""
+    """Both controls, a row for each control arm."""
     significance = 1 - config.verdict.confidence
     controls = [arm for arm in config.arms.all() if arm.real and arm.is_control(config.arms.generators)]
     positive = [arm.name for arm in controls if arm.added == POSITIVE_GENERATOR]
@@ -127,10 +127,10 @@ def _controls(config: Config, verdict: pd.DataFrame) -> list[dict]:
         found = row["verdict"] == "better"
         said = (
             f"{row['arm']}, which adds real cases, was called better ({_numbers(row, significance)}): "
-            "the run shows a gain that is there."
+            "the run detects a gain that exists."
             if found
             else f"{row['arm']}, which adds real cases, was not called better ({_numbers(row, significance)}): "
-            "the run does not even show what more real data bring."
+            "the run does not even detect the gain from more real data."
         )
         rows.append(_control(POSITIVE, row, (math.nan, significance), found, said))
     if not positive:
@@ -172,10 +172,10 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
     ):
         found = table[table["measure"] == measure].dropna(subset=column)
         if found.empty:
-            said = f"No curve with four saved states or more: the end of the {SHORT[what]} is not known."
+            said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
             rows.append(_row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said))
             continue
-        # An arm that moves within its scatter has not been shown to move.
+        # A change within an arm's scatter does not show that it is still learning.
         moving = found[found["p"] < _LEARNING]
         worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
         status = FAILED if not moving.empty and worst[column] > limit else PASSED
@@ -187,12 +187,14 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
 def _convergence_sentence(measure: str, worst: pd.Series, status: str) -> str:
     if measure == LOSS:
         moved = f"{100 * worst['change_of_whole']:.0f} % of the fall of its training loss"
-        text = f"{worst['arm']}: {moved} came in the last third of the steps"
+        text = f"{worst['arm']}: {moved} was in the last third of the steps"
     else:
         text = f"{worst['arm']}: validation Dice rose by {signed(worst['change'], 2)} in the last third of the steps"
     if status == FAILED:
-        learning = "The segmenters still learn: arms may differ in how fast they do, not in what their data teach."
-        return f"{text}. {learning}" if measure == LOSS else f"{text}: the segmenters still learn."
+        learning = (
+            "The segmenters are still learning: arms may differ in how fast they learn, not in what their data teach."
+        )
+        return f"{text}. {learning}" if measure == LOSS else f"{text}: the segmenters are still learning."
     return f"{text}, the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
 
 
@@ -217,19 +219,19 @@ def _hounsfield(name: str, table: pd.DataFrame) -> dict:
         parts = [
             f"{row['region'].split()[0]} {signed(row['mean'], 0)} HU (limit ±{row['limit_high']:g})"
             if row["measure"] == calibration.DIFFERENCE
-            else f"spread of HU in the {row['region'].split()[0]} {row['mean']:.2f} times theirs "
+            else f"HU spread in the {row['region'].split()[0]} {row['mean']:.2f} times that of references "
             f"({row['limit_low']:g} to {row['limit_high']:g})"
             for row in known.to_dict("records")
         ]
         unknown = ", ".join(dict.fromkeys(region.split()[0] for region in rows.loc[rows["mean"].isna(), "region"]))
         said = f"{name} against its references: {', '.join(parts)}" + (f"; {unknown} not measured." if unknown else ".")
     else:
-        said = f"The HU of {name} were not measured."
+        said = f"HU of {name} were not measured."
     return _row(GENERATOR, name, _HU, value, (math.nan, 0.0), status, said)
 
 
 def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[dict]:
-    """How near a generator's samples come to the cases that it was trained on: most of them, and the nearest."""
+    """Nearness of a generator's samples to its training cases: of the median sample, and of the nearest."""
     found: dict[tuple[str, str], dict] = {}
     if quality is not None:
         of_lungs = quality[(quality["generator"] == name) & (quality["region"] == LUNGS)]
@@ -239,11 +241,11 @@ def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[di
     smooth = found.get((CONSTANT_LUNGS, MEDIAN_RATIO), unknown)["mean"]
     of_many = (
         f"Samples of {name} are {many['mean']:.2f} times as far from their nearest training case as real cases are "
-        f"(lungs of one grey, which remember nothing: {smooth:.2f})"
+        f"(constant lungs, which remember nothing: {smooth:.2f})"
     )
     of_one = (
-        f"The nearest sample of {name}: {one['note']}; {nearer['mean']:.0f} of {nearer['n']} samples are nearer than "
-        "any real case"
+        f"The nearest sample of {name}: {one['note']}; {nearer['mean']:.0f} of {nearer['n']} samples are nearer to a "
+        "training case than any real case is"
     )
     return [
         _distance(name, _TO_MANY, many["mean"], least, of_many, "copies, or smooth images"),
@@ -252,11 +254,11 @@ def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[di
 
 
 def _distance(name: str, measure: str, value: float, least: float, said: str, doubt: str) -> dict:
-    """A line of that check; no distance proves a copy, so a failed one says what to look for."""
+    """A line of that check; a distance alone does not prove a copy, so a failed one says what to look for."""
     status = _judged(value, (least, math.nan))
     said += f": {doubt}." if status == FAILED else "."
     if status == NOT_MEASURED:
-        said = f"How near samples of {name} come to training cases was not measured."
+        said = f"The distance of {name}'s samples to training cases was not measured."
     return _row(MEMORISED, name, measure, value, (least, math.nan), status, said)
 
 
@@ -285,8 +287,8 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
         if real >= ceiling:
             value = made / real
         elif not math.isnan(real):
-            least = f"(least {ceiling:g})"
-            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT {least}: too low to judge {name}."
+            limit = f"(limit {ceiling:g})"
+            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT {limit}: too low to judge {name}."
     status = _judged(value, (lowest, math.nan))
     if status != NOT_MEASURED:
         said = f"Segmenters of real reach a Dice of {made:.2f} on {name}, of {real:.2f} on its references' real CT"
@@ -303,9 +305,9 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
 
 
 def design_of_run(config: Config, components: pd.DataFrame) -> tuple[Design, Components] | None:
-    """The design of a run as it was carried out, and its variance components; None where they are not known.
+    """The design of a run as carried out, and its variance components; None if they are not known.
 
-    They are those of the arms that the run is about; where none of these was measured, of all others.
+    They are those of the arms that the run is about or, if none of these was measured, of all others.
 
     Args:
         config: of the run.
@@ -323,7 +325,7 @@ def design_of_run(config: Config, components: pd.DataFrame) -> tuple[Design, Com
 
 
 def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame) -> list[dict]:
-    """What the run can show, beside the difference that is relevant; nothing where no arm has synthetic CT."""
+    """What the run can detect, next to the relevant difference; nothing if no arm has synthetic CT."""
     arms, relevant, title = asked_arms(config), relevant_difference(config), deciding_measure().title
     verdict = verdict[verdict["arm"].isin(arms)]
     if verdict.empty:
@@ -336,12 +338,12 @@ def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame) -> li
     detectable, power = detectable_by_design(design, typical), power_of_design(design, typical, relevant)
     published = "" if config.verdict.relevant_difference else " (the published gain)"
     said = (
-        f"A true difference of {detectable:.2g} {title} is shown with a probability of {100 * POWER:.0f} %, "
+        f"A true difference of {detectable:.2g} {title} is detected with a probability of {100 * POWER:.0f} %, "
         f"the relevant one of {relevant:.2g}{published} with {_percent(power)}."
     )
     room = 1 - float(verdict["baseline_mean"].max())
     if detectable > room:
-        said += f" Above real there is room for {room:.2f} only."
+        said += f" The largest possible gain over real is {room:.2f}."
     return [_row(ENOUGH, "", name, detectable, limits, _judged(detectable, limits), said)]
 
 
@@ -350,9 +352,9 @@ def _percent(power: float) -> str:
 
 
 def _why_nothing(config: Config, found: tuple[Design, Components] | None, verdict: pd.DataFrame) -> str:
-    """Why a run decides nothing, as a sentence."""
+    """Why a run cannot decide anything, as a sentence."""
     if found is None and len(config.segmentation.replicates()) == 1:
-        return "With one replicate, how much training runs scatter is not known: nothing can be decided."
+        return "With one replicate, the run-to-run variance is not known: nothing can be decided."
     return f"{plural(int(verdict['n_cases'].max()), 'test case')} are too few to decide anything."
 
 
@@ -370,26 +372,26 @@ def _complete(missing: Missing) -> list[dict]:
         lost = float(len(missing.test_cases))
         rows.append(_row(COMPLETE, "", "test cases missing", lost, (math.nan, 0.0), FAILED, said))
     if not rows:
-        said = "Every arm has all its replicates, every replicate all test cases."
+        said = "Every arm has all its replicates, and every replicate all test cases."
         rows.append(_row(COMPLETE, "", "replicates missing", 0.0, (math.nan, 0.0), PASSED, said))
     return rows
 
 
 def _distinct(copies: list[list[str]]) -> list[dict]:
-    said = "No two runs have the same measures in every case."
+    said = "No two runs have identical measures in every case."
     if copies:
         groups = ". ".join("; ".join(names) for names in copies)
         said = (
-            f"The same measures in every case: {groups}. Trainings that differ do not end so: look for a copied "
-            "folder. No answer is to be trusted until it is replaced."
+            f"Identical measures in every case: {groups}. Separate trainings do not end like this: look for a copied "
+            "folder, and trust no answer until it is replaced."
         )
     limits = (math.nan, 0.0)
     status = FAILED if copies else PASSED
-    return [_row(DISTINCT, "", "groups of runs that are the same", float(len(copies)), limits, status, said)]
+    return [_row(DISTINCT, "", "groups of identical runs", float(len(copies)), limits, status, said)]
 
 
 def _alike(spread: pd.DataFrame, significance: float) -> list[dict]:
-    """Whether some arm's runs scatter more than the others', beyond chance."""
+    """Whether the runs of some arm scatter more than those of the others, beyond chance."""
     measure, limits = "smallest p that runs scatter alike", (significance, math.nan)
     notes = spread_notes(spread, deciding_measure().title, significance)
     smallest = float(spread["p"].min())
@@ -401,12 +403,12 @@ def _alike(spread: pd.DataFrame, significance: float) -> list[dict]:
 
 
 def _named(named_late: list[str]) -> list[dict]:
-    said = "The primary arm was named before anything was evaluated."
+    said = "The primary arm was chosen before anything was evaluated."
     if named_late:
         shown = "; ".join(named_late[:3]) + (" ..." if len(named_late) > 3 else "")
         said = (
-            f"{plural(len(named_late), 'replicate')} had been evaluated when verdict.primary was another than now: "
-            f"{shown}. An arm that is named once results can be seen is not a primary one."
+            f"{plural(len(named_late), 'replicate')} had been evaluated before verdict.primary got its present value: "
+            f"{shown}. An arm chosen after seeing results is not a primary arm."
         )
     status = FAILED if named_late else PASSED
     measure = "replicates evaluated before"

@@ -1,9 +1,9 @@
-"""The ladder: what a generator is given of the CT that it is to draw, crossed with the family of its model.
+"""The ladder: how much of the CT to draw a generator is given, crossed with the family of its model.
 
-In the published table both change together: each method of another family is given another part of the target, and
-Lung-DDPM alone gets the whole volume around the lungs. A run that fills several cells of a row, or of a column, takes
-the two apart. Which cell a generator is in follows from its settings (`generators.given_of`), so no config can say
-otherwise; two cells of a family are two variants of one generator.
+In the published table both change together: each method is from a different family and is given a different part of the
+target, and only Lung-DDPM gets the whole volume around the lungs. A run that fills several cells of a row or column
+separates the two effects. The cell of a generator follows from its settings (`generators.given_of`), so a config cannot
+contradict it; two cells of a family are two variants of one generator.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ _UNCONDITIONAL = "unconditional GAN"
 
 
 def cell_of(config: Config, generator: str) -> tuple[str, str] | None:
-    """Family and what is given, of a generator of the config; None where it is in no cell: controls, floors, and what
-    other systems made."""
+    """Family and given information of a generator in the config; None if it has no cell: controls, floors, and samples
+    of other systems."""
     if generator in config.arms.external or (family := config.plugin_of(generator).family) is None:
         return None
     return family, given_of(config.for_generator(generator))
 
 
 def stands_for(config: Config, generator: str) -> str:
-    """The published method that a generator stands for, as it is configured; empty where there is none."""
+    """The published method that a generator represents, as configured; empty if there is none."""
     cell = cell_of(config, generator)
     return "" if cell is None else config.plugin_of(generator).published_as.get(cell[1], "")
 
 
 def published_generators(config: Config) -> dict[str, str]:
-    """Published methods -> the generator in use that stands for each, the first one of several."""
+    """Published methods -> the generator in use that represents each, the first one if there are several."""
     found: dict[str, str] = {}
     for name in config.arms.largest_doses():
         if method := stands_for(config, name):
@@ -58,7 +58,7 @@ def ladder_table(
     image_quality: pd.DataFrame | None = None,
     fidelity: pd.DataFrame | None = None,
 ) -> pd.DataFrame:
-    """The cells of a run, and those of published methods that it leaves empty.
+    """The cells of a run, and those of published methods that are missing from it.
 
     Args:
         config: of the run.
@@ -67,10 +67,10 @@ def ladder_table(
         fidelity: rows of `label_fidelity.csv`, if measured.
 
     Returns:
-        `LADDER_COLUMNS`, one row per generator in use that is in a cell, ordered by family and by what is given:
+        `LADDER_COLUMNS`, one row per generator in use that is in a cell, ordered by family and given information:
         image quality (FID of whole volumes and of the lungs), label fidelity (Dice, and its difference to the ceiling)
-        and the difference of the arm of its largest dose to the real cases (the most of them) alone. Then `generator`
-        is empty where no generator in use stands for a published method.
+        and the difference between the arm of its largest dose (with the most real cases) and these real cases alone.
+        Published methods that no generator in use represents follow, with an empty `generator`.
     """
     deciding = verdict[verdict["metric"] == deciding_measure().column].set_index("arm")
     rows: list[dict[str, Any]] = []
@@ -94,7 +94,7 @@ def ladder_table(
 
 
 def _published_cells() -> list[dict[str, Any]]:
-    """The cells of all published methods, each once, without a generator."""
+    """The cells of all published methods, without a generator."""
     cells = {method: (_UNCONDITIONAL, NOTHING, reason) for method, reason in WITHOUT_LAYOUT.items()}
     for declared in map(generators.plugin, generators.names()):
         for given, method in declared.published_as.items():
@@ -124,7 +124,7 @@ def _fid(image_quality: pd.DataFrame | None, generator: str, region: str) -> flo
 
 
 def _largest_arm(config: Config, generator: str) -> Arm | None:
-    """The arm of a generator's largest dose, of the most real cases; None where it is only trained on alone."""
+    """The arm with a generator's largest dose and the most real cases; None if it only has synthetic-only arms."""
     arms = [
         arm
         for arm in config.arms.all()

@@ -1,7 +1,7 @@
-"""The published figures (published.csv is their only copy) beside this run's, and whether the two can be compared.
+"""The published figures (published.csv is their only copy) next to this run's, and whether the two are comparable.
 
 Sources: the poster of Lung-DDPM (arXiv 2502.15204), the README of its successor, Lung-DDPM+, and the code of both. What
-MAISI-v2 and LeFusion report of their own data stands beside them as context.
+MAISI-v2 and LeFusion report for their own data is included as context.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ REAL_CASES = 800
 """Real training cases in the published segmentation experiment."""
 _QUALITY_METRICS = {"MSE": "mse", "FID": "fid", "MMD": "mmd_squared"}
 _SEGMENTATION = (
-    "its 249 test patients are private, and what its sd is taken over is not stated: "
+    "its 249 test patients are private, and it does not state what the sd is over: "
     "compare the change against real data, not the level"
 )
 _OTHER_SCALE = (
-    "its intensity scaling and references are not ours; with 84-90 % of the voxels copied from the reference, "
-    "the whole-volume figure mostly tells how large the lungs are"
+    "its intensity scaling and references differ from ours; with 84-90 % of the voxels copied from the reference, "
+    "the whole-volume figure mostly reflects the size of the lungs"
 )
 _OTHER_FEATURES = (
-    "the feature network here has random weights: its distances compare with none but its own "
-    "(image_quality.weights takes MedicalNet's)"
+    "the feature network here has random weights, so its distances are only comparable with each other "
+    "(set image_quality.weights to MedicalNet's)"
 )
 _OTHER_INPUT = (
-    "distances compare within one feature network, input range, grid and number of volumes only; of these, "
-    "the network alone is the one that was published"
+    "distances are only comparable with the same feature network, input range, grid and number of volumes; of these, "
+    "only the network is the published one"
 )
 _SQUARED = (
-    "what is measured here is MMD², its unbiased estimate; whether the published MMD is a square is not stated, and "
+    "what is measured here is MMD², its unbiased estimate; whether the published MMD is squared is not stated, and "
 )
 _OTHER_MACHINE = "sampling time depends on the machine and the grid, which differ"
 _OTHER_SETTINGS = "forward passes per sample as configured here; their networks and grids differ"
@@ -45,19 +45,19 @@ _SIMULATED = "the patients of this run are simulated"
 _NOT_REPORTED = "not reported"
 _CONTEXT = "other data and another task: context only"
 WITHOUT_LAYOUT = {
-    "HA-GAN": "HA-GAN draws without a layout: there are no labels to train a segmenter with, so it is not an arm here; "
-    "its CT may enter image quality from a folder (arms.quality_only)"
+    "HA-GAN": "HA-GAN draws without a layout, so there are no labels to train a segmenter and it cannot be an arm; "
+    "its CT can be added to image quality from a folder (arms.quality_only)"
 }
-"""Published methods that no generator here can stand for."""
+"""Published methods that no generator here can represent."""
 
 
 def published_figures() -> pd.DataFrame:
     """The published figures, one row each.
 
-    Columns: table (image_quality, segmentation, sampling, or context), source, cohort, method, condition (what of the
-    target the method is given), training_set, metric, mean, sd, n (cases), spread_over (what the sd is over: folds,
+    Columns: table (image_quality, segmentation, sampling, or context), source, cohort, method, condition (what part of
+    the target the method is given), training_set, metric, mean, sd, n (cases), spread_over (what the sd is over: folds,
     cases or unknown), network (that was trained on the set), steps (of sampling), reported ("no": that experiment was
-    not published, and there is no mean). Text is empty, and a number NaN, where it is not stated.
+    not published, and there is no mean). What is not stated is an empty text or NaN.
     """
     with files(__package__).joinpath("published.csv").open(encoding="utf-8") as file:
         return pd.read_csv(file, keep_default_na=False, dtype=str).assign(
@@ -66,14 +66,14 @@ def published_figures() -> pd.DataFrame:
 
 
 def published_gain(metric: str) -> float:
-    """The largest published gain of Lung-DDPM over real data alone, in the metric's own unit."""
+    """The largest published gain of Lung-DDPM over real data alone, in the unit of the metric."""
     figures = published_figures().query("table == 'segmentation' and metric == @metric").set_index("method")["mean"]
     return float(figures.loc[["Lung-DDPM"]].max() - figures.loc["real only"])
 
 
 def published_comparison(
     verdict: pd.DataFrame,
-    stand_ins: Mapping[str, str],
+    generators: Mapping[str, str],
     image_quality: pd.DataFrame | None = None,
     seconds_per_volume: Mapping[str, float] | None = None,
     simulated: bool = False,
@@ -85,23 +85,23 @@ def published_comparison(
 
     Args:
         verdict: rows of `verdict.csv`.
-        stand_ins: published methods -> the generators of this run that stand for them.
+        generators: published methods -> the generators of this run that represent them.
         image_quality: rows of `image_quality.csv`, if measured.
         seconds_per_volume: mean sampling time by generator, if known.
-        simulated: the run's patients are not real, so that nothing compares.
-        measures: rows of `measures.csv`, for what the verdict does not have.
-        passes: forward passes per sample by generator, of those that draw with a network.
+        simulated: the run's patients are simulated, so nothing is comparable.
+        measures: rows of `measures.csv`, for measures that the verdict does not have.
+        passes: forward passes per sample by generator, for those with a network.
 
     Returns:
-        The published rows with: published_change (against real only), arm (or generator) of this run that comes
-        closest, measured_metric (its column here: MMD is measured as mmd_squared), measured_mean, measured_sd,
+        The published rows with: published_change (against real only), arm (the closest one of this run, or generator),
+         measured_metric (its column here: MMD is measured as mmd_squared), measured_mean, measured_sd,
         measured_change, comparable ("no" or "change only"), why_not.
     """
     rows = []
     figures = published_figures()
     of_segmenters = figures[figures["table"] == "segmentation"]
     real_only = of_segmenters[of_segmenters["method"] == "real only"].set_index("metric")["mean"]
-    # The arms with the most real cases: as published, with all that there were.
+    # The arms with the most real cases, as in the publication.
     verdict = verdict[verdict["real_cases"] == verdict["real_cases"].max()]
     scores = verdict if measures is None else pd.concat([verdict, measures[measures["arm"].isin(verdict["arm"])]])
     drawing = {"seconds_per_volume": seconds_per_volume or {}, "function_evaluations": passes or {}}
@@ -119,11 +119,11 @@ def published_comparison(
         if figure["table"] == "segmentation":
             if figure["method"] != "real only":
                 row["published_change"] = figure["mean"] - real_only[figure["metric"]]
-            row |= _segmentation(figure, stand_ins, verdict, scores)
+            row |= _segmentation(figure, generators, verdict, scores)
         elif figure["table"] == "image_quality":
-            row |= _quality(figure, stand_ins, image_quality)
+            row |= _quality(figure, generators, image_quality)
         elif figure["table"] == "sampling":
-            row |= _sampling(figure, stand_ins, drawing[figure["metric"]])
+            row |= _sampling(figure, generators, drawing[figure["metric"]])
         else:
             row |= {"comparable": "no", "why_not": _CONTEXT}
         if figure["reported"] == "no" and row["arm"]:
@@ -134,14 +134,14 @@ def published_comparison(
     return pd.DataFrame(rows)
 
 
-def _segmentation(figure: dict, stand_ins: Mapping[str, str], verdict: pd.DataFrame, scores: pd.DataFrame) -> dict:
+def _segmentation(figure: dict, generators: Mapping[str, str], verdict: pd.DataFrame, scores: pd.DataFrame) -> dict:
     if figure["method"] == "real only":
         arm = verdict["baseline"].iloc[0]
-    elif figure["method"] in stand_ins:
+    elif figure["method"] in generators:
         dose = int(figure["training_set"].split("+")[1].split()[0]) / REAL_CASES
-        arm = _arm_of_dose(verdict["arm"], stand_ins[figure["method"]], dose)
+        arm = _arm_of_dose(verdict["arm"], generators[figure["method"]], dose)
         if not arm:
-            return {"comparable": "no", "why_not": f"this run has no arm with a dose of about {dose:.2g}"}
+            return {"comparable": "no", "why_not": f"this run has no arm with a dose close to {dose:.2g}"}
     else:
         return _absent(figure)
     found = scores[(scores["arm"] == arm) & (scores["metric"] == figure["metric"])].dropna(subset="mean")
@@ -170,10 +170,10 @@ def _arm_of_dose(arms: pd.Series, generator: str, dose: float) -> str:
     return closest if closest and distance[closest] <= 0.1 else ""
 
 
-def _quality(figure: dict, stand_ins: Mapping[str, str], image_quality: pd.DataFrame | None) -> dict:
-    if figure["method"] not in stand_ins:
+def _quality(figure: dict, generators: Mapping[str, str], image_quality: pd.DataFrame | None) -> dict:
+    if figure["method"] not in generators:
         return _absent(figure)
-    generator = stand_ins[figure["method"]]
+    generator = generators[figure["method"]]
     if image_quality is not None:
         rows = image_quality[
             (image_quality["generator"] == generator) & (image_quality["image"] == SYNTHETIC)
@@ -191,8 +191,8 @@ def _quality(figure: dict, stand_ins: Mapping[str, str], image_quality: pd.DataF
     return {"comparable": "no", "why_not": _NOT_MEASURED}
 
 
-def _sampling(figure: dict, stand_ins: Mapping[str, str], by_generator: Mapping[str, float]) -> dict:
-    generator = stand_ins.get(figure["method"])
+def _sampling(figure: dict, generators: Mapping[str, str], by_generator: Mapping[str, float]) -> dict:
+    generator = generators.get(figure["method"])
     if generator is None:
         return _absent(figure)
     if generator not in by_generator:
@@ -208,4 +208,4 @@ def _sampling(figure: dict, stand_ins: Mapping[str, str], by_generator: Mapping[
 
 def _absent(figure: dict) -> dict:
     method = figure["method"]
-    return {"comparable": "no", "why_not": WITHOUT_LAYOUT.get(method, f"no generator of this run stands for {method}")}
+    return {"comparable": "no", "why_not": WITHOUT_LAYOUT.get(method, f"no generator of this run represents {method}")}

@@ -1,4 +1,4 @@
-"""Tables of what the run's other records hold: image quality, sampling times, and the times of its jobs."""
+"""Tables from the run's other records: image quality, sampling times, and the times of its jobs."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from lungddpm.core.files import read_json
 from lungddpm.segmentation.nnunet import segmenter_curve
 
 CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
-"""Means since the state saved before: loss of the training patches, Dice of the validation patches."""
+"""Means since the previous saved state: loss of the training patches, Dice of the validation patches."""
 DRAWING_COLUMNS = ["generator", "n_volumes", "seconds_per_volume", "memory_mib", "device"]
 KEPT_COLUMNS = [
     "arm", "replicate", "found_limit", "found_mean", "judged", "kept", "share_kept", "wanted", "taken",
 ]  # fmt: skip
-"""Of the samples of a filtered arm, or of one replicate's draw: how many were judged, kept, wanted and taken; the mean
-share of a sample's nodule voxels that was found. `replicate` is empty where all share one draw."""
+"""For a filtered arm, or one replicate's draw: the number of samples judged, kept, wanted and taken; the mean share of
+a sample's nodule voxels that was found. `replicate` is empty if all share one draw."""
 TIMING_COLUMNS = ["stage", "job", "seconds", "cpu_seconds", "max_rss_mb", "device"]
 
 
 def quality_files(results: Path, generators: list[str]) -> dict[str, Path]:
-    """Where the measures of samples are, by generator; those not measured are left out."""
+    """Paths of the measures of samples, by generator; those not measured are left out."""
     paths = {name: results / "quality" / f"{name}.csv" for name in generators}
     return {name: path for name, path in paths.items() if path.exists()}
 
 
 def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
-    """What `lungddpm quality` measured, over all samples; one row per generator, image, region and metric.
+    """The results of `lungddpm quality` over all samples; one row per generator, image, region and metric.
 
     Args:
         samples: rows of `image_quality.COLUMNS`; summarised. Undefined values (empty regions) do not count towards n; a
             copy of the reference has an infinite mean PSNR.
-        sets: rows of `image_quality.SET_COLUMNS`; their value becomes the mean. Those without a value stay, with n of
-            0, as their note says why.
+        sets: rows of `image_quality.SET_COLUMNS`; their value becomes the mean. Those without a value are kept, with n
+            = 0, because their note gives the reason.
 
     Returns:
         generator, image, region, metric, n, mean, sd, standard_error (of a set's value, where it is known), n_real
@@ -66,14 +66,14 @@ def quality_table(samples: pd.DataFrame, sets: pd.DataFrame) -> pd.DataFrame:
 
 
 def _common(notes: pd.Series) -> str:
-    """The note that all samples share, if they do."""
+    """The note of all samples, if they have the same one."""
     return notes.iloc[0] if notes.nunique(dropna=False) == 1 else ""
 
 
 def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
-    """What it took to draw the samples, from their records: `DRAWING_COLUMNS`, one row per generator.
+    """The cost of drawing the samples, from their records: `DRAWING_COLUMNS`, one row per generator.
 
-    `n_volumes` have a record of their time; `seconds_per_volume` is a mean, `memory_mib` the most that a process took.
+    `n_volumes` have a record of their time; `seconds_per_volume` is a mean, `memory_mib` the largest peak of a process.
     """
     rows, samples = [], CaseFolder(Path("*/*")).sample_record.as_posix()
     for name in generators:
@@ -92,7 +92,7 @@ def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]
 
 
 def filter_table(config: Config, results: Path) -> pd.DataFrame:
-    """What the quality filter kept for each arm and draw that has one: `KEPT_COLUMNS`."""
+    """The outcome of the quality filter for each arm and draw that has one: `KEPT_COLUMNS`."""
     rows = []
     for arm in config.arms.all():
         if not arm.filtered:
@@ -110,7 +110,7 @@ def filter_table(config: Config, results: Path) -> pd.DataFrame:
 
 
 def training_curves(config: Config, results: Path) -> pd.DataFrame:
-    """The training of every replicate whose log is there, one row per saved state: `CURVE_COLUMNS`."""
+    """The training curve of every replicate that has a log, one row per saved state: `CURVE_COLUMNS`."""
     rows = []
     for arm in config.arms.names():
         for fold in config.segmentation.folds:
@@ -121,10 +121,10 @@ def training_curves(config: Config, results: Path) -> pd.DataFrame:
 
 
 def timing_table(results: Path) -> pd.DataFrame:
-    """One row per job that Snakemake timed: `TIMING_COLUMNS`.
+    """One row per job timed by Snakemake: `TIMING_COLUMNS`.
 
     Read from `<results>/benchmarks/**/<stage>-<job>.tsv`, the device from the record beside the log of the same name;
-    jobs that were too short to be sampled have NaN memory.
+    jobs too short to be sampled have NaN memory.
     """
     rows = []
     folder = results / "benchmarks"

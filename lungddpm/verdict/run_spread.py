@@ -1,10 +1,10 @@
-"""How far the training runs of each arm scatter, and whether one arm's scatter more than the others' beyond chance.
+"""How much the training runs of each arm scatter, and whether those of one arm scatter more than chance explains.
 
-The statistic is Cochran's C (1941, Annals of Eugenics 11:47): an arm's mean square as a share of those of all arms. It
-is taken twice. Arms share replicates (fold x seed), and what a replicate does to all arms alike is not the scatter of a
-single one. So it is taken out, at the price that the arms' residuals mix. It is also left in: then C is sharper where
-replicates do little, and too even, never too uneven, where they do much. The smaller p of the two counts, and is
-compared with the smaller p of tables drawn from runs that scatter alike, normally, without an effect of replicates.
+The statistic is Cochran's C (1941, Annals of Eugenics 11:47): the mean square of an arm as a share of the sum over
+arms. It is computed twice. Arms share replicates (fold x seed), and the common effect of a replicate on all arms is not
+the scatter of one arm. So it is removed once, which mixes the residuals of the arms, and left in once: then C is more
+powerful if replicates have little effect, and conservative if they have much. The test uses the smaller p of the two,
+compared with the smaller p of simulated tables: normal runs of equal variance, without an effect of replicates.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def run_spread_table(
 
     Args:
         arms: their names.
-        means: (arms, runs), each run's mean score over cases; NaN where a run is missing.
-        replicates: the runs of each independent replicate; those of one fold share its luck and are averaged for p.
+        means: (arms, runs), each run's mean score over cases; NaN if a run is missing.
+        replicates: the runs of each independent replicate; those of one fold share its split and are averaged for p.
         seed: of the draws behind p.
         groups: see `spread_test`.
 
@@ -53,16 +53,15 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS, groups: Seque
     """Test every arm for a spread wider than that of the others.
 
     Args:
-        means: (arms, independent replicates), NaN where one is missing.
+        means: (arms, independent replicates), NaN if one is missing.
         seed: of the draws.
-        draws: tables with equal spread to compare with.
-        groups: a number for each arm below that of the arms: replicates have other effects in each group; None where
-            there is one group.
+        draws: number of simulated tables with equal spread.
+        groups: group index of each arm: replicate effects differ between groups; None if there is one group.
 
     Returns:
-        (arms,): the probability that some arm stands out as far as this one if the runs of all arms scatter alike; so
-        it is corrected for the number of arms. NaN where it is not known: for arms of one replicate, and where fewer
-        than two arms have more, or nothing differs.
+        (arms,): the probability that some arm scatters as much as this one if the runs of all arms scatter alike, so it
+        is corrected for the number of arms. NaN if it is not known: for arms with one replicate, and if fewer than two
+        arms have more, or nothing differs.
     """
     p = np.full(len(means), math.nan)
     arm, replicate = np.nonzero(np.isfinite(means))
@@ -72,7 +71,7 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS, groups: Seque
     group = np.zeros(len(means), int) if groups is None else np.array(groups)
     of_arm, of_replicate = np.eye(len(means))[arm], np.eye(means.size)[group[arm] * means.shape[1] + replicate]
     designs = [of_arm]
-    if np.count_nonzero(several) > 2:  # of two arms, what is left of arm + replicate is the same in both
+    if np.count_nonzero(several) > 2:  # with two arms, both have the same residual of arm + replicate
         designs.append(np.hstack([of_arm, of_replicate]))
     tables = np.vstack([means[arm, replicate], np.random.default_rng(seed).normal(size=(draws, arm.size))])
     smaller = np.ones((len(tables), np.count_nonzero(several)))
@@ -82,7 +81,7 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS, groups: Seque
         if squares[0].max() < _ROUNDING:
             return p
         df = (np.diag(to_residuals) @ of_arm)[several]
-        df[df < _NO_DF] = math.inf  # runs in replicates that no other arm has leave nothing to compare
+        df[df < _NO_DF] = math.inf  # runs in replicates without another arm leave nothing to compare
         shares = (squares @ of_arm)[:, several] / df / squares.sum(axis=1, keepdims=True)
         smaller = np.minimum(smaller, _share_reaching(shares.max(axis=1)[1:], shares))
     p[several] = _share_reaching(-smaller.min(axis=1)[1:], -smaller)[0]
@@ -90,17 +89,17 @@ def spread_test(means: np.ndarray, seed: int, draws: int = _DRAWS, groups: Seque
 
 
 def _share_reaching(drawn: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Share of the drawn numbers, and of the value itself with them, that are as large as each value."""
+    """Share of the drawn numbers, counting the value itself, that are as large as each value."""
     below = np.searchsorted(np.sort(drawn), values - 1e-12)
     return (1 + len(drawn) - below) / (1 + len(drawn))
 
 
 def spread_notes(table: pd.DataFrame, measure: str, significance: float) -> list[str]:
-    """A sentence for each arm whose runs scatter more than those of the others beyond chance.
+    """A sentence for each arm whose runs scatter more than those of the others, beyond chance.
 
     Args:
-        table: of `run_spread_table`, the arm that the others are compared with first.
-        measure: what the means are of, in prose.
+        table: of `run_spread_table`, the baseline first.
+        measure: display name of the measure.
         significance: p below it is beyond chance.
     """
     notes = []
@@ -111,7 +110,7 @@ def spread_notes(table: pd.DataFrame, measure: str, significance: float) -> list
         notes.append(
             f"Training runs of {row['arm']} scatter more than those of the other arms, beyond chance (sd of mean "
             f"{measure} {row['sd']:.3f} over {row['n_replicates']} replicates; others {range_of_others}). "
-            "The comparison assumes that the runs of all arms scatter alike: what it claims about "
-            f"{concerned} is less certain than its p says."
+            "The comparison assumes that the runs of all arms scatter alike: its claims about "
+            f"{concerned} are less certain than p suggests."
         )
     return notes

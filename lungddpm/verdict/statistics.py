@@ -1,41 +1,41 @@
-"""Is an arm better than `real`? Trainings and patients are both taken as samples of many more.
+"""Is an arm better than `real`? Both training runs and patients are treated as random samples.
 
-Two things decide by chance whether a difference comes out: which patients are in the test set, and how a training run
-happens to end. Multi-reader multi-case analysis, radiology's standard where readers and cases are crossed, covers
-both; here independent training runs are its readers and the arms its modalities. Its figure of merit is a mean over
-cases, so the covariances that it needs are those of the cases themselves, without a jackknife.
+An observed difference depends on two random choices: the patients of the test set, and the outcome of the training
+runs. Multi-reader multi-case analysis, radiology's standard for crossed readers and cases, covers both; here
+independent training runs are its readers and the arms its modalities. Its figure of merit is a mean over cases, so the
+covariances that it needs are those of the cases themselves, without a jackknife.
 
 With theta_ij the mean score of arm i in replicate j, and R replicates (Obuchowski & Rockette's model):
 
     Var(arm - baseline) = 2/R [MS(TR) + R max(Cov2 - Cov3, 0)] = T + P
 
-MS(TR) is the mean square of arm x replicate: how differently training runs end that should end alike. It comes from
-all arms, as is usual with more than two modalities, because the few runs of a single pair estimate it too poorly.
-Where arms have several baselines (the real cases alone, for several numbers of real cases), an arm is compared with its
-own, and what a replicate does to all arms of a baseline alike is taken out baseline by baseline: they train on other
+MS(TR) is the mean square of arm x replicate, i.e. the run-to-run variance. It is estimated from all arms, as is usual
+with more than two modalities, because the few runs of a single pair estimate it too poorly.
+If there are several baselines (the real cases alone, for several numbers of real cases), each arm is compared with its
+own, and the common effect of a replicate is removed separately for the arms of each baseline: they train on different
 real cases, so fold 0 of one is not fold 0 of another.
-P is how far the choice of patients moves the difference in all replicates alike; it comes from the compared pair
-alone, because its cases estimate it well and arms differ in it.
+P is the variance due to the choice of patients, common to all replicates; it is estimated from the compared pair
+alone, because its cases estimate it well and it differs between arms.
 
-Degrees of freedom. Hillis gives (T + P)^2 / (T^2 / df(TR)), which takes P as known. Where that exceeds the number of
-cases less one, the cases are too few for it, and Satterthwaite's formula with both terms is used:
-(T + P)^2 / (T^2 / df(TR) + B^2 / (cases - 1)), B being the variance between cases of which P is a part, but never less
-than cases - 1. With fewer than `MINIMUM_RUN_DF` degrees of freedom MS(TR) comes out near 0 too often by chance, and
-df(TR) itself is used.
+Degrees of freedom. Hillis gives (T + P)^2 / (T^2 / df(TR)), which takes P as known. If that exceeds the number of
+cases minus one, there are too few cases for it, and Satterthwaite's formula with both terms is used:
+(T + P)^2 / (T^2 / df(TR) + B^2 / (cases - 1)), B being the variance between cases, which includes P; the
+result is never below cases - 1. With fewer than `MINIMUM_RUN_DF` degrees of freedom MS(TR) comes out near 0 too often
+by chance, and df(TR) itself is used.
 
-Order of the tests. Arms of a family are corrected by Holm. A family may have a gate, another family: then its arms are
-tested only where every arm of the gate was decided (serial gatekeeping; with a gate of one arm, the fixed-sequence
-test). Both are tested at the full level, and the error of both together keeps to it: where some arm of the gate does
-not differ truly, the rest is reached only after a false claim in the gate; where all of them do, only the rest can be
-claimed falsely, which is what its own correction limits.
+Order of the tests. Arms of a family are corrected by Holm. A family may have another family as its gate: then its arms
+are tested only if every arm of the gate was decided (serial gatekeeping; with a gate of one arm, the fixed-sequence
+test). Both are tested at the full level, and the familywise error stays at that level: if some arm of the gate truly
+does not differ, the rest is reached only after a false claim in the gate; if all of them differ, false claims are only
+possible in the rest, where its own correction limits them.
 
-Several test sets. Where the same arms are compared on further test sets, each is a comparison of its own: cases are
-paired within a set, runs are the same ones. Claims on all of them together keep to the level: p after Holm's correction
-within a set is multiplied by the number of sets (Bonferroni), which holds however runs tie the sets together.
+Several test sets. If the same arms are compared on further test sets, each is a comparison of its own: cases are
+paired within a set, training runs are the same. The error of the claims on all sets together is controlled: p after
+Holm's correction within a set is multiplied by the number of sets (Bonferroni), which holds for any dependence.
 
-Independent runs. Runs that share a fold share its luck, so seeds are averaged within a fold and folds are counted.
-Where only one fold is trained, its seeds are the replicates, and the luck of that fold is not covered. Without any
-estimate of MS(TR) (a single replicate everywhere) nothing is decided.
+Independent runs. Runs of the same fold share its split of the training cases, so seeds are averaged within a fold and
+folds are counted. If only one fold is trained, its seeds are the replicates, and variation between folds is not
+covered. Without any estimate of MS(TR) (a single replicate everywhere) nothing is decided.
 
 Sources: Obuchowski & Rockette (1995), Communications in Statistics - Simulation and Computation 24:285; degrees of
 freedom by Hillis (2007), Statistics in Medicine 26:596; Satterthwaite (1946), Biometrics Bulletin 2:110; power by
@@ -60,24 +60,24 @@ from lungddpm.core.text import bound, format_p, plural, signed
 
 Outcome = Literal["baseline", "better", "worse", "no difference shown", "cannot tell", "not measured"]
 POWER = 0.8
-"""Probability with which a run should show the difference that it is said to be able to show."""
+"""Power: probability of detecting the difference called detectable."""
 RANGE = 0.8
-"""Level of the range that is given with a detectable difference."""
+"""Level of the range given with a detectable difference."""
 MINIMUM_CASES = 6
-"""Below this many cases nothing is decided: with five that all agree, the two-sided sign test gives p = 0.06."""
+"""With fewer cases nothing is decided: five that all agree give p = 0.06 in the two-sided sign test."""
 MINIMUM_RUN_DF = 4
-"""Below this, df(TR) alone is the test's: simulated, more would give 7 % false claims with 3 and 12 % with 1."""
+"""Below this, the test uses df(TR) alone: in simulations, more would give 7 % false claims with 3 and 12 % with 1."""
 SMALL_TEST_SET = 30
-"""Below this many cases the sentence warns."""
+"""With fewer cases the sentence warns."""
 _EQUAL = 1e-9
 _BAND_POINTS = 41
 
 
 def minimum_cases(n_compared: int, confidence: float) -> int:
-    """Test cases needed for a decision: so many that they could decide by all agreeing (two-sided sign test).
+    """Test cases needed for a decision: the fewest that are significant if all agree (two-sided sign test).
 
     Args:
-        n_compared: arms in the family, all of which the strictest level of Holm's correction is divided by.
+        n_compared: arms in the family; the strictest level of Holm's correction is divided by this number.
         confidence: of the decision, e.g. 0.95.
     """
     strictest = (1 - confidence) / n_compared
@@ -86,7 +86,7 @@ def minimum_cases(n_compared: int, confidence: float) -> int:
 
 @dataclass(frozen=True)
 class MeanSquare:
-    """A mean square of an analysis of variance; `value` is NaN where `df` is 0."""
+    """A mean square of an analysis of variance; `value` is NaN if `df` is 0."""
 
     value: float
     df: int
@@ -96,22 +96,22 @@ class MeanSquare:
 class Effect:
     """A weighted sum of arms' mean scores, with its standard error over trainings and patients.
 
-    Standard error and degrees of freedom are NaN where there is only one case.
+    Standard error and degrees of freedom are NaN with a single case.
     """
 
     value: float
     from_patients: float
-    """Variance that the choice of patients gives it (P)."""
+    """Variance due to the choice of patients (P)."""
     from_runs: MeanSquare
-    """Variance that the luck of training runs gives it (T); 0 with 0 degrees of freedom where it is not known."""
+    """Variance due to training runs (T); 0 with 0 degrees of freedom if unknown."""
     case_df: float
-    """Cases less one; NaN where that is 0."""
+    """Cases minus one; NaN if that is 0."""
     between_cases: float | None = None
-    """Variance of its mean over replicates if the cases alone were a sample (B); `from_patients` if not given."""
+    """Variance of its mean over replicates if only the cases were random (B); `from_patients` if not given."""
 
     @property
     def covers_runs(self) -> bool:
-        """Whether `standard_error` covers the luck of training runs."""
+        """Whether `standard_error` covers variation between training runs."""
         return self.from_runs.df > 0
 
     @property
@@ -153,18 +153,18 @@ class Effect:
         return self.value - half, self.value + half
 
     def detectable(self, significance: float) -> float:
-        """The true effect that a two-sided test at `significance` would show with probability `POWER`.
+        """The true effect that a two-sided test at `significance` would detect with probability `POWER`.
 
-        By the noncentral t distribution. The scatter of a few runs comes out too small more often than not, so here,
-        where no test corrects for that, its median-unbiased estimate is taken. It remains an estimate: see
+        By the noncentral t distribution. The variance of a few runs is underestimated more often than not, so here,
+        where no test corrects for that, its median-unbiased estimate is used. It remains an estimate: see
         `detectable_range`.
         """
         return self._median_unbiased()._detectable(significance)
 
     def detectable_range(self, significance: float) -> tuple[float, float]:
-        """(low, high): what `detectable` may truly be, as far as the variances are known; level `RANGE`.
+        """(low, high): range of `detectable` given the uncertainty of the variances; level `RANGE`.
 
-        The range of the sum of both variances by Graybill and Wang, each taking its part of the way.
+        The range of the sum of both variances is that of Graybill and Wang.
         """
         estimate = self.detectable(significance)
         low, high = (
@@ -173,7 +173,7 @@ class Effect:
         return min(low, estimate), max(high, estimate)
 
     def _at_limit(self, quantile: float) -> Effect:
-        """The same with the variances that chi-squared's `quantile` of their estimates gives, combined."""
+        """`detectable` with each variance at the chi-squared `quantile` of its estimate, combined."""
         parts = (self.from_runs.value, self.from_runs.df), (self._between_cases, self.case_df)
         steps = [value * (df / float(stats.chi2.ppf(quantile, df)) - 1) if df else 0.0 for value, df in parts]
         length = math.hypot(*steps)
@@ -204,21 +204,21 @@ class Effect:
 def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare, scale: float = 1.0) -> Effect:
     """Infer a weighted sum of arms from its value in every replicate and case.
 
-    Without MS(TR) only the choice of patients can be inferred from: the one-sample t test over cases. With MS(TR) but
-    one replicate, the case variance holds the runs' residual as well, which counts a small part twice.
+    Without MS(TR), only the variance over patients is known: this is the one-sample t test over cases. With MS(TR) but
+    one replicate, the case variance includes the residual of the runs, so a small part is counted twice.
 
     Args:
         sums: (replicates, cases), finite; e.g. scores of an arm minus those of the baseline. Replicates are
             independent of each other.
         squared_weights: sum of the arms' squared weights; 2 for a difference of two arms.
         interaction: MS(TR), from `arm_by_replicate`.
-        scale: factor on MS(TR), where the replicates are averages over fewer runs than those it was estimated from.
+        scale: factor on MS(TR), if the replicates are averages over fewer runs than those it was estimated from.
     """
     n_replicates, n_cases = sums.shape
     value, case_df, no_runs = float(sums.mean()), n_cases - 1, MeanSquare(0.0, 0)
     if n_cases < 2:
         return Effect(value, math.nan, no_runs, math.nan)
-    # Of the replicates' means; for a difference of two arms its off-diagonal mean is 2 (Cov2 - Cov3).
+    # Covariance of the replicates over cases; for a difference of two arms its off-diagonal mean is 2 (Cov2 - Cov3).
     covariance = np.atleast_2d(np.cov(sums)) / n_cases
     between_cases = float(covariance.mean())
     from_patients = between_cases
@@ -232,12 +232,11 @@ def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare, sc
 
 
 def arm_by_replicate(means: np.ndarray, groups: Sequence[int] | None = None) -> MeanSquare:
-    """MS(TR): what is left of the arms' mean scores after an effect of each arm and one of each replicate.
+    """MS(TR): residual mean square of the arms' mean scores after removing arm and replicate effects.
 
     Args:
-        means: (arms, replicates), NaN where a replicate of an arm is missing.
-        groups: a number for each arm below that of the arms: replicates have other effects in each group; None where
-            there is one group.
+        means: (arms, replicates), NaN if a replicate of an arm is missing.
+        groups: group index of each arm: replicate effects differ between groups; None if there is one group.
     """
     n_arms, n_replicates = means.shape
     arm, replicate = np.nonzero(np.isfinite(means))
@@ -252,17 +251,17 @@ def arm_by_replicate(means: np.ndarray, groups: Sequence[int] | None = None) -> 
 
 @dataclass(frozen=True)
 class Paired:
-    """Arms in what they have in common."""
+    """Arms restricted to their common runs and cases."""
 
     scores: np.ndarray
-    """(arms, independent replicates, cases): averages over the common runs of a replicate."""
+    """(arms, independent replicates, cases): averages over the common runs of each replicate."""
     n_runs: np.ndarray
-    """(independent replicates,): over how many."""
+    """(independent replicates,): number of runs averaged."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One measure of all arms, larger is better.
+    """One measure of all arms; larger is better.
 
     Runs are paired over arms by fold and seed, cases by identity.
     """
@@ -272,9 +271,9 @@ class Scores:
     evaluated: np.ndarray
     """(arms, runs), bool: whether that run of the arm is there."""
     folds: tuple[int, ...] | None = None
-    """The fold of each run; None where no two runs share one."""
+    """The fold of each run; None if all are different."""
     baselines: tuple[int, ...] | None = None
-    """The arm that each arm is compared with, a baseline being its own; None where it is the first for all."""
+    """The arm that each arm is compared with, for a baseline itself; None: the first arm for all."""
 
     @classmethod
     def over_scored_cases(
@@ -284,7 +283,7 @@ class Scores:
         folds: tuple[int, ...] | None = None,
         baselines: tuple[int, ...] | None = None,
     ) -> Scores:
-        """Leave out the cases that are NaN in any run that was evaluated."""
+        """Leave out cases that are NaN in any evaluated run."""
         return cls(values[:, :, np.isfinite(values[evaluated]).all(axis=0)], evaluated, folds, baselines)
 
     def baseline_of(self, arm: int) -> int:
@@ -293,7 +292,7 @@ class Scores:
 
     @cached_property
     def replicates(self) -> list[list[int]]:
-        """The runs of each independent replicate: those of a fold, or each alone where there is one fold or none."""
+        """The runs of each independent replicate: those of a fold, or each run alone if there is one fold or none."""
         runs = range(self.evaluated.shape[1])
         if self.folds is None or len(set(self.folds)) == 1:
             return [[run] for run in runs]
@@ -311,12 +310,12 @@ class Scores:
 
     @cached_property
     def runs_per_replicate(self) -> float:
-        """Harmonic mean over the arms' replicates: how many runs the averages behind `interaction` hold."""
+        """Harmonic mean over the arms' replicates of the number of runs in the averages behind `interaction`."""
         counts = np.array([self.evaluated[:, runs].sum(axis=1) for runs in self.replicates])
         return 1 / float((1 / counts[counts > 0]).mean())
 
     def paired(self, *arms: int, replicates: list[list[int]] | None = None) -> Paired:
-        """These arms in the runs that all of them have."""
+        """These arms, restricted to the runs that all of them have."""
         common = np.all(self.evaluated[list(arms)], axis=0)
         shared = [[run for run in runs if common[run]] for runs in replicates or self.replicates]
         shared = [runs for runs in shared if runs]
@@ -328,7 +327,7 @@ class Scores:
         """Infer the sum of arms' mean scores with these weights (which add up to 0), by arm."""
         paired = self.paired(*weights)
         sums = np.tensordot(list(weights.values()), paired.scores, axes=1)
-        # As if the luck were all of the single runs: averages of fewer of them then scatter more.
+        # This assumes that all variance is that of single runs: averages of fewer of them then scatter more.
         scale = self.runs_per_replicate * float((1 / paired.n_runs).mean())
         return effect(sums, sum(weight**2 for weight in weights.values()), self.interaction, scale)
 
@@ -341,42 +340,42 @@ class Comparison:
     n_replicates: int
     """Runs (fold x seed) that the arm has in common with the baseline."""
     n_independent: int
-    """Of them, independent ones: folds, or seeds where there is one fold."""
+    """Independent ones among them: folds, or seeds if there is one fold."""
     n_evaluated: int
     """Runs of the arm that were evaluated."""
     mean: float
     sd: float
-    """Over cases, of their means over replicates."""
+    """sd over cases, of their means over replicates."""
     baseline_mean: float
     verdict: Outcome
     family: str = ""
-    """Of arms that Holm's correction is made over together."""
+    """Arms that Holm's correction covers together."""
     difference: float = math.nan
     relative_percent: float = math.nan
     ci_low: float = math.nan
-    """Of the multi-reader multi-case analysis, as are `p` and `df`; for this comparison alone, without Holm."""
+    """From the multi-reader multi-case analysis, like `p` and `df`; for this comparison alone, without Holm."""
     ci_high: float = math.nan
     bootstrap_low: float = math.nan
     bootstrap_high: float = math.nan
     p: float = math.nan
     p_holm: float = math.nan
-    """Corrected for the `n_compared` comparisons of the family, and never below `p_gate`; decides."""
+    """Corrected for the `n_compared` comparisons of the family, and at least `p_gate`; decides."""
     n_compared: int = 0
     """Arms of the family, times the test sets whose claims hold together."""
     p_gate: float = math.nan
-    """The largest `p_holm` of the arms that have to be decided before this one; NaN where there are none."""
+    """The largest `p_holm` of the arms that must be decided before this one; NaN if there are none."""
     p_wilcoxon: float = math.nan
     standard_error: float = math.nan
     df: float = math.nan
     run_df: int = 0
-    """Degrees of freedom of MS(TR): how well the scatter of training runs is known; 0 where it is not."""
+    """Degrees of freedom of MS(TR), i.e. of the run-to-run variance; 0 if it is unknown."""
     wins: int = 0
     ties: int = 0
     losses: int = 0
     detectable_difference: float = math.nan
-    """Shown with probability `POWER` at the strictest level that Holm asks of one of `n_compared` arms."""
+    """Detected with probability `POWER` at the strictest level of Holm's correction for `n_compared` arms."""
     detectable_low: float = math.nan
-    """What `detectable_difference` may truly be, at level `RANGE`."""
+    """Uncertainty of `detectable_difference`, at level `RANGE`."""
     detectable_high: float = math.nan
 
 
@@ -391,20 +390,20 @@ def compare_arms(
 ) -> list[Comparison]:
     """Compare every arm with its baseline.
 
-    An arm is better or worse where p after Holm's correction over the arms of its family is below 1 - `confidence`, and
-    so are those of all arms of the family's gate. Nothing is decided ("cannot tell") with fewer test cases than
-    `minimum_cases`, or where the scatter of training runs is not known.
+    An arm is better or worse if p after Holm's correction over the arms of its family is below 1 - `confidence`, and so
+    are those of all arms of the family's gate. Nothing is decided ("cannot tell") with fewer test cases than
+    `minimum_cases`, or if the run-to-run variance is unknown.
 
     Args:
         scores: of all arms.
-        bootstraps: resamples for the bootstrap interval, which describes and does not decide.
+        bootstraps: resamples for the bootstrap interval, which is descriptive only.
         confidence: level of both intervals, e.g. 0.95.
         seed: of the resampling.
-        families: a name for each arm (that of a baseline is not used): arms of one name are corrected together,
-            whatever their baselines; None takes all as one family.
-        gates: a family -> the family whose arms must all be decided before. A gate has no gate of its own.
-        test_sets: on how many test sets, this one among them, the same arms are compared so that the claims on all of
-            them together keep to the level.
+        families: a name for each arm (not used for baselines): arms of the same name are corrected together,
+            whatever their baselines; None: all arms are one family.
+        gates: a family -> the family whose arms must all be decided first. A gate cannot have a gate itself.
+        test_sets: number of test sets, including this one, on which the same arms are compared and whose claims are
+            corrected together.
 
     Returns:
         One comparison per arm, in their order; a baseline has a row of its own.
@@ -499,7 +498,7 @@ def _corrected(effects: Mapping[int, Effect], families: Sequence[str], test_sets
 
 
 def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's step-down correction of (n,) p values; NaN stays NaN and does not count."""
+    """Holm's step-down correction of (n,) p values; NaN stays NaN and is not counted."""
     corrected = np.full(len(p), math.nan)
     order = np.argsort(p)[: np.isfinite(p).sum()]
     corrected[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(order), 0, -1)), 1)
@@ -511,7 +510,7 @@ class DoseResponse:
     """A straight line through the arms of one generator over their dose, their baseline being dose 0."""
 
     slope: Effect
-    """Gain per dose of 1, i.e. for as many synthetic cases as there are real ones."""
+    """Gain per dose of 1, i.e. for as many synthetic as real cases."""
     doses: np.ndarray
     """(points,), from 0 to the largest dose."""
     fitted: np.ndarray
@@ -522,11 +521,11 @@ class DoseResponse:
 
 
 def dose_response(scores: Scores, doses: dict[int, float], confidence: float) -> DoseResponse:
-    """Fit a line by least squares; every value of it is a contrast of arms and inferred like one.
+    """Fit a line by least squares; each of its values is a contrast of arms, with the inference of one.
 
     Args:
         scores: of all arms.
-        doses: by arm, at least two different ones of one baseline, which is added at dose 0.
+        doses: by arm, at least two different ones with the same baseline, which is added at dose 0.
         confidence: level of the band.
     """
     doses = {scores.baseline_of(min(doses)): 0.0} | doses
@@ -568,18 +567,18 @@ def bootstrap_interval(differences: np.ndarray, bootstraps: int, confidence: flo
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
-    """Two-sided Wilcoxon signed-rank p of (cases,) differences; 1 where no case differs."""
+    """Two-sided Wilcoxon signed-rank p of (cases,) differences; 1 if no case differs."""
     differences = np.where(np.abs(differences) <= _EQUAL, 0, differences)
     if not differences.any():
         return 1.0
-    # Rounding keeps equal differences tied that binary fractions would tell apart.
+    # Rounding keeps equal differences tied that differ in binary floating point.
     return float(stats.wilcoxon(np.round(differences, 12)).pvalue)
 
 
 def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, confidence: float) -> str:
-    """What a person may say about the arm, with the numbers and what they do not cover.
+    """The claim about an arm, with its numbers and their limits.
 
-    The measure is one that lies between 0 and 1.
+    The measure must be between 0 and 1.
     """
     c = comparison
     if c.verdict == "not measured":
@@ -588,7 +587,7 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
             why = (
                 f"it has no replicate in common with {baseline}"
                 if c.n_evaluated
-                else "none of its replicates was evaluated"
+                else "none of its replicates were evaluated"
             )
         return f"{arm}: {measure} was not measured, {why}."
     size = f"{plural(c.n_cases, 'case')}, {plural(c.n_replicates, 'replicate')}"
@@ -621,13 +620,13 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
 
 
 def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = MINIMUM_CASES) -> list[str]:
-    """What a comparison of this size does not cover, as sentences.
+    """The limits of a comparison of this size, as sentences.
 
     Args:
         n_cases: test cases scored.
-        n_independent: replicates that do not share a fold, or seeds of a single fold.
+        n_independent: replicates with different folds, or seeds of a single fold.
         run_df: degrees of freedom of MS(TR), over all arms.
-        needed_cases: as of `minimum_cases`.
+        needed_cases: from `minimum_cases`.
     """
     warnings = []
     if n_cases < needed_cases:
@@ -638,23 +637,23 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
         warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")
     if not run_df:
         warnings.append(
-            "One replicate: how much training runs scatter is not known, and another seed may turn the result. "
+            "One replicate: the run-to-run variance is not known, and another seed may reverse the result. "
             "Nothing is decided."
         )
     elif run_df < MINIMUM_RUN_DF:
         warnings.append(
-            f"The scatter of training runs is estimated with {plural(run_df, 'degree')} of freedom. With fewer than "
-            f"{MINIMUM_RUN_DF} it comes out too small too often, so the test is stricter. More replicates would help."
+            f"The run-to-run variance is estimated with {plural(run_df, 'degree')} of freedom. With fewer than "
+            f"{MINIMUM_RUN_DF} it is often underestimated, so the test is stricter. More replicates would help."
         )
     elif n_independent == 1:
-        warnings.append("One replicate in common: how much training runs scatter is taken from the other arms.")
+        warnings.append("One replicate in common: the run-to-run variance is taken from the other arms.")
     return warnings
 
 
 def detectable_text(comparison: Comparison, baseline: str) -> str:
-    """What true difference the comparison could have shown, as a sentence; empty where that is not known.
+    """The true difference that the comparison could have detected, as a sentence; empty if unknown.
 
-    The measure lies between 0 and 1: no gain or loss is promised that the baseline leaves no room for.
+    The measure is between 0 and 1: the sentence does not mention a gain or loss for which the baseline leaves no room.
     """
     c = comparison
     if math.isnan(c.detectable_difference) or c.detectable_difference <= _EQUAL:
@@ -664,45 +663,47 @@ def detectable_text(comparison: Comparison, baseline: str) -> str:
     possible = [name for name, most in room.items() if c.detectable_difference <= most]
     if not possible:
         return (
-            f"This run is too small to show even the largest possible difference reliably: it would take {size}, and "
-            f"{baseline} leaves room for a gain of {room['gain']:.2f} and a loss of {room['loss']:.2f}."
+            f"This run is too small to detect even the largest possible difference reliably: that would take {size}, "
+            f"but {baseline} leaves room for a gain of {room['gain']:.2f} and a loss of {room['loss']:.2f}."
         )
     shown = "difference" if len(possible) == 2 else possible[0]
-    text = (
-        f"A true {shown} of {size} would be shown with a probability of {100 * POWER:.0f} %; a smaller one may exist."
-    )
+    text = f"A true {shown} of {size} would be detected with {100 * POWER:.0f} % probability; a smaller one may exist."
     if len(possible) == 1:
         other = "loss" if shown == "gain" else "gain"
-        text += f" No {other} could be shown reliably: {baseline} leaves room for {room[other]:.2f}."
+        text += f" A {other} could not be detected reliably: {baseline} leaves room for {room[other]:.2f}."
     return text
 
 
 def _resampling_weights(n: int, bootstraps: int, generator: np.random.Generator) -> np.ndarray:
-    """(bootstraps, n): how often each of n units is drawn in n draws with replacement, divided by n."""
+    """(bootstraps, n): frequency of each of n units in n draws with replacement."""
     drawn = generator.integers(0, n, (bootstraps, n)) + n * np.arange(bootstraps)[:, None]
     return np.bincount(drawn.ravel(), minlength=n * bootstraps).reshape(bootstraps, n) / n
 
 
 def _limits(c: Comparison, baseline: str, confidence: float) -> list[str]:
-    """What stands against reading more into a comparison than it shows, as sentences."""
+    """Caveats against over-interpreting a comparison, as sentences."""
     limits = []
     if not c.wins and not c.losses:
-        limits.append("Every case scored the same in both: check that the arms differ.")
+        limits.append("Every case scored the same in both arms: check that the arms differ.")
     if c.verdict != "no difference shown":
         return limits
     if c.p_gate >= 1 - confidence:
-        alone = f", although alone it would count (p {format_p(c.p, 1 - confidence)})" if c.p < 1 - confidence else ""
+        alone = (
+            f", although it would be significant alone (p {format_p(c.p, 1 - confidence)})"
+            if c.p < 1 - confidence
+            else ""
+        )
         return [*limits, f"Not claimed{alone}: the primary arms come first, and not all of them were decided."]
     if c.p < 1 - confidence <= c.p_holm:
         alone = format_p(c.p, 1 - confidence)
-        limits.append(f"Alone it would count (p {alone}), as one of {c.n_compared} comparisons it does not.")
+        limits.append(f"Significant alone (p {alone}), but not as one of {c.n_compared} comparisons.")
     if text := detectable_text(c, baseline):
         limits.append(text)
     return limits
 
 
 def _row(paired: Paired, baseline: int, n_evaluated: int, verdict: Outcome) -> Comparison:
-    """A comparison of the first paired arm with the `baseline`-th, without what is inferred from it."""
+    """A comparison of the first paired arm with the `baseline`-th, without any inference."""
     own = paired.scores[0]
     per_case = own.mean(axis=0)
     sd = float(per_case.std(ddof=1)) if own.shape[1] > 1 else math.nan

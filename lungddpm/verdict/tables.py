@@ -1,4 +1,4 @@
-"""The tables of the verdict, from the files that the other rooms left in a results folder."""
+"""The tables of the verdict, from the files that the other rooms wrote to a results folder."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from lungddpm.verdict.run_spread import run_spread_table
 from lungddpm.verdict.statistics import Scores, compare_arms, dose_response, sentence
 
 NOT_TRUSTED = "not trusted"
-"""Verdict in the place of "better" or "worse" in a run with copied replicates."""
+"""Verdict instead of "better" or "worse" in a run with copied replicates."""
 VERDICT_COLUMNS = [
     "arm", "real_cases", "baseline", "family", "metric", "n_cases", "n_replicates", "n_independent", "mean", "sd",
     "baseline_mean", "difference", "relative_percent", "ci_low", "ci_high", "p", "p_holm", "p_gate",
@@ -63,10 +63,10 @@ STRATA_COLUMNS = ["arm", "texture", "size", "n_lesions", "found_percent"]
 
 
 def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
-    """Replicates that have metrics, by arm; a warning names those that have none.
+    """Replicates that have metrics, by arm; a warning names those without.
 
     Raises:
-        InputError: the real cases alone have none, so that there is nothing to compare with.
+        InputError: the real cases alone have none, so there is nothing to compare with.
     """
     found = {}
     for arm in config.arms.names():
@@ -76,11 +76,11 @@ def evaluated_replicates(results: Path, config: Config) -> dict[str, list[str]]:
         }
         found[arm] = [replicate for replicate, there in present.items() if there]
         if missing := [replicate for replicate, there in present.items() if not there]:
-            LOG.warning("%s has no metrics of %s: the verdict goes on without", arm, ", ".join(missing))
+            LOG.warning("%s has no metrics of %s: the verdict leaves them out", arm, ", ".join(missing))
     baselines = [name for name in found if is_baseline(name)]
     if not any(found[name] for name in baselines):
         raise InputError(
-            results / "segmentation" / baselines[0], "holds no metrics.csv", "Evaluate it first (lungddpm evaluate)."
+            results / "segmentation" / baselines[0], "has no metrics.csv", "Evaluate it first (lungddpm evaluate)."
         )
     return found
 
@@ -94,7 +94,7 @@ def gather(results: Path, replicates: dict[str, list[str]], name: str) -> pd.Dat
         name: of the file.
 
     Raises:
-        InputError: a file is missing, is no table, or was changed since `lungddpm evaluate` wrote it.
+        InputError: a file is missing, is not a table, or was changed after `lungddpm evaluate` wrote it.
     """
     tables = []
     for arm, names in replicates.items():
@@ -146,7 +146,7 @@ def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str,
         measure: column of the measure.
 
     Raises:
-        InputError: a replicate that was evaluated lacks a case, or has one twice.
+        InputError: an evaluated replicate lacks a case or has it twice.
     """
     names = cases["case_id"].unique()
     replicates = list(folds)
@@ -165,7 +165,7 @@ def collect_scores(cases: pd.DataFrame, arms: Sequence[str], folds: Mapping[str,
 
 
 def run_means(scores: Scores) -> np.ndarray:
-    """Mean score of every run over cases, (arms, replicates); NaN where it was not evaluated or no case was scored."""
+    """Mean score of every run over cases, (arms, replicates); NaN if not evaluated or no case was scored."""
     means = np.full(scores.evaluated.shape, np.nan)
     if scores.values.shape[2]:
         means[scores.evaluated] = scores.values[scores.evaluated].mean(axis=1)
@@ -173,7 +173,7 @@ def run_means(scores: Scores) -> np.ndarray:
 
 
 def missing_replicates(cases: pd.DataFrame, config: Config) -> dict[str, list[str]]:
-    """Replicates of the config that `cases` has no row of, by arm; arms that have all are left out."""
+    """Replicates of the config without a row in `cases`, by arm; complete arms are left out."""
     there = cases.groupby("arm")["replicate"].unique().to_dict()
     missing = {
         arm: [name for name in config.segmentation.replicates() if name not in there.get(arm, ())]
@@ -183,9 +183,9 @@ def missing_replicates(cases: pd.DataFrame, config: Config) -> dict[str, list[st
 
 
 def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
-    """Replicates, each as "arm, replicate", that agree in every measure of every case: trainings that differ do not.
+    """Replicates, each as "arm, replicate", that agree in every measure of every case; separate trainings never do.
 
-    Those that predicted nothing at all are left out, as they may well agree.
+    Those that predicted nothing are left out, because they may well agree.
     """
     alike: dict[str, list[str]] = {}
     for (arm, replicate), rows in cases.groupby(["arm", "replicate"], sort=False):
@@ -197,7 +197,7 @@ def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
 
 
 def named_late(results: Path, config: Config) -> list[str]:
-    """Replicates, each as "arm, replicate", that were evaluated when `verdict.primary` was another than it is now."""
+    """Replicates, each as "arm, replicate", that were evaluated with a different `verdict.primary`."""
     evaluated = {
         f"{arm}, {replicate}": results / "segmentation" / arm / replicate
         for arm in config.arms.names()
@@ -213,15 +213,15 @@ def named_late(results: Path, config: Config) -> list[str]:
 def verdict_table(
     cases: pd.DataFrame, config: Config, n_discovery: int, external_test: str | None = None
 ) -> pd.DataFrame:
-    """One row per arm and measure, `VERDICT_COLUMNS`; differences are to the real cases alone, in the measure's own
-    unit.
+    """One row per arm and measure, `VERDICT_COLUMNS`; differences are to the real cases alone, in the unit of the
+    measure.
 
     Args:
         cases: `metrics.csv` of all arms and replicates.
         config: the run's config.
-        n_discovery: real training cases of the arms that have all of them.
-        external_test: the external test set that the cases are of; None where they are those of `source`, whose
-            comparisons are corrected for no other test set.
+        n_discovery: number of real training cases of the arms that use all of them.
+        external_test: name of the external test set of these cases; None for those of `source`, which are corrected
+            for no other test set.
 
     Raises:
         InputError: the arms do not cover the same cases.
@@ -254,7 +254,7 @@ def verdict_table(
             if arm.added == BASELINE and comparison.p_wilcoxon < 1 - settings.confidence:
                 text += (
                     f" It repeats the real cases, so its true difference is 0: the Wilcoxon p of "
-                    f"{comparison.p_wilcoxon:.2g} shows what the luck of training runs alone does to a test over cases."
+                    f"{comparison.p_wilcoxon:.2g} shows the effect of run-to-run variation on a test over cases."
                 )
             keys = {"arm": arm.name, "baseline": arm.baseline.name, "real_cases": arm.real_cases or n_discovery}
             keys |= {"metric": measure.column, "confidence": settings.confidence}
@@ -263,7 +263,7 @@ def verdict_table(
 
 
 def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
-    """The variance components of every compared arm and every measure: `COMPONENT_COLUMNS`, NaN where unknown."""
+    """The variance components of every compared arm and every measure: `COMPONENT_COLUMNS`, NaN if unknown."""
     rows = []
     for measure in verdict_measures():
         scores = scores_of(cases, config, measure.column)
@@ -279,25 +279,25 @@ def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
 
 
 def without_trust(verdict: pd.DataFrame) -> pd.DataFrame:
-    """Take back every claim of a verdict table, in a run with copied replicates.
+    """Withdraw every claim of a verdict table, for a run with copied replicates.
 
-    Copies hide how much trainings scatter, which all comparisons share: no p of such a run holds.
+    Copies hide the run-to-run variance, which all comparisons use, so no p of such a run is valid.
     """
     claimed = verdict["verdict"].isin(["better", "worse"])
     numbers = verdict["sentence"].str.partition(". ")[2]
     names = verdict["sentence"].str.partition(": ")[0]
-    instead = names + ": not trusted, as replicates of this run are copies. " + numbers
+    instead = names + ": not trusted, because replicates of this run are copies. " + numbers
     return verdict.assign(
         verdict=verdict["verdict"].mask(claimed, NOT_TRUSTED), sentence=verdict["sentence"].mask(claimed, instead)
     )
 
 
 def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
-    """The lines over dose, of each measure, generator and number of real cases with at least two doses; none where no
-    generator has.
+    """The lines over dose for each measure, generator and number of real cases with at least two doses; empty if there
+    are none.
 
     Returns:
-        `dose_response`: generator, baseline, metric, n_doses (without 0), slope (gain a dose of 1), ci_low, ci_high,
+        `dose_response`: generator, baseline, metric, n_doses (without 0), slope (gain per dose of 1), ci_low, ci_high,
         standard_error, df, p (of the slope, uncorrected). `dose_response_band`: generator, baseline,
         metric, dose, fitted difference to the baseline, ci_low, ci_high (pointwise).
     """
@@ -337,9 +337,9 @@ def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
         cases: `metrics.csv` of all arms and replicates.
 
     Returns:
-        arm, metric, n_cases (scored in a replicate at least), n_undefined (cases x replicates without a value: nothing
-        was predicted), mean and sd over cases, of their means over replicates; difference to the real cases alone and
-        n_compared, the cases that it is a mean over: paired by case and replicate, for measures that are better in one
+        arm, metric, n_cases (scored in at least one replicate), n_undefined (cases x replicates without a value because
+        nothing was predicted), mean and sd over cases, of their means over replicates; difference to the real cases
+        alone and n_compared, the number of cases in that mean: paired by case and replicate, for measures with a
         direction.
     """
     rows = []
@@ -361,7 +361,7 @@ def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
 
 
 def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFrame) -> pd.DataFrame:
-    """Lesions found by size, and false positives a scan; one row an arm, means over replicates.
+    """Lesions found by size, and false positives per scan; one row per arm, means over replicates.
 
     Args:
         cases: `metrics.csv` of all arms and replicates.
@@ -369,7 +369,7 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFram
         cpm: of `froc_tables`; arms without scores have no row.
 
     Returns:
-        arm, n_lesions and found_percent, of all and of each size bin (NaN where there is no such lesion),
+        arm, n_lesions and found_percent, for all lesions and each size bin (NaN if there is no such lesion),
         false_positives_per_scan, cpm with its band, and for cases without a lesion: n_empty_cases,
         empty_false_positive_mm3.
     """
@@ -393,13 +393,13 @@ def detection_table(cases: pd.DataFrame, lesions: pd.DataFrame, cpm: pd.DataFram
 
 
 def strata_table(lesions: pd.DataFrame) -> pd.DataFrame:
-    """Lesions found by size and texture, means over replicates; lesions whose texture nobody rated are left out.
+    """Lesions found by size and texture, means over replicates; lesions without a texture rating are left out.
 
     Args:
         lesions: `lesions.csv` of all arms and replicates.
 
     Returns:
-        `STRATA_COLUMNS`, one row per arm and stratum that has a lesion; no row where nothing was rated.
+        `STRATA_COLUMNS`, one row per arm and stratum that has a lesion; no rows if nothing was rated.
     """
     if "texture" not in lesions:  # evaluated by an earlier version
         return pd.DataFrame(columns=STRATA_COLUMNS)
@@ -461,10 +461,11 @@ def external_tables(
 
 
 def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
-    """What `lungddpm label-fidelity` found, over the replicates of `real` that judged; nothing where none has.
+    """The results of `lungddpm label-fidelity` over the replicates of `real` that judged; empty if there are none.
 
     Returns:
         `label_fidelity`: `label_fidelity.TABLE_COLUMNS`. `label_fidelity_runs`: `label_fidelity.RUN_COLUMNS`.
+        `label_fidelity_by_stratum`: `label_fidelity.STRATUM_COLUMNS`.
     """
     folds, gathered = folds_of(config), []
     for name in (label_fidelity.METRICS, label_fidelity.LESIONS):
@@ -478,11 +479,12 @@ def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
     return {
         "label_fidelity": label_fidelity.fidelity_table(metrics, lesions, generators, folds, config.verdict.confidence),
         "label_fidelity_runs": label_fidelity.runs_table(metrics, lesions),
+        "label_fidelity_by_stratum": label_fidelity.strata_table(lesions),
     }
 
 
 def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
-    """Write `<path>.csv` in full precision and `<path>.md` for reading (four digits); returns both paths."""
+    """Write `<path>.csv` in full precision and `<path>.md` for reading (four digits); return both paths."""
     csv, markdown = path.with_suffix(".csv"), path.with_suffix(".md")
     write_table(csv, table)
     shown = table.astype(object).where(table.notna(), "")
@@ -495,13 +497,13 @@ def write_both(path: Path, table: pd.DataFrame) -> list[Path]:
 def check_instrument(
     config: Config, results: Path, tables: dict[str, pd.DataFrame], copies: list[list[str]]
 ) -> pd.DataFrame:
-    """The rows of `instrument.csv`: all checks of a run, and last whether its answer stands.
+    """The rows of `instrument.csv`: all checks of a run, and finally whether its answer stands.
 
     Args:
         config: of the run.
         results: its folder.
-        tables: all others of it.
-        copies: of `identical_replicates`.
+        tables: all other tables of the run.
+        copies: from `identical_replicates`.
 
     Raises:
         InputError: `cases/cases.tsv` is missing.
@@ -529,11 +531,11 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     Returns:
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
         run_spread, training_curves, convergence, calibration, detection, detection_by_stratum, froc, froc_band, ladder,
-        published_comparison; and where the run has them dose_response, image_quality, label_fidelity, quality_and_cost,
-        sample_filter, timing, and those of `external_tables`. All others are of the test cases of `source`.
+        published_comparison; and if the run has them dose_response, image_quality, label_fidelity, quality_and_cost,
+        sample_filter, timing, and those of `external_tables`. All others cover the test cases of `source`.
 
     Raises:
-        InputError: `real` was not evaluated, metrics do not fit together, or one was changed by hand.
+        InputError: `real` was not evaluated, metrics do not match, or a file was edited by hand.
     """
     generators = list(config.arms.largest_doses())
     replicates = evaluated_replicates(results, config)

@@ -79,8 +79,8 @@ def test_without_symbolic_links_the_images_are_copies(cohort, monkeypatch, caplo
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "symlink", symlink)
-    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
-    monkeypatch.delenv("LUNGDDPM_TOLD_LINKS")
+    monkeypatch.setenv("LUNGDDPM_WARNED_LINKS", "1")
+    monkeypatch.delenv("LUNGDDPM_WARNED_LINKS")
     arm, raw = compose(cohort, "real")
     for case in arm["cases"]:
         image = raw / f"imagesTr/{case['name']}_0000.nii.gz"
@@ -121,7 +121,7 @@ def test_synthetic_alone_is_validated_on_the_same_real_cases(cohort):
     assert all(case["trained_on"] for case in real["cases"])
     for fold, real_fold in zip(arm["folds"], real["folds"], strict=True):
         assert fold == {"train": ["s0", "s1", "s2", "s3"], "val": real_fold["val"]}
-        # What nnU-Net is told to use, it finds.
+        # nnU-Net finds the files that it is to use.
         for name in fold["train"] + fold["val"]:
             assert (raw / f"imagesTr/{name}_0000.nii.gz").resolve().exists()
             assert (raw / f"labelsTr/{name}.nii.gz").exists()
@@ -155,7 +155,7 @@ def test_composing_again_leaves_nothing_stale_and_changes_nothing(cohort):
 def test_changed_files_are_refused(cohort):
     ct = cohort / "cases" / "P1_0" / "ct.nii.gz"
     ct.write_bytes((cohort / "cases" / "P2_0" / "ct.nii.gz").read_bytes())
-    with pytest.raises(InputError, match="differs from what"):
+    with pytest.raises(InputError, match="does not match its hash"):
         compose(cohort, "real")
 
 
@@ -249,7 +249,7 @@ class TestLeaks:
 
     def test_a_sample_without_provenance(self, cohort):
         write_json(cohort / "synthetic" / "s0" / "sample.json", {"reference_case_id": "someone else"})
-        with pytest.raises(InputError, match="names no known patient"):
+        with pytest.raises(InputError, match="does not name a known patient"):
             compose(cohort, "real+lung_ddpm@1.0")
 
     def test_a_sample_of_another_system_says_whose_it_is(self, cohort):
@@ -258,7 +258,7 @@ class TestLeaks:
         write_json(path, {"reference_case_id": None, "declared": nobody})
         compose(cohort, "synthetic:lung_ddpm")
         write_json(path, {"reference_case_id": None, "declared": nobody | {"trained_on": ["elsewhere"]}})
-        with pytest.raises(InputError, match="names no known patient"):
+        with pytest.raises(InputError, match="does not name a known patient"):
             compose(cohort, "synthetic:lung_ddpm")
         write_json(path, {"reference_case_id": None, "declared": nobody | {"trained_on": ["P7"]}})
         with pytest.raises(LeakError, match="P7 in s0"):

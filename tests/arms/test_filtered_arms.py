@@ -113,7 +113,7 @@ def test_a_segmenter_of_a_case_as_it_was_before_is_refused(cohort):
     record = json.loads(path.read_text())
     record["segmenter"]["cases"][0]["sha256"] = "0" * 64
     write_json(path, record)
-    with pytest.raises(LeakError, match="which this arm does not have as they are now"):
+    with pytest.raises(LeakError, match="which this arm does not contain in their present form"):
         compose(cohort, [path])
 
 
@@ -131,14 +131,14 @@ def test_no_filter_and_one_of_other_samples_are_refused(cohort):
         compose(cohort, [])
     path = write_filter(cohort)
     (path.parent / FILTER_TABLE).write_text("case_id\n")
-    with pytest.raises(InputError, match="was changed since it was written"):
+    with pytest.raises(InputError, match="was changed after it was written"):
         compose(cohort, [path])
     with pytest.raises(InputError, match=r"is that of real\+other.filtered@1.0"):
         compose(cohort, [write_filter(cohort, arm="real+other.filtered@1.0")])
     path = write_filter(cohort)
     rows = read_cases(cohort / "synthetic" / "samples.tsv")
     write_cases(cohort / "synthetic" / "samples.tsv", rows.iloc[[1, 0, 2, 3, 4, 5]])
-    with pytest.raises(InputError, match="is of other samples than there are now"):
+    with pytest.raises(InputError, match="does not match the present samples"):
         compose(cohort, [path])
 
 

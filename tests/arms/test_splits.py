@@ -78,7 +78,12 @@ def test_lists_are_taken_literally_and_numbers_draw_from_the_rest():
     [
         (Roles(discovery=5, reference=2, test=3), 9, "roles.test", "9 usable patients"),
         (Roles(discovery=["P999"]), 9, "roles.discovery", "P999"),
-        (Roles(test=[f"X{n}" for n in range(7)]), 9, "roles.test", r"X4 and 2 more, .* not have \(7 are named\)"),
+        (
+            Roles(test=[f"X{n}" for n in range(7)]),
+            9,
+            "roles.test",
+            r"X4 and 2 more, .* not in the source \(7 are named\)",
+        ),
         (Roles(), 2, "roles.reference", "2 usable patients"),
         (Roles(), 0, "roles.discovery", "0 usable patients"),
         (Roles(discovery=3, reference=1, test=1, allow_shared_patients=True), 2, "roles.discovery", "2 usable"),
@@ -94,7 +99,7 @@ def test_patients_are_shared_only_when_allowed_and_loudly(caplog):
     caplog.set_level(logging.WARNING, "lungddpm")
     index = assign(cohort(1), Roles(allow_shared_patients=True), 1)
     assert index["role"].tolist() == ["discovery+reference+test"]
-    assert "means nothing" in caplog.text
+    assert "only shows that the pipeline runs" in caplog.text
 
 
 def folds_of(cases: pd.DataFrame, volumes: Sequence[float], n_folds: int, wanted: list[int], seed: int = 1, **rest):
@@ -207,7 +212,7 @@ def test_ids_and_hashes_are_found_at_any_depth_and_words_of_paths_are_not():
     assert splits.patients_named_in({"declared": declared}, known) == {"1", "2", "3"}
 
 
-def test_a_case_and_a_patient_of_one_name_are_told_apart():
+def test_a_case_and_a_patient_of_one_name_are_distinguished():
     # The second scan of patient a, and the only one of a patient called a_2.
     known = splits.read_register(
         pd.DataFrame(

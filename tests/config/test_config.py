@@ -130,7 +130,7 @@ def test_what_is_not_a_default_is_the_whole_config(repository, overlay):
     assert load_config(config.model_dump_json()) == config
 
 
-FAULTS = {
+ERRORS = {
     "typo": ({"grdi": {}}, "grdi: there is no such key"),
     "nested typo": (
         {"generators": {"lung_ddpm": {"training": {"stpes": 3}}}},
@@ -146,7 +146,7 @@ FAULTS = {
     "dose without generator": ({"arms": {"generators": [], "doses": [1.0]}}, "arms.generators is empty"),
     "generator without dose": ({"arms": {"doses": []}}, "arms.doses is empty"),
     "no test patients": ({"roles": {"test": 0}}, "roles.test"),
-    "empty list of patients": ({"roles": {"test": []}}, "roles.test names no patient"),
+    "empty list of patients": ({"roles": {"test": []}}, "roles.test is empty"),
     "patient in two roles": ({"roles": {"test": ["a"], "discovery": ["a", "b"]}}, "patient a is in roles.discovery"),
     "patient that YAML takes for a number": (yaml.safe_load("roles: {test: [0010, b]}"), "read as 8, not as text"),
     "patient that YAML takes for a date": (
@@ -155,7 +155,7 @@ FAULTS = {
     ),
     "patient that YAML takes for yes": (
         yaml.safe_load("roles: {reference: [no]}"),
-        "roles.reference: a patient is read",
+        "roles.reference: a patient id is read",
     ),
     "shares above all": ({"roles": {"discovery": 0.8, "test": 0.5, "reference": 0.2}}, "more than all patients"),
     "groups do not divide": ({"generators": {"lung_ddpm": {"denoiser": {"base_channels": 20}}}}, "does not divide"),
@@ -204,7 +204,7 @@ FAULTS = {
     "nodules alone": ({"generators": {"lung_ddpm": {"classes": ["nodule"]}}}, "classes is [lung, nodule] or"),
     "settings of an unknown generator": (
         {"generators": {"GAN": {"steps": 3}}},
-        "generators: there is no generator 'GAN'; known are copy_paste,",
+        "generators: there is no generator 'GAN'; available: copy_paste,",
     ),
     "latents in sub-bands": (
         {"generators": {"latent_diffusion": {"denoiser": {"wavelet": True}}}},
@@ -261,8 +261,8 @@ def test_paths_of_the_home_folder(monkeypatch, tmp_path):
     assert parse_config({"source": {"path": "~nobody-of-this-name/x"}}).source.path == Path("~nobody-of-this-name/x")
 
 
-@pytest.mark.parametrize(("values", "message"), FAULTS.values(), ids=FAULTS)
-def test_faults_are_named(values, message):
+@pytest.mark.parametrize(("values", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_are_named(values, message):
     with pytest.raises(ConfigError, match="my.yaml") as caught:
         parse_config(values, "my.yaml")
     assert message in str(caught.value)
@@ -281,7 +281,7 @@ def test_a_generator_gets_its_own_part_of_the_config():
 
 
 def test_grids_are_checked_for_generators_in_use_only():
-    # The crops of lung_ddpm_plus have 64 voxels an edge.
+    # The crops of lung_ddpm_plus have 64 voxels per edge.
     config = parse_config({"grid": {"size": [48, 48, 48]}})
     with pytest.raises(ConfigError, match=r"generators.lung_ddpm_plus: training.crop 64 is larger than grid.size"):
         config.for_generator("lung_ddpm_plus")
@@ -289,7 +289,7 @@ def test_grids_are_checked_for_generators_in_use_only():
 
 def test_a_generator_that_is_not_trained_is_refused():
     with pytest.raises(
-        ConfigError, match=r"'med_ddpm' is not trained. Generators that are: .*lung_ddpm, lung_ddpm_plus"
+        ConfigError, match=r"'med_ddpm' is not trained. Trained generators: .*lung_ddpm, lung_ddpm_plus"
     ):
         parse_config({}).for_training("med_ddpm")
 

@@ -60,18 +60,18 @@ def test_samples_of_variants_differ_in_their_record_and_their_seeds():
 @pytest.mark.parametrize(
     ("generators", "message"),
     [
-        ({"gan": {"kind": "stylegan"}}, "there is no generator 'stylegan'; known are copy_paste"),
-        ({"gan": {}}, "there is no generator 'gan'; known are copy_paste"),
+        ({"gan": {"kind": "stylegan"}}, "there is no generator 'stylegan'; available: copy_paste"),
+        ({"gan": {}}, "there is no generator 'gan'; available: copy_paste"),
         ({"flow_4": {"kind": "rectified_flow", "stpes": 3}}, r"generators\.flow_4\.stpes: there is no such key"),
         ({"real": {"kind": "lung_ddpm"}}, "'real' is not a valid name for a generator"),
         ({"a/b": {"kind": "lung_ddpm"}}, "'a/b' is not a valid name for a generator"),
         (
             {"flow_4": {"kind": "rectified_flow", "weights_of": "lung_ddpm"}},
-            "weights_of: 'lung_ddpm' is not rectified_flow, nor a variant of it",
+            "weights_of: 'lung_ddpm' is neither rectified_flow nor a variant of it",
         ),
         (
             {"flow_4": {"kind": "rectified_flow", "weights_of": "flow_8"}},
-            "weights_of: 'flow_8' is not rectified_flow, nor a variant of it",
+            "weights_of: 'flow_8' is neither rectified_flow nor a variant of it",
         ),
         (
             {
@@ -101,7 +101,7 @@ def test_what_is_judged_without_an_arm_is_drawn_but_not_trained_on():
     config = parse_config({"arms": {"quality_only": ["reference"], "doses": [0.5, 2.0], "controls": []}})
     assert config.arms.largest_doses() == {"lung_ddpm": 2.0, "reference": 2.0}
     assert config.arms.names() == ["real", "real+lung_ddpm@0.5", "real+lung_ddpm@2.0"]
-    with pytest.raises(ConfigError, match="arms.quality_only: lung_ddpm has an arm already"):
+    with pytest.raises(ConfigError, match="arms.quality_only: lung_ddpm already has an arm"):
         parse_config({"arms": {"quality_only": ["lung_ddpm"]}})
 
 

@@ -36,7 +36,7 @@ def test_usable_knows_roles_and_exclusions(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "case_id\trole\na\ttest\n", "\x00\x01"])
-def test_damaged_tables_are_told(tmp_path, text):
+def test_damaged_tables_are_reported(tmp_path, text):
     path = tmp_path / "cases.tsv"
     path.write_text(text)
     with pytest.raises(InputError, match=r"cases.tsv.*Delete it"):
@@ -58,7 +58,7 @@ BROKEN = {
     "affine": (volumes(affine=np.diag([1, 1, 2, 1])), "different affines"),
     "NaN": (volumes(ct=np.full((4, 4, 4), np.nan)), "NaN"),
     "constant": (volumes(ct=np.full((4, 4, 4), -1000, np.int16)), r"constant \(-1000 HU\)"),
-    "labels": (volumes(layout=np.full((4, 4, 4), 7, np.uint8)), "labels hold 7"),
+    "labels": (volumes(layout=np.full((4, 4, 4), 7, np.uint8)), "labels contain 7"),
 }
 
 

@@ -275,7 +275,7 @@ def test_the_code_of_a_training_is_recorded_from_the_step_that_it_took(caplog):
     second = code_of_steps(first, 7, "b", "use --restart")
     assert second == [*first, {"from_step": 8, "code": "b"}]
     assert "changed since step 7 (a, now b)" in caplog.text
-    assert "To begin again, use --restart." in caplog.text
+    assert "To start over, use --restart." in caplog.text
     # What was not saved is forgotten: the steps from 8 on are taken by the first code after all.
     assert code_of_steps(second, 7, "a", "use --restart") == first
     assert code_of_steps(second, 0, "c", "use --restart") == [{"from_step": 1, "code": "c"}]

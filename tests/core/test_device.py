@@ -1,4 +1,4 @@
-"""Claims of GPUs, on machines whose `nvidia-smi` is a script of ours; no GPU is needed."""
+"""Claims of GPUs, on machines whose `nvidia-smi` is a script of the test; no GPU is needed."""
 
 import json
 import os
@@ -228,7 +228,7 @@ def test_without_nvidia_smi_torch_decides(machine, monkeypatch, asked):
 def test_slurms_assignment_is_only_divided_within_its_job(machine, start):
     machine(THREE)
     assigned = {"SLURM_JOB_GPUS": "1", device.VISIBLE: "1"}
-    # Slurm lets two jobs share a GPU where the site says so.
+    # Slurm lets two jobs share a GPU if the site allows it.
     assert start("auto", SLURM_JOB_ID="7", **assigned).claimed() == ["auto", "1"]
     assert start("auto", SLURM_JOB_ID="8", **assigned).claimed() == ["auto", "1"]
     assert "waiting for 1" in start("auto", SLURM_JOB_ID="7", **assigned).said()

@@ -136,7 +136,7 @@ def test_a_folder_is_copied_where_there_are_no_links(tmp_path, monkeypatch):
     link_or_copy(tmp_path / "labels", tmp_path / "link")
     assert (tmp_path / "link").readlink() == Path("labels")
     monkeypatch.setattr(os, "symlink", refuse)
-    monkeypatch.setenv("LUNGDDPM_TOLD_LINKS", "1")
+    monkeypatch.setenv("LUNGDDPM_WARNED_LINKS", "1")
     link_or_copy(tmp_path / "labels", tmp_path / "copy")
     assert not (tmp_path / "copy").is_symlink()
     assert (tmp_path / "copy/a.txt").read_text() == "a"

@@ -20,7 +20,7 @@ from lungddpm.core.locks import FileLock
 @pytest.fixture(params=[None, errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP], ids=["flock", "Lustre", "NFS", "SMB"])
 def disk(request, tmp_path, monkeypatch):
     """A folder on a disk with locks, and on some without."""
-    monkeypatch.delenv("LUNGDDPM_TOLD_LOCKS", raising=False)
+    monkeypatch.delenv("LUNGDDPM_WARNED_LOCKS", raising=False)
     monkeypatch.setattr(locks, "_POLL_SECONDS", 0.01)
     if request.param is not None:
 
@@ -29,7 +29,7 @@ def disk(request, tmp_path, monkeypatch):
 
         monkeypatch.setattr(fcntl, "flock", flock)
     yield tmp_path
-    os.environ.pop("LUNGDDPM_TOLD_LOCKS", None)
+    os.environ.pop("LUNGDDPM_WARNED_LOCKS", None)
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def without_locks(tmp_path, monkeypatch):
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    monkeypatch.setenv("LUNGDDPM_TOLD_LOCKS", "1")
+    monkeypatch.setenv("LUNGDDPM_WARNED_LOCKS", "1")
     return tmp_path
 
 
@@ -96,12 +96,12 @@ def test_who_waits_gets_it(disk):
     lock.release()
 
 
-def test_what_is_missing_is_told_once(disk, caplog):
+def test_what_is_missing_is_reported_once(disk, caplog):
     for _ in range(3):
         with exclusive_lock(disk / ".lock", "working"):
             pass
-    told = [record for record in caplog.records if "has no file locks" in record.getMessage()]
-    assert len(told) == (fcntl.flock.__module__ == __name__)
+    reported = [record for record in caplog.records if "has no file locks" in record.getMessage()]
+    assert len(reported) == (fcntl.flock.__module__ == __name__)
 
 
 def held_by(folder, host, process, began, seconds_ago=0.0):

@@ -39,10 +39,10 @@ def test_processes_of_torchrun_take_a_gpu_each(gpus, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert select_device("auto") == torch.device("cuda:1")
     assert select_device("cpu") == torch.device("cpu")
-    with pytest.raises(ConfigError, match="'cuda:0' gives no GPU to process 1"):
+    with pytest.raises(ConfigError, match="'cuda:0' leaves process 1 without a GPU"):
         select_device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(ConfigError, match="'auto' gives no GPU to process 2"):
+    with pytest.raises(ConfigError, match="'auto' leaves process 2 without a GPU"):
         select_device("auto")
 
 

@@ -61,7 +61,7 @@ def test_run_evaluate_records_what_it_read_and_wrote(make_results):
     check_unchanged(folder / "lesions.csv")
 
 
-def test_a_table_edited_by_hand_is_told_with_the_way_out(make_results):
+def test_a_table_edited_by_hand_is_reported_with_the_way_out(make_results):
     config, results = make_results(n_test=1, n_replicates=1, extras=False)
     path = replicate_of(results, config) / "metrics.csv"
     path.write_text(path.read_text().replace("case-02", "case-03"))
@@ -69,7 +69,7 @@ def test_a_table_edited_by_hand_is_told_with_the_way_out(make_results):
         check_unchanged(path)
     record = path.with_name("evaluation.json")
     record.write_text(json.dumps({"sha256": {}}))
-    with pytest.raises(InputError, match=r"evaluation\.json: holds no hash of metrics\.csv"):
+    with pytest.raises(InputError, match=r"evaluation\.json: has no hash of metrics\.csv"):
         check_unchanged(path)
     record.unlink()
     with pytest.raises(InputError, match=r"evaluation\.json: does not exist.*lungddpm evaluate"):
@@ -80,7 +80,7 @@ def test_masks_without_probabilities_have_all_but_scores(make_results, caplog):
     config, results = make_results(n_test=2, n_replicates=1, extras=False, probabilities=False)
     folder = replicate_of(results, config)
     scored, lesions = pd.read_csv(folder / "metrics.csv"), pd.read_csv(folder / "lesions.csv")
-    assert "holds no probabilities: no lesion has a score, FROC and CPM are left out" in caplog.text
+    assert "has no probabilities: lesions have no scores, FROC and CPM are left out" in caplog.text
     assert scored["n_candidates"].isna().all()
     assert lesions["score"].isna().all()
     assert scored["dice"].notna().all()
@@ -131,7 +131,7 @@ def test_predictions_beside_whole_numbers_are_those_numbers(make_results):
         (lambda folder, mask: write_volume(folder / "case-02.nii.gz", mask.like(mask.array + 2)), "label 2"),
         (
             lambda folder, mask: write_volume(folder / "case-02.nii.gz", mask.like(mask.array + np.float32(0.5))),
-            "holds the label 0.5",
+            "has the label 0.5",
         ),
         (
             lambda folder, mask: (folder / "probability" / "case-02.nii.gz").unlink(),

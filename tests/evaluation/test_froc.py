@@ -21,7 +21,7 @@ def curve(found, rates=RATES):
 def test_by_hand():
     lesions = [(0, 0.9), (1, 0.5), (1, np.nan)]
     found = findings(2, lesions, [(0, 0.7), (0, 0.5), (1, 0.2), (0, 0.2)])
-    # Cuts at 0.9, 0.7, 0.5, 0.2: false positives a scan 0, 1/2, 1, 2; found 1, 1, 2, 2 of 3.
+    # Cuts at 0.9, 0.7, 0.5, 0.2: false positives per scan 0, 1/2, 1, 2; found 1, 1, 2, 2 of 3.
     assert curve(found) == pytest.approx([1 / 3, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 2 / 3, 2 / 3])
     assert curve(found, [0.75]) == pytest.approx([1 / 2])
 
@@ -100,7 +100,7 @@ def test_replicates_are_averaged_and_the_band_is_about_the_choice_of_cases():
     tables = froc_tables(*tables_of(lambda k, _: 0.8 if hit[k] else np.nan, 400), 0.95, seed=0)
     assert tables["froc"].columns.tolist() == FROC_COLUMNS
     assert tables["froc_band"].columns.tolist() == BAND_COLUMNS
-    assert tables["froc"]["false_positives_a_scan"].tolist() == list(RATES)
+    assert tables["froc"]["false_positives_per_scan"].tolist() == list(RATES)
     share = hit.mean()
     assert tables["froc"]["sensitivity"].tolist() == pytest.approx([share] * 7)
     (cpm,) = tables["cpm"].to_dict("records")

@@ -12,8 +12,11 @@ from lungddpm.evaluation.lesions import (
     SIZE_BINS,
     Candidate,
     Lesion,
+    RatedNodule,
     find_candidates,
     lesion_measures,
+    nodules_of_case,
+    nodules_of_sample,
     ratings_of,
     texture_class,
 )
@@ -69,29 +72,99 @@ def test_lesions_have_axes():
     assert bar.elongation == pytest.approx(math.sqrt(2**2 / (5 * 0.8) ** 2))
 
 
-def rated(centre_mm, volume_mm3=30.0, **ratings):
-    centroid = {f"centroid_{axis}_mm": value for axis, value in zip("xyz", centre_mm, strict=True)}
-    return {"volume_mm3": volume_mm3, "texture": None, "malignancy": None, "subtlety": None} | centroid | ratings
+AFFINE = np.array([[4.0, 0, 0, -40], [0, 4, 0, 10], [0, 0, 5, 100], [0, 0, 0, 1]])
+UNRATED = {"texture": None, "malignancy": None, "subtlety": None}
 
 
-def test_lesions_have_the_ratings_of_their_nodules():
-    """Two nodules that touch are one lesion and have the larger one's ratings; a third has none."""
-    affine = np.diag([2.0, 1.0, 1.0, 1.0])
-    affine[:3, 3] = -10, 5, 7
-    reference = Volume(along_x((2, 9), (14, 16)), affine)
-    small, large = rated((-4.2, 7, 9), 10.0, texture=1.0), rated((2, 7, 9), texture=4.5, malignancy=2.0, subtlety=3.0)
+def position(voxel):
+    return tuple(float(x) for x in (AFFINE @ [*voxel, 1])[:3])
+
+
+def rated(voxel, texture, volume_mm3=30.0):
+    return RatedNodule(position(voxel), volume_mm3, UNRATED | {"texture": texture})
+
+
+def cubes(*centres):
+    """Cubes of 3 voxels an edge around these voxels."""
+    mask = np.zeros((20, 20, 20), bool)
+    for x, y, z in centres:
+        mask[x - 1 : x + 2, y - 1 : y + 2, z - 1 : z + 2] = True
+    return Volume(mask, AFFINE)
+
+
+def test_each_lesion_has_the_ratings_of_the_nodule_in_it():
+    reference = cubes((15, 5, 5), (4, 12, 12), (10, 10, 4), (4, 4, 16))
+    nodules = [
+        rated((4, 12, 12), 1.0),
+        # In the corner of a cube, and just outside one.
+        rated((16, 6, 6), 5.0),
+        rated((10, 10, 5.9), 3.0),
+        # Of no lesion: it vanished on the grid.
+        rated((17, 17, 17), 4.0),
+    ]
+    textures = [ratings["texture"] for ratings in ratings_of(reference, nodules)]
+    assert sorted(textures, key=str) == [1.0, 3.0, 5.0, None]
+    # In the order of the lesions: cut one away, and its overlap falls.
+    without = reference.array.copy()
+    without[3:6, 11:14, 11:14] = False
+    overlaps = [lesion.overlap for lesion in lesion_measures(reference.array, without, (4, 4, 5)).lesions]
+    assert [texture for texture, overlap in zip(textures, overlaps, strict=True) if not overlap] == [1.0]
+
+
+def test_nodules_that_grew_together_have_the_ratings_of_the_largest():
+    reference = cubes((5, 5, 5), (8, 5, 5), (15, 15, 15))
+    small, large = rated((5, 5, 5), 1.0), rated((8, 5, 5), 4.5, volume_mm3=31.0)
     for nodules in ([small, large], [large, small]):
-        first, second = ratings_of(reference, nodules)
-        assert first == {"texture": 4.5, "malignancy": 2.0, "subtlety": 3.0}
-        assert set(second.values()) == {None}
-    _, second = ratings_of(reference, [rated((19.3, 7.2, 8.8), malignancy=5.0)])
-    assert second["malignancy"] == 5.0
-    assert ratings_of(Volume(along_x(), affine), []) == []
+        assert sorted((each["texture"] for each in ratings_of(reference, nodules)), key=str) == [4.5, None]
+    unrated = rated((8, 5, 5), None, volume_mm3=31.0)
+    assert [each["texture"] for each in ratings_of(reference, [small, unrated])] == [None, None]
+    assert ratings_of(cubes(), [small]) == []
+
+
+def figures(voxel, texture):
+    """Of one nodule, as `case.json` has them."""
+    centroid = {f"centroid_{axis}_mm": value for axis, value in zip("xyz", position(voxel), strict=True)}
+    return {"volume_mm3": 30.0, "texture": texture, "malignancy": 2.0, "subtlety": None, "margin": 5.0} | centroid
+
+
+def test_a_real_case_has_the_nodules_of_its_record():
+    (nodule,) = nodules_of_case([figures((5, 6, 7), 1.5)])
+    assert nodule == RatedNodule(position((5, 6, 7)), 30.0, {"texture": 1.5, "malignancy": 2.0, "subtlety": None})
+    assert nodules_of_case([]) == []
+
+
+@pytest.mark.parametrize(
+    ("origin", "own_layout", "textures"),
+    [
+        ("reference", True, [1.0, 5.0]),
+        ("added", False, [1.0, 5.0, 3.0, None]),
+        ("jittered", False, [3.0, None]),
+        ("placed", False, [3.0, None]),
+        (None, False, [3.0, None]),
+    ],
+)
+def test_a_sample_has_the_nodules_of_its_reference_and_those_that_were_placed(origin, own_layout, textures):
+    placed = {"position_mm": list(position((12, 12, 12))), "volume_mm3": 20.0, "ratings": {"texture": 3.0}}
+    unrated = {"position_mm": list(position((1, 1, 1))), "volume_mm3": 10.0, "ratings": {}}
+    record = {"layout_origin": origin, "nodules": [] if origin == "reference" else [placed, unrated]}
+    reference = [figures((5, 5, 5), 1.0), figures((5, 15, 5), 5.0)]
+    found = nodules_of_sample(record, reference, own_layout=own_layout)
+    assert [nodule.ratings["texture"] for nodule in found] == textures
+    if origin != "reference":
+        assert found[-2] == RatedNodule(position((12, 12, 12)), 20.0, UNRATED | {"texture": 3.0})
 
 
 @pytest.mark.parametrize(
     ("rating", "expected"),
-    [(1, "ground glass"), (2, "ground glass"), (2.5, "part-solid"), (3.5, "part-solid"), (4, "solid"), (math.nan, "")],
+    [
+        (1, "ground glass"),
+        (2, "ground glass"),
+        (2.5, "part-solid"),
+        (3.5, "part-solid"),
+        (4, "solid"),
+        (math.nan, ""),
+        (None, ""),
+    ],
 )
 def test_textures_by_their_rating(rating, expected):
     assert texture_class(rating) == expected

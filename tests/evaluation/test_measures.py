@@ -154,7 +154,7 @@ def test_the_inside_of_a_mask_is_not_a_surface():
 def test_one_measure_decides_the_verdict():
     assert [measure.column for measure in MEASURES.values() if measure.role == "decides"] == ["dice"]
     assert [measure.column for measure in verdict_measures()] == ["dice", "sensitivity"]
-    with pytest.raises(ValueError, match="must lie in 0 to 1"):
+    with pytest.raises(ValueError, match="must be in 0 to 1"):
         replace(MEASURES["hausdorff_95_mm"], role="supports")
 
 
@@ -166,7 +166,7 @@ def test_every_entry_is_complete():
         assert len(inspect.signature(measure.compute).parameters) == 1
         low, high = measure.limits
         assert low < high
-        # A unit stands in the column, as in all tables.
+        # The unit is in the column, as in all tables.
         assert column.endswith({"": column, "mm": "_mm", "mm³": "_mm3"}[measure.unit])
 
 

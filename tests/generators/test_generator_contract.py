@@ -67,7 +67,7 @@ def test_a_module_without_a_declaration_is_refused_with_its_file(plug_in):
     path = plug_in("TITLE = 'Mine'\n\ndef load(config, weights, device): ...\n")
     with pytest.raises(ConfigError) as refused:
         generators.plugin("mine")
-    assert f"{path}: declares no CITATION, no Settings, no LAYOUTS" in str(refused.value)
+    assert f"{path}: does not declare CITATION, Settings, LAYOUTS" in str(refused.value)
 
 
 def test_commands_refuse_it_in_one_message(tmp_path):
@@ -83,7 +83,7 @@ def test_commands_refuse_it_in_one_message(tmp_path):
     (tmp_path / "config.yaml").write_text("seed: 1\n")
     run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert run.returncode == 2
-    assert "half.py: declares no CITATION" in run.stderr
+    assert "half.py: does not declare CITATION" in run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -93,7 +93,7 @@ def test_one_that_draws_with_weights_says_what_a_sample_costs(plug_in):
         "TITLE = CITATION = 'Mine'\nWEIGHTS_OF = 'lung_ddpm'\nLAYOUTS = 'reference', 'reference'\n\n"
         "def load(config, weights, device): ...\n"
     )
-    with pytest.raises(ConfigError, match=r"mine.py: declares no drawing\."):
+    with pytest.raises(ConfigError, match=r"mine.py: does not declare drawing\."):
         generators.plugin("mine")
 
 
@@ -103,7 +103,7 @@ def test_one_that_is_trained_says_how(plug_in):
         "TITLE = CITATION = 'Mine'\nLAYOUTS = 'reference', 'reference'\n\n"
         "def load(config, weights, device): ...\n"
     )
-    with pytest.raises(ConfigError, match=r"mine.py: declares no recipe, no preview, no drawing\."):
+    with pytest.raises(ConfigError, match=r"mine.py: does not declare recipe, preview, drawing\."):
         generators.plugin("mine")
 
 

@@ -159,7 +159,7 @@ def test_an_interrupted_training_ends_bit_identical(trained, tiny_cohort, tmp_pa
         train(settings_of(), tiny_cohort, tmp_path)
     monkeypatch.undo()
     train(settings_of(), tiny_cohort, tmp_path)
-    assert f"Going on from step {step} of 7" in caplog.text
+    assert f"Resuming from step {step} of 7" in caplog.text
     first, second = (load_file(folder / "model.safetensors") for folder in (trained[0], tmp_path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -237,17 +237,17 @@ def test_what_is_drawn_depends_on_what_is_shown(tiny_cohort, tmp_path, task, hin
 
 def test_weights_that_do_not_fit_are_refused(weights):
     for changes, message in (
-        ({"hint": "slice"}, "trained with hint none, the config says slice"),
-        ({"autoencoder": {"latent_channels": 2}}, "trained with autoencoder.latent_channels 4, the config says 2"),
-        ({"autoencoder": {"norm": "voxel"}}, "trained with autoencoder.norm volume, the config says voxel"),
-        ({"prediction": "clean"}, "trained with prediction v, the config says clean"),
+        ({"hint": "slice"}, "trained with hint none, but the config has slice"),
+        ({"autoencoder": {"latent_channels": 2}}, "trained with autoencoder.latent_channels 4, but the config has 2"),
+        ({"autoencoder": {"norm": "voxel"}}, "trained with autoencoder.norm volume, but the config has voxel"),
+        ({"prediction": "clean"}, "trained with prediction v, but the config has clean"),
     ):
         for name in ("latent_diffusion", "reconstruct"):
             with pytest.raises(InputError, match=message):
                 plugin(name).load(settings_of(name, **changes), weights, "cpu")
     # How it was trained is not what it is.
     latent_diffusion.load(settings_of(autoencoder={"steps": 2, "kl_weight": 1e-3}), weights, "cpu")
-    with pytest.raises(InputError, match="trained with generator latent_diffusion, the config says lung_ddpm"):
+    with pytest.raises(InputError, match="trained with generator latent_diffusion, but the config has lung_ddpm"):
         plugin("lung_ddpm").load(config_of("lung_ddpm").for_generator("lung_ddpm"), weights, "cpu")
 
 
@@ -257,7 +257,7 @@ def test_wrong_settings_are_named():
         ({"autoencoder": {"latent_channels": 9}}, "latent_channels 9 exceeds 8"),
         ({"autoencoder": {"norm_groups": 3}}, "norm_groups 3 does not divide 4 channels"),
         ({"autoencoder": {"crop": 7}}, "autoencoder.crop 7 is not divisible by 2"),
-        ({"autoencoder": {"crop": 4}}, "discriminator needs at least 6 voxels an edge"),
+        ({"autoencoder": {"crop": 4}}, "discriminator needs at least 6 voxels per edge"),
         ({"autoencoder": {"crop": 32}}, "autoencoder.crop 32 is larger than grid.size"),
         ({"training": {"crop": 6}}, "training.crop 6 is not divisible by 4"),
         ({"autoencoder": {"channels": [4] * 5, "crop": None}}, r"grid.size \[16, 16, 16\] is not divisible by 32"),

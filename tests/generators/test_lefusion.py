@@ -230,16 +230,16 @@ def test_weights_without_histograms_are_refused(weights, tmp_path):
     metadata = read_metadata(weights)
     path = tmp_path / "model.safetensors"
     save_network(path, lefusion.recipe(settings).load(weights), type(metadata)(**{**vars(metadata), "kept": {}}))
-    with pytest.raises(InputError, match=r"model.safetensors: holds no histograms of nodules\. Train"):
+    with pytest.raises(InputError, match=r"model.safetensors: has no histograms of nodules\. Train"):
         load(path)
 
 
 def test_weights_of_another_generator_are_refused(weights):
     both = {"generators": {**VALUES["generators"], "lung_ddpm_plus": SETTINGS}}
     own = parse_config({**VALUES, **both}).for_generator("lung_ddpm_plus")
-    with pytest.raises(InputError, match="trained with generator lefusion, the config says lung_ddpm_plus"):
+    with pytest.raises(InputError, match="trained with generator lefusion, but the config has lung_ddpm_plus"):
         lung_ddpm_plus.load(own, weights, "cpu")
-    with pytest.raises(InputError, match=r"training.crop 8, the config says 16"):
+    with pytest.raises(InputError, match=r"training.crop 8, but the config has 16"):
         load(weights, changed(training={**SETTINGS["training"], "crop": 16}))
 
 
@@ -249,8 +249,8 @@ def test_weights_of_another_generator_are_refused(weights):
         ({"classes": ["lung", "nodule"]}, r"lefusion.classes"),
         ({"training": {"crop": None}}, r"lefusion.training.crop"),
         ({"training": {"lesion_weight": 10}}, r"lefusion.training.lesion_weight"),
-        ({"sampling": {"aas": "published"}}, r"aas is corrected"),
-        ({"sampling": {"intensities": "published"}}, r"intensities is corrected"),
+        ({"sampling": {"aas": "published"}}, r"aas must be corrected"),
+        ({"sampling": {"intensities": "published"}}, r"intensities must be corrected"),
         ({"sampling": {"steps": 21}}, r"sampling.steps 21 exceeds timesteps 20"),
     ],
 )
@@ -276,7 +276,7 @@ def test_the_estimate_counts_the_histograms_channels(config):
     bare = lung_ddpm_plus.recipe(plus.for_training("lung_ddpm_plus")).build()
     parameters = sum(parameter.numel() for parameter in bare.parameters()) + 16 * 4 * 27
     assert f"{parameters:,}" in output
-    assert "of the process's memory at the most" in output
+    assert "of the process's memory at most" in output
 
 
 def test_the_plan_counts_a_pass_per_step_visit_and_nodule():

@@ -242,9 +242,9 @@ def test_weights_of_another_crop_or_denoiser_are_refused(trained, tiny_config):
     values = tiny_config.model_dump(mode="json")
     values["generators"]["lung_ddpm_plus"]["training"]["crop"] = 16
     other = parse_config(values).for_generator("lung_ddpm_plus")
-    with pytest.raises(InputError, match=r"training.crop 8, the config says 16"):
+    with pytest.raises(InputError, match=r"training.crop 8, but the config has 16"):
         lung_ddpm_plus.load(other, trained / "model.safetensors", "cpu")
-    with pytest.raises(InputError, match=r"trained with generator lung_ddpm_plus, the config says lung_ddpm"):
+    with pytest.raises(InputError, match=r"trained with generator lung_ddpm_plus, but the config has lung_ddpm"):
         lung_ddpm.load(tiny_config.for_generator("lung_ddpm"), trained / "model.safetensors", "cpu")
 
 

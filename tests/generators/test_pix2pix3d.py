@@ -127,9 +127,11 @@ def test_a_preview_has_the_reference_where_the_layout_is_open():
 
 def test_weights_of_another_generator_or_network_are_refused(trained):
     weights = trained / "model.safetensors"
-    with pytest.raises(InputError, match="trained with generator pix2pix3d, the config says rectified_flow"):
+    with pytest.raises(InputError, match="trained with generator pix2pix3d, but the config has rectified_flow"):
         load(changed(), weights, rectified_flow)
-    with pytest.raises(InputError, match=r"network.widths \[4, 4, 4, 4, 4, 4\], the config says \[4, 4, 4, 4, 8, 4\]"):
+    with pytest.raises(
+        InputError, match=r"network.widths \[4, 4, 4, 4, 4, 4\], but the config has \[4, 4, 4, 4, 8, 4\]"
+    ):
         load(changed(network={"widths": [4, 4, 4, 4, 8, 4], "norm_groups": 2}), weights)
 
 
@@ -141,14 +143,14 @@ def test_the_training_goes_on_from_its_own_weights(trained, config):
 @pytest.mark.parametrize(
     ("grid", "keys", "message"),
     [
-        (16, {"discriminator": {"layers": 0}}, "layers 0 does not fit grid.size [16, 16, 16]: it is from 1 to 1 there"),
-        (48, {"discriminator": {"layers": 4}}, "layers 4 does not fit grid.size [48, 48, 48]: it is from 1 to 3 there"),
+        (16, {"discriminator": {"layers": 0}}, "layers 0 does not fit grid.size [16, 16, 16]: it must be from 1 to 1"),
+        (48, {"discriminator": {"layers": 4}}, "layers 4 does not fit grid.size [48, 48, 48]: it must be from 1 to 3"),
         (
             64,
             {"training": {"crop": 32}, "discriminator": {"layers": 3}},
-            "layers 3 does not fit training.crop 32: it is from 1 to 2 there",
+            "layers 3 does not fit training.crop 32: it must be from 1 to 2",
         ),
-        (40, {}, "grid.size [40, 40, 40] is not divisible by 16, as five levels need"),
+        (40, {}, "grid.size [40, 40, 40] is not divisible by 16, as required by five levels"),
         (64, {"training": {"crop": 24}}, "training.crop [24] is not divisible by 16"),
         (16, {"training": {"crop": 32}}, "training.crop 32 is larger than grid.size [16, 16, 16]"),
         (
@@ -205,8 +207,8 @@ def test_the_opponent_counts_in_operations_and_memory():
 
 def test_the_estimate_shows_the_opponent(capsys):
     run_estimate(parse_config(changed()).for_training("pix2pix3d"), "cpu")
-    told = capsys.readouterr().out
-    assert re.search(r"^parameters +[\d,]+, and [\d,]+ of its opponent$", told, re.MULTILINE)
+    reported = capsys.readouterr().out
+    assert re.search(r"^parameters +[\d,]+, and [\d,]+ of its discriminators$", reported, re.MULTILINE)
 
 
 def test_the_plan_counts_one_pass_per_sample():

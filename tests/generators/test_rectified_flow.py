@@ -106,9 +106,9 @@ def test_samples_do_not_depend_on_their_batch(trained, tiny_cohort):
 
 def test_weights_of_another_generator_are_refused(trained, tmp_path):
     weights = trained / "model.safetensors"
-    with pytest.raises(InputError, match="trained with generator rectified_flow, the config says lung_ddpm"):
+    with pytest.raises(InputError, match="trained with generator rectified_flow, but the config has lung_ddpm"):
         load(VALUES, weights, lung_ddpm)
-    with pytest.raises(InputError, match=r"denoiser.base_channels 4, the config says 8"):
+    with pytest.raises(InputError, match=r"denoiser.base_channels 4, but the config has 8"):
         load(changed(denoiser={**NETWORK, "base_channels": 8}), weights)
     with pytest.raises(InputError, match="was trained by rectified_flow, which is not a diffusion model"):
         export_published(weights, tmp_path / "out.pt")

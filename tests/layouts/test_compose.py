@@ -419,6 +419,6 @@ def test_scans_of_an_external_test_set_are_read_from_its_folder(cohort, tmp_path
         run_prepare(config, *paths, external={"ours": tmp_path / "gone"})
 
 
-def test_a_missing_source_is_told(cohort, tmp_path):
+def test_a_missing_source_is_reported(cohort, tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
         run_prepare(Config(), tmp_path / "index.tsv", tmp_path / "gone", tmp_path, 0, 1, tmp_path / "t.tsv")

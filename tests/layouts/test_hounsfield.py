@@ -11,7 +11,7 @@ from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import AIR_HU, bounding_box
 from lungddpm.layouts.compose import build_case
-from lungddpm.layouts.hounsfield import find_landmarks, hounsfield_fault, recognised_fault
+from lungddpm.layouts.hounsfield import find_landmarks, hounsfield_problem, recognised_problem
 from lungddpm.sources import Scan
 from lungddpm.sources.lidc import load_scan
 
@@ -80,13 +80,13 @@ VARIETY = {
 @pytest.mark.parametrize("case", VARIETY)
 def test_what_scans_differ_in_passes(patient, case):
     hu = VARIETY[case](patient)
-    assert hounsfield_fault(hu, patient.lungs, LIMITS) is None
-    assert recognised_fault(hu, LIMITS) is None
+    assert hounsfield_problem(hu, patient.lungs, LIMITS) is None
+    assert recognised_problem(hu, LIMITS) is None
 
 
 def test_a_field_of_view_inside_the_body_passes(patient):
     inner = (slice(None), *(slice(40, -40) for _ in range(1)), slice(None))
-    assert hounsfield_fault(patient.ct.array[inner], patient.lungs[inner], LIMITS) is None
+    assert hounsfield_problem(patient.ct.array[inner], patient.lungs[inner], LIMITS) is None
 
 
 @pytest.mark.parametrize("around", [40, -1000])
@@ -94,19 +94,19 @@ def test_a_phantom_without_noise_passes(patient, around):
     hu = np.where(patient.lungs, -850, 40)
     hu[:2] = hu[-2:] = hu[:, :2] = hu[:, -2:] = around
     hu[40:44, 80:84, 90:] = -1000
-    assert hounsfield_fault(hu, patient.lungs, LIMITS) is None
+    assert hounsfield_problem(hu, patient.lungs, LIMITS) is None
 
 
 def test_scaled_values_inside_the_body_are_not_called_inverted(patient):
     box = bounding_box(patient.lungs)
     hu = np.rint(window(patient.ct.array[box], -1000, 400, 1000))
-    assert "look scaled, from 0 to 1000" in hounsfield_fault(hu, patient.lungs[box], LIMITS)
+    assert "look scaled, from 0 to 1000" in hounsfield_problem(hu, patient.lungs[box], LIMITS)
 
 
 @pytest.mark.parametrize("extra", [-1, 0, 1])
 def test_lungs_that_are_drawn_wider_or_closer_pass(patient, extra):
     grow = {-1: ndimage.binary_erosion, 0: lambda mask: mask, 1: ndimage.binary_dilation}[extra]
-    assert hounsfield_fault(patient.ct.array, grow(patient.lungs), LIMITS) is None
+    assert hounsfield_problem(patient.ct.array, grow(patient.lungs), LIMITS) is None
 
 
 def window(hu, low, high, top):
@@ -117,7 +117,7 @@ def standardised(hu):
     return (hu - hu.mean()) / hu.std()
 
 
-TOO_HIGH = "are about 1024 too high, an offset .* rescale intercept was not applied"
+TOO_HIGH = "are about 1024 too high, like .* rescale intercept was not applied"
 TOO_LOW = "are about 1024 too low, .* rescaled twice"
 SPOILT = {
     "stored values": (lambda hu: hu + 1024, TOO_HIGH),
@@ -153,9 +153,9 @@ SPOILT = {
 def test_what_is_not_in_hounsfield_units_is_described(patient, case, low_dose):
     spoil, description = SPOILT[case]
     hu = np.maximum(patient.ct.array + noise(patient, 100 * low_dose), AIR_HU)
-    fault = hounsfield_fault(spoil(hu), patient.lungs, LIMITS)
-    assert fault is not None
-    assert re.search(description, fault), fault
+    error = hounsfield_problem(spoil(hu), patient.lungs, LIMITS)
+    assert error is not None
+    assert re.search(description, error), error
 
 
 def test_levels(patient):
@@ -167,7 +167,7 @@ def test_levels(patient):
 @pytest.mark.parametrize("padding", [-2000, 0])
 def test_stored_values_with_padding_are_described(patient, padding):
     hu = padded(patient, padding - 1024) + 1024
-    assert re.search(TOO_HIGH, hounsfield_fault(hu, patient.lungs, LIMITS))
+    assert re.search(TOO_HIGH, hounsfield_problem(hu, patient.lungs, LIMITS))
 
 
 @pytest.mark.parametrize(
@@ -175,28 +175,28 @@ def test_stored_values_with_padding_are_described(patient, padding):
 )
 def test_without_lungs_it_is_described_alike(patient, case):
     spoil, description = SPOILT[case]
-    assert re.search(description, recognised_fault(spoil(np.maximum(patient.ct.array, AIR_HU)), LIMITS))
+    assert re.search(description, recognised_problem(spoil(np.maximum(patient.ct.array, AIR_HU)), LIMITS))
 
 
 def test_air_that_is_no_air_is_described(patient):
     body = ndimage.binary_fill_holes((patient.ct.array > -300).any(axis=2))[..., None]
     masked = np.where(body, patient.ct.array, 0)
-    assert "is filled with 0 around the patient" in hounsfield_fault(masked, patient.lungs, LIMITS)
+    assert "is filled with 0 around the patient" in hounsfield_problem(masked, patient.lungs, LIMITS)
 
 
 def test_masked_tissue_is_described(patient):
     masked = np.where(patient.lungs, patient.ct.array, -1000)
-    assert "all but the lungs was masked" in hounsfield_fault(masked, patient.lungs, LIMITS)
+    assert "everything except the lungs was masked" in hounsfield_problem(masked, patient.lungs, LIMITS)
 
 
 @pytest.mark.parametrize("wrong", ["a tumour", "all of the body"])
-def test_labels_that_are_not_lung_are_told_from_wrong_values(patient, wrong):
+def test_labels_that_are_not_lung_are_distinguished_from_wrong_values(patient, wrong):
     labels = {
         "a tumour": max(patient.nodules, key=lambda nodule: np.median(patient.ct.array[nodule])),
         "all of the body": patient.ct.array > -500,
     }
-    fault = hounsfield_fault(patient.ct.array, labels[wrong], LIMITS)
-    assert "looks like Hounsfield units, but what is labelled lung (1) is not lung" in fault
+    error = hounsfield_problem(patient.ct.array, labels[wrong], LIMITS)
+    assert "looks like Hounsfield units, but what is labelled lung (1) is not lung" in error
 
 
 def scan_of(patient, hu, *names):
@@ -220,9 +220,9 @@ def test_no_case_is_made_of_it_whatever_the_labels(patient, labels, case):
 
 def test_the_limits_are_those_of_the_config(patient):
     hu = patient.ct.array + 300
-    assert hounsfield_fault(hu, patient.lungs, LIMITS) is None
-    assert hounsfield_fault(hu, patient.lungs, LayoutLimits(tissue_hu=(-250, 200)))
-    assert hounsfield_fault(patient.ct.array, patient.lungs, LayoutLimits(lung_hu=(-800, -250)))
+    assert hounsfield_problem(hu, patient.lungs, LIMITS) is None
+    assert hounsfield_problem(hu, patient.lungs, LayoutLimits(tissue_hu=(-250, 200)))
+    assert hounsfield_problem(patient.ct.array, patient.lungs, LayoutLimits(lung_hu=(-800, -250)))
 
 
 @pytest.mark.parametrize("name", ["LIDC-IDRI-0001", "LIDC-IDRI-0003"])
@@ -234,7 +234,7 @@ def test_real_scans(shared_data, name):
     found = find_landmarks(hu)
     assert found.lung == pytest.approx(-870, abs=30)
     assert found.tissue == pytest.approx(40, abs=40)
-    assert recognised_fault(hu, LIMITS) is None
+    assert recognised_problem(hu, LIMITS) is None
     for case in ("stored values", "rescaled twice, cut", "[-1, 1]", "grey values of the lung window"):
         spoil, description = SPOILT[case]
-        assert re.search(description, recognised_fault(spoil(hu), LIMITS))
+        assert re.search(description, recognised_problem(spoil(hu), LIMITS))

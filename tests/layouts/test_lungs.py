@@ -212,14 +212,14 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("scan", UNUSABLE)
-def test_unusable_scans_are_told_with_the_true_reason(patient, scan):
+def test_unusable_scans_are_reported_with_the_true_reason(patient, scan):
     reason, ct = unusable(patient)[scan]
     with pytest.raises(ExcludedCaseError, match=reason):
         segment_lungs(ct)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_ready_lungs_that_are_cut_at_the_side_are_told(patient, lungs_lr, axis):
+def test_ready_lungs_that_are_cut_at_the_side_are_reported(patient, lungs_lr, axis):
     box = bounding_box(lungs_lr > 0)
     whole, parted = (
         np.take(lungs_lr, range(box[axis].start + margin, lungs_lr.shape[axis]), axis) for margin in (0, 10)
@@ -229,7 +229,7 @@ def test_ready_lungs_that_are_cut_at_the_side_are_told(patient, lungs_lr, axis):
         check_lungs(patient.ct.like(parted), Layouts())
 
 
-def test_too_little_lung_is_told(patient):
+def test_too_little_lung_is_reported(patient):
     with pytest.raises(ExcludedCaseError, match=r"hold \d\.\d\d litres, not 9 to 12 \(layouts.limits.lung_litres\)"):
         segment_lungs(patient.ct, Layouts(limits={"lung_litres": (9, 12)}))
 
@@ -238,7 +238,7 @@ def test_a_table_filled_with_foam_is_no_lung(patient):
     assert dice(segment_lungs(with_foam_table(patient)) > 0, patient.lungs) > 0.98
 
 
-def test_lungs_that_touch_are_told_apart():
+def test_lungs_that_touch_are_distinguished():
     x, y, z = np.ogrid[:90, :60, :70]
     right = ((x - 62) / 19) ** 2 + ((y - 30) / 25) ** 2 + ((z - 35) / 30) ** 2 < 1
     left = ((x - 27) / 19) ** 2 + ((y - 30) / 25) ** 2 + ((z - 35) / 30) ** 2 < 1

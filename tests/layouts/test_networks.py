@@ -39,7 +39,7 @@ def lungs_lr(patient):
 
 @pytest.fixture
 def install(monkeypatch):
-    """A function that puts a module of that name with these attributes in the place of an installed one."""
+    """A function that puts a module of that name with these attributes instead of an installed one."""
 
     def put(name, **attributes):
         module = ModuleType(name)
@@ -120,33 +120,33 @@ def test_what_a_network_does_not_find_excludes_the_case(patient, lungs_lr, insta
 
 
 @pytest.mark.parametrize("name", ["lungmask", "totalsegmentator"])
-def test_a_missing_package_is_told_with_its_extra(patient, monkeypatch, name):
+def test_a_missing_package_is_reported_with_its_extra(patient, monkeypatch, name):
     # None in sys.modules makes the import fail, whether the package is there or not.
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match=r"pip install 'lungddpm\[" + name) as told:
+    with pytest.raises(UserError, match=r"pip install 'lungddpm\[" + name) as caught:
         segment_lungs(patient.ct, Layouts(lungs=name))
-    assert not isinstance(told.value, ExcludedCaseError)
+    assert not isinstance(caught.value, ExcludedCaseError)
 
 
 @pytest.mark.parametrize(
     "error", [OSError("<urlopen error no network>"), RuntimeError('invalid hash value (expected "d5d')]
 )
-def test_lungmask_without_weights_is_told(patient, install, error):
+def test_lungmask_without_weights_is_reported(patient, install, error):
     class LMInferer:
         def __init__(self, **options):
             raise error
 
     install("lungmask", LMInferer=LMInferer)
-    with pytest.raises(UserError, match=r"weights cannot be had .*LMInferer\(\)"):
+    with pytest.raises(UserError, match=r"weights are not available .*LMInferer\(\)"):
         segment_lungs(patient.ct, Layouts(lungs="lungmask"))
 
 
-def test_totalsegmentator_without_weights_is_told(patient, install):
+def test_totalsegmentator_without_weights_is_reported(patient, install):
     def fail(image):
         raise requests.ConnectionError("Max retries exceeded")
 
     install_totalsegmentator(install, fail)
-    with pytest.raises(UserError, match=r"weights cannot be had \(Max retries.*totalseg_download_weights -t total"):
+    with pytest.raises(UserError, match=r"weights are not available \(Max retries.*totalseg_download_weights -t total"):
         segment_lungs(patient.ct, Layouts(lungs="totalsegmentator"))
 
 

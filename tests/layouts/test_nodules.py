@@ -253,7 +253,7 @@ def test_numbers_of_nodules_show_the_smaller_one_on_top():
         assert numbers[6, 6, 6] == order.index(small) + 1
 
 
-def test_more_nodules_than_can_be_numbered_are_told():
+def test_more_nodules_than_can_be_numbered_are_reported():
     specks = [nodules.Nodule((i, 0, 0), np.ones((1, 1, 1), bool)) for i in range(256)]
     assert nodules.number_voxels(specks[:255], (256, 1, 1))[254] == 255
     with pytest.raises(ExcludedCaseError, match="there are 256, more than the 255"):
@@ -290,12 +290,12 @@ UNTIDY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("points", "faults"), UNTIDY.values(), ids=UNTIDY)
-def test_untidy_contours_are_noted(points, faults):
+@pytest.mark.parametrize(("points", "errors"), UNTIDY.values(), ids=UNTIDY)
+def test_untidy_contours_are_noted(points, errors):
     annotation = Annotation(0, (Contour(3, points), Contour(4, ring(2, 8))))
-    assert nodules.untidy_contours([annotation]) == dict.fromkeys(faults, 1)
+    assert nodules.untidy_contours([annotation]) == dict.fromkeys(errors, 1)
     assert nodules.untidy_contours([annotation, annotation, annotation]) == {
-        **dict.fromkeys(faults, 3),
+        **dict.fromkeys(errors, 3),
         "readers who drew it more than once": 1,
     }
 
@@ -331,7 +331,7 @@ def test_untidy_contours_of_real_readers(shared_data, pattern):
     found = nodules.untidy_contours(cluster)
     # Contours that cross between pixels repeat no point.
     assert found.pop("contours that touch or cross themselves", 0) >= KNOWN_UNTIDY[pattern].get("touch", 0)
-    assert found == {fault: n for fault, n in KNOWN_UNTIDY[pattern].items() if fault != "touch"}
+    assert found == {error: n for error, n in KNOWN_UNTIDY[pattern].items() if error != "touch"}
 
 
 # ---------------------------------------------------------------- what holds for any readers

@@ -1,6 +1,7 @@
 """New and moved nodules: against shapes, distances and distributions that are known in closed form."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import cc3d
@@ -146,6 +147,21 @@ def test_placed_nodules_keep_the_rules():
     assert {len(one.nodules) for one in made} == {2, 4}
     assert {nodule.nodule for one in made for nodule in one.nodules} == {1, 2, 3}
     assert (before.array != Label.NODULE).all(), "the layout given is left as it was"
+
+
+def rated(shape, texture):
+    return replace(shape, ratings={"texture": texture, "malignancy": 6.0 - texture})
+
+
+def test_placed_nodules_have_the_ratings_of_those_whose_shape_they_have():
+    shapes = [rated(ellipsoid((4 + n, 5, 6), number=n), float(n)) for n in (1, 2, 3)]
+    library = library_of(*shapes, counts=(3,))
+    placed = [
+        nodule for seed in range(4) for nodule in place(chest((5, 5, 6)), library, Synthesis(), random(seed)).nodules
+    ]
+    assert {nodule.nodule for nodule in placed} == {1, 2, 3}
+    for nodule in placed:
+        assert nodule.ratings == {"texture": nodule.nodule, "malignancy": 6 - nodule.nodule}
 
 
 def test_some_nodules_touch_the_pleura():
@@ -305,7 +321,7 @@ def test_jittered_nodules_keep_the_rules(with_nodules):
     mediastinal = own_part(layout, own[3])
     for seed in range(15):
         made = jitter(layout, own, library, settings, random(seed))
-        assert (made.layout.array[mediastinal] == Label.NODULE).all(), "hardly in the lungs: it is not moved"
+        assert (made.layout.array[mediastinal] == Label.NODULE).all(), "barely in the lungs: it is not moved"
         moved = [nodule for nodule in made.nodules if nodule.nodule in (1, 2, 3)]
         added = [nodule for nodule in made.nodules if nodule.nodule == 9]
         labels = np.where(mediastinal, np.uint8(Label.BACKGROUND), made.layout.array)
@@ -318,6 +334,18 @@ def test_jittered_nodules_keep_the_rules(with_nodules):
             assert apart_mm <= settings.shift_mm + 2, "cells do not tell a centroid exactly"
             assert settings.scale[0] <= nodule.scale <= settings.scale[1]
     assert (bare.array != Label.NODULE).all()
+
+
+def test_jittered_nodules_keep_their_ratings(with_nodules):
+    """Whether they are moved, stay, or are put back; one that is added has those of its donor."""
+    _, layout, own = with_nodules
+    own = [rated(shape, float(shape.number)) for shape in own]
+    library = library_of(rated(ellipsoid((4, 4, 5), number=9), 1.5))
+    expected = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 9: 1.5}
+    for settings, seeds in ((Synthesis(shift_mm=12), range(8)), (Synthesis(shift_mm=0.1, scale=(3.9, 4)), range(2))):
+        made = [nodule for seed in seeds for nodule in jitter(layout, own, library, settings, random(seed)).nodules]
+        assert {1, 2, 3, 4} <= {nodule.nodule for nodule in made}
+        assert [nodule.ratings["texture"] for nodule in made] == [expected[nodule.nodule] for nodule in made]
 
 
 def test_shifts_fill_the_ball(with_nodules):

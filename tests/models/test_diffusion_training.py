@@ -77,7 +77,7 @@ def log(caplog):
 
 
 def at_step(monkeypatch, step, act):
-    """Call `act` with the optimization when so many steps have been taken, before the next one."""
+    """Call `act` with the optimization when this many steps have been taken, before the next one."""
     take_step = Optimization.take_step
 
     def acting(self, number, *rest):
@@ -141,7 +141,7 @@ def test_tensorboard_holds_the_history(uninterrupted):
     assert [scalar.step for scalar in board.Scalars("mse")] == [4, 6]
 
 
-def test_no_tensorboard_is_no_fault(tiny_cohort, training_config, tmp_path, monkeypatch, log):
+def test_no_tensorboard_is_no_error(tiny_cohort, training_config, tmp_path, monkeypatch, log):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     train(training_config(steps=1), tiny_cohort, tmp_path, "cpu")
     assert log.text.count("TensorBoard is not installed") == 1
@@ -159,7 +159,7 @@ def test_interrupted_training_ends_bit_identical(
     assert not (tmp_path / "model.safetensors").exists()
     torch.manual_seed(steps)  # nothing may depend on the global generator
     train(training_config(), tiny_cohort, tmp_path, "cpu")
-    begin = "Starting from the beginning" if steps < 2 else f"Going on from step {steps // 2 * 2} of 6"
+    begin = "Starting from the beginning" if steps < 2 else f"Resuming from step {steps // 2 * 2} of 6"
     assert begin in log.text
     assert_same_end(tmp_path, uninterrupted)
 
@@ -173,7 +173,7 @@ def test_killed_while_saving(uninterrupted, tiny_cohort, training_config, write_
     assert half.startswith(".step-00000004")
     assert whole == "step-00000002.pt"
     train(training_config(), tiny_cohort, output, "cpu")
-    assert "Going on from step 2" in log.text
+    assert "Resuming from step 2" in log.text
     assert states_of(output) == ["step-00000006.pt"]
     assert_same_end(output, uninterrupted)
 
@@ -192,13 +192,13 @@ def test_two_states_are_kept_and_a_damaged_one_falls_back(
     damaged[damaged.index(history) + 3] ^= 1  # one bit of one number, which torch.load would not notice
     newest.write_bytes(damaged)
     train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
-    assert "step-00000004.pt is damaged and is passed over" in log.text
-    assert "Going on from step 2 of 6" in log.text
+    assert "step-00000004.pt is damaged and is ignored" in log.text
+    assert "Resuming from step 2 of 6" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
 
 def interrupt(monkeypatch, config, cohort, output, step):
-    """Train until so many steps have been taken."""
+    """Train until this many steps have been taken."""
     with monkeypatch.context() as patch:
         at_step(patch, step, stop)
         with pytest.raises(KeyboardInterrupt):
@@ -225,7 +225,7 @@ def test_a_training_under_way_survives_changed_code(
     log.clear()
     train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert f"has changed since step 2 ({own['code'][:12]}, now changed agai)" in log.text
-    assert "Going on from step 2 of 6" in log.text
+    assert "Resuming from step 2 of 6" in log.text
     assert recorded_code(tmp_path) == [own, {"from_step": 3, "code": "changed again"}]
     assert_same_end(tmp_path, uninterrupted)
     # It is complete, and its last state as good as any other.
@@ -256,7 +256,7 @@ def test_a_finished_training_of_other_code_begins_again(
     assert "finished by other code" in log.text
     log.clear()
     interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 3)
-    assert "Going on" not in log.text, "nor does the next start take it for its own"
+    assert "Resuming" not in log.text, "nor does the next start take it for its own"
     assert states_of(tmp_path) == ["step-00000002.pt"]
     train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert recorded_code(tmp_path) == [{"from_step": 1, "code": "changed"}]
@@ -274,7 +274,7 @@ def test_restart_begins_again_and_keeps_the_states_until_the_first_new_one(
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
     log.clear()
     train(training_config(), tiny_cohort, tmp_path, "cpu", restart=True)
-    assert "Going on" not in log.text
+    assert "Resuming" not in log.text
     assert_same_end(tmp_path, uninterrupted)
     steps = []
     take_step = Optimization.take_step
@@ -290,7 +290,7 @@ def test_states_of_another_config_are_kept_until_the_new_training_has_saved(
     interrupt(monkeypatch, training_config(seed=2), tiny_cohort, tmp_path, 1)
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
     train(training_config(), tiny_cohort, tmp_path, "cpu")
-    assert "Going on from step 4 of 6" in log.text
+    assert "Resuming from step 4 of 6" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
 
@@ -307,7 +307,7 @@ def test_sigterm_ends_the_step_saves_and_goes_on(
     assert states_of(tmp_path)[-1] == "step-00000003.pt"
     assert signal.getsignal(signal.SIGTERM) == former
     train(training_config(), tiny_cohort, tmp_path, "cpu")
-    assert "Going on from step 3" in log.text
+    assert "Resuming from step 3" in log.text
     assert_same_end(tmp_path, uninterrupted)
 
 
@@ -343,7 +343,7 @@ def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, tr
     shutil.copytree(uninterrupted, tmp_path / "run")
     other = training_config(seed=2, steps=2)
     train(other, tiny_cohort, tmp_path / "run", "cpu")
-    assert "another config and is passed over" in log.text
+    assert "different config and is ignored" in log.text
     assert not history_of(tmp_path / "run").equals(history_of(uninterrupted)[:2])
     assert [path.name for path in (tmp_path / "run/samples").iterdir()] == ["step-00000002.png"]
 
@@ -351,7 +351,7 @@ def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, tr
     table = cases.read_cases(tiny_cohort)
     cases.write_cases(tmp_path / "cohort/cases.tsv", table[table["case_id"] != "case00"])
     train(other, tmp_path / "cohort/cases.tsv", tmp_path / "run", "cpu")
-    assert "another data and is passed over" in log.text
+    assert "different data and is ignored" in log.text
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
@@ -525,7 +525,7 @@ def test_two_processes_go_on_as_one_with_twice_the_accumulation(
     subprocess.run(launched, check=True, capture_output=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
     said = (tmp_path / "log").read_text()
     assert "2 processes" in said
-    assert said.count("Going on from step 2 of 6") == 1
+    assert said.count("Resuming from step 2 of 6") == 1
     np.testing.assert_allclose(history_of(shared)["loss"], history_of(uninterrupted)["loss"], atol=1e-4, rtol=0)
     weights = [load_file(output / "model.safetensors") for output in (uninterrupted, shared)]
     for name in weights[0]:

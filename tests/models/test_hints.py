@@ -209,14 +209,14 @@ def test_a_hint_does_not_depend_on_the_batch(case, weights):
 
 def test_weights_of_another_hint_are_refused(weights, tmp_path):
     path, plain = weights(make_config("volume")), weights(make_config("none"))
-    with pytest.raises(InputError, match="was trained with hint volume, the config says none"):
+    with pytest.raises(InputError, match="was trained with hint volume, but the config has none"):
         load_denoiser(path, make_config("none"))
-    with pytest.raises(InputError, match="was trained with hint none, the config says slice"):
+    with pytest.raises(InputError, match="was trained with hint none, but the config has slice"):
         load_denoiser(plain, make_config("slice"))
-    with pytest.raises(InputError, match="was trained with hint volume: the published code would show it nothing"):
+    with pytest.raises(InputError, match="was trained with hint volume: the published code would give it nothing"):
         export_published(path, tmp_path / "out.pt")
     export_published(plain, tmp_path / "out.pt")
-    with pytest.raises(InputError, match="holds a network of hint none .the config says volume"):
+    with pytest.raises(InputError, match="has a network with hint none .the config has volume"):
         load_denoiser(tmp_path / "out.pt", make_config("volume"))
 
 
@@ -227,7 +227,7 @@ def test_weights_from_before_there_were_hints_are_those_of_none(tmp_path):
     save_network(path, build_denoiser(config), replace(known, fit={k: v for k, v in known.fit.items() if k != "hint"}))
     load_denoiser(path, config)
     export_published(path, tmp_path / "out.pt")
-    with pytest.raises(InputError, match="was trained with hint none, the config says slice"):
+    with pytest.raises(InputError, match="was trained with hint none, but the config has slice"):
         load_denoiser(path, make_config("slice"))
     # Nor is a training that is under way thrown away.
     assert "hint" not in config.settings.decides_weights(1)

@@ -193,7 +193,7 @@ class _Shifted(torch.nn.Module):
 
 
 class _Undecided(torch.nn.Module):
-    """Gives real CT 0.9 and decoded CT 0.25, which it tells by their brightness."""
+    """Gives real CT 0.9 and decoded CT 0.25, which it distinguishes by their brightness."""
 
     def forward(self, volumes):
         logits = torch.where(volumes.mean(dim=(1, 2, 3, 4)) > 0.05, 0.25, 0.9)

@@ -351,7 +351,7 @@ def test_resampling_improves_the_seam_and_keeps_the_spread(accuracy):
     assert once[0] > 1.5
     assert twice[0] < once[0] - 0.15
     assert often[0] < 1.15
-    # A multistep solver that went on after a jump without forgetting would spread far too much here.
+    # A multistep solver that continued after a jump without forgetting would spread far too much here.
     assert often[2] == pytest.approx(1, abs=0.08)
 
 

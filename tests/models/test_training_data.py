@@ -82,14 +82,14 @@ def test_processes_that_build_the_cache_at_once_decode_once(discovery, training_
 
 
 def test_a_case_on_another_grid_is_refused(discovery, tmp_path):
-    with pytest.raises(InputError, match=r"case00.*\(16, 16, 16\) voxels, grid.size is \(16, 16, 32\)"):
+    with pytest.raises(InputError, match=r"case00.*\(16, 16, 16\) voxels, but grid.size is \(16, 16, 32\)"):
         open_cache(tmp_path, *discovery, (16, 16, 32))
     assert not list(tmp_path.glob("*.npy"))
 
 
 @pytest.fixture
 def asymmetric():
-    """Two cases of (D, H, W) = (12, 14, 16) whose CT tells the label; a nodule lies on the left only."""
+    """Two cases of (D, H, W) = (12, 14, 16) whose CT shows the label; the nodule is on the left."""
     layout = np.zeros((2, 12, 14, 16), np.uint8)
     layout[:, 2:10, 2:12, 2:14] = Label.LUNG
     layout[:, 4:8, 3:9, 3:7] = Label.NODULE

@@ -13,7 +13,7 @@ from lungddpm.models.published_checkpoint import export_published, load_denoiser
 
 @pytest.fixture
 def weights(training_config, tmp_path, monkeypatch):
-    """A denoiser of ours and as a published checkpoint."""
+    """A denoiser trained here and as a published checkpoint."""
     monkeypatch.setattr(monitoring, "_GRID_CASES", 1)
     monkeypatch.setattr(lung_ddpm, "PREVIEW_STEPS", 2)
     config = training_config(seed=5)

@@ -1,4 +1,4 @@
-"""Saved states: what survives, what is passed over."""
+"""Saved states: what survives, what is ignored."""
 
 import logging
 
@@ -56,7 +56,7 @@ def test_a_truncated_state_falls_back_to_the_previous(tmp_path, length, log):
     newest = save_state(tmp_path, 20, state(), previous)
     newest.write_bytes(newest.read_bytes()[:length])
     assert newest_state(tmp_path, WANTED) == previous
-    assert "step-00000020.pt is damaged and is passed over" in log.text
+    assert "step-00000020.pt is damaged and is ignored" in log.text
 
 
 def test_a_flipped_bit_is_noticed(tmp_path, log):
@@ -74,7 +74,7 @@ def test_a_flipped_bit_is_noticed(tmp_path, log):
 def test_code_in_a_state_is_not_run(tmp_path, log):
     torch.save({"history": Exception("pickled object")}, tmp_path / "step-00000004.pt")
     assert newest_state(tmp_path, WANTED) is None
-    assert "is damaged and is passed over: it holds code" in log.text
+    assert "is damaged and is ignored: it holds code" in log.text
     assert "weights_only" not in log.text
 
 
@@ -82,7 +82,7 @@ def test_code_in_a_state_is_not_run(tmp_path, log):
 def test_states_of_other_trainings_are_passed_over(tmp_path, content, log):
     torch.save(content, tmp_path / "step-00000004.pt")
     assert newest_state(tmp_path, WANTED) is None
-    assert "is passed over" in log.text
+    assert "is ignored" in log.text
 
 
 def test_no_folder_no_state(tmp_path):

@@ -110,9 +110,9 @@ def test_operations_counted_by_hand_and_with_checkpointing(training_config):
 def test_the_estimate_tells_all_and_writes_nothing(training_config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_estimate(training_config(steps=1000), "cpu")
-    told = capsys.readouterr().out
+    reported = capsys.readouterr().out
     for what in ("parameters", "forward pass", "optimizer step", "memory", "step time", "whole training", "disk"):
-        assert re.search(rf"^{what} +\S", told, re.MULTILINE)
-    assert "27,577" in told
-    assert "1,000 steps" in told
+        assert re.search(rf"^{what} +\S", reported, re.MULTILINE)
+    assert "27,577" in reported
+    assert "1,000 steps" in reported
     assert not list(tmp_path.iterdir())

@@ -132,7 +132,7 @@ def test_channels_last_and_planes_compute_the_same():
 
 
 def test_attention_sits_where_the_map_is_16_voxels_wide():
-    """Of 64 voxels an edge, the sub-bands' first level has 32 and the second 16: one attention on the way down."""
+    """Of 64 voxels per edge, the sub-bands' first level has 32 and the second 16: one attention on the way down."""
     values = {**VALUES, "grid": {"size": [64, 64, 64]}, "arms": {"generators": [], "doses": [], "controls": []}}
     denoiser = {"base_channels": 8, "multipliers": [1, 2, 2], "norm_groups": 4, "wavelet": True}
     values["generators"] = {"lung_ddpm": {"denoiser": denoiser}}
@@ -161,11 +161,11 @@ def test_it_keeps_a_fraction_of_the_memory_and_takes_a_fraction_of_the_operation
     [
         (
             {**with_denoiser(), "grid": {"size": [18, 18, 18]}},
-            r"grid.size \[18, 18, 18\] is not divisible by 4, as 2 denoiser levels and the wavelet transform need",
+            r"grid.size \[18, 18, 18\] is not divisible by 4, as required by 2 denoiser levels and the wavelet",
         ),
         (
             {**VALUES, "generators": {"lung_ddpm": {**DIFFUSION, "training": {**TRAINING, "crop": 6}}}},
-            "training.crop 6 is not divisible by 4, as 2 denoiser levels and the wavelet transform need",
+            "training.crop 6 is not divisible by 4, as required by 2 denoiser levels and the wavelet transform",
         ),
     ],
 )
@@ -179,10 +179,10 @@ def test_weights_without_it_are_refused_and_those_with_it_are_not_exported(tmp_p
     for name, config in (("wavelet", wavelet), ("plain", plain)):
         path = tmp_path / f"{name}.safetensors"
         save_network(path, build_denoiser(config), Metadata.of(config, 1, "", ""))
-    with pytest.raises(InputError, match="trained with denoiser.wavelet False, the config says True"):
+    with pytest.raises(InputError, match="trained with denoiser.wavelet False, but the config has True"):
         load_denoiser(tmp_path / "plain.safetensors", wavelet)
-    with pytest.raises(InputError, match=r"denoiser.wavelet True: the published code would show it voxels"):
+    with pytest.raises(InputError, match=r"denoiser.wavelet True: the published code would give it voxels"):
         export_published(tmp_path / "wavelet.safetensors", tmp_path / "out.pt")
     export_published(tmp_path / "plain.safetensors", tmp_path / "plain.pt")
-    with pytest.raises(InputError, match=r"holds a network of denoiser.wavelet False \(the config says True\)"):
+    with pytest.raises(InputError, match=r"has a network with denoiser.wavelet False \(the config has True\)"):
         load_denoiser(tmp_path / "plain.pt", wavelet)

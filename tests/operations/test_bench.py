@@ -159,7 +159,7 @@ def test_an_option_that_the_device_lacks_or_that_fails_gets_a_row(monkeypatch):
 
 
 def test_an_unknown_option_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"no option 'magic'\. Known are: base; memory kept"):
+    with pytest.raises(ConfigError, match=r"no option 'magic'\. Available: base; memory kept"):
         bench.run_bench("cpu", 16, 32, ["magic"], 1, 0.0, False, tmp_path / "bench.json")
 
 

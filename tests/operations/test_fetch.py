@@ -72,7 +72,7 @@ def test_patients_by_name_need_no_nodule():
     assert plan == [
         "2 patients: 2 CT series, 1 SEG object, 5 files, 0.00 GB",
         "here already: 2 series; to fetch: 0.00 GB into out",
-        "no nodule of 3 mm or more, so that the scan will not be used: P-2",
+        "without a nodule of at least 3 mm, so the scan will not be used: P-2",
     ]
 
 
@@ -103,7 +103,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
 def test_sizes_that_differ_are_an_error_and_are_fetched_again(tmp_path):
     items, transfer = fetch.select(INDEX, "1"), Transfer()
     transfer.short = {"P-1.SEG.2"}
-    with pytest.raises(UserError, match="SEG_P-1.SEG.2: 1 of 3 series did not come as the index says"):
+    with pytest.raises(UserError, match="SEG_P-1.SEG.2: 1 of 3 series are incomplete"):
         fetch.fetch(items, tmp_path, transfer)
     transfer.short = set()
     fetch.fetch(items, tmp_path, transfer)

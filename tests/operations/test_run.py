@@ -1,4 +1,4 @@
-"""`lungddpm run`: the same command continues, a second one is refused, faults are repeated last."""
+"""`lungddpm run`: the same command continues, a second one is refused, errors are repeated last."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ from lungddpm.operations import run as runner
 LUNGDDPM = Path(sys.executable).with_name("lungddpm")
 
 HANGS_AFTER_SECONDS = 1800
-"""Against waiting for ever; no result depends on it."""
+"""Against waiting forever; no result depends on it."""
 SNAKEFILE = """
 rule all:
     input: "results/second.txt"
@@ -160,18 +160,18 @@ def test_a_run_whose_snakemake_survives_still_holds_the_folder(any_disk):
     assert (folder / "results/second.txt").exists()
 
 
-def test_faults_of_stages_are_repeated_last_with_exit_code_2(folder):
+def test_errors_of_stages_are_repeated_last_with_exit_code_2(folder):
     (folder / "stage.py").write_text(
         "from lungddpm.cli import _refuse\n"
         "from lungddpm.core.errors import InputError\n"
-        "_refuse(InputError('x.dcm', 'is cut short', 'Copy it again.'))\n"
+        "_refuse(InputError('x.dcm', 'is truncated', 'Copy it again.'))\n"
     )
     job = f"{sys.executable} stage.py"
     (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{job}"\n')
     run = start(folder)
     output, _ = run.communicate()
     assert run.returncode == 2
-    assert output.strip().splitlines()[-1] == "error: x.dcm: is cut short. Copy it again."
+    assert output.strip().splitlines()[-1] == "error: x.dcm: is truncated. Copy it again."
 
 
 def test_the_folder_can_be_chosen(folder, tmp_path_factory):
@@ -270,7 +270,7 @@ def test_without_a_snakefile_the_folders_own_config_is_used(repository, tmp_path
     assert re.search(rf"^train_segmenter +{4 if overlays else 12}$", output, re.MULTILINE)
 
 
-def test_missing_locks_are_told_once_and_leave_nothing(folder, monkeypatch):
+def test_missing_locks_are_reported_once_and_leave_nothing(folder, monkeypatch):
     without_flock(folder, monkeypatch)
     (folder / "go").touch()
     stage = f"{LUNGDDPM} simulate --config {folder}/phantom.yaml --output {folder}/phantom"
@@ -283,7 +283,7 @@ def test_missing_locks_are_told_once_and_leave_nothing(folder, monkeypatch):
     assert not list(folder.rglob("*.held*"))
 
 
-def test_a_home_that_cannot_be_written_is_told_and_does_not_matter(folder, monkeypatch):
+def test_a_home_that_cannot_be_written_is_reported_and_does_not_matter(folder, monkeypatch):
     monkeypatch.setenv("HOME", "/proc/1/nobody")
     for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR"):
         monkeypatch.delenv(name, raising=False)

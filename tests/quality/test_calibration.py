@@ -142,7 +142,7 @@ def test_what_was_not_measured_never_passes():
     assert set(nowhere["status"]) == {NOT_MEASURED}
 
 
-def test_failures_are_told_with_their_limits():
+def test_failures_are_reported_with_their_limits():
     table = calibration_table(quality_of(lungs=-58.2, spread=0.5, nodules=10), ["g"], Calibration())
     (note,) = calibration_notes(table)
     assert note.startswith(

@@ -333,8 +333,8 @@ def test_samples_of_one_layout_are_compared_with_each_other(make_results):
     assert sets.loc[(SYNTHETIC, "nodules", "voxel_sd_hu")]["value"] == 0
     _, sets = judged(config, results, tables[:1])
     alone = sets.loc[(SYNTHETIC, "lungs", "pairwise_ms_ssim")]
-    assert (alone["n"], alone["note"]) == (0, "no two samples have one layout")
-    assert sets.loc[(SYNTHETIC, "nodules", "voxel_sd_hu")]["note"] == "no two samples have one layout"
+    assert (alone["n"], alone["note"]) == (0, "no two samples share a layout")
+    assert sets.loc[(SYNTHETIC, "nodules", "voxel_sd_hu")]["note"] == "no two samples share a layout"
     assert math.isnan(alone["value"])
 
 

@@ -8,9 +8,9 @@ import pytest
 from made_up_results import AFFINE, SIZE, case_row, write_case
 
 from lungddpm.config.loading import parse_config
-from lungddpm.core.cases import NODULE_COLUMNS, NODULES, CaseFolder, write_cases
+from lungddpm.core.cases import CaseFolder, write_cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import write_json, write_table
+from lungddpm.core.files import write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
 from lungddpm.quality import label_fidelity
@@ -105,7 +105,7 @@ def table_of(*of_replicates, generators=("lung_ddpm",), folds=None):
     return fidelity_table(metrics, lesions, list(generators), folds, 0.95).set_index("generator")
 
 
-# The nodule of every case is a cube of 3 voxels an edge. Shifted by one voxel, 18 of 27 are hit: Dice 2 x 18 / 54.
+# The nodule of every case is a cube of 3 voxels per edge. Shifted by one voxel, 18 of 27 are hit: Dice 2 x 18 / 54.
 @pytest.mark.parametrize(
     ("segment", "dice", "recall", "overlap", "false_positives"),
     [(nodules_of, 1, 1, 1, 0), (nothing_in, 0, 0, 0, 0), (shifted_in, 2 / 3, 1, 2 / 3, 0)],
@@ -154,8 +154,9 @@ def test_a_case_without_a_nodule_counts_false_positives_and_no_dice(cohort):
 def test_lesions_are_counted_by_texture(cohort):
     """The nodule of every case is at voxels 8 to 10, 6 to 8, 5 to 7; a segmenter finds none of ground glass."""
     at = dict(zip(("centroid_x_mm", "centroid_y_mm", "centroid_z_mm"), (AFFINE @ [9, 7, 6, 1])[:3], strict=True))
-    rows = [{"case_id": f"case-{number}", "nodule": 1, "texture": rating, **at} for number, rating in ((1, 1), (2, 5))]
-    write_table(cohort.table.with_name(NODULES), pd.DataFrame(rows, columns=NODULE_COLUMNS))
+    for number, rating in ((1, 1.0), (2, 5.0)):
+        nodule = at | {"volume_mm3": 30.0, "texture": rating, "malignancy": None, "subtlety": None}
+        write_json(CaseFolder(cohort.table.parent / f"case-{number}").record, {"qc": {"nodules": [nodule]}})
     cohort.add_samples("lung_ddpm", ["case-1", "case-2", "case-3"])
 
     def solid_alone(ct):
@@ -231,7 +232,7 @@ def test_moved_nodules_have_no_counterpart_in_the_reference(cohort):
 
 
 def replicate_with(cohort, shift):
-    """Judged with a mask that has lost so many of the nine columns of every synthetic nodule."""
+    """Judged with a mask that has lost this many of the nine columns of every synthetic nodule."""
 
     def segment(ct):
         mask = nodules_of(ct)
@@ -256,7 +257,7 @@ def test_intervals_are_those_of_a_t_test_over_replicates(cohort):
     )
     assert (row["dice_mean"], row["dice_sd"], row["n_replicates"]) == pytest.approx((1 + values.mean(), 0, 3))
     assert (row["recall_difference"], row["recall_ci_low"], row["recall_ci_high"]) == (0, 0, 0)
-    # Two seeds of one fold share its luck: they are averaged, and folds are counted (12.706: 1 degree of freedom).
+    # Two seeds of one fold share its split: they are averaged, and folds are counted (12.706: 1 degree of freedom).
     folds = {"fold0_seed0": 0, "fold0_seed1": 0, "fold1_seed0": 1}
     of_folds = np.array([-0.1, -0.5])
     row = table_of(*replicates, folds=folds).loc["lung_ddpm"]
@@ -328,9 +329,10 @@ def test_a_reference_that_the_segmenter_was_trained_on_is_refused_or_marked(coho
 
 
 def test_nodules_of_patients_that_the_segmenter_was_trained_on_are_marked(cohort):
-    placed = [{"case_id": "case-0", "patient_id": "patient-0"}]
-    cohort.add_samples("copy_paste", ["case-1"], nodules=placed)
-    cohort.add_samples("lung_ddpm", ["case-1"], nodules=[{"case_id": "case-1", "patient_id": "patient-1"}])
+    place = {"position_mm": (0.0, 0.0, 0.0), "volume_mm3": 30.0}
+    for generator, number in (("copy_paste", 0), ("lung_ddpm", 1)):
+        whose = {"case_id": f"case-{number}", "patient_id": f"patient-{number}"}
+        cohort.add_samples(generator, ["case-1"], nodules=[whose | place])
     cohort.add_samples("maisi", ["case-1"], declared={"trained_on": ["patient-0"], "donors": ["case-0"]})
     metrics, lesions = cohort.judged(nodules_of)
     seen = dict(zip(metrics["generator"], metrics["nodules_seen"], strict=True))
@@ -344,7 +346,7 @@ def test_what_is_missing_or_changed_is_named(cohort, tmp_path, monkeypatch):
     sample = CaseFolder(folder / "case-2_s001")
     whole = sample.ct.read_bytes()
     write_volume(sample.ct, nothing_in(sample.ct))
-    with pytest.raises(InputError, match=r"case-2_s001: differs from what .*samples-1\.0-0\.tsv says"):
+    with pytest.raises(InputError, match=r"case-2_s001: does not match its hash in .*samples-1\.0-0\.tsv"):
         cohort.chosen()
     sample.ct.unlink()
     with pytest.raises(InputError, match=r"case-2_s001/ct\.nii\.gz: does not exist"):

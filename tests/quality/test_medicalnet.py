@@ -71,7 +71,7 @@ def theirs():
 
 @pytest.fixture
 def weights(theirs, tmp_path, monkeypatch):
-    """A function that writes a file like MedicalNet's, changed as told; networks are narrow."""
+    """A function that writes a file like MedicalNet's, with the given changes; networks are narrow."""
     monkeypatch.setattr(medicalnet, "MEDICALNET_CHANNELS", 2)
 
     def write(change=None, **extra):
@@ -144,7 +144,7 @@ def test_other_networks_are_refused_by_key(weights, change, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"no weights at all", "cut short"), ({"model": {}}, "state_dict"), (nn.Linear(1, 1), "holds code")],
+    [(b"no weights at all", "truncated"), ({"model": {}}, "state_dict"), (nn.Linear(1, 1), "holds code")],
 )
 def test_other_files_are_refused(tmp_path, content, message):
     path = tmp_path / "other.pth"

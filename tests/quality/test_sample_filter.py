@@ -1,4 +1,4 @@
-"""The quality filter, with masks that are known by hand in the place of a trained segmenter."""
+"""The quality filter, with masks that are known by hand instead of a trained segmenter."""
 
 import contextlib
 import json

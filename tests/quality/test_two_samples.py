@@ -52,7 +52,7 @@ def test_the_auc_of_gaussians_apart_is_that_of_the_best_line():
     assert auc == pytest.approx(norm.cdf(1 / math.sqrt(2)), abs=3 * of_mann_whitney)
 
 
-def test_equal_distributions_are_told_apart_by_chance_only():
+def test_equal_distributions_are_distinguished_by_chance_only():
     rng = np.random.default_rng(4)
     aucs = [
         classifier_auc(rng.normal(size=(20, 8)), rng.normal(size=(12, 8)), names(20), names(12, 20)) for _ in range(60)
@@ -60,7 +60,7 @@ def test_equal_distributions_are_told_apart_by_chance_only():
     assert np.mean(aucs) == pytest.approx(0.5, abs=4 * np.std(aucs) / math.sqrt(len(aucs)))
 
 
-def test_copies_cannot_be_told_from_their_originals():
+def test_copies_cannot_be_distinguished_from_their_originals():
     real = np.random.default_rng(5).normal(size=(12, 512))
     auc = classifier_auc(np.repeat(real, 4, axis=0), real, [each for each in names(12) for _ in range(4)], names(12))
     assert auc == pytest.approx(0.5)
@@ -79,7 +79,7 @@ def test_what_a_classifier_learned_by_heart_does_not_help_it():
     assert by_image > 0.99
 
 
-def test_sets_that_differ_are_told_apart_and_single_patients_are_not_judged():
+def test_sets_that_differ_are_distinguished_and_single_patients_are_not_judged():
     rng = np.random.default_rng(7)
     made, real = rng.normal(3, 1, size=(8, 512)), rng.normal(size=(6, 512))
     assert classifier_auc(made, real, names(8), names(6, 8)) == 1

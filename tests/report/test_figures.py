@@ -81,7 +81,7 @@ def test_froc_shows_every_arm_beside_the_baseline():
     rates = 2.0 ** np.arange(-3, 4)
     band = pd.concat(
         pd.DataFrame(
-            {"arm": arm, "false_positives_a_scan": rates, "sensitivity": at, "ci_low": at - 0.1, "ci_high": at + 0.1}
+            {"arm": arm, "false_positives_per_scan": rates, "sensitivity": at, "ci_low": at - 0.1, "ci_high": at + 0.1}
         )
         for arm, at in (("real", 0.4), ("real+one@1.0", 0.5), ("real+two@1.0", 0.6))
     )
@@ -209,7 +209,7 @@ def test_costs_have_a_row_for_each_measure_and_a_column_for_each_cost():
     figure = cost_plot(table)
     axes = np.array(figure.axes).reshape(3, 3)
     assert [axis.get_ylabel().split("\n(")[0] for axis in axes[:, 0]] == [
-        "label fidelity,\nDice", "nodules, HU\nto reference", "KID, lungs",
+        "label fidelity,\nDice", "nodule HU\nvs reference", "KID, lungs",
     ]  # fmt: skip
     assert [axis.get_xlabel() for axis in axes[-1]] == ["function evaluations", "seconds per volume", "memory, MiB"]
     for row, at in zip(axes, (0.8, 0, 0.1), strict=True):

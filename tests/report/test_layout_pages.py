@@ -35,7 +35,7 @@ class Page(HTMLParser):
 
 def nodule(**changes):
     figures = {"readers": 3, "equivalent_diameter_mm": 12.34, "volume_mm3": 984.4, "layout_volume_mm3": 1001.0,
-               "malignancy": 4.5, "texture": None, "touches_pleura": True, "touches_vessel": False,
+               "texture": None, "malignancy": 4.5, "subtlety": 3.0, "touches_pleura": True, "touches_vessel": False,
                "notes": "open contours: 2"}  # fmt: skip
     return figures | changes
 
@@ -95,7 +95,7 @@ def test_a_case_page_shows_figures_limits_and_nodules(make_pages):
     text = Page(folder / "cases/one.html").text
     assert "both lungs, litres 4.50 1.5 to 9 4.50 to 4.50" in text
     assert "vessels, % of the lungs 3.8 1 to 20 4.2 to 5.2" in text
-    assert "1 3 12.3 984 1001 4.5 yes no open contours: 2" in text
+    assert "1 3 12.3 984 1001 4.5 3.0 yes no open contours: 2" in text
     assert "Patient P one" in text
 
 
@@ -104,7 +104,7 @@ def test_a_case_without_nodules_says_so(make_pages):
         [row("none", n_nodules=0)], {"none": {"n_nodules": 0, "nodules": [], "nodule_share_in_or_touching_lungs": None}}
     )
     text = Page(folder / "cases/none.html").text
-    assert "There is none." in text
+    assert "None." in text
     assert "nan" not in text
 
 
@@ -124,7 +124,7 @@ def test_a_page_of_a_case_that_is_gone_is_removed(make_pages):
     assert [page.stem for page in (folder / "cases").iterdir()] == ["kept"]
 
 
-def test_a_missing_record_is_told(tmp_path):
+def test_a_missing_record_is_reported(tmp_path):
     write_cases(tmp_path / "cases/cases.tsv", [row("one")])
     with pytest.raises(InputError, match=r"one/case\.json.*prepare"):
         run_qc(CONFIG, tmp_path / "cases/cases.tsv", tmp_path / "qc")

@@ -14,7 +14,7 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
 from lungddpm.report.page import run_report
 from lungddpm.report.sections import (
-    covered_luck,
+    covered_variation,
     extractors_of,
     p_text,
     show_arms,
@@ -96,7 +96,7 @@ def test_full_report(make_results, read_manifest):
     assert "Segmenters converged passed" in page.text
     assert "No positive control: add `reference` to arms.controls" in page.text
     assert "lung_ddpm against its references: lungs" in page.text
-    assert "The answer stands: no check that bears on it failed." in page.text
+    assert "The answer stands: no check that affects it failed." in page.text
     assert "cannot tell: see the checks" not in page.text
 
     manifest = read_manifest(results)
@@ -121,7 +121,7 @@ def test_synthetic_ct_of_other_systems_is_called_so(make_results, tmp_path):
     config, results = make_results(n_test=2, n_replicates=1, extras=False, arms=arms)
     run_report(config, results)
     text = page_of(results).text
-    assert "maisi . external: made by another system." in text
+    assert "maisi . external: samples of another system." in text
     assert "paste_constant . Control: lungs of one constant HU in the reference." in text
     assert "Cite:" not in text
 
@@ -133,13 +133,13 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
     assert len(page.images) == 5
     for expected in (
         "With 2 test cases nothing can be decided",
-        "how much training runs scatter is not known",
-        "With one replicate, how much training runs scatter is not known: nothing can be decided.",
+        "the run-to-run variance is not known",
+        "With one replicate, the run-to-run variance is not known: nothing can be decided.",
         "This run cannot tell whether synthetic CT helps: it is too small.",
         "cannot tell: see the checks",
         "Image quality was not measured",
         "The HU of lung_ddpm were not measured.",
-        "No curve with four saved states or more",
+        "No curve has four saved states or more",
         "Label fidelity was not measured",
         "No samples with a nodule",
     ):
@@ -163,14 +163,14 @@ def test_shared_patients_are_shouted(make_results):
 def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):
     shares = {"real+lung_ddpm": 0.52, "real+reference": 0.52}
     arms, verdict = {"controls": ["real", "reference"]}, {"relevant_difference": 0.05}
-    config, results = make_results(n_replicates=3, luck=0.1, shares=shares, learning=True, arms=arms, verdict=verdict)
+    config, results = make_results(n_replicates=3, run_sd=0.1, shares=shares, learning=True, arms=arms, verdict=verdict)
     run_report(config, results)
     page, text = page_of(results).text, verdict_table_text(results)
     assert "real+lung_ddpm@1.0: no difference to real shown. cannot tell: see the checks" in page
     for said in (page, " ".join(text.split())):
-        assert "the run does not even show what more real data bring" in said
-        assert "its segmenters still learn" in said
-        assert "What would make it able: " in said
+        assert "the run does not even detect the gain from more real data" in said
+        assert "its segmenters were still learning" in said
+        assert "It would need: " in said
         # Each job of half an hour, by the times of the run.
         assert " h of jobs, by this run's times)" in said
 
@@ -196,7 +196,7 @@ def test_verdict_as_text(make_results):
     assert "- real+lung_ddpm@1.0: this run cannot tell whether it differs from real." in text
     assert lines[0] == "? positive control found: not measured"
     assert "! enough runs and cases: failed" in lines
-    assert "! With one replicate, how much training runs scatter is not known" in text
+    assert "! With one replicate, the run-to-run variance is not known" in text
     assert "\n> This run cannot tell whether synthetic CT helps: it is too small." in text
 
 
@@ -216,9 +216,9 @@ def test_checks_stand_before_the_answers_and_a_run_with_copied_replicates_claims
     assert html.index('class="checks"') < html.index('class="answers"')
     said = (
         "HU calibration of lung_ddpm failed: lungs too",
-        "The same measures in every case: real+real, fold0_seed0; real+real, fold1_seed0.",
+        "Identical measures in every case: real+real, fold0_seed0; real+real, fold1_seed0.",
         "This run cannot tell whether synthetic CT helps: ",
-        "real+lung_ddpm@1.0: not trusted, as replicates of this run are copies.",
+        "real+lung_ddpm@1.0: not trusted, because replicates of this run are copies.",
     )
     for words in (page, " ".join(text.split())):
         places = [words.index(sentence) for sentence in said]
@@ -279,28 +279,32 @@ def test_arms_of_fewer_real_cases_stand_beside_their_own_baseline(make_results):
 @pytest.mark.parametrize(
     ("overrides", "covered", "shared"),
     [
-        ({}, "ends, which samples are drawn.", ["how a generator's training ends."]),
-        ({"synthesis": {"draw_per_replicate": False}}, "ends.", ["which samples are drawn, how a generator's"]),
-        ({"synthesis": {"training_per_replicate": True}}, "drawn, how a generator's training ends.", []),
+        ({}, "segmenter, draw of the samples.", ["training of the generator."]),
+        (
+            {"synthesis": {"draw_per_replicate": False}},
+            "segmenter.",
+            ["draw of the samples, training of the generator."],
+        ),
+        ({"synthesis": {"training_per_replicate": True}}, "draw of the samples, training of the generator.", []),
         (
             {"arms": {"generators": ["maisi"], "external": {"maisi": "maisi"}, "controls": []}},
-            "ends.",
-            ["all that another system's luck decides (maisi"],
+            "segmenter.",
+            ["randomness of the other system (maisi"],
         ),
-        ({"arms": {"generators": ["reference"], "controls": []}}, "which samples are drawn.", []),
+        ({"arms": {"generators": ["reference"], "controls": []}}, "draw of the samples.", []),
     ],
 )
-def test_the_page_says_which_luck_is_covered(overrides, covered, shared):
-    (text,) = covered_luck(parse_config(overrides))
-    first, _, rest = text.partition("Not covered, as all replicates share it: ")
+def test_the_page_names_the_variation_that_is_covered(overrides, covered, shared):
+    (text,) = covered_variation(parse_config(overrides))
+    first, _, rest = text.partition("Not covered, because all replicates share it: ")
     assert first.strip().endswith(covered)
     assert bool(rest) == bool(shared)
     for words in shared:
         assert rest.startswith(words)
-    assert covered_luck(parse_config({"arms": {"generators": [], "doses": [], "controls": ["real"]}})) == []
+    assert covered_variation(parse_config({"arms": {"generators": [], "doses": [], "controls": ["real"]}})) == []
 
 
-def test_samples_of_draws_are_told_apart_in_the_training_sets():
+def test_samples_of_draws_are_distinguished_in_the_training_sets():
     entry = {"name": "a", "case_id": "a", "patient_id": "p", "source": "phantom", "trained_on": True}
     proof = {"shared_patients": []}
     draws = [
@@ -311,7 +315,7 @@ def test_samples_of_draws_are_told_apart_in_the_training_sets():
     table = show_arms({"real+lung_ddpm@1.0": {"cases": [entry], "leak_guard": proof, "draws": draws}})
     (row,) = table.rows
     assert row == [
-        "real+lung_ddpm@1.0", "2", "1 phantom, 1 lung_ddpm (other ones in each of 2 replicates)", "3", "SHARED: t",
+        "real+lung_ddpm@1.0", "2", "1 phantom, 1 lung_ddpm (different ones in each of 2 replicates)", "3", "SHARED: t",
     ]  # fmt: skip
 
 
@@ -375,7 +379,7 @@ def test_label_fidelity_has_the_ceiling_first(make_results):
     runs = pd.read_csv(results / "tables" / "label_fidelity_runs.csv").query("generator == 'lung_ddpm'")
     assert runs["dice"].tolist() == pytest.approx(dice)
     page = page_of(results)
-    assert page.text.index("Label fidelity Do the nodules") > page.text.index("Image quality Floors need no generator")
+    assert page.text.index("Label fidelity Does the synthetic CT") > page.text.index("Image quality Floors are made")
     assert "lung_ddpm 2 0.971 ± 0.000 −0.029" in page.text
     assert (results / "figures" / "label_fidelity.svg").exists()
 
@@ -411,9 +415,9 @@ def test_external_test_sets_stand_beside_the_verdict(make_results):
     assert "test, external: task06 8 8 8" in page.text
     assert "test 7 7 7" in page.text
     assert (results / "figures/forest-task06.svg").exists()
-    told = verdict_table_text(results)
-    first = told.index("On external test sets (exploratory")
-    assert first < told.index("- real+lung_ddpm@1.0 on task06: ") < told.index("- real+lung_ddpm@1.0 on ours: ")
+    shown = verdict_table_text(results)
+    first = shown.index("On external test sets (exploratory")
+    assert first < shown.index("- real+lung_ddpm@1.0 on task06: ") < shown.index("- real+lung_ddpm@1.0 on ours: ")
 
 
 def test_a_run_without_external_test_sets_says_nothing_of_them(make_results):

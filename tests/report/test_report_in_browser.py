@@ -21,11 +21,11 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 # Before all other scripts: what goes wrong, and what the page would have fetched.
 WATCH = """<script>
-const faults = [];
-for (const kind of ["error", "warn"]) console[kind] = (...words) => faults.push(kind + ": " + words.join(" "));
-addEventListener("error", event => faults.push("error: " + (event.message || event.target.src)), true);
-addEventListener("unhandledrejection", event => faults.push("rejection: " + event.reason));
-addEventListener("securitypolicyviolation", event => faults.push("outside: " + event.blockedURI));
+const errors = [];
+for (const kind of ["error", "warn"]) console[kind] = (...words) => errors.push(kind + ": " + words.join(" "));
+addEventListener("error", event => errors.push("error: " + (event.message || event.target.src)), true);
+addEventListener("unhandledrejection", event => errors.push("rejection: " + event.reason));
+addEventListener("securitypolicyviolation", event => errors.push("outside: " + event.blockedURI));
 </script>"""
 
 # After all other scripts: use the page as a reader would, and write down what it then shows.
@@ -39,7 +39,7 @@ addEventListener("load", async () => {
   const shown = () => Object.fromEntries(["axial", "coronal", "sagittal"].map(name => [name, {
     z: panels(name).map(panel => panel.z.map(line => [...line])),
     range: panels(name).map(panel => [panel.zmin, panel.zmax]),
-    told: document.getElementById("viewer-at-" + name).textContent,
+    reported: document.getElementById("viewer-at-" + name).textContent,
     drawn: document.querySelectorAll(`#viewer-${name} .heatmaplayer image`).length,
     bottom: document.querySelector(`#viewer-${name} .main-svg`).getBoundingClientRect().bottom,
     slider: document.querySelector(`#viewer-slice-${name}`).closest(".slider").getBoundingClientRect().top,
@@ -64,7 +64,7 @@ addEventListener("load", async () => {
   seen.fetched = performance.getEntriesByType("resource").map(entry => entry.name);
   const note = document.createElement("pre");
   note.id = "seen";
-  note.textContent = JSON.stringify({...seen, faults});
+  note.textContent = JSON.stringify({...seen, errors});
   document.body.append(note);
 });
 </script>"""
@@ -102,7 +102,7 @@ def test_slices_in_a_browser(make_results, browse):
     config, results = make_results(n_test=2, n_replicates=1)
     run_report(config, results)
     seen = browse(results / "report.html")
-    assert seen["faults"] == []
+    assert seen["errors"] == []
     assert seen["images"]
     assert all(seen["images"])
     assert [address for address in seen["fetched"] if not address.startswith(("data:", "blob:"))] == []
@@ -131,7 +131,7 @@ def test_slices_in_a_browser(make_results, browse):
             assert panels["drawn"] == 4
             assert panels["bottom"] == pytest.approx(panels["slider"], abs=10)
             assert panels["range"][0] == panels["range"][2] == window
-            assert panels["told"].startswith(f"slice {voxel[plane.axis] + 1} of {volumes[0].shape[plane.axis]}, ")
+            assert panels["reported"].startswith(f"slice {voxel[plane.axis] + 1} of {volumes[0].shape[plane.axis]}, ")
 
     lung, mediastinum, nodule = [-1350, 150], [-160, 240], (9, 7, 6)
     check("start", samples[0], nodule, lung)

@@ -141,9 +141,9 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
 def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     arm = run / "arms" / "real"
-    with pytest.raises(ConfigError, match=r"takes the first visible GPU only.*CUDA_VISIBLE_DEVICES=1"):
+    with pytest.raises(ConfigError, match=r"only uses the first visible GPU.*CUDA_VISIBLE_DEVICES=1"):
         nnunet.run_train_segmenter(CONFIG, arm, 0, 0, "cuda:1")
-    with pytest.raises(ConfigError, match=r"takes the first visible GPU only"):
+    with pytest.raises(ConfigError, match=r"only uses the first visible GPU"):
         nnunet.run_predict(CONFIG, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cuda:1")
 
 
@@ -203,7 +203,7 @@ def copied_arm(run, name):
 
 
 def stop_at(monkeypatch, *numbers):
-    """Let training stop before these steps, counted from 1 over all trainings; returns the steps taken so far."""
+    """Let training stop before these steps, from 1 over all trainings; returns the steps taken so far."""
     taken, step = [], LungDDPMTrainer.train_step
 
     def step_or_stop(trainer, batch):
@@ -266,7 +266,7 @@ def test_a_training_goes_on_where_other_settings_were_a_slip(run, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
     nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
-    assert taken[8:] == [2, 2, 3, 3], "it goes on from the state that the other training found"
+    assert taken[8:] == [2, 2, 3, 3], "it resumes from the state that the other training found"
 
 
 def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplog):
@@ -286,7 +286,7 @@ def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplo
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"), caplog.at_level(logging.WARNING, "lungddpm"):
         nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
-    assert "goes on from the last saved state" in caplog.text
+    assert "resumes from the last saved state" in caplog.text
     assert signal.getsignal(signal.SIGTERM) is before
     nnunet.run_train_segmenter(SHORT, arm, 0, 0, "cpu")
     assert steps == 6 + 4
@@ -317,7 +317,7 @@ def test_damaged_checkpoints_are_reported_and_trained_again(run, tmp_path, monke
     final = nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth"
     whole, weights = final.read_bytes(), checkpoint(arm)["network_weights"]
     final.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"checkpoint_final.pth: is cut short or damaged .* Delete it"):
+    with pytest.raises(InputError, match=r"checkpoint_final.pth: is truncated or damaged .* Delete it"):
         nnunet.run_predict(SHORT, arm, 0, 0, run / "cases" / "cases.tsv", tmp_path, "cpu")
     final.unlink()
     flipped = bytearray(whole)
@@ -381,7 +381,7 @@ def test_a_finished_training_is_kept_and_one_of_other_settings_discarded(run, ca
     assert final.stat().st_mtime_ns == first
     nnunet.run_train_segmenter(configured(steps=2, save_every=1, optimizer="sgd"), arm, 0, 1, "cpu")
     assert final.stat().st_mtime_ns != first
-    assert "is trained already" in caplog.text
+    assert "is already trained" in caplog.text
     assert "is discarded" in caplog.text
 
 
@@ -415,7 +415,7 @@ def test_a_replicate_trains_on_its_own_draw_and_one_more_leaves_the_others_alone
     before = (nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth").stat().st_mtime_ns
     nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
     assert (nnunet.fold_folder(arm, 0, 0) / "checkpoint_final.pth").stat().st_mtime_ns == before
-    assert "is trained already" in caplog.text
+    assert "is already trained" in caplog.text
 
 
 def test_a_killed_training_on_a_draw_of_its_own_goes_on(run, monkeypatch, caplog):
@@ -434,7 +434,7 @@ def test_a_killed_training_on_a_draw_of_its_own_goes_on(run, monkeypatch, caplog
     preprocessed = arm / "nnUNet_preprocessed" / DATASET / "nnUNetPlans_3d_fullres" / "s0.b2nd"
     preprocessed.write_bytes(preprocessed.read_bytes()[:300])
     nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
-    assert "goes on after epoch" in caplog.text
+    assert "resumes after epoch" in caplog.text
     assert len(checkpoint(arm)["logging"]["train_losses"]) == 4
 
 

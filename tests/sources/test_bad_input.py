@@ -99,31 +99,31 @@ ATTRIBUTES = f'<!DOCTYPE a [<!ATTLIST a b CDATA "{"x" * 10**6}">]><a>' + "<a/>" 
 
 # What happens to a case, the options it is written with, and the reason in the index or, after "prepare:", in the case
 # table.
-FAULTS = {
-    "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or no DICOM file"),
-    "cut short": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is cut short"),
+ERRORS = {
+    "zero bytes": (lambda f: (f / THIRD).write_bytes(b""), {}, f"{THIRD}: is empty or not a DICOM file"),
+    "truncated": (lambda f: truncate(f / THIRD, 0.9), {}, f"{THIRD}: is truncated"),
     "cut in the header": (lambda f: truncate(f / THIRD, 0.4), {}, f"{THIRD}: "),
-    "cut short, implicit": (
-        lambda f: truncate(f / THIRD, 0.9), {"syntax": ImplicitVRLittleEndian}, f"{THIRD}: is cut short",
+    "truncated, implicit": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": ImplicitVRLittleEndian}, f"{THIRD}: is truncated",
     ),
-    "cut short, compressed": (
+    "truncated, compressed": (
         lambda f: truncate(f / THIRD, 0.9), {"syntax": RLELossless}, f"prepare:{THIRD}: pixels cannot be decoded",
     ),
     "missing slice": (lambda f: (f / THIRD).unlink(), {}, "1 slice(s) missing between"),
-    "doubled slice": (add_slice_of_its_position, {}, "are slices of one position that differ"),
-    "wrong modality": (lambda f: None, {"Modality": "MR"}, "is no CT (modality MR)"),
-    "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is no CT (modality CT, PT)"),
+    "doubled slice": (add_slice_of_its_position, {}, "are different slices at the same position"),
+    "wrong modality": (lambda f: None, {"Modality": "MR"}, "is not CT (modality MR)"),
+    "one slice of another modality": (lambda f: rewrite(f / THIRD, Modality="PT"), {}, "is not CT (modality CT, PT)"),
     "no pixel data": (lambda f: rewrite(f / THIRD, PixelData=None), {}, f"{THIRD}: has no pixel data"),
     "no pixel data, implicit": (
         lambda f: rewrite(f / THIRD, PixelData=None), {"syntax": ImplicitVRLittleEndian}, "has no pixel data",
     ),
     "no decoder": (compress_unreadably, {}, "a transfer syntax that cannot be decoded, JPEG 2000 Part 2"),
-    "cut short, deflated": (
-        lambda f: truncate(f / THIRD, 0.9), {"syntax": DeflatedExplicitVRLittleEndian}, f"{THIRD}: is cut short",
+    "truncated, deflated": (
+        lambda f: truncate(f / THIRD, 0.9), {"syntax": DeflatedExplicitVRLittleEndian}, f"{THIRD}: is truncated",
     ),
     "a file of any size": (lambda f: os.truncate(f / THIRD, 2**40), {}, f"{THIRD}: is larger than the 64 MiB"),
-    "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is cut short, or lacks its Series"),
-    "no patient": (lambda f: None, {"PatientID": ""}, "do not name one patient"),
+    "no series": (lambda f: rewrite(f / THIRD, SeriesInstanceUID=None), {}, "is truncated, or lacks its Series"),
+    "no patient": (lambda f: None, {"PatientID": ""}, "do not have one PatientID"),
     "no position": (lambda f: rewrite(f / THIRD, ImagePositionPatient=None), {}, "has no ImagePositionPatient of 3"),
     "absurd position": (
         lambda f: rewrite(f / THIRD, ImagePositionPatient=[0, 0, 1e300]), {}, "has no ImagePositionPatient of 3",
@@ -135,7 +135,7 @@ FAULTS = {
     "no rescale value": (lambda f: rewrite(f / THIRD, RescaleSlope=""), {}, "prepare:value is not a number"),
     "odd padding": (spoil_padding, {}, "prepare:padding value is not a number"),
     "no XML": (lambda f: (f / "reads.xml").unlink(), {}, "no reader XML names this series"),
-    "XML that is none": (with_reads("reads"), {}, "reads.xml: cannot be read as LIDC XML"),
+    "invalid XML": (with_reads("reads"), {}, "reads.xml: cannot be read as LIDC XML"),
     "empty XML": (with_reads(""), {}, "reads.xml: cannot be read as LIDC XML"),
     "billion laughs": (with_reads(BOMB), {}, "cannot be read as LIDC XML (ValueError: it has a document type"),
     "default attributes": (with_reads(ATTRIBUTES), {}, "reads.xml: cannot be read as LIDC XML"),
@@ -152,7 +152,7 @@ FAULTS = {
         with_reads(xml(nodule(roi(1, [(3, 3), (10**30, 3)])), series="{series}")), {}, "neither a pixel nor a rating",
     ),
     "contour on no slice": (
-        with_reads(xml(nodule(roi(9, z=500)), series="{series}")), {}, "prepare:z 500 mm, where no slice lies",
+        with_reads(xml(nodule(roi(9, z=500)), series="{series}")), {}, "prepare:z 500 mm, where there is no slice",
     ),
     "contour at no z": (
         with_reads(xml(nodule(roi(9, z="nan")), series="{series}")), {}, "prepare:has a contour at z nan mm",
@@ -175,34 +175,34 @@ def everything_below(folder):
 
 
 @pytest.mark.filterwarnings("ignore:End of file reached")
-def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, cohort):
+def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, cohort):
     data, results = tmp_path / "data", tmp_path / "results"
     shutil.copytree(cohort / "PHANTOM-0001", data / "PHANTOM-0001")
-    numbers = {fault: f"P-{number:02d}" for number, fault in enumerate(FAULTS)}
-    for number, (fault, (harm, options, _)) in enumerate(FAULTS.items()):
-        folder = data / numbers[fault] / "a study" / f"1.2.{number}"
-        write_series(folder, series=folder.name, **{"patient": numbers[fault], **options})
+    numbers = {error: f"P-{number:02d}" for number, error in enumerate(ERRORS)}
+    for number, (error, (harm, options, _)) in enumerate(ERRORS.items()):
+        folder = data / numbers[error] / "a study" / f"1.2.{number}"
+        write_series(folder, series=folder.name, **{"patient": numbers[error], **options})
         (folder / "reads.xml").write_text(xml(nodule(roi(1, series=folder.name)), series=folder.name))
         harm(folder)
     index = index_source("lidc", data)
     series_of = {row["path"].split("/")[0]: row for row in index if not row["path"].endswith(".xml")}
     reasons = {number: row["reason"] for number, row in series_of.items()}
     table = prepare(data, "lidc", index, results)
-    for fault, (_, _, expected) in FAULTS.items():
-        told = table.loc[series_of[numbers[fault]]["case_id"], "reason"]
+    for error, (_, _, expected) in ERRORS.items():
+        reported = table.loc[series_of[numbers[error]]["case_id"], "reason"]
         if expected.startswith("prepare:"):
-            assert (reasons[numbers[fault]], fault) == ("", fault)
+            assert (reasons[numbers[error]], error) == ("", error)
         else:
-            assert told == reasons[numbers[fault]], fault
-        assert expected.removeprefix("prepare:") in told, fault
-        assert str(tmp_path) not in told, fault
+            assert reported == reasons[numbers[error]], error
+        assert expected.removeprefix("prepare:") in reported, error
+        assert str(tmp_path) not in reported, error
     assert table.index[table["status"] == "ok"].tolist() == ["PHANTOM-0001"]
     # Nothing is left of the others.
     folders = {path for path in everything_below(results) if (results / path).is_dir()}
     assert folders == {"PHANTOM-0001"}
 
 
-def test_two_series_in_one_folder_are_told_apart_when_one_is_damaged(tmp_path):
+def test_two_series_in_one_folder_are_distinguished_when_one_is_damaged(tmp_path):
     folder = write_case(tmp_path)
     mix_in_a_broken_series(folder)
     write_slice(folder / "third.dcm", 1, series="7.7", patient="P-third")
@@ -210,7 +210,7 @@ def test_two_series_in_one_folder_are_told_apart_when_one_is_damaged(tmp_path):
     first, mixed, third = find(tmp_path)
     assert (first.case_id, first.excluded) == ("P-01", "")
     assert "1 slice(s) missing between other-000089.dcm and other-000087.dcm" in mixed.excluded
-    assert (third.patient_id, "third.dcm: is cut short" in third.excluded) == ("P-third", True)
+    assert (third.patient_id, "third.dcm: is truncated" in third.excluded) == ("P-third", True)
     assert load(tmp_path).ct.shape == (COLUMNS, ROWS, SLICES)
 
 
@@ -224,7 +224,7 @@ def test_what_is_no_slice_does_no_harm(tmp_path):
     shutil.copytree(folder, tmp_path / ".snapshot" / "yesterday", ignore=shutil.ignore_patterns("pipe*"))
     series, pipe = find(tmp_path)
     assert not series.excluded
-    assert "pipe.xml: is no file" in pipe.excluded
+    assert "pipe.xml: is not a file" in pipe.excluded
     np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
 
 
@@ -288,7 +288,7 @@ def test_a_slice_without_preamble_that_is_cut_short_is_named(tmp_path):
     folder = write_case(tmp_path, SpecificCharacterSet="ISO_IR 100")
     strip(folder / THIRD, folder / "IM3")
     truncate(folder / "IM3", 0.9)
-    assert "IM3: is cut short" in only(tmp_path).excluded
+    assert "IM3: is truncated" in only(tmp_path).excluded
 
 
 def test_other_files_without_extension_are_not_slices(tmp_path):
@@ -352,14 +352,14 @@ def test_series_that_only_xml_names_have_rows_and_one_line(whole_xml_tree, caplo
     assert [row["patient_id"] for row in index] == ["P-01"] + [""] * 66
     by_uid = {row["series_uid"]: row for row in index}
     assert by_uid["1.3.6.1.33"]["case_id"] == "1.3.6.1.33"
-    assert by_uid["1.3.6.1.33"]["reason"].startswith("tcia-lidc-xml/5/33.xml: names a series whose images are not here")
+    assert by_uid["1.3.6.1.33"]["reason"].startswith("tcia-lidc-xml/5/33.xml: names a series whose images are missing")
     assert by_uid["1.3.6.1.0"]["annotations"] == '["tcia-lidc-xml/0/0.xml", "tcia-lidc-xml/0/again.xml"]'
     assert by_uid[""]["case_id"] == "tcia-lidc-xml_0_torn_xml".replace("_xml", ".xml")
     assert by_uid[""]["reason"].startswith("tcia-lidc-xml/0/torn.xml: cannot be read as LIDC XML")
     lines = [record.getMessage() for record in caplog.records]
-    assert "1 of 67 series can be used" in lines
+    assert "1 of 67 series are usable" in lines
     assert sum("excluded" in line for line in lines) == 2
-    assert any("and 62 more: excluded for reasons like: tcia-lidc-xml/0/0.xml: names" in line for line in lines)
+    assert any("and 62 more: excluded for reasons such as: tcia-lidc-xml/0/0.xml: names" in line for line in lines)
 
     table = prepare(whole_xml_tree / "data", "lidc", index, whole_xml_tree / "results")
     assert table["reason"].iloc[1:].tolist() == [row["reason"] for row in index[1:]]
@@ -389,10 +389,10 @@ def test_published_radiograph_reads_name_the_radiograph(shared_data, tmp_path):
     shutil.copy(shared_data / "lidc-xml" / "185-068.xml", tmp_path)
     _, radiograph = find(tmp_path)
     assert radiograph.series_uid == "1.3.6.1.4.1.14519.5.2.1.6279.6001.141365756818074696859567662357"
-    assert "185-068.xml: names a series whose images are not here" in radiograph.excluded
+    assert "185-068.xml: names a series whose images are missing" in radiograph.excluded
 
 
-def test_reasons_of_one_kind_are_told_together():
+def test_reasons_of_one_kind_are_reported_together():
     reasons = {
         "a": "x/1: 1 slice(s) missing between 000089.dcm and 000087.dcm. Download",
         "b": "y/2: 3 slice(s) missing between 000012.dcm and 000016.dcm. Download",

@@ -80,7 +80,7 @@ def test_external_patients_are_tested_and_change_nobody_elses_role(indexed, capl
         ("test", ""), ("test", ""), ("", "is broken"),
     ]  # fmt: skip
     # Not even those who are needed: roles are drawn from `source` alone.
-    with pytest.raises(Exception, match="roles.test: needs 9 patients, but 1 are left"):
+    with pytest.raises(Exception, match="roles.test: needs 9 patients, but only 1 are left"):
         assign_roles(join_data_sets(own, {"task06": externals}), Roles(discovery=8, reference=1, test=9), 1)
 
 

@@ -95,7 +95,7 @@ def test_numbers_without_a_dataset_json(tmp_path, layout):
     write(tmp_path, "a", images=layout, stored=TUMOUR * 117)
     scan = load(tmp_path, labels={"117": "nodule"})
     np.testing.assert_array_equal(scan.labels, np.where(TUMOUR, 2, 0))
-    with pytest.raises(ExcludedCaseError, match="labels hold 117, known are 0 background, 1 nodule"):
+    with pytest.raises(ExcludedCaseError, match="labels contain 117, allowed are 0 background, 1 nodule"):
         load(tmp_path, labels={1: "nodule"})
 
 
@@ -112,14 +112,13 @@ BROKEN = {
     "a number twice": ({"labels": {"background": 0, "lesion": 1, "lung": 1}}, {}, "one number and one name ('lung'"),
     "a key twice": ('{"labels": {"lung": 1, "lung": 2}}', {}, "has the key 'lung' twice"),
     "larger than a byte": ({"labels": {"tumour": 256}}, {}, "one number and one name"),
-    "not understood": (
+    "unknown labels": (
         {"labels": {"background": 0, "heart": 1, "tumour": 2}}, {},
-        "names labels that are not understood (1 'heart'). Say in source.images.labels what they are, e.g. "
-        "{1: background}",
+        "names unknown labels (1 'heart'). Define them in source.images.labels, e.g. {1: background}",
     ),
-    "ignored voxels": ({"labels": {"background": 0, "tumour": 1, "ignore": 2}}, {}, "not understood (2 'ignore')"),
-    "missing": (None, {}, "has no dataset.json, which would say what the labels are"),
-    "wrong name": (V2, {"tumr": "nodule"}, "labels: has the name 'tumr', which is not in dataset.json. That has "
+    "ignored voxels": ({"labels": {"background": 0, "tumour": 1, "ignore": 2}}, {}, "unknown labels (2 'ignore')"),
+    "missing": (None, {}, "has no dataset.json to define the labels"),
+    "wrong name": (V2, {"tumr": "nodule"}, "labels: has the name 'tumr', which is not in dataset.json. It has "
                    "background, tumour"),
     "a name without dataset.json": (None, {"tumour": "nodule"}, "has the name 'tumour', but there is no dataset.json"),
 }  # fmt: skip
@@ -131,9 +130,9 @@ def test_a_dataset_json_that_says_too_little_ends_the_run(tmp_path, case):
     write(tmp_path, "a")
     if dataset is not None:
         describe(tmp_path, dataset)
-    with pytest.raises((InputError, ConfigError)) as told:
+    with pytest.raises((InputError, ConfigError)) as caught:
         rows_of(tmp_path, labels=labels)
-    assert reason in str(told.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize("labels", [{1: "heart"}, {256: "lung"}, {"": "lung"}, ["lung"]])
@@ -147,7 +146,9 @@ def test_a_label_that_nothing_explains_excludes_its_case_only(tmp_path):
     write(tmp_path, "b", stored=TUMOUR * 4)
     good, bad = rows_of(tmp_path)
     assert images.load_scan(tmp_path, good).labels.max() == Label.NODULE
-    with pytest.raises(ExcludedCaseError, match=r"labelsTr/b.nii.gz: the labels hold 4, known are 0 background, 1 nod"):
+    with pytest.raises(
+        ExcludedCaseError, match=r"labelsTr/b.nii.gz: the labels contain 4, allowed are 0 background, 1 nod"
+    ):
         images.load_scan(tmp_path, bad)
 
 
@@ -177,7 +178,7 @@ def test_several_channels_are_refused(tmp_path):
     rows = {row["case_id"]: row for row in rows_of(tmp_path)}
     assert set(rows) == {"a", "b", "c", "d"}
     assert rows["a"]["path"] == "imagesTr/a_0000.nii.gz"
-    assert "has further channels beside it (a_0001.nii.gz), but a CT is one" in rows["a"]["reason"]
+    assert "has further channels (a_0001.nii.gz), but a CT has one" in rows["a"]["reason"]
     assert rows["b"]["status"] == "ok"
     assert rows["c"]["reason"].startswith("imagesTr/c_0001.nii.gz: is not channel 0000, which should be the CT")
     assert "has no label labelsTr/d.nii.gz" in rows["d"]["reason"]
@@ -206,7 +207,7 @@ def test_folders_without_images_say_what_was_looked_for(tmp_path):
     with pytest.raises(InputError, match=r"has 1 images in imagesTs/, but none with labels"):
         rows_of(tmp_path)
     write(tmp_path / "raw" / "Dataset006_Lung", "a")
-    with pytest.raises(InputError, match=r"Set source.path to a folder in it, such as Dataset006_Lung"):
+    with pytest.raises(InputError, match=r"Set source.path to a folder inside it, such as Dataset006_Lung"):
         rows_of(tmp_path / "raw")
 
 

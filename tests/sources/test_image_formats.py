@@ -1,4 +1,4 @@
-"""NRRD and MetaImage beside NIfTI: one volume written by SimpleITK and by nibabel, and files with a fault each."""
+"""NRRD and MetaImage beside NIfTI: one volume written by SimpleITK and by nibabel, and files with one error each."""
 
 import itertools
 import json
@@ -176,7 +176,7 @@ SPACES = {
     "right-anterior-superior": (np.eye(4), ""),
     "RAS": (np.eye(4), ""),
     "left-anterior-superior": (np.diag([-1.0, 1, 1, 1]), ""),
-    "scanner-xyz": (np.diag([-1.0, -1, 1, 1]), "its header says 'scanner-xyz' for its space"),
+    "scanner-xyz": (np.diag([-1.0, -1, 1, 1]), "its header has the space 'scanner-xyz'"),
 }
 
 
@@ -237,7 +237,7 @@ def of_complex_numbers(path):
 
 
 # The file, what is done to it, and the reason: in the index, or after "prepare:" when it is read.
-FAULTS = {
+ERRORS = {
     "4D": ("a.mha", lambda p: write_4d(p, [CT, CT]), "has 4 dimensions instead of 3 (its shape is (8, 7, 6, 2)"),
     "2D": ("a.mha", lambda p: SimpleITK.WriteImage(SimpleITK.GetImageFromArray(CT[0]), str(p)), "has 2 dimensions"),
     "colours": ("a.nrrd", of_colours, "holds vectors, colours"),
@@ -258,17 +258,17 @@ FAULTS = {
         "a.mhd", lambda p: change(p, ElementDataFile="slice%02d.raw 1 6 1"), "keeps its voxels in several files",
     ),
     "data in a list": ("a.mhd", lambda p: change(p, ElementDataFile="LIST"), "keeps its voxels in several files"),
-    "data elsewhere": ("a.mhd", lambda p: change(p, ElementDataFile="../a.raw"), "in ../a.raw, not beside it"),
-    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "/etc/passwd, not beside it"),
+    "data elsewhere": ("a.mhd", lambda p: change(p, ElementDataFile="../a.raw"), "in another folder, ../a.raw"),
+    "data of the system": ("a.mhd", lambda p: change(p, ElementDataFile="/etc/passwd"), "folder, /etc/passwd"),
     "NRRD of a header": ("a.nrrd", lambda p: change(p, encoding="raw\ndata file: a.raw"), "its voxels in other files"),
     "empty": ("a.nrrd", lambda p: p.write_bytes(b""), "a.nrrd: cannot be read as NRRD"),
     "empty MetaImage": ("a.mhd", lambda p: p.write_bytes(b""), "a.mhd: cannot be read as MetaImage"),
     "no MetaImage": ("a.mha", lambda p: p.write_bytes(b"x" * 999), "a.mha: cannot be read as MetaImage"),
     "a picture": ("a.mha", lambda p: p.write_bytes(b"\x89PNG\r\n\x1a\n" * 99), "a.mha: cannot be read as MetaImage"),
-    "cut short": ("a.mha", lambda p: cut_short(p, 20), "prepare:compressed voxels are cut short or damaged"),
-    "cut short, consistently": ("a.mha", stored_shorter, "prepare:compressed voxels are cut short or damaged"),
-    "NRRD cut short": ("a.nrrd", lambda p: cut_short(p, 30), "prepare:a.nrrd: cannot be read as NRRD"),
-    "zraw cut short": ("a.mhd", lambda p: cut_short(p.with_suffix(".zraw"), 9), "prepare:voxels are cut short"),
+    "truncated": ("a.mha", lambda p: cut_short(p, 20), "prepare:compressed voxels are truncated or damaged"),
+    "truncated, consistently": ("a.mha", stored_shorter, "prepare:compressed voxels are truncated or damaged"),
+    "NRRD truncated": ("a.nrrd", lambda p: cut_short(p, 30), "prepare:a.nrrd: cannot be read as NRRD"),
+    "zraw truncated": ("a.mhd", lambda p: cut_short(p.with_suffix(".zraw"), 9), "prepare:voxels are truncated"),
     "damaged": ("a.mha", damage, "prepare:a.mha: cannot be read as MetaImage"),
     "NRRD damaged": ("a.nrrd", damage, "prepare:a.nrrd: cannot be read as NRRD"),
     "no size of the packed voxels": (
@@ -278,18 +278,18 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("role", ["images", "labels"])
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told(tmp_path, fault, role):
-    name, harm, reason = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_is_reported(tmp_path, error, role):
+    name, harm, reason = ERRORS[error]
     for folder, array in (("images", CT), ("labels", LABELS)):
         write(tmp_path / folder / name, array)
     harm(tmp_path / role / name)
     (row,) = index_source("images", tmp_path)
     if reason.startswith("prepare:"):
         assert row["status"] == "ok"
-        with pytest.raises(ExcludedCaseError) as told:
+        with pytest.raises(ExcludedCaseError) as caught:
             images.load_scan(tmp_path, row)
-        assert reason.removeprefix("prepare:") in str(told.value)
+        assert reason.removeprefix("prepare:") in str(caught.value)
     else:
         assert reason in row["reason"]
         assert row["reason"].startswith(f"{role}/")
@@ -312,11 +312,11 @@ def test_packed_voxels_that_would_fill_the_memory_are_not_unpacked(tmp_path):
     packed = zlib.compress(bytes(50_000_000))
     header = re.sub(rb"CompressedDataSize = \d+", b"CompressedDataSize = %d" % len(packed), header)
     path.write_bytes(header + b"ElementDataFile = LOCAL\n" + packed)
-    with pytest.raises(InputError, match="cut short or damaged"):
+    with pytest.raises(InputError, match="truncated or damaged"):
         read_volume(path)
 
 
-def test_a_missing_file_is_told(tmp_path):
+def test_a_missing_file_is_reported(tmp_path):
     for name in ("a.nrrd", "a.mha", "a.nii"):
         with pytest.raises(InputError, match=f"{name}: does not exist"):
             read_header(tmp_path / name)

@@ -39,7 +39,7 @@ def patients(rows):
 
 
 TRUTH = {scan: scan.partition("_")[0] for scan in SCANS}
-# The name and the text of a table, with the file's name in the place of {}.
+# The name and the text of a table, with the file's name instead of {}.
 TABLES = {
     "tabs": ("participants.tsv", "file\tpatient\n", "{}.nii.gz\t{}\n"),
     "commas, other columns": ("patients.csv", "patient,age,file\n", "{1},61,{0}\n"),
@@ -90,7 +90,7 @@ def test_scans_whose_patient_is_not_known_are_excluded(data):
     assert rows["P01_first"]["patient_id"] == ""
     rows = {row["case_id"]: row for row in rows_of(data, patient_pattern=r"^(P0[0-2])_")}
     assert rows["P02_second"]["status"] == "ok"
-    assert "P03_first.nii.gz: has no patient by the pattern ^(P0[0-2])_" in rows["P03_first"]["reason"]
+    assert "P03_first.nii.gz: does not match the pattern ^(P0[0-2])_" in rows["P03_first"]["reason"]
 
 
 BAD_TABLES = {
@@ -106,31 +106,31 @@ BAD_TABLES = {
 }
 
 
-@pytest.mark.parametrize("fault", BAD_TABLES)
-def test_tables_that_cannot_be_used_end_the_run(data, fault):
-    content, reason = BAD_TABLES[fault]
+@pytest.mark.parametrize("error", BAD_TABLES)
+def test_tables_that_cannot_be_used_end_the_run(data, error):
+    content, reason = BAD_TABLES[error]
     if content is not None:
         (data / "participants.tsv").write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         rows_of(data, patient_table="participants.tsv")
-    assert reason in str(told.value)
+    assert reason in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"patient_pattern": "^P[0-9]+"}, "needs one group in parentheses, the patient, and has 0"),
-        ({"patient_pattern": "^(P)([0-9]+)"}, "needs one group in parentheses, the patient, and has 2"),
+        ({"patient_pattern": "^P[0-9]+"}, "needs one group in parentheses, the patient, but has 0"),
+        ({"patient_pattern": "^(P)([0-9]+)"}, "needs one group in parentheses, the patient, but has 2"),
         ({"patient_pattern": "^(P"}, "is not a regular expression"),
-        ({"patient_pattern": "^(P)", "patient_table": "participants.tsv"}, "give one of them"),
+        ({"patient_pattern": "^(P)", "patient_table": "participants.tsv"}, "set only one of them"),
         ({"patient_table": "../participants.tsv"}, "is the name of a file in the folder of the data set"),
         ({"patient_table": "/data/participants.tsv"}, "is the name of a file in the folder of the data set"),
     ],
 )
 def test_settings_that_say_no_patient_are_refused(settings, reason):
-    with pytest.raises(ValidationError) as told:
+    with pytest.raises(ValidationError) as caught:
         Settings(**settings)
-    assert reason in str(told.value)
+    assert reason in str(caught.value)
 
 
 def test_a_case_is_prepared_again_when_its_patient_changes(data, monkeypatch):

@@ -92,7 +92,7 @@ def test_values_outside_int16_hu_are_clamped(tmp_path):
     ("options", "reason"),
     [
         ({"labels": LABELS[1:]}, "labels/a.nii.gz: has shape (7, 7, 6)"),
-        ({"affine": np.diag([0.7, 0.8, 2.6, 1])}, "labels/a.nii.gz: has another affine"),
+        ({"affine": np.diag([0.7, 0.8, 2.6, 1])}, "labels/a.nii.gz: has a different affine"),
         ({"label": "b.nii.gz"}, "images/a_0000.nii.gz: has no label"),
         (
             {"ct": np.stack([CT, CT], -1)},
@@ -118,8 +118,8 @@ NAN = np.where(LABELS > 0, CT, np.float32(np.nan))
     [
         ({"ct": NAN}, "NaN"),
         ({"ct": np.full(SHAPE, 40, np.int16)}, "constant"),
-        ({"labels": LABELS + 3}, "labels hold 4"),
-        ({"labels": LABELS.astype(np.float32) / 2}, "labels hold 0.5"),
+        ({"labels": LABELS + 3}, "labels contain 4"),
+        ({"labels": LABELS.astype(np.float32) / 2}, "labels contain 0.5"),
     ],
 )
 def test_contents_that_cannot_be_used_exclude_the_case(tmp_path, options, problem):
@@ -149,7 +149,7 @@ def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
     for folder, name in (("images", "reference"), ("labels", "layout")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "case0.nii.gz").symlink_to(shared_data / "published-samples" / f"case0_{name}.nii.gz")
-    with pytest.raises(ExcludedCaseError, match="not in Hounsfield units: it holds 8-bit grey values"):
+    with pytest.raises(ExcludedCaseError, match="not in Hounsfield units: it has 8-bit grey values"):
         compose.build_case(load(tmp_path), Config())
 
 
@@ -193,17 +193,17 @@ LARGE = {"ct": np.tile(CT, (4, 4, 4)), "labels": np.tile(LABELS, (4, 4, 4))}
 HUGE = struct.pack("<3h", 32767, 32767, 32767)
 # What is written instead of a good pair, what is done to image and label, and the reason: in the index or, after
 # "prepare:", in the case table.
-FAULTS = {
+ERRORS = {
     "singular affine": ({}, lambda image, label: patch(image, SROW_Y, bytes(16)), "affine that cannot be inverted"),
-    "affine that is no number": ({}, lambda image, label: patch(image, SROW_X, b"\0\0\xc0\x7f"), "be inverted"),
+    "affine that is not a number": ({}, lambda image, label: patch(image, SROW_X, b"\0\0\xc0\x7f"), "be inverted"),
     "singular label": ({}, lambda image, label: patch(label, SROW_Y, bytes(16)), "labels/bad.nii.gz: has an affine"),
     "4D": ({"ct": np.stack([CT, CT], -1)}, None, "images/bad.nii.gz: has 4 dimensions"),
     "4D label": ({"labels": np.stack([LABELS] * 2, -1)}, None, "labels/bad.nii.gz: has 4 dimensions"),
-    "colours": ({"ct": COLOURS}, None, "holds colours or complex numbers"),
-    "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels hold 0.5"),
-    "labels that are no number": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:hold nan"),
-    "image cut short": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
-    "label cut short": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
+    "colours": ({"ct": COLOURS}, None, "has colours or complex numbers"),
+    "half labels": ({"labels": LABELS / np.float32(2)}, None, "prepare:labels contain 0.5"),
+    "labels with NaN": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:contain nan"),
+    "image truncated": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
+    "label truncated": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
     "empty": ({}, lambda image, label: image.write_bytes(b""), "images/bad.nii.gz: cannot be read"),
     "no NIfTI": ({}, lambda image, label: image.write_bytes(gzip.compress(b"x" * 999)), "cannot be read as NIfTI"),
     "negative size": ({}, lambda image, label: patch(image, SIZES + 2, struct.pack("<h", -5)), "bad.nii.gz: "),
@@ -219,9 +219,9 @@ FAULTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypatch):
-    options, harm, reason = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, error, monkeypatch):
+    options, harm, reason = ERRORS[error]
     data, results = tmp_path / "data", tmp_path / "results"
     write_case(data, image="good.nii.gz", label="good.nii.gz", labels=LABELS.astype(np.float64))
     write_case(data, image="bad.nii.gz", label="bad.nii.gz", **options)
@@ -229,14 +229,14 @@ def test_each_fault_is_told_and_the_good_case_goes_on(tmp_path, fault, monkeypat
         harm(data / "images" / "bad.nii.gz", data / "labels" / "bad.nii.gz")
     index = index_source("images", data)
     write_index(results / "index.tsv", index)
-    # A layout of so few voxels would never pass; all of these faults show before.
+    # A layout of so few voxels would never pass; all of these errors are found before that.
     monkeypatch.setattr(compose, "_write", lambda config, source, row, folder: load_only(source, row))
     compose.run_prepare(Config(), results / "index.tsv", data, results, 0, 1, results / "cases-0.tsv")
     table = read_cases(results / "cases-0.tsv").set_index("case_id")
     assert table["status"].to_dict() == {"bad": "excluded", "good": "ok"}
-    told = table.loc["bad", "reason"]
-    assert reason.removeprefix("prepare:") in told
-    assert str(tmp_path) not in told
+    reported = table.loc["bad", "reason"]
+    assert reason.removeprefix("prepare:") in reported
+    assert str(tmp_path) not in reported
     assert (index[0]["status"] == "ok") == reason.startswith("prepare:")
 
 
@@ -294,12 +294,12 @@ def test_float_labels_that_were_scaled_into_an_integer_header(tmp_path, header_t
 
 
 @pytest.mark.parametrize("value", [1.002, 0.5, -1, 4, 256, 300.0, np.nan, np.inf])
-def test_labels_that_are_none_are_told(tmp_path, value):
+def test_labels_with_invalid_values_are_reported(tmp_path, value):
     labels = LABELS.astype(np.float64)
     labels[3, 3, 3] = value
     write_case(tmp_path, labels=labels)
     with pytest.raises(
-        ExcludedCaseError, match=f"labels hold {value:g}, known are 0 background, 1 lung, 2 nodule, 3 vessel"
+        ExcludedCaseError, match=f"labels contain {value:g}, allowed are 0 background, 1 lung, 2 nodule, 3 vessel"
     ):
         load(tmp_path)
 
@@ -377,7 +377,7 @@ def test_labels_stored_along_other_axes_are_turned(tmp_path):
 def test_labels_half_a_millimetre_beside_are_refused(tmp_path):
     write_with(tmp_path / "images" / "a.nii.gz", CT, sform=AFFINE)
     write_with(tmp_path / "labels" / "a.nii.gz", LABELS, sform=moved(0.5))
-    assert "has another affine" in find(tmp_path)[0].excluded
+    assert "has a different affine" in find(tmp_path)[0].excluded
 
 
 @pytest.mark.parametrize("slope", [0.0, float("nan")])
@@ -465,7 +465,7 @@ def test_axes_that_are_only_rotated_stay_as_they_are(tmp_path):
     assert scan.notes == ()
 
 
-def test_a_shear_without_end_is_told(tmp_path):
+def test_a_shear_without_end_is_reported(tmp_path):
     affine = np.diag([1e-6, 1.0, 1e6, 1.0])
     affine[0, 2] = 1e6
     write_case(tmp_path)

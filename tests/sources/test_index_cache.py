@@ -67,9 +67,9 @@ def spoil_reads(folder):
 
 
 CHANGES = {
-    "replaced slice": (replace_slice, "do not name one patient"),
+    "replaced slice": (replace_slice, "do not have one PatientID"),
     "deleted slice": (lambda folder: (folder / "000088.dcm").unlink(), "1 slice(s) missing"),
-    "new slice": (lambda f: add_slice_of_its_position(f), "slices of one position"),
+    "new slice": (lambda f: add_slice_of_its_position(f), "slices at the same position"),
     "deleted reads": (lambda folder: (folder / "reads.xml").unlink(), "no reader XML"),
     "changed reads": (spoil_reads, "cannot be read as LIDC XML"),
     "new reads": (add_reads, ""),
@@ -142,7 +142,7 @@ def test_what_other_code_has_read_does_not_count(tree, monkeypatch):
     assert index(tree) == first
 
 
-def test_a_fault_is_looked_at_again(tree, monkeypatch):
+def test_an_error_is_looked_at_again(tree, monkeypatch):
     first = index(tree)
     (tree / "index.cache.json").unlink()
 
@@ -170,7 +170,7 @@ def test_headers_of_images_are_not_read_again(tmp_path, monkeypatch):
     first = index(tmp_path, "images")
     read = count_reads(monkeypatch, (images, "read_header"))
     assert index(tmp_path, "images") == first
-    # What has a fault is looked at again.
+    # Bad series are checked again.
     assert read == ["b.nii.gz"]
     nibabel.save(nibabel.Nifti1Image(np.zeros((4, 5, 7), np.uint8), np.eye(4)), tmp_path / "data/labels/a.nii.gz")
     assert "has shape (4, 5, 7)" in index(tmp_path, "images")[0]["reason"]

@@ -96,7 +96,8 @@ def test_contours_by_sop_uid_then_by_position(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("outline", "problem"), [(roi(7, z=500), "where no slice lies"), (roi(1, [(3, 3), (10, 3)]), "outside the 10 x 12")]
+    ("outline", "problem"),
+    [(roi(7, z=500), "where there is no slice"), (roi(1, [(3, 3), (10, 3)]), "outside the 10 x 12")],
 )
 def test_contours_that_do_not_fit_exclude_the_case(tmp_path, outline, problem):
     folder = write_case(tmp_path)
@@ -256,17 +257,17 @@ def as_radiograph(folder):
         write_slice(folder / f"{90 - k:06d}.dcm", k, Modality="DX")
 
 
-FAULTS = {
+ERRORS = {
     "missing slice": (lambda f: (f / "000088.dcm").unlink(), "1 slice(s) missing between 000089.dcm and 000087.dcm"),
     "doubled slice": (
         lambda f: write_slice(f / "copy.dcm", 2, RescaleIntercept=-1000),
-        "are slices of one position that differ",
+        "are different slices at the same position",
     ),
     "irregular": (lambda f: write_slice(f / "000090.dcm", 0, ImagePositionPatient=[-20, -30, -40.7]), "3.2 mm apart"),
     "two orientations": (lambda f: write_slice(f / "x.dcm", 1, axes=UPRIGHT[:, [0, 2, 1]]), "differs in orientation"),
-    "two patients": (lambda f: write_slice(f / "000090.dcm", 0, patient="P-02"), "do not name one patient"),
-    "cut short": (lambda f: cut(f, -1), "000088.dcm: is cut short"),
-    "cut in the header": (lambda f: cut(f, 600), "000088.dcm: has no pixel data, or is cut short"),
+    "two patients": (lambda f: write_slice(f / "000090.dcm", 0, patient="P-02"), "do not have one PatientID"),
+    "truncated": (lambda f: cut(f, -1), "000088.dcm: is truncated"),
+    "cut in the header": (lambda f: cut(f, 600), "000088.dcm: has no pixel data, or is truncated"),
     "empty": (lambda f: cut(f, 0), "000088.dcm: is empty"),
     "no reads": (drop_reads, "no reader XML names this series"),
     "radiograph": (as_radiograph, "chest radiograph (modality DX)"),
@@ -279,9 +280,9 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
-    harm, reason = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_bad_series_keep_a_row_with_the_reason(tmp_path, error):
+    harm, reason = ERRORS[error]
     harm(write_case(tmp_path))
     write_case(tmp_path, "P-02", "1.2.4")
     index = pd.DataFrame(index_source("lidc", tmp_path))
@@ -290,7 +291,7 @@ def test_faulty_series_keep_a_row_with_the_reason(tmp_path, fault):
     assert str(tmp_path) not in index["reason"][0]
 
 
-def test_faults_that_appear_after_indexing_exclude_the_case(tmp_path):
+def test_errors_that_appear_after_indexing_exclude_the_case(tmp_path):
     folder = write_case(tmp_path)
     case, *_ = index_source("lidc", tmp_path)
     write_slice(folder / "000088.dcm", 2, PixelData=b"\0\0")
@@ -329,7 +330,7 @@ def test_damaged_files_without_a_series_keep_a_row(tmp_path):
     (tmp_path / "P-07" / "1.dcm").write_bytes(b"nothing")
     series = only(tmp_path)
     assert (series.case_id, series.patient_id) == ("P-07", "")
-    assert series.excluded.startswith("P-07/1.dcm: is empty or no DICOM file.")
+    assert series.excluded.startswith("P-07/1.dcm: is empty or not a DICOM file.")
 
 
 def test_links_are_followed_once(tmp_path):

@@ -153,7 +153,7 @@ def stack(tmp_path_factory):
 
 
 def problem_of(data, path, stack):
-    """What a user is told of a file; only errors for users may come of reading it and of what follows."""
+    """The message to the user about a file; reading and using it may only raise errors for users."""
     path.write_bytes(data)
     try:
         readings.named_series(path)
@@ -161,8 +161,8 @@ def problem_of(data, path, stack):
         pairing._marked(path)
         annotations = tuple(readings.in_scan(mark, stack, path) for mark in readings.merged([reads, reads]))
         find_nodules(Scan(Volume(STORED, stack.affine), annotations=annotations), Layouts())
-    except InputError as fault:
-        return str(fault)
+    except InputError as error:
+        return str(error)
     return ""
 
 
@@ -173,18 +173,18 @@ QUICK = settings(
 
 def test_mutated_files_of_the_phantom(phantom_files, stack, tmp_path_factory):
     path = tmp_path_factory.mktemp("mutants") / "reads.xml"
-    told = []
+    reported = []
 
     @QUICK
     @given(mutated(phantom_files))
     def check(data):
-        told.append(problem_of(data, path, stack))
+        reported.append(problem_of(data, path, stack))
 
     check()
     # Not more: which examples hypothesis draws depends on the modules that other tests have loaded.
-    assert "" in told
-    assert any("cannot be read as LIDC XML" in problem for problem in told)
-    assert max(map(len, told)) < 600
+    assert "" in reported
+    assert any("cannot be read as LIDC XML" in problem for problem in reported)
+    assert max(map(len, reported)) < 600
 
 
 def test_mutated_files_of_the_release(shared_data, stack, tmp_path_factory):
@@ -209,7 +209,7 @@ def test_mutated_slices(syntax, tmp_path_factory):
     write_case(top, syntax=syntax)
     slices = sorted(top.rglob("*.dcm"))
     original = slices[2].read_bytes()
-    told = []
+    reported = []
 
     @settings(QUICK, max_examples=40)
     @given(st.data())
@@ -219,14 +219,14 @@ def test_mutated_slices(syntax, tmp_path_factory):
         row, *_ = index_source("lidc", top)
         try:
             lidc.load_scan(top, row)
-        except ExcludedCaseError as fault:
-            told.append(str(fault))
+        except ExcludedCaseError as error:
+            reported.append(str(error))
         else:
-            told.append(row["reason"])
+            reported.append(row["reason"])
 
     check()
     # Not more: which examples hypothesis draws depends on the modules that other tests have loaded.
-    assert any(told)
+    assert any(reported)
 
 
 @pytest.mark.parametrize("kind", ["multi-frame", "JPEG 2000", "JPEG Lossless", "deflated", "bare"])

@@ -1,4 +1,4 @@
-"""DICOM SEG in the place of reader XML: the same nodules, voxel for voxel (exports by highdicom where it is there)."""
+"""DICOM SEG instead of reader XML: the same nodules, voxel for voxel (exports by highdicom where it is there)."""
 
 import shutil
 
@@ -128,7 +128,7 @@ def test_xml_counts_before_segmentations(tmp_path):
     (folder / "reads.xml").write_text(xml(nodule(roi(1))))
     series = only(tmp_path)
     assert [name.rpartition("/")[2] for name in series.annotations] == ["reads.xml"]
-    assert series.notes == ("1 SEG object(s) were left out: the readers' XML is here",)
+    assert series.notes == ("1 SEG object(s) were left out, because there is readers' XML",)
     assert load(tmp_path).annotations[0].region is None
 
 
@@ -140,7 +140,7 @@ def test_copies_and_segmentations_without_a_reader_are_left_out(tmp_path):
     assert not series.excluded
     assert len(series.annotations) == 1
     assert series.notes == (
-        "1 SEG object(s) that name no reader's annotation were left out (other/lung.dcm)",
+        "1 SEG object(s) without a reader's annotation were left out (other/lung.dcm)",
         "1 SEG object(s) are stored more than once: one was kept",
     )
     assert len(load(tmp_path).annotations) == 1
@@ -180,22 +180,22 @@ def blank(dataset):
 
 
 OFF_GRID = {
-    "other pixels": (set_first("PixelMeasuresSequence", "PixelSpacing", [0.8, 0.8]), "another size or direction"),
+    "other pixels": (set_first("PixelMeasuresSequence", "PixelSpacing", [0.8, 0.8]), "a different size or direction"),
     "other direction": (
         set_first("PlaneOrientationSequence", "ImageOrientationPatient", [-1, 0, 0, 0, 1, 0]),
-        "another size or direction",
+        "a different size or direction",
     ),
-    "between slices": (move(0, 0, 1.25), "no slice lies where its frame 1 does"),
-    "beyond the slices": (move(0, 0, 40), "no slice lies where its frame 1 does"),
-    "between pixels": (move(0.35, 0, 0), "shifted by a part of a pixel"),
+    "between slices": (move(0, 0, 1.25), "there is no slice at its frame 1"),
+    "beyond the slices": (move(0, 0, 40), "there is no slice at its frame 1"),
+    "between pixels": (move(0.35, 0, 0), "shifted by a fraction of a pixel"),
     "beyond the pixels": (move(7, 0, 0), "reaches beyond the 10 x 12 pixels"),
     "nowhere": (
         lambda dataset: delattr(dataset, "PerFrameFunctionalGroupsSequence"),
-        "does not say of its frame 1 what it shows",
+        "does not give segment and position of its frame 1",
     ),
-    "far away": (move(1e9, 0, 0), "frame 1 lies far away"),
-    "empty": (blank, "holds no voxel in its segment 1"),
-    "too few bits": (lambda dataset: setattr(dataset, "NumberOfFrames", 9), "pixels cannot be decoded|cut short"),
+    "far away": (move(1e9, 0, 0), "frame 1 is far away"),
+    "empty": (blank, "has no voxels in its segment 1"),
+    "too few bits": (lambda dataset: setattr(dataset, "NumberOfFrames", 9), "pixels cannot be decoded|truncated"),
 }
 
 
@@ -217,10 +217,10 @@ def fractions(dataset):
 
 
 REFUSED = {
-    "fractions": (fractions, "holds fractions or labels, not bits"),
+    "fractions": (fractions, "has fractions or labels instead of bits"),
     "no reader": (
         lambda dataset: setattr(dataset.SegmentSequence[0], "SegmentLabel", "Tumour"),
-        "no segment is called by nodule and reader's annotation, as in 'Nodule 1 - Annotation IL057_127364'",
+        "no segment is labelled with nodule and reader's annotation, as in 'Nodule 1 - Annotation IL057_127364'",
     ),
     "no segment": (lambda dataset: delattr(dataset, "SegmentSequence"), "no segment is called"),
 }
@@ -237,7 +237,7 @@ def test_a_segmentation_that_is_cut_short_excludes_its_series(tmp_path):
     write_idc(tmp_path)
     file = tmp_path / "P-01" / "a study" / "SEG_12" / "seg.dcm"
     file.write_bytes(file.read_bytes()[:-10])
-    assert only(tmp_path).excluded == "P-01/a study/SEG_12/seg.dcm: is cut short. Download or copy the file again."
+    assert only(tmp_path).excluded == "P-01/a study/SEG_12/seg.dcm: is truncated. Download or copy the file again."
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -272,7 +272,7 @@ def test_a_segmentation_of_another_series_has_a_row_of_its_own(tmp_path, named):
     write_idc(tmp_path, ct="9.9", change=change)
     ct, other = find(tmp_path)
     assert "no reader XML names this series, and no SEG object" in ct.excluded
-    expected = {"another series": "names a series whose images are not here", "none": "names no CT series"}
+    expected = {"another series": "names a series whose images are missing", "none": "names no CT series"}
     assert other.excluded.startswith(f"P-01/a study/SEG_12/seg.dcm: {expected[named]}")
 
 

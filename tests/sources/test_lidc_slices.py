@@ -201,7 +201,7 @@ def test_slices_that_a_converter_has_written_are_slices(tmp_path):
 
 def test_a_series_of_localizers_says_so(tmp_path):
     write_case(tmp_path, ImageType=LOCALIZER)
-    assert "holds localizers (scout images) only" in only(tmp_path).excluded
+    assert "has only localizers (scout images)" in only(tmp_path).excluded
 
 
 @pytest.mark.parametrize("name", ["000000.dcm", "zzz.dcm"])
@@ -232,7 +232,7 @@ def test_every_slice_twice_counts_once(tmp_path):
 @pytest.mark.parametrize("change", [{"RescaleIntercept": -1000}, {"PixelData": bytes(2 * ROWS * COLUMNS)}])
 def test_different_slices_of_one_position_stay_an_error(tmp_path, change):
     write_slice(write_case(tmp_path) / "copy.dcm", 2, **change)
-    assert "000088.dcm and copy.dcm are slices of one position that differ" in only(tmp_path).excluded
+    assert "000088.dcm and copy.dcm are different slices at the same position" in only(tmp_path).excluded
 
 
 @pytest.mark.parametrize("kept", [range(SLICES), [1, 2]])
@@ -329,21 +329,21 @@ def test_localizer_frames_are_left_out(tmp_path):
     np.testing.assert_array_equal(load(tmp_path).ct.array, STORED[:, :, :4] - 1024)
 
 
-MULTIFRAME_FAULTS = {
+MULTIFRAME_ERRORS = {
     "no position": (
         lambda d: delattr(d.PerFrameFunctionalGroupsSequence[2], "PlanePositionSequence"),
         "enhanced.dcm: has no ImagePositionPatient",
     ),
-    "fewer frames described": (lambda d: d.PerFrameFunctionalGroupsSequence.pop(), "has 5 frames, but 4 are described"),
+    "fewer frames described": (lambda d: d.PerFrameFunctionalGroupsSequence.pop(), "has 5 frames, but describes 4"),
     "no functional groups": (
         lambda d: (delattr(d, "SharedFunctionalGroupsSequence"), delattr(d, "PerFrameFunctionalGroupsSequence")),
-        "has 5 frames, and no positions of them",
+        "has 5 frames without positions",
     ),
     "two frames of one position": (
         lambda d: d.PerFrameFunctionalGroupsSequence.__setitem__(3, d.PerFrameFunctionalGroupsSequence[2]),
-        "frame 3 of enhanced.dcm and frame 4 of enhanced.dcm are slices of one position that differ",
+        "frame 3 of enhanced.dcm and frame 4 of enhanced.dcm are different slices at the same position",
     ),
-    "cut short": (lambda d: setattr(d, "PixelData", d.PixelData[:-2]), "prepare:pixels cannot be decoded"),
+    "truncated": (lambda d: setattr(d, "PixelData", d.PixelData[:-2]), "prepare:pixels cannot be decoded"),
     "no rescale": (
         lambda d: delattr(d.SharedFunctionalGroupsSequence[0], "PixelValueTransformationSequence"),
         "prepare:has no rescale slope",
@@ -351,9 +351,9 @@ MULTIFRAME_FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", MULTIFRAME_FAULTS)
-def test_faults_of_multi_frame_files_are_named(tmp_path, fault):
-    change, reason = MULTIFRAME_FAULTS[fault]
+@pytest.mark.parametrize("error", MULTIFRAME_ERRORS)
+def test_errors_of_multi_frame_files_are_named(tmp_path, error):
+    change, reason = MULTIFRAME_ERRORS[error]
     enhance(write_case(tmp_path), change=change)
     if reason.startswith("prepare:"):
         with pytest.raises(ExcludedCaseError, match=reason.removeprefix("prepare:")):

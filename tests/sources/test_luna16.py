@@ -139,12 +139,12 @@ def test_an_image_that_is_there_twice_is_excluded(tmp_path):
     write_luna(tmp_path)
     write_image(tmp_path / "subset1" / f"{UID}.mhd")
     (series,) = found(tmp_path)
-    assert series.excluded == (f"subset0/{UID}.mhd: is there more than once (subset1/{UID}.mhd). Keep one copy of it.")
+    assert series.excluded == (f"subset0/{UID}.mhd: exists more than once (subset1/{UID}.mhd). Keep one copy of it.")
 
 
 def test_xml_of_another_grid_excludes_the_case(tmp_path):
     write_luna(tmp_path, reads=xml(nodule(roi(1, z=500)), series=UID))
-    with pytest.raises(ExcludedCaseError, match="a contour at z 500 mm, where no slice lies"):
+    with pytest.raises(ExcludedCaseError, match="a contour at z 500 mm, where there is no slice"):
         scan_of(tmp_path)
 
 
@@ -152,11 +152,11 @@ BROKEN = {
     "a column": ("seriesuid,coordX,coordY,coordZ\n1,2,3,4\n", "has no diameter_mm in line 2"),
     "a number": (
         f"seriesuid,coordX,coordY,coordZ,diameter_mm\n{UID},1,2,x,4\n",
-        "no place and diameter in mm in line 2",
+        "no valid position and diameter in line 2",
     ),
     "a size": (
         f"seriesuid,coordX,coordY,coordZ,diameter_mm\n{UID},1,2,3,-4\n",
-        "no place and diameter in mm in line 2",
+        "no valid position and diameter in line 2",
     ),
     "text": ("\0\udcff", "cannot be read"),
 }
@@ -173,14 +173,14 @@ def test_a_broken_table_ends_the_run(tmp_path, what):
 
 def test_a_missing_table_and_a_place_outside_the_scan(tmp_path):
     write_luna(tmp_path, reads="", rows=[(UID, 900, 0, 0, 5)])
-    with pytest.raises(ExcludedCaseError, match="does not reach to a nodule of annotations.csv"):
+    with pytest.raises(ExcludedCaseError, match="does not contain a nodule of annotations.csv"):
         scan_of(tmp_path, SPHERES)
     (tmp_path / "annotations.csv").unlink()
     with pytest.raises(InputError, match="has no annotations.csv, which source.luna16.nodules: spheres needs"):
         found(tmp_path, SPHERES)
 
 
-def test_the_report_is_told_of_spheres():
+def test_the_report_is_informed_of_spheres():
     chosen = Config(source={"kind": "luna16", "path": "x", "luna16": {"nodules": "spheres"}})
     assert chosen.source.caveat == (
         "The nodules are spheres of the diameters in annotations.csv, not readers' outlines."

@@ -50,7 +50,7 @@ def test_a_scan_in_a_folder_that_is_not_utf_8_is_prepared(tree):
     bad, good = read_index(tree / "index.tsv").to_dict("records")
     assert (good["patient_id"], good["status"]) == ("PHANTOM-0001", "ok")
     assert (tree / "data" / good["path"]).is_dir()
-    assert bad["reason"].startswith("P-02/a study/1.2.3/\\udce4.dcm: is cut short")
+    assert bad["reason"].startswith("P-02/a study/1.2.3/\\udce4.dcm: is truncated")
 
     config = Config(grid={"size": [32, 32, 32]})
     results = tree / "results"
@@ -70,7 +70,7 @@ def test_a_scan_in_a_folder_that_is_not_utf_8_is_prepared(tree):
     assert (results / "PHANTOM-0001" / "case.json").stat().st_mtime_ns == made
     for handler in LOG.handlers:
         handler.flush()
-    assert "P-02: excluded: P-02/a study/1.2.3/\\udce4.dcm: is cut short" in (tree / "log.txt").read_text("utf-8")
+    assert "P-02: excluded: P-02/a study/1.2.3/\\udce4.dcm: is truncated" in (tree / "log.txt").read_text("utf-8")
     assert index_source("lidc", tree / "data", tree / "index.cache.json")[1]["path"] == good["path"]
 
 
@@ -79,9 +79,9 @@ def test_a_data_set_whose_own_folder_is_not_utf_8(tmp_path):
     top = renamed(tmp_path / "data", b"\xfc")
     (top / "P-01" / "a study" / "1.2.3" / "reads.xml").write_text("<a>")
     assert only(top).excluded.startswith("P-01/a study/1.2.3/reads.xml: cannot be read as LIDC XML")
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as caught:
         index_source("lidc", top / "nowhere")
-    str(told.value).encode("utf-8")
+    str(caught.value).encode("utf-8")
 
 
 PATIENTS = {

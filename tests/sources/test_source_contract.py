@@ -48,17 +48,17 @@ def test_a_module_without_a_declaration_is_refused_with_its_file(mine):
     path = mine("TITLE = 'Mine'\n\ndef load_scan(path, case): ...\n")
     with pytest.raises(ConfigError) as refused:
         sources.source_of("mine")
-    assert f"{path}: declares no CITATION, no find_series" in str(refused.value)
+    assert f"{path}: does not declare CITATION, find_series" in str(refused.value)
 
 
 def test_one_that_simulates_its_patients_says_how_many_there_are(mine):
     mine("TITLE = CITATION = 'Mine'\nload_scan = find_series = simulate = print\n")
-    with pytest.raises(ConfigError, match=r"mine.py: declares no Settings, no size\."):
+    with pytest.raises(ConfigError, match=r"mine.py: does not declare Settings, size\."):
         sources.source_of("mine")
 
 
 def test_an_unknown_source_is_named():
-    with pytest.raises(ConfigError, match=r"there is no source 'index'\. Known are images, lidc, luna16, phantom"):
+    with pytest.raises(ConfigError, match=r"there is no source 'index'\. Available: images, lidc, luna16, phantom"):
         sources.source_of("index")
 
 

@@ -173,11 +173,14 @@ def without(label):
     return lambda volume: volume.like(np.where(volume.array == label, 3, volume.array))
 
 
-FAULTS = {
+ERRORS = {
     "missing file": (lambda f: (f / "s1/ct.nii.gz").unlink(), "s1/ct.nii.gz: does not exist"),
     "damaged file": (lambda f: (f / "s1/ct.nii.gz").write_bytes(b"no"), "s1/ct.nii.gz: cannot be read"),
-    "link out": (link_out, "s0/ct.nii.gz: leads out of the folder"),
-    "nan": (break_volume("s0/ct.nii.gz", lambda v: marked(v, np.nan)), "s0/ct.nii.gz: holds NaN or infinity in 1 vox"),
+    "link out": (link_out, "s0/ct.nii.gz: points outside the folder"),
+    "nan": (
+        break_volume("s0/ct.nii.gz", lambda v: marked(v, np.nan)),
+        "s0/ct.nii.gz: has NaN or infinite values in 1 vox",
+    ),
     "beyond HU": (break_volume("s0/ct.nii.gz", lambda v: marked(v, 1e6)), "s0/ct.nii.gz: ranges from"),
     "constant": (break_volume("s0/ct.nii.gz", lambda v: v.like(0 * v.array - 900)), "s0/ct.nii.gz: is constant"),
     "scaled to [0, 1]": (
@@ -199,7 +202,7 @@ FAULTS = {
     "layout beside": (break_volume("s0/layout.nii.gz", shifted), "s0/layout.nii.gz: is not on the grid of its CT"),
     "other size": (
         break_volume("s2/ct.nii.gz", lambda v: v.crop((slice(0, 8),) * 3)),
-        r"s2/ct.nii.gz: has \(8, 8, 8\) voxels, the model grid \(16, 16, 16\)",
+        r"s2/ct.nii.gz: has \(8, 8, 8\) voxels, but the grid has \(16, 16, 16\)",
     ),
     "no true affine": (
         break_volume("s2/ct.nii.gz", lambda v: type(v)(v.array, np.eye(4))),
@@ -211,9 +214,9 @@ FAULTS = {
     ),
     "a label between": (
         break_volume("s1/layout.nii.gz", lambda v: marked(v, 1.5)),
-        "s1/layout.nii.gz: holds the label 1.5",
+        "s1/layout.nii.gz: has the label 1.5",
     ),
-    "unknown label": (break_volume("s1/layout.nii.gz", lambda v: marked(v, 7)), "s1/layout.nii.gz: holds the label 7"),
+    "unknown label": (break_volume("s1/layout.nii.gz", lambda v: marked(v, 7)), "s1/layout.nii.gz: has the label 7"),
     "no nodule": (break_volume("s1/layout.nii.gz", without(Label.NODULE)), "s1/layout.nii.gz: has no nodule"),
     "no lung": (break_volume("s1/layout.nii.gz", without(Label.LUNG)), "s1/layout.nii.gz: has no lung"),
     "unknown reference": (lambda f: redeclare(f, 0, reference="case77"), "s0/ct.nii.gz: is made from case77"),
@@ -224,21 +227,21 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_every_violation_is_told_with_its_file(take, folder, fault):
-    break_it, message = FAULTS[fault]
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_violation_is_reported_with_its_file(take, folder, error):
+    break_it, message = ERRORS[error]
     break_it(folder)
     with pytest.raises(InputError, match=message):
         take()
 
 
-def test_all_violations_are_told_at_once(take, folder, tmp_path):
+def test_all_violations_are_reported_at_once(take, folder, tmp_path):
     for name in ("nan", "no nodule", "unknown donor"):
-        FAULTS[name][0](folder)
+        ERRORS[name][0](folder)
     with pytest.raises(InputError) as caught:
         take()
     assert "3 times" in str(caught.value)
-    assert all(FAULTS[name][1] in str(caught.value) for name in ("nan", "no nodule", "unknown donor"))
+    assert all(ERRORS[name][1] in str(caught.value) for name in ("nan", "no nodule", "unknown donor"))
     assert not (tmp_path / "out").exists()
 
 
@@ -248,7 +251,7 @@ DECLARATIONS = {
     "a key twice": ('{"trained_on": ["patient05"], "trained_on": "none"}', "has the key 'trained_on' twice"),
     "a list": ("[]", "is not a JSON object"),
     "nothing said": ('{"samples": [{"sample": "s0"}]}', r"samples.0.donors: .*samples.0.reference: .*trained_on: "),
-    "nobody by silence": ('{"trained_on": [], "samples": []}', "has . faults: .*trained_on"),
+    "nobody by silence": ('{"trained_on": [], "samples": []}', "has . errors: .*trained_on"),
     "typo": ('{"trained_on": "none", "sampels": []}', "sampels: Extra inputs"),
 }
 

@@ -371,6 +371,12 @@ def layouts_in(folder):
 
 
 def test_references_without_nodules_get_some(partly_bare_cohort, tmp_path):
+    for number in range(3):
+        donor = cases.CaseFolder(partly_bare_cohort.parent / f"case{number:02d}").record
+        record = read_json(donor)
+        for nodule in record["qc"]["nodules"]:
+            nodule |= {"texture": 1.0 + number, "malignancy": None}
+        write_json(donor, record)
     table = run(partly_bare_cohort, tmp_path / "out").set_index("case_id")
     assert table.index.tolist() == ["case03_s000", "case04_s000", "case03_s001", "case04_s001"]
     known = {f"case{n:02d}": f"patient{n:02d}" for n in range(3)}
@@ -384,6 +390,7 @@ def test_references_without_nodules_get_some(partly_bare_cohort, tmp_path):
                 "case_id", "patient_id", "nodule", "scale", "rotation_degrees", "centre_mm", "position_mm",
                 "volume_mm3", "ratings",
             }  # fmt: skip
+            assert nodule["ratings"] == {"texture": 1.0 + int(nodule["case_id"].removeprefix("case"))}
     made = layouts_in(tmp_path / "out")
     before = read_volume(partly_bare_cohort.parent / "case03/layout.nii.gz").array
     assert (made["case03_s000"] != made["case03_s001"]).any()
@@ -438,7 +445,7 @@ def test_layouts_are_made_again_when_what_decides_them_changes(partly_bare_cohor
     assert made == ["case03_s000", "case03_s001", "case04_s001"]
 
 
-def test_missing_nodules_and_full_lungs_are_told(partly_bare_cohort, tmp_path):
+def test_missing_nodules_and_full_lungs_are_reported(partly_bare_cohort, tmp_path):
     nodules = partly_bare_cohort.parent / "case04/nodules.nii.gz"
     nodules.rename(tmp_path / "kept")
     with pytest.raises(InputError, match=r"case04/nodules.nii.gz: does not exist"):

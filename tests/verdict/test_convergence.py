@@ -25,7 +25,7 @@ def found(table, arm, measure=LOSS):
     return table.set_index(["arm", "measure"]).loc[(arm, measure)]
 
 
-def test_a_loss_that_falls_to_the_end_is_told_from_one_that_has_stopped():
+def test_a_loss_that_falls_to_the_end_is_distinguished_from_one_that_has_stopped():
     table = convergence_table(curves_of({"falls": lambda done: -done, "stopped": lambda done: -min(1, 2 * done)}))
     falls, stopped = found(table, "falls"), found(table, "stopped")
     # A straight line from the first saved state on: a third of the steps is a third of 30/29 of the fall.

@@ -17,12 +17,12 @@ from lungddpm.verdict.design import (
     Components,
     Costs,
     Design,
-    able_designs,
     components_of,
     costs_of_timing,
     detectable_by_design,
     hours_of_design,
     power_of_design,
+    sufficient_designs,
     typical_components,
 )
 from lungddpm.verdict.statistics import Scores
@@ -153,7 +153,7 @@ def test_every_stage_that_grows_is_one_that_the_workflow_times(repository):
 
 def test_what_would_be_able_is_the_smallest_that_is():
     design = Design(4, 3, 2, 16, 0.95)
-    as_many, *_ = found = able_designs(design, DEMO, 0.07, COSTS)
+    as_many, *_ = found = sufficient_designs(design, DEMO, 0.07, COSTS)
     assert as_many.n_cases == 16
     assert 1 <= len(found) <= 2
     for one in found:
@@ -165,6 +165,6 @@ def test_what_would_be_able_is_the_smallest_that_is():
 
 def test_too_few_cases_take_more_cases_and_nothing_shows_what_patients_hide():
     patients_vary = Components(0.0, 0.05, 0.2)
-    (more,) = able_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.1, None)
+    (more,) = sufficient_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.1, None)
     assert more.n_cases > 30
-    assert able_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.001, None) == []
+    assert sufficient_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.001, None) == []

@@ -47,7 +47,8 @@ def verdict_of(answer="no difference shown", positive="better", null="no differe
     arms = {ARM: answer, REPEATED: null, MORE_REAL: positive}
     rows = [{"arm": "real", "verdict": "baseline", "p_holm": math.nan, "difference": math.nan}]
     rows += [
-        {"arm": arm, "verdict": told, "p_holm": p.get(told, math.nan), "difference": 0.05} for arm, told in arms.items()
+        {"arm": arm, "verdict": reported, "p_holm": p.get(reported, math.nan), "difference": 0.05}
+        for arm, reported in arms.items()
     ]
     return pd.DataFrame(rows).assign(metric="dice", n_cases=16, run_df=12, baseline_mean=0.5)
 
@@ -113,10 +114,10 @@ def test_a_run_in_which_everything_passes():
     names = [POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE]
     assert statuses == dict.fromkeys(names, PASSED)
     assert answer["status"] == STANDS
-    assert answer["sentence"] == "The answer stands: every check was passed."
+    assert answer["sentence"] == "The answer stands: all checks passed."
     assert (
-        "lungs +2 HU (limit ±10), spread of HU in the lungs 1.00 times theirs (0.9 to 1.1), "
-        "nodules +5 HU (limit ±40), spread of HU in the nodules 1.00 times theirs (0.7 to 1.4)."
+        "lungs +2 HU (limit ±10), HU spread in the lungs 1.00 times that of references (0.9 to 1.1), "
+        "nodules +5 HU (limit ±40), HU spread in the nodules 1.00 times that of references (0.7 to 1.4)."
     ) in said[GENERATOR]
     assert "a Dice of 0.50 on lung_ddpm, of 0.55 on its references' real CT." in said[GENERATOR]
 
@@ -127,11 +128,17 @@ COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
 @pytest.mark.parametrize(
     ("check", "changes", "doubts_difference", "doubts_none", "said"),
     [
-        (POSITIVE, {"positive": "no difference shown"}, False, True, "does not even show what more real data bring"),
+        (
+            POSITIVE,
+            {"positive": "no difference shown"},
+            False,
+            True,
+            "does not even detect the gain from more real data",
+        ),
         (POSITIVE, {"positive": "worse"}, False, True, "was not called better"),
         (NULL, {"null": "better"}, True, False, "which adds nothing, was called better"),
         (NULL, {"null": "worse"}, True, False, "which adds nothing, was called worse"),
-        (CONVERGED, {"fall": 0.3}, True, True, "30 % of the fall of its training loss came in the last third"),
+        (CONVERGED, {"fall": 0.3}, True, True, "30 % of the fall of its training loss was in the last third"),
         (CONVERGED, {"rise": 0.1}, True, True, "validation Dice rose by +0.10"),
         (GENERATOR, {"quality": quality_of(lungs=60)}, False, True, "lungs too bright, +60 HU"),
         (GENERATOR, {"quality": quality_of(seam=1.4)}, False, True, "1.40 times that of its references"),
@@ -157,18 +164,18 @@ def test_a_failed_check_doubts_the_answers_that_it_bears_on(check, changes, doub
     for answer, doubted in (("better", doubts_difference), ("no difference shown", doubts_none)):
         controls = {name: changes[name] for name in ("positive", "null") if name in changes}
         others = {name: value for name, value in changes.items() if name not in controls}
-        statuses, sentences, told = judge(verdict=verdict_of(answer, **controls), **others)
+        statuses, sentences, reported = judge(verdict=verdict_of(answer, **controls), **others)
         assert [name for name, status in statuses.items() if status == FAILED] == [check]
         assert said in sentences[check]
-        assert told["status"] == (CANNOT_TELL if doubted else STANDS)
-        text = "This run cannot tell whether synthetic CT helps: " if doubted else "Failed, without bearing on it: "
-        assert text in told["sentence"]
-        assert ("What would make it able: " in told["sentence"]) == doubted
+        assert reported["status"] == (CANNOT_TELL if doubted else STANDS)
+        text = "This run cannot tell whether synthetic CT helps: " if doubted else "Failed, but does not affect it: "
+        assert text in reported["sentence"]
+        assert ("It would need: " in reported["sentence"]) == doubted
 
 
 def test_what_would_be_able_is_said_with_its_hours():
     _, _, answer = judge(run_sd=0.06)
-    assert "it is too small. What would make it able: " in answer["sentence"]
+    assert "it is too small. It would need: " in answer["sentence"]
     assert "replicates with these 16 test cases (" in answer["sentence"]
     assert " h of jobs, by this run's times)" in answer["sentence"]
     _, _, untimed = judge(run_sd=0.06, costs=None)
@@ -198,9 +205,9 @@ def test_one_replicate_can_tell_nothing():
     verdict = verdict_of("cannot tell", "cannot tell", "cannot tell").assign(run_df=0)
     statuses, said, answer = judge(config=config_of(replicates=1), verdict=verdict, run_sd=math.nan)
     assert (statuses[POSITIVE], statuses[NULL], statuses[ENOUGH]) == (NOT_MEASURED, NOT_MEASURED, FAILED)
-    assert said[ENOUGH].startswith("With one replicate, how much training runs scatter is not known")
+    assert said[ENOUGH].startswith("With one replicate, the run-to-run variance is not known")
     assert answer["status"] == CANNOT_TELL
-    assert "three replicates or more" in answer["sentence"]
+    assert "at least three replicates" in answer["sentence"]
 
 
 def test_too_few_test_cases_can_tell_nothing():
@@ -220,7 +227,7 @@ def test_what_was_not_measured_neither_passes_nor_fails():
     assert unknown["check"].value_counts().to_dict() == {CONVERGED: 2, GENERATOR: 3, MEMORISED: 2, ALIKE: 1}
     answer = answer_row(checks, tables["verdict"], tables["variance_components"], config_of(), None)
     assert answer["sentence"] == (
-        "The answer stands: no check that bears on it failed. Not measured: training loss, validation Dice, "
+        "The answer stands: no check that affects it failed. Not measured: training loss, validation Dice, "
         "HU of lung_ddpm, seam of lung_ddpm, label fidelity of lung_ddpm, median distance to training cases of "
         "lung_ddpm, smallest distance to a training case of lung_ddpm, runs scatter alike."
     )
@@ -229,7 +236,7 @@ def test_what_was_not_measured_neither_passes_nor_fails():
 def test_segmenters_that_know_too_little_do_not_judge_a_generator():
     statuses, said, _ = judge(fidelity=(0.2, 0.29))
     assert statuses[GENERATOR] == NOT_MEASURED
-    assert "reach a Dice of 0.29 on real CT (least 0.3): too low to judge lung_ddpm" in said[GENERATOR]
+    assert "reach a Dice of 0.29 on real CT (limit 0.3): too low to judge lung_ddpm" in said[GENERATOR]
     statuses, _, _ = judge(fidelity=(0.2, 0.29), config=config_of(instrument={"label_fidelity_ceiling": 0.25}))
     assert statuses[GENERATOR] == FAILED
 
@@ -244,7 +251,7 @@ def test_the_limit_of_memorisation_is_the_configs():
     config, quality = config_of(instrument={"training_distance": 0.95}), quality_of()
     statuses, said, _ = judge(config=config, quality=quality)
     assert statuses[MEMORISED] == FAILED
-    assert "(lungs of one grey, which remember nothing: 0.80)." in said[MEMORISED]
+    assert "(constant lungs, which remember nothing: 0.80)." in said[MEMORISED]
     assert said[MEMORISED].endswith("nearer than any real case: look at this pair for a copy.")
 
 
@@ -259,7 +266,7 @@ def test_an_arm_that_was_not_measured_leaves_the_others_their_answer():
     answer = answer_row(checks, verdict, tables["variance_components"], config, COSTS)
     expected = f"The answer stands for {ARM}. This run cannot tell about real+lung_ddpm@0.5: runs or cases are missing."
     assert answer["sentence"].startswith(expected)
-    assert "the missing runs, which the same 'lungddpm run' makes" in answer["sentence"]
+    assert "the missing runs (start the same 'lungddpm run' again)" in answer["sentence"]
 
 
 def test_a_primary_arm_has_to_be_named_before():
@@ -277,7 +284,7 @@ def test_a_run_without_synthetic_ct_has_nothing_to_answer():
     statuses, _, answer = judge(config=config)
     assert ENOUGH not in statuses
     assert GENERATOR not in statuses
-    assert answer["sentence"] == "No arm has synthetic CT: there is nothing to answer."
+    assert answer["sentence"] == "No arm has synthetic CT, so there is no question to answer."
 
 
 def test_the_published_gain_is_relevant_where_nothing_else_is_said():

@@ -1,4 +1,4 @@
-"""The ladder: which cell a generator is in, by its settings, and what stands in the table and on the page."""
+"""The ladder: which cell a generator is in, by its settings, and the content of the table and the report."""
 
 import numpy as np
 import pandas as pd

@@ -258,10 +258,10 @@ def test_a_clear_gain_and_its_mirror_image():
     assert (gain.p, gain.detectable_difference) == pytest.approx((loss.p, loss.detectable_difference))
 
 
-def test_training_luck_alone_is_no_difference_although_every_case_agrees():
+def test_run_to_run_variation_alone_is_no_difference_although_every_case_agrees():
     baseline = crossed(1, 3, 250, seed=6, replicate_sd=0)[0]
-    lucky = baseline + np.array([[0.05], [0.0], [0.01]])
-    result = compared(lucky, baseline)
+    shifted = baseline + np.array([[0.05], [0.0], [0.01]])
+    result = compared(shifted, baseline)
     assert result.p_wilcoxon < 1e-6
     assert result.verdict == "no difference shown"
     assert result.df == pytest.approx(2)
@@ -277,7 +277,7 @@ def test_the_more_arms_the_stricter():
     assert (alone.n_compared, among.n_compared) == (1, 8)
     assert among.detectable_difference > alone.detectable_difference
     text = sentence("a", "real", "Dice", among, 0.95)
-    assert "as one of 8 comparisons it does not" in text
+    assert "but not as one of 8 comparisons" in text
     assert "after correction for 8 arms" in text
 
 
@@ -334,7 +334,7 @@ def test_arms_and_replicates_that_were_not_evaluated():
     assert [row.n_compared for row in comparisons[2:]] == [2, 2]
     assert [row.n_evaluated for row in comparisons] == [3, 0, 2, 3]
     assert comparisons[2].baseline_mean == pytest.approx(values[0, 1:].mean())
-    assert "none of its replicates was evaluated" in sentence("a", "real", "Dice", comparisons[1], 0.95)
+    assert "none of its replicates were evaluated" in sentence("a", "real", "Dice", comparisons[1], 0.95)
 
 
 def test_equal_arms():
@@ -343,7 +343,7 @@ def test_equal_arms():
     assert (result.p, result.p_wilcoxon, result.ties) == (1, 1, 12)
     assert (result.ci_low, result.ci_high) == pytest.approx((0, 0))
     text = sentence("a", "real", "Dice", result, 0.95)
-    assert "Every case scored the same in both: check that the arms differ." in text
+    assert "Every case scored the same in both arms: check that the arms differ." in text
     assert "A true difference" not in text
 
 
@@ -419,17 +419,17 @@ def test_the_verdict_is_seldom_wrong_and_finds_what_it_calls_detectable(reposito
         {"n_arms": 1, "n_replicates": 1},
     ],
 )
-def test_designs_that_know_little_of_training_luck_claim_little(repository, design):
+def test_designs_that_with_few_run_degrees_of_freedom_claim_little(repository, design):
     simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
     rates = simulation["measure"](simulation["Scenario"](**design), runs=120, seed=1, bootstraps=1)
     assert rates.wrong <= 0.08
     assert rates.refused == (design["n_replicates"] == 1)
 
 
-def test_a_draw_per_replicate_covers_the_luck_of_the_draw(repository):
-    simulation = runpy.run_path(str(repository / "benchmarks" / "shared_luck.py"))
-    design, luck = simulation["Design"](5, 60), simulation["Luck"]
-    shared, own = (simulation["false_claims"](design, luck(0.5, own_draw=own), 150, 1) for own in (False, True))
+def test_a_draw_per_replicate_covers_variation_between_draws(repository):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "shared_variance.py"))
+    design, shares = simulation["Design"](5, 60), simulation["VarianceShares"]
+    shared, own = (simulation["false_claims"](design, shares(0.5, own_draw=own), 150, 1) for own in (False, True))
     assert shared > 0.15
     assert own <= 0.08
 
@@ -459,24 +459,28 @@ def test_one_replicate_cannot_tell_however_clear():
     text = sentence("real+x@1.0", "real", "Dice", result, 0.95)
     assert text.startswith("real+x@1.0: this run cannot tell whether it differs from real. Mean Dice 0.")
     assert "over patients alone; p < 0.001)" in text
-    assert "how much training runs scatter is not known" in text
+    assert "the run-to-run variance is not known" in text
     assert math.isnan(result.detectable_difference)
 
 
 def test_no_difference_says_what_could_have_been_shown():
     result = compare_arms(scores_of(*crossed(5, 2, 250, seed=1)), 100, 0.95, 0)[1]
     size = f"about {result.detectable_difference:.2g} ({result.detectable_low:.2g} to {result.detectable_high:.2g})"
-    assert f"A true difference of {size} would be shown" in sentence("a", "real", "Dice", result, 0.95)
+    assert f"A true difference of {size} would be detected" in sentence("a", "real", "Dice", result, 0.95)
     assert result.detectable_low < result.detectable_difference < result.detectable_high
 
 
 @pytest.mark.parametrize(
     ("baseline_mean", "detectable", "expected"),
     [
-        (0.643, 0.400, ("A true loss of about 0.4 ", "No gain could be shown reliably: real leaves room for 0.36.")),
-        (0.2, 0.3, ("A true gain of about 0.3 ", "No loss could be shown reliably: real leaves room for 0.20.")),
+        (
+            0.643,
+            0.400,
+            ("A true loss of about 0.4 ", "A gain could not be detected reliably: real leaves room for 0.36."),
+        ),
+        (0.2, 0.3, ("A true gain of about 0.3 ", "A loss could not be detected reliably: real leaves room for 0.20.")),
         (0.5, 0.3, ("A true difference of about 0.3 ",)),
-        (0.5, 0.7, ("too small to show even the largest possible difference", "a gain of 0.50 and a loss of 0.50")),
+        (0.5, 0.7, ("too small to detect even the largest possible difference", "a gain of 0.50 and a loss of 0.50")),
     ],
 )
 def test_no_gain_or_loss_is_promised_that_the_scale_has_no_room_for(baseline_mean, detectable, expected):
@@ -533,7 +537,7 @@ def test_a_lost_replicate_never_makes_a_claim_easier():
     assert scores.interaction.df == 2
     assert lost.df == 2
     result = compare_arms(scores, 100, 0.95, 0)[1]
-    assert "With fewer than 4 it comes out too small too often" in sentence("a", "real", "Dice", result, 0.95)
+    assert "With fewer than 4 it is often underestimated" in sentence("a", "real", "Dice", result, 0.95)
 
 
 def test_seeds_of_a_fold_are_averaged_and_folds_counted():
@@ -611,7 +615,7 @@ def test_what_comes_after_an_undecided_primary_arm_is_not_claimed():
     assert [row.verdict for row in rows[1:]] == ["no difference shown"] * 3
     assert rows[2].p < 0.001
     assert rows[2].p_gate == rows[2].p_holm == rows[1].p
-    said = "Not claimed, although alone it would count (p < 0.001): the primary arms come first"
+    said = "Not claimed, although it would be significant alone (p < 0.001): the primary arms come first"
     assert said in sentence("b", "real", "Dice", rows[2], 0.95)
     assert "Not claimed: the primary arms come first" in sentence("c", "real", "Dice", rows[3], 0.95)
     values[1] += 0.2
@@ -678,7 +682,7 @@ def test_claims_on_several_test_sets_hold_together():
 
 
 def test_false_claims_on_three_test_sets_that_share_their_runs_are_rare():
-    # Nothing differs; the luck of a run is the same on all sets.
+    # Nothing differs; the random effect of a run is the same on all sets.
     rng, claims = np.random.default_rng(11), {1: 0, 3: 0}
     for _ in range(150):
         run = rng.normal(0, 0.01, (2, 4, 1))

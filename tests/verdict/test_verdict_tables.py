@@ -14,8 +14,9 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.progress import LOG
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
+from lungddpm.quality import label_fidelity
 from lungddpm.quality.image_quality import SET_COLUMNS
-from lungddpm.report.sections import show_strata
+from lungddpm.report.sections import show_fidelity_strata, show_strata
 from lungddpm.verdict.records import drawing_costs, quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
@@ -102,7 +103,7 @@ def test_an_arm_that_was_not_evaluated_does_not_stop_the_others(make_results, ca
     assert rows.loc["real+lung_ddpm@1.0", "sentence"].endswith("Not evaluated and left out: fold1_seed0.")
     assert rows.loc["real+lung_ddpm@1.0", "n_compared"] == 1
     assert tables["detection"]["n_lesions"].tolist() == [7, 7]
-    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict goes on without" in caplog.text
+    assert "real+real has no metrics of fold0_seed0, fold1_seed0: the verdict leaves them out" in caplog.text
 
 
 def test_without_the_baseline_there_is_no_verdict(make_results):
@@ -161,7 +162,7 @@ def test_a_primary_arm_that_was_named_after_an_evaluation_is_found(make_results)
     assert named_late(results, config) == ["real, fold0_seed0"]
 
 
-def test_wilcoxon_against_a_repeated_baseline_is_named_as_luck():
+def test_wilcoxon_against_a_repeated_baseline_is_reported_as_run_to_run_variation():
     config = parse_config({"arms": {"controls": ["real"]}, "segmentation": {"folds": [0, 1, 2]}})
     cases = simulated_cases(config)
     cases.loc[(cases["arm"] == "real+real") & (cases["replicate"] == "fold0_seed0"), "dice"] += 0.05
@@ -232,6 +233,31 @@ def test_detection_by_texture_and_size():
     unrated = strata_table(lesions.assign(texture=None))
     assert unrated.columns.tolist() == table.columns.tolist()
     assert show_strata(unrated) is None
+
+
+def test_label_fidelity_by_texture_and_size():
+    """Two replicates look at one solid lesion of real CT and at two drawn ones, of which one is not rated."""
+    columns = ["generator", "images", "case_id", "sha256", "lesion", "texture", "size_bin", "found"]
+    small, large = "< 6 mm", "> 10 mm"
+    real, drawn = ("(real CT)", "reference", "a", "0"), ("flow", "synthetic", "b", "1")
+    lesions = pd.DataFrame(
+        [
+            (*real, 1, "solid", small, True), (*drawn, 1, "ground glass", large, True), (*drawn, 2, None, small, True),
+            (*real, 1, "solid", small, False), (*drawn, 1, "ground glass", large, True), (*drawn, 2, None, small, True),
+        ],
+        columns=columns,
+    )  # fmt: skip
+    table = label_fidelity.strata_table(lesions)
+    assert table.to_numpy().tolist() == [
+        ["(real CT)", "reference", "solid", "< 6 mm", 1, 50.0],
+        ["flow", "synthetic", "ground glass", "> 10 mm", 1, 100.0],
+    ]
+    shown = show_fidelity_strata(table)
+    assert shown.heads == ["texture", "size", "(real CT)", "flow"]
+    assert shown.rows == [["ground glass", "> 10 mm", "", "100 % of 1"], ["solid", "< 6 mm", "50 % of 1", ""]]
+    unrated = label_fidelity.strata_table(lesions.assign(texture=None))
+    assert unrated.columns.tolist() == table.columns.tolist()
+    assert show_fidelity_strata(unrated) is None
 
 
 def test_detection_by_size():
@@ -345,7 +371,7 @@ def test_identical_arms_show_no_difference(make_results):
     assert identical_replicates(tables["cases"]) == [
         [f"{arm}, {replicate}" for arm in config.arms.names()] for replicate in config.segmentation.replicates()
     ]
-    assert tables["froc_band"].groupby("false_positives_a_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
+    assert tables["froc_band"].groupby("false_positives_per_scan")[["ci_low", "ci_high"]].nunique().eq(1).all(axis=None)
 
 
 def test_quality_is_summarised_over_samples_with_the_region():
@@ -420,7 +446,7 @@ def dice_of(results, arm, prefix):
 def test_each_test_set_has_a_verdict_of_its_own(make_results):
     arms = {"controls": ["reference"], "control_dose": 1.0}
     config, results = make_results(
-        n_test=6, n_replicates=1, extras=False, luck=0.1, arms=arms, external={"task06": 8, "ours": 5}
+        n_test=6, n_replicates=1, extras=False, run_sd=0.1, arms=arms, external={"task06": 8, "ours": 5}
     )
     tables, written = write_tables(config, results)
     verdicts = {"case-": tables["verdict"]}

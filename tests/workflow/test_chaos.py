@@ -18,7 +18,7 @@ SEED = 906
 JOBS_BETWEEN_KILLS = (3, 9)
 SECONDS_INTO_A_JOB = (0, 10)
 HANGS_AFTER_SECONDS = 3 * 3600
-"""Against waiting for ever; no result depends on it."""
+"""Against waiting forever; no result depends on it."""
 TARGETS = ["everything", "run", "snakemake", "job"]
 TABLES = ["cases.csv", "verdict.csv", "lesions.csv", "image_quality.csv"]
 COHORT = {
@@ -53,7 +53,7 @@ class DisturbedRun:
         self.was_hit = False
 
     def finish(self):
-        """Kill and begin again until the run ends well."""
+        """Kill and restart until the run succeeds."""
         next_kill = self.random.randint(*JOBS_BETWEEN_KILLS)
         while (code := self.process.poll()) != 0:
             assert self.seconds() < HANGS_AFTER_SECONDS, f"is not at its end yet: {self.story()}"

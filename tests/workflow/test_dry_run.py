@@ -180,7 +180,7 @@ def test_a_clone_in_the_working_folder_does_not_hide_the_package(repository, tmp
 
 
 def test_a_folder_that_hides_the_package_is_named(repository, tmp_path):
-    # An import hook in the place of a path is asked last. Beside the Snakefile there is no package, as in a wheel.
+    # An import hook instead of a path is asked last. Beside the Snakefile there is no package, as in a wheel.
     (tmp_path / "lungddpm").mkdir()
     (tmp_path / "run").mkdir()
     for name in ("workflow", "profiles"):

@@ -43,11 +43,11 @@ def test_the_job_asks_for_its_gpus_and_starts_a_process_on_each(repository, tmp_
     arguments = ["--workflow-profile", "profiles/slurm", "--cores", "8", "--printshellcmds"]
     run = dry_run(repository, tmp_path, *arguments, "--config", f"workflow={keys}")
     assert run.returncode == 0, run.stderr
-    told = re.search(r"rule train_generator:.*?resources: (.*?)\nShell command: (.*?)\n", run.stdout, re.DOTALL)
-    resources = set(told[1].split(", "))
+    reported = re.search(r"rule train_generator:.*?resources: (.*?)\nShell command: (.*?)\n", run.stdout, re.DOTALL)
+    resources = set(reported[1].split(", "))
     of_launch = re.compile("gpu|nodes|tasks|gres|mpi")
     assert {resource for resource in resources if of_launch.match(resource)} == asked
-    before, _, after = told[2].partition(" lungddpm ")
+    before, _, after = reported[2].partition(" lungddpm ")
     assert before.strip() == launcher
     assert f"--threads {2 if '4' in keys else 8}" in after
 

@@ -55,7 +55,7 @@ def stuff(file):
 
 @pytest.fixture(scope="module")
 def cohort(tmp_path_factory):
-    """Four phantom patients with all of that in every slice; one of them is cut short."""
+    """Four phantom patients with all of that in every slice; one of them is truncated."""
     folder = tmp_path_factory.mktemp("hospital")
     phantom = {"patients": 4, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6, "nodule_diameter_mm": [16, 30]}
     write_cohort(Phantom(**phantom), 1, folder)
@@ -101,14 +101,14 @@ def test_nothing_personal_in_a_scan_leaves_the_reader(cohort, results):
 
 
 def test_the_run_had_something_to_tell(results):
-    told = (results / "cases/cases.tsv").read_text()
-    assert told.count("\tok\t") == 3
-    assert "is cut short" in told
+    reported = (results / "cases/cases.tsv").read_text()
+    assert reported.count("\tok\t") == 3
+    assert "is truncated" in reported
     assert (results / "qc/cases/PHANTOM-0001.html").exists()
     assert (results / "cases/PHANTOM-0001/qc.png").exists()
 
 
-def test_the_data_and_the_folder_of_the_run_are_not_told(cohort, results):
+def test_the_data_and_the_folder_of_the_run_are_not_disclosed(cohort, results):
     assert files_that_tell(results, [str(cohort), str(results)]) == {}
 
 
@@ -127,13 +127,13 @@ def test_everything_that_a_whole_run_wrote_tells_no_absolute_path(tiny_benchmark
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "reported"),
     [
-        ("error: /data/jane/LIDC/p 1/a.dcm: is cut short", "error: p 1/a.dcm: is cut short"),
+        ("error: /data/jane/LIDC/p 1/a.dcm: is truncated", "error: p 1/a.dcm: is truncated"),
         ("/data/jane/LIDC: is not a folder", "LIDC: is not a folder"),
         ("reads ../x and 1/2", "reads ../x and 1/2"),
     ],
 )
-def test_logs_shorten_the_paths_that_a_command_was_given(monkeypatch, text, told):
+def test_logs_shorten_the_paths_that_a_command_was_given(monkeypatch, text, reported):
     monkeypatch.setattr("sys.argv", ["lungddpm", "index", "--source=/data/jane/LIDC/", "--output", "results/a"])
-    assert shorten_paths(text) == told
+    assert shorten_paths(text) == reported

@@ -1,4 +1,4 @@
-"""The tiny benchmark as jobs of a real Slurm: one node, on loopback, with a GPU that is none."""
+"""The tiny benchmark as jobs of a real Slurm: one node, on loopback, with a fake GPU."""
 
 import os
 import re
@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 CONFIG = Path("/etc/slurm/slurm.conf")
 OURS = "# Written by a test of lungddpm"
 HANGS_AFTER_SECONDS = 1800
-"""Against waiting for ever for a node that stays down; no result depends on it."""
+"""Against waiting forever for a node that stays down; no result depends on it."""
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel")
 
 
@@ -112,8 +112,12 @@ class Slurm:
 
     def jobs(self) -> list[dict[str, str]]:
         """What Slurm remembers of every job."""
-        told = subprocess.run(["scontrol", "show", "jobs", "--oneliner"], capture_output=True, text=True, check=True)
-        return [dict(re.findall(r"([\w/:.]+)=(\S*)", line)) for line in told.stdout.splitlines() if "JobId=" in line]
+        reported = subprocess.run(
+            ["scontrol", "show", "jobs", "--oneliner"], capture_output=True, text=True, check=True
+        )
+        return [
+            dict(re.findall(r"([\w/:.]+)=(\S*)", line)) for line in reported.stdout.splitlines() if "JobId=" in line
+        ]
 
     def running(self, rule: str) -> dict[str, str] | None:
         """The first running job of a rule, if there is one."""

@@ -106,7 +106,7 @@ rule prepare:
         " {params.external} --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
-# How many scans there are tells how many jobs share them, and how many cases, how many samples a dose takes.
+# The number of scans determines the number of jobs, and the number of cases the number of samples per dose.
 # Snakemake forgets rules given to --until that depend on a checkpoint: no other rule than the lists of tables does.
 checkpoint count_cases:
     input:

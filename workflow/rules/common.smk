@@ -23,7 +23,7 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
 from lungddpm.core.errors import UserError
 from lungddpm.core.roles import DISCOVERY, roles_of
-from lungddpm.operations.run import offer_own_programs, report_fault
+from lungddpm.operations.run import offer_own_programs, report_error
 
 try:
     # It reads all generators' modules, as the config does.
@@ -45,7 +45,7 @@ try:
         name: owner for name in PLUGINS if (owner := SETTINGS.weights_owner(name))
     }
 except UserError as error:
-    report_fault(error)
+    report_error(error)
     raise WorkflowError(str(error)) from None
 
 offer_own_programs()
@@ -77,7 +77,7 @@ if SIMULATED_SCANS is not None:
         for number in SETTINGS.arms.numbers():
             count_real_cases(number, SETTINGS.roles.counts(SIMULATED_SCANS)[DISCOVERY])
     except UserError as error:
-        report_fault(error)
+        report_error(error)
         raise WorkflowError(str(error)) from None
 CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
 
@@ -115,7 +115,7 @@ def settings_of(*sections, **values):
         name: getattr(SETTINGS, name).model_dump(mode="json") for name in sections
     }
     text = json.dumps({"seed": SETTINGS.seed, **chosen, **values})
-    # Snakemake takes a word in braces for a wildcard; in JSON it can only stand in text, which has another spelling.
+    # Snakemake takes a word in braces for a wildcard; in JSON it can only occur in text, which has another spelling.
     return re.sub(r"\{(?=\s*\w)", r"\\u007b", text)
 
 
@@ -200,7 +200,7 @@ def filters_of_arm(wildcards):
 
 
 def filter_of_draw(wildcards):
-    """The same of what one replicate alone takes: its own segmenter judges, so that replicates share no luck."""
+    """The same for what one replicate alone takes: its own segmenter judges, so that replicates stay independent."""
     filtered = Arm.parse(wildcards.arm).filtered
     path = f"results/filter/{wildcards.arm}/{wildcards.replicate}/filter.json"
     return [path] if filtered else []

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from lungddpm.core.errors import from_os_error
 from lungddpm.core.files import write_json
-from lungddpm.operations.run import report_fault
+from lungddpm.operations.run import report_error
 
 if TYPE_CHECKING:  # Snakemake puts it before this file
     from snakemake.script import snakemake
@@ -16,5 +16,5 @@ try:
 except OSError as error:
     if (known := from_os_error(error)) is None:
         raise
-    report_fault(known)
+    report_error(known)
     sys.exit(f"error: {known}")

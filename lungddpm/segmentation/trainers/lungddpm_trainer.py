@@ -1,4 +1,4 @@
-"""The trainer that nnU-Net runs. nnU-Net imports every module of this folder: keep nothing but trainers here."""
+"""The trainer that nnU-Net runs. nnU-Net imports every module in this folder: keep only trainers here."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ SETTINGS_FILE = "training.json"
 
 
 class LungDDPMTrainer(nnUNetTrainer):
-    """nnU-Net's trainer for a fixed number of optimizer steps, repeatable and resumable.
+    """nnU-Net's trainer for a fixed number of optimizer steps, reproducible and resumable.
 
     The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `foreground_prior`, `seed`, `split`) are read
-    from `training.json` in the fold's result folder; without that file it trains as nnU-Net does. On a CPU with the
+    from `training.json` in the fold's result folder; without that file it trains like nnU-Net. On a CPU with the
     loader in the process (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed
     and resumed.
     """
@@ -45,10 +45,10 @@ class LungDDPMTrainer(nnUNetTrainer):
         self.foreground_prior: float | None = settings.get("foreground_prior")
         self.num_iterations_per_epoch = settings.get("save_every", self.num_iterations_per_epoch)
         self.num_epochs = settings.get("steps", 1000 * self.num_iterations_per_epoch) // self.num_iterations_per_epoch
-        # The validation patches only draw a curve: the last weights are used, whatever it says.
+        # The validation patches only give a curve: the last weights are always used.
         self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 10)
         self.save_every = 1
-        # nnU-Net gives the coarsest output the weight zero; with two stages there is no other.
+        # nnU-Net gives the coarsest output zero weight; with two stages there is no other auxiliary output.
         self.enable_deep_supervision = len(self.configuration_manager.pool_op_kernel_sizes) > 2
         self.progress: Progress | None = None
 
@@ -61,14 +61,15 @@ class LungDDPMTrainer(nnUNetTrainer):
         suit_to_device(self.network, self.device)
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """The cases of this replicate, which may have samples of its own; else those of nnU-Net's splits_final.json."""
+        """The cases of this replicate, which may have its own samples; otherwise those of nnU-Net's
+        splits_final.json."""
         if self.split is None:
             train, val = super().do_split()
             return train, val
         return self.split["train"], self.split["val"]
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, PolyLRScheduler]:
-        """SGD as nnU-Net has it, or AdamW, which learns in hundreds of steps."""
+        """nnU-Net's SGD, or AdamW, which learns within hundreds of steps."""
         if self.optimizer_name == "sgd":
             return super().configure_optimizers()
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
@@ -76,7 +77,7 @@ class LungDDPMTrainer(nnUNetTrainer):
 
     @staticmethod
     def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's augmentation, with a blur that does not choose its algorithm by the clock."""
+        """nnU-Net's augmentation, with a blur that does not choose its algorithm by timing."""
         transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
         for transform in transforms.transforms:
             if isinstance(transform, RandomTransform) and isinstance(transform.transform, GaussianBlurTransform):
@@ -84,7 +85,7 @@ class LungDDPMTrainer(nnUNetTrainer):
         return transforms
 
     def on_train_epoch_start(self) -> None:
-        """Draw what follows from the seed and the epoch alone, so that a resumed run goes on as it would have."""
+        """Seed the random numbers from seed and epoch alone, so that a resumed run equals an uninterrupted one."""
         self._seed_all(self.current_epoch)
         self.step_in_epoch = 0
         super().on_train_epoch_start()
@@ -113,7 +114,7 @@ class LungDDPMTrainer(nnUNetTrainer):
     def save_checkpoint(self, filename: str) -> None:
         """Save atomically: a killed run leaves the last complete checkpoint."""
         with atomic_path(Path(filename)) as temporary, temporary.open("wb") as file:
-            # nnU-Net hands it to torch.save, which reports a full disk where the file is ours.
+            # nnU-Net passes it to torch.save, which reports a full disk if we open the file.
             super().save_checkpoint(file)
 
     def print_to_log_file(self, *args: object, also_print_to_console: bool = False, add_timestamp: bool = True) -> None:
@@ -122,10 +123,10 @@ class LungDDPMTrainer(nnUNetTrainer):
         super().print_to_log_file(*shortened, also_print_to_console=False, add_timestamp=add_timestamp)
 
     def plot_network_architecture(self) -> None:
-        """Left out: it needs a library that is not kept up."""
+        """Left out: it needs an unmaintained library."""
 
     def _save_debug_information(self) -> None:
-        """Left out: it records the host's name and absolute paths."""
+        """Left out: it records the host name and absolute paths."""
 
     def _seed_all(self, moment: int | str) -> None:
         seed = seed_from(self.seed, moment)

@@ -1,10 +1,10 @@
 """Chest CT as image files (NIfTI, NRRD, MetaImage) with labels under the same name, in one of these folders:
 
 images/, labels/                          this project's own
-imagesTr/, labelsTr/, dataset.json        nnU-Net's raw data and the Medical Segmentation Decathlon; imagesTs/ counts as
-                                          far as labelsTs/ has its labels
+imagesTr/, labelsTr/, dataset.json        nnU-Net's raw data and the Medical Segmentation Decathlon; imagesTs/ counts
+                                          if labelsTs/ has its labels
 
-nnU-Net's channel suffix on the image (`case_0000.nii.gz` with the label `case.nii.gz`) may be there or not. One module
+nnU-Net's channel suffix on the image (`case_0000.nii.gz` with the label `case.nii.gz`) is optional. One module
 per question: `files` (formats), `folders` (pairs), `meanings` (of labels), `patients`.
 """
 
@@ -49,17 +49,17 @@ CITATION = "None: cite the data set."
 
 _DEFAULTS = Settings()
 _NORMALISED_RANGE = 60.0
-"""A CT of fewer HU from its lowest to its highest value is none."""
+"""Smallest range of HU of a CT."""
 
 
 def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> list[Series]:
-    """One series per image, from the headers of image and label; labels without an image have a row as well.
+    """One series per image, from the headers of image and label; labels without an image also have a row.
 
-    `n_nodules` is unknown: how many nodules the labels hold, no header shows.
+    `n_nodules` is unknown: headers do not show how many nodules the labels contain.
 
     Raises:
-        InputError: no images; or dataset.json or the table of patients is missing or broken.
-        ConfigError: the settings name a label that is not there.
+        InputError: no images; or dataset.json or the table of patients is missing or invalid.
+        ConfigError: the settings name a label that does not exist.
     """
     found = find_pairs(path)
     meanings_of(path, settings)
@@ -83,15 +83,15 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     Args:
         path: folder of the data set.
         case: row of the index; `path` is the image, `annotations` names the labels.
-        settings: what the labels mean.
+        settings: meaning of the labels.
 
     Returns:
-        The CT in HU, at least -1024, with its labels; whether it is in HU, only `build_case` can judge.
+        The CT in HU, at least -1024, with its labels; only `build_case` can judge whether it is in HU.
 
     Raises:
         ExcludedCaseError: an unreadable file, different grids, a CT that holds NaN or is constant, or unknown labels.
-        InputError: dataset.json is missing or broken.
-        ConfigError: the settings name a label that is not there.
+        InputError: dataset.json is missing or invalid.
+        ConfigError: the settings name a label that does not exist.
     """
     image, label = path / case["path"], path / json.loads(case["annotations"])[0]
     meanings, dataset = meanings_of(path, settings), path / DATASET
@@ -103,11 +103,11 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
         labels = stored.like(translate(stored.array, meanings, label))
     except InputError as error:
         raise ExcludedCaseError(error.what, error.problem, error.remedy) from None
-    # On the CT's own grid from here: the labels' header may be rounded, or hold less.
+    # From here on the CT's own grid: the labels' header may be rounded or less precise.
     labels = ct.like(Volume(labels.array, carry @ labels.affine).canonical().array)
     check_case(ct, labels, image)
     low, high = float(ct.array.min()), float(ct.array.max())
-    # Values of a smaller range are not HU. `build_case` says what they look like, which rounding or
+    # A smaller range is not HU. `build_case` describes what the values look like, which rounding or
     # padding with air would hide.
     if high - low > _NORMALISED_RANGE:
         ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
@@ -124,7 +124,7 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
 
 
 def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf) -> Series:
-    """What is known of one image before its voxels are read; `case_id` is not yet safe for folders."""
+    """The series of one image before its voxels are read; `case_id` is not yet safe for folders."""
     files = [pair.image, *([pair.label] if pair.label else [])]
     grid = cache.recall(
         " ".join(_within(top, file) for file in files),
@@ -161,15 +161,15 @@ def _without_image(top: Path, label: Path) -> Series:
 def _check_channels(pair: Pair) -> None:
     if pair.image in pair.others:
         remedy = "Add the CT as channel 0000, without the others."
-        raise InputError(pair.image, "is not channel 0000, which should be the CT and is missing", remedy)
+        raise InputError(pair.image, "is not channel 0000, which should be the CT but is missing", remedy)
     if pair.others:
         others = ", ".join(file.name for file in pair.others)
-        problem = f"has further channels beside it ({others}), but a CT is one"
-        raise InputError(pair.image, problem, "Give a copy of the data set with channel 0000 alone, if that is the CT.")
+        problem = f"has further channels ({others}), but a CT has one"
+        raise InputError(pair.image, problem, "Use a copy of the data set with only channel 0000, if that is the CT.")
 
 
 def _describe(top: Path, pair: Pair) -> dict:
-    """What the headers of an image and its label say, ready for the cache."""
+    """The headers of an image and its label, ready for the cache."""
     size, spacing_mm, excluded = [0, 0, 0], [0.0, 0.0, 0.0], ""
     try:
         header = read_header(pair.image)
@@ -189,10 +189,10 @@ def _describe(top: Path, pair: Pair) -> dict:
 
 
 def _carry(image: Path, ours: Header, label: Path, theirs: Header) -> np.ndarray:
-    """What takes a label's place in mm, as `read_labels` has it, to its place by the image's header, (4, 4).
+    """The transform of positions in mm from the label's affine (see `read_labels`) to the image's, (4, 4).
 
-    The voxels are the same where any affine of one header agrees with any of the other, to within half a voxel: labels
-    are written with rounded headers, with a qform only (which cannot hold a tilt), or with the qform of their CT.
+    The grids are equal if any affine of one header agrees with any of the other to within half a voxel: some labels
+    have rounded headers, only a qform (which cannot express a tilt), or the qform of their CT.
 
     Raises:
         InputError: shapes or affines that do not agree.
@@ -206,9 +206,9 @@ def _carry(image: Path, ours: Header, label: Path, theirs: Header) -> np.ndarray
         raise InputError(
             label,
             f"has shape {theirs.grid.shape}, but {image_name} has {ours.grid.shape}",
-            "Export both on one grid.",
+            "Export both on the same grid.",
         )
-    raise InputError(label, f"has another affine than {image_name}", "Export both with one geometry.")
+    raise InputError(label, f"has a different affine than {image_name}", "Export both with the same geometry.")
 
 
 def _within(top: Path, file: Path) -> str:

@@ -1,8 +1,8 @@
-"""Image files: NIfTI through nibabel, NRRD and MetaImage through SimpleITK, by one set of rules.
+"""Image files: NIfTI through nibabel, NRRD and MetaImage through SimpleITK, with the same rules.
 
-SimpleITK's images are in LPS; what leaves this module is RAS. Its reader of MetaImage returns compressed voxels that
-are damaged or cut short without an error, so these are decompressed here first, and counted. SimpleITK is imported
-where it is used: folders of NIfTI do without.
+SimpleITK's images are in LPS; this module returns RAS. Its MetaImage reader returns damaged or truncated compressed
+voxels without an error, so they are first decompressed and counted here. SimpleITK is imported where it is used:
+folders of NIfTI do not need it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from SimpleITK import ImageFileReader
 
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
-"""Of images, in small letters or in capitals; where labels of one name have several, the first of these counts."""
+"""Of images, in lower or upper case; if labels with the same name have several, the first of these is used."""
 _FORMATS = {".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
 _READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
 _DTYPES = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
@@ -32,15 +32,15 @@ _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 _ANATOMICAL_SPACES = {
     "right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps"
 }  # fmt: skip
-"""Of NRRD: those that say where the patient's sides are."""
+"""NRRD spaces that define the patient's sides."""
 _LONGEST_TEXT = 2**20
 _CHUNK = 2**16
-"""Bytes that are decompressed at once, to 64 MiB at most."""
+"""Bytes to decompress at once, to at most 64 MiB."""
 
 
 def suffix_of(name: str) -> str:
-    """Which of `SUFFIXES` a file's name has; empty if none."""
-    # Not in any mixture: nibabel would look for, or read, another file.
+    """The suffix of a file's name among `SUFFIXES`; empty if none."""
+    # Mixed case is not accepted: nibabel would look for, or read, another file.
     return next((suffix for suffix in SUFFIXES if name.endswith((suffix, suffix.upper()))), "")
 
 
@@ -60,10 +60,10 @@ def read_header(path: Path) -> Header:
 
 
 def read_volume(path: Path) -> Volume:
-    """Read a 3-D image in the closest RAS+ orientation, values as stored (scaled where a NIfTI header says so).
+    """Read a 3-D image in the closest RAS+ orientation, values as stored (scaled if a NIfTI header has a scale).
 
     Raises:
-        InputError: as `read_header`, or the voxels are cut short or damaged, or fill more memory than there is.
+        InputError: as `read_header`, or the voxels are truncated or damaged, or do not fit into memory.
     """
     return nifti.read_volume(path) if suffix_of(path.name) not in _FORMATS else read_stored(path).canonical()
 
@@ -82,7 +82,7 @@ def read_labels(path: Path) -> Volume:
     """Read a volume of labels: whole numbers, which may be stored as something else (see `core.volume.read_labels`).
 
     Returns:
-        uint8 where every value is a label from 0 to 255, in the closest RAS+ orientation; else as stored.
+        uint8 if every value is a label from 0 to 255, in the closest RAS+ orientation; otherwise as stored.
 
     Raises:
         InputError: as `read_volume`.
@@ -94,7 +94,7 @@ def read_labels(path: Path) -> Volume:
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
-    """The file itself and, where it is a header alone, the file beside it that holds the voxels, if that is there."""
+    """The file itself and, if it is only a header, the file next to it with the voxels, if it exists."""
     try:
         data = _read_text(path).data if suffix_of(path.name) in _FORMATS else None
     except InputError:
@@ -109,7 +109,7 @@ class _Text:
     Attributes:
         fields: values by key, keys in lower case.
         size: of the text, in bytes.
-        data: file that holds the voxels, if it is another one.
+        data: file with the voxels, if it is another one.
     """
 
     fields: dict[str, str]
@@ -119,7 +119,7 @@ class _Text:
 
 @dataclass(frozen=True)
 class _File:
-    """A file that SimpleITK reads, as far as its header."""
+    """The header of a file that SimpleITK reads."""
 
     path: Path
     reader: ImageFileReader
@@ -133,7 +133,7 @@ def _open(path: Path) -> _File:
     text = _read_text(path)
     reader = SimpleITK.ImageFileReader()
     try:
-        # By name: else any format that SimpleITK knows would be tried.
+        # By name: otherwise SimpleITK would try all of its formats.
         reader.SetImageIO(_READERS[_FORMATS[suffix_of(path.name)]])
         reader.SetFileName(str(path))
         reader.ReadImageInformation()
@@ -142,7 +142,7 @@ def _open(path: Path) -> _File:
     if reader.GetNumberOfComponents() > 1 or reader.GetPixelIDValue() >= len(_DTYPES):
         raise InputError(path, "holds vectors, colours or complex numbers", "Store one number per voxel.")
     stored = tuple(int(n) for n in reader.GetSize())
-    volume_shape(path, stored)  # before three axes are taken for granted
+    volume_shape(path, stored)  # before assuming three axes
     affine = np.eye(4)
     directions = np.array(reader.GetDirection()).reshape(len(stored), len(stored))
     affine[:3, :3] = directions[:3, :3] * reader.GetSpacing()[:3]
@@ -155,7 +155,7 @@ def _read_text(path: Path) -> _Text:
     """The text at the start of an NRRD file (up to an empty line) or a MetaImage (up to `ElementDataFile`).
 
     Raises:
-        InputError: missing or unreadable, or the voxels are elsewhere than in the file or in one beside it.
+        InputError: missing or unreadable, or the voxels are neither in the file nor in one next to it.
     """
     is_nrrd = _FORMATS[suffix_of(path.name)] == "NRRD"
     separator, last = (":", "") if is_nrrd else ("=", "elementdatafile")
@@ -177,7 +177,7 @@ def _read_text(path: Path) -> _Text:
 
 
 def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
-    """The file beside this one that holds its voxels; None where it holds them itself.
+    """The file with the voxels next to this one; None if it contains them itself.
 
     Raises:
         InputError: they are elsewhere, or the file is missing.
@@ -190,7 +190,7 @@ def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
     if name.upper().startswith("LIST") or "%" in name:
         raise InputError(path, "keeps its voxels in several files", "Store it as .mha, or as .mhd with one .raw.")
     if PureWindowsPath(name).name != name:
-        raise InputError(path, f"keeps its voxels in {name}, not beside it", "Put the .raw file beside its .mhd file.")
+        raise InputError(path, f"keeps its voxels in another folder, {name}", "Put the .raw next to its .mhd file.")
     data = path.with_name(name)
     if not data.is_file():
         raise InputError(path, f"keeps its voxels in {name}, which does not exist", "Copy that file as well.")
@@ -198,13 +198,13 @@ def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
 
 
 def _notes(fields: dict[str, str]) -> tuple[str, ...]:
-    """What a header leaves open about the patient's sides."""
+    """Notes if a header does not define the patient's sides."""
     swapped = "left and right may be swapped"
     if not {"transformmatrix", "orientation", "rotation", "space directions"} & set(fields):
         return (f"its header has no directions: only the voxel sizes are known, and {swapped}",)
     space = fields.get("space", "").lower()
     if "space directions" in fields and space not in _ANATOMICAL_SPACES:
-        return (f"its header says '{space or 'nothing'}' for its space, taken as left-posterior-superior: {swapped}",)
+        return (f"its header has the space '{space or 'none'}', assumed to be left-posterior-superior: {swapped}",)
     return ()
 
 
@@ -222,7 +222,7 @@ def _read_array(file: _File) -> np.ndarray:
 
 
 def _check_compressed(file: _File) -> None:
-    """Make sure that the compressed voxels of a MetaImage are whole and intact, which SimpleITK does not.
+    """Check that the compressed voxels of a MetaImage are complete and intact, which SimpleITK does not.
 
     Raises:
         InputError: they are not.
@@ -239,10 +239,10 @@ def _check_compressed(file: _File) -> None:
     except (KeyError, ValueError, OSError, zlib.error) as error:
         raise _unreadable(file.path, error) from None
     if left or not unpack.eof:
-        raise _unreadable(file.path, "its compressed voxels are cut short or damaged")
+        raise _unreadable(file.path, "its compressed voxels are truncated or damaged")
 
 
 def _unreadable(path: Path, error: object) -> InputError:
-    # SimpleITK's messages are long, and start with where in its own code they are from.
+    # SimpleITK's messages are long, and start with their location in its code.
     reason = " ".join(str(error).split())[-200:]
     return InputError(path, f"cannot be read as {_FORMATS[suffix_of(path.name)]} ({reason})", "Copy the file again.")

@@ -1,4 +1,4 @@
-"""Which image belongs to which labels, in folders of this project's own and in those of nnU-Net and the Decathlon."""
+"""Pairs of images and labels, in this project's own folders and in those of nnU-Net and the Decathlon."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lungddpm.core.errors import InputError
 from lungddpm.sources.images.files import SUFFIXES, stem_of, suffix_of
 
 CHANNEL = "_0000"
-"""nnU-Net's suffix of the first channel, which may be left out where there is one."""
+"""nnU-Net's suffix of the first channel, optional with a single channel."""
 DATASET = "dataset.json"
 OWN, TRAINING, TEST = ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")
 _FOLDERS = (OWN, TRAINING, TEST)
@@ -19,13 +19,13 @@ _SEVERAL_CHANNELS = re.compile(r"(.+)_(\d{4})")
 
 @dataclass(frozen=True)
 class Pair:
-    """One case, as far as names of files tell.
+    """One case, from the names of its files.
 
     Attributes:
         name: of the case, without suffix and channel.
         image: the CT.
-        label: its labels; None where there are none.
-        others: images of channels other than the first; `image` is among them where that is missing.
+        label: its labels; None if there are none.
+        others: images of channels other than the first; includes `image` if the first is missing.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Found:
-    """What lies in a data set.
+    """Contents of a data set.
 
     Attributes:
         pairs: images, with and without labels.
@@ -69,7 +69,7 @@ def find_pairs(top: Path) -> Found:
 
 
 def is_nnunet(top: Path) -> bool:
-    """Whether a data set has the folders of nnU-Net and the Decathlon, where dataset.json says what labels are."""
+    """Whether a data set has the folders of nnU-Net and the Decathlon, where dataset.json defines the labels."""
     return any((top / folder).is_dir() for folder, _ in (TRAINING, TEST))
 
 
@@ -79,7 +79,7 @@ def case_name(file: str) -> str:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    # What starts with a dot is of the system; macOS leaves ._ files in archives.
+    # Names starting with a dot are system files; macOS leaves ._ files in archives.
     return [file for file in sorted(folder.glob("[!.]*")) if suffix_of(file.name)]
 
 
@@ -93,7 +93,7 @@ def _pair(images: list[Path], labels: list[Path]) -> tuple[list[Pair], list[Path
     for image in images:
         stem = stem_of(image.name)
         parts = _SEVERAL_CHANNELS.fullmatch(stem)
-        # Names may end on four digits without being channels: those with labels of the whole name.
+        # Names may end with four digits that are not a channel: if labels have the whole name.
         if stem not in label_of and parts and f"_{parts[2]}" != CHANNEL:
             first = parts[1] + CHANNEL
             if parts[1] in label_of or (first in stems and first not in label_of):
@@ -116,6 +116,6 @@ def _without_images(top: Path, unlabelled: list[Path]) -> InputError:
     ]
     remedy = "See docs/how-to/run-on-image-files.md for the folders that are read."
     if inside:
-        remedy = f"Set source.path to a folder in it, such as {inside[0]}."
+        remedy = f"Set source.path to a folder inside it, such as {inside[0]}."
     where = " or ".join(f"{images}/" for images, _ in (OWN, TRAINING))
     return InputError(top.absolute(), f"has no images in {where} ({', '.join(SUFFIXES)})", remedy)

@@ -1,4 +1,4 @@
-"""What the numbers in labels mean: by the settings, by names in dataset.json, or by this project's own numbers."""
+"""Meaning of label numbers: from the settings, from names in dataset.json, or this project's own numbers."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ UNDERSTOOD: dict[Label, tuple[str, ...]] = {
     Label.NODULE: ("nodule", "nodules", "tumour", "tumours", "tumor", "tumors", "cancer", "lesion", "lesions"),
     Label.VESSEL: ("vessel", "vessels"),
 }
-"""Names in dataset.json that need no setting; capitals, `_` and `-` make no difference."""
+"""Names in dataset.json that do not need a setting; capitals, `_` and `-` are ignored."""
 _KEY = "source.images.labels"
-_EXAMPLE = f"Say what they are, e.g. {_KEY}: {{1: nodule}}."
+_EXAMPLE = f"Define them, e.g. {_KEY}: {{1: nodule}}."
 
 
 def meanings_of(top: Path, settings: Images) -> dict[int, Label]:
-    """What each number in the labels of a data set means.
+    """The meaning of each label number of a data set.
 
     Raises:
-        InputError: dataset.json is missing where it is needed, or broken, or names a label that nothing explains.
+        InputError: dataset.json is needed but missing, or invalid, or names an undefined label.
         ConfigError: the settings name a label that dataset.json does not have.
     """
     if not (top / DATASET).is_file():
@@ -44,8 +44,8 @@ def meanings_of(top: Path, settings: Images) -> dict[int, Label]:
         example = f"{{{next(iter(left))}: background}}"
         raise InputError(
             (top / DATASET).absolute(),
-            f"names labels that are not understood ({shown})",
-            f"Say in {_KEY} what they are, e.g. {example}; known are background, lung, nodule, vessel.",
+            f"names unknown labels ({shown})",
+            f"Define them in {_KEY}, e.g. {example}; available: background, lung, nodule, vessel.",
         )
     return meanings
 
@@ -54,7 +54,7 @@ def translate(stored: np.ndarray, meanings: dict[int, Label], origin: Path) -> n
     """Labels of a file as those of a layout.
 
     Args:
-        stored: whole numbers as uint8, or anything else, which is refused.
+        stored: whole numbers as uint8; anything else is an error.
         meanings: see `meanings_of`.
         origin: the file, for the message.
 
@@ -62,15 +62,15 @@ def translate(stored: np.ndarray, meanings: dict[int, Label], origin: Path) -> n
         uint8 `Label`.
 
     Raises:
-        InputError: a value that nothing explains.
+        InputError: an undefined value.
     """
     found = np.unique(stored)
     if unknown := [value for value in found if value not in meanings]:
         known = ", ".join(f"{number} {label.name.lower()}" for number, label in sorted(meanings.items()))
         raise InputError(
             origin,
-            f"the labels hold {', '.join(f'{value:g}' for value in unknown[:5])}, known are {known}",
-            f"Correct the file, or say in {_KEY} what that is.",
+            f"the labels contain {', '.join(f'{value:g}' for value in unknown[:5])}, allowed are {known}",
+            f"Correct the file, or define the label in {_KEY}.",
         )
     table = np.zeros(np.iinfo(np.uint8).max + 1, np.uint8)
     table[list(meanings)] = list(meanings.values())
@@ -82,7 +82,7 @@ def _without_names(top: Path, settings: Images) -> dict[int, Label]:
         given = {_number(key, None): Label[meaning.upper()] for key, meaning in settings.labels.items()}
         return {Label.BACKGROUND.value: Label.BACKGROUND, **given}
     if is_nnunet(top):
-        raise InputError(top.absolute(), f"has no {DATASET}, which would say what the labels are", _EXAMPLE)
+        raise InputError(top.absolute(), f"has no {DATASET} to define the labels", _EXAMPLE)
     return {label.value: label for label in Label}
 
 
@@ -110,15 +110,15 @@ def _is_number(value: Any) -> bool:
 
 
 def _number(key: str, named: dict[int, str] | None) -> int:
-    """The number that a key of the settings stands for."""
+    """The number for a key of the settings."""
     if key.isdecimal():
         return int(key)
     if named is None:
-        raise ConfigError(_KEY, f"has the name '{key}', but there is no {DATASET}", "Give the label's number.")
+        raise ConfigError(_KEY, f"has the name '{key}', but there is no {DATASET}", "Use the label's number.")
     numbers = [number for number, name in named.items() if _plain(name) == _plain(key)]
     if not numbers:
         known = ", ".join(named.values()) or "no names"
-        raise ConfigError(_KEY, f"has the name '{key}', which is not in {DATASET}", f"That has {known}.")
+        raise ConfigError(_KEY, f"has the name '{key}', which is not in {DATASET}", f"It has {known}.")
     return numbers[0]
 
 

@@ -1,4 +1,4 @@
-"""Whose scan an image is: by a table, by a pattern in its name, or each its own."""
+"""The patient of an image: from a table, from a pattern in its name, or one patient per image."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from lungddpm.sources.images.folders import case_name
 from lungddpm.sources.images.settings import Images
 
 PatientOf = Callable[[Path], str]
-"""From an image to its patient; raises InputError where that is not known."""
+"""From an image to its patient; raises InputError if it is not known."""
 
 
 def patient_finder(top: Path, settings: Images) -> PatientOf:
-    """How the patient of an image is known.
+    """The function that finds the patient of an image.
 
     Raises:
         InputError: the table is missing, cannot be read, lacks a column, or gives a file two patients.
@@ -47,14 +47,14 @@ def _by_pattern(pattern: str) -> PatientOf:
         if found and found[1]:
             return found[1]
         raise InputError(
-            image, f"has no patient by the pattern {pattern}", "Change source.images.patient_pattern, or the name."
+            image, f"does not match the pattern {pattern}", "Change source.images.patient_pattern, or the name."
         )
 
     return patient_of
 
 
 def _read_table(table: Path) -> dict[str, str]:
-    """Patients by the name of their case."""
+    """Patients by case name."""
     try:
         text = table.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -65,8 +65,8 @@ def _read_table(table: Path) -> dict[str, str]:
     rows = csv.DictReader(text.splitlines(), delimiter=_delimiter(text))
     columns = [column.strip() for column in rows.fieldnames or []]
     if missing := [column for column in ("file", "patient") if column not in columns]:
-        problem = f"has no column {' and no column '.join(missing)} (it has {', '.join(columns) or 'none'})"
-        raise InputError(table.absolute(), problem, "Its first line names the columns: file, patient.")
+        problem = f"lacks the column {' and the column '.join(missing)} (it has {', '.join(columns) or 'none'})"
+        raise InputError(table.absolute(), problem, "The first line must name the columns: file, patient.")
     rows.fieldnames = columns
     return _by_case(table, ((row["file"] or "", row["patient"] or "") for row in rows))
 
@@ -74,7 +74,7 @@ def _read_table(table: Path) -> dict[str, str]:
 def _by_case(table: Path, rows: Iterable[tuple[str, str]]) -> dict[str, str]:
     patients: dict[str, str] = {}
     for file, patient in rows:
-        # A file may be written with its folder, by the rules of any system.
+        # A file may be given with its folder, in the notation of any system.
         name = case_name(PureWindowsPath(file.strip()).name)
         if patients.setdefault(name, patient.strip()) != patient.strip():
             raise InputError(table.absolute(), f"gives {file.strip()} two patients", "Keep one of the rows.")

@@ -22,29 +22,29 @@ def _check_pattern(pattern: str | None) -> str | None:
     except re.error as error:
         raise ValueError(f"is not a regular expression ({error})") from None
     if groups != 1:
-        raise ValueError(f"needs one group in parentheses, the patient, and has {groups}")
+        raise ValueError(f"needs one group in parentheses, the patient, but has {groups}")
     return pattern
 
 
 def check_table(name: str | None) -> str | None:
-    """Refuse the name of a table that is not in the folder of the data set."""
-    # Jobs and results know the folder of the data set, and no other place of the user's.
+    """Reject a table outside the folder of the data set."""
+    # Jobs and results only know the folder of the data set, and no other user folder.
     if name is not None and Path(name).name != name:
-        raise ValueError("is the name of a file in the folder of the data set, without a folder of its own")
+        raise ValueError("must be the name of a file in the folder of the data set, without any folder")
     return name
 
 
 class Images(Section):
-    """How a folder of image files is read. Used when `source.kind` is `images`."""
+    """Reading of a folder of image files. Used when `source.kind` is `images`."""
 
     labels: dict[LabelName, Meaning] = {}
-    """What the labels are, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It overrides
+    """Meaning of the labels, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It overrides
     the names in dataset.json. Without either, 1 is lung, 2 nodule, 3 vessel."""
     patient_table: Annotated[str | None, AfterValidator(check_table)] = None
     """A table with the columns `file` and `patient` in the folder of the data set, such as participants.tsv (tabs) or
-    patients.csv, for several scans of one patient. null: each scan is a patient of its own."""
+    patients.csv, for several scans of one patient. null: each scan counts as a separate patient."""
     patient_pattern: Annotated[str | None, AfterValidator(_check_pattern)] = None
-    """A regular expression with one group, the patient, that is looked for in each image's name (without suffix and
+    """A regular expression with one group, the patient, that is searched in each image's name (without suffix and
     `_0000`), such as `^(P[0-9]+)_`."""
 
     @field_validator("labels", mode="before")
@@ -56,11 +56,11 @@ class Images(Section):
     @model_validator(mode="after")
     def _numbers(self) -> Images:
         if large := [key for key in self.labels if key.isdecimal() and int(key) > 255]:
-            raise ValueError(f"labels: numbers of labels are 0 to 255, got {large[0]}")
+            raise ValueError(f"labels: label numbers must be 0 to 255, got {large[0]}")
         return self
 
     @model_validator(mode="after")
     def _one_way_to_patients(self) -> Images:
         if self.patient_table is not None and self.patient_pattern is not None:
-            raise ValueError("patient_table and patient_pattern: give one of them")
+            raise ValueError("patient_table and patient_pattern: set only one of them")
         return self

@@ -1,7 +1,8 @@
-"""LIDC-IDRI: chest CT as DICOM (`slices`), and what four readers drew, as XML (`readings`) or SEG (`segmentations`).
+"""LIDC-IDRI: chest CT as DICOM (`slices`), with the outlines of four readers as XML (`readings`) or SEG
+(`segmentations`).
 
-All layouts of the download are read: the XML beside the slices, or in a tree of its own, or SEG objects in series of
-their own; each file belongs to the series that its header names. Armato et al., Medical Physics 38:915-931, 2011,
+All forms of the download are read: the XML next to the slices or in a separate tree, or SEG objects in separate
+series; each file belongs to the series named in its header. Armato et al., Medical Physics 38:915-931, 2011,
 doi 10.1118/1.3528204.
 """
 
@@ -39,12 +40,12 @@ TITLE = "LIDC-IDRI, as DICOM series with the readers' XML or DICOM SEG"
 CITATION = "Lung Image Database Consortium and Image Database Resource Initiative, Medical Physics 38:915, 2011."
 
 _DOCUMENTS = {"KO", "PR", "SR"}
-"""Modalities without an image: notes about images."""
+"""Modalities without an image: documents about images."""
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one folder holds of one series, as the cache keeps it."""
+    """The part of one series in one folder, as cached."""
 
     folder: str
     series_uid: str
@@ -53,10 +54,10 @@ class _Part:
     syntaxes: list[str]
     size: Sequence[int]
     spacing_mm: Sequence[float]
-    fault: str
-    """Why these slices are no scan; empty if they are."""
+    problem: str
+    """Why these slices are not a scan; empty if they are."""
     notes: Sequence[str]
-    """What was left out of them, and why."""
+    """Notes on what was left out, and why."""
 
 
 def size(_settings: None) -> Size:
@@ -68,9 +69,9 @@ def size(_settings: None) -> Size:
 def find_series(path: Path, cache: Cache) -> list[Series]:
     """All series below a folder, from the headers of their slices and their readers' XML or SEG objects.
 
-    What only these name has a row as well, and so has a folder of which nothing can be read. `n_nodules` is the
-    largest number of nodules of at least 3 mm that any one reader marked: which marks of different readers mean the
-    same nodule is known only once their contours are compared (`lungddpm.layouts.nodules`).
+    Series named only in these also have a row, and so does a folder in which nothing can be read. `n_nodules` is the
+    largest number of nodules of at least 3 mm that any one reader marked: which marks of different readers belong to
+    the same nodule is only known after comparing their contours (`lungddpm.layouts.nodules`).
     """
     files, nameless = files_below(path)
     xml_files = [file for file in files if file.suffix.lower() == ".xml"]
@@ -85,7 +86,7 @@ def find_series(path: Path, cache: Cache) -> list[Series]:
         if {modality for part in of_series for modality in part.modalities} - _DOCUMENTS
     ]
     if documents := len(parts) - len(found):
-        LOG.info("%d series hold documents, not images (%s)", documents, ", ".join(sorted(_DOCUMENTS)))
+        LOG.info("%d series are documents, not images (%s)", documents, ", ".join(sorted(_DOCUMENTS)))
     with_slices = {part.folder for of_series in parts.values() for part in of_series}
     found += [Series("", "", "", path=name, excluded=nameless[name]) for name in nameless if name not in with_slices]
     found += reads.without_images
@@ -105,18 +106,18 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         The CT in HU, at least -1024, with the contours of every reader.
 
     Raises:
-        ExcludedCaseError: slices are missing, doubled or damaged, or the XML does not fit them.
+        ExcludedCaseError: slices are missing, duplicated or damaged, or the XML does not match them.
     """
     folder = path / case["path"]
-    slices, fault = read_headers(_files_in(folder))
-    if fault is not None:
-        raise fault
+    slices, problem = read_headers(_files_in(folder))
+    if problem is not None:
+        raise problem
     if case["series_uid"] not in slices:
-        raise ExcludedCaseError(folder, f"no longer holds series {case['series_uid']}", "Index the data set again.")
+        raise ExcludedCaseError(folder, f"no longer has series {case['series_uid']}", "Index the data set again.")
     stack = stack_of(slices[case["series_uid"]])
     slices_hu = hounsfield(stack.headers, stack.size[1::-1])
     first = next(slices_hu)
-    # Only now: a damaged header could ask for more memory than there is. Fortran order keeps a slice in one piece, here
+    # Only now: a damaged header could request more memory than there is. Fortran order keeps slices contiguous, here
     # and in the NIfTI file.
     array = np.empty(stack.size, np.int16, order="F")
     array[:, :, 0] = first.T
@@ -143,8 +144,8 @@ def _files_in(folder: Path) -> list[Path]:
 def _read_folders(
     top: Path, files: list[Path], cache: Cache
 ) -> tuple[dict[str, list[_Part]], list[Drawn], dict[str, str]]:
-    """What folders hold of every series but SEG, all SEG objects, and for each folder with files whose series is
-    unknown the reason of the first.
+    """The parts of every series except SEG by folder, all SEG objects, and for each folder with files of unknown series
+    the reason for the first.
     """
     in_folder: dict[Path, list[Path]] = defaultdict(list)
     for file in files:
@@ -171,14 +172,14 @@ def _read_folders(
 
 
 def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> dict:
-    """What the files of one folder hold, ready for the cache."""
+    """The contents of the files of one folder, ready for the cache."""
 
     def each() -> Iterable[Path]:
         for file in files:
             yield file
             advance()
 
-    slices, fault = read_headers(each())
+    slices, problem = read_headers(each())
     drawn = {
         header.path: header for headers in slices.values() for header in headers if header["Modality"] == SEGMENTATION
     }
@@ -186,7 +187,7 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
     return {
         "parts": [asdict(_part(top, headers)) for headers in parts],
         "drawn": [asdict(drawn_in(top, header)) for header in drawn.values()],
-        "nameless": reason_of(fault, top) if fault else "",
+        "nameless": reason_of(problem, top) if problem else "",
     }
 
 
@@ -194,12 +195,12 @@ def _part(top: Path, headers: list[Header]) -> _Part:
     size: tuple[int, int, int] = (0, 0, 0)
     spacing_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
     notes: tuple[str, ...] = ()
-    fault = ""
+    problem = ""
     try:
         stack = stack_of(headers)
         size, spacing_mm, notes = stack.size, stack.spacing_mm, stack.notes
     except ExcludedCaseError as error:
-        fault = reason_of(error, top)
+        problem = reason_of(error, top)
     return _Part(
         folder=relative_name(headers[0].path.parent, top),
         series_uid=headers[0]["SeriesInstanceUID"],
@@ -208,13 +209,13 @@ def _part(top: Path, headers: list[Header]) -> _Part:
         syntaxes=sorted({header["TransferSyntaxUID"] for header in headers}),
         size=size,
         spacing_mm=spacing_mm,
-        fault=fault,
+        problem=problem,
         notes=notes,
     )
 
 
 def _keep_one_copy(top: Path, parts: list[_Part], cache: Cache) -> list[_Part]:
-    """The parts of one series; of a series whose folders are copies of each other, the first complete one."""
+    """The parts of one series; if its folders are copies of each other, the first complete one."""
     if len(parts) == 1 or len({patient for part in parts for patient in part.patients}) > 1:
         return parts
     folders = [part.folder for part in parts]
@@ -227,10 +228,10 @@ def _keep_one_copy(top: Path, parts: list[_Part], cache: Cache) -> list[_Part]:
 
 
 def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
-    """The number of the first part that holds all slices of the others, with equal content."""
+    """The number of the first part with all slices of the others, with equal content."""
     of_part = [read_headers(_files_in(top / part.folder))[0].get(part.series_uid, []) for part in parts]
     for number, part in enumerate(parts):
-        if part.fault:
+        if part.problem:
             continue
         try:
             size = stack_of(of_part[number]).size
@@ -247,9 +248,9 @@ def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: 
 
     Args:
         uid: SeriesInstanceUID.
-        parts: what the folders hold of it.
-        nameless: for folders with damaged files, the reason.
-        readings: what the readers of this series say.
+        parts: of the series, by folder.
+        nameless: the reason for each folder with damaged files.
+        readings: of this series.
     """
     first = parts[0]
     return Series(
@@ -261,29 +262,29 @@ def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: 
         n_nodules=readings.n_nodules,
         path=first.folder,
         annotations=readings.files,
-        excluded=_fault_of_slices(parts, nameless) or readings.fault,
+        excluded=_problem_of_slices(parts, nameless) or readings.problem,
         notes=(*first.notes, *readings.notes),
     )
 
 
-def _fault_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
+def _problem_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     folders = [part.folder for part in parts]
     modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
     if "RTSTRUCT" in modalities:
         remedy = "Convert it to DICOM SEG or to labels for source.kind: images, e.g. with 3D Slicer."
-        return f"{folders[0]}: holds contours as RTSTRUCT, which is not read. {remedy}"
+        return f"{folders[0]}: has contours as RTSTRUCT, which is not read. {remedy}"
     if modalities != ["CT"]:
-        kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is no CT"
+        kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is not CT"
         return f"{folders[0]}: {kind} (modality {', '.join(modalities)}). Leave it out."
     if damaged := next((nameless[folder] for folder in folders if folder in nameless), ""):
         return damaged
     if len(parts) > 1:
         return f"{folders[0]}: series is spread over {len(folders)} folders. Keep one copy of it."
     if len(parts[0].patients) > 1 or not parts[0].patients[0]:
-        return f"{folders[0]}: the slices do not name one patient (PatientID). Fix the headers."
+        return f"{folders[0]}: the slices do not have one PatientID. Fix the headers."
     if undecodable := next((syntax for syntax in parts[0].syntaxes if not can_be_decoded(syntax)), ""):
         return (
             f"{folders[0]}: is in a transfer syntax that cannot be decoded, {name_of_syntax(undecodable)}. "
             "Convert it, e.g. to JPEG 2000."
         )
-    return parts[0].fault
+    return parts[0].problem

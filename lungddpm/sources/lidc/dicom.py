@@ -1,4 +1,4 @@
-"""DICOM files as they come: with or without preamble, in any transfer syntax, read within bounds.
+"""DICOM files as found in practice: with or without preamble, in any transfer syntax, read with size limits.
 
 pydicom is imported where it is used: nearly all files of LIDC-IDRI can be indexed without it (see `slices`).
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 COPY_AGAIN = "Download or copy the file again."
 LARGEST_SLICE_BYTES = 64 * 2**20
-"""Twice those of 4096 x 4096 pixels; bounds what a compressed file can unpack to."""
+"""Twice those of 4096 x 4096 pixels; limits the size of a decompressed file."""
 LARGEST_MULTIFRAME_BYTES = LARGEST_SLICE_BYTES + 2 * LARGEST_VOXELS
 IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN = "1.2.840.10008.1.2", "1.2.840.10008.1.2.1"
 EXPLICIT_BIG_ENDIAN, DEFLATED = "1.2.840.10008.1.2.2", "1.2.840.10008.1.2.1.99"
@@ -36,7 +36,7 @@ _MOST_META_ELEMENTS = 1000
 
 
 def begin(start: bytes) -> int | None:
-    """Where the elements of a DICOM file begin, from its first bytes; None: it is not a DICOM file.
+    """Offset of the first element of a DICOM file, from its first bytes; None: it is not a DICOM file.
 
     Part 10 of the standard puts 128 bytes and "DICM" before them; old exports lack one, the other or both.
     """
@@ -55,12 +55,12 @@ def read_dataset(
     Args:
         path: for messages.
         file: the open file.
-        largest_bytes: how much a deflated file may unpack to.
-        only: keywords of the elements to read, and no pixels; None reads everything.
+        largest_bytes: limit for the inflated size of a deflated file.
+        only: keywords of the elements to read, without pixels; None: everything.
 
     Returns:
-        The data set, its transfer syntax filled in where the file does not name one; the stream that it was read
-        from, where the read ended; and how many bytes the stream has, None where a deflated file unpacks to more than
+        The data set, with the transfer syntax filled in if the file does not name one; the stream that it was read
+        from, at the end of the read; and the size of the stream in bytes, None if a deflated file inflates to more than
         `largest_bytes`.
 
     Raises:
@@ -84,7 +84,7 @@ def read_dataset(
 
 
 def frame_value(dataset: pydicom.Dataset, frame: int, sequence: str, keyword: str) -> Any:
-    """An element of the functional groups of one frame, or else of those that all frames share; None: neither has it.
+    """An element of the functional groups of one frame, or else of the shared ones; None: neither has it.
 
     See DICOM PS3.3, C.7.6.16.
     """
@@ -99,7 +99,7 @@ def frame_value(dataset: pydicom.Dataset, frame: int, sequence: str, keyword: st
 def text_of(value: bytes, character_set: str) -> str:
     """The text of an element, in the file's Specific Character Set.
 
-    Many files hold other than ASCII without naming a set: then it is UTF-8 if it can be, else Windows-1252.
+    Many files have non-ASCII text without naming a set: then it is UTF-8 if valid, else Windows-1252.
     """
     value = value.strip(b" \0")
     if value.isascii() and b"\x1b" not in value:
@@ -124,12 +124,12 @@ def _is_first_element(element: bytes) -> bool:
         if group in _FIRST_GROUPS and representation in _REPRESENTATIONS and length <= _LONGEST_FIRST_ELEMENT:
             return True
     group, number, length = struct.unpack("<HHI", element)
-    # Without a representation there is less to go by: the number must be one that comes first.
+    # Without a representation there is less evidence: the number must be one that comes first.
     return group in _FIRST_GROUPS and number <= 0x18 and length <= _LONGEST_FIRST_ELEMENT
 
 
 def _stream(file: BinaryIO, largest_bytes: int) -> tuple[BinaryIO, int | None]:
-    """What pydicom shall read, and its size. Left to itself, pydicom unpacks a deflated file to any size."""
+    """The stream for pydicom, and its size. On its own, pydicom inflates a deflated file to any size."""
     file.seek(0)
     at = begin(file.read(132 + 8)) or 0
     syntax, end_of_meta = _meta(file, at)
@@ -142,14 +142,14 @@ def _stream(file: BinaryIO, largest_bytes: int) -> tuple[BinaryIO, int | None]:
     if at in (0, 132) and size <= largest_bytes:
         file.seek(0)
         return file, size
-    # pydicom knows no preamble without "DICM", nor the reverse. What is too large is read to the bound only.
+    # pydicom does not support a preamble without "DICM", or the reverse. Too large files are read up to the limit.
     start = at if at in (4, 128) else 0
     file.seek(start)
     return io.BytesIO(file.read(largest_bytes)), size - start
 
 
 def _meta(file: BinaryIO, at: int) -> tuple[str, int]:
-    """The transfer syntax that the meta information names, empty if none, and where the meta information ends."""
+    """The transfer syntax in the meta information, empty if there is none, and the end of the meta information."""
     file.seek(at)
     syntax = ""
     for _ in range(_MOST_META_ELEMENTS):

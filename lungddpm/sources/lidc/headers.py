@@ -1,4 +1,4 @@
-"""Headers: what the header of every DICOM image in a folder says."""
+"""The headers of all DICOM images in a folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import pydicom
 
 LARGEST_NUMBER = 1e6
-"""Beyond every true position (mm), size and direction, and far from where arithmetic overflows."""
+"""Above every valid position (mm), size and direction, and far below numeric overflow."""
 
 _TAGS = {
     0x00020010: "TransferSyntaxUID",
@@ -52,10 +52,10 @@ _IN_FUNCTIONAL_GROUPS = {
     "PixelSpacing": ("PixelMeasuresSequence", "PixelSpacing"),
     "SliceThickness": ("PixelMeasuresSequence", "SliceThickness"),
     "ImageType": ("CTImageFrameTypeSequence", "FrameType"),
-    # The slice that a frame was before slices were joined: readers' XML names it.
+    # The original slice of a frame, to which the readers' XML refers.
     "SOPInstanceUID": ("ConversionSourceAttributesSequence", "ReferencedSOPInstanceUID"),
 }
-"""Where a multi-frame file keeps what a slice has in its header."""
+"""Location in multi-frame files of the elements of a slice header."""
 _FUNCTIONAL_GROUPS = ("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")
 _GROUP_TAGS = (0x52009229, 0x52009230)
 _PIXEL_DATA = 0x7FE00010
@@ -68,12 +68,12 @@ class Header:
 
     path: Path
     elements: dict[str, str]
-    fault: str = ""
-    """What is wrong with the file beyond its header, as a clause."""
+    problem: str = ""
+    """Problem of the file beyond its header, as a clause."""
     frame: int = 0
-    """Which image of the file it is."""
+    """Index of the image in the file."""
     frames: int = 1
-    """How many images the file has."""
+    """Number of images in the file."""
 
     def __getitem__(self, keyword: str) -> str:
         return self.elements.get(keyword, "")
@@ -84,10 +84,10 @@ class Header:
         return self.path.name if self.frames == 1 else f"frame {self.frame + 1} of {self.path.name}"
 
     def numbers(self, keyword: str, count: int) -> list[float]:
-        """The element as so many numbers.
+        """The element as `count` numbers.
 
         Raises:
-            ExcludedCaseError: it is missing, or is something else, or no scanner could mean it.
+            ExcludedCaseError: it is missing, not that many numbers, or implausible.
         """
         try:
             values = [float(part) for part in self[keyword].split("\\")]
@@ -99,14 +99,14 @@ class Header:
 
 
 def read_headers(files: Iterable[Path]) -> tuple[dict[str, list[Header]], ExcludedCaseError | None]:
-    """Slices by series UID, and the first fault of a DICOM file whose series is unknown."""
+    """Slices by series UID, and the first error of a DICOM file whose series is unknown."""
     slices: dict[str, list[Header]] = defaultdict(list)
     first = None
     for path in files:
         try:
             headers = _read_header(path)
-        except ExcludedCaseError as fault:
-            first = first or fault
+        except ExcludedCaseError as problem:
+            first = first or problem
         else:
             for header in headers:
                 slices[header["SeriesInstanceUID"]].append(header)
@@ -122,7 +122,7 @@ def _read_header(path: Path) -> list[Header]:
     if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
         return []
     try:
-        # Opening a named pipe would wait for ever.
+        # Opening a named pipe would wait forever.
         if not path.is_file() and path.exists():
             return []
         with path.open("rb") as file:
@@ -130,29 +130,29 @@ def _read_header(path: Path) -> list[Header]:
             size = os.fstat(file.fileno()).st_size
             if begin(start) is None:
                 if path.suffix.lower() == ".dcm":
-                    raise ExcludedCaseError(path, "is empty or no DICOM file", COPY_AGAIN)
+                    raise ExcludedCaseError(path, "is empty or not a DICOM file", COPY_AGAIN)
                 return []
             unpacked: int | None = size
             if quick := _explicit_elements(start):
-                images, fault, end = [quick[0]], "", quick[1]
+                images, problem, end = [quick[0]], "", quick[1]
             else:
-                images, fault, end, unpacked = _elements_by_pydicom(path, file)
+                images, problem, end, unpacked = _elements_by_pydicom(path, file)
     except OSError as error:
-        raise ExcludedCaseError(path, f"cannot be read ({error.strerror})", "Check the file and its rights.") from None
+        raise ExcludedCaseError(
+            path, f"cannot be read ({error.strerror})", "Check the file and its permissions."
+        ) from None
     largest = LARGEST_SLICE_BYTES if len(images) == 1 else LARGEST_MULTIFRAME_BYTES
     if size > largest:
-        raise ExcludedCaseError(
-            path, f"is larger than the {largest >> 20} MiB that a slice can take", "Check what it is."
-        )
+        raise ExcludedCaseError(path, f"is larger than the {largest >> 20} MiB allowed for a slice", "Check the file.")
     if not images[0].get("SeriesInstanceUID"):
-        raise ExcludedCaseError(path, "is cut short, or lacks its SeriesInstanceUID", COPY_AGAIN)
+        raise ExcludedCaseError(path, "is truncated, or lacks its SeriesInstanceUID", COPY_AGAIN)
     if len(images) == 1 and unpacked is None:
-        fault = f"unpacks to more than the {largest >> 20} MiB that a slice can take"
+        problem = f"decompresses to more than the {largest >> 20} MiB allowed for a slice"
     elif end is None:
-        fault = fault or "has no pixel data, or is cut short before them"
+        problem = problem or "has no pixel data, or is truncated before it"
     elif unpacked is not None and end > unpacked:
-        fault = fault or "is cut short"
-    return [Header(path, elements, fault, frame, len(images)) for frame, elements in enumerate(images)]
+        problem = problem or "is truncated"
+    return [Header(path, elements, problem, frame, len(images)) for frame, elements in enumerate(images)]
 
 
 def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None:
@@ -198,18 +198,18 @@ def _explicit_elements(start: bytes) -> tuple[dict[str, str], int | None] | None
 def _elements_by_pydicom(path: Path, file: BinaryIO) -> tuple[list[dict[str, str]], str, int | None, int | None]:
     """The same for every other file: the elements of each image, and where the pixel data end.
 
-    Where compressed pixel data end, only decoding them would show: then it is 0. Between the two stands what is wrong
-    with the images, as a clause; after them, how many bytes the data set has (see `read_dataset`).
+    The end of compressed pixel data is only known after decoding: then it is 0. Also returns what is wrong with the
+    images, as a clause, and the size of the data set in bytes (see `read_dataset`).
     """
     from pydicom import config
 
     with config.disable_value_validation():
         dataset, stream, size = read_dataset(path, file, only=[*_TAGS.values(), *_FUNCTIONAL_GROUPS])
         try:
-            images, fault = _images_of(dataset)
+            images, problem = _images_of(dataset)
         except Exception as error:  # damaged bytes make pydicom fail in any of its functions
             raise ExcludedCaseError(path, f"cannot be read as DICOM ({error})", COPY_AGAIN) from None
-        return images, fault, _end_of_pixels(dataset, stream), size
+        return images, problem, _end_of_pixels(dataset, stream), size
 
 
 def _images_of(dataset: pydicom.Dataset) -> tuple[list[dict[str, str]], str]:
@@ -222,10 +222,10 @@ def _images_of(dataset: pydicom.Dataset) -> tuple[list[dict[str, str]], str]:
         elements["PatientID"] = text_of(patient.value, elements.get("SpecificCharacterSet", ""))
     frames = int(elements.get("NumberOfFrames") or 1)
     if not any(groups in dataset for groups in _FUNCTIONAL_GROUPS):
-        return [elements], f"has {frames} frames, and no positions of them" if frames != 1 else ""
+        return [elements], f"has {frames} frames without positions" if frames != 1 else ""
     described = len(dataset.get("PerFrameFunctionalGroupsSequence") or [None])
     if described != frames:
-        return [elements], f"has {frames} frames, but {described} are described"
+        return [elements], f"has {frames} frames, but describes {described}"
     images = []
     for frame in range(described):
         of_frame = {
@@ -244,7 +244,7 @@ def _text(value: object) -> str:
 
 
 def _end_of_pixels(dataset: pydicom.Dataset, stream: BinaryIO) -> int | None:
-    """Where the pixel data end that begin at the stream's position; None if there are none, 0 if they do not tell."""
+    """End of the pixel data that begin at the stream's position; None if there are none, 0 if unknown."""
     at, element = stream.tell(), stream.read(12)
     if len(element) < 12:
         return None

@@ -1,4 +1,4 @@
-"""Pairing: which readers' XML files and SEG objects belong to which series, and which of them count."""
+"""Pairing of readers' XML files and SEG objects with series, and the choice between them."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SHOWN_FILES = 3
 
 @dataclass(frozen=True)
 class _Marked:
-    """What one XML file says, as the cache keeps it."""
+    """The content of one XML file, as cached."""
 
     series_uid: str
     is_ct: bool
     marks: list[list]
-    """Reader and a hash of the outlines of every mark."""
+    """Reader and hash of the outlines of every mark."""
     message: str
     sessions: int
     """See `Reads`."""
@@ -44,67 +44,67 @@ class _Marked:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the header of one SEG object says, as the cache keeps it."""
+    """The header of one SEG object, as cached."""
 
     file: str
     uid: str
     series_uid: str
     """Of the CT; empty if it names none."""
     annotation_ids: list[str]
-    fault: str
+    problem: str
     """Why it cannot be used; empty if it can."""
 
 
 @dataclass(frozen=True)
 class AllReads:
-    """What all XML files and SEG objects say."""
+    """The content of all XML files and SEG objects."""
 
     of_series: dict[str, dict[str, _Marked]]
     """By series UID and XML file."""
     drawn: dict[str, list[Drawn]]
     """By series UID."""
-    faults: dict[str, str]
+    problems: dict[str, str]
     """By series UID, why one of its XML files cannot be read."""
     without_images: list[Series]
-    """Rows for what only such files name, and for those that cannot be read and belong to no series here."""
+    """Rows for series named only in such files, and for unreadable files that belong to no series here."""
 
 
 @dataclass(frozen=True)
 class Readings:
-    """What the readers of one series say."""
+    """The readings of one series."""
 
     files: tuple[str, ...] = ()
     n_nodules: int = 0
-    fault: str = ""
-    """Why it cannot be used, or that there is none; empty if it can."""
+    problem: str = ""
+    """Why it cannot be used, or that it is missing; empty if it can."""
     notes: tuple[str, ...] = ()
 
 
 def drawn_in(top: Path, header: Header) -> Drawn:
-    """What the header of a SEG object says, of which one frame's is given."""
+    """The header of a SEG object, from that of one of its frames."""
     file = relative_name(header.path, top)
     try:
         found = read_segmentation(header.path)
     except ExcludedCaseError as error:
         return Drawn(file, "", "", [], reason_of(error, top))
-    fault = ""
-    if header.fault:
-        fault = reason_of(ExcludedCaseError(header.path, header.fault, COPY_AGAIN), top)
+    problem = ""
+    if header.problem:
+        problem = reason_of(ExcludedCaseError(header.path, header.problem, COPY_AGAIN), top)
     elif not found.is_binary:
         remedy = "Export it as a binary segmentation."
-        fault = reason_of(ExcludedCaseError(header.path, "holds fractions or labels, not bits", remedy), top)
-    return Drawn(file, found.uid, found.series_uid, list(found.segments.values()), fault)
+        problem = reason_of(ExcludedCaseError(header.path, "has fractions or labels instead of bits", remedy), top)
+    return Drawn(file, found.uid, found.series_uid, list(found.segments.values()), problem)
 
 
 def read_all(
     top: Path, xml_files: list[Path], folders: Mapping[str, list[str]], drawn: list[Drawn], cache: Cache
 ) -> AllReads:
-    """Read what belongs to the series found; of other files, what they name.
+    """Read the files that belong to the series found, and the series named in other files.
 
     Args:
         top: folder of the data set.
-        xml_files: all of it.
-        folders: of every series, where its images are, relative to `top`.
+        xml_files: all XML files.
+        folders: folders of the images of every series, relative to `top`.
         drawn: all SEG objects.
         cache: of the source.
     """
@@ -135,62 +135,62 @@ def read_all(
             absent[each.series_uid].append(top / each.file)
         else:
             nameless = ExcludedCaseError(top / each.file, "names no CT series", "Export it with its CT.")
-            unreadable.append((top / each.file, "", each.fault or reason_of(nameless, top)))
+            unreadable.append((top / each.file, "", each.problem or reason_of(nameless, top)))
 
-    faults: dict[str, str] = {}
+    problems: dict[str, str] = {}
     without_images: list[Series] = []
     for uid, named_by in absent.items():
         lacking = InputError(
-            named_by[0], "names a series whose images are not here", "Download them, or ignore this row."
+            named_by[0], "names a series whose images are missing", "Download them, or ignore this row."
         )
         names = tuple(relative_name(file, top) for file in named_by)
         without_images.append(Series("", "", uid, path=names[0], annotations=names, excluded=reason_of(lacking, top)))
     for file, uid, reason in unreadable:
         folder = relative_name(file.parent, top)
         beside = [near for near, its_folders in folders.items() if folder in its_folders]
-        # One that does not even name its series belongs to those beside it that have no other.
+        # A file that does not name its series belongs to the series next to it that have no other.
         owners = [uid] if uid else [near for near in beside if near not in of_series and near not in drawn_of]
         for owner in owners:
-            faults.setdefault(owner, reason)
+            problems.setdefault(owner, reason)
         if not owners:
             without_images.append(Series("", "", "", path=relative_name(file, top), excluded=reason))
-    return AllReads(of_series, drawn_of, faults, without_images)
+    return AllReads(of_series, drawn_of, problems, without_images)
 
 
 def readings_of(uid: str, folder: str, reads: AllReads) -> Readings:
-    """The readings of a series that count: XML, which knows its readers, before SEG."""
+    """The readings of a series: XML, which identifies its readers, takes precedence over SEG."""
     in_force = _in_force(reads.of_series.get(uid, {}))
     of_ct = {file: read for file, read in in_force.items() if read.is_ct}
     drawn = reads.drawn.get(uid, [])
     if of_ct:
         marks = {(reader, outlines) for read in of_ct.values() for reader, outlines in read.marks}
-        notes = (f"{len(drawn)} SEG object(s) were left out: the readers' XML is here",) if drawn else ()
+        notes = (f"{len(drawn)} SEG object(s) were left out, because there is readers' XML",) if drawn else ()
         readings = Readings(tuple(of_ct), _most(reader for reader, _ in marks), notes=notes)
     elif drawn:
         readings = _from_segmentations(drawn)
     elif in_force:
-        fault = f"{next(iter(in_force))}: holds reads of a chest radiograph, not of CT. Add the XML of the CT."
-        readings = Readings(fault=fault)
+        problem = f"{next(iter(in_force))}: has readings of a chest radiograph, not of CT. Add the XML of the CT."
+        readings = Readings(problem=problem)
     else:
         problem = "no reader XML names this series, and no SEG object"
-        readings = Readings(fault=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
-    return replace(readings, fault=reads.faults.get(uid, "") or readings.fault)
+        readings = Readings(problem=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
+    return replace(readings, problem=reads.problems.get(uid, "") or readings.problem)
 
 
 def _from_segmentations(drawn: list[Drawn]) -> Readings:
-    """What the SEG objects of one series say; those without a reader, and copies, are left out."""
+    """The readings from the SEG objects of one series, without copies and those without a reader."""
     read = [each for each in drawn if each.annotation_ids]
     if not read:
-        problem = f"no segment is called by nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
-        remedy = "Label the segments so, or export labels for source.kind: images."
-        return Readings(fault=f"{drawn[0].file}: {problem}. {remedy}")
+        problem = f"no segment is labelled with nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
+        remedy = "Label the segments like this, or export labels for source.kind: images."
+        return Readings(problem=f"{drawn[0].file}: {problem}. {remedy}")
     kept: dict[str, Drawn] = {}
     for each in read:
         kept.setdefault(each.uid, each)
     notes = []
     if nameless := [each.file for each in drawn if not each.annotation_ids]:
         shown = ", ".join(nameless[:_SHOWN_FILES]) + (", ..." if len(nameless) > _SHOWN_FILES else "")
-        notes.append(f"{len(nameless)} SEG object(s) that name no reader's annotation were left out ({shown})")
+        notes.append(f"{len(nameless)} SEG object(s) without a reader's annotation were left out ({shown})")
     if len(kept) < len(read):
         notes.append(f"{len(read) - len(kept)} SEG object(s) are stored more than once: one was kept")
     annotation_ids = [name for each in kept.values() for name in each.annotation_ids]
@@ -198,7 +198,7 @@ def _from_segmentations(drawn: list[Drawn]) -> Readings:
     return Readings(
         files=tuple(each.file for each in kept.values()),
         n_nodules=_most(readers[name] for name in annotation_ids),
-        fault=next((each.fault for each in kept.values() if each.fault), ""),
+        problem=next((each.problem for each in kept.values() if each.problem), ""),
         notes=tuple(notes),
     )
 
@@ -209,16 +209,16 @@ def _most(readers: Iterable[int]) -> int:
 
 
 def annotations_of(xml_files: Sequence[Path], stack: Stack) -> list[Annotation]:
-    """What the XML files of one series hold, in the index space of the stack.
+    """The annotations in the XML files of one series, in the index space of the stack.
 
     Raises:
-        ExcludedCaseError: a file cannot be read, or does not fit the slices.
+        ExcludedCaseError: a file cannot be read, or does not match the slices.
     """
     return [in_scan(mark, stack, xml_files[0]) for mark in merged([_read_or_exclude(file) for file in xml_files])]
 
 
 def _marked(file: Path) -> dict:
-    """What one XML file says, ready for the cache."""
+    """The content of one XML file, ready for the cache."""
     read = read_xml(file)
     marks = [
         [mark.reader, fingerprint([[o.sop_uid, o.z_mm, o.inclusion, o.points] for o in mark.outlines])[:16]]
@@ -228,10 +228,10 @@ def _marked(file: Path) -> dict:
 
 
 def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
-    """The files that count: a correction replaces what it corrects.
+    """The files to use: a correction replaces the original.
 
-    LIDC-IDRI-0101 has one, `161-resubmitted-correction-3-9-12.xml`. Its header is that of the file that it corrects;
-    what differs is that a nodule is gone.
+    LIDC-IDRI-0101 has one, `161-resubmitted-correction-3-9-12.xml`. Its header equals that of the file that it
+    corrects; it only lacks a nodule.
     """
     named = {file: read for file, read in reads.items() if _CORRECTION.search(Path(file).name)}
     left = named or reads
@@ -241,5 +241,5 @@ def _in_force(reads: dict[str, _Marked]) -> dict[str, _Marked]:
 def _read_or_exclude(path: Path) -> Reads:
     try:
         return read_xml(path)
-    except InputError as fault:
-        raise ExcludedCaseError(fault.what, fault.problem, fault.remedy) from None
+    except InputError as problem:
+        raise ExcludedCaseError(problem.what, problem.problem, problem.remedy) from None

@@ -44,12 +44,12 @@ _CODECS = {
     "1.2.840.10008.1.2.4.202": _JPEG_2000,
     "1.2.840.10008.1.2.4.203": _JPEG_2000,
 }
-"""imagecodecs' decoder of each JPEG syntax. Those that pydicom finds here read no JPEG Lossless and no JPEG-LS.
-High-throughput JPEG 2000 goes to OpenJPEG as well: imagecodecs' own decoder of it ignores errors."""
+"""imagecodecs' decoder for each JPEG syntax. The decoders available to pydicom support neither JPEG Lossless nor
+JPEG-LS. High-throughput JPEG 2000 also uses OpenJPEG: imagecodecs' own decoder ignores errors."""
 _LARGEST_INTERCEPT = 2**16
 _JPEG_2000_START = b"\xff\x4f\xff\x51"
 _LONGEST_JP2_BOXES = 512
-"""The standard requires bare codestreams; some files have those of a JP2 file, its boxes before them."""
+"""The standard requires bare codestreams; some files have those of a JP2 file, preceded by its boxes."""
 _JPEG_START, _JPEG_END = b"\xff\xd8", b"\xff\xd9"
 _JPEG_FRAME_MARKERS = {*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC}
 """Start of frame in JPEG, JPEG Lossless and JPEG-LS (SOF55)."""
@@ -61,7 +61,7 @@ def can_be_decoded(syntax: str) -> bool:
 
 
 def name_of_syntax(syntax: str) -> str:
-    """The name of a transfer syntax; its UID where that has none."""
+    """The name of a transfer syntax, or its UID if it has no name."""
     from pydicom.uid import UID
 
     return UID(syntax).name
@@ -87,9 +87,9 @@ def hounsfield(headers: Sequence[Header], shape: tuple[int, int]) -> Iterator[np
                 dataset, _, size = read_dataset(path, file, largest)
         except OSError as error:
             problem = f"cannot be read ({error.strerror})"
-            raise ExcludedCaseError(path, problem, "Check the file and its rights.") from None
+            raise ExcludedCaseError(path, problem, "Check the file and its permissions.") from None
         if size is None:
-            raise ExcludedCaseError(path, f"unpacks to more than {largest >> 20} MiB", "Check what it is.")
+            raise ExcludedCaseError(path, f"decompresses to more than {largest >> 20} MiB", "Check the file.")
         frames = [header.frame for header in of_file]
         for frame, (stored, values) in zip(frames, _decode_or_exclude(path, dataset, frames, shape), strict=True):
             yield _in_hu(stored, values, dataset, frame, path)
@@ -98,7 +98,7 @@ def hounsfield(headers: Sequence[Header], shape: tuple[int, int]) -> Iterator[np
 def _decode_or_exclude(
     path: Path, dataset: pydicom.Dataset, frames: list[int], shape: tuple[int, int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Of each of these frames what the file stores, and the values that its stored bits mean."""
+    """The data set, and for each of these frames the values of its stored bits."""
     syntax = dataset.file_meta.TransferSyntaxUID
     decoded = _decode(dataset, syntax, frames, shape)
     for _ in frames:
@@ -109,16 +109,16 @@ def _decode_or_exclude(
             problem = f"pixels cannot be decoded ({name_of_syntax(syntax)}: {error})"
             raise ExcludedCaseError(path, problem, COPY_AGAIN) from None
         if stored.shape != shape:
-            raise ExcludedCaseError(path, f"holds an image of {stored.shape} instead of {shape} pixels", COPY_AGAIN)
+            raise ExcludedCaseError(path, f"has an image of {stored.shape} instead of {shape} pixels", COPY_AGAIN)
         yield stored, values
 
 
 def _decode(
     dataset: pydicom.Dataset, syntax: str, frames: list[int], shape: tuple[int, int]
 ) -> Iterator[tuple[np.ndarray, int | None]]:
-    """Of each frame what is stored, and the bits of a pixel in a JPEG image; None for other syntaxes."""
+    """The stored pixels of each frame, and the bits per pixel of a JPEG image; None for other syntaxes."""
     if 4 * shape[0] * shape[1] > LARGEST_SLICE_BYTES:
-        raise ValueError(f"{shape[0]} x {shape[1]} pixels are more than a slice has")
+        raise ValueError(f"{shape[0]} x {shape[1]} pixels are too many for a slice")
     if syntax not in _CODECS:
         from pydicom.pixels import get_decoder
 
@@ -134,21 +134,21 @@ def _decode(
         if frame >= len(coded):
             raise ValueError(f"frame {frame + 1} of {len(coded)} is missing")
         image, claimed, precision = _inspect(coded[frame])
-        # Before decoding: what an image claims decides how much memory it takes.
+        # Before decoding, because the claimed size determines the memory.
         if claimed != shape:
             raise ValueError(f"the compressed image has {claimed} instead of {shape} pixels")
         yield decode(image), precision
 
 
 def _inspect(coded: bytes) -> tuple[bytes, tuple[int, int], int]:
-    """A JPEG 2000, JPEG or JPEG-LS image without what is before it, its rows and columns, and its bits per pixel."""
+    """A JPEG 2000, JPEG or JPEG-LS image without leading bytes, its rows and columns, and its bits per pixel."""
     if (start := coded.find(_JPEG_2000_START, 0, _LONGEST_JP2_BOXES)) >= 0:
         coded = coded[start:]
         right, bottom, left, top = struct.unpack_from(">4I", coded, 8)
         return coded, (bottom - top, right - left), (coded[42] & 0x7F) + 1
     if coded[:2] != _JPEG_START:
         raise ValueError("the compressed image has no beginning")
-    # libjpeg would make up the rest.
+    # libjpeg would invent the rest.
     if not coded.rstrip(b"\0").endswith(_JPEG_END):
         raise ValueError("the compressed image has no end")
     at = 2
@@ -166,9 +166,9 @@ def _inspect(coded: bytes) -> tuple[bytes, tuple[int, int], int]:
 
 
 def _used_bits(stored: np.ndarray, precision: int | None, dataset: pydicom.Dataset) -> np.ndarray:
-    """The values that the stored bits mean; the bits beyond them can hold anything, e.g. an overlay (PS3.5, 8.1.1).
+    """The values of the stored bits; the other bits can contain anything, e.g. an overlay (PS3.5, 8.1.1).
 
-    A JPEG image may have more bits than the header says are stored, or fewer, and need not tell that it is signed.
+    A JPEG image may have more or fewer bits than BitsStored, and does not need to record that it is signed.
     """
     bits, highest = int(dataset.BitsStored), int(dataset.HighBit)
     if precision is not None:
@@ -188,11 +188,11 @@ def _in_hu(stored: np.ndarray, values: np.ndarray, dataset: pydicom.Dataset, fra
         if not np.isfinite([slope, intercept]).all():
             raise no_rescale
         if slope == 1 and abs(intercept) < _LARGEST_INTERCEPT and intercept.is_integer() and values.itemsize <= 2:
-            hu = values + np.int32(intercept)  # by far the most frequent case, and twice as quick
+            hu = values + np.int32(intercept)  # by far the most frequent case, and twice as fast
         else:
             hu = np.rint(values * slope + intercept)
         if (padding := dataset.get("PixelPaddingValue")) is not None:
-            # Headers often give a negative value in its unsigned reading (63536 for -2000): wrap it like the pixels.
+            # Headers often give a negative value as unsigned (63536 for -2000): wrap it like the pixels.
             # It may use bits beyond those of the image.
             padding = np.asarray(padding)
             hu[values == padding.astype(values.dtype)] = AIR_HU

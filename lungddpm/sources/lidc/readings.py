@@ -1,4 +1,4 @@
-"""Readings: the outlines that LIDC-IDRI's readers drew, from XML files to the index space of a scan."""
+"""Readings: the outlines of LIDC-IDRI's readers, from XML files to the index space of a scan."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from xml.etree.ElementTree import Element
 
 _LARGEST_XML_BYTES = 16 * 2**20
-"""Many times the largest file of LIDC-IDRI; bounds the time and memory that a file can take."""
+"""Many times the largest file of LIDC-IDRI; limits time and memory per file."""
 _SERIES_UID_IN_XML = re.compile(rb"<(?:\w+:)?SeriesInstanceU[iI][dD]>\s*([0-9.]+)\s*<")
 _POINT = rb"<edgeMap>_<xCoord>_[0-9]{1,6}_</xCoord>_<yCoord>_[0-9]{1,6}_</yCoord>_</edgeMap>_"
 _POINTS = re.compile(b"(?:" + _POINT.replace(b"_", rb"[ \t\r\n]*") + b")+")
 _OUTLINE = "edgeMaps"
-"""An element of our own: the points of successive `edgeMap` elements as one text, x and y in turn."""
+"""Our own element: the points of successive `edgeMap` elements as one text, x and y alternating."""
 _DIGITS_ONLY = bytes(byte if byte in b"0123456789" else 0x20 for byte in range(256))
 _RADIOGRAPH, _CT = "IdriReadMessage", "LidcReadMessage"
 _SHOWN_CHARACTERS = 120
@@ -53,14 +53,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Reads:
-    """What one XML file says."""
+    """The content of one XML file."""
 
     series_uid: str
     is_ct: bool
     """False for the reads of a chest radiograph."""
     marks: tuple[Mark, ...]
     message: str = ""
-    """What identifies the message that the file holds; empty if nothing does. A correction keeps it."""
+    """Identifies the message in the file; empty if unknown. A correction keeps it."""
     sessions: int = 0
     """Reading sessions, with and without nodules of at least 3 mm."""
 
@@ -72,19 +72,19 @@ def read_xml(path: Path) -> Reads:
 
     Raises:
         InputError: the file is too large, cannot be parsed, has a document type (and with it perhaps an entity bomb),
-            or holds coordinates that are none.
+            or has invalid coordinates.
     """
     return _parse_xml(_bytes_of(path), path)
 
 
 def named_series(file: Path) -> str:
-    """The series that an XML file seems to name, without parsing it; empty if it does not show."""
+    """The series that an XML file seems to name, without parsing it; empty if not found."""
     named = _SERIES_UID_IN_XML.search(_bytes_of(file))
     return named[1].decode() if named else ""
 
 
 def merged(reads: Iterable[Reads]) -> list[Mark]:
-    """The marks of several files of one series, without what an earlier file already holds.
+    """The marks of several files of one series, without those already in an earlier file.
 
     Six series have two to six files with the same reads in the same order of sessions.
     """
@@ -105,10 +105,10 @@ def in_scan(mark: Mark, stack: Stack, origin: Path) -> Annotation:
     """A mark in the index space of the stack.
 
     Raises:
-        ExcludedCaseError: a contour lies on no slice, or outside the matrix.
+        ExcludedCaseError: a contour is not on any slice, or outside the matrix.
     """
     uids = [header["SOPInstanceUID"] for header in stack.headers]
-    # Frames of one file share its UID, which then tells none of them.
+    # Frames of one file share its UID, which then does not identify any of them.
     slice_of = {uid: k for k, uid in enumerate(uids)} if len(set(uids)) == len(uids) else {}
     z_mm = stack.positions_mm[:, 2]
     contours = []
@@ -118,7 +118,7 @@ def in_scan(mark: Mark, stack: Stack, origin: Path) -> Annotation:
             k = int(np.argmin(np.abs(z_mm - outline.z_mm)))
             if not abs(z_mm[k] - outline.z_mm) <= np.abs(np.diff(z_mm)).max() / 2:
                 raise ExcludedCaseError(
-                    origin, f"has a contour at z {outline.z_mm:g} mm, where no slice lies", "Match XML and series."
+                    origin, f"has a contour at z {outline.z_mm:g} mm, where there is no slice", "Match XML and series."
                 )
         points = np.array(outline.points)
         if points.min() < 0 or (points >= stack.size[:2]).any():
@@ -132,14 +132,14 @@ def in_scan(mark: Mark, stack: Stack, origin: Path) -> Annotation:
 def _bytes_of(path: Path) -> bytes:
     try:
         if not path.is_file() and path.exists():
-            raise InputError(path, "is no file", "Move it out of the data set.")
+            raise InputError(path, "is not a file", "Move it out of the data set.")
         with path.open("rb") as file:
             data = file.read(_LARGEST_XML_BYTES + 1)
     except OSError as error:
-        raise InputError(path, f"cannot be read ({error.strerror})", "Check the file and its rights.") from None
+        raise InputError(path, f"cannot be read ({error.strerror})", "Check the file and its permissions.") from None
     if len(data) > _LARGEST_XML_BYTES:
         raise InputError(
-            path, f"is larger than the {_LARGEST_XML_BYTES >> 20} MiB that a reading can take", "Check what it is."
+            path, f"is larger than the {_LARGEST_XML_BYTES >> 20} MiB allowed for a reading", "Check the file."
         )
     return data
 
@@ -153,7 +153,7 @@ def _parse_xml(data: bytes, path: Path) -> Reads:
         uid = (
             "" if header is None else header.findtext("SeriesInstanceUid") or header.findtext("SeriesInstanceUID") or ""
         )
-        # Only children, no descendants: sessions within sessions would be read over and over.
+        # Only children, no descendants: nested sessions would be read repeatedly.
         marks = [
             mark
             for reader, session in enumerate(root.findall("readingSession"))
@@ -170,9 +170,9 @@ def _parse_xml(data: bytes, path: Path) -> Reads:
 
 
 def _compact_tree(data: bytes) -> Element:
-    """The elements of a document, but for the points of outlines: each run of them is one `_OUTLINE`.
+    """The elements of a document, except the points of outlines: each run of them is one `_OUTLINE`.
 
-    Points are nearly all of a file, and three elements each: without them, it is read twice as fast.
+    Points make up most of a file, with three elements each: without them it is read twice as fast.
     """
     from xml.parsers.expat import ExpatError
 
@@ -182,21 +182,21 @@ def _compact_tree(data: bytes) -> Element:
         try:
             return _tree(compact)
         except ExpatError:
-            pass  # for the place of the error in the file itself
+            pass  # for the position of the error in the file itself
     return _tree(data)
 
 
 def _tree(data: bytes) -> Element:
-    """The elements of a document, under their names without prefix.
+    """The elements of a document, with names without prefix.
 
-    Document types are refused: all bombs of entities and of default attributes need one. Namespaces stay unresolved
-    because expat would copy a long one into the name of every element.
+    Document types are rejected, because bombs of entities and of default attributes need one. Namespaces are not
+    resolved, because expat would copy a long one into the name of every element.
     """
     from xml.etree.ElementTree import TreeBuilder
     from xml.parsers import expat
 
     def refuse(*_: object) -> None:
-        raise ValueError("it has a document type (DTD), which could hide a bomb of entities")
+        raise ValueError("it has a document type (DTD), which could hide an entity bomb")
 
     builder = TreeBuilder()
     parser = expat.ParserCreate()
@@ -234,7 +234,7 @@ def _mark(reader: int, nodule: Element) -> Mark | None:
 
 
 def _points_of(edge: Element) -> Iterable[tuple[int, int]]:
-    """The points that an element within a `roi` holds: one, several, or none."""
+    """The points of an element within a `roi`: one, several, or none."""
     if edge.tag == _OUTLINE:
         numbers = [int(number) for number in (edge.text or "").split()]
         return zip(numbers[::2], numbers[1::2], strict=True)
@@ -253,6 +253,6 @@ def _whole_number(text: str | None) -> int:
 
 
 def _position_mm(roi: Element) -> float:
-    """The position of an outline; NaN, always the same object so that equal outlines are equal, if it has none."""
+    """The position of an outline; if it has none, NaN, always the same object so that equal outlines are equal."""
     position = float(roi.findtext("imageZposition") or "nan")
     return position if math.isfinite(position) else math.nan

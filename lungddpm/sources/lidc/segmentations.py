@@ -1,8 +1,8 @@
-"""Segmentations: what readers drew as DICOM SEG objects, instead of outlines in XML.
+"""Segmentations: readers' masks as DICOM SEG objects, instead of outlines in XML.
 
-The Imaging Data Commons (IDC) serves LIDC-IDRI so: one object for each reader and nodule, on the CT's own grid, whose
-segment is called "Nodule 1 - Annotation IL057_127364". Fedorov et al., Medical Physics 47:5953, 2020,
-doi 10.1002/mp.14445.
+The Imaging Data Commons (IDC) serves LIDC-IDRI in this form: one object per reader and nodule, on the CT's own grid,
+whose segment is labelled "Nodule 1 - Annotation IL057_127364". Fedorov et al., Medical Physics 47:5953, 2020, doi
+10.1002/mp.14445.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ LABEL_EXAMPLE = "Nodule 1 - Annotation IL057_127364"
 _LABEL = re.compile(r"Nodule \d+ - Annotation (.*\S)")
 _NAMED = re.compile(r"(.*?)(\d{0,18})", re.DOTALL)
 _SAME_READER = 100
-"""Ids that are numbers are one reader's while no gap is larger. Of the release's 2,651 nodules, 23 then hold two
-annotations of one reader, with 200 already 28, and with 1,000 89; by the readers' XML, 17 do."""
+"""Numeric ids belong to one reader as long as no gap is larger. Of the release's 2,651 nodules, 23 then have two
+annotations of one reader, with 200 already 28, and with 1,000 89; according to the readers' XML, 17 do."""
 _ON_GRID = 0.25
-"""How far a frame may lie from a place on the grid, in voxels."""
+"""Tolerance of a frame's position relative to the grid, in voxels."""
 _HEADER = [
     "SOPInstanceUID",
     "SeriesDescription",
@@ -45,13 +45,13 @@ _HEADER = [
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What the header of a SEG object says."""
+    """The header of a SEG object."""
 
     uid: str
     series_uid: str
     """Of the CT; empty if it names none."""
     segments: dict[int, str]
-    """By the segment's number, which annotation it is; segments that name none are left out."""
+    """Annotation id by segment number; segments without one are left out."""
     is_binary: bool
 
 
@@ -65,7 +65,7 @@ def read_segmentation(path: Path) -> Segmentation:
     try:
         referenced = dataset.get("ReferencedSeriesSequence") or []
         described = dataset.get("SegmentSequence") or []
-        # What a series of one segment is called, its segment is.
+        # The name of a series with one segment is that of its segment.
         shared = [str(dataset.get("SeriesDescription", ""))] if len(described) == 1 else []
         names = {
             int(segment.SegmentNumber): _annotation_id(
@@ -86,8 +86,8 @@ def read_segmentation(path: Path) -> Segmentation:
 def readers_of(annotation_ids: Iterable[str]) -> dict[str, int]:
     """Number the readers of one scan by the ids of their annotations.
 
-    LIDC's ids name no reader. But each reader's workstation had its own way of counting: ids of one reader differ in
-    their last number only ("IL057_127364", "Nodule 001"), or are numbers that lie close to each other.
+    LIDC's ids do not name readers. But each reader's workstation had its own numbering: ids of one reader differ only
+    in their last number ("IL057_127364", "Nodule 001"), or are numbers that are close to each other.
 
     Args:
         annotation_ids: of one scan.
@@ -108,9 +108,9 @@ def readers_of(annotation_ids: Iterable[str]) -> dict[str, int]:
 
 
 def annotations_in(files: Sequence[Path], stack: Stack) -> list[Annotation]:
-    """What the SEG objects of one series hold, in the index space of the stack.
+    """The annotations in the SEG objects of one series, in the index space of the stack.
 
-    The contours are what LIDC's readers would have drawn: the first voxels outside the nodule.
+    The contours follow LIDC's rule: the first voxels outside the nodule.
 
     Raises:
         ExcludedCaseError: an object is damaged, empty, or not on the grid of the slices.
@@ -121,9 +121,9 @@ def annotations_in(files: Sequence[Path], stack: Stack) -> list[Annotation]:
 
 
 def outlines(region: Region) -> tuple[Contour, ...]:
-    """The voxels around a region, slice by slice: those outside that share a side with one inside.
+    """The voxels around a region, slice by slice: outside voxels that share an edge with an inside voxel.
 
-    Their order is not that of a line.
+    They are not ordered along the contour.
     """
     from scipy.ndimage import binary_dilation, generate_binary_structure
 
@@ -141,14 +141,14 @@ def _annotation_id(texts: Iterable[str]) -> str:
 
 
 def _parts(annotation_id: str) -> tuple[str, int, str]:
-    """What is before the number at the end of an id, that number, and the id."""
+    """The prefix of an id before its final number, that number, and the id."""
     found = _NAMED.fullmatch(annotation_id)
     assert found is not None  # it matches every text
     return found[1], int(found[2] or 0), annotation_id
 
 
 def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
-    """The annotation and the voxels of every segment of a SEG object that names its annotation."""
+    """The annotation and the voxels of every segment of a SEG object with an annotation."""
     named = read_segmentation(path).segments
     dataset = _read(path)
     frames = _frames(path, dataset)
@@ -165,7 +165,7 @@ def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
 
 def _region(path: Path, segment: int, found: list[np.ndarray], stack: Stack) -> Region:
     if not found:
-        raise ExcludedCaseError(path, f"holds no voxel in its segment {segment}", COPY_AGAIN)
+        raise ExcludedCaseError(path, f"has no voxels in its segment {segment}", COPY_AGAIN)
     voxels = np.concatenate(found)
     low, high = voxels.min(axis=0), voxels.max(axis=0) + 1
     if (low < 0).any() or (high > stack.size).any():
@@ -176,7 +176,7 @@ def _region(path: Path, segment: int, found: list[np.ndarray], stack: Stack) -> 
 
 
 def _describe_frame(path: Path, dataset: pydicom.Dataset, frame: int) -> tuple[int, np.ndarray, np.ndarray]:
-    """The segment of a frame, the place of its first pixel (3,), and the steps to the next column and row (2, 3).
+    """The segment of a frame, the position of its first pixel (3,), and the steps to the next column and row (2, 3).
 
     Lengths are in mm, LPS.
     """
@@ -188,7 +188,7 @@ def _describe_frame(path: Path, dataset: pydicom.Dataset, frame: int) -> tuple[i
         steps = np.array(orientation, float).reshape(2, 3) * [[float(column_mm)], [float(row_mm)]]
         return int(segment), np.array(position, float).reshape(3), steps
     except Exception:  # damaged bytes make pydicom fail in any of its functions
-        problem = f"does not say of its frame {frame + 1} what it shows, and where"
+        problem = f"does not give segment and position of its frame {frame + 1}"
         raise ExcludedCaseError(path, problem, COPY_AGAIN) from None
 
 
@@ -201,18 +201,18 @@ def _place(
     lengths = np.linalg.norm(in_plane, axis=1)
     drift = np.linalg.norm(steps - in_plane, axis=1) * shape[::-1]
     if not (drift <= _ON_GRID * lengths).all():
-        raise _other_grid(path, "its pixels have another size or direction")
+        raise _other_grid(path, "its pixels have a different size or direction")
     normal = np.cross(*in_plane) / lengths.prod()
     along = -offsets @ normal
     k = int(np.argmin(np.abs(along)))
     gap = np.abs(np.diff(stack.positions_mm @ normal)).max()
     if not abs(along[k]) <= _ON_GRID * gap:
-        raise _other_grid(path, f"no slice lies where its frame {frame + 1} does")
+        raise _other_grid(path, f"there is no slice at its frame {frame + 1}")
     shift = -(in_plane @ offsets[k]) / lengths**2
     if not (np.abs(shift) < LARGEST_NUMBER).all():
-        raise _other_grid(path, f"its frame {frame + 1} lies far away")
+        raise _other_grid(path, f"its frame {frame + 1} is far away")
     if not (np.abs(shift - np.rint(shift)) <= _ON_GRID).all():
-        raise _other_grid(path, "it is shifted by a part of a pixel")
+        raise _other_grid(path, "it is shifted by a fraction of a pixel")
     return int(np.rint(shift[0])), int(np.rint(shift[1])), k
 
 
@@ -236,7 +236,9 @@ def _read(path: Path, only: list[str] | None = None) -> pydicom.Dataset:
             dataset, _, size = read_dataset(path, file, LARGEST_MULTIFRAME_BYTES, only)
     except OSError as error:
         problem = f"cannot be read ({error.strerror})"
-        raise ExcludedCaseError(path, problem, "Check the file and its rights.") from None
+        raise ExcludedCaseError(path, problem, "Check the file and its permissions.") from None
     if size is None:
-        raise ExcludedCaseError(path, f"unpacks to more than {LARGEST_MULTIFRAME_BYTES >> 20} MiB", "Check what it is.")
+        raise ExcludedCaseError(
+            path, f"decompresses to more than {LARGEST_MULTIFRAME_BYTES >> 20} MiB", "Check the file."
+        )
     return dataset

@@ -1,4 +1,4 @@
-"""Slices: the stack that those of a series make."""
+"""Slices: the stack of a series."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from lungddpm.sources.lidc.headers import Header
 from lungddpm.sources.lidc.pixels import hounsfield
 
 POSITION_TOLERANCE = 0.01
-"""How far a slice may lie from its place, as a share of the slice spacing, beyond what rounding explains."""
+"""Tolerance of a slice position as a share of the slice spacing, in addition to rounding."""
 IN_PLANE_TOLERANCE = 1e-4
-"""How far orientation, pixel spacing and matrix of two slices may differ."""
+"""Tolerance between orientation, pixel spacing and matrix of two slices."""
 
 _SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
 _SHOWN_FILES = 3
@@ -28,24 +28,24 @@ _GREATEST_TILT = 45
 _MOST_DECIMALS = 6
 _EQUAL_MM = 1e-7
 _SAME_POSITION_MM = 0.02
-"""Far below the spacing of any CT of a chest, and well above the noise of positions."""
+"""Far below the spacing of any chest CT, and well above the noise of positions."""
 _ROUNDS = 40
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The slices of one series in order, and the grid that they make."""
+    """The slices of one series in order, and their grid."""
 
     headers: tuple[Header, ...]
     """Ascending along the slice normal."""
     size: tuple[int, int, int]
     affine: np.ndarray
-    """Sheared where the gantry was tilted: slices are then shifted sideways."""
+    """Sheared if the gantry was tilted: slices are then shifted sideways."""
     positions_mm: np.ndarray
-    """(slices, 3) LPS: where the first pixel of each slice lies."""
+    """(slices, 3) LPS: position of the first pixel of each slice."""
     thickness_mm: float | None
     notes: tuple[str, ...] = ()
-    """What was left out, a clause each."""
+    """Notes on what was left out, a clause each."""
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -56,18 +56,18 @@ class Stack:
 def stack_of(headers: list[Header]) -> Stack:
     """Order slices along their normal and check that they fill a regular grid.
 
-    What is in a series beside its slices (localizers, screenshots) is left out, and so is a slice that is there
-    twice. Positions may be rounded: the grid is fitted to all of them, and their distance from it judged.
+    Other images of a series (localizers, screenshots) and duplicate slices are left out. Positions may be rounded: the
+    grid is fitted to all of them, and their distance from it is checked.
 
     Raises:
-        ExcludedCaseError: naming the first slice that does not fit.
+        ExcludedCaseError: names the first slice that does not fit.
     """
     headers, notes = _without_other_images(headers)
     first = headers[0]
     folder = first.path.parent
     for header in headers:
-        if header.fault:
-            raise ExcludedCaseError(header.path, header.fault, COPY_AGAIN)
+        if header.problem:
+            raise ExcludedCaseError(header.path, header.problem, COPY_AGAIN)
     along_row, along_column, row_mm, column_mm, rows, columns = _common_plane(headers)
     if min(row_mm, column_mm, rows, columns) <= 0:
         raise ExcludedCaseError(first.path, "has no rows, no columns, or pixels without a size", COPY_AGAIN)
@@ -106,8 +106,8 @@ def _without_other_images(headers: list[Header]) -> tuple[list[Header], tuple[st
     slices = [header for header in headers if "LOCALIZER" not in _image_type(header)]
     if not slices:
         folder = headers[0].path.parent
-        raise ExcludedCaseError(folder, "holds localizers (scout images) only, no slices", "Leave it out.")
-    # Dose reports and the like. A series of nothing else may be slices that a converter has written.
+        raise ExcludedCaseError(folder, "has only localizers (scout images), no slices", "Leave it out.")
+    # E.g. dose reports. A series of nothing else may be slices written by a converter.
     pure = [header for header in slices if not _is_capture(header)] or slices
     notes = []
     for kind, before, after in (("localizer", headers, slices), ("screenshot", slices, pure)):
@@ -132,7 +132,7 @@ def _common_plane(headers: list[Header]) -> tuple[np.ndarray, np.ndarray, float,
     """Direction cosines of rows and columns, row and column spacing in mm, rows and columns of all slices.
 
     Raises:
-        ExcludedCaseError: naming the first slice that differs from most.
+        ExcludedCaseError: names the first slice that differs from the majority.
     """
     planes = np.array(
         [
@@ -166,7 +166,7 @@ def _without_copies(headers: list[Header], along: np.ndarray, shape: tuple[int, 
         shape: rows and columns.
 
     Raises:
-        ExcludedCaseError: two slices of one position differ.
+        ExcludedCaseError: two slices at one position differ.
     """
     gaps = np.diff(along)
     apart = gaps[gaps > _SAME_POSITION_MM]
@@ -178,14 +178,14 @@ def _without_copies(headers: list[Header], along: np.ndarray, shape: tuple[int, 
         elif not _same_content(headers[kept[-1]], headers[k], shape):
             raise ExcludedCaseError(
                 headers[0].path.parent,
-                f"{headers[kept[-1]].name} and {headers[k].name} are slices of one position that differ",
+                f"{headers[kept[-1]].name} and {headers[k].name} are different slices at the same position",
                 "Keep one of them.",
             )
     return kept
 
 
 def _same_content(one: Header, other: Header, shape: tuple[int, int]) -> bool:
-    """Whether two slices are alike in HU, however each is stored."""
+    """Whether two slices have equal HU, however they are stored."""
     with suppress(OSError):
         if one.frame == other.frame and filecmp.cmp(one.path, other.path, shallow=False):
             return True
@@ -194,10 +194,10 @@ def _same_content(one: Header, other: Header, shape: tuple[int, int]) -> bool:
 
 
 def _even_grid(headers: list[Header], positions: np.ndarray, normal: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The first position and the step (mm, LPS) of the even grid that fits positions in order best.
+    """The first position and the step (mm, LPS) of the regular grid that best fits positions in order.
 
     Raises:
-        ExcludedCaseError: slices are missing, or lie farther from the grid than rounding explains.
+        ExcludedCaseError: slices are missing, or are farther from the grid than rounding explains.
     """
     folder = headers[0].path.parent
     along = positions @ normal
@@ -224,7 +224,7 @@ def _even_grid(headers: list[Header], positions: np.ndarray, normal: np.ndarray)
     strayed = np.abs(positions - centre - np.outer(numbers, step)) - 2 * rounding
     if (strayed > POSITION_TOLERANCE * spacing).any():
         worst = int(np.argmax(strayed.max(axis=1)))
-        problem = f"{headers[worst].name} is shifted sideways against the others"
+        problem = f"{headers[worst].name} is shifted sideways relative to the others"
         raise ExcludedCaseError(folder, problem, "Download the whole series.")
     sideways = step - (step @ normal) * normal
     if (np.abs(sideways) <= 2 * rounding / (len(along) - 1)).all():
@@ -233,10 +233,10 @@ def _even_grid(headers: list[Header], positions: np.ndarray, normal: np.ndarray)
 
 
 def _note_on_tilt(folder: Path, size: tuple[int, int, int], affine: np.ndarray, cosine: float) -> str:
-    """What a user should know about slices that are shifted sideways.
+    """A note for the user about slices that are shifted sideways.
 
     Raises:
-        ExcludedCaseError: no gantry tilts so far, or the upright grid would be too large.
+        ExcludedCaseError: too much tilt for a gantry, or the upright grid would be too large.
     """
     degrees = np.degrees(np.arccos(np.clip(cosine, -1, 1)))
     upright = Volume(np.broadcast_to(np.uint8(0), size), affine).canonical()
@@ -253,7 +253,7 @@ def _usual(gaps: np.ndarray) -> float:
 
 
 def _rounding_mm(positions: np.ndarray) -> np.ndarray:
-    """Half a unit of the last decimal that any of the positions uses, for x, y and z, (3,)."""
+    """Half a unit of the last decimal used in the positions, for x, y and z, (3,)."""
     units = np.full(3, 10.0**-_MOST_DECIMALS)
     for decimals in range(_MOST_DECIMALS - 1, -1, -1):
         fits = (np.abs(positions - positions.round(decimals)) < _EQUAL_MM).all(axis=0)
@@ -262,12 +262,12 @@ def _rounding_mm(positions: np.ndarray) -> np.ndarray:
 
 
 def _distance_from_line(numbers: np.ndarray, values: np.ndarray) -> float:
-    """The largest distance of values from the straight line that makes it smallest (Chebyshev's)."""
+    """The largest distance of values from the best straight line in the Chebyshev sense."""
 
     def farthest(slope: float) -> float:
         return float(np.ptp(values - slope * numbers)) / 2
 
-    # Convex in the slope: a third of the bracket that cannot hold the minimum goes in each round.
+    # Convex in the slope: each iteration removes a third of the bracket that cannot contain the minimum.
     mean = (values[-1] - values[0]) / numbers[-1]
     reach = 2 * farthest(mean) / numbers[-1]
     low, high = mean - reach, mean + reach

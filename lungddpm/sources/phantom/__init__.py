@@ -1,19 +1,19 @@
-"""The phantom cohort: procedural chest CT with exact ground truth, written as LIDC-IDRI would be and read as it is.
+"""The phantom cohort: procedural chest CT with exact ground truth, written and read in the format of LIDC-IDRI.
 
-A patient is plain beside a real one (one tissue, one value; no disease but nodules), but every lung, vessel and nodule
-voxel is known. It comes about in this order, one module per step:
+A patient is simple compared with a real one (one value per tissue; no disease except nodules), but every lung, vessel
+and nodule voxel is known. It is made in this order, one module per step:
 
     anatomy, skeleton    a seed draws a physique; surfaces in mm follow from it, and tissues are painted between them
     vessels              trees of arteries and veins grow into the lungs, bronchi beside them
-    nodules              nodules are placed in the lungs, and decoys that readers mark beside them
-    scanner              what each voxel holds becomes HU on the scan's grid, with noise
+    nodules              nodules are placed in the lungs, and decoys that readers mark as well
+    scanner              the content of each voxel becomes HU on the scan's grid, with noise
     patient              `thorax` does all of this and keeps the truth
-    readers              four readers outline the nodules, a little differently each
+    readers              four readers outline the nodules, each slightly differently
     cohort               `write_cohort` writes DICOM slices and the readers' XML file, one folder per patient
 
 (`shapes` holds the geometry that they share.) Coordinates inside this package are LPS millimetres of the patient: x to
-the patient's left, y to the back, z to the head, the origin in the midline near the lowest edge of the lungs. What
-leaves it is RAS.
+the patient's left, y to the back, z to the head, the origin in the midline near the lowest edge of the lungs. Its
+output is RAS.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from lungddpm.sources import Size
 
-# Reading a cohort is reading LIDC-IDRI.
+# A cohort is read like LIDC-IDRI.
 from lungddpm.sources.lidc import find_series, load_scan
 from lungddpm.sources.phantom.settings import Phantom as Settings
 

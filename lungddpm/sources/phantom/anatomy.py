@@ -1,6 +1,6 @@
-"""The body but its bones: the measures that differ between patients, the surfaces that follow from them (chest wall,
-diaphragm, mediastinum, lungs), and the soft tissues that are painted between these. Positions are fractions of the
-lungs' height and the chest's width, so that organs keep their places in patients of every size."""
+"""The body without its bones: the measures that differ between patients, the surfaces that follow from them (chest
+wall, diaphragm, mediastinum, lungs), and the soft tissues that are painted between these. Positions are fractions of
+the lungs' height and the chest's width, so that organs keep their places in patients of every size."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lungddpm.sources.phantom.shapes import curve, ellipsoid, oval, smooth_min, 
 
 @dataclass(frozen=True)
 class Physique:
-    """What differs between patients."""
+    """Measures that differ between patients."""
 
     size: float
     """Of the whole body, relative to the mean."""
@@ -141,7 +141,7 @@ def paint_soft_tissue(hu: np.ndarray, grid: Grid, p: Physique, surfaces: Surface
 
 
 def parenchyma(grid: Grid, p: Physique, rng: np.random.Generator) -> np.ndarray:
-    """HU of lung tissue without visible vessels: denser towards the back, and a little uneven."""
+    """HU of lung tissue without visible vessels: denser towards the back, and slightly uneven."""
     from scipy.ndimage import zoom
 
     coarse = np.maximum(np.array(grid.shape) * grid.step_mm // 25, 2).astype(int)
@@ -281,7 +281,7 @@ def _paint_chest_wall(hu: np.ndarray, grid: Grid, p: Physique, surfaces: Surface
             radii = (26 * p.breast_scale, 14 * p.breast_scale, 24 * p.breast_scale)
             box = grid.box(np.subtract(centre, radii), np.add(centre, radii))
             paint(hu[box], share(ellipsoid(grid.coordinates(box), centre, radii)), HU["gland"])
-    # Between the chest wall's own muscles and those of the shoulder girdle lies a sheet of fat, up to the arm pits.
+    # A sheet of fat separates the chest wall's own muscles from those of the shoulder girdle, up to the armpits.
     inlet = np.clip((z / np.float32(p.height_mm) - 0.8) / 0.15, 0, 1)
     angle = np.arctan2(np.abs(x), -y)
     under_skin = surfaces.torso + p.fat_mm * (1 + 0.4 * np.cos(4 * angle))

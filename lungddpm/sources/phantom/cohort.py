@@ -1,5 +1,5 @@
-"""The cohort on disk, as LIDC-IDRI would be: one folder per patient with DICOM slices, one XML file with four readers'
-marks, and `phantom.json`, which records the recipe and thereby shows whether the patient has to be made again."""
+"""The cohort on disk, in the format of LIDC-IDRI: one folder per patient with DICOM slices, one XML file with four
+readers' marks, and `phantom.json`, which records the recipe and thus whether the patient must be made again."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def write_cohort(settings: Phantom, seed: int, output: Path, threads: int = 1) -
     """Write the phantom cohort as `<output>/PHANTOM-0001/<StudyUID>/<SeriesUID>/` with DICOM slices and one XML file.
 
     A patient depends on the seed, its number and the settings without `patients`: a cohort of 30 begins with the cohort
-    of 20, and equal settings give equal bytes. Patients that are there already are kept, so that an
-    interrupted run goes on; patients beyond the wanted number are removed.
+    of 20, and equal settings give equal bytes. Existing patients are kept, so that an interrupted
+    run continues; patients beyond the requested number are removed.
 
     Args:
         settings: the config's `source.phantom`.
@@ -82,7 +82,7 @@ def write_cohort(settings: Phantom, seed: int, output: Path, threads: int = 1) -
     """
     wanted = {f"PHANTOM-{index:04d}": index for index in range(1, settings.patients + 1)}
     with exclusive_lock(output / ".lock", f"writing the phantom cohort into {output}"):
-        # Half a patient is what a killed run leaves; its slices would be indexed as one more series.
+        # A killed run leaves a partial patient, whose slices would be indexed as another series.
         for leftover in output.glob(".PHANTOM-*"):
             shutil.rmtree(leftover)
         for folder in sorted(output.glob("PHANTOM-*")):
@@ -104,7 +104,7 @@ def write_cohort(settings: Phantom, seed: int, output: Path, threads: int = 1) -
 
 
 def _end_with_parent() -> None:
-    """Let this process end with the one that started it, however that ends: nobody else would stop it."""
+    """Let this process end with its parent, however that ends: otherwise it would never stop."""
     parent = parent_process()
     if parent is not None:
 
@@ -121,7 +121,7 @@ def _write_patient(folder: Path, parameters: Phantom, seed: int) -> None:
         "seed": seed,
         "parameters": parameters.model_dump(mode="json", exclude={"patients"}),
     }
-    # The UIDs are of the recipe alone: other seeds hang on them, which changed code is not to move.
+    # The UIDs depend only on the recipe: other seeds depend on them, which changed code must not affect.
     uids_from = fingerprint(recipe)
     made_by = fingerprint([recipe, stage_fingerprint("simulate", "phantom")])
     if _is_written(folder, made_by):
@@ -151,7 +151,7 @@ def _is_written(folder: Path, expected: str) -> bool:
 
 
 def _uids(patient_id: str, recipe: str, slices: int) -> tuple[UID, UID, list[UID]]:
-    """Study, series and slice UIDs, the same ones each time."""
+    """Study, series and slice UIDs, deterministic."""
     from pydicom.uid import generate_uid
 
     study, series, *of_slices = (generate_uid(entropy_srcs=[patient_id, recipe, str(i)]) for i in range(slices + 2))
@@ -207,7 +207,7 @@ def _readings_xml(
 
 
 def _add_marks(session: ElementTree.Element, truth: Thorax, reading: Reading, sop_uids: Sequence[str]) -> None:
-    """Add what one reader marked: nodules, small nodules, findings other than nodules."""
+    """Add the marks of one reader: nodules, small nodules, findings other than nodules."""
     affine = truth.ct.affine
     from_ras = np.linalg.inv(affine)
 

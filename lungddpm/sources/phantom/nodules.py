@@ -1,5 +1,5 @@
-"""The nodules: their shapes (smooth, lobulated, spiculated), where they sit (free, on the pleura, on a vessel), how
-they look (solid, part-solid, ground-glass), and the places of what readers mark beside them: nodules below 3 mm and
+"""The nodules: their shapes (smooth, lobulated, spiculated), their attachment (free, on the pleura, on a vessel),
+their texture (solid, part-solid, ground-glass), and the positions of other marks of readers: nodules below 3 mm and
 findings other than nodules."""
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Nodule:
 
 @dataclass(frozen=True)
 class Site:
-    """A place for a nodule or a mark; its centre in the patient's LPS mm."""
+    """A position for a nodule or a mark; its centre in the patient's LPS mm."""
 
     centre_mm: np.ndarray
     radius_mm: float
@@ -78,8 +78,8 @@ class Site:
 def place_nodules(
     grid: Grid, parameters: Phantom, surfaces: Surfaces, vessel_radius_mm: np.ndarray, rng: np.random.Generator
 ) -> list[Site]:
-    """Sites in the lungs, apart from each other and from the mediastinum: the drawn number, or fewer if none fits."""
-    # Readers' outlines of two nodules must not come so near that they count as one lesion.
+    """Sites in the lungs, away from each other and from the mediastinum: the drawn number, or fewer if none fits."""
+    # Readers' outlines of two nodules must not come so close that they count as one lesion.
     gap_mm = 6 + 2 * float(grid.step_mm.max())
     low, high = np.log(parameters.nodule_diameter_mm)
     wanted = int(rng.integers(parameters.nodules[0], parameters.nodules[1] + 1))
@@ -158,7 +158,7 @@ def paint_nodule(
     shape = draw_shape(site.radius_mm, margin, rng)
     box, share = shape_share(grid, shape, site.centre_mm)
     share *= lung_share[box]
-    # Ground glass veils the vessels in it but does not hide them.
+    # Vessels remain visible in ground glass.
     paint(hu[box], share, HU["solid"] if texture == "solid" else np.maximum(HU["ground_glass"], hu[box]))
     if texture == "part-solid":
         _, core = shape_share(grid, shape, site.centre_mm, relative=rng.uniform(0.45, 0.65))
@@ -167,7 +167,7 @@ def paint_nodule(
     painted[box] = share
     seen = slice_means(painted, scan)
     diameter_mm = float(np.cbrt(6 / np.pi * share.sum() * grid.step_mm.prod()))
-    # A nodule that fills no voxel by half still has one.
+    # A nodule that does not fill any voxel by half still has one.
     return Nodule(
         seen >= min(0.5, seen.max()), per_axis(site.centre_mm), diameter_mm, texture, margin, site.attachment, shape
     )

@@ -1,5 +1,5 @@
-"""One patient: from a seed to a chest CT and all that is true of it. Every part of the patient (body, scanner, vessels,
-nodules, noise, marks) has random numbers of its own, so that another noise, say, leaves the anatomy as it is."""
+"""One patient: from a seed to a chest CT and its ground truth. Every part of the patient (body, scanner, vessels,
+nodules, noise, marks) has its own random numbers, so that e.g. different noise does not change the anatomy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from lungddpm.sources.phantom.vessels import paint_vessels
 
 @dataclass(frozen=True)
 class Thorax:
-    """One scan and all that is true of it; every array has the shape of `ct`.
+    """One scan and its ground truth; every array has the shape of `ct`.
 
     Attributes:
         ct: int16 HU, indexed (column, row, slice); the affine is RAS mm.
@@ -35,7 +35,7 @@ class Thorax:
         vessels: bool, lung voxels at least half filled by vessels; never a nodule.
         vessel_radius_mm: float32, radius of the widest vessel that reaches into the voxel, 0 where there is none.
         nodules: at least 3 mm, mutually disjoint, inside the lungs.
-        small_nodules_mm: (n, 3) RAS, centres of nodules below 3 mm, of which readers mark but the centre.
+        small_nodules_mm: (n, 3) RAS, centres of nodules below 3 mm, of which readers only mark the centre.
         distractors_mm: (n, 3) RAS, vessel forks that readers mark as findings other than nodules.
     """
 
@@ -55,8 +55,8 @@ def thorax(parameters: Phantom, seed: int) -> Thorax:
         parameters: size of the scan, kernel, noise, number and size of nodules.
         seed: of this patient; equal seeds give equal scans.
 
-    Takes about 2 s and 0.4 GB at the default size, 12 s and 1.6 GB at 320 x 320 x 200; slices thicker than a pixel is
-    wide are painted in parts, which costs as much as thin ones would.
+    Takes about 2 s and 0.4 GB at the default size, 12 s and 1.6 GB at 320 x 320 x 200; slices thicker than the pixel
+    width are painted in parts, at the cost of thin slices.
     """
     body_rng, scanner_rng, tree_rng, nodule_rng, noise_rng, mark_rng = np.random.default_rng(seed).spawn(6)
     physique = Physique.draw(body_rng)
@@ -79,7 +79,7 @@ def thorax(parameters: Phantom, seed: int) -> Thorax:
     for centre_mm in small_nodules:
         paint_small_nodule(hu, grid, centre_mm, mark_rng)
     forks = place_marks(grid, deep & (vessel_radius_mm > 1.5), 4, sites, mark_rng)
-    # Painted in parts of slices; from here on as the scan's slices hold it.
+    # Painted in parts of slices; from here on averaged over the scan's slices.
     parts = grid.shape[2] // scan.shape[2]
     widest_mm = vessel_radius_mm.reshape(*scan.shape, parts).max(axis=3)
     for nodule in nodules:

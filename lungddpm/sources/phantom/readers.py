@@ -1,6 +1,6 @@
 """Four readers, who mark a scan as those of LIDC-IDRI did (Armato et al., Med. Phys. 38:915-931, 2011): outlines of
-nodules of at least 3 mm, which differ between readers and now and then are missing; one point for a smaller nodule or
-for a finding that is no nodule."""
+nodules of at least 3 mm, which differ between readers and are occasionally missing; one point for a smaller nodule or
+for a finding that is not a nodule."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Reading:
 
 
 def read(truth: Thorax, seed: int) -> tuple[Reading, ...]:
-    """Four readers' marks: each outlines a little wider or tighter and beside the truth, and misses faint nodules.
+    """Four readers' marks: each outlines slightly wider, tighter or shifted, and misses faint nodules.
 
     Every nodule is found by at least one reader.
     """
@@ -111,7 +111,7 @@ def outlines(mask: np.ndarray) -> list[np.ndarray]:
         (crossings,) = find_contours(np.pad(around, 1).astype(float), 0.5, fully_connected="high")
         crossings = crossings - 1
         low, high = np.floor(crossings).astype(int), np.ceil(crossings).astype(int)
-        # A crossing lies half-way between a pixel of the outline and one beyond it.
+        # A crossing is halfway between a pixel of the outline and one beyond it.
         is_low = (low >= 0).all(axis=1)
         is_low[is_low] = around[tuple(low[is_low].T)]
         chain = np.where(is_low[:, None], low, high)

@@ -1,4 +1,4 @@
-"""The scanner: what it sees of each tissue, where its voxels lie, how they mix what they hold, its kernels, its noise.
+"""The scanner: attenuation of each tissue, voxel positions, partial volume, kernels and noise.
 
 Attenuation (HU) is that of unenhanced 120 kVp CT:
     lung about -850, denser at the back of supine patients: Verschakelen et al., Am. J. Roentgenol. 161:713-717, 1993
@@ -7,8 +7,8 @@ Attenuation (HU) is that of unenhanced 120 kVp CT:
     solid nodule 30, ground glass -600: Henschke et al., Am. J. Roentgenol. 178:1053-1057, 2002 (the textures); Wang et
         al., Iran. J. Radiol. 15:e61846, 2018 (HU of ground glass)
 
-Kernels differ as the textbook says (Bushberg et al. 2012, chapter 10): a sharp one lifts high spatial frequencies, so
-that edges overshoot and neighbouring pixels' noise differs; a soft one blurs both.
+Kernels follow the textbook (Bushberg et al. 2012, chapter 10): a sharp one lifts high spatial frequencies, so that
+edges overshoot and the noise of neighbouring pixels differs; a soft one blurs both.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ LPS_TO_RAS = np.array([-1, -1, 1])
 
 @dataclass(frozen=True)
 class Kernel:
-    """A reconstruction kernel: what it does to an image in plane, beyond the pixels' own averaging."""
+    """A reconstruction kernel: its in-plane effect on an image, in addition to averaging over pixels."""
 
     blur_mm: float
     """Standard deviation of its Gaussian blur."""
     gain: float
-    """How much it lifts what is finer than `lifted_mm`."""
+    """Amplification of structures finer than `lifted_mm`."""
     lifted_mm: float
     noise_pixels: float
     """Standard deviation of the Gaussian that correlates the noise of neighbouring pixels before the kernel."""
 
 
 _KERNELS = {
-    # B20f, B40f and B70f are their likes on one maker's scanners.
+    # B20f, B40f and B70f are similar kernels of one vendor.
     "soft": Kernel(blur_mm=1.0, gain=0.0, lifted_mm=0.0, noise_pixels=0.6),
     "standard": Kernel(blur_mm=0.0, gain=0.0, lifted_mm=0.0, noise_pixels=0.6),
     "sharp": Kernel(blur_mm=0.0, gain=0.7, lifted_mm=0.9, noise_pixels=0.0),
@@ -80,7 +80,7 @@ class Grid:
         return np.array([self.pixel_mm, self.pixel_mm, self.slice_mm])
 
     def box(self, low_mm: ArrayLike, high_mm: ArrayLike) -> Box:
-        """Slices that hold all voxel centres between two corners, one voxel more on each side."""
+        """Slices with all voxel centres between two corners, plus one voxel on each side."""
         first = np.floor((np.asarray(low_mm) - self.first_mm) / self.step_mm).astype(int)
         last = np.ceil((np.asarray(high_mm) - self.first_mm) / self.step_mm).astype(int)
         return per_axis(
@@ -99,7 +99,7 @@ class Grid:
         return np.clip(0.5 - distance_mm / np.float32((2 * self.pixel_mm + self.slice_mm) / 3), 0, 1)
 
     def index_of(self, points_mm: np.ndarray) -> np.ndarray:
-        """Indices of the voxels that hold the points (..., 3); may lie outside the grid."""
+        """Indices of the voxels that contain the points (..., 3); may be outside the grid."""
         return np.rint((points_mm - self.first_mm) / self.step_mm).astype(int)
 
     def holds(self, index: np.ndarray) -> np.ndarray:
@@ -149,8 +149,8 @@ def slice_means(painted: np.ndarray, scan: Grid) -> np.ndarray:
 
 
 def acquire(hu: np.ndarray, grid: Grid, kernel: str, noise_hu: float, rng: np.random.Generator) -> np.ndarray:
-    """The int16 HU that the scanner makes of a noiseless float32 `hu` on its grid, by one of `soft`, `standard` and
-    `sharp` kernel."""
+    """The scanner's int16 HU for a noiseless float32 `hu` on its grid, with the kernel `soft`, `standard` or
+    `sharp`."""
     noisy = _reconstruct(hu, _KERNELS[kernel], grid.pixel_mm) + _noise(grid, _KERNELS[kernel], noise_hu, rng)
     scan = np.clip(np.rint(noisy), LOWEST_HU, HIGHEST_HU).astype(np.int16)
     radius_mm = grid.pixel_mm * len(grid.x) / 2
@@ -159,7 +159,7 @@ def acquire(hu: np.ndarray, grid: Grid, kernel: str, noise_hu: float, rng: np.ra
 
 
 def _reconstruct(image: np.ndarray, kernel: Kernel, pixel_mm: float) -> np.ndarray:
-    """An image as the kernel shows it, slice by slice."""
+    """An image after the kernel, slice by slice."""
     if kernel.blur_mm:
         image = _blurred(image, kernel.blur_mm / pixel_mm)
     if kernel.gain:
@@ -168,7 +168,7 @@ def _reconstruct(image: np.ndarray, kernel: Kernel, pixel_mm: float) -> np.ndarr
 
 
 def _noise(grid: Grid, kernel: Kernel, sigma_hu: float, rng: np.random.Generator) -> np.ndarray:
-    """Noise of that standard deviation, correlated as the kernel leaves it."""
+    """Noise with that standard deviation, correlated by the kernel."""
     white = rng.standard_normal(grid.shape, np.float32)
     noise = _reconstruct(_blurred(white, kernel.noise_pixels, 0.35, mode="wrap"), kernel, grid.pixel_mm)
     return noise * np.float32(sigma_hu / noise.std())

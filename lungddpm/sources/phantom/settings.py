@@ -12,15 +12,15 @@ Share = Annotated[float, Field(ge=0)]
 
 
 class Textures(Section):
-    """How often nodules of each texture are drawn, relative to the others. What the layout does not show, a generator
-    has to guess: with several textures in a small cohort, the mean HU of its nodules is a matter of luck."""
+    """Relative frequency of the nodule textures. Layouts do not show the texture, so a generator has to guess it: with
+    several textures in a small cohort, the mean HU of its nodules is largely random."""
 
     solid: Share = 0.6
     """About 30 HU."""
     part_solid: Share = 0.2
     """A solid core in ground glass."""
     ground_glass: Share = 0.2
-    """About -600 HU, with the vessels in it."""
+    """About -600 HU, with vessels visible in it."""
 
     @model_validator(mode="after")
     def _some(self) -> Textures:
@@ -37,18 +37,18 @@ class Phantom(Section):
     matrix: Annotated[int, Field(ge=64, le=512)] = 160
     """Pixels along each side of an axial slice."""
     pixel_mm: PositiveFloat = 2.2
-    """Mean pixel spacing in mm; each patient's own differs by up to 5 %."""
+    """Mean pixel spacing in mm; individual patients differ by up to 5 %."""
     slice_mm: PositiveFloat = 3.0
     """Slice spacing and thickness in mm."""
     nodules: tuple[Annotated[int, Field(ge=0)], PositiveInt] = (1, 3)
-    """Fewest and most nodules per patient; with none, a patient can only be a reference that gets placed ones."""
+    """Fewest and most nodules per patient; a patient without nodules can only be a reference with placed ones."""
     nodule_diameter_mm: tuple[PositiveFloat, PositiveFloat] = (8.0, 30.0)
     """Smallest and largest nodule diameter in mm."""
     nodule_textures: Textures = Textures()
     noise_hu: Annotated[float, Field(ge=0)] = 20.0
     """Standard deviation of the scanner noise in HU."""
     kernel: Literal["soft", "standard", "sharp"] = "standard"
-    """Reconstruction kernel: `sharp` edges overshoot and its noise is fine-grained, `soft` blurs both."""
+    """Reconstruction kernel: with `sharp`, edges overshoot and noise is fine-grained; `soft` blurs both."""
 
     @model_validator(mode="after")
     def _ranges(self) -> Phantom:

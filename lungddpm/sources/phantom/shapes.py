@@ -1,4 +1,4 @@
-"""The pencils that the body is drawn with. Large bodies are signed distances to their surface (mm, negative inside),
+"""Drawing primitives of the body. Large bodies are signed distances to their surface (mm, negative inside),
 which the grid turns into shares of voxels; tubes thinner than a few voxels are chains of rods, filled with points that
 are counted by voxel."""
 
@@ -16,7 +16,7 @@ from lungddpm.sources.phantom.scanner import Grid
 
 
 def golden_spiral(count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Shares in (0, 1) and angles of `count` points that lie evenly on a disc or a sphere, in no rows."""
+    """Shares in (0, 1) and angles of `count` evenly spread points on a disc or a sphere, not in rows."""
     k = np.arange(count) + 0.5
     return k / count, k * np.pi * (3 - np.sqrt(5))
 
@@ -114,7 +114,7 @@ def fill_rods(grid: Grid, rods: Rods) -> tuple[np.ndarray, np.ndarray]:
     counts = _points_per_rod(rods, 0.45 * float(grid.step_mm.min()))
     for count in np.unique(counts):
         chosen = np.flatnonzero(counts == count)
-        # From thin to wide: of several rods in one voxel the widest is written last.
+        # From thin to wide, so that the widest of several rods in a voxel is written last.
         some = rods[chosen[np.argsort(rods.radii[chosen, 0], kind="stable")]]
         index = grid.index_of(_points_in(some, count))
         inside = grid.holds(index)
@@ -127,14 +127,15 @@ def fill_rods(grid: Grid, rods: Rods) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _points_per_rod(rods: Rods, step_mm: float) -> np.ndarray:
-    """How many points, about `step_mm` apart, fill the cross-section of each rod: powers of two, so that many agree."""
+    """Number of points, about `step_mm` apart, that fill the cross-section of each rod: powers of two, so that
+    many agree."""
     count = np.clip(np.ceil(np.pi * rods.radii.prod(axis=1) / step_mm**2), 4, 4000)
     return (2 ** np.ceil(np.log2(count))).astype(int)
 
 
 def _points_in(rods: Rods, count: int) -> np.ndarray:
     """(n, count, 3) points, evenly spread in each rod."""
-    # Sunflower pattern: equal areas, no rows that could beat against the voxels.
+    # Sunflower pattern: equal areas, no rows that could alias with the voxels.
     share, angle = golden_spiral(count)
     r = np.sqrt(share)
     u, v = r * np.cos(angle), r * np.sin(angle)

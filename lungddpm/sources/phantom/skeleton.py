@@ -67,7 +67,7 @@ def _paint_ribs(hu: np.ndarray, grid: Grid, p: Physique) -> None:
 
 
 def _rib(p: Physique, side: int, number: int, step_mm: float) -> tuple[np.ndarray, int]:
-    """Centre line of a rib, from the spine in steps of `step_mm`, and which of its points is the last of the bone."""
+    """Centre line of a rib, from the spine in steps of `step_mm`, and the index of the last point of the bone."""
     back_z = p.height_mm * (1.02 - 0.088 * (number - 1))
     drop = np.interp(number, [1, 3, 7, 10, 12], [28, 55, 88, 70, 45]) * p.height_mm / 248
     end = np.interp(number, [1, 7, 8, 10, 11, 12], [0.93, 0.93, 0.8, 0.7, 0.5, 0.36]) * np.pi

@@ -18,7 +18,7 @@ _SUPPLIED_POINTS = 4000
 
 @dataclass(frozen=True)
 class Branches:
-    """A tree of vessels; row i is one branch, its parent stands in an earlier row.
+    """A tree of vessels; row i is one branch, whose parent is in an earlier row.
 
     Attributes:
         parent: (n,) int, -1 for the root.
@@ -61,7 +61,7 @@ def grow_tree(
     rng: np.random.Generator,
     smallest_supply: int = 4,
 ) -> Branches:
-    """Grow a tree into a cloud of points, each of which stands for an equal volume of tissue.
+    """Grow a tree into a cloud of points, each of which represents an equal volume of tissue.
 
     Every branch runs 40 % of the way to the centre of the points it supplies, which a plane along the branch then
     shares out between two children (Tawhai et al. 2004, volume-filling growth). Flow is proportional to supplied
@@ -69,9 +69,9 @@ def grow_tree(
 
     Args:
         supplied_mm: (n, 3) points.
-        root_mm, direction: (3,) where the root starts and the way it heads.
+        root_mm, direction: (3,) start and direction of the root.
         radius_mm: of the root.
-        smallest_supply: points of a branch that does not divide any more.
+        smallest_supply: points of a branch that no longer divides.
     """
     rows: list[tuple] = []
     stack = [(-1, np.asarray(root_mm, float), np.asarray(direction, float), supplied_mm)]

@@ -1,14 +1,14 @@
-"""How often an arm is falsely claimed where its replicates share luck, and where each has its own.
+"""Rate of false claims if the replicates of an arm share random variation, and if they do not.
 
-    python benchmarks/shared_luck.py --runs 2000
+    python benchmarks/shared_variance.py --runs 2000
 
 Benchmarks without a true difference, made of normal numbers and judged by the verdict's own code. The runs of all arms
-scatter with one sd. In arms with synthetic CT, parts of that variance are the luck of the draw of samples and the luck
-of the generator's training: shared by all replicates, or each replicate's own (`synthesis.draw_per_replicate`,
+scatter with the same sd. In arms with synthetic CT, parts of that variance come from the draw of samples and from the
+training of the generator: shared by all replicates, or separate for each (`synthesis.draw_per_replicate`,
 `synthesis.training_per_replicate`).
 
-The second table has arms of three numbers of real cases, whose runs scatter the more the fewer real cases they have,
-which the pooled MS(TR) takes for equal.
+The second table has arms of three numbers of real cases, whose runs scatter more with fewer real cases,
+which the pooled MS(TR) treats as equal.
 """
 
 import argparse
@@ -36,8 +36,8 @@ class Design:
 
 
 @dataclass(frozen=True)
-class Luck:
-    """Where the scatter of runs with synthetic CT is from, as shares of its variance; the rest is the segmenter's."""
+class VarianceShares:
+    """Sources of the scatter of runs with synthetic CT, as shares of its variance; the rest is the segmenter's."""
 
     draw: float
     training: float = 0.0
@@ -48,26 +48,26 @@ class Luck:
 
 
 DESIGNS = [Design(3, 40), Design(4, 16), Design(5, 249), Design(5, 249, 0.015, 0.1, 0.1)]
-LUCK = {
-    "half of the luck in the draw: one draw": Luck(0.5),
-    "half of the luck in the draw: a draw per replicate": Luck(0.5, own_draw=True),
-    "a quarter each in draw and generator training: one of each": Luck(0.25, 0.25),
-    "a quarter each: a draw per replicate": Luck(0.25, 0.25, own_draw=True),
-    "a quarter each: draw and training per replicate": Luck(0.25, 0.25, own_draw=True, own_training=True),
+SCENARIOS = {
+    "half of the variance in the draw: one draw": VarianceShares(0.5),
+    "half of the variance in the draw: a draw per replicate": VarianceShares(0.5, own_draw=True),
+    "a quarter each in draw and generator training: one of each": VarianceShares(0.25, 0.25),
+    "a quarter each: a draw per replicate": VarianceShares(0.25, 0.25, own_draw=True),
+    "a quarter each: draw and training per replicate": VarianceShares(0.25, 0.25, own_draw=True, own_training=True),
 }
 FACTORS = {"alike": (1, 1, 1), "1.5 and 1.2 times as much": (1.5, 1.2, 1), "3 and 2 times as much": (3, 2, 1)}
 """Of the runs' sd with the fewest, more, and all real cases."""
 
 
-def simulate(design: Design, luck: Luck, generator: np.random.Generator) -> Scores:
+def simulate(design: Design, shares: VarianceShares, generator: np.random.Generator) -> Scores:
     """Scores of arms that do not differ, the real cases alone first."""
     runs = (1 + N_ARMS, design.n_replicates, 1)
     shared = (1 + N_ARMS, 1, 1)
-    from_draw = generator.normal(0, luck.draw**0.5, runs if luck.own_draw else shared)
-    from_training = generator.normal(0, luck.training**0.5, runs if luck.own_training else shared)
-    own = generator.normal(0, (1 - luck.draw - luck.training) ** 0.5, runs)
+    from_draw = generator.normal(0, shares.draw**0.5, runs if shares.own_draw else shared)
+    from_training = generator.normal(0, shares.training**0.5, runs if shares.own_training else shared)
+    own = generator.normal(0, (1 - shares.draw - shares.training) ** 0.5, runs)
     of_run = from_draw + from_training + own
-    # No synthetic CT: all of its luck is the segmenter's.
+    # Without synthetic CT all variance is the segmenter's.
     of_run[0] = generator.normal(0, 1, runs[1:])
     return _scores(design, design.run_sd * of_run, generator)
 
@@ -99,10 +99,10 @@ def is_claimed(comparison: Comparison) -> bool:
     return comparison.verdict in ("better", "worse")
 
 
-def false_claims(design: Design, luck: Luck, runs: int, seed: int) -> float:
+def false_claims(design: Design, shares: VarianceShares, runs: int, seed: int) -> float:
     """Share of benchmarks that claim an arm."""
     generator = np.random.default_rng(seed)
-    judged = (compare_arms(simulate(design, luck, generator), 1, CONFIDENCE, 0) for _ in range(runs))
+    judged = (compare_arms(simulate(design, shares, generator), 1, CONFIDENCE, 0) for _ in range(runs))
     return float(np.mean([any(map(is_claimed, rows)) for rows in judged]))
 
 
@@ -114,8 +114,8 @@ def main() -> None:
     options = parser.parse_args()
     heads = [f"{each.n_replicates} replicates, {each.n_cases} cases, run sd {each.run_sd:g}" for each in DESIGNS]
     print(f"| | {' | '.join(heads)} |\n|:---|{'---:|' * len(DESIGNS)}")
-    for name, luck in LUCK.items():
-        rates = [false_claims(design, luck, options.runs, options.seed) for design in DESIGNS]
+    for name, shares in SCENARIOS.items():
+        rates = [false_claims(design, shares, options.runs, options.seed) for design in DESIGNS]
         print(f"| {name} | {' | '.join(f'{rate:.1%}' for rate in rates)} |", flush=True)
     print(f"\n| runs of the fewer real cases scatter | {' | '.join(heads)} |\n|:---|{'---:|' * len(DESIGNS)}")
     for name, factors in FACTORS.items():
