@@ -49,6 +49,10 @@ ConfigOfRun = Annotated[
     ),
 ]  # fmt: skip
 CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
+ExternalTests = Annotated[
+    list[str] | None,
+    typer.Option(help="NAME=FOLDER of an external test set; default: external_tests.NAME.path. Once for each."),
+]
 SampleTables = Annotated[
     list[Path] | None, typer.Argument(help="Tables of synthetic cases, in order of shards (none for real arms).")
 ]
@@ -146,17 +150,25 @@ def simulate(
 def index(
     config: ConfigFiles = DEFAULT_CONFIG,
     source: Annotated[Path | None, typer.Option(help="Folder of the data set; default: source.path.")] = None,
+    external_test: ExternalTests = None,
     output: Annotated[Path, typer.Option(help="Table to write, one row per CT series.")] = RESULTS / "cases/index.tsv",
 ) -> None:
-    """List every CT series of the source from its headers (sizes in voxels, spacings in mm) and assign roles."""
+    """List every CT series of the source and of external test sets from its headers (sizes in voxels, spacings in mm)
+    and assign roles."""
     from lungddpm.arms.splits import assign_roles
     from lungddpm.config.loading import load_config
-    from lungddpm.sources.index import index_source, write_index
+    from lungddpm.sources.index import index_source, join_data_sets, write_index
 
     settings = load_config(*config, needs_source=source is None)
     folder, cache = _source_folder(settings, source), output.with_suffix(".cache.json")
     found = index_source(settings.source.kind, folder, cache, settings.source.reading())
+    externals = {}
+    for name, folder in _external_folders(settings, external_test).items():
+        each, cache = settings.external_tests[name], output.with_suffix(f".{name}.cache.json")
+        externals[name] = index_source(each.kind, folder, cache, each.reading(), f"external_tests.{name}")
+    distinct = {name for name, each in settings.external_tests.items() if each.distinct_patients}
     try:
+        found = join_data_sets(found, externals, distinct)
         found = assign_roles(found, settings.roles, settings.seed)
     finally:
         # If too few series are usable, their rows give the reasons.
@@ -168,6 +180,7 @@ def prepare(
     config: ConfigFiles = DEFAULT_CONFIG,
     index: Annotated[Path, typer.Option(help="Table written by 'index'.")] = RESULTS / "cases/index.tsv",
     source: Annotated[Path | None, typer.Option(help="Folder of the data set; default: source.path.")] = None,
+    external_test: ExternalTests = None,
     output: Annotated[Path, typer.Option(help="Folder for the cases.")] = RESULTS / "cases",
     shard: Shard = 0,
     shards: Shards = 1,
@@ -179,7 +192,8 @@ def prepare(
 
     settings = load_config(*config, needs_source=source is None)
     with claim_device("cpu" if settings.layouts.lungs == "classical" else "auto"):
-        run_prepare(settings, index, _source_folder(settings, source), output, shard, shards, table)
+        folders = _external_folders(settings, external_test)
+        run_prepare(settings, index, _source_folder(settings, source), output, shard, shards, table, folders)
 
 
 @app.command(rich_help_panel=STAGES)
@@ -775,6 +789,21 @@ def _source_folder(settings: Config, source: Path | None) -> Path:
     folder = settings.source.path
     # Only a simulated source does not need a folder.
     return RESULTS / "source" if settings.source.is_simulated or folder is None else folder
+
+
+def _external_folders(settings: Config, given: list[str] | None) -> dict[str, Path]:
+    """The folder of each external test set, by its name."""
+    from lungddpm.core.errors import ConfigError
+
+    folders = {name: each.path or Path() for name, each in settings.external_tests.items()}
+    for text in given or []:
+        name, _, folder = text.partition("=")
+        if name not in folders or not folder:
+            known = ", ".join(folders) or "none"
+            problem = "is not NAME=FOLDER of an external test set"
+            raise ConfigError(f"--external-test {text}", problem, f"Names are {known} (external_tests in the config).")
+        folders[name] = Path(os.path.expanduser(folder))
+    return folders
 
 
 def _set_threads(threads: int) -> int:

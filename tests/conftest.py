@@ -88,6 +88,7 @@ def write_blob_case():
             "case_id": folder.name,
             "patient_id": patient_id,
             "source": source,
+            "data_set": "internal",
             "role": role,
             "n_nodules": 2,
             "status": "ok",

@@ -24,9 +24,10 @@ AFFINE = np.diag([4.0, 4.0, 5.0, 1.0])
 
 def case_row(case_id, patient_id, role, **changes):
     row = {
-        "case_id": case_id, "patient_id": patient_id, "source": "phantom", "role": role, "series_uid": f"1.2.{case_id}",
-        "size_x": SIZE[0], "size_y": SIZE[1], "size_z": SIZE[2], "spacing_x_mm": 4.0, "spacing_y_mm": 4.0,
-        "spacing_z_mm": 5.0, "n_nodules": 1, "status": "ok", "reason": "", "path": case_id, "sha256": "0" * 64,
+        "case_id": case_id, "patient_id": patient_id, "source": "phantom", "data_set": "internal", "role": role,
+        "series_uid": f"1.2.{case_id}", "size_x": SIZE[0], "size_y": SIZE[1], "size_z": SIZE[2],
+        "spacing_x_mm": 4.0, "spacing_y_mm": 4.0, "spacing_z_mm": 5.0, "n_nodules": 1,
+        "status": "ok", "reason": "", "path": case_id, "sha256": "0" * 64,
     }  # fmt: skip
     return row | changes
 
@@ -65,6 +66,7 @@ def write_results(
     offset_hu=0,
     run_sd=0.0,
     shares=SHARES,
+    external=None,
     **overrides,
 ):
     """Write a results folder and return (config, folder).
@@ -80,9 +82,12 @@ def write_results(
         offset_hu: how much brighter than their reference the samples' lungs are.
         run_sd: sd of the share of nodules that a run finds.
         shares: mean share that an arm's runs find; 0.5 where it is not named.
+        external: how many test cases each external test set has, by its name.
         overrides: of the config.
     """
+    external = external or {}
     values = {"arms": {"controls": ["real"]}, "segmentation": {"folds": list(range(n_replicates))}} | overrides
+    values["external_tests"] = {name: {"kind": "lidc", "path": f"/data/{name}"} for name in external}
     config, rng = parse_config(values), np.random.default_rng(4)
     table = results / "cases" / "cases.tsv"
     rows, layouts = [], {}
@@ -92,13 +97,19 @@ def write_results(
         layouts[case_id] = write_case(table.parent / case_id, rng, nodule=nodules or number < 2)
         sha256 = CaseFolder(table.parent / case_id).hash()
         rows.append(case_row(case_id, f"patient-{number:02d}", role, sha256=sha256))
+    for name in [name for name, n_cases in external.items() for _ in range(n_cases)]:
+        case_id = f"{name}-{len(rows):02d}"
+        layouts[case_id] = write_case(table.parent / case_id, rng)
+        sha256 = CaseFolder(table.parent / case_id).hash()
+        rows.append(case_row(case_id, f"patient-{case_id}", "test", data_set=name, sha256=sha256))
+    tested = rows[2:]
     rows.append(case_row("case-99", "patient-99", "test", status="excluded", reason="holds <b>no</b> lungs"))
     write_cases(table, rows)
     for arm in config.arms.names():
         for replicate in config.segmentation.replicates():
             folder = results / "segmentation" / arm / replicate
             share = shares.get(Arm.parse(arm).recipe.name.split("@")[0], 0.5) + run_sd * rng.normal()
-            for row in rows[2 : 2 + n_test]:
+            for row in tested:
                 nodule = layouts[row["case_id"]] == Label.NODULE
                 mask = nodule & (rng.random(SIZE) < share)
                 mask[0, 0, 0] = True

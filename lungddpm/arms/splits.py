@@ -11,7 +11,7 @@ from lungddpm.config.models import Roles
 from lungddpm.core.errors import ConfigError, LeakError
 from lungddpm.core.files import seed_from, seeded_order
 from lungddpm.core.progress import LOG
-from lungddpm.core.roles import ROLES, join_roles, roles_of
+from lungddpm.core.roles import INTERNAL, ROLES, TEST, join_roles, roles_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -22,9 +22,11 @@ UNUSED = "not needed by roles"
 def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
     """Give every patient with a usable series a role; patients are drawn in a seeded order, independent of the table's.
 
+    Those of external test sets are tested, and change nothing in what the others do.
+
     Args:
         index: rows of the index; only those with status `ok` get a role.
-        roles: below 1 a share of the usable patients, from 1 a count, or a list of patients.
+        roles: below 1 a share of the usable patients of `source`, from 1 a count, or a list of patients.
         seed: root of the draw.
 
     Returns:
@@ -33,9 +35,11 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
     Raises:
         ConfigError: unknown patients in a list, too few patients, or a role without patients.
     """
-    patients = seeded_order((row["patient_id"] for row in index if row["status"] == "ok"), seed, "roles")
-    members = _draw_members(roles, patients, {row["patient_id"] for row in index})
+    own = [row for row in index if row["data_set"] == INTERNAL]
+    patients = seeded_order((row["patient_id"] for row in own if row["status"] == "ok"), seed, "roles")
+    members = _draw_members(roles, patients, {row["patient_id"] for row in own})
     role_of = {patient: join_roles(role for role in ROLES if patient in members[role]) for patient in patients}
+    role_of |= {row["patient_id"]: TEST for row in index if row["data_set"] != INTERNAL}
     assigned = [dict(row) for row in index]
     for row in assigned:
         if row["status"] == "ok":
@@ -43,12 +47,15 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
             row["reason"] = "" if row["role"] else UNUSED
     with_nodule = {row["patient_id"] for row in assigned if row["status"] == "ok" and row["n_nodules"] not in ("", 0)}
     uncounted = {row["patient_id"] for row in assigned if row["status"] == "ok" and row["n_nodules"] == ""}
-    for role in ROLES:
-        if members[role] & uncounted:
-            LOG.info("role %s: %d patients, nodules not counted yet", role, len(members[role]))
+    groups = {f"role {role}": members[role] for role in ROLES}
+    for row in assigned:
+        if row["status"] == "ok" and row["data_set"] != INTERNAL:
+            groups.setdefault(f"external test set {row['data_set']}", set()).add(row["patient_id"])
+    for name, of_group in groups.items():
+        if of_group & uncounted:
+            LOG.info("%s: %d patients, nodules not counted yet", name, len(of_group))
         else:
-            without = len(members[role] - with_nodule)
-            LOG.info("role %s: %d patients, %d without a nodule", role, len(members[role]), without)
+            LOG.info("%s: %d patients, %d without a nodule", name, len(of_group), len(of_group - with_nodule))
     if shared := sorted(patient for patient, cell in role_of.items() if len(roles_of(cell)) > 1):
         LOG.warning(
             "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "
@@ -297,10 +304,11 @@ def _texts(value: object, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _check_named(role: str, wanted: list[str], known: set[str], usable: set[str]) -> None:
     if unknown := sorted(set(wanted) - known):
+        more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise ConfigError(
             f"roles.{role}",
-            f"names {', '.join(unknown[:5])}, not in the source",
-            "Spell patients as in the column patient_id of the index.",
+            f"names {', '.join(unknown[:5])}{more}, not in the source ({len(wanted)} are named)",
+            "Spell patients as in the column patient_id of the index, and remove those whose scans are missing.",
         )
     if excluded := sorted(set(wanted) - usable):
         LOG.warning("roles.%s names %s, without a usable series", role, ", ".join(excluded))

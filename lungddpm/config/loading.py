@@ -65,6 +65,10 @@ def load_config(*sources: Path | str, needs_source: bool = True) -> Config:
     values = read_values(*sources)
     if not needs_source and isinstance(source := values.get("source", {}), dict):
         values["source"] = {**source, "path": source.get("path") or "."}
+    if not needs_source and isinstance(tests := values.get("external_tests"), dict):
+        values["external_tests"] = {
+            name: {"path": ".", **each} if isinstance(each, dict) else each for name, each in tests.items()
+        }
     return parse_config(values, " + ".join(map(_name_of, sources)))
 
 

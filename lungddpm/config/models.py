@@ -10,19 +10,22 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import math
 import os
 import re
+from collections import Counter
 from dataclasses import replace
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     AfterValidator,
     ConfigDict,
     Field,
+    ValidationInfo,
     WithJsonSchema,
     create_model,
     field_validator,
@@ -41,10 +44,11 @@ from lungddpm.config.sections import (
     TrainedSettings,
     is_trained,
 )
+from lungddpm.config.split_file import read_split
 from lungddpm.core.arms import BASELINE, Arm
 from lungddpm.core.cohorts import ALL, SHARED, Cohort
 from lungddpm.core.errors import ConfigError
-from lungddpm.core.roles import ROLES
+from lungddpm.core.roles import INTERNAL, ROLES
 from lungddpm.core.values import merge_values
 
 Share = Annotated[float, Field(gt=0, lt=1)]
@@ -63,6 +67,14 @@ def _generators() -> ModuleType:
     return importlib.import_module("lungddpm.generators")
 
 
+def _is_number(text: str) -> bool:
+    """Whether a text is a number: Snakemake's --config passes every value as text."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _check_known(name: str, known: set[str], key: str) -> None:
     if name not in known:
         raise ValueError(f"{key}: there is no '{name}'; available: {', '.join(sorted(known))}")
@@ -71,6 +83,8 @@ def _check_known(name: str, known: set[str], key: str) -> None:
 class _SourceKeys(Section):
     """Where the scans come from."""
 
+    key: ClassVar[str] = "source."
+    """Where the section stands, for messages that do not say it."""
     kind: Name = "phantom"
     path: UserPath | None = None
     """Folder of the data set; a simulated source makes its own and ignores this. Relative paths start in the working
@@ -78,9 +92,9 @@ class _SourceKeys(Section):
 
     @model_validator(mode="after")
     def _known(self) -> _SourceKeys:
-        _check_known(self.kind, set(_sources().names()), "source.kind")
+        _check_known(self.kind, set(_sources().names()), f"{self.key}kind")
         if not self.is_simulated and self.path is None:
-            raise ValueError(f"source.path is needed for source.kind '{self.kind}'")
+            raise ValueError(f"{self.key}path is needed for {self.key}kind '{self.kind}'")
         return self
 
     @property
@@ -102,6 +116,10 @@ class _SourceKeys(Section):
     def caveat(self) -> str:
         """A caveat about this source for the report, depending on its settings; mostly empty."""
         return getattr(self.settings, "caveat", "")
+
+    def without_folder(self) -> Self:
+        """The same with only the name of its folder, which may tell who ran it and where."""
+        return self.model_copy(update={"path": None if self.path is None else Path(self.path.name)})
 
     def reading(self, kind: str | None = None) -> tuple[Section, ...]:
         """The settings for reading scans, as passed to a source's functions: one section, or none.
@@ -135,27 +153,65 @@ else:
     Source = _source_section()
 
 
-class Roles(Section):
-    """Roles of patients. A number below 1 is a share of all patients, 1 or more is a count, a list names patients."""
+class ExternalTest(Source):
+    """A further data set, whose patients are tested and nothing else; its keys are those of `source`, and one more."""
 
-    discovery: Share | PositiveInt | list[str] = 0.5
+    key: ClassVar[str] = ""
+    kind: Name
+    distinct_patients: bool = False
+    """Its patients are other people than those of the other data sets, even where ids are the same: their ids get the
+    name of this data set in front, as in `task06:001`. Without it, an id that two data sets have ends the run."""
+
+    @model_validator(mode="after")
+    def _measured(self) -> ExternalTest:
+        if self.is_simulated:
+            raise ValueError(
+                f"kind '{self.kind}' makes its own patients: write them by 'lungddpm simulate', and read that folder"
+            )
+        return self
+
+
+Members = Annotated[
+    Share | PositiveInt | list[str],
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"exclusiveMaximum": 1, "exclusiveMinimum": 0, "type": "number"},
+                {"minimum": 1, "type": "integer"},
+                {"items": {"type": "string"}, "type": "array"},
+                {"format": "path", "type": "string"},
+            ]
+        }
+    ),
+]
+"""Patients of a role. A split file is read where the config is, and becomes a list."""
+
+
+class Roles(Section):
+    """Which patients do what. A number below 1 is a share of all patients, 1 or more a count, a list names patients. A
+    text is the path of a split file: one patient per line, or a table (.csv, .tsv) with the columns `patient_id` and
+    `role`, of which each role takes its own rows. Relative paths start in the working directory."""
+
+    discovery: Members = 0.5
     """Patients who train the denoiser and, as real data, the segmenter."""
-    reference: Share | PositiveInt | list[str] = 0.2
+    reference: Members = 0.2
     """Patients whose CT fills the voxels of synthetic CT that the layout leaves open."""
-    test: Share | PositiveInt | list[str] = 0.3
+    test: Members = 0.3
     """Patients on which the segmenters are compared."""
     allow_shared_patients: bool = False
     """Allow a patient to have several roles. The verdict then only shows that the pipeline runs."""
 
     @field_validator(*ROLES, mode="before")
     @classmethod
-    def _quoted(cls, value: Any) -> Any:
+    def _listed(cls, value: Any, info: ValidationInfo) -> Any:
         for patient in value if isinstance(value, list) else ():
             if not isinstance(patient, str):
                 raise ValueError(
                     f"a patient id is read as {patient!r}, not as text: YAML takes some ids for numbers, dates, or yes "
                     'and no. Quote patient ids, as in ["0010"]'
                 )
+        if isinstance(value, str) and not _is_number(value):
+            return read_split(Path(os.path.expanduser(value)), str(info.field_name))
         return value
 
     @model_validator(mode="after")
@@ -164,6 +220,8 @@ class Roles(Section):
         for role, patients in named.items():
             if not patients:
                 raise ValueError(f"roles.{role} is empty")
+            if twice := [patient for patient, times in Counter(patients).items() if times > 1]:
+                raise ValueError(f"roles.{role} names patient {twice[0]} twice")
         shares = [value for role in ROLES if isinstance(value := getattr(self, role), float)]
         if sum(shares) > 1 + 1e-9 and not self.allow_shared_patients:
             raise ValueError(f"the shares of roles add up to {sum(shares):g}, which is more than all patients")
@@ -682,6 +740,11 @@ class Config(Section):
     seed: Annotated[int, Field(ge=0)] = 1
     """Root seed of all random numbers in the run."""
     source: Source = Source()
+    external_tests: dict[Name, ExternalTest] = {}
+    """External test sets by name, e.g. `{task06: {kind: images, path: /data/Task06_Lung}}`, each with the keys of
+    `source`, and `distinct_patients: true` where its patients are other people even if ids are the same. All their
+    patients are tested, and nothing else; each set has a verdict of its own beside that of `source`
+    (docs/how-to/test-on-an-external-cohort.md)."""
     roles: Roles = Roles()
     grid: Grid = Grid()
     layouts: Layouts = Layouts()
@@ -693,6 +756,13 @@ class Config(Section):
     label_fidelity: LabelFidelity = LabelFidelity()
     verdict: Verdict = Verdict()
     workflow: Workflow = Workflow()
+
+    @field_validator("external_tests")
+    @classmethod
+    def _names_of_tests(cls, value: dict[str, ExternalTest]) -> dict[str, ExternalTest]:
+        if len({name.casefold() for name in [*value, INTERNAL]}) <= len(value):
+            raise ValueError(f"names differ by more than capitals, and none is '{INTERNAL}', which `source` has")
+        return value
 
     @model_validator(mode="after")
     def _arms_name_generators(self) -> Config:
@@ -732,16 +802,20 @@ class Config(Section):
     def without_folders(self) -> Config:
         """The same for results, with only the names of the user's folders, as paths may reveal who ran it and where."""
         external = {name: Path(folder.name) for name, folder in self.arms.external.items()}
-        path = None if self.source.path is None else Path(self.source.path.name)
         weights = self.image_quality.weights
         weights = Path(weights.name) if isinstance(weights, Path) else weights
         return self.model_copy(
             update={
-                "source": self.source.model_copy(update={"path": path}),
+                "source": self.source.without_folder(),
+                "external_tests": {name: each.without_folder() for name, each in self.external_tests.items()},
                 "image_quality": self.image_quality.model_copy(update={"weights": weights}),
                 "arms": self.arms.model_copy(update={"external": external}),
             }
         )
+
+    def data_sets(self) -> dict[str, Source]:
+        """All data sets by the name that the column `data_set` has, that of `source` first."""
+        return {INTERNAL: self.source, **self.external_tests}
 
     def generators_in_use(self) -> list[str]:
         """Plug-ins named by the arms, and those whose weights they use."""

@@ -69,6 +69,8 @@ def _type(entry: dict) -> str:
         return " or ".join(_type(option) for option in entry["anyOf"])
     if "enum" in entry:
         return " or ".join(f"`{value}`" for value in entry["enum"])
+    if entry.get("format") == "path":
+        return "path"
     if "const" in entry:
         return f"`{entry['const']}`"
     if entry.get("type") == "array":
@@ -76,7 +78,7 @@ def _type(entry: dict) -> str:
         return f"{len(items)} x {_type(items[0])}" if "prefixItems" in entry else f"list of {_type(items[0])}"
     if "patternProperties" in entry:
         (values,) = entry["patternProperties"].values()
-        return f"name: {_type(values)}"
+        return f"name: {'section' if '$ref' in values else _type(values)}"
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = " ".join(f"{sign} {entry[key]:g}" for key, sign in limits.items() if key in entry)
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "yes/no", "null": "null"}

@@ -25,19 +25,20 @@ from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint, read_json, sha256_of, write_table
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
-from lungddpm.core.roles import roles_of
+from lungddpm.core.roles import INTERNAL, roles_of
 from lungddpm.core.volume import AIR_HU, Volume, read_volume
 
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = [
-    "case_id", "patient_id", "source", "role", "series_uid",
+    "case_id", "patient_id", "source", "data_set", "role", "series_uid",
     "size_x", "size_y", "size_z", "spacing_x_mm", "spacing_y_mm", "spacing_z_mm",
     "n_nodules", "status", "reason", "path", "sha256",
 ]  # fmt: skip
-"""`role` joins several by "+" under `roles.allow_shared_patients`; `status` is ok | excluded; `path` is relative to
-the table's folder; `sha256` covers CT and layout (empty before they exist)."""
+"""`data_set` is `INTERNAL`, or the name of an external test set; `role` joins several by "+" under
+`roles.allow_shared_patients`; `status` is ok | excluded; `path` is relative to the table's folder; `sha256` covers CT
+and layout (empty before they exist)."""
 CASES = "cases.tsv"
 """Name of the table of all real cases, in the folder of the cases."""
 NODULES = "nodules.tsv"
@@ -260,6 +261,11 @@ def log_excluded(rows: Iterable[Mapping]) -> None:
         more = f" and {len(alike) - _EXAMPLES} more" if len(alike) > _EXAMPLES else ""
         action = "excluded" if len(alike) == 1 else "excluded for reasons such as"
         LOG.warning("%s%s: %s: %s", named, more, action, alike[0]["reason"])
+
+
+def internal(cases: pd.DataFrame) -> pd.DataFrame:
+    """The cases that are not of an external test set, in table order."""
+    return cases[cases["data_set"] == INTERNAL]
 
 
 def of_role(cases: pd.DataFrame, role: str) -> pd.DataFrame:

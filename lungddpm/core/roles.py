@@ -6,6 +6,9 @@ from collections.abc import Iterable
 
 DISCOVERY, REFERENCE, TEST = ROLES = ("discovery", "reference", "test")
 """Roles of patients: training, lending their CT to synthetic cases, and testing the segmenters."""
+INTERNAL = "internal"
+"""Value of the column `data_set` for the cases of `source`, and for samples, which are made from these. Cases of an
+external test set have its name there, and the role test."""
 SYNTHETIC = "synthetic"
 """Value of the column `role` for a synthetic case."""
 _JOINT = "+"

@@ -11,10 +11,10 @@ from lungddpm.core.cases import (
     NODULES,
     excluded_alike,
     folder_of,
+    internal,
     log_excluded,
     of_role,
     read_cases,
-    usable,
     write_cases,
 )
 from lungddpm.core.errors import InputError
@@ -39,8 +39,8 @@ def run_collect(config: Config, tables: list[Path], output: Path) -> None:
 
     Raises:
         InputError: a role has no usable case, or none with a nodule where it needs one (references do not, if they get
-            placed ones); the message gives the reasons for the exclusions. Or the `case.json` of a usable case is
-            missing or damaged.
+            placed ones), or an external test set has none; the message gives the reasons for the exclusions. Or the
+            `case.json` of a usable case is missing or damaged.
     """
     import pandas as pd
 
@@ -50,19 +50,26 @@ def run_collect(config: Config, tables: list[Path], output: Path) -> None:
     log_excluded(merged.to_dict("records"))
     LOG.info("%d cases are usable, %d are excluded", len(merged) - len(excluded), len(excluded))
     for role in ROLES:
-        having = usable(merged, role)
         gets_nodules = role == REFERENCE and config.synthesis.place_nodules
-        if (having["n_nodules"] > 0).any() or (gets_nodules and not having.empty):
-            continue
-        alike = excluded_alike(of_role(excluded, role).to_dict("records"))
-        why = "; ".join(f"{rows[0]['reason']} ({len(rows)} x)" for rows in alike)
-        raise InputError(
-            f"roles.{role} = {getattr(config.roles, role)}",
-            f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
-            "Give the role more patients, or fix the reasons for the exclusions.",
-        )
+        _check_enough(of_role(internal(merged), role), f"roles.{role} = {getattr(config.roles, role)}", gets_nodules)
+    for name in config.external_tests:
+        _check_enough(merged[merged["data_set"] == name], f"external_tests.{name}", gets_nodules=False)
     write_table(output.with_name(NODULES), _nodules_of(merged[merged["status"] == "ok"], output))
     write_cases(output, merged)
+
+
+def _check_enough(members: pd.DataFrame, key: str, gets_nodules: bool) -> None:
+    """Make sure that those of a role, or of an external test set, can do their part."""
+    having = members[members["status"] == "ok"]
+    if (having["n_nodules"] > 0).any() or (gets_nodules and not having.empty):
+        return
+    alike = excluded_alike(members[members["status"] != "ok"].to_dict("records"))
+    why = "; ".join(f"{rows[0]['reason']} ({len(rows)} x)" for rows in alike)
+    raise InputError(
+        key,
+        f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
+        "Give it more patients, or fix the reasons for the exclusions.",
+    )
 
 
 def _nodules_of(cases: pd.DataFrame, table: Path) -> pd.DataFrame:

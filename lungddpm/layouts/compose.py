@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,6 +13,7 @@ import pandas as pd
 
 from lungddpm import __version__
 from lungddpm.config.models import Config
+from lungddpm.config.sections import Section
 from lungddpm.core.cases import CaseFolder, check_case, hash_voxels, write_cases
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.drawing import save
@@ -20,6 +21,7 @@ from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.roles import INTERNAL
 from lungddpm.core.volume import (
     AIR_HU,
     Volume,
@@ -47,6 +49,7 @@ VESSEL_OCCUPANCY = 0.25
 _SHARE_PER_MM = (1e-6, 0.05, 0.5, 50.0)
 """Penalty on a cell's share per mm of distance. The smallest only breaks ties, and is used if every cell that the
 nodule fills is taken."""
+_NAME_FOLDER = "Run 'lungddpm index' again, with the same external_tests and folders as here."
 _LIBRARIES = (
     "numpy",
     "scipy",
@@ -147,7 +150,16 @@ def nodules_on_grid(masks: list[Volume], affine: np.ndarray, shape: tuple[int, i
     return cells
 
 
-def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: int, shards: int, table: Path) -> None:
+def run_prepare(
+    config: Config,
+    index: Path,
+    source: Path,
+    output: Path,
+    shard: int,
+    shards: int,
+    table: Path,
+    external: Mapping[str, Path] | None = None,
+) -> None:
     """Prepare the cases of one shard: every row of the index whose number modulo `shards` is `shard`.
 
     Writes `<output>/<case_id>/{ct.nii.gz, layout.nii.gz, nodules.nii.gz, qc.png, case.json}`, then the shard's case
@@ -156,24 +168,29 @@ def run_prepare(config: Config, index: Path, source: Path, output: Path, shard: 
     kept.
 
     Args:
-        config: `grid` and `layouts` are used, `source.kind` through the index, and its settings.
+        config: `grid` and `layouts` are used, kinds of sources through the index, and their settings.
         index: table written by `lungddpm index`.
         source: folder of the data set.
         output: folder of the cases.
         shard: 0-based number of this shard.
         shards: number of shards.
         table: case table to write.
+        external: folders of the external test sets, by name.
 
     Raises:
-        InputError: the index or the source is missing. A case that cannot be used is not an error: its row gives the
+        InputError: the index or a data set is missing. A case that cannot be used is not an error: its row gives the
             reason.
     """
     rows = read_index(index).iloc[shard::shards]
-    check_folder(source)
+    folders = {INTERNAL: source, **(external or {})}
+    for name, folder in folders.items():
+        check_folder(folder, "source" if name == INTERNAL else f"external_tests.{name}")
+    if unknown := sorted(set(rows["data_set"]) - folders.keys()):
+        raise InputError(index, f"has scans of the data set '{unknown[0]}', whose folder is not known", _NAME_FOLDER)
     prepared = []
     with Progress("cases", total=len(rows)) as progress:
         for _, row in rows.iterrows():
-            prepared.append(_prepare(config, source, row, CaseFolder(output / row["case_id"])))
+            prepared.append(_prepare(config, folders[row["data_set"]], row, CaseFolder(output / row["case_id"])))
             progress.note(case=row["case_id"])
             progress.advance()
     write_cases(table, prepared)
@@ -195,7 +212,7 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -
 
 
 def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
-    scan = source_of(row["source"]).load_scan(source, row, *config.source.reading(row["source"]))
+    scan = source_of(row["source"]).load_scan(source, row, *_reading(config, row))
     for note in scan.notes:
         LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)
@@ -222,6 +239,11 @@ def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> 
     # Last: its presence means that the case is complete.
     write_json(folder.record, record)
     return record
+
+
+def _reading(config: Config, row: pd.Series) -> tuple[Section, ...]:
+    """The settings by which a row's scan is read."""
+    return config.data_sets()[row["data_set"]].reading(row["source"])
 
 
 def _finished(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict | None:
@@ -255,7 +277,7 @@ def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[
             "layouts": config.layouts,
             "code": stage_fingerprint("prepare", row["source"]),
             "row": {column: row[column] for column in ("patient_id", "source", "series_uid", "path", "annotations")},
-            "reading": config.source.reading(row["source"]),
+            "reading": _reading(config, row),
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }
     )

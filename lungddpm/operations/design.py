@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lungddpm.config.models import Config
-from lungddpm.core.cases import read_cases, usable
+from lungddpm.core.cases import internal, read_cases, usable
 from lungddpm.core.errors import InputError
 from lungddpm.core.progress import waiting
 from lungddpm.core.roles import TEST
@@ -191,7 +191,7 @@ def _timed_costs(config: Config, own: Design, results: Path) -> dict[str, Costs]
     if not timing.exists() or not cases.exists():
         return {}
     table, n_runs = read_cases(cases), own.n_arms * len(config.segmentation.replicates())
-    sizes = own.n_replicates, len(usable(table, TEST)), len(table)
+    sizes = own.n_replicates, len(usable(internal(table), TEST)), len(table)
     return {"job hours": costs_of_timing(read_csv(timing), n_runs, *sizes, stages_per_replicate(config))}
 
 

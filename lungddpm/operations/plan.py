@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lungddpm.config.loading import load_config
-from lungddpm.config.models import Config, Segmentation, Workflow
+from lungddpm.config.models import Config, Segmentation, Source, Workflow
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.arms import Arm
 from lungddpm.core.cohorts import count_real_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import read_json
 from lungddpm.core.progress import waiting
-from lungddpm.core.roles import ROLES
+from lungddpm.core.roles import ROLES, TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.volume import per_axis
+from lungddpm.sources import Size
 
 if TYPE_CHECKING:
     from lungddpm.generators import Drawing
@@ -98,6 +99,8 @@ class Cohort:
     test: int
     origin: str
     """Source of this information, as a clause."""
+    external: int = 0
+    """Scans of external test sets; included in `scans`, but not in `test`."""
 
 
 @dataclass(frozen=True)
@@ -220,17 +223,16 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     """The number of scans, their size, and their roles.
 
     Args:
-        config: `source` and `roles` are used.
-        index: table of `lungddpm index` or `collect`; one of another kind of source is ignored.
-        scans: number of scans if there is no table; None: from the source.
+        config: `source`, `external_tests` and `roles` are used.
+        index: table of `lungddpm index` or `collect`; one of other data sets is ignored.
+        scans: number of scans of `source` if there is no table; None: from the source.
 
     Raises:
         ConfigError: the number of scans is unknown.
     """
     if scans is None and index is not None and (known := _cohort_of_table(config, index)) is not None:
         return known
-    declared = config.source.declared.size
-    size = None if declared is None else declared(config.source.settings)
+    size = _declared_size(config.source)
     voxels = _SCAN_VOXELS if size is None else size.voxels
     if scans is not None:
         number, origin = scans, "--cases"
@@ -238,7 +240,18 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
         number, origin = size.scans, size.origin
     else:
         raise ConfigError("--cases", "is missing, and there is no index with the number of scans", "Give the number.")
-    return Cohort(number, voxels, **config.roles.counts(number), origin=origin)
+    sizes = {name: _declared_size(each) for name, each in config.external_tests.items()}
+    external = sum(each.scans for each in sizes.values() if each is not None)
+    if unknown := [name for name, each in sizes.items() if each is None]:
+        origin += f"; not counted, as no index shows their scans: external_tests.{', external_tests.'.join(unknown)}"
+    return Cohort(number + external, voxels, **config.roles.counts(number), origin=origin, external=external)
+
+
+def _declared_size(source: Source) -> Size | None:
+    """The size that a source declares; None if it declares none."""
+    declared = source.declared.size
+    size: Size | None = None if declared is None else declared(source.settings)
+    return size
 
 
 def known_speed(device: str) -> Speed:
@@ -331,7 +344,7 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     own_draws = sum(len(replicates) for replicates in draws.values() if replicates != [None])
     training_cases = sum(_training_cases(arm, numbers[arm.real_cases], len(draws[arm])) for arm in arms)
     runs = len(arms) * len(config.segmentation.replicates())
-    predictions = cohort.test * runs
+    predictions = (cohort.test + cohort.external) * runs
 
     stages = [
         _light("index", 1, cohort.scans),
@@ -460,10 +473,11 @@ def describe_plan(plan: Plan) -> str:
         figures = stage.gpu_hours, stage.core_hours, stage.memory_gib, stage.gpu_memory_gib, stage.disk_gib
         rows.append([stage.name, str(stage.jobs), *map(_number, figures)])
     table = DisplayTable(heads, [*rows, totals], [head != "stage" for head in heads])
+    external = f", {cohort.external} external test" if cohort.external else ""
     return (
         f"{table.text(100)}\n\n"
         f"{cohort.scans} scans ({cohort.origin}): {cohort.discovery} discovery, {cohort.reference} reference, "
-        f"{cohort.test} test.\n{speed.device}: {speed.origin}.\nMemory is per job; disk is the peak of a "
+        f"{cohort.test} test{external}.\n{speed.device}: {speed.origin}.\nMemory is per job; disk is the peak of a "
         "stage. Jobs with a GPU take core hours only if there is none."
     )
 
@@ -474,6 +488,7 @@ def plan_values(plan: Plan) -> dict[str, Any]:
         "scans": {
             "total": plan.cohort.scans,
             **{role: getattr(plan.cohort, role) for role in ROLES},
+            "external": plan.cohort.external,
             "voxels": plan.cohort.voxels,
             "origin": plan.cohort.origin,
         },
@@ -491,16 +506,18 @@ def plan_values(plan: Plan) -> dict[str, Any]:
 
 
 def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
-    """The cohort of a table of cases; None if it is of another kind of source."""
-    from lungddpm.core.cases import read_cases, usable
+    """The cohort of a table of cases; None if it is of other data sets."""
+    from lungddpm.core.cases import internal, read_cases, usable
 
     table = read_cases(index)
     table = table[table["size_z"] > 0]
-    if table.empty or (table["source"] != config.source.kind).any():
+    kinds = {name: each.kind for name, each in config.data_sets().items()}
+    if set(table["data_set"]) != kinds.keys() or (table["source"] != table["data_set"].map(kinds)).any():
         return None
     voxels = (table["size_x"] * table["size_y"] * table["size_z"]).mean()
-    counts = {role: len(usable(table, role)) for role in ROLES}
-    return Cohort(len(table), float(voxels), **counts, origin=index.as_posix())
+    counts = {role: len(usable(internal(table), role)) for role in ROLES}
+    external = len(usable(table, TEST)) - counts[TEST]
+    return Cohort(len(table), float(voxels), **counts, origin=index.as_posix(), external=external)
 
 
 def _light(name: str, jobs: int, cases: int, voxels: float = 0.0, further_disk_bytes: float = 0.0) -> Stage:

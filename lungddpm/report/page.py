@@ -17,6 +17,7 @@ from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report import figures
+from lungddpm.report.external import show_external
 from lungddpm.report.html import render, show_excluded
 from lungddpm.report.manifest import arm_files, describe_run, draw_files, read_arms
 from lungddpm.report.sections import (
@@ -89,8 +90,8 @@ def draw_figures(
 ) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, forest_narrow, dose_response, real_cases, dice_by_arm, paired, runs, froc, image_quality,
-    label_fidelity, quality_and_cost, montage-<generator>, training, segmenter_training.
+    Names: forest, forest_narrow, forest-<external test set>, dose_response, real_cases, dice_by_arm, paired, runs,
+    froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, training, segmenter_training.
     """
     folder = results / "figures"
     measure, prose = deciding_measure().column, deciding_measure().title
@@ -110,6 +111,9 @@ def draw_figures(
     if tables["verdict"]["real_cases"].nunique() > 1:
         verdict = tables["verdict"][tables["verdict"]["metric"] == measure]
         drawn["real_cases"] = figures.real_cases_plot(verdict, prose, config.verdict.confidence)
+    if "external_verdict" in tables:
+        for name, rows in tables["external_verdict"].groupby("data_set", sort=False):
+            drawn[f"forest-{name}"] = figures.forest_plot(rows, titles, config.verdict.confidence)
     if "froc_band" in tables:
         drawn["froc"] = figures.froc_plot(tables["froc_band"], config.verdict.confidence)
     if "image_quality" in tables:
@@ -181,6 +185,7 @@ def render_report(
         calibration=show_calibration(tables["calibration"]),
         decisive=decisive.title,
         supporting=[measure.title for measure in verdict_measures()[1:]],
+        external=show_external(config, tables),
         answers=compared[compared["metric"] == decisive.column].to_dict("records"),
         supports=compared[compared["metric"] != decisive.column].to_dict("records"),
         controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],

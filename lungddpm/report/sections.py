@@ -11,7 +11,7 @@ import pandas as pd
 from lungddpm.config.models import Config
 from lungddpm.core import cases
 from lungddpm.core.arms import is_baseline
-from lungddpm.core.roles import ROLES
+from lungddpm.core.roles import INTERNAL, ROLES, TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
 from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, TEXTURES
@@ -531,12 +531,15 @@ def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
 
 
 def show_roles(case_table: pd.DataFrame) -> DisplayTable:
-    """Patients, cases and nodules of every role."""
+    """Patients, cases and nodules of every role, and of every external test set."""
+    groups = {role: cases.usable(cases.internal(case_table), role) for role in ROLES}
+    for name in case_table["data_set"].unique():
+        if name != INTERNAL:
+            groups[f"test, external: {name}"] = cases.usable(case_table[case_table["data_set"] == name], TEST)
     rows = []
-    for role in ROLES:
-        members = cases.usable(case_table, role)
+    for what, members in groups.items():
         counts = (members["patient_id"].nunique(), len(members), int(members["n_nodules"].sum()))
-        rows.append([role, *map(str, counts)])
+        rows.append([what, *map(str, counts)])
     return DisplayTable(["role", "patients", "cases", "nodules"], rows, [False, True, True, True])
 
 

@@ -15,6 +15,7 @@ from lungddpm.verdict.instrument import COLUMNS, FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.tables import read_csv
 
 _WIDTH = 100
+_EXPLORATORY = "On external test sets (exploratory; the verdict is the one above):"
 _MARKS = {PASSED: "+", FAILED: "!", NOT_MEASURED: "?"}
 _COLOURS = {PASSED: "green", FAILED: "red", NOT_MEASURED: "yellow"}
 _OF_ARM = [
@@ -26,7 +27,7 @@ _OF_ARM = [
 
 def verdict_table_text(results: Path) -> str:
     """The verdict as plain text for a terminal: the instrument check, whether the answer holds, the deciding measure
-    of each arm in a table and in sentences, and the path of the report.
+    of each arm in a table and in sentences, also on external test sets, and the path of the report.
 
     Raises:
         InputError: the run has no verdict yet.
@@ -51,6 +52,11 @@ def verdict_table_text(results: Path) -> str:
     lines += ["", *(_wrapped(text, "! ") for text in failed), _wrapped(outcome_of(instrument)["sentence"], "> ")]
     lines += ["", table.text(_WIDTH), ""]
     lines += [_wrapped(row["sentence"], "- ") for row in rows]
+    external = results / "tables" / "external_verdict.csv"
+    if external.exists():
+        found = read_csv(external)
+        found = found[(found["metric"] == measure.column) & (found["arm"] != found["baseline"])]
+        lines += ["", _EXPLORATORY, *(_wrapped(sentence, "- ") for sentence in found["sentence"])]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
 
 

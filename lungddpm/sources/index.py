@@ -6,7 +6,7 @@ import csv
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.errors import InputError, printable
 from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
 from lungddpm.core.progress import LOG, waiting
+from lungddpm.core.roles import INTERNAL
 from lungddpm.sources import Series, source_of
 
 if TYPE_CHECKING:
@@ -81,11 +82,16 @@ class Cache:
             return {}
 
 
-def case_ids(names: Iterable[str]) -> list[str]:
+def case_ids(names: Iterable[str], others: Iterable[str] = ()) -> list[str]:
     """Distinct names that are safe for folders, in the order given; the second of two equal names gets `_2`, and so
-    on."""
+    on.
+
+    Args:
+        names: of cases, with any characters.
+        others: case ids that are taken already.
+    """
     given: list[str] = []
-    taken: dict[str, int] = {}
+    taken: dict[str, int] = {name.casefold(): 1 for name in others}
     for name in names:
         safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).lstrip(".")[:LONGEST_NAME] or "unnamed"
         # Tables and the cache are in the folder of the cases.
@@ -134,19 +140,25 @@ def relative_name(path: Path, top: Path) -> str:
     return path.relative_to(top).as_posix()
 
 
-def check_folder(path: Path) -> None:
+def check_folder(path: Path, key: str = "source") -> None:
     """Check that the folder of the data set exists.
+
+    Args:
+        path: of the folder.
+        key: of the data set in the config, for messages.
 
     Raises:
         InputError: it does not; the message has the absolute path, because relative ones depend on the working
             directory.
     """
     if not path.is_dir():
-        remedy = "Set source.path to the folder of the data set; a relative path starts in the working directory."
+        remedy = f"Set {key}.path to the folder of the data set; a relative path starts in the working directory."
         raise InputError(path.absolute(), "is not a folder", remedy)
 
 
-def index_source(kind: str, path: Path, cache: Path | None = None, reading: tuple[Section, ...] = ()) -> list[dict]:
+def index_source(
+    kind: str, path: Path, cache: Path | None = None, reading: tuple[Section, ...] = (), key: str = "source"
+) -> list[dict]:
     """One row per series, in order of case id, those without a patient last; `role` is still empty.
 
     Args:
@@ -154,21 +166,67 @@ def index_source(kind: str, path: Path, cache: Path | None = None, reading: tupl
         path: folder of the data set.
         cache: file that caches the headers, so that only changes are read the next time.
         reading: settings for reading the source, `config.source.reading()`.
+        key: of the data set in the config, for messages.
 
     Raises:
         InputError: the folder is missing or has no series.
     """
-    check_folder(path)
+    check_folder(path, key)
     remembered = Cache(cache, kind)
     found = source_of(kind).find_series(path, remembered, *reading)
     remembered.save()
     if not found:
         problem = f"has no CT series that the source '{kind}' can read"
-        raise InputError(path.absolute(), problem, "Check source.path and source.kind.")
+        raise InputError(path.absolute(), problem, f"Check {key}.path and {key}.kind.")
     rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
-    LOG.info("%d of %d series are usable", sum(row["status"] == "ok" for row in rows), len(rows))
+    which = "" if key == "source" else f"{key}: "
+    LOG.info("%s%d of %d series are usable", which, sum(row["status"] == "ok" for row in rows), len(rows))
     cases.log_excluded(rows)
     return rows
+
+
+def join_data_sets(
+    internal: list[dict], externals: Mapping[str, list[dict]], distinct: Collection[str] = ()
+) -> list[dict]:
+    """One index of several data sets: those of `source` first, as they are, then those of each external test set.
+
+    The case ids of an external test set begin with its name.
+
+    Args:
+        internal: rows of `index_source`.
+        externals: the same of each external test set, by its name.
+        distinct: external test sets whose patients are other people, even where an id is the same; their patient ids
+            get the name of the data set in front.
+
+    Raises:
+        InputError: two data sets share a patient, or a series.
+    """
+    joined = list(internal)
+    for name, rows in externals.items():
+        named = [f"{name}-{row['case_id']}" for row in rows]
+        ids = case_ids(named, [row["case_id"] for row in joined])
+        own = [{**row, "case_id": case_id, "data_set": name} for row, case_id in zip(rows, ids, strict=True)]
+        if name in distinct:
+            own = [row | {"patient_id": row["patient_id"] and f"{name}:{row['patient_id']}"} for row in own]
+        _check_apart(name, own, joined)
+        joined += own
+    return joined
+
+
+def _check_apart(name: str, rows: list[dict], others: list[dict]) -> None:
+    """Make sure that an external test set has no patient and no series of another data set."""
+    remedies = {
+        "patient_id": f"If they are other people, set external_tests.{name}.distinct_patients: true; if they are the "
+        "same, take their scans out of one of the two.",
+        "series_uid": "It is the same scan: take it out of one of the two.",
+    }
+    for column, remedy in remedies.items():
+        owner = {row[column]: row["data_set"] for row in others if row[column]}
+        if shared := sorted({row[column] for row in rows} & owner.keys()):
+            what = {"patient_id": "patient", "series_uid": "series"}[column]
+            more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
+            problem = f"has the {what} {', '.join(shared[:3])}{more}, as the data set '{owner[shared[0]]}' has"
+            raise InputError(f"external_tests.{name}", problem, remedy)
 
 
 def read_index(path: Path) -> pd.DataFrame:
@@ -216,6 +274,7 @@ def _row(kind: str, series: Series) -> dict:
         "case_id": series.case_id,
         "patient_id": printable(series.patient_id),
         "source": kind,
+        "data_set": INTERNAL,
         "role": "",
         "series_uid": series.series_uid,
         **sizes,

@@ -22,7 +22,7 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG, Progress
-from lungddpm.core.roles import SYNTHETIC
+from lungddpm.core.roles import INTERNAL, SYNTHETIC
 from lungddpm.core.volume import AIR_HU, Volume, is_sheared, read_grid, read_labels, read_volume, write_volume
 from lungddpm.layouts.hounsfield import hounsfield_problem, recognised_problem
 from lungddpm.synthesis.records import is_complete
@@ -279,6 +279,7 @@ def _row(folder: cases.CaseFolder, generator: str, reference: pd.Series | None) 
         "case_id": folder.path.name,
         "patient_id": NOBODY if reference is None else reference["patient_id"],
         "source": generator,
+        "data_set": INTERNAL,
         "role": SYNTHETIC,
         "series_uid": "" if reference is None else reference["series_uid"],
         **dict(zip(("size_x", "size_y", "size_z"), ct.shape, strict=True)),

@@ -25,6 +25,11 @@ def gates_of(config: Config) -> dict[str, str]:
     return {QUESTION: PRIMARY} if config.primary_arms() else {}
 
 
+def external_family(family: str) -> str:
+    """The family of comparisons on external test sets that a family of arms gives: apart from that of `source`."""
+    return f"comparisons of {family} on external test sets"
+
+
 def asked_arms(config: Config) -> list[str]:
     """The arms that the run is about: the primary ones, or else all that test a generator."""
     families = {arm.name: family_of(arm, config) for arm in config.arms.all()}

@@ -29,6 +29,10 @@ test). Both are tested at the full level, and the familywise error stays at that
 does not differ, the rest is reached only after a false claim in the gate; if all of them differ, false claims are only
 possible in the rest, where its own correction limits them.
 
+Several test sets. If the same arms are compared on further test sets, each is a comparison of its own: cases are
+paired within a set, training runs are the same. The error of the claims on all sets together is controlled: p after
+Holm's correction within a set is multiplied by the number of sets (Bonferroni), which holds for any dependence.
+
 Independent runs. Runs of the same fold share its split of the training cases, so seeds are averaged within a fold and
 folds are counted. If only one fold is trained, its seeds are the replicates, and variation between folds is not
 covered. Without any estimate of MS(TR) (a single replicate everywhere) nothing is decided.
@@ -355,8 +359,9 @@ class Comparison:
     bootstrap_high: float = math.nan
     p: float = math.nan
     p_holm: float = math.nan
-    """Corrected for the `n_compared` arms of the family, and at least `p_gate`; decides."""
+    """Corrected for the `n_compared` comparisons of the family, and at least `p_gate`; decides."""
     n_compared: int = 0
+    """Arms of the family, times the test sets whose claims hold together."""
     p_gate: float = math.nan
     """The largest `p_holm` of the arms that must be decided before this one; NaN if there are none."""
     p_wilcoxon: float = math.nan
@@ -381,6 +386,7 @@ def compare_arms(
     seed: int,
     families: Sequence[str] | None = None,
     gates: Mapping[str, str] | None = None,
+    test_sets: int = 1,
 ) -> list[Comparison]:
     """Compare every arm with its baseline.
 
@@ -396,6 +402,8 @@ def compare_arms(
         families: a name for each arm (not used for baselines): arms of the same name are corrected together,
             whatever their baselines; None: all arms are one family.
         gates: a family -> the family whose arms must all be decided first. A gate cannot have a gate itself.
+        test_sets: number of test sets, including this one, on which the same arms are compared and whose claims are
+            corrected together.
 
     Returns:
         One comparison per arm, in their order; a baseline has a row of its own.
@@ -408,7 +416,7 @@ def compare_arms(
         for arm, baseline in enumerate(baselines)
         if arm != baseline and scores.paired(arm, baseline).scores.size
     }
-    corrected = _corrected(effects, families)
+    corrected = _corrected(effects, families, test_sets)
     n_cases = scores.values.shape[2]
     decidable = {
         arm
@@ -477,13 +485,14 @@ def compare_arms(
     return rows
 
 
-def _corrected(effects: Mapping[int, Effect], families: Sequence[str]) -> dict[int, tuple[float, int]]:
-    """p after Holm's correction within the arm's family, and the number of arms corrected for, by arm."""
+def _corrected(effects: Mapping[int, Effect], families: Sequence[str], test_sets: int) -> dict[int, tuple[float, int]]:
+    """p after Holm's correction within the arm's family and Bonferroni's over test sets, and the number of comparisons
+    it is corrected for, by arm."""
     corrected: dict[int, tuple[float, int]] = {}
     for family in dict.fromkeys(families[arm] for arm in effects):
         members = [arm for arm in effects if families[arm] == family]
-        adjusted = holm(np.array([effects[arm].p() for arm in members]))
-        n_compared = int(np.isfinite(adjusted).sum())
+        adjusted = np.minimum(test_sets * holm(np.array([effects[arm].p() for arm in members])), 1)
+        n_compared = test_sets * int(np.isfinite(adjusted).sum())
         corrected |= {arm: (float(p), n_compared) for arm, p in zip(members, adjusted, strict=True)}
     return corrected
 

@@ -12,11 +12,11 @@ import pandas as pd
 
 from lungddpm.config.models import Config
 from lungddpm.core.arms import BASELINE, Arm, is_baseline
-from lungddpm.core.cases import CASES, read_cases, usable
+from lungddpm.core.cases import CASES, internal, read_cases, usable
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
-from lungddpm.core.roles import DISCOVERY, TEST
+from lungddpm.core.roles import DISCOVERY, INTERNAL, TEST
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURES, texture_class
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
@@ -27,7 +27,14 @@ from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
 from lungddpm.verdict.cost import cost_table, function_evaluations
 from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
-from lungddpm.verdict.families import PRIMARY, design_of, family_of, gates_of, stages_per_replicate
+from lungddpm.verdict.families import (
+    PRIMARY,
+    design_of,
+    external_family,
+    family_of,
+    gates_of,
+    stages_per_replicate,
+)
 from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
 from lungddpm.verdict.ladder import ladder_table, published_generators
 from lungddpm.verdict.published import published_comparison
@@ -203,7 +210,9 @@ def named_late(results: Path, config: Config) -> list[str]:
     ]
 
 
-def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.DataFrame:
+def verdict_table(
+    cases: pd.DataFrame, config: Config, n_discovery: int, external_test: str | None = None
+) -> pd.DataFrame:
     """One row per arm and measure, `VERDICT_COLUMNS`; differences are to the real cases alone, in the unit of the
     measure.
 
@@ -211,10 +220,16 @@ def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.D
         cases: `metrics.csv` of all arms and replicates.
         config: the run's config.
         n_discovery: number of real training cases of the arms that use all of them.
+        external_test: name of the external test set of these cases; None for those of `source`, which are corrected
+            for no other test set.
 
     Raises:
         InputError: the arms do not cover the same cases.
     """
+    families, gates = [family_of(arm, config) for arm in config.arms.all()], gates_of(config)
+    if external_test is not None:
+        families = list(map(external_family, families))
+        gates = {external_family(family): external_family(gate) for family, gate in gates.items()}
     settings, missing, rows, arms = config.verdict, missing_replicates(cases, config), [], config.arms.all()
     comparisons = {
         measure.column: compare_arms(
@@ -222,15 +237,17 @@ def verdict_table(cases: pd.DataFrame, config: Config, n_discovery: int) -> pd.D
             settings.bootstraps,
             settings.confidence,
             seed_from(config.seed, "verdict", measure.column),
-            [family_of(arm, config) for arm in arms],
-            gates_of(config),
+            families,
+            gates,
+            1 if external_test is None else len(config.external_tests),
         )
         for measure in verdict_measures()
     }
     for number, arm in enumerate(arms):
         for measure in verdict_measures():
             comparison = comparisons[measure.column][number]
-            name = f"{arm.name} (primary)" if comparison.family == PRIMARY else arm.name
+            name = f"{arm.name} (primary)" if family_of(arm, config) == PRIMARY else arm.name
+            name += "" if external_test is None else f" on {external_test}"
             text = sentence(name, arm.baseline.name, measure.title, comparison, settings.confidence)
             if arm.name in missing and comparison.n_replicates:
                 text += f" Not evaluated and left out: {', '.join(missing[arm.name])}."
@@ -398,6 +415,51 @@ def strata_table(lesions: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=STRATA_COLUMNS)
 
 
+def external_tables(
+    config: Config,
+    cases: pd.DataFrame,
+    lesions: pd.DataFrame,
+    candidates: pd.DataFrame,
+    data_sets: Mapping[str, str],
+    n_discovery: int,
+) -> dict[str, pd.DataFrame]:
+    """What was measured on the external test sets, each compared by itself; nothing where there are none.
+
+    Args:
+        config: of the run.
+        cases: `metrics.csv` of all arms and replicates.
+        lesions: `lesions.csv`, likewise.
+        candidates: `candidates.csv`, likewise.
+        data_sets: the external test set of each case that is of one.
+        n_discovery: real training cases of the arms that have all of them.
+
+    Returns:
+        `external_verdict`, `external_measures`, `external_detection`, `external_cases`, `external_lesions`: the
+        columns of the table without `external_`, after `data_set`.
+    """
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for name in config.external_tests:
+        own, marked, found = (
+            table[table["case_id"].map(data_sets) == name].reset_index(drop=True)
+            for table in (cases, lesions, candidates)
+        )
+        if own.empty:  # evaluated before the set was named: the instrument check says that its cases are missing
+            continue
+        seed = seed_from(config.seed, "verdict", "froc", name)
+        cpm = froc_tables(own, marked, found, config.verdict.confidence, seed)["cpm"]
+        of_set = {
+            "verdict": verdict_table(own, config, n_discovery, name),
+            "measures": measures_table(own),
+            "detection": detection_table(own, marked, cpm),
+            "cases": own,
+            "lesions": marked,
+        }
+        for kind, table in of_set.items():
+            tables.setdefault(f"external_{kind}", []).append(table.assign(data_set=name))
+    joined = {kind: pd.concat(parts, ignore_index=True) for kind, parts in tables.items()}
+    return {kind: table[["data_set", *table.columns.drop("data_set")]] for kind, table in joined.items()}
+
+
 def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
     """The results of `lungddpm label-fidelity` over the replicates of `real` that judged; empty if there are none.
 
@@ -448,8 +510,9 @@ def check_instrument(
     """
     cases, verdict, components = tables["cases"], tables["verdict"], tables["variance_components"]
     all_cases = read_cases(results / "cases" / CASES)
-    test_cases = usable(all_cases, TEST)["case_id"]
-    not_scored = sorted(set(test_cases) - set(cases["case_id"]))
+    test_cases = usable(internal(all_cases), TEST)["case_id"]
+    scored = pd.concat([table["case_id"] for name, table in tables.items() if name in ("cases", "external_cases")])
+    not_scored = sorted(set(usable(all_cases, TEST)["case_id"]) - set(scored))
     missing = Missing(missing_replicates(cases, config), not_scored)
     checks = instrument_table(config, tables, missing, copies, named_late(results, config))
     costs = None
@@ -469,20 +532,27 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
         run_spread, training_curves, convergence, calibration, detection, detection_by_stratum, froc, froc_band, ladder,
         published_comparison; and if the run has them dose_response, image_quality, label_fidelity, quality_and_cost,
-        sample_filter
-        and timing.
+        sample_filter, timing, and those of `external_tables`. All others cover the test cases of `source`.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not match, or a file was edited by hand.
     """
     generators = list(config.arms.largest_doses())
     replicates = evaluated_replicates(results, config)
-    cases = gather(results, replicates, "metrics.csv")
-    lesions = gather(results, replicates, "lesions.csv")
-    candidates = gather(results, replicates, "candidates.csv")
+    cases, lesions, candidates = (
+        gather(results, replicates, name) for name in ("metrics.csv", "lesions.csv", "candidates.csv")
+    )
+    real = read_cases(results / "cases" / CASES)
+    n_discovery = len(usable(real, DISCOVERY))
+    outside = real[real["data_set"] != INTERNAL].set_index("case_id")["data_set"].to_dict()
+    external = external_tables(config, cases, lesions, candidates, outside, n_discovery)
+    cases, lesions, candidates = (
+        table[~table["case_id"].isin(outside)].reset_index(drop=True) for table in (cases, lesions, candidates)
+    )
     froc = froc_tables(cases, lesions, candidates, config.verdict.confidence, seed_from(config.seed, "verdict", "froc"))
-    n_discovery = len(usable(read_cases(results / "cases" / CASES), DISCOVERY))
     verdict, copies = verdict_table(cases, config, n_discovery), identical_replicates(cases)
+    if copies and external:
+        external["external_verdict"] = without_trust(external["external_verdict"])
     tables = {
         "verdict": without_trust(verdict) if copies else verdict,
         "variance_components": component_table(cases, config),
@@ -493,6 +563,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         **froc,
         "cases": cases,
         "lesions": lesions,
+        **external,
     }
     if measured := quality_files(results, generators):
         samples, sets = (

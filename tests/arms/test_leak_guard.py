@@ -14,7 +14,7 @@ from lungddpm.core.cases import read_cases
 from lungddpm.core.errors import LeakError
 from lungddpm.layouts.collect import run_collect
 from lungddpm.layouts.compose import run_prepare
-from lungddpm.sources.index import index_source, write_index
+from lungddpm.sources.index import index_source, join_data_sets, write_index
 from lungddpm.sources.phantom.cohort import write_cohort
 
 PHANTOM = {"patients": 4, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6, "nodules": [1, 1]}
@@ -102,3 +102,23 @@ def test_a_test_patient_that_was_exported_again_is_found(prepared, tmp_path):
     assert (records[1]["patient_id"], records[1]["series_uid"] != records[0]["series_uid"]) == (EXPORTED_AGAIN, True)
     with pytest.raises(LeakError, match=r"1 test patients are in the training set \(3 in 5\)"):
         run_compose(settings, "real", table, [], tmp_path / "real")
+
+
+def test_a_discovery_patient_in_an_external_test_set_is_found_under_another_name(prepared, tmp_path):
+    # The hospital's archive holds a scan of patient 1 of the public data set, under a name of its own.
+    _, table = prepared(["1", "4"])
+    data = table.parent.parent / "data"
+    export_again(data, "1", "archive")
+    (data / "archive").rename(tmp_path / "archive")
+    settings = config(["1", "4"])
+    external = {"ours": {"kind": "lidc", "path": str(tmp_path / "archive")}}
+    settings = settings.model_copy(update={"external_tests": parse_config({"external_tests": external}).external_tests})
+    externals = {"ours": index_source("lidc", tmp_path / "archive")}
+    rows = assign_roles(join_data_sets(index_source("lidc", data), externals), settings.roles, 1)
+    cases = tmp_path / "cases"
+    write_index(cases / "index.tsv", rows)
+    paths = cases / "index.tsv", data, cases, 0, 1, cases / "cases-0.tsv"
+    run_prepare(settings, *paths, external={"ours": tmp_path / "archive"})
+    run_collect(settings, [cases / "cases-0.tsv"], cases / "cases.tsv")
+    with pytest.raises(LeakError, match=r"1 test patients are in the training set \(archive in 1\)"):
+        run_compose(settings, "real", cases / "cases.tsv", [], tmp_path / "real")

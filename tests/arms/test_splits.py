@@ -17,7 +17,7 @@ from lungddpm.core.errors import ConfigError, LeakError
 
 
 def cohort(n_patients: int, series_each: int = 1) -> pd.DataFrame:
-    empty = dict.fromkeys(COLUMNS, "")
+    empty = dict.fromkeys(COLUMNS, "") | {"data_set": "internal"}
     rows = [
         empty | {"case_id": f"P{p:03d}_{s}", "patient_id": f"P{p:03d}", "status": "ok", "n_nodules": p % 2}
         for p in range(n_patients)
@@ -78,6 +78,7 @@ def test_lists_are_taken_literally_and_numbers_draw_from_the_rest():
     [
         (Roles(discovery=5, reference=2, test=3), 9, "roles.test", "9 usable patients"),
         (Roles(discovery=["P999"]), 9, "roles.discovery", "P999"),
+        (Roles(test=[f"X{n}" for n in range(7)]), 9, "roles.test", "X4 and 2 more, not in the source .7 are named"),
         (Roles(), 2, "roles.reference", "2 usable patients"),
         (Roles(), 0, "roles.discovery", "0 usable patients"),
         (Roles(discovery=3, reference=1, test=1, allow_shared_patients=True), 2, "roles.discovery", "2 usable"),

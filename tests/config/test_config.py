@@ -227,6 +227,21 @@ ERRORS = {
         {"workflow": {"denoiser_nodes": 2}},
         "workflow.denoiser_nodes: is now workflow.training_nodes",
     ),
+    "external test without kind": ({"external_tests": {"a": {"path": "b"}}}, "external_tests.a.kind: Field required"),
+    "external test without path": ({"external_tests": {"a": {"kind": "lidc"}}}, "external_tests.a: path is needed"),
+    "external test of computed patients": (
+        {"external_tests": {"a": {"kind": "phantom"}}},
+        "external_tests.a: kind 'phantom' makes its own patients",
+    ),
+    "external test of the name of source": (
+        {"external_tests": {"Internal": {"kind": "lidc", "path": "b"}}},
+        "none is 'internal'",
+    ),
+    "external tests of one name": (
+        {"external_tests": {"a": {"kind": "lidc", "path": "b"}, "A": {"kind": "lidc", "path": "c"}}},
+        "names differ by more than capitals",
+    ),
+    "external test with a slash": ({"external_tests": {"a/b": {"kind": "lidc", "path": "b"}}}, "external_tests"),
     "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),
 }
 
@@ -409,8 +424,9 @@ def test_schema_and_reference_are_in_step_with_the_models(repository):
 def test_every_key_has_a_meaning():
     rows = [line for line in markdown_reference().splitlines() if line.startswith("| `")]
     optional = {"segmentation": {"network": {}}}
-    # This section has a row of its own; the empty mappings `arms.external` and `source.images.labels` are leaves, too.
-    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 3
+    # This section has a row of its own; the empty mappings `arms.external`, `external_tests` and `source.images.labels`
+    # are leaves, too.
+    assert len(rows) == len(list(leaves(parse_config(optional).model_dump()))) + 4
     assert all(len(row.split("|")[4].strip()) > 10 for row in rows)
 
 

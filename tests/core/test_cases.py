@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Config
 from lungddpm.core.cases import COLUMNS, NODULE_COLUMNS, check_case, read_cases, usable, write_cases
 from lungddpm.core.errors import ExcludedCaseError, InputError
@@ -78,16 +79,16 @@ FIGURES = dict.fromkeys(NODULE_COLUMNS[3:]) | {
 }
 
 
-def shard_table(path, **rows):
+def shard_table(path, data_set="internal", **rows):
     """A case table of (role, nodules, reason) by case id, and the record of each case that is not excluded."""
     numbers = {f"{what}_{axis}{unit}": 1 for axis in "xyz" for what, unit in (("size", ""), ("spacing", "_mm"))}
     write_cases(
         path,
         [
             {
-                **numbers, "case_id": name, "patient_id": f"0{name}", "source": "fake", "role": role,
-                "series_uid": name, "n_nodules": nodules, "status": "excluded" if reason else "ok", "reason": reason,
-                "path": "" if reason else name, "sha256": "",
+                **numbers, "case_id": name, "patient_id": f"0{name}", "source": "fake", "data_set": data_set,
+                "role": role, "series_uid": name, "n_nodules": nodules, "status": "excluded" if reason else "ok",
+                "reason": reason, "path": "" if reason else name, "sha256": "",
             }
             for name, (role, nodules, reason) in rows.items()
         ],
@@ -156,3 +157,30 @@ def test_a_role_without_usable_cases_is_reported(tmp_path, rows, message):
         run_collect(Config(), [table], tmp_path / "cases.tsv")
     assert not (tmp_path / "cases.tsv").exists()
     assert not (tmp_path / "nodules.tsv").exists()
+
+
+@pytest.mark.parametrize(
+    ("own", "externals", "message"),
+    [
+        (1, {}, r"external_tests\.ours: no usable case is left; excluded: none"),
+        (1, {"x": ("test", 0, "")}, r"external_tests\.ours: no usable case with a nodule is left"),
+        (1, {"x": ("", 0, "cut lungs")}, r"external_tests\.ours: no usable case is left; excluded: cut lungs \(1 x\)"),
+        # An external test set does not stand for the test patients of `source`.
+        (0, {"x": ("test", 1, "")}, r"roles\.test.*no usable case with a nodule"),
+    ],
+)
+def test_each_test_set_has_a_nodule_of_its_own(tmp_path, own, externals, message):
+    others = {"a": ("discovery", 1, ""), "b": ("reference", 1, ""), "c": ("test", own, "")}
+    tables = [shard_table(tmp_path / "0.tsv", **others), shard_table(tmp_path / "1.tsv", "ours", **externals)]
+    config = parse_config({"external_tests": {"ours": {"kind": "lidc", "path": "x"}}})
+    with pytest.raises(InputError, match=message):
+        run_collect(config, tables, tmp_path / "cases.tsv")
+
+
+def test_all_test_sets_are_in_one_table(tmp_path):
+    external = shard_table(tmp_path / "ours.tsv", "ours", bb=("test", 1, ""))
+    config = parse_config({"external_tests": {"ours": {"kind": "lidc", "path": "x"}}})
+    run_collect(config, [*three_shards(tmp_path), external], tmp_path / "cases.tsv")
+    table = read_cases(tmp_path / "cases.tsv")
+    assert table["case_id"].tolist() == ["a", "b", "bb", "c", "d", "e"]
+    assert usable(table, "test")["data_set"].tolist() == ["ours", "internal", "internal"]

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Config, Grid
 from lungddpm.core.cases import NODULE_COLUMNS, CaseFolder, read_cases
 from lungddpm.core.errors import ExcludedCaseError, InputError
@@ -19,7 +20,7 @@ from lungddpm.layouts import compose
 from lungddpm.layouts.compose import build_case, nodules_on_grid, run_prepare
 from lungddpm.layouts.nodules import centroid_mm
 from lungddpm.sources import Scan
-from lungddpm.sources.index import INDEX_COLUMNS, write_index
+from lungddpm.sources.index import INDEX_COLUMNS, read_index, write_index
 
 SIZE = (64, 64, 64)
 
@@ -279,6 +280,7 @@ def cohort(patient, tmp_path, monkeypatch):
                 "case_id": name,
                 "patient_id": name,
                 "source": "lidc",
+                "data_set": "internal",
                 "role": "test",
                 "series_uid": name,
                 "n_nodules": 7,
@@ -392,6 +394,29 @@ def test_only_what_has_changed_is_done_again(cohort):
 
 def test_a_shard_without_cases_writes_an_empty_table(cohort):
     assert cohort.prepare(shard=8, shards=9).empty
+
+
+def test_scans_of_an_external_test_set_are_read_from_its_folder(cohort, tmp_path):
+    index = read_index(tmp_path / "index.tsv").iloc[[0, 2]].assign(data_set=["internal", "ours"])
+    write_index(tmp_path / "index.tsv", index.to_dict("records"))
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours/case2.bin").write_text("another scan")
+    config = parse_config({"external_tests": {"ours": {"kind": "lidc", "path": "x"}}})
+    paths = tmp_path / "index.tsv", cohort.source, cohort.cases, 0, 1, cohort.cases / "t.tsv"
+    run_prepare(config, *paths, external={"ours": tmp_path / "ours"})
+    own, other = (json.loads((cohort.cases / name / "case.json").read_text()) for name in ("case0", "case2"))
+    assert read_cases(cohort.cases / "t.tsv")["data_set"].tolist() == ["internal", "ours"]
+    assert (own["inputs"], other["inputs"]) == (["case0.bin"], ["case2.bin"])
+    cohort.loads.clear()
+    run_prepare(config, *paths, external={"ours": tmp_path / "ours"})
+    assert cohort.loads == []
+    (tmp_path / "ours/case2.bin").write_text("changed")
+    run_prepare(config, *paths, external={"ours": tmp_path / "ours"})
+    assert cohort.loads == ["case2"]
+    with pytest.raises(InputError, match=r"'ours', whose folder is not known.*index' again"):
+        run_prepare(config, *paths)
+    with pytest.raises(InputError, match=r"is not a folder. Set external_tests\.ours\.path"):
+        run_prepare(config, *paths, external={"ours": tmp_path / "gone"})
 
 
 def test_a_missing_source_is_reported(cohort, tmp_path):

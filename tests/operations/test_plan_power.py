@@ -43,7 +43,7 @@ def finished(tmp_path):
     jobs = [("train_segmenter", 1800.0)] * 8 + [("predict", 360.0)] * 8 + [("train_generator", 3600.0)]
     write_table(tmp_path / "tables" / "timing.csv", pd.DataFrame(jobs, columns=["stage", "seconds"]))
     row = dict.fromkeys(["case_id", "patient_id", "series_uid", "reason", "path", "sha256"], "")
-    row |= {"source": "phantom", "status": "ok", "n_nodules": 1}
+    row |= {"source": "phantom", "data_set": "internal", "status": "ok", "n_nodules": 1}
     row |= {f"size_{axis}": 48 for axis in "xyz"} | {f"spacing_{axis}_mm": 6.0 for axis in "xyz"}
     roles = ["discovery"] * 10 + ["reference"] * 5 + ["test"] * 8
     write_cases(tmp_path / "cases" / "cases.tsv", [{**row, "role": role} for role in roles])

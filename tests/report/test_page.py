@@ -392,3 +392,38 @@ def test_label_fidelity_of_missing_replicates_is_that_of_the_others(make_results
     assert row["n_replicates"] == 1
     assert row["dice_mean"] == pytest.approx(2 * 26 / 53)
     assert pd.isna(row["ci_low"])
+
+
+def test_external_test_sets_stand_beside_the_verdict(make_results):
+    config, results = make_results(n_test=7, n_replicates=2, extras=False, external={"task06": 8, "ours": 3})
+    run_report(config, results)
+    page, folder = page_of(results), results / "tables"
+    assert {"#external", "#external-task06", "#external-ours"} <= set(page.links)
+    assert "exploratory" in page.text
+    assert "for the 2 sets by Bonferroni" in page.text
+    external = pd.read_csv(folder / "external_verdict.csv")
+    for sentence in external.query("arm == 'real+lung_ddpm@1.0' and metric == 'dice'")["sentence"]:
+        claim, _, numbers = sentence.partition(". ")
+        assert f"{claim}." in page.text
+        assert numbers in page.text
+    assert "8 test cases of 8 patients, 8 with a nodule" in page.text
+    assert "With 3 test cases nothing can be decided" in page.text
+    # The verdict of the run is that of its own test patients alone.
+    verdict = pd.read_csv(folder / "verdict.csv")
+    assert set(verdict["n_cases"]) == {7}
+    assert not verdict["sentence"].str.contains("task06").any()
+    assert "test, external: task06 8 8 8" in page.text
+    assert "test 7 7 7" in page.text
+    assert (results / "figures/forest-task06.svg").exists()
+    shown = verdict_table_text(results)
+    first = shown.index("On external test sets (exploratory")
+    assert first < shown.index("- real+lung_ddpm@1.0 on task06: ") < shown.index("- real+lung_ddpm@1.0 on ours: ")
+
+
+def test_a_run_without_external_test_sets_says_nothing_of_them(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    run_report(config, results)
+    page = page_of(results)
+    assert "#external" not in page.links
+    assert "xternal test set" not in page.text
+    assert "xternal test set" not in verdict_table_text(results)

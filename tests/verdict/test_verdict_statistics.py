@@ -669,3 +669,25 @@ def test_no_replicate_in_common_is_not_called_none_evaluated():
     row = compare_arms(scores_of(*values), 100, 0.95, 0)[1]
     assert row.verdict == "not measured"
     assert "it has no replicate in common with real" in sentence("a", "real", "Dice", row, 0.95)
+
+
+def test_claims_on_several_test_sets_hold_together():
+    rng = np.random.default_rng(5)
+    values = rng.normal(0, 0.1, (4, 5, 30)) + np.array([0, 0.03, 0.06, 0])[:, None, None]
+    alone, both = (compare_arms(scores_of(*values), 100, 0.95, 1, test_sets=number)[1:] for number in (1, 2))
+    theirs = multipletests([row.p for row in alone], method="holm")[1]
+    assert [row.p_holm for row in both] == pytest.approx(np.minimum(2 * theirs, 1).tolist())
+    assert [(row.n_compared, row.p) for row in both] == [(6, row.p) for row in alone]
+    assert [row.detectable_difference for row in both] > [row.detectable_difference for row in alone]
+
+
+def test_false_claims_on_three_test_sets_that_share_their_runs_are_rare():
+    # Nothing differs; the random effect of a run is the same on all sets.
+    rng, claims = np.random.default_rng(11), {1: 0, 3: 0}
+    for _ in range(150):
+        run = rng.normal(0, 0.01, (2, 4, 1))
+        sets = [scores_of(*(run + rng.normal(0, 0.05, (2, 4, 25)))) for _ in range(3)]
+        for test_sets in claims:
+            found = [compare_arms(scores, 100, 0.95, 1, test_sets=test_sets)[1].verdict for scores in sets]
+            claims[test_sets] += any(verdict in ("better", "worse") for verdict in found)
+    assert claims[3] <= stats.binom.ppf(0.95, 150, 0.05) < claims[1]

@@ -435,3 +435,51 @@ def test_the_device_is_the_one_that_the_stage_used_last(make_results):
     handler.close()
     timing = timing_table(results).query("stage == 'evaluate'")
     assert timing["device"].tolist() == ["cuda (NVIDIA H200, bf16)"]
+
+
+def dice_of(results, arm, prefix):
+    """Dice of the cases whose names begin so, from the file of the only replicate."""
+    table = pd.read_csv(results / "segmentation" / arm / "fold0_seed0" / "metrics.csv")
+    return table[table["case_id"].str.startswith(prefix)]["dice"].to_numpy()
+
+
+def test_each_test_set_has_a_verdict_of_its_own(make_results):
+    arms = {"controls": ["reference"], "control_dose": 1.0}
+    config, results = make_results(
+        n_test=6, n_replicates=1, extras=False, run_sd=0.1, arms=arms, external={"task06": 8, "ours": 5}
+    )
+    tables, written = write_tables(config, results)
+    verdicts = {"case-": tables["verdict"]}
+    verdicts |= {f"{name}-": rows for name, rows in tables["external_verdict"].groupby("data_set")}
+    for prefix, n_cases, n_sets in (("case-", 6, 1), ("task06-", 8, 2), ("ours-", 5, 2)):
+        row = verdicts[prefix].query("metric == 'dice'").set_index("arm").loc["real+lung_ddpm@1.0"]
+        arm, real = (dice_of(results, name, prefix) for name in ("real+lung_ddpm@1.0", "real"))
+        theirs = stats.ttest_rel(arm, real)
+        assert row["n_cases"] == len(arm) == n_cases
+        assert (row["difference"], row["p"]) == pytest.approx(((arm - real).mean(), theirs.pvalue))
+        assert row["p_holm"] == pytest.approx(min(1, n_sets * theirs.pvalue))
+        assert row["n_compared"] == n_sets
+    sentences = tables["external_verdict"].query("metric == 'dice' and data_set == 'ours'")["sentence"]
+    assert sentences.str.match(r"real\S* on ours: ").all()
+    assert list(tables["external_verdict"]) == ["data_set", *VERDICT_COLUMNS]
+    assert set(tables["cases"]["case_id"].str[:5]) == set(tables["lesions"]["case_id"].str[:5]) == {"case-"}
+    assert tables["external_cases"].groupby("data_set")["case_id"].nunique().to_dict() == {"task06": 8, "ours": 5}
+    assert tables["external_detection"].set_index(["data_set", "arm"]).loc[("task06", "real"), "n_lesions"] == 8
+    assert {"external_verdict.csv", "external_measures.md", "external_lesions.csv"} <= {path.name for path in written}
+
+
+def test_external_cases_that_were_not_evaluated_are_missing(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False, external={"ours": 1})
+    for folder in (results / "segmentation").glob("*/*"):
+        for prediction in folder.rglob("ours-*.nii.gz"):
+            prediction.rename(folder / prediction.name)
+    text = (results / "cases/cases.tsv").read_text()
+    (results / "cases/cases.tsv").write_text("".join(line for line in text.splitlines(True) if "ours-" not in line))
+    for folder in (results / "segmentation").glob("*/*"):
+        run_evaluate(config, results / "cases/cases.tsv", folder / "predictions", folder)
+    (results / "cases/cases.tsv").write_text(text)
+    tables, _ = write_tables(config, results)
+    assert "external_verdict" not in tables
+    row = tables["instrument"].query("measure == 'test cases missing'").iloc[0]
+    assert (row["status"], row["value"]) == ("failed", 1)
+    assert "Test cases that no run segmented: ours-04." in row["sentence"]

@@ -198,7 +198,7 @@ def test_a_result_of_bench_is_read(tmp_path):
 def test_roles_and_sizes_come_from_a_table_of_the_same_source(repository, tmp_path):
     config = planning.load_plan_config(*located(repository, PAPER))
     row = dict.fromkeys(["case_id", "patient_id", "series_uid", "reason", "path", "sha256"], "")
-    row |= {"source": "lidc", "status": "ok", "size_x": 512, "size_y": 512, "n_nodules": 1}
+    row |= {"source": "lidc", "data_set": "internal", "status": "ok", "size_x": 512, "size_y": 512, "n_nodules": 1}
     row |= {f"spacing_{axis}_mm": 1.0 for axis in "xyz"}
     roles = ["discovery"] * 3 + ["reference"] * 2 + ["test", ""]
     rows = [{**row, "role": role, "size_z": 100 + 10 * number} for number, role in enumerate(roles)]
@@ -207,6 +207,17 @@ def test_roles_and_sizes_come_from_a_table_of_the_same_source(repository, tmp_pa
     cohort = planning.count_cohort(config, tmp_path / "index.tsv", None)
     assert (cohort.scans, cohort.discovery, cohort.reference, cohort.test) == (7, 3, 2, 1)
     assert cohort.voxels == 512 * 512 * 130
+    external = {"data_set": "task06", "source": "images", "role": "test", "size_z": 130}
+    write_cases(tmp_path / "index.tsv", [*rows, {**row, **external}, {**row, **external}])
+    # The table is not of this config: the sizes are those that sources declare.
+    assert planning.count_cohort(config, tmp_path / "index.tsv", None).scans == 1018
+    task06 = '{"external_tests": {"task06": {"kind": "images"}}}'
+    config_of_both = planning.load_plan_config(*located(repository, PAPER), task06)
+    cohort = planning.count_cohort(config_of_both, tmp_path / "index.tsv", None)
+    assert (cohort.scans, cohort.discovery, cohort.test, cohort.external) == (9, 3, 1, 2)
+    cohort = planning.count_cohort(config_of_both, None, 100)
+    assert (cohort.scans, cohort.external) == (100, 0)
+    assert cohort.origin == "--cases; not counted, as no index shows their scans: external_tests.task06"
     write_cases(tmp_path / "index.tsv", [{**each, "source": "phantom"} for each in rows])
     assert planning.count_cohort(config, tmp_path / "index.tsv", None).scans == 1018
     assert planning.count_cohort(config, tmp_path / "index.tsv", 100).discovery == 50

@@ -65,10 +65,14 @@ rule index:
     params:
         config=config_of_jobs,
         source=source_option,
-        settings=settings_of("roles", source=SOURCE.name, reading=READING),
-        code=stage_fingerprint("index", SOURCE.name),
+        external=external_test_options,
+        settings=settings_of(
+            "roles", source=SOURCE.name, reading=READING, external=EXTERNAL_TESTS
+        ),
+        code=code_of_sources("index"),
     shell:
-        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} --output {output:q}"
+        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} {params.external}"
+        " --output {output:q}"
 
 
 rule prepare:
@@ -92,13 +96,16 @@ rule prepare:
     params:
         config=config_of_jobs,
         source=source_option,
+        external=external_test_options,
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
-        settings=settings_of("grid", "layouts", reading=READING),
-        code=stage_fingerprint("prepare", SOURCE.name),
+        settings=settings_of(
+            "grid", "layouts", reading=READING, external=EXTERNAL_TESTS
+        ),
+        code=code_of_sources("prepare"),
     shell:
         "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"
-        " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
+        " {params.external} --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
 # The number of scans determines the number of jobs, and the number of cases the number of samples per dose.
@@ -136,7 +143,11 @@ rule list_case_tables:
 
 rule collect:
     input:
-        tables=tables_of_cases if SOURCE.simulate else ["results/cases/.tables"],
+        tables=(
+            tables_of_cases
+            if SIMULATED_SCANS is not None
+            else ["results/cases/.tables"]
+        ),
     output:
         cases=ensure("results/cases/cases.tsv", non_empty=True),
         nodules=ensure("results/cases/nodules.tsv", non_empty=True),
@@ -153,7 +164,7 @@ rule collect:
     params:
         config=config_of_jobs,
         tables=lambda wildcards, input: named_tables(input.tables),
-        settings=settings_of("roles"),
+        settings=settings_of("roles", external=list(EXTERNAL_TESTS)),
         code=stage_fingerprint("collect"),
     shell:
         "lungddpm --log {log:q} collect {params.tables} --config {params.config:q} --output {output.cases:q}"

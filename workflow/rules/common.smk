@@ -53,9 +53,20 @@ offer_own_programs()
 SOURCE = SETTINGS.source.declared
 # The settings by which it reads scans, if it has any.
 READING = [section.model_dump(mode="json") for section in SETTINGS.source.reading()]
+# What decides the rows of external test sets in the index, by their names.
+EXTERNAL_TESTS = {
+    name: {
+        "source": each.kind,
+        "distinct": each.distinct_patients,
+        "reading": [section.model_dump(mode="json") for section in each.reading()],
+    }
+    for name, each in SETTINGS.external_tests.items()
+}
 # How many scans a simulated cohort has is known beforehand; of others, a checkpoint counts them.
 SIMULATED_SCANS = (
-    SOURCE.size(SETTINGS.source.settings).scans if SOURCE.simulate else None
+    SOURCE.size(SETTINGS.source.settings).scans
+    if SOURCE.simulate and not EXTERNAL_TESTS
+    else None
 )
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
@@ -116,6 +127,20 @@ def folder_of_cohort(_wildcards, input):
 def folder_of_user(_wildcards):
     """The folder of the user's scans; of this one a change makes jobs run again."""
     return str(SETTINGS.source.path)
+
+
+def external_test_options(_wildcards):
+    """The folders of the external test sets, as options; a change makes jobs run again as well."""
+    return " ".join(
+        f"--external-test {shlex.quote(f'{name}={each.path}')}"
+        for name, each in SETTINGS.external_tests.items()
+    )
+
+
+def code_of_sources(stage):
+    """The fingerprints of the code by which a stage reads each kind of source in use."""
+    kinds = dict.fromkeys(each.kind for each in SETTINGS.data_sets().values())
+    return " ".join(stage_fingerprint(stage, kind) for kind in kinds)
 
 
 source_option = folder_of_cohort if SOURCE.simulate else folder_of_user
@@ -215,7 +240,7 @@ def sample_tables(generator, cohort, dose=None):
     """Tables of a dose of a cohort, by default the generator's largest; where their number is still to be counted,
     their list."""
     dose = dose or SETTINGS.arms.largest_doses()[generator]
-    if SOURCE.simulate:
+    if SIMULATED_SCANS is not None:
         return samples_of(generator, cohort, dose)
     return [f"results/synthetic/{generator}/{cohort.name}/.samples-{dose}"]
 
@@ -224,7 +249,8 @@ def named_tables(tables):
     """Tables of shards as words of a shell command; where the input is a list of them, they are read from it."""
     quoted = map(shlex.quote, tables)
     return " ".join(
-        table if SOURCE.simulate else f"$(cut -d ' ' -f 3 {table})" for table in quoted
+        table if SIMULATED_SCANS is not None else f"$(cut -d ' ' -f 3 {table})"
+        for table in quoted
     )
 
 
@@ -233,7 +259,7 @@ def samples_of(generator, cohort, dose):
 
     Doses share their samples, but each has tables of its own, so that one more leaves the others' arms alone.
     """
-    known = SOURCE.simulate or generator in SETTINGS.arms.external
+    known = SIMULATED_SCANS is not None or generator in SETTINGS.arms.external
     cases = None if known else counted("cases")
     return [
         f"results/synthetic/{generator}/{cohort.name}/samples-{dose}-{shard}.tsv"
@@ -260,7 +286,7 @@ def discovery_cases(cases):
 
 def tables_of_cases(_wildcards):
     """Tables of all shards of the cases."""
-    index = None if SOURCE.simulate else counted("index")
+    index = None if SIMULATED_SCANS is not None else counted("index")
     return [f"results/cases/cases-{shard}.tsv" for shard in range(prepare_jobs(index))]
 
 

@@ -1,0 +1,68 @@
+"""What the report page shows of each external test set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lungddpm.config.models import Config
+from lungddpm.core.tables import DisplayTable
+from lungddpm.core.text import plural
+from lungddpm.evaluation.measures import deciding_measure, verdict_measures
+from lungddpm.report.sections import show_case_scores, show_detection, show_measures, show_verdict
+from lungddpm.verdict.statistics import caveats, minimum_cases
+
+
+@dataclass(frozen=True)
+class ExternalTestSet:
+    """An external test set as it is shown."""
+
+    name: str
+    note: str
+    """What its source is, whom to cite, and what to know of its labels."""
+    size: str
+    answers: list[dict]
+    """Rows of `external_verdict.csv` of the compared arms in the deciding measure."""
+    supports: list[dict]
+    """The same in the other measures of the verdict."""
+    numbers: list[DisplayTable]
+    measures: DisplayTable
+    detection: DisplayTable
+    scores: DisplayTable
+    limits: list[str]
+    """What its size does not allow to say, as sentences."""
+
+
+def show_external(config: Config, tables: Mapping[str, pd.DataFrame]) -> list[ExternalTestSet]:
+    """Every external test set that was evaluated, in the order of the config."""
+    if "external_verdict" not in tables:
+        return []
+    evaluated = set(tables["external_verdict"]["data_set"])
+    return [_show(name, config, tables) for name in config.external_tests if name in evaluated]
+
+
+def _show(name: str, config: Config, tables: Mapping[str, pd.DataFrame]) -> ExternalTestSet:
+    verdict, measures, detection, cases = (
+        table[table["data_set"] == name].drop(columns="data_set")
+        for table in (tables[f"external_{kind}"] for kind in ("verdict", "measures", "detection", "cases"))
+    )
+    confidence, significance = f"{100 * config.verdict.confidence:g} %", 1 - config.verdict.confidence
+    decisive, source = deciding_measure().column, config.external_tests[name]
+    compared = verdict[verdict["arm"] != verdict["baseline"]]
+    n_patients, n_cases = cases["patient_id"].nunique(), cases["case_id"].nunique()
+    n_scored, n_independent = int(verdict["n_cases"].max()), int(verdict["n_independent"].max())
+    needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), config.verdict.confidence)
+    return ExternalTestSet(
+        name=name,
+        note=f"{source.declared.title}. {source.declared.citation} {source.caveat}".strip(),
+        size=f"{plural(n_cases, 'test case')} of {plural(n_patients, 'patient')}, {n_scored} with a nodule",
+        answers=compared[compared["metric"] == decisive].to_dict("records"),
+        supports=compared[compared["metric"] != decisive].to_dict("records"),
+        numbers=[show_verdict(verdict, measure, confidence, significance) for measure in verdict_measures()],
+        measures=show_measures(measures),
+        detection=show_detection(detection),
+        scores=show_case_scores(cases),
+        limits=caveats(n_scored, n_independent, int(verdict["run_df"].max()), needed),
+    )

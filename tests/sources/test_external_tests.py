@@ -1,0 +1,138 @@
+"""External test sets in the index: who is in them, what they change, and what is refused."""
+
+import logging
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from lungddpm.arms.splits import assign_roles
+from lungddpm.cli import app
+from lungddpm.config.loading import load_config
+from lungddpm.config.models import Roles
+from lungddpm.core.errors import InputError
+from lungddpm.core.volume import Volume, write_volume
+from lungddpm.sources.index import index_source, join_data_sets, read_index
+
+CT = Volume(np.random.default_rng(2).integers(-1000, 1000, (8, 7, 6)).astype(np.int16), np.diag([0.7, 0.8, 2.5, 1]))
+LABELS = CT.like(np.ones(CT.shape, np.uint8))
+
+
+def write_images(top, names, images="images", labels="labels"):
+    for name in names:
+        write_volume(top / images / f"{name}.nii.gz", CT)
+        write_volume(top / labels / f"{name}.nii.gz", LABELS)
+    return top
+
+
+@pytest.fixture
+def indexed(tmp_path):
+    """A function that writes image files of these names and gives their index."""
+
+    def index(*names):
+        return index_source("images", write_images(tmp_path / "-".join(names), names))
+
+    return index
+
+
+def who(rows):
+    return [(row["case_id"], row["patient_id"], row["data_set"]) for row in rows]
+
+
+def test_the_cases_of_an_external_test_set_are_named_after_it(indexed):
+    joined = join_data_sets(indexed("a", "b"), {"task06": indexed("c"), "Ours": indexed("d")})
+    assert who(joined) == [
+        ("a", "a", "internal"), ("b", "b", "internal"), ("task06-c", "c", "task06"), ("Ours-d", "d", "Ours"),
+    ]  # fmt: skip
+
+
+def test_names_that_come_out_the_same_are_told_apart(indexed):
+    joined = join_data_sets(indexed("x-a", "b"), {"x": indexed("a"), "X": indexed("A")})
+    assert [row["case_id"] for row in joined] == ["b", "x-a", "x-a_2", "X-A_3"]
+
+
+def test_a_patient_of_two_data_sets_is_refused_until_the_user_says_who_it_is(indexed):
+    own, other = indexed("001", "002", "003"), indexed("002", "003", "004")
+    with pytest.raises(InputError, match="external_tests.task06: has the patient 002, 003, as the data set 'internal'"):
+        join_data_sets(own, {"task06": other})
+    joined = join_data_sets(own, {"task06": other}, {"task06"})
+    assert [row["patient_id"] for row in joined] == ["001", "002", "003", "task06:002", "task06:003", "task06:004"]
+    with pytest.raises(InputError, match="distinct_patients: true"):
+        join_data_sets(indexed("a"), {"one": indexed("b"), "two": indexed("b", "c")})
+
+
+def test_a_series_of_two_data_sets_is_one_scan_whatever_the_user_says(indexed):
+    (own,), (other,) = indexed("a"), indexed("b")
+    own, other = own | {"series_uid": "1.2.3"}, other | {"series_uid": "1.2.3"}
+    with pytest.raises(InputError, match="has the series 1.2.3, as the data set 'internal' has. It is the same scan"):
+        join_data_sets([own], {"task06": [other]}, {"task06"})
+
+
+def test_external_patients_are_tested_and_change_nobody_elses_role(indexed, caplog):
+    own, roles = indexed(*"abcdefghij"), Roles()
+    (unusable,) = indexed("l")
+    externals = [*indexed("k", "m"), unusable | {"status": "excluded", "reason": "is broken"}]
+    alone, joined = (assign_roles(rows, roles, 1) for rows in (own, join_data_sets(own, {"task06": externals})))
+    caplog.set_level(logging.INFO, "lungddpm")
+    assert joined[: len(own)] == alone
+    assert [(row["role"], row["reason"]) for row in joined[len(own) :]] == [
+        ("test", ""), ("test", ""), ("", "is broken"),
+    ]  # fmt: skip
+    # Not even those who are needed: roles are drawn from `source` alone.
+    with pytest.raises(Exception, match="roles.test: needs 9 patients, but only 1 are left"):
+        assign_roles(join_data_sets(own, {"task06": externals}), Roles(discovery=8, reference=1, test=9), 1)
+
+
+def write_config(folder, **tests):
+    values = {"source": {"kind": "images", "path": str(folder / "own")}, "external_tests": tests}
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    return folder / "config.yaml"
+
+
+def test_each_data_set_is_read_by_its_own_settings_from_its_own_folder(tmp_path, monkeypatch, caplog):
+    # What the clinic calls its label is known from its own settings alone: without them, the run ends.
+    write_images(tmp_path / "own", "abcdefgh")
+    write_images(tmp_path / "Task06_Lung", ["lung_001"], "imagesTr", "labelsTr")
+    (tmp_path / "Task06_Lung/dataset.json").write_text('{"labels": {"0": "background", "1": "cancer"}}')
+    write_images(tmp_path / "clinic", ["x"], "imagesTr", "labelsTr")
+    (tmp_path / "clinic/dataset.json").write_text('{"labels": {"background": 0, "GTV": 1}}')
+    monkeypatch.chdir(tmp_path)
+    task06, clinic = {"kind": "images", "path": "Task06_Lung"}, {"kind": "images", "path": "nowhere"}
+    arguments = ["index", "--external-test", "clinic=clinic", "--output", "index.tsv"]
+    write_config(tmp_path, task06=task06, clinic=clinic)
+    assert "GTV" in str(CliRunner().invoke(app, arguments).exception)
+    write_config(tmp_path, task06=task06, clinic=clinic | {"images": {"labels": {"GTV": "nodule"}}})
+    run = CliRunner().invoke(app, arguments)
+    assert run.exit_code == 0, run.exception
+    index = read_index(tmp_path / "index.tsv").set_index("case_id")
+    assert index.index[:8].tolist() == [*"abcdefgh"]
+    assert (index["data_set"] == "internal").sum() == 8
+    assert index.loc["task06-lung_001", ["data_set", "role"]].tolist() == ["task06", "test"]
+    assert index.loc["clinic-x", ["data_set", "role"]].tolist() == ["clinic", "test"]
+    caches = {path.name for path in tmp_path.glob("*.json")}
+    assert caches == {"index.cache.json", "index.task06.cache.json", "index.clinic.cache.json"}
+
+
+@pytest.mark.parametrize("given", ["clinic", "clinic=", "other=/data"])
+def test_an_option_that_names_no_external_test_set(tmp_path, monkeypatch, given):
+    write_images(tmp_path / "own", "abcdefgh")
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, clinic={"kind": "images", "path": "clinic"})
+    run = CliRunner().invoke(app, ["index", "--external-test", given])
+    assert "is not NAME=FOLDER of an external test set. Names are clinic" in str(run.exception)
+
+
+def test_a_missing_folder_is_named_by_its_key(tmp_path, monkeypatch):
+    write_images(tmp_path / "own", "abcdefgh")
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path, clinic={"kind": "images", "path": "nowhere"})
+    run = CliRunner().invoke(app, ["index"])
+    assert "nowhere: is not a folder. Set external_tests.clinic.path" in str(run.exception)
+
+
+def test_folders_of_external_test_sets_are_kept_out_of_results(tmp_path):
+    tests = {"clinic": {"kind": "images", "path": "/home/jane/clinic"}}
+    shown = load_config(write_config(tmp_path, **tests)).without_folders()
+    assert "jane" not in shown.differences()
+    assert shown.external_tests["clinic"].path.name == "clinic"
