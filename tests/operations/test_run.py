@@ -304,7 +304,7 @@ def test_a_home_that_cannot_be_written_is_reported_and_does_not_matter(folder, m
     run = start(folder)
     output, _ = run.communicate()
     assert run.returncode == 0, output
-    assert output.count("/proc/1/nobody/.cache cannot be written") == 1
+    assert output.count("/proc/1/nobody/.cache is not writable") == 1
     assert (folder / "results/a").read_text().strip() == str(folder / ".snakemake/cache/matplotlib")
 
 

@@ -122,7 +122,7 @@ def test_batch_counters_may_be_missing(weights):
     ("change", "message"),
     [
         (lambda state: state.pop("module.layer3.5.bn2.running_var"), "key layer3.5.bn2.running_var is missing"),
-        (lambda state: state.update({"module.fc.weight": torch.zeros(1)}), "key fc.weight has no place"),
+        (lambda state: state.update({"module.fc.weight": torch.zeros(1)}), "key fc.weight is unexpected"),
         (
             lambda state: state.update({"module.conv1.weight": torch.zeros(2, 1, 3, 3, 3)}),
             "conv1.weight has the shape",

@@ -95,12 +95,12 @@ def test_scans_whose_patient_is_not_known_are_excluded(data):
 
 BAD_TABLES = {
     "missing": (None, "participants.tsv: does not exist"),
-    "empty": ("", "has no column file and no column patient (it has none)"),
+    "empty": ("", "lacks the column file and the column patient (it has none)"),
     "BIDS": (
         "participant_id\tage\nsub-1\t61\n",
-        "has no column file and no column patient (it has participant_id, age)",
+        "lacks the column file and the column patient (it has participant_id, age)",
     ),
-    "one column": ("file\nP00_first\n", "has no column patient (it has file)"),
+    "one column": ("file\nP00_first\n", "lacks the column patient (it has file)"),
     "two patients": ("file\tpatient\na.nii\tP1\na_0000.nii.gz\tP2\n", "gives a_0000.nii.gz two patients"),
     "no text": (b"file\tpatient\n\xff\xfe\n", "participants.tsv: cannot be read"),
 }
@@ -123,8 +123,8 @@ def test_tables_that_cannot_be_used_end_the_run(data, error):
         ({"patient_pattern": "^(P)([0-9]+)"}, "needs one group in parentheses, the patient, but has 2"),
         ({"patient_pattern": "^(P"}, "is not a regular expression"),
         ({"patient_pattern": "^(P)", "patient_table": "participants.tsv"}, "set only one of them"),
-        ({"patient_table": "../participants.tsv"}, "is the name of a file in the folder of the data set"),
-        ({"patient_table": "/data/participants.tsv"}, "is the name of a file in the folder of the data set"),
+        ({"patient_table": "../participants.tsv"}, "must be the name of a file in the folder of the data set"),
+        ({"patient_table": "/data/participants.tsv"}, "must be the name of a file in the folder of the data set"),
     ],
 )
 def test_settings_that_say_no_patient_are_refused(settings, reason):

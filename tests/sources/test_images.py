@@ -329,7 +329,7 @@ RULES = {
     "only qform": ({"qform": AFFINE}, AFFINE, ""),
     "rounded": ({"sform": AFFINE, "qform": moved(0.02)}, AFFINE, ""),
     "they disagree": ({"sform": moved(7), "qform": AFFINE}, moved(7), "disagree by up to 7 mm: the sform is used"),
-    "sform of nothing": ({"sform": NOTHING, "qform": AFFINE}, AFFINE, "only its qform can be inverted"),
+    "sform of nothing": ({"sform": NOTHING, "qform": AFFINE}, AFFINE, "only its qform is invertible"),
     # The middle of 8 x 7 x 6 voxels is the origin.
     "neither": ({}, AFFINE @ CENTRED, "neither sform nor qform is set"),
 }  # fmt: skip

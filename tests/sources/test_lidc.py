@@ -273,7 +273,7 @@ ERRORS = {
     "radiograph": (as_radiograph, "chest radiograph (modality DX)"),
     "radiograph reads": (
         lambda f: (f / "reads.xml").write_text(xml(root="IdriReadMessage")),
-        "reads of a chest radiograph",
+        "readings of a chest radiograph",
     ),
     "two folders": (lambda f: split(f, f.parent / "rest"), "spread over 2 folders"),
     "single slice": (lambda f: [(f / f"{90 - k:06d}.dcm").unlink() for k in range(1, SLICES)], "single slice"),

@@ -222,7 +222,7 @@ REFUSED = {
         lambda dataset: setattr(dataset.SegmentSequence[0], "SegmentLabel", "Tumour"),
         "no segment is labelled with nodule and reader's annotation, as in 'Nodule 1 - Annotation IL057_127364'",
     ),
-    "no segment": (lambda dataset: delattr(dataset, "SegmentSequence"), "no segment is called"),
+    "no segment": (lambda dataset: delattr(dataset, "SegmentSequence"), "no segment is labelled"),
 }
 
 

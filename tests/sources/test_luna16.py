@@ -149,7 +149,7 @@ def test_xml_of_another_grid_excludes_the_case(tmp_path):
 
 
 BROKEN = {
-    "a column": ("seriesuid,coordX,coordY,coordZ\n1,2,3,4\n", "has no diameter_mm in line 2"),
+    "a column": ("seriesuid,coordX,coordY,coordZ\n1,2,3,4\n", "lacks diameter_mm in line 2"),
     "a number": (
         f"seriesuid,coordX,coordY,coordZ,diameter_mm\n{UID},1,2,x,4\n",
         "no valid position and diameter in line 2",
