@@ -90,7 +90,7 @@ def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
     for name, rows in table[table["check"] != ANSWER].groupby("check", sort=False):
         lines = [
             {
-                "figure": format_number(row["value"], _check_form(row["value"])),
+                "figure": _check_figure(row["value"]),
                 "measure": row["measure"],
                 "limit": _limit_text(row["limit_low"], row["limit_high"]),
                 "status": row["status"],
@@ -110,8 +110,11 @@ def outcome_of(table: pd.DataFrame) -> dict[str, str]:
     return {"status": row["status"], "sentence": row["sentence"]}
 
 
-def _check_form(value: float) -> str:
-    return ".0f" if float(value).is_integer() else ".3g" if abs(value) >= 1 else ".3f" if abs(value) < 0.1 else ".2f"
+def _check_figure(value: float) -> str:
+    if 0 < value < 0.0005:  # would read as zero, which a p is not
+        return "< 0.001"
+    form = ".0f" if float(value).is_integer() else ".3g" if abs(value) >= 1 else ".3f" if abs(value) < 0.1 else ".2f"
+    return format_number(value, form)
 
 
 def _limit_text(low: float, high: float) -> str:

@@ -1,6 +1,7 @@
 """The page and the manifest: complete in themselves, honest about what is missing, without a trace of the machine."""
 
 import hashlib
+import math
 import re
 import shutil
 from html.parser import HTMLParser
@@ -18,6 +19,7 @@ from lungddpm.report.sections import (
     extractors_of,
     p_text,
     show_arms,
+    show_checks,
     show_costs,
     show_memorisation_and_diversity,
     show_sets,
@@ -427,3 +429,12 @@ def test_a_run_without_external_test_sets_says_nothing_of_them(make_results):
     assert "#external" not in page.links
     assert "xternal test set" not in page.text
     assert "xternal test set" not in verdict_table_text(results)
+
+
+def test_a_p_that_rounds_to_zero_is_not_shown_as_zero():
+    rows = [
+        {"check": name, "subject": "", "measure": "p", "value": value, "status": "passed", "sentence": "so"}
+        for name, value in (("small", 6.7e-8), ("none", 0.0), ("usual", 0.034))
+    ]
+    shown = show_checks(pd.DataFrame(rows).assign(limit_low=math.nan, limit_high=0.05))
+    assert [check.lines[0]["figure"] for check in shown] == ["< 0.001", "0", "0.034"]
