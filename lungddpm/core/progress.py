@@ -240,7 +240,7 @@ def _terminal() -> TextIO | None:
     if not LOG.isEnabledFor(logging.INFO):
         return None
     streams = [h.stream for h in LOG.handlers if type(h) is logging.StreamHandler]
-    return next((stream for stream in streams if stream.isatty()), None)
+    return next((stream for stream in streams if not stream.closed and stream.isatty()), None)
 
 
 def _write_line(text: str, to_console: bool) -> None:

@@ -40,10 +40,10 @@ class Job:
 
     def is_done(self, results: Path) -> bool:
         """Whether what it makes is there."""
-        if self.output.suffix:
-            return (results / self.output).is_file()
         # A directory is there from its first file on.
-        return (results / self.output).is_dir() and (results / self.times).is_file()
+        if (results / self.output).is_dir():
+            return (results / self.times).is_file()
+        return (results / self.output).is_file()
 
 
 def jobs_of(config: Config, prepare_jobs: int, discovery: int) -> list[Job]:

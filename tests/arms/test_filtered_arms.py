@@ -133,7 +133,7 @@ def test_no_filter_and_one_of_other_samples_are_refused(cohort):
     (path.parent / FILTER_TABLE).write_text("case_id\n")
     with pytest.raises(InputError, match="was changed after it was written"):
         compose(cohort, [path])
-    with pytest.raises(InputError, match=r"is that of real\+other.filtered@1.0"):
+    with pytest.raises(InputError, match=r"belongs to real\+other.filtered@1.0"):
         compose(cohort, [write_filter(cohort, arm="real+other.filtered@1.0")])
     path = write_filter(cohort)
     rows = read_cases(cohort / "synthetic" / "samples.tsv")

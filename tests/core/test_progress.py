@@ -62,6 +62,14 @@ def test_a_resumed_stage_counts_on(log_file):
     assert "1 of 3" not in path.read_text()
 
 
+def test_a_console_that_is_closed_stops_nothing(log_file):
+    stream = io.TextIOWrapper(io.BytesIO())
+    path = log_file(stream)
+    stream.close()
+    count_to_three()
+    assert "denoiser: 3 of 3" in path.read_text().splitlines()[-1]
+
+
 def test_a_stage_that_fails_does_not_say_that_it_ended(log_file):
     path = log_file(io.StringIO())
     with pytest.raises(RuntimeError), progress.Progress("denoiser", total=3):

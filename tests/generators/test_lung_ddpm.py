@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lungddpm.cli import export
+from lungddpm.cli import export_checkpoint
 from lungddpm.config.loading import parse_config
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, slice_windows, to_hu, to_model_range
@@ -52,7 +52,7 @@ def make(weights, task):
 
 
 def test_published_checkpoint_makes_the_same_samples(make, weights, tmp_path):
-    export(weights, tmp_path / "published.pt")
+    export_checkpoint(weights, tmp_path / "published.pt")
     assert np.array_equal(make(tmp_path / "published.pt"), make())
 
 

@@ -256,7 +256,7 @@ def test_numbers_of_nodules_show_the_smaller_one_on_top():
 def test_more_nodules_than_can_be_numbered_are_reported():
     specks = [nodules.Nodule((i, 0, 0), np.ones((1, 1, 1), bool)) for i in range(256)]
     assert nodules.number_voxels(specks[:255], (256, 1, 1))[254] == 255
-    with pytest.raises(ExcludedCaseError, match="there are 256, more than the 255"):
+    with pytest.raises(ExcludedCaseError, match="there are 256, but at most 255"):
         nodules.number_voxels(specks, (256, 1, 1))
 
 

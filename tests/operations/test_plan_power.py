@@ -126,7 +126,9 @@ def test_the_json_of_costs_has_the_keys_of_the_docs():
     assert documented_keys("plan") == keys_of(values)
     assert values["total"]["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in values["stages"]))
     assert values["speed"]["flop_per_second"] == pytest.approx(0.15 * 312e12)
-    assert values["scans"]["total"] == sum(values["scans"][role] for role in ("discovery", "reference", "test", "external"))
+    assert values["scans"]["total"] == sum(
+        values["scans"][role] for role in ("discovery", "reference", "test", "external")
+    )
     of_stage = {stage["stage"]: stage for stage in values["stages"]}
     assert of_stage["train_segmenter"]["jobs"] == 16
     assert of_stage["index"]["gpu_memory_gib"] is None

@@ -48,7 +48,7 @@ class Run:
 
     def finish(self, job, seconds=10.0, ended=NOW):
         output = self.results / job.output
-        if job.output.suffix:
+        if job.output.suffix or job.output.name.startswith("."):
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text("\t".join(COLUMNS) + "\n" if output.suffix == ".tsv" else "made")
         else:
