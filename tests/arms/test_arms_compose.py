@@ -109,7 +109,7 @@ def test_doses_are_nested_and_synthetic_cases_are_only_trained_on(cohort):
     assert added == {0.25: ["s0"], 0.5: ["s0", "s1"], 1.0: ["s0", "s1", "s2", "s3"], 1.5: [f"s{i}" for i in range(6)]}
     with pytest.raises(InputError, match="needs 8, but there are 6"):
         compose(cohort, "real+lung_ddpm@2.0")
-    with pytest.raises(ConfigError, match="not one case"):
+    with pytest.raises(ConfigError, match="less than one case"):
         compose(cohort, "real+lung_ddpm@0.1")
 
 
