@@ -140,7 +140,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
         "This run cannot tell whether synthetic CT helps: it is too small.",
         "cannot tell: see the checks",
         "Image quality was not measured",
-        "The HU of lung_ddpm were not measured.",
+        "HU of lung_ddpm were not measured.",
         "No curve has four saved states or more",
         "Label fidelity was not measured",
         "No samples with a nodule",
