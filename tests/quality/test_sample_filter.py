@@ -86,7 +86,7 @@ def test_the_record_names_whom_the_segmenter_was_trained_on(cohort, monkeypatch)
 
 def test_another_arm_than_the_baseline_does_not_judge(cohort, monkeypatch):
     run_compose(CONFIG, "real+real", cohort / "cases" / "cases.tsv", [], cohort / "arms" / "real+real")
-    with pytest.raises(InputError, match=r"is real\+real. Give the folder of real"):
+    with pytest.raises(InputError, match=r"is the folder of real\+real. Use that of real"):
         run(cohort, monkeypatch, "real+real")
 
 
