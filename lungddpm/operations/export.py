@@ -9,6 +9,7 @@ synthetic wherever a viewer looks. UIDs and dates follow from the case, so that 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import tempfile
 from collections import Counter
@@ -458,6 +459,6 @@ def _text(text: str) -> str:
 
 def _need_highdicom() -> None:
     try:
-        import highdicom  # noqa: F401
+        importlib.import_module("highdicom")
     except ImportError as error:
         raise UserError("highdicom", f"is not installed ({error})", "Install it: pip install highdicom.") from None

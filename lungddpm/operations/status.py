@@ -340,7 +340,7 @@ def describe_status(status: Status) -> str:
         parts.append("\n".join([styled("Failed:", "red"), *lines]))
     if stopped := status.of(STOPPED):
         names = ", ".join(each.job.name for each in stopped)
-        parts.append(textwrap.fill(f"Stopped without a word, for instance killed: {names}", _WIDTH))
+        parts.append(textwrap.fill(f"Stopped without an error message, e.g. killed: {names}", _WIDTH))
     if status.state != FINISHED:
         parts.append(_end(status))
     return "\n\n".join([textwrap.fill(parts[0], _WIDTH), *parts[1:]])
