@@ -593,10 +593,11 @@ class Instrument(Section):
     limits of HU are in `calibration`."""
 
     loss_fall: Share = 0.1
-    """Largest share of the fall of a segmenter's training loss in the last third of its steps, beyond scatter; above
-    it, segmenters are compared while still learning."""
+    """Largest share of the fall of a segmenter's training loss in the last third of its steps, beyond scatter. It
+    decides only where the standard error of the validation Dice is above `validation_rise`."""
     validation_rise: Share = 0.03
-    """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter."""
+    """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter; above it,
+    segmenters are compared while still learning."""
     seam_ratio: Range = (0.8, 1.25)
     """Smallest and largest step at the border of the lungs, as a multiple of that of the references. (On the phantom
     cohort, constant lungs have 1.27, other patients' lungs 0.78.)"""

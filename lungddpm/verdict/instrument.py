@@ -159,43 +159,45 @@ def _numbers(row: dict, significance: float) -> str:
 
 
 def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
-    """The arm whose training loss, and the one whose validation curve, moves most in the last third."""
-    rows = []
-    for measure, what, column, limit in (
-        (
-            LOSS,
-            _FALL,
-            "change_of_whole",
-            limits.loss_fall,
-        ),
-        (DICE, _RISE, "change", limits.validation_rise),
-    ):
-        found = table[table["measure"] == measure].dropna(subset=column)
-        if found.empty:
-            said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
-            rows.append(_row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said))
-            continue
-        # A change within an arm's scatter does not show that it is still learning.
-        moving = found[found["p"] < _LEARNING]
-        worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
-        status = FAILED if not moving.empty and worst[column] > limit else PASSED
-        said = _convergence_sentence(measure, worst, status)
-        rows.append(_row(CONVERGED, worst["arm"], what, worst[column], (math.nan, limit), status, said))
-    return rows
+    """The arm whose validation Dice rises most in the last third and, unless the curves are smooth enough to show a
+    rise of the limit, the one whose training loss falls most.
+
+    The loss alone would fail segmenters that have converged: it goes on falling while the learning rate decays and
+    training cases are memorised.
+    """
+    by_dice = _convergence_by(DICE, table, _RISE, "change", limits.validation_rise)
+    errors = table[table["measure"] == DICE]["standard_error"]
+    by_loss = _convergence_by(LOSS, table, _FALL, "change_of_whole", limits.loss_fall)
+    if by_dice["status"] == NOT_MEASURED or not (errors <= limits.validation_rise).all():
+        return [by_loss, by_dice]
+    if not math.isnan(by_loss["value"]):
+        by_dice["sentence"] += f" Training loss: {_convergence_sentence(LOSS, by_loss['subject'], by_loss['value'])}."
+    return [by_dice]
 
 
-def _convergence_sentence(measure: str, worst: pd.Series, status: str) -> str:
-    if measure == LOSS:
-        moved = f"{100 * worst['change_of_whole']:.0f} % of the fall of its training loss"
-        text = f"{worst['arm']}: {moved} was in the last third of the steps"
+def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, limit: float) -> dict:
+    found = table[table["measure"] == measure].dropna(subset=column)
+    if found.empty:
+        said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
+        return _row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said)
+    # A change within an arm's scatter does not show that it is still learning.
+    moving = found[found["p"] < _LEARNING]
+    worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
+    status = FAILED if not moving.empty and worst[column] > limit else PASSED
+    said = _convergence_sentence(measure, worst["arm"], worst[column])
+    if status == PASSED:
+        said += ", the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
     else:
-        text = f"{worst['arm']}: validation Dice rose by {signed(worst['change'], 2)} in the last third of the steps"
-    if status == FAILED:
-        learning = (
-            "The segmenters are still learning: arms may differ in how fast they learn, not in what their data teach."
+        said += (
+            ". The segmenters are still learning: arms may differ in how fast they learn, not in what their data teach."
         )
-        return f"{text}. {learning}" if measure == LOSS else f"{text}: the segmenters are still learning."
-    return f"{text}, the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
+    return _row(CONVERGED, worst["arm"], what, worst[column], (math.nan, limit), status, said)
+
+
+def _convergence_sentence(measure: str, arm: str, change: float) -> str:
+    if measure == LOSS:
+        return f"{arm}: {100 * change:.0f} % of the fall of its training loss was in the last third of the steps"
+    return f"{arm}: validation Dice rose by {signed(change, 2)} in the last third of the steps"
 
 
 def _generator(name: str, tables: Mapping[str, pd.DataFrame], limits: Instrument) -> list[dict]:

@@ -66,13 +66,15 @@ def quality_of(lungs=2.0, spread=1.0, nodules=5.0, speckle=1.0, seam=1.05, neare
     return table.assign(generator="lung_ddpm", n=8, sd=1.0, note=note)
 
 
-def tables_of(verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, spread_p=0.6, fidelity=(0.5, 0.55)):
+def tables_of(
+    verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, scatter=0.001, spread_p=0.6, fidelity=(0.5, 0.55)
+):
     """All that the check reads, of a run in which everything is as it should be unless something else is said."""
     quality = quality_of() if quality is None else quality
     components = {"n_replicates": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
     names = [ARM, REPEATED, MORE_REAL]
     curves = [(arm, LOSS, -0.01, fall, 0.001, 0.001 if fall > 0.02 else 0.5) for arm in names]
-    curves += [(arm, DICE, rise, 0.1, 0.001, 0.001 if rise else 0.5) for arm in names]
+    curves += [(arm, DICE, rise, 0.1, scatter, 0.001 if rise else 0.5) for arm in names]
     tables = {
         "verdict": verdict_of() if verdict is None else verdict,
         "variance_components": pd.DataFrame(
@@ -138,7 +140,13 @@ COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
         (POSITIVE, {"positive": "worse"}, False, True, "was not called better"),
         (NULL, {"null": "better"}, True, False, "which adds nothing, was called better"),
         (NULL, {"null": "worse"}, True, False, "which adds nothing, was called worse"),
-        (CONVERGED, {"fall": 0.3}, True, True, "30 % of the fall of its training loss was in the last third"),
+        (
+            CONVERGED,
+            {"fall": 0.3, "scatter": 0.05},
+            True,
+            True,
+            "30 % of the fall of its training loss",
+        ),
         (CONVERGED, {"rise": 0.1}, True, True, "validation Dice rose by +0.10"),
         (GENERATOR, {"quality": quality_of(lungs=60)}, False, True, "lungs too bright, +60 HU"),
         (GENERATOR, {"quality": quality_of(seam=1.4)}, False, True, "1.40 times that of its references"),
@@ -215,6 +223,15 @@ def test_too_few_test_cases_can_tell_nothing():
     tables["variance_components"]["n_cases"] = 5
     checks = instrument_table(config, tables, Missing({}, []), [], []).set_index("check")
     assert checks.loc[ENOUGH, "sentence"] == "5 test cases are too few to decide anything."
+
+
+def test_the_loss_decides_only_where_validation_scatters_too_much_to_show_a_rise():
+    for scatter, status, rows in ((0.03, PASSED, 1), (0.031, FAILED, 2)):
+        checks = instrument_table(config_of(), tables_of(fall=0.3, scatter=scatter), Missing({}, []), [], [])
+        converged = checks[checks["check"] == CONVERGED]
+        assert len(converged) == rows
+        assert (converged["status"] == FAILED).any() == (status == FAILED)
+        assert "30 % of the fall of its training loss" in " ".join(converged["sentence"])
 
 
 def test_what_was_not_measured_neither_passes_nor_fails():
