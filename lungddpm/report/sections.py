@@ -308,11 +308,11 @@ def show_sensitivity(band: pd.DataFrame, detection: pd.DataFrame, confidence: st
     """
     if band.empty:
         return None
-    heads = ["arm", *(f"at {Fraction(rate)}" for rate in RATES), f"CPM ({confidence} CI)"]
+    heads = ["arm", *(f"at {Fraction(rate)}" for rate in RATES), f"CPM ({confidence} band)"]
     at_rates = band.pivot(index="arm", columns="false_positives_per_scan", values="sensitivity")[list(RATES)]
     rows = [
         [row["arm"], *(f"{value:.2f}" for value in at_rates.loc[row["arm"]]),
-         f"{row['cpm']:.3f} ({interval_text(row, 'cpm_ci')})"]
+         f"{row['cpm']:.3f} ({row['cpm_ci_low']:.3f} to {row['cpm_ci_high']:.3f})"]
         for row in detection.dropna(subset="cpm").to_dict("records")
     ]  # fmt: skip
     return DisplayTable(heads, rows, [False, *[True] * (len(RATES) + 1)])

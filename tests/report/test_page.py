@@ -427,7 +427,8 @@ def test_external_test_sets_stand_beside_the_verdict(make_results):
     assert few in page.text
     assert "ours : real+lung_ddpm@1.0 cannot tell (see its checks)" in page.text
     assert {"#checks-ours"} <= set(page.links)
-    assert "at 1/8 at 1/4 at 1/2 at 1 at 2 at 4 at 8 CPM (95 % CI)" in page.text
+    assert "at 1/8 at 1/4 at 1/2 at 1 at 2 at 4 at 8 CPM (95 % band)" in page.text
+    assert "real 1.00 1.00 1.00 1.00 1.00 1.00 1.00 1.000 (1.000 to 1.000)" in page.text
 
 
 def test_an_external_test_set_that_nothing_was_tested_on_is_named(make_results):
