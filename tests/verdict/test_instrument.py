@@ -24,9 +24,11 @@ from lungddpm.verdict.instrument import (
     NAMED,
     NOT_MEASURED,
     NULL,
+    OF_TEST_SET,
     PASSED,
     POSITIVE,
     Missing,
+    external_instrument_table,
     instrument_table,
 )
 
@@ -307,3 +309,47 @@ def test_a_run_without_synthetic_ct_has_nothing_to_answer():
 def test_the_published_gain_is_relevant_where_nothing_else_is_said():
     _, said, _ = judge(config=config_of(relevant_difference=None), run_sd=0.01)
     assert "the relevant one of 0.032 (the published gain) with " in said[ENOUGH]
+
+
+def external_checks(sets=("clinic",), confidence=0.95, missing=None, **verdict):
+    """The checks of an external test set, by their name."""
+    config = config_of(confidence=confidence)
+    config = config.model_copy(update={"external_tests": dict.fromkeys(sets)})
+    components = tables_of()["variance_components"]
+    found = external_instrument_table(config, verdict_of(**verdict), components, missing or Missing({}, []))
+    return found.set_index("check")
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "said"),
+    [
+        (
+            POSITIVE,
+            {"positive": "no difference shown"},
+            "the gain from more real data on this test set",
+        ),
+        (NULL, {"null": "worse"}, "which adds nothing, was called worse"),
+        (COMPLETE, {"missing": Missing({ARM: ["fold1_seed0"]}, [])}, f"{ARM}, fold1_seed0"),
+        (COMPLETE, {"missing": Missing({}, ["clinic-1"])}, "no run segmented: clinic-1"),
+    ],
+)
+def test_checks_of_an_external_test_set(check, changes, said):
+    assert external_checks()["status"].to_dict() == dict.fromkeys(OF_TEST_SET, PASSED)
+    found = external_checks(**changes)
+    assert [name for name, status in found["status"].items() if status == FAILED] == [check]
+    assert said in found.loc[check, "sentence"]
+
+
+def test_what_is_detectable_on_external_test_sets_is_corrected_for_their_number():
+    """Bonferroni: two sets at 5 % are each tested as one set at 2.5 %."""
+    one, two = external_checks(), external_checks(("clinic", "task06"))
+    stricter = external_checks(confidence=0.975)
+    assert one.loc[ENOUGH, "value"] < two.loc[ENOUGH, "value"]
+    assert two.loc[ENOUGH, "value"] == pytest.approx(stricter.loc[ENOUGH, "value"])
+
+
+def test_a_set_that_nothing_was_tested_on_lacks_its_cases():
+    columns = list(verdict_of()), list(tables_of()["variance_components"])
+    nothing = (pd.DataFrame(columns=names) for names in columns)
+    found = external_instrument_table(config_of(), *nothing, Missing({}, ["clinic-1", "clinic-2"]))
+    assert found[["check", "status", "value"]].to_numpy().tolist() == [[COMPLETE, FAILED, 2.0]]
