@@ -388,7 +388,7 @@ def train_and_record(run, name: str, step: str, **segmentation) -> tuple[Path, l
     return arm, patches
 
 
-@pytest.mark.parametrize("augmentation", ["nnunet", "mirror", "none"])
+@pytest.mark.parametrize("augmentation", ["nnunet", "mirror", "left_right", "none"])
 def test_patches_are_changed_only_as_the_augmentation_says(run, augmentation, monkeypatch):
     load = nnUNetDatasetBlosc2.load_case
 
@@ -411,11 +411,14 @@ def test_patches_are_changed_only_as_the_augmentation_says(run, augmentation, mo
     if augmentation == "nnunet":
         assert all(len(found) > 2 for found in signs)
     else:
-        assert signs == [{"mirror": {1, -1}, "none": {1}}[augmentation]] * 3
+        either, same = {1, -1}, {1}
+        # The plans transpose nnU-Net's (z, y, x) by [2, 0, 1]: x, left to right, comes first.
+        expected = {"mirror": [either] * 3, "left_right": [either, same, same], "none": [same] * 3}
+        assert signs == expected[augmentation]
 
 
 def test_a_network_predicts_mirrored_copies_only_if_it_has_seen_some(run):
-    for augmentation, axes in (("mirror", (0, 1, 2)), ("none", None)):
+    for augmentation, axes in (("mirror", (0, 1, 2)), ("left_right", (0,)), ("none", None)):
         arm, _ = train_and_record(
             run, f"axes-{augmentation}", "train_step", steps=1, save_every=1, augmentation=augmentation
         )

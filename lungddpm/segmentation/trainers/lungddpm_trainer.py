@@ -80,13 +80,16 @@ class LungDDPMTrainer(nnUNetTrainer):
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(  # noqa: N802 (nnU-Net's name)
         self,
     ) -> tuple[Any, bool, Any, tuple[int, ...] | None]:
-        """nnU-Net's larger patches are for rotation and scaling only; a network that has never seen a mirrored image
-        does not predict mirrored copies either."""
+        """nnU-Net's larger patches are for rotation and scaling only; at prediction, axes are mirrored as in training."""
         rotation, as_2d, initial_patch, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.augmentation != "nnunet":
             initial_patch = self.configuration_manager.patch_size
+        if self.augmentation == "left_right":
+            # SimpleITK's arrays are (z, y, x), and nnU-Net transposes them.
+            axes = (list(self.plans_manager.transpose_forward).index(2),)
         if self.augmentation == "none":
-            axes = self.inference_allowed_mirroring_axes = None
+            axes = None
+        self.inference_allowed_mirroring_axes = axes
         return rotation, as_2d, initial_patch, axes
 
     def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
