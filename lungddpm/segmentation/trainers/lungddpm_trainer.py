@@ -80,7 +80,7 @@ class LungDDPMTrainer(nnUNetTrainer):
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(  # noqa: N802 (nnU-Net's name)
         self,
     ) -> tuple[Any, bool, Any, tuple[int, ...] | None]:
-        """nnU-Net's larger patches are for rotation and scaling only; at prediction, axes are mirrored as in training."""
+        """nnU-Net's larger patches are for rotation and scaling only; prediction mirrors the axes of training."""
         rotation, as_2d, initial_patch, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
         if self.augmentation != "nnunet":
             initial_patch = self.configuration_manager.patch_size
