@@ -37,7 +37,7 @@ def test_numbers_show_on_which_side_of_their_limit_they_lie():
     [
         (0.6117, ".3f", "0.612"), (-0.6117, ".3f", "−0.612"), (-0.6117, "+.1f", "−0.6"), (0.04, "+.1f", "0.0"),
         (-1e-7, ".3g", "−1e−07"), (None, ".3f", ""), (math.nan, ".3f", ""), (math.inf, ".1f", "∞"),
-        (-math.inf, "+.1f", "−∞"),
+        (-math.inf, "+.1f", "−∞"), (462.3, ".2g", "462"), (-1234.0, ".3g", "−1234"), (41.8, ".3g", "41.8"),
     ],
 )  # fmt: skip
 def test_numbers_in_tables(value, form, shown):

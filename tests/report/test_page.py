@@ -36,16 +36,21 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.words, self.images, self.links, self.open = [], [], [], []
+        self.headings, self.heads_without_scope = [], 0
         self.feed(html)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
+        if tag == "th" and "scope" not in values:
+            self.heads_without_scope += 1
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
         if tag == "img":
             self.images.append(values)
         elif address := values.get("href", values.get("src")):
             self.links.append(address)
-        if tag not in ("img", "meta", "input", "source"):
+        if tag not in ("img", "meta", "input", "source", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -107,6 +112,42 @@ def test_full_report(make_results, read_manifest):
         assert hashlib.sha256((results / name).read_bytes()).hexdigest() == recorded
     assert manifest["config"]["segmentation"]["folds"] == [0, 1]
     assert manifest["versions"]["numpy"]
+
+
+def test_a_screen_reader_finds_its_way(make_results):
+    config, results = make_results(n_test=7, n_replicates=2, external={"task06": 8})
+    run_report(config, results)
+    html, page = (results / "report.html").read_text(encoding="utf-8"), page_of(results)
+    # One title; no level is skipped on the way down; checks and answers have headings of their own.
+    assert page.headings.count(1) == 1
+    assert page.headings[0] == 1
+    assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert page.text.index("Can this run tell? ") < page.text.index("Arms compared with real ")
+    # Every section that the contents list can be reached, and the other way round.
+    contents = re.search("<nav.*?</nav>", html, re.DOTALL)[0]
+    listed = set(re.findall('href="#([^"]+)"', contents))
+    assert listed == set(re.findall('<(?:h2|h3|section)[^>]* id="([^"]+)"', html)) - {"external-task06"}
+    assert page.heads_without_scope == 0
+
+
+def test_what_paper_cannot_do_is_left_out_or_unfolded(make_results):
+    config, results = make_results(n_test=2, n_replicates=1)
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    printed = re.search(r"@media print \{\n  html(.*?)\n\}", html, re.DOTALL)[1]
+    assert "details::details-content { content-visibility: visible" in printed
+    assert re.search(r"nav, \.screen \{ display: none; \}", printed)
+    # Long lists for the screen only are in files that a note names.
+    folded = re.findall(r'<details class="screen"><summary>([^<]+)', html)
+    assert folded == [
+        "Cases of every arm",
+        "Published figures without a counterpart in this run",
+        "Configuration",
+        "SHA-256 of tables, figures and arms",
+    ]
+    note = page_of(results).text.partition("Not printed: ")[2]
+    for name in ("arm.json", "tables/published_comparison.csv", "manifest.json"):
+        assert name in note
 
 
 def test_nothing_names_the_machine(make_results, tmp_path):
