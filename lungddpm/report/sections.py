@@ -156,8 +156,8 @@ def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, signi
         ]
         for row in verdict[verdict["metric"] == measure.column].to_dict("records")
     ]  # fmt: skip
-    heads = ["arm", f"{measure.title} ± sd", "difference", f"{confidence} CI", "difference, %", "p", "p, Holm", "detectable",
-             "verdict"]  # fmt: skip
+    heads = ["arm", f"{measure.title} ± sd", "difference", f"{confidence} CI", "difference, %", "p", "p, Holm",
+             "detectable", "verdict"]  # fmt: skip
     return DisplayTable(heads, rows, [False, *[True] * 7, False])
 
 
