@@ -58,5 +58,5 @@ def test_spreads_durations_and_counts():
         (36_000, "10 h"), (172_800, "2.0 days"), (216_000, "2.5 days"),
     ],
 )  # fmt: skip
-def test_a_span_is_said_in_the_unit_that_suits_it(seconds, said):
+def test_a_span_has_the_unit_that_suits_it(seconds, said):
     assert format_span(seconds) == said

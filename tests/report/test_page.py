@@ -196,7 +196,7 @@ def test_no_test_case_with_a_nodule(make_results):
     assert "not measured" in verdict_table_text(results)
 
 
-def test_shared_patients_are_shouted(make_results):
+def test_shared_patients_raise_an_alarm(make_results):
     config, results = make_results(n_test=2, n_replicates=1, extras=False, roles={"allow_shared_patients": True})
     run_report(config, results)
     html = (results / "report.html").read_text(encoding="utf-8")
@@ -370,7 +370,7 @@ def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
         verdict_table_text(tmp_path / "nowhere")
 
 
-def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
+def test_sets_of_images_have_a_row_per_generator_and_image(make_results):
     config, results = make_results(n_test=1, n_replicates=1)
     tables, _ = write_tables(config, results)
     shown = show_sets(tables["image_quality"])
@@ -463,7 +463,7 @@ def test_external_test_sets_stand_beside_the_verdict(make_results):
     assert first < shown.index("- real+lung_ddpm@1.0 on task06: ") < shown.index("- real+lung_ddpm@1.0 on ours: ")
 
 
-def test_a_run_without_external_test_sets_says_nothing_of_them(make_results):
+def test_a_run_without_external_test_sets_does_not_mention_them(make_results):
     config, results = make_results(n_test=2, n_replicates=1, extras=False)
     run_report(config, results)
     page = page_of(results)

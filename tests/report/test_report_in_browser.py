@@ -28,7 +28,7 @@ addEventListener("unhandledrejection", event => errors.push("rejection: " + even
 addEventListener("securitypolicyviolation", event => errors.push("outside: " + event.blockedURI));
 </script>"""
 
-# After all other scripts: use the page as a reader would, and write down what it then shows.
+# After all other scripts: use the page as a reader would, and record what it then shows.
 PROBE = """<script>
 addEventListener("load", async () => {
   const shows = async wanted => {
@@ -69,7 +69,7 @@ addEventListener("load", async () => {
 });
 </script>"""
 
-# A phone as wide as 420 px, which a window cannot be: what the framed page reports about its width, written down.
+# A phone of 420 px, narrower than a window can be: a frame, and what the page in it reports about its widths.
 PHONE = """<!DOCTYPE html><body><iframe src="framed.html" width="420" height="900"></iframe><script>
 addEventListener("message", ({data}) => {
   const note = document.createElement("pre");
@@ -121,7 +121,7 @@ def open_page(tmp_path):
 
 @pytest.fixture
 def browse(tmp_path, open_page):
-    """A function that opens a page with the watch and the probe in it, and returns what the probe wrote down."""
+    """A function that opens a page with the watch and the probe in it, and returns what the probe recorded."""
 
     def browse(page):
         html = page.read_text(encoding="utf-8")

@@ -381,7 +381,7 @@ def test_labels_half_a_millimetre_beside_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("slope", [0.0, float("nan")])
-def test_a_slope_that_is_none_scales_nothing(tmp_path, slope):
+def test_an_invalid_slope_scales_nothing(tmp_path, slope):
     write_case(tmp_path)
     patch(tmp_path / "images" / "a_0000.nii.gz", SLOPE, struct.pack("<f", slope))
     expect(load(tmp_path))
