@@ -99,6 +99,8 @@ def test_full_report(make_results, read_manifest):
     assert "anatomically aware sampling" in page.text
     assert "Cite: Lung-DDPM: Semantic Layout-guided Diffusion Models" in page.text
     assert "several roles" not in page.text
+    # Sources and controls without a work to cite declare "None: ...".
+    assert "None:" not in page.text
     assert html.index('class="checks"') < html.index('class="outcome stands"') < html.index('class="answers"')
     assert "Segmenters converged passed" in page.text
     assert "No positive control: add `reference` to arms.controls" in page.text
