@@ -2,7 +2,7 @@
 
     python benchmarks/segmenter_speed.py [--rounds 3] [--steps 10]
 
-A network as the demo's (patches of 32^3, 8 to 64 features), made-up images of 48^3, one thread. First nnU-Net as it
+The demo's network (8 to 64 features) on patches of 32^3, made-up images of 48^3, one thread. First nnU-Net as it
 comes takes optimizer steps and predicts a case, in each round, then nnU-Net with channels last, freed memory kept and
 four tiles per pass. Processor time, as other work on the machine does not count in it. The last line gives the medians
 of the ratios, and how far the probabilities differ.

@@ -511,6 +511,9 @@ class Segmentation(Section):
     foreground_prior: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Nodule probability that the untrained network predicts for every voxel, e.g. 0.01 (as for the focal loss, Lin et
     al. 2017), which saves the hundreds of steps needed to learn that nodules are rare. null: nnU-Net's default."""
+    augmentation: Literal["nnunet", "mirror", "none"] = "nnunet"
+    """`nnunet`: all of nnU-Net's; `mirror`: mirroring only, which is learned in fewer steps; `none`: as nnU-Net's
+    `nnUNetTrainerNoDA`."""
     n_folds: Annotated[int, Field(ge=2)] = 5
     """Number of folds into which the real training cases are split, by patient and balanced by nodule volume."""
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
@@ -590,10 +593,11 @@ class Instrument(Section):
     limits of HU are in `calibration`."""
 
     loss_fall: Share = 0.1
-    """Largest share of the fall of a segmenter's training loss in the last third of its steps, beyond scatter; above
-    it, segmenters are compared while still learning."""
+    """Largest share of the fall of a segmenter's training loss in the last third of its steps, beyond scatter. It
+    decides only where the standard error of the validation Dice is above `validation_rise`."""
     validation_rise: Share = 0.03
-    """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter."""
+    """Largest rise of Dice on the validation patches in the last third of the steps, beyond scatter; above it,
+    segmenters are compared while still learning."""
     seam_ratio: Range = (0.8, 1.25)
     """Smallest and largest step at the border of the lungs, as a multiple of that of the references. (On the phantom
     cohort, constant lungs have 1.27, other patients' lungs 0.78.)"""

@@ -11,7 +11,18 @@ from lungddpm.config.models import Config
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
-from lungddpm.report.sections import show_case_scores, show_detection, show_measures, show_verdict
+from lungddpm.report.sections import (
+    DisplayCheck,
+    show_case_scores,
+    show_checks,
+    show_detection,
+    show_measures,
+    show_sensitivity,
+    show_verdict,
+    source_note,
+)
+from lungddpm.verdict.answer import doubted_arms
+from lungddpm.verdict.instrument import COMPLETE, OF_TEST_SET
 from lungddpm.verdict.statistics import caveats, minimum_cases
 
 
@@ -23,6 +34,10 @@ class ExternalTestSet:
     note: str
     """What its source is, whom to cite, and what to know of its labels."""
     size: str
+    checks: list[DisplayCheck]
+    """Those of `external_instrument.csv`."""
+    doubted: dict[str, list[dict]]
+    """As `doubted_arms`: by the checks of the set, and by those of the run that need no test cases."""
     answers: list[dict]
     """Rows of `external_verdict.csv` of the compared arms in the deciding measure."""
     supports: list[dict]
@@ -30,6 +45,8 @@ class ExternalTestSet:
     numbers: list[DisplayTable]
     measures: DisplayTable
     detection: DisplayTable
+    sensitivity: DisplayTable | None
+    """None without probabilities."""
     scores: DisplayTable
     limits: list[str]
     """What its size does not allow to say, as sentences."""
@@ -43,11 +60,25 @@ def show_external(config: Config, tables: Mapping[str, pd.DataFrame]) -> list[Ex
     return [_show(name, config, tables) for name in config.external_tests if name in evaluated]
 
 
+def not_tested(tables: Mapping[str, pd.DataFrame]) -> dict[str, str]:
+    """What is missing of each external test set that no run was tested on."""
+    if "external_instrument" not in tables:
+        return {}
+    evaluated = set(tables["external_verdict"]["data_set"]) if "external_verdict" in tables else set()
+    checks = tables["external_instrument"]
+    rows = checks[(checks["check"] == COMPLETE) & ~checks["data_set"].isin(evaluated)]
+    return dict(zip(rows["data_set"], rows["sentence"], strict=True))
+
+
 def _show(name: str, config: Config, tables: Mapping[str, pd.DataFrame]) -> ExternalTestSet:
-    verdict, measures, detection, cases = (
+    verdict, checks, measures, detection, band, cases = (
         table[table["data_set"] == name].drop(columns="data_set")
-        for table in (tables[f"external_{kind}"] for kind in ("verdict", "measures", "detection", "cases"))
+        for table in (
+            tables[f"external_{kind}"]
+            for kind in ("verdict", "instrument", "measures", "detection", "froc_band", "cases")
+        )
     )
+    of_run = tables["instrument"][~tables["instrument"]["check"].isin(OF_TEST_SET)]
     confidence, significance = f"{100 * config.verdict.confidence:g} %", 1 - config.verdict.confidence
     decisive, source = deciding_measure().column, config.external_tests[name]
     compared = verdict[verdict["arm"] != verdict["baseline"]]
@@ -56,13 +87,16 @@ def _show(name: str, config: Config, tables: Mapping[str, pd.DataFrame]) -> Exte
     needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), config.verdict.confidence)
     return ExternalTestSet(
         name=name,
-        note=f"{source.declared.title}. {source.declared.citation} {source.caveat}".strip(),
+        note=source_note(source),
         size=f"{plural(n_cases, 'test case')} of {plural(n_patients, 'patient')}, {n_scored} with a nodule",
+        checks=show_checks(checks),
+        doubted=doubted_arms(pd.concat([of_run, checks]), verdict, config),
         answers=compared[compared["metric"] == decisive].to_dict("records"),
         supports=compared[compared["metric"] != decisive].to_dict("records"),
         numbers=[show_verdict(verdict, measure, confidence, significance) for measure in verdict_measures()],
         measures=show_measures(measures),
         detection=show_detection(detection),
+        sensitivity=show_sensitivity(band, detection, confidence),
         scores=show_case_scores(cases),
         limits=caveats(n_scored, n_independent, int(verdict["run_df"].max()), needed),
     )

@@ -17,7 +17,7 @@ from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report import figures
-from lungddpm.report.external import show_external
+from lungddpm.report.external import not_tested, show_external
 from lungddpm.report.html import render, show_excluded
 from lungddpm.report.manifest import arm_files, describe_run, draw_files, read_arms
 from lungddpm.report.sections import (
@@ -44,6 +44,7 @@ from lungddpm.report.sections import (
     show_quality,
     show_roles,
     show_run_spread,
+    show_sensitivity,
     show_sets,
     show_strata,
     show_timing,
@@ -91,8 +92,9 @@ def draw_figures(
 ) -> dict[str, list[Path]]:
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
-    Names: forest, forest_narrow, forest-<external test set>, dose_response, real_cases, dice_by_arm, paired, runs,
-    froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, training, segmenter_training.
+    Names: forest, forest_narrow, forest-<external test set>, froc-<external test set>, dose_response, real_cases,
+    dice_by_arm, paired, runs, froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, training,
+    segmenter_training.
     """
     folder = results / "figures"
     measure, prose = deciding_measure().column, deciding_measure().title
@@ -115,6 +117,8 @@ def draw_figures(
     if "external_verdict" in tables:
         for name, rows in tables["external_verdict"].groupby("data_set", sort=False):
             drawn[f"forest-{name}"] = figures.forest_plot(rows, titles, config.verdict.confidence)
+        for name, rows in tables["external_froc_band"].groupby("data_set", sort=False):
+            drawn[f"froc-{name}"] = figures.froc_plot(rows, config.verdict.confidence)
     if "froc_band" in tables:
         drawn["froc"] = figures.froc_plot(tables["froc_band"], config.verdict.confidence)
     if "image_quality" in tables:
@@ -178,7 +182,7 @@ def render_report(
         shared_patients=config.roles.allow_shared_patients,
         simulated=config.source.is_simulated,
         source=config.source.kind,
-        source_note=source_note(config),
+        source_note=source_note(config.source),
         checks=show_checks(tables["instrument"]),
         outcome=outcome_of(tables["instrument"]),
         doubted=doubted_arms(tables["instrument"], verdict, config),
@@ -187,6 +191,7 @@ def render_report(
         decisive=decisive.title,
         supporting=[measure.title for measure in verdict_measures()[1:]],
         external=show_external(config, tables),
+        not_tested=not_tested(tables),
         answers=compared[compared["metric"] == decisive.column].to_dict("records"),
         supports=compared[compared["metric"] != decisive.column].to_dict("records"),
         controls=[arm.name for arm in config.arms.all() if arm.is_control(config.arms.generators)],
@@ -205,6 +210,7 @@ def render_report(
         measure_differences=show_measure_differences(tables["measures"]),
         unscored=show_unscored(tables["measures"], tables["cases"]),
         detection=show_detection(tables["detection"]),
+        sensitivity=show_sensitivity(tables["froc_band"], tables["detection"], confidence),
         strata=show_strata(tables["detection_by_stratum"]),
         scores_by_case=show_case_scores(tables["cases"]),
         quality=show_quality(tables["image_quality"]) if "image_quality" in tables else None,

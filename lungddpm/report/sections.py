@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
+from fractions import Fraction
 from string import ascii_lowercase
 
 import pandas as pd
 
-from lungddpm.config.models import Config
+from lungddpm.config.models import Config, Source
 from lungddpm.core import cases
 from lungddpm.core.arms import is_baseline
 from lungddpm.core.roles import INTERNAL, ROLES, TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import bound, format_duration, format_number, format_p, format_spread, plural
+from lungddpm.evaluation.froc import RATES
 from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURE_COLUMNS, TEXTURES
 from lungddpm.evaluation.measures import MEASURES, Measure, deciding_measure
 from lungddpm.generators import GIVEN, NOTHING
@@ -297,6 +299,26 @@ def show_detection(detection: pd.DataFrame) -> DisplayTable:
     return DisplayTable(heads, rows, [False, *[True] * 8])
 
 
+def show_sensitivity(band: pd.DataFrame, detection: pd.DataFrame, confidence: str) -> DisplayTable | None:
+    """FROC in numbers, mean over replicates; None if no arm has a curve.
+
+    Args:
+        band: rows of `froc_band.csv`; the rates `RATES` are shown.
+        detection: rows of `detection.csv`, for CPM.
+        confidence: level of its limits, as text.
+    """
+    if band.empty:
+        return None
+    heads = ["arm", *(f"at {Fraction(rate)}" for rate in RATES), f"CPM ({confidence} band)"]
+    at_rates = band.pivot(index="arm", columns="false_positives_per_scan", values="sensitivity")[list(RATES)]
+    rows = [
+        [row["arm"], *(f"{value:.2f}" for value in at_rates.loc[row["arm"]]),
+         f"{row['cpm']:.3f} ({row['cpm_ci_low']:.3f} to {row['cpm_ci_high']:.3f})"]
+        for row in detection.dropna(subset="cpm").to_dict("records")
+    ]  # fmt: skip
+    return DisplayTable(heads, rows, [False, *[True] * (len(RATES) + 1)])
+
+
 def show_strata(strata: pd.DataFrame) -> DisplayTable | None:
     """`detection_by_stratum.csv` for display, a column per arm; None if no lesion has a texture rating."""
     if strata.empty:
@@ -498,10 +520,9 @@ def generators_of(config: Config) -> list[tuple[str, str, str]]:
     return described
 
 
-def source_note(config: Config) -> str:
-    """Title, citation and caveat of the run's source, in a line."""
-    declared = config.source.declared
-    return " ".join(filter(None, (f"{declared.title}.", cited(declared.citation), config.source.caveat)))
+def source_note(source: Source) -> str:
+    """Title, citation and caveat of a source, in a line."""
+    return " ".join(filter(None, (f"{source.declared.title}.", cited(source.declared.citation), source.caveat)))
 
 
 def cited(citation: str) -> str:

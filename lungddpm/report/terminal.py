@@ -57,7 +57,18 @@ def verdict_table_text(results: Path) -> str:
         found = read_csv(external)
         found = found[(found["metric"] == measure.column) & (found["arm"] != found["baseline"])]
         lines += ["", _EXPLORATORY, *(_wrapped(sentence, "- ") for sentence in found["sentence"])]
+    lines += [_wrapped(text, "! ") for text in _failed_externally(results)]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
+
+
+def _failed_externally(results: Path) -> list[str]:
+    """The failed checks of every external test set, as sentences."""
+    path = results / "tables" / "external_instrument.csv"
+    if not path.exists():
+        return []
+    checks = read_csv(path)
+    failed = checks[checks["status"] == FAILED].to_dict("records")
+    return [f"{row['data_set']}: {row['check']}: failed. {row['sentence']}" for row in failed]
 
 
 def verdict_values(results: Path) -> dict[str, Any]:

@@ -586,6 +586,7 @@ def _training_settings(config: Config, arm_dir: Path, fold: int, seed: int) -> d
         "optimizer": options.optimizer,
         "learning_rate": options.learning_rate,
         "foreground_prior": options.foreground_prior,
+        "augmentation": options.augmentation,
         "seed": seed_from(config.seed, seed, fold),
         "split": split,
         "cases": fingerprint([[hashes[name] for name in names] for names in split.values()]),

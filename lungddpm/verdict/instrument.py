@@ -38,6 +38,8 @@ ENOUGH, COMPLETE = "enough runs and cases", "nothing missing"
 DISTINCT, ALIKE, NAMED = "no run is a copy", "runs scatter alike", "primary arm named before"
 CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
 """In the order of the page."""
+OF_TEST_SET = (POSITIVE, NULL, ENOUGH, COMPLETE)
+"""Those that depend on the test cases, so every test set has its own."""
 _FALL, _RISE = "fall of the loss in the last third, of its whole", "rise of validation Dice in the last third"
 _HU, _STEP = "limits of HU exceeded", "step at the lungs' border, over the references'"
 _FIDELITY = "Dice on synthetic CT, over that on real CT"
@@ -103,6 +105,29 @@ def instrument_table(
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
+def external_instrument_table(
+    config: Config, verdict: pd.DataFrame, components: pd.DataFrame, missing: Missing
+) -> pd.DataFrame:
+    """The checks `OF_TEST_SET` on an external test set; the others need no test case, so they are those of the run.
+
+    Args:
+        config: of the run.
+        verdict: rows of `external_verdict.csv` of this set; none if nothing was evaluated on it.
+        components: rows of `external_variance_components.csv`, likewise.
+        missing: replicates and usable cases of the set that were not evaluated.
+
+    Returns:
+        `COLUMNS`, as `instrument_table`.
+    """
+    verdict = verdict[verdict["metric"] == deciding_measure().column]
+    rows = [
+        *_controls(config, verdict, " on this test set"),
+        *_size(config, components, verdict, len(config.external_tests)),
+        *_complete(missing),
+    ]
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
 def _row(
     check: str, subject: str, measure: str, value: float, limits: tuple[float, float], status: str, sentence: str
 ) -> dict[str, object]:
@@ -116,8 +141,8 @@ def _judged(value: float, limits: tuple[float, float]) -> str:
     return FAILED if value < limits[0] or value > limits[1] else PASSED
 
 
-def _controls(config: Config, verdict: pd.DataFrame) -> list[dict]:
-    """Both controls, a row for each control arm."""
+def _controls(config: Config, verdict: pd.DataFrame, on: str = "") -> list[dict]:
+    """Both controls, a row for each control arm; `on` names the test set in the conclusion."""
     significance = 1 - config.verdict.confidence
     controls = [arm for arm in config.arms.all() if arm.real and arm.is_control(config.arms.generators)]
     positive = [arm.name for arm in controls if arm.added == POSITIVE_GENERATOR]
@@ -127,10 +152,10 @@ def _controls(config: Config, verdict: pd.DataFrame) -> list[dict]:
         found = row["verdict"] == "better"
         said = (
             f"{row['arm']}, which adds real cases, was called better ({_numbers(row, significance)}): "
-            "the run detects a gain that exists."
+            f"the run detects a gain that exists{on}."
             if found
             else f"{row['arm']}, which adds real cases, was not called better ({_numbers(row, significance)}): "
-            "the run does not even detect the gain from more real data."
+            f"the run does not even detect the gain from more real data{on}."
         )
         rows.append(_control(POSITIVE, row, (math.nan, significance), found, said))
     if not positive:
@@ -159,43 +184,45 @@ def _numbers(row: dict, significance: float) -> str:
 
 
 def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
-    """The arm whose training loss, and the one whose validation curve, moves most in the last third."""
-    rows = []
-    for measure, what, column, limit in (
-        (
-            LOSS,
-            _FALL,
-            "change_of_whole",
-            limits.loss_fall,
-        ),
-        (DICE, _RISE, "change", limits.validation_rise),
-    ):
-        found = table[table["measure"] == measure].dropna(subset=column)
-        if found.empty:
-            said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
-            rows.append(_row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said))
-            continue
-        # A change within an arm's scatter does not show that it is still learning.
-        moving = found[found["p"] < _LEARNING]
-        worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
-        status = FAILED if not moving.empty and worst[column] > limit else PASSED
-        said = _convergence_sentence(measure, worst, status)
-        rows.append(_row(CONVERGED, worst["arm"], what, worst[column], (math.nan, limit), status, said))
-    return rows
+    """The arm whose validation Dice rises most in the last third and, unless the curves are smooth enough to show a
+    rise of the limit, the one whose training loss falls most.
+
+    The loss alone would fail segmenters that have converged: it goes on falling while the learning rate decays and
+    training cases are memorised.
+    """
+    by_dice = _convergence_by(DICE, table, _RISE, "change", limits.validation_rise)
+    errors = table[table["measure"] == DICE]["standard_error"]
+    by_loss = _convergence_by(LOSS, table, _FALL, "change_of_whole", limits.loss_fall)
+    if by_dice["status"] == NOT_MEASURED or not (errors <= limits.validation_rise).all():
+        return [by_loss, by_dice]
+    if not math.isnan(by_loss["value"]):
+        by_dice["sentence"] += f" Training loss: {_convergence_sentence(LOSS, by_loss['subject'], by_loss['value'])}."
+    return [by_dice]
 
 
-def _convergence_sentence(measure: str, worst: pd.Series, status: str) -> str:
-    if measure == LOSS:
-        moved = f"{100 * worst['change_of_whole']:.0f} % of the fall of its training loss"
-        text = f"{worst['arm']}: {moved} was in the last third of the steps"
+def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, limit: float) -> dict:
+    found = table[table["measure"] == measure].dropna(subset=column)
+    if found.empty:
+        said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
+        return _row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said)
+    # A change within an arm's scatter does not show that it is still learning.
+    moving = found[found["p"] < _LEARNING]
+    worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
+    status = FAILED if not moving.empty and worst[column] > limit else PASSED
+    said = _convergence_sentence(measure, worst["arm"], worst[column])
+    if status == PASSED:
+        said += ", the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
     else:
-        text = f"{worst['arm']}: validation Dice rose by {signed(worst['change'], 2)} in the last third of the steps"
-    if status == FAILED:
-        learning = (
-            "The segmenters are still learning: arms may differ in how fast they learn, not in what their data teach."
+        said += (
+            ". The segmenters are still learning: arms may differ in how fast they learn, not in what their data teach."
         )
-        return f"{text}. {learning}" if measure == LOSS else f"{text}: the segmenters are still learning."
-    return f"{text}, the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
+    return _row(CONVERGED, worst["arm"], what, worst[column], (math.nan, limit), status, said)
+
+
+def _convergence_sentence(measure: str, arm: str, change: float) -> str:
+    if measure == LOSS:
+        return f"{arm}: {100 * change:.0f} % of the fall of its training loss was in the last third of the steps"
+    return f"{arm}: validation Dice rose by {signed(change, 2)} in the last third of the steps"
 
 
 def _generator(name: str, tables: Mapping[str, pd.DataFrame], limits: Instrument) -> list[dict]:
@@ -304,7 +331,7 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
     )
 
 
-def design_of_run(config: Config, components: pd.DataFrame) -> tuple[Design, Components] | None:
+def design_of_run(config: Config, components: pd.DataFrame, test_sets: int = 1) -> tuple[Design, Components] | None:
     """The design of a run as carried out, and its variance components; None if they are not known.
 
     They are those of the arms that the run is about or, if none of these was measured, of all others.
@@ -312,6 +339,7 @@ def design_of_run(config: Config, components: pd.DataFrame) -> tuple[Design, Com
     Args:
         config: of the run.
         components: rows of `variance_components.csv`.
+        test_sets: number of test sets whose claims are corrected together.
     """
     arms = asked_arms(config)
     known = components[components["metric"] == deciding_measure().column].dropna(subset="run_sd")
@@ -321,17 +349,18 @@ def design_of_run(config: Config, components: pd.DataFrame) -> tuple[Design, Com
     if typical is None:
         return None
     design = design_of(config, int(known["n_cases"].max()))
-    return replace(design, n_replicates=int(known["n_replicates"].min())), typical
+    n_replicates, n_compared = int(known["n_replicates"].min()), design.n_compared * test_sets
+    return replace(design, n_replicates=n_replicates, n_compared=n_compared), typical
 
 
-def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame) -> list[dict]:
+def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame, test_sets: int = 1) -> list[dict]:
     """What the run can detect, next to the relevant difference; nothing if no arm has synthetic CT."""
     arms, relevant, title = asked_arms(config), relevant_difference(config), deciding_measure().title
     verdict = verdict[verdict["arm"].isin(arms)]
     if verdict.empty:
         return []
     name, limits = f"detectable difference, {title}", (math.nan, relevant)
-    found = design_of_run(config, components)
+    found = design_of_run(config, components, test_sets)
     if found is None or not found[0].decides:
         return [_row(ENOUGH, "", name, math.nan, limits, FAILED, _why_nothing(config, found, verdict))]
     design, typical = found

@@ -35,7 +35,7 @@ from lungddpm.verdict.families import (
     gates_of,
     stages_per_replicate,
 )
-from lungddpm.verdict.instrument import COLUMNS, Missing, instrument_table
+from lungddpm.verdict.instrument import COLUMNS, Missing, external_instrument_table, instrument_table
 from lungddpm.verdict.ladder import ladder_table, published_generators
 from lungddpm.verdict.published import published_comparison
 from lungddpm.verdict.records import (
@@ -434,8 +434,9 @@ def external_tables(
         n_discovery: real training cases of the arms that have all of them.
 
     Returns:
-        `external_verdict`, `external_measures`, `external_detection`, `external_cases`, `external_lesions`: the
-        columns of the table without `external_`, after `data_set`.
+        `external_verdict`, `external_variance_components`, `external_measures`, `external_detection`,
+        `external_froc`, `external_froc_band`, `external_cases`, `external_lesions`: the columns of the table without
+        `external_`, after `data_set`.
     """
     tables: dict[str, list[pd.DataFrame]] = {}
     for name in config.external_tests:
@@ -443,21 +444,54 @@ def external_tables(
             table[table["case_id"].map(data_sets) == name].reset_index(drop=True)
             for table in (cases, lesions, candidates)
         )
-        if own.empty:  # evaluated before the set was named: the instrument check says that its cases are missing
+        if own.empty:  # evaluated before the set was named: its own check reports that its cases are missing
             continue
         seed = seed_from(config.seed, "verdict", "froc", name)
-        cpm = froc_tables(own, marked, found, config.verdict.confidence, seed)["cpm"]
+        froc = froc_tables(own, marked, found, config.verdict.confidence, seed)
         of_set = {
             "verdict": verdict_table(own, config, n_discovery, name),
+            "variance_components": component_table(own, config),
             "measures": measures_table(own),
-            "detection": detection_table(own, marked, cpm),
+            "detection": detection_table(own, marked, froc.pop("cpm")),
+            **froc,
             "cases": own,
             "lesions": marked,
         }
         for kind, table in of_set.items():
             tables.setdefault(f"external_{kind}", []).append(table.assign(data_set=name))
-    joined = {kind: pd.concat(parts, ignore_index=True) for kind, parts in tables.items()}
-    return {kind: table[["data_set", *table.columns.drop("data_set")]] for kind, table in joined.items()}
+    return {kind: _joined(parts) for kind, parts in tables.items()}
+
+
+def _joined(parts: list[pd.DataFrame]) -> pd.DataFrame:
+    """The tables of several external test sets as one, `data_set` first."""
+    filled = [part for part in parts if len(part)] or parts[:1]  # an empty one would change the types of columns
+    table = pd.concat(filled, ignore_index=True)
+    return table[["data_set", *table.columns.drop("data_set")]]
+
+
+def check_external(config: Config, all_cases: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The rows of `external_instrument.csv`: the checks of every external test set, after `data_set`.
+
+    Args:
+        config: of the run.
+        all_cases: rows of `cases.tsv`.
+        tables: of `external_tables`.
+    """
+    nothing = {
+        "external_verdict": VERDICT_COLUMNS,
+        "external_variance_components": COMPONENT_COLUMNS,
+        "external_cases": ["case_id"],
+    }
+    known = {kind: tables.get(kind, pd.DataFrame(columns=["data_set", *columns])) for kind, columns in nothing.items()}
+    checks = []
+    for name in config.external_tests:
+        verdict, components, scored = (table[table["data_set"] == name] for table in known.values())
+        planned = usable(all_cases[all_cases["data_set"] == name], TEST)["case_id"]
+        # If no run was tested on the set, naming its cases says all.
+        replicates = missing_replicates(scored, config) if len(scored) else {}
+        missing = Missing(replicates, sorted(set(planned) - set(scored["case_id"])))
+        checks.append(external_instrument_table(config, verdict, components, missing).assign(data_set=name))
+    return _joined(checks)
 
 
 def fidelity_tables(results: Path, config: Config) -> dict[str, pd.DataFrame]:
@@ -511,9 +545,7 @@ def check_instrument(
     cases, verdict, components = tables["cases"], tables["verdict"], tables["variance_components"]
     all_cases = read_cases(results / "cases" / CASES)
     test_cases = usable(internal(all_cases), TEST)["case_id"]
-    scored = pd.concat([table["case_id"] for name, table in tables.items() if name in ("cases", "external_cases")])
-    not_scored = sorted(set(usable(all_cases, TEST)["case_id"]) - set(scored))
-    missing = Missing(missing_replicates(cases, config), not_scored)
+    missing = Missing(missing_replicates(cases, config), sorted(set(test_cases) - set(cases["case_id"])))
     checks = instrument_table(config, tables, missing, copies, named_late(results, config))
     costs = None
     if "timing" in tables:
@@ -532,7 +564,8 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         (tables by name, paths written). Tables: cases, lesions, measures, verdict, instrument, variance_components,
         run_spread, training_curves, convergence, calibration, detection, detection_by_stratum, froc, froc_band, ladder,
         published_comparison; and if the run has them dose_response, image_quality, label_fidelity, quality_and_cost,
-        sample_filter, timing, and those of `external_tables`. All others cover the test cases of `source`.
+        sample_filter, timing, external_instrument, and those of `external_tables`. All others cover the test cases of
+        `source`.
 
     Raises:
         InputError: `real` was not evaluated, metrics do not match, or a file was edited by hand.
@@ -605,5 +638,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     if len(timing := timing_table(results)):
         tables["timing"] = timing
     tables["instrument"] = check_instrument(config, results, tables, copies)
+    if config.external_tests:
+        tables["external_instrument"] = check_external(config, real, external)
     written = [path for name, table in tables.items() for path in write_both(results / "tables" / name, table)]
     return tables, written

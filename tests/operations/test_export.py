@@ -144,16 +144,16 @@ def test_layout_and_prediction_lie_where_they_were(tmp_path, axes):
         np.testing.assert_allclose(in_order(found[name]), in_order(places_lps(layout, chosen)), atol=1e-6)
 
 
-def test_our_own_source_reads_the_export(tmp_path):
+def test_our_own_source_reads_the_export_of_a_real_case(tmp_path):
     """As if it were a scan of LIDC-IDRI as IDC has it, the segment renamed to an annotation."""
-    case = write_case(tmp_path / "case", AXES["oblique"])
+    case = write_case(tmp_path / "case", AXES["oblique"], synthetic=False, name="P-1-a")
     layout = read_volume(case.layout)
     write_prediction(tmp_path / "real/fold0_seed1/predictions", case, layout.array == Label.NODULE)
     export_dicom([case.path], tmp_path / "out", [tmp_path / "real/fold0_seed1/predictions"])
-    (tmp_path / "out" / NAME / "SEG/layout.dcm").unlink()
-    seg = dcmread(tmp_path / "out" / NAME / "SEG/real_fold0_seed1.dcm")
+    (tmp_path / "out" / "P-1-a" / "SEG/layout.dcm").unlink()
+    seg = dcmread(tmp_path / "out" / "P-1-a" / "SEG/real_fold0_seed1.dcm")
     seg.SegmentSequence[0].SegmentLabel = "Nodule 1 - Annotation 7"
-    seg.save_as(tmp_path / "out" / NAME / "SEG/real_fold0_seed1.dcm")
+    seg.save_as(tmp_path / "out" / "P-1-a" / "SEG/real_fold0_seed1.dcm")
     (row,) = index_source("lidc", tmp_path / "out")
     scan = lidc.load_scan(tmp_path / "out", row)
     ct = scan.ct.canonical()
@@ -165,6 +165,14 @@ def test_our_own_source_reads_the_export(tmp_path):
     box = zip(annotation.region.corner, annotation.region.mask.shape, strict=True)
     mask[tuple(slice(first, first + n) for first, n in box)] = annotation.region.mask
     np.testing.assert_array_equal(scan.ct.like(mask).canonical().array, layout.array == Label.NODULE)
+
+
+def test_our_own_source_takes_no_synthetic_ct_for_a_scan(tmp_path):
+    synthetic, real = write_case(tmp_path), write_case(tmp_path, synthetic=False, name="P-1-a")
+    export_dicom([synthetic.path, real.path], tmp_path / "out")
+    reasons = {row["path"]: row["reason"] for row in index_source("lidc", tmp_path / "out") if row["path"]}
+    assert f"{NAME}/CT/0001.dcm: is marked as synthetic CT" in reasons[f"{NAME}/CT"]
+    assert "synthetic" not in reasons["P-1-a/CT"]
 
 
 def test_viewers_show_slices_upright(tmp_path):

@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from made_up_results import case_row
 
 from lungddpm.config.loading import parse_config
-from lungddpm.core.cases import CaseFolder
+from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
 from lungddpm.report.page import run_report
@@ -459,10 +460,31 @@ def test_external_test_sets_stand_beside_the_verdict(make_results):
     assert not verdict["sentence"].str.contains("task06").any()
     assert "test, external: task06 8 8 8" in page.text
     assert "test 7 7 7" in page.text
-    assert (results / "figures/forest-task06.svg").exists()
+    assert {"forest-task06.svg", "froc-task06.svg", "froc-ours.svg"} <= {path.name for path in results.rglob("*.svg")}
     shown = verdict_table_text(results)
     first = shown.index("On external test sets (exploratory")
     assert first < shown.index("- real+lung_ddpm@1.0 on task06: ") < shown.index("- real+lung_ddpm@1.0 on ours: ")
+    # Each has its own checks: three cases decide nothing, and the page doubts the arm on that set.
+    few = "3 test cases are too few to decide anything."
+    assert f"! ours: enough runs and cases: failed. {few}" in shown.replace("\n  ", " ")
+    assert few in page.text
+    assert "ours : real+lung_ddpm@1.0 cannot tell (see its checks)" in page.text
+    assert {"#checks-ours"} <= set(page.links)
+    assert "at 1/8 at 1/4 at 1/2 at 1 at 2 at 4 at 8 CPM (95 % band)" in page.text
+    assert "real 1.00 1.00 1.00 1.00 1.00 1.00 1.00 1.000 (1.000 to 1.000)" in page.text
+
+
+def test_an_external_test_set_that_nothing_was_tested_on_is_named(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    ours = {"ours": {"kind": "lidc", "path": "/data/ours"}}
+    config = parse_config(config.model_dump(exclude_unset=True) | {"external_tests": ours})
+    table = results / "cases/cases.tsv"
+    row = case_row("ours-1", "patient-ours-1", "test", data_set="ours")
+    write_cases(table, pd.concat([read_cases(table), pd.DataFrame([row])]))
+    run_report(config, results)
+    said = "Test cases that no run segmented: ours-1."
+    assert f"External test set ours has no result. {said}" in page_of(results).text
+    assert f"! ours: nothing missing: failed. {said}" in verdict_table_text(results).replace("\n  ", " ")
 
 
 def test_a_run_without_external_test_sets_does_not_mention_them(make_results):

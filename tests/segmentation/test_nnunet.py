@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from lungddpm.arms.compose import DATASET, run_compose, run_compose_draw
@@ -369,6 +370,64 @@ def test_the_prior_of_the_config_reaches_the_training(run):
         first_loss[prior] = checkpoint(arm)["logging"]["train_losses"][0]
     # Cross-entropy of voxels that are nearly all background: ln 2 at one half, ln(1 / 0.99) at the prior.
     assert first_loss[0.01] < first_loss[None] - 0.4
+
+
+def train_and_record(run, name: str, step: str, **segmentation) -> tuple[Path, list[np.ndarray]]:
+    """Train a new copy of the arm `real`: its folder, and the image patches of every call of this step."""
+    arm = run / "arms" / name
+    copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
+    patches, original = [], getattr(nnUNetTrainer, step)
+
+    def record(self, batch):
+        patches.extend(batch["data"].numpy().copy()[:, 0])
+        return original(self, batch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nnUNetTrainer, step, record)
+        nnunet.run_train_segmenter(configured(**segmentation), arm, 0, 0, "cpu")
+    return arm, patches
+
+
+@pytest.mark.parametrize("augmentation", ["nnunet", "mirror", "none"])
+def test_patches_are_changed_only_as_the_augmentation_says(run, augmentation, monkeypatch):
+    load = nnUNetDatasetBlosc2.load_case
+
+    def numbered(self, name):
+        """The case with its voxels numbered from 1, so that a voxel of a patch says where it was."""
+        image, *others = load(self, name)
+        return np.arange(1, np.prod(image.shape) + 1, dtype=np.float32).reshape(image.shape), *others
+
+    monkeypatch.setattr(nnUNetDatasetBlosc2, "load_case", numbered)
+    settings = {"steps": 16, "save_every": 16, "augmentation": augmentation}
+    _, patches = train_and_record(run, f"augmented-{augmentation}", "train_step", **settings)
+    # Along an axis of the case (32 voxels), the numbers rise by these; 0 pads a patch that reaches beyond it.
+    signs = []
+    for axis, rise in enumerate((32 * 32, 32, 1)):
+        steps = [
+            np.diff(patch, axis=axis)[(np.delete(patch, 0, axis) > 0) & (np.delete(patch, -1, axis) > 0)]
+            for patch in patches
+        ]
+        signs.append(set((np.concatenate(steps) / rise).tolist()))
+    if augmentation == "nnunet":
+        assert all(len(found) > 2 for found in signs)
+    else:
+        assert signs == [{"mirror": {1, -1}, "none": {1}}[augmentation]] * 3
+
+
+def test_a_network_predicts_mirrored_copies_only_if_it_has_seen_some(run):
+    for augmentation, axes in (("mirror", (0, 1, 2)), ("none", None)):
+        arm, _ = train_and_record(
+            run, f"axes-{augmentation}", "train_step", steps=1, save_every=1, augmentation=augmentation
+        )
+        assert checkpoint(arm)["inference_allowed_mirroring_axes"] == axes
+
+
+def test_every_epoch_validates_on_the_same_patches(run):
+    _, patches = train_and_record(run, "validated", "validation_step", steps=20, save_every=10)
+    first, second = np.split(np.stack(patches), 2)
+    assert np.array_equal(first, second)
+    assert len(first) == 4
+    assert len(np.unique(first, axis=0)) > 1
 
 
 def test_a_finished_training_is_kept_and_one_of_other_settings_discarded(run, caplog):

@@ -16,6 +16,7 @@ from lidc_files import (
     STORED,
     UPRIGHT,
     enhance,
+    find,
     item,
     load,
     nodule,
@@ -30,6 +31,7 @@ from pydicom.encaps import encapsulate
 from pydicom.uid import JPEG2000Lossless
 
 from lungddpm.core.errors import ExcludedCaseError
+from lungddpm.sources import lidc
 from lungddpm.sources.index import index_source
 from lungddpm.sources.lidc.headers import Header
 from lungddpm.sources.lidc.slices import stack_of
@@ -202,6 +204,35 @@ def test_slices_that_a_converter_has_written_are_slices(tmp_path):
 def test_a_series_of_localizers_is_reported_as_such(tmp_path):
     write_case(tmp_path, ImageType=LOCALIZER)
     assert "has only localizers (scout images)" in only(tmp_path).excluded
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["slices", "multi-frame"])
+@pytest.mark.parametrize("syntax", [pydicom.uid.ExplicitVRLittleEndian, pydicom.uid.ImplicitVRLittleEndian])
+def test_a_series_marked_as_synthetic_is_left_out(tmp_path, syntax, joined):
+    """Synthetic Data (0008,001C), PS3.3 C.7.5.1; an absent, empty or NO element is what real scans have."""
+    folders = {
+        value: write_case(tmp_path, f"P-{value}", f"1.2.{k}", syntax=syntax, SyntheticData=value)
+        for k, value in enumerate(["NO", "", "YES"], start=3)
+    }
+    if joined:
+        for folder in folders.values():
+            enhance(folder)
+    found = {series.patient_id.removeprefix("P-"): series.excluded for series in find(tmp_path)}
+    name = "enhanced.dcm" if joined else "000086.dcm"
+    assert found.pop("YES").endswith(
+        f"{name}: is marked as synthetic CT (Synthetic Data (0008,001C) is YES). Take the series out of this data set; "
+        "synthetic CT enters an arm by arms.external."
+    )
+    assert found == {"NO": "", "": ""}
+
+
+def test_one_synthetic_slice_makes_a_series_synthetic(tmp_path):
+    folder = write_case(tmp_path)
+    row, *_ = index_source("lidc", tmp_path)
+    write_slice(folder / "000088.dcm", 2, SyntheticData="YES")
+    assert "000088.dcm: is marked as synthetic CT" in only(tmp_path).excluded
+    with pytest.raises(ExcludedCaseError, match=r"000088\.dcm: is marked as synthetic CT"):
+        lidc.load_scan(tmp_path, row)
 
 
 @pytest.mark.parametrize("name", ["000000.dcm", "zzz.dcm"])

@@ -24,9 +24,11 @@ from lungddpm.verdict.instrument import (
     NAMED,
     NOT_MEASURED,
     NULL,
+    OF_TEST_SET,
     PASSED,
     POSITIVE,
     Missing,
+    external_instrument_table,
     instrument_table,
 )
 
@@ -66,13 +68,15 @@ def quality_of(lungs=2.0, spread=1.0, nodules=5.0, speckle=1.0, seam=1.05, neare
     return table.assign(generator="lung_ddpm", n=8, sd=1.0, note=note)
 
 
-def tables_of(verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, spread_p=0.6, fidelity=(0.5, 0.55)):
+def tables_of(
+    verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, scatter=0.001, spread_p=0.6, fidelity=(0.5, 0.55)
+):
     """All that the checks read, of a run in which everything passes unless arguments change it."""
     quality = quality_of() if quality is None else quality
     components = {"n_replicates": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
     names = [ARM, REPEATED, MORE_REAL]
     curves = [(arm, LOSS, -0.01, fall, 0.001, 0.001 if fall > 0.02 else 0.5) for arm in names]
-    curves += [(arm, DICE, rise, 0.1, 0.001, 0.001 if rise else 0.5) for arm in names]
+    curves += [(arm, DICE, rise, 0.1, scatter, 0.001 if rise else 0.5) for arm in names]
     tables = {
         "verdict": verdict_of() if verdict is None else verdict,
         "variance_components": pd.DataFrame(
@@ -138,7 +142,13 @@ COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
         (POSITIVE, {"positive": "worse"}, False, True, "was not called better"),
         (NULL, {"null": "better"}, True, False, "which adds nothing, was called better"),
         (NULL, {"null": "worse"}, True, False, "which adds nothing, was called worse"),
-        (CONVERGED, {"fall": 0.3}, True, True, "30 % of the fall of its training loss was in the last third"),
+        (
+            CONVERGED,
+            {"fall": 0.3, "scatter": 0.05},
+            True,
+            True,
+            "30 % of the fall of its training loss",
+        ),
         (CONVERGED, {"rise": 0.1}, True, True, "validation Dice rose by +0.10"),
         (GENERATOR, {"quality": quality_of(lungs=60)}, False, True, "lungs too bright, +60 HU"),
         (GENERATOR, {"quality": quality_of(seam=1.4)}, False, True, "1.40 times that of its references"),
@@ -217,6 +227,15 @@ def test_too_few_test_cases_show_nothing():
     assert checks.loc[ENOUGH, "sentence"] == "5 test cases are too few to decide anything."
 
 
+def test_the_loss_decides_only_where_validation_scatters_too_much_to_show_a_rise():
+    for scatter, status, rows in ((0.03, PASSED, 1), (0.031, FAILED, 2)):
+        checks = instrument_table(config_of(), tables_of(fall=0.3, scatter=scatter), Missing({}, []), [], [])
+        converged = checks[checks["check"] == CONVERGED]
+        assert len(converged) == rows
+        assert (converged["status"] == FAILED).any() == (status == FAILED)
+        assert "30 % of the fall of its training loss" in " ".join(converged["sentence"])
+
+
 def test_what_was_not_measured_neither_passes_nor_fails():
     tables = tables_of(fidelity=None, spread_p=math.nan)
     del tables["image_quality"]
@@ -290,3 +309,47 @@ def test_a_run_without_synthetic_ct_has_nothing_to_answer():
 def test_the_published_gain_is_relevant_where_nothing_else_is_said():
     _, said, _ = judge(config=config_of(relevant_difference=None), run_sd=0.01)
     assert "the relevant one of 0.032 (the published gain) with " in said[ENOUGH]
+
+
+def external_checks(sets=("clinic",), confidence=0.95, missing=None, **verdict):
+    """The checks of an external test set, by their name."""
+    config = config_of(confidence=confidence)
+    config = config.model_copy(update={"external_tests": dict.fromkeys(sets)})
+    components = tables_of()["variance_components"]
+    found = external_instrument_table(config, verdict_of(**verdict), components, missing or Missing({}, []))
+    return found.set_index("check")
+
+
+@pytest.mark.parametrize(
+    ("check", "changes", "said"),
+    [
+        (
+            POSITIVE,
+            {"positive": "no difference shown"},
+            "the gain from more real data on this test set",
+        ),
+        (NULL, {"null": "worse"}, "which adds nothing, was called worse"),
+        (COMPLETE, {"missing": Missing({ARM: ["fold1_seed0"]}, [])}, f"{ARM}, fold1_seed0"),
+        (COMPLETE, {"missing": Missing({}, ["clinic-1"])}, "no run segmented: clinic-1"),
+    ],
+)
+def test_checks_of_an_external_test_set(check, changes, said):
+    assert external_checks()["status"].to_dict() == dict.fromkeys(OF_TEST_SET, PASSED)
+    found = external_checks(**changes)
+    assert [name for name, status in found["status"].items() if status == FAILED] == [check]
+    assert said in found.loc[check, "sentence"]
+
+
+def test_what_is_detectable_on_external_test_sets_is_corrected_for_their_number():
+    """Bonferroni: two sets at 5 % are each tested as one set at 2.5 %."""
+    one, two = external_checks(), external_checks(("clinic", "task06"))
+    stricter = external_checks(confidence=0.975)
+    assert one.loc[ENOUGH, "value"] < two.loc[ENOUGH, "value"]
+    assert two.loc[ENOUGH, "value"] == pytest.approx(stricter.loc[ENOUGH, "value"])
+
+
+def test_a_set_that_nothing_was_tested_on_lacks_its_cases():
+    columns = list(verdict_of()), list(tables_of()["variance_components"])
+    nothing = (pd.DataFrame(columns=names) for names in columns)
+    found = external_instrument_table(config_of(), *nothing, Missing({}, ["clinic-1", "clinic-2"]))
+    assert found[["check", "status", "value"]].to_numpy().tolist() == [[COMPLETE, FAILED, 2.0]]

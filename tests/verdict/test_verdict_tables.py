@@ -1,6 +1,7 @@
 """Tables assembled from a results folder, against numbers computed from its files."""
 
 import logging
+import math
 import shutil
 
 import numpy as np
@@ -12,16 +13,20 @@ from lungddpm.config.loading import parse_config
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import InputError
 from lungddpm.core.progress import LOG
+from lungddpm.evaluation.froc import BAND_COLUMNS, FROC_COLUMNS, RATES
 from lungddpm.evaluation.measures import MEASURES
 from lungddpm.evaluation.segmentation import run_evaluate
 from lungddpm.quality import label_fidelity
 from lungddpm.quality.image_quality import SET_COLUMNS
 from lungddpm.report.sections import show_fidelity_strata, show_strata
+from lungddpm.verdict.instrument import COLUMNS, COMPLETE, ENOUGH, NULL, POSITIVE
 from lungddpm.verdict.records import drawing_costs, quality_table, seconds_per_volume, timing_table
 from lungddpm.verdict.tables import (
     VERDICT_COLUMNS,
     detection_table,
     dose_tables,
+    external_tables,
+    gather,
     identical_replicates,
     measures_table,
     named_late,
@@ -480,6 +485,68 @@ def test_external_cases_that_were_not_evaluated_are_missing(make_results):
     (results / "cases/cases.tsv").write_text(text)
     tables, _ = write_tables(config, results)
     assert "external_verdict" not in tables
-    row = tables["instrument"].query("measure == 'test cases missing'").iloc[0]
-    assert (row["status"], row["value"]) == ("failed", 1)
+    row = tables["external_instrument"].query("measure == 'test cases missing'").iloc[0]
+    assert (row["data_set"], row["status"], row["value"]) == ("ours", "failed", 1)
     assert "Test cases that no run segmented: ours-04." in row["sentence"]
+    # The answer is that of the test patients of `source`, all of whom were evaluated.
+    assert tables["instrument"].query("check == 'nothing missing'")["status"].tolist() == ["passed"]
+
+
+def test_external_test_sets_change_nothing_of_the_run(make_results):
+    config, results = make_results(n_test=7, n_replicates=2, run_sd=0.05, external={"task06": 8})
+    tables, _ = write_tables(config, results)
+    alone, _ = write_tables(config.model_copy(update={"external_tests": {}}), results)
+    beside = {name: table for name, table in tables.items() if not name.startswith("external_")}
+    assert list(beside) == list(alone)
+    for name, table in alone.items():
+        pd.testing.assert_frame_equal(beside[name], table)
+
+
+def test_each_external_test_set_has_its_own_checks(make_results):
+    arms = {"controls": ["real", "reference"], "control_dose": 1.0}
+    config, results = make_results(
+        n_test=8, n_replicates=4, extras=False, run_sd=0.02, arms=arms, external={"task06": 9, "ours": 3}
+    )
+    gone = results / "segmentation/real+reference@1.0/fold3_seed0"
+    shutil.rmtree(gone)
+    tables, written = write_tables(config, results)
+    checks = tables["external_instrument"]
+    assert list(checks) == ["data_set", *COLUMNS]
+    found = {name: rows.set_index("check") for name, rows in checks.groupby("data_set", sort=False)}
+    assert list(found) == ["task06", "ours"]
+    for rows in found.values():
+        assert list(rows.index) == [POSITIVE, NULL, ENOUGH, COMPLETE]
+        assert rows.loc[COMPLETE, "sentence"] == "Not evaluated and left out: real+reference@1.0, fold3_seed0."
+    verdict = tables["external_verdict"].query("metric == 'dice'").set_index(["data_set", "arm"])
+    for check, arm in ((POSITIVE, "real+reference@1.0"), (NULL, "real+real")):
+        row, of_set = found["task06"].loc[check], verdict.loc[("task06", arm)]
+        assert (row["subject"], row["value"], row["status"]) == (arm, of_set["p_holm"], "passed")
+        assert of_set["verdict"] == ("better" if check == POSITIVE else "no difference shown")
+        assert found["ours"].loc[check, "status"] == "not measured"
+    # Both corrected for two sets; the other estimate is by the noncentral t distribution.
+    row, of_arm = found["task06"].loc[ENOUGH], verdict.loc[("task06", "real+lung_ddpm@1.0")]
+    assert of_arm["detectable_low"] < row["value"] < of_arm["detectable_high"]
+    assert found["ours"].loc[ENOUGH, "sentence"] == "3 test cases are too few to decide anything."
+    assert "external_instrument.csv" in {path.name for path in written}
+
+
+def test_froc_of_an_external_test_set_is_that_of_its_own_lesions(make_results):
+    config, results = make_results(n_test=2, n_replicates=2, extras=False, external={"task06": 3, "ours": 4})
+    replicates = {arm: config.segmentation.replicates() for arm in config.arms.names()}
+    cases, lesions, candidates = (
+        gather(results, replicates, name) for name in ("metrics.csv", "lesions.csv", "candidates.csv")
+    )
+    # Every nodule has a score of 0.8, the false positive of each scan 0.4. One nodule of four is now lost.
+    lost = cases.loc[cases["case_id"].str.startswith("ours-"), "case_id"].min()
+    lesions.loc[lesions["case_id"] == lost, "score"] = math.nan
+    candidates = candidates[(candidates["case_id"] != lost) | candidates["lesions"].isna()]
+    data_sets = {name: name.split("-")[0] for name in cases["case_id"] if not name.startswith("case-")}
+    tables = external_tables(config, cases, lesions, candidates, data_sets, 1)
+    points = tables["external_froc"]
+    assert list(points) == ["data_set", *FROC_COLUMNS]
+    assert len(points) == 2 * len(config.arms.names()) * 2 * len(RATES)
+    shares = points.groupby("data_set")["sensitivity"].unique()
+    assert (shares["task06"].tolist(), shares["ours"].tolist()) == ([1.0], [0.75])
+    assert list(tables["external_froc_band"]) == ["data_set", *BAND_COLUMNS]
+    cpm = tables["external_detection"].groupby("data_set")["cpm"].unique()
+    assert (cpm["task06"].tolist(), cpm["ours"].tolist()) == ([1.0], [0.75])

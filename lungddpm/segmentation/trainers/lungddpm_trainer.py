@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.noise.gaussian_blur import GaussianBlurTransform
+from batchgeneratorsv2.transforms.spatial.spatial import SpatialTransform
 from batchgeneratorsv2.transforms.utils.random import RandomTransform
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -25,10 +26,10 @@ SETTINGS_FILE = "training.json"
 class LungDDPMTrainer(nnUNetTrainer):
     """nnU-Net's trainer for a fixed number of optimizer steps, reproducible and resumable.
 
-    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `foreground_prior`, `seed`, `split`) are read
-    from `training.json` in the fold's result folder; without that file it trains like nnU-Net. On a CPU with the
-    loader in the process (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that was killed
-    and resumed.
+    The settings (`steps`, `save_every`, `optimizer`, `learning_rate`, `foreground_prior`, `augmentation`, `seed`,
+    `split`) are read from `training.json` in the fold's result folder; without that file it trains like nnU-Net. On a
+    CPU with the loader in the process (`nnUNet_n_proc_DA=0`), equal settings give equal weights, and so does a run that
+    was killed and resumed.
     """
 
     initial_lr: float
@@ -43,10 +44,11 @@ class LungDDPMTrainer(nnUNetTrainer):
         self.optimizer_name = settings.get("optimizer", "sgd")
         self.initial_lr = settings.get("learning_rate", self.initial_lr)
         self.foreground_prior: float | None = settings.get("foreground_prior")
+        self.augmentation: str = settings.get("augmentation", "nnunet")
         self.num_iterations_per_epoch = settings.get("save_every", self.num_iterations_per_epoch)
         self.num_epochs = settings.get("steps", 1000 * self.num_iterations_per_epoch) // self.num_iterations_per_epoch
-        # The validation patches only give a curve: the last weights are always used.
-        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 10)
+        # As many as nnU-Net's 50 per 250. They only give a curve: the last weights are always used.
+        self.num_val_iterations_per_epoch = max(1, self.num_iterations_per_epoch // 5)
         self.save_every = 1
         # nnU-Net gives the coarsest output zero weight; with two stages there is no other auxiliary output.
         self.enable_deep_supervision = len(self.configuration_manager.pool_op_kernel_sizes) > 2
@@ -75,10 +77,28 @@ class LungDDPMTrainer(nnUNetTrainer):
         optimizer = torch.optim.AdamW(self.network.parameters(), self.initial_lr, weight_decay=self.weight_decay)
         return optimizer, PolyLRScheduler(optimizer, self.initial_lr, self.num_epochs)
 
-    @staticmethod
-    def get_training_transforms(*args: Any, **kwargs: Any) -> BasicTransform:
-        """nnU-Net's augmentation, with a blur that does not choose its algorithm by timing."""
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(  # noqa: N802 (nnU-Net's name)
+        self,
+    ) -> tuple[Any, bool, Any, tuple[int, ...] | None]:
+        """nnU-Net's larger patches are for rotation and scaling only; a network that has never seen a mirrored image
+        does not predict mirrored copies either."""
+        rotation, as_2d, initial_patch, axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        if self.augmentation != "nnunet":
+            initial_patch = self.configuration_manager.patch_size
+        if self.augmentation == "none":
+            axes = self.inference_allowed_mirroring_axes = None
+        return rotation, as_2d, initial_patch, axes
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any) -> BasicTransform:
+        """nnU-Net's augmentation or part of it, with a blur that does not choose its algorithm by timing."""
         transforms = nnUNetTrainer.get_training_transforms(*args, **kwargs)
+        if self.augmentation != "nnunet":
+            transforms.transforms = [
+                transform
+                for transform in transforms.transforms
+                # nnU-Net changes intensity and resolution with a probability each.
+                if not isinstance(transform, SpatialTransform | RandomTransform)
+            ]
         for transform in transforms.transforms:
             if isinstance(transform, RandomTransform) and isinstance(transform.transform, GaussianBlurTransform):
                 transform.transform.benchmark = False
@@ -89,6 +109,11 @@ class LungDDPMTrainer(nnUNetTrainer):
         self._seed_all(self.current_epoch)
         self.step_in_epoch = 0
         super().on_train_epoch_start()
+
+    def on_validation_epoch_start(self) -> None:
+        """Draw the same patches every time, so that the curve shows what the network learned between them."""
+        self._seed_all("validation")
+        super().on_validation_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
         """One optimizer step; the learning rate decays by the step, not by the epoch."""

@@ -35,6 +35,7 @@ _TAGS = {
     0x00080008: "ImageType",
     0x00080016: "SOPClassUID",
     0x00080018: "SOPInstanceUID",
+    0x0008001C: "SyntheticData",
     0x00080060: "Modality",
     0x00100020: "PatientID",
     0x00180050: "SliceThickness",

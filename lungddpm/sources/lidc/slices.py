@@ -60,12 +60,18 @@ def stack_of(headers: list[Header]) -> Stack:
     grid is fitted to all of them, and their distance from it is checked.
 
     Raises:
-        ExcludedCaseError: names the first slice that does not fit.
+        ExcludedCaseError: names the first slice that does not fit, or that is marked as synthetic.
     """
     headers, notes = _without_other_images(headers)
     first = headers[0]
     folder = first.path.parent
     for header in headers:
+        if header["SyntheticData"].upper() == "YES":
+            raise ExcludedCaseError(
+                header.path,
+                "is marked as synthetic CT (Synthetic Data (0008,001C) is YES)",
+                "Take the series out of this data set; synthetic CT enters an arm by arms.external.",
+            )
         if header.problem:
             raise ExcludedCaseError(header.path, header.problem, COPY_AGAIN)
     along_row, along_column, row_mm, column_mm, rows, columns = _common_plane(headers)
