@@ -1,4 +1,4 @@
-"""Fixtures that several rooms' tests share."""
+"""Fixtures shared by the tests of several rooms."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="module")
 def one_thread():
-    """Torch on one thread: small networks are faster so, and their sums come out the same."""
+    """Torch on one thread: faster for small networks, and sums are reproducible."""
     import torch
 
     threads = torch.get_num_threads()

@@ -1,4 +1,4 @@
-"""What the docs say that JSON output holds, and what it does hold."""
+"""The keys of JSON output, as documented and as printed."""
 
 import re
 from pathlib import Path

@@ -60,7 +60,7 @@ def test_what_is_not_in_hounsfield_units_is_refused(chest, nodules):
         lungddpm.make_layout(chest.ct.like(chest.ct.array // 8), nodules, CONFIG)
 
 
-def test_generators_without_weights_draw_what_they_say(case):
+def test_generators_without_weights_draw_what_they_declare(case):
     ct, layout = case
     np.testing.assert_array_equal(lungddpm.synthesize(ct, layout, "reference", config=CONFIG).array, ct.array)
     grey = lungddpm.synthesize(ct, layout, "paste_constant", config=CONFIG).array

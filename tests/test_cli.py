@@ -174,7 +174,7 @@ def test_index_without_a_usable_series_leaves_the_reasons_and_fails(tmp_path, sc
 
 
 @pytest.mark.parametrize("verb", ["index", "prepare"])
-def test_a_source_on_the_command_line_stands_for_the_one_of_the_config(tmp_path, scans, verb):
+def test_a_source_on_the_command_line_replaces_the_one_of_the_config(tmp_path, scans, verb):
     config = config_for(tmp_path, source={"kind": "images"})
     without = lungddpm(verb, "-c", config, cwd=tmp_path)
     assert "source.path is needed" in without.stderr

@@ -12,6 +12,7 @@ from lungddpm.core.errors import ConfigError, LeakError
 from lungddpm.core.files import seed_from, seeded_order
 from lungddpm.core.progress import LOG
 from lungddpm.core.roles import INTERNAL, ROLES, TEST, join_roles, roles_of
+from lungddpm.core.text import plural
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,9 +54,10 @@ def assign_roles(index: list[dict], roles: Roles, seed: int) -> list[dict]:
             groups.setdefault(f"external test set {row['data_set']}", set()).add(row["patient_id"])
     for name, of_group in groups.items():
         if of_group & uncounted:
-            LOG.info("%s: %d patients, nodules not counted yet", name, len(of_group))
+            LOG.info("%s: %s, nodules not counted yet", name, plural(len(of_group), "patient"))
         else:
-            LOG.info("%s: %d patients, %d without a nodule", name, len(of_group), len(of_group - with_nodule))
+            without = len(of_group - with_nodule)
+            LOG.info("%s: %s, %d without a nodule", name, plural(len(of_group), "patient"), without)
     if shared := sorted(patient for patient, cell in role_of.items() if len(roles_of(cell)) > 1):
         LOG.warning(
             "WARNING: %d patients have several roles (roles.allow_shared_patients), among them %s: "

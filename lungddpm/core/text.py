@@ -11,12 +11,18 @@ _COLOURS = {"red": 31, "green": 32, "yellow": 33}
 
 
 def format_number(value: float | None, form: str) -> str:
-    """A number in a format such as ".3f"; with "+.3f" it is `signed`. Empty for None and NaN."""
+    """A number in a format such as ".3f"; with "+.3f" it is `signed`. Empty for None and NaN.
+
+    A large number has all its digits instead of an exponent: 462 in ".2g".
+    """
     if value is None or math.isnan(value):
         return ""
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
-    return signed(value, int(form[2])) if form.startswith("+") else format(value, form).replace("-", "−")
+    if form.startswith("+"):
+        return signed(value, int(form[2]))
+    text = format(value, form)
+    return (f"{value:.0f}" if "e+" in text else text).replace("-", "−")
 
 
 def format_spread(mean: float, sd: float, form: str) -> str:

@@ -1,7 +1,7 @@
 """Adversarial training: a network draws CT for a layout, discriminators learn to distinguish it from real CT.
 
 The losses are those of pix2pixHD (Wang et al. 2018, arXiv 1711.11585), here in 3-D: least squares (Mao et al. 2017,
-arXiv 1611.04076) on patches at two scales, and feature matching. An error of the HU replaces the perceptual loss, whose
+arXiv 1611.04076) on patches at two scales, and feature matching. An HU error replaces the perceptual loss, whose
 network was trained on photographs. Networks and the adversarial loss are MONAI's.
 """
 
@@ -25,10 +25,10 @@ from lungddpm.models.recipe import Batch, Recipe, fresh
 
 SCALES = 2
 _MATCHED_LAYERS = 4
-"""The published sum over the features of a discriminator is one over four layers; with more or fewer, it is scaled."""
+"""Feature matching is published as a sum over four layers of a discriminator; with more or fewer, it is scaled."""
 
 Features = list[list[torch.Tensor]]
-"""Of each scale, what each layer of its discriminator puts out, from the first one to the logits of the patches."""
+"""Per scale, the outputs of the discriminator's layers, from the first one to the logits of the patches."""
 
 
 class Translator(nn.Module):
@@ -45,7 +45,7 @@ class Translator(nn.Module):
         super().__init__()
         self.orientation = orientation
         norm = ("group", {"num_groups": norm_groups})
-        # Transposed convolutions would leave a checkerboard.
+        # Transposed convolutions cause checkerboard artefacts.
         self.unet = BasicUNet(3, in_channels, 1, tuple(widths), norm=norm, upsample="nontrainable")
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
@@ -56,7 +56,7 @@ class Translator(nn.Module):
 
 
 class Discriminators(nn.Module):
-    """A discriminator of patches for each scale: the second one sees the average of neighbouring voxels, and so on.
+    """One patch discriminator per scale; each further one sees the volume at half the resolution of the one before.
 
     Args:
         in_channels: CT and layout classes.
@@ -67,7 +67,7 @@ class Discriminators(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, layers: int, scales: int = SCALES):
         super().__init__()
-        # Norms over a batch would make the result for a sample depend on the others.
+        # Batch norm would make the result for a sample depend on the others.
         of_scale = (PatchDiscriminator(3, channels, in_channels, 1, layers, norm="INSTANCE") for _ in range(scales))
         self.of_scale = nn.ModuleList(of_scale)
 
@@ -82,16 +82,16 @@ class Discriminators(nn.Module):
 
 
 class AdversarialObjective(Protocol):
-    """What an `AdversarialOptimization` minimises in turn, on one device."""
+    """The losses that an `AdversarialOptimization` minimises in turn, on one device."""
 
     def draw_level(self, generator: torch.Generator) -> torch.Tensor:
         """See `Objective.draw_level`."""
 
     def loss(self, network: nn.Module, batch: Batch, opponent: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-        """The network's: a scalar, and what it drew, which the opponent judges."""
+        """The network's loss (a scalar), and its output, which the opponent judges."""
 
     def opponent_loss(self, opponent: nn.Module, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
-        """The opponent's: a scalar; `drawn` has no gradient."""
+        """The opponent's loss: a scalar; `drawn` has no gradient."""
 
 
 class TranslationObjective:
@@ -138,13 +138,13 @@ def adversarial_loss(features: Features, *, taken_for_real: bool) -> torch.Tenso
         features: of discriminators; the last ones are the logits.
         taken_for_real: whether the loss rewards classifying the volumes as real.
     """
-    # Without the last argument, MONAI sends logits through a leaky ReLU before it squares.
+    # Without the last argument, MONAI applies a leaky ReLU to the logits before squaring.
     loss = PatchAdversarialLoss("mean", "least_squares", no_activation_leastsq=True)
     return loss([scale[-1].float() for scale in features], taken_for_real, for_discriminator=True)
 
 
 def feature_distance(drawn: Features, real: Features) -> torch.Tensor:
-    """Mean absolute difference of features, the logits left out: four times the mean over layers, mean over scales."""
+    """Mean absolute difference of features without the logits: four times the mean over layers, mean over scales."""
     of_scales = []
     for ours, theirs in zip(drawn, real, strict=True):
         pairs = zip(ours[:-1], theirs[:-1], strict=True)
@@ -153,8 +153,11 @@ def feature_distance(drawn: Features, real: Features) -> torch.Tensor:
 
 
 class AdversarialOptimization(Optimization):
-    """An `Optimization` that trains the recipe's opponent as well: in each pass first the network, then the opponent on
-    what was drawn, each with an Adam of its own at the same learning rate. Losses reported are the network's."""
+    """An `Optimization` that also trains the recipe's opponent.
+
+    Each pass trains the network first, then the opponent on the network's output. Each has its own Adam, with the same
+    learning rate. The reported losses are the network's.
+    """
 
     betas = 0.5, 0.999
 
@@ -176,7 +179,7 @@ class AdversarialOptimization(Optimization):
         self.opponent.optimizer.load_state_dict(state["opponent_optimizer"])
 
     def _pass(self, batch: Batch, step: int) -> torch.Tensor:
-        # The bare opponent: the wrapper for several processes counts its passes, and this is not one of them.
+        # Without its wrapper for several processes, which counts the opponent's own forward passes.
         with _frozen(self.opponent.network) as judge:
             loss, drawn = self.objective.loss(self.learner.prepared, batch, judge)
             self.learner.learn(loss)

@@ -1,7 +1,7 @@
-"""Random changes of a training sample, CT and layout together.
+"""Random augmentation of a training sample, CT and layout together.
 
-They stay within normal differences between real scans (pose, size, calibration), because a generative model learns
-them as part of its output. Published training has none.
+Changes stay within the normal variation of real scans (pose, size, calibration), because a generative model learns
+them as part of its output. The published training has no augmentation.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Augmentation:
 
 
 def draw_augmentation(kind: Literal["none", "mild", "standard"], generator: torch.Generator) -> Augmentation | None:
-    """Draw a flip with probability 1/2 and a small change of intensity; in `standard` an affine map in half of all."""
+    """Draw a flip with probability 1/2 and a small change of intensity; `standard`: an affine map in half of them."""
     if kind == "none":
         return None
     flip, turn = (torch.rand(2, generator=generator) < 0.5).tolist()
@@ -65,7 +65,7 @@ def augment(
     Args:
         clean: (channels, D, H, W) CT in [-1, 1]: the whole volume where the augmentation is affine, else the crop.
         labels: (D, H, W) uint8 on the same grid.
-        change: what to do.
+        change: the augmentation.
         crop: which voxels of the whole volume the result covers. Beyond the volume its outermost voxels are repeated.
 
     Returns:
@@ -84,7 +84,7 @@ def augment(
 
 
 def _affine(angles_rad: torch.Tensor, scaling: torch.Tensor, shift_voxels: torch.Tensor) -> torch.Tensor:
-    """(3, 4): turns about x, y and z one after the other, times 1 + scaling, then a shift."""
+    """(3, 4): rotations about x, y and z in turn, scaled by 1 + scaling, then a shift."""
     matrix = torch.eye(3, dtype=torch.float64) * (1 + scaling)
     for (first, second), angle in zip(((1, 2), (0, 2), (0, 1)), angles_rad.tolist(), strict=True):
         turn = torch.eye(3, dtype=torch.float64)

@@ -86,7 +86,7 @@ def save_network(path: Path, network: nn.Module, metadata: Metadata) -> None:
     """Write weights and metadata, atomically."""
     description = asdict(metadata)
     weights = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
-    # One key: safetensors writes several in an order that changes, and equal weights would not be equal files.
+    # One key only: safetensors writes several in varying order, so that equal weights would give different files.
     texts = {_FORMAT: json.dumps({**description, "sha256": _checksum(description, weights)})}
     with atomic_path(path) as temporary:
         save_file(weights, temporary, texts)
@@ -98,7 +98,7 @@ def read_metadata(path: Path) -> Metadata:
     Raises:
         InputError: missing, truncated, or not weights trained here.
     """
-    held = {"kept": {}, **_read_description(path)}  # files of before have nothing kept
+    held = {"kept": {}, **_read_description(path)}  # older files have no such entry
     try:
         return Metadata(**{each.name: held[each.name] for each in fields(Metadata)})
     except KeyError as error:
@@ -106,7 +106,7 @@ def read_metadata(path: Path) -> Metadata:
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Read the weights of our format, float32, by their keys, and compare the checksum that was written with them.
+    """Read weights in our format (float32, by key) and verify their checksum.
 
     Raises:
         InputError: missing, truncated, damaged, or not a denoiser trained here.
@@ -132,13 +132,13 @@ def load_network(
 
     Args:
         path: a file written here.
-        config: of the generator that the network is of.
+        config: of the network's generator.
         build: the network, with any weights.
         device: where the network goes.
 
     Raises:
-        InputError: missing, truncated, damaged, not weights trained here, or made for something else than the config
-            asks.
+        InputError: missing, truncated, damaged, not weights trained here, or trained with other settings than the
+            config's.
     """
     check_fit(path, config)
     return fill(path, build, read_weights(path), device)
@@ -148,7 +148,7 @@ def check_fit(path: Path, config: GeneratorConfig[TrainedSettings]) -> None:
     """Check that weights trained here match the config.
 
     Raises:
-        InputError: they were not; names the key.
+        InputError: they do not; names the key.
     """
     trained, asked = read_metadata(path).trained_for, {**_BEFORE_THE_KEY, **config.decides_fit()}
     for key in dict.fromkeys([*trained, *asked]):
@@ -225,7 +225,7 @@ def refuse_unfit(path: Path, weights: Mapping[str, Any], remedy: str) -> None:
 
 
 def problems_of(weights: Mapping[str, torch.Tensor], network: nn.Module) -> list[str]:
-    """What is wrong with the weights of a network, key by key; empty if all is right."""
+    """What is wrong with the weights of a network, key by key; empty if they fit."""
     shapes = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in weights.items()}
     return [

@@ -53,13 +53,13 @@ def open_cache(
     hashes: Sequence[str],
     size: Size3,
 ) -> TrainingData:
-    """All cases as memory-mapped arrays, decoded on the first call; later calls read nothing but what they use.
+    """All cases as memory-mapped arrays, decoded on the first call; later calls read only what they use.
 
     The two files hold 3 bytes per voxel (5 GB for 800 cases of 128^3) and are named after their content; those of other
     cohorts are removed. Several processes may call this at once: one decodes, the others wait for it.
 
     Args:
-        folder: of the cache, used only for it.
+        folder: for the cache and nothing else.
         case_ids: name of each case.
         case_folders: folder of each case.
         hashes: `cases.hash_case` of each of them.
@@ -90,7 +90,8 @@ class SampleStream:
         config: of the generator.
         recipe: how it is trained.
         objective: that of the recipe.
-        device: where the tensors go. Voxels are computed there; the few numbers that steer it are drawn on the CPU.
+        device: where the tensors go. Voxels are computed there; crop, noise level and
+            augmentation are drawn on the CPU.
     """
 
     def __init__(
@@ -128,12 +129,12 @@ class SampleStream:
         level = self.draw_level(generator)
         change = draw_augmentation(self.training.augmentation, generator)
         is_turned = change is not None and change.affine is not None
-        # An affine map reaches beyond the crop, and so does the hint that is a slice.
+        # An affine map reads beyond the crop, and so does the hint `slice`.
         reads_all = is_turned or self.hint == "slice"
         read = ... if reads_all else crop
         hu, labels = (send(torch.from_numpy(array[read].copy()), self.device) for array in (ct, layout))
         clean = self.range_of_hu[hu.int() - int(_ALL_HU[0])][None]
-        # Before anything is interpolated, which would carry what is to be drawn into what is shown.
+        # Before any interpolation, which would leak voxels that are to be drawn into the hint.
         images = torch.cat([clean, show(self.hint, clean[None], self._channels(labels)[None])[0]])
         if reads_all and not is_turned:
             images, labels = images[:, *crop], labels[crop]
@@ -147,7 +148,7 @@ class SampleStream:
         return clean, condition, noise, send(level, self.device), shown
 
     def _channels(self, labels: torch.Tensor) -> torch.Tensor:
-        """What `condition_channels` makes of labels: (D, H, W) -> (C, D, H, W)."""
+        """`condition_channels` of labels on the device: (D, H, W) -> (C, D, H, W)."""
         return self.channels_of_label[:, labels.long()]
 
     def _case(self, index: int) -> int:
@@ -185,7 +186,7 @@ def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np
         return None
     try:
         arrays = _mapped(paths)
-    except Exception:  # damaged bytes make numpy fail in many ways, or suggest unpickling
+    except Exception:  # on damaged bytes, numpy raises many kinds of errors
         LOG.warning("The cache %s is damaged and is made again", paths["ct"].parent)
         return None
     return arrays if all(array.shape == shape for array in arrays.values()) else None

@@ -30,13 +30,13 @@ from lungddpm.models.wavelet import BANDS, haar, inverse_haar, space_to_depth
 
 ATTENTION_EDGE = 16
 HINT_CHANNELS: dict[Hint, int] = {"none": 0, "slice": 1, "volume": 1}
-"""Of what `hints.show` gives."""
+"""Number of channels that `hints.show` returns."""
 _TIME_PERIOD = 1000
 Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def condition_channels(layout: np.ndarray, classes: Sequence[str]) -> np.ndarray:
-    """The channels that show the denoiser what to draw where.
+    """Encode a layout as input channels of the denoiser.
 
     Args:
         layout: (x, y, z) uint8 labels.
@@ -63,7 +63,7 @@ def build_denoiser(config: GeneratorConfig[UNetSettings], further_channels: int 
 
     Args:
         config: of the generator.
-        further_channels: of the condition, beside the layout's classes and the hint.
+        further_channels: of the condition, in addition to the layout's classes and the hint.
     """
     arguments = network_arguments(config)
     kind = WaveletUNet if config.settings.denoiser.wavelet else UNet
@@ -71,7 +71,7 @@ def build_denoiser(config: GeneratorConfig[UNetSettings], further_channels: int 
 
 
 def input_channels(config: GeneratorConfig[UNetSettings]) -> int:
-    """Of the network: noisy CT, layout classes, hint."""
+    """Number of the network's input channels: noisy CT, layout classes, hint."""
     return 1 + len(config.settings.classes) + HINT_CHANNELS[config.settings.hint]
 
 
@@ -87,9 +87,9 @@ def network_arguments(config: GeneratorConfig[UNetSettings]) -> dict[str, Any]:
 
 
 def body_arguments(settings: Denoiser, edge: float) -> dict[str, Any]:
-    """The arguments of `UNet` for its levels; `edge`: of the first level's map, in voxels, when it draws."""
+    """The arguments of `UNet` for its levels; `edge`: voxels along the first level's feature map when it draws."""
     factor = edge / ATTENTION_EDGE
-    # Where no level's map is that wide, attention sits in the middle alone, whatever the edge.
+    # If no level's feature map has that edge, only the middle has attention.
     is_a_level = factor in [2**level for level in range(len(settings.multipliers))]
     return {
         "base_channels": settings.base_channels,
@@ -103,7 +103,7 @@ def body_arguments(settings: Denoiser, edge: float) -> dict[str, Any]:
 
 
 def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The arguments of the `UNet` that weights belong to; None if they are not intelligible as such.
+    """The arguments of the `UNet` that weights belong to; None if they are not those of a `UNet`.
 
     `norm_groups` and `orientation` are missing: they leave no trace in the weights.
     """
@@ -117,7 +117,7 @@ def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | 
         if f"input_blocks.{block}.1.qkv.weight" in weights:
             attention_factor = 2 ** len(widths)
         widths.append(len(convolution))
-        block += 2  # over the downsampling between two levels
+        block += 2  # skips the downsampling between two levels
     if not widths or any(width % len(first) for width in widths):
         return None
     return {
@@ -129,20 +129,21 @@ def inferred_arguments(weights: Mapping[str, torch.Tensor]) -> dict[str, Any] | 
 
 
 class UNet(nn.Module):
-    """Residual U-Net: one residual block per level on the way down, two on the way up.
+    """Residual U-Net: one residual block per level of the encoder, two per level of the decoder.
 
     Args:
         in_channels: noisy CT, layout classes and hint.
         base_channels: channels of the first level.
         multipliers: channels of each level as multiples of `base_channels`.
         norm_groups: groups of every GroupNorm.
-        attention_factor: downsampling factor at which self-attention sits besides the middle; 0 leaves it to the middle
-            alone. None leaves out all attention; the middle is then `middle_block.0` and `.1`, two residual blocks.
-        orientation: how the network sees what it is given, see `turned`; `ras` as it comes.
+        attention_factor: downsampling factor of the level with self-attention, which the middle has as well; 0: only
+            the middle has it. None: no attention; the middle is then two residual blocks, `middle_block.0` and `.1`.
+        orientation: in which the network sees its inputs, see `turned`; `ras`: unchanged.
         padding: what convolutions see beyond the volume: zeros, or its outermost voxels (`replicate`).
-        norm: over what norms take mean and variance: the voxels of a `volume`, as groups of channels, or each `voxel`.
+        norm: whether norms take mean and variance over a `volume`, per group of channels, or over the channels of each
+            `voxel`.
         time_conditioning: how residual blocks use the time embedding, see `ResidualBlock`.
-        out_channels: of what it predicts.
+        out_channels: of the prediction.
     """
 
     def __init__(
@@ -204,10 +205,10 @@ class UNet(nn.Module):
                 module.per_voxel = norm == "voxel"
 
     def arrange(self, channels_last: bool, winograd: bool) -> UNet:
-        """Choose how to compute from now on; the results stay the same up to rounding.
+        """Choose memory layout and convolution algorithm; the results stay the same up to rounding.
 
         Args:
-            channels_last: keep the channels of a voxel together in memory.
+            channels_last: store the channels of a voxel together in memory.
             winograd: fewer operations through two-dimensional convolutions, see `convolve_winograd`. Needs
                 `channels_last`.
         """
@@ -249,10 +250,10 @@ class WaveletUNet(UNet):
     """The same network on the Haar sub-bands of the noisy CT; it predicts those of the noise.
 
     Its first level has half the edge of the volume: less than an eighth of the memory of a `UNet` of the same width.
-    The condition stands beside the sub-bands voxel by voxel (`space_to_depth`).
+    The condition is concatenated to the sub-bands voxel by voxel (`space_to_depth`).
 
     Args:
-        in_channels, arguments: from `UNet`, whose inputs and outputs it has; D, H, W are divisible by twice its
+        in_channels, arguments: see `UNet`; inputs and outputs are the same, with D, H, W divisible by twice its
             reduction. `attention_factor` counts from the first level.
     """
 
@@ -288,14 +289,14 @@ class Stage(nn.ModuleList):
     """Layers in sequence; residual blocks also receive the time embedding."""
 
     keeps_input_only = False
-    """Compute all but the input again when gradients need it: less memory, more time."""
+    """Gradient checkpointing: recompute everything but the input in the backward pass (less memory, more time)."""
 
     def __init__(self, *layers: nn.Module):
         super().__init__(layers)
 
     def forward(self, h: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
         if self.keeps_input_only:
-            # Nothing in the network draws random numbers, so no state of a generator needs keeping.
+            # The network draws no random numbers, so the generator's state need not be saved.
             return checkpoint(self._in_turn, h, embedding, use_reentrant=False, preserve_rng_state=False)
         return self._in_turn(h, embedding)
 
@@ -317,7 +318,7 @@ class ResidualBlock(nn.Module):
         self.scaled = scaled
         self.in_layers = nn.Sequential(GroupNorm32(norm_groups, inputs), SiLUInPlace(), _convolution(inputs, outputs))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, outputs * (1 + scaled)))
-        # The published weights count a dropout (of rate zero) between activation and convolution.
+        # In the published weights, a dropout (rate 0) takes the index between activation and convolution.
         self.out_layers = nn.Sequential(
             GroupNorm32(norm_groups, outputs), SiLUInPlace(), nn.Identity(), _zeroed(_convolution(outputs, outputs))
         )
@@ -375,7 +376,7 @@ class Upsample(nn.Module):
 
 
 class GroupNorm32(nn.GroupNorm):
-    """GroupNorm in float32 whatever the precision around it; or each voxel's own norm, over all its channels."""
+    """GroupNorm in float32 at any surrounding precision; with `per_voxel`, a norm over all channels of each voxel."""
 
     per_voxel = False
 
@@ -383,22 +384,22 @@ class GroupNorm32(nn.GroupNorm):
         if self.per_voxel:
             last = h.movedim(1, -1).float()
             return F.layer_norm(last, last.shape[-1:], self.weight, self.bias, self.eps).movedim(-1, 1).type(h.dtype)
-        # Of other orders in memory, torch's own takes copies on GPUs; on CPUs it adds up a volume in float32, voxel by
-        # voxel: off by 2e-4 at 64^3, by 4e-3 at 128^3, and by more where the mean is not zero.
+        # For other memory layouts, torch's own makes copies on GPUs; on CPUs it sums a volume in float32, voxel by
+        # voxel: off by 2e-4 at 64^3, by 4e-3 at 128^3, and by more if the mean is not zero.
         if not h.is_contiguous() and h.device.type in ("cpu", "cuda"):
             return _group_norm(h.float(), self).type(h.dtype)
         return super().forward(h.float()).type(h.dtype)
 
 
 class SiLUInPlace(nn.Module):
-    """SiLU of a tensor that nothing else reads; overwritten where no gradient needs it."""
+    """SiLU of a tensor that nothing else reads; in place if no gradient is needed."""
 
     def forward(self, h: torch.Tensor) -> torch.Tensor:
         return F.silu(h, inplace=not torch.is_grad_enabled())
 
 
 class Convolution(nn.Conv3d):
-    """Convolution of 3x3x3 or 1x1x1 voxels, which `UNet.arrange` can turn into convolutions of planes."""
+    """Convolution of 3x3x3 or 1x1x1 voxels, which `UNet.arrange` can replace by convolutions of planes."""
 
     winograd = False
     bias: torch.Tensor
@@ -417,7 +418,7 @@ def convolve_winograd(
     """3x3x3 convolution with padding 1, as four two-dimensional ones for two planes of the output.
 
     Minimal filtering F(2, 3) along the depth (Winograd; Lavin and Gray 2016, arXiv 1509.09308, section 4.1): two thirds
-    of the multiplications, and kernels that are better tuned on CPUs than those for volumes.
+    of the multiplications, and 2-D kernels, which are better tuned on CPUs than 3-D ones.
 
     Args:
         h: (N, C, D, H, W).
@@ -457,7 +458,7 @@ def _volumes(planes: torch.Tensor, number: int) -> torch.Tensor:
 
 
 def _group_norm(h: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
-    """GroupNorm that keeps the order of h in memory: (N, C, D, H, W) float32."""
+    """GroupNorm that keeps the memory layout of h: (N, C, D, H, W) float32."""
     if h.is_cuda:
         variance, mean = torch.var_mean(h.unflatten(1, (norm.num_groups, -1)), dim=(2, 3, 4, 5), correction=0)
     else:
@@ -465,7 +466,7 @@ def _group_norm(h: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
     weight, bias = (values.view(norm.num_groups, -1) for values in (norm.weight, norm.bias))
     scale = weight * (variance + norm.eps).rsqrt()[..., None]
     shift = bias - mean[..., None] * scale
-    # On the axes of h: a result with the groups as an axis of its own gets other strides where N is 1, and is copied.
+    # On the axes of h: with a separate axis for groups, the result gets other strides if N is 1, and is copied.
     scale, shift = (values.float().flatten(1)[..., None, None, None] for values in (scale, shift))
     return torch.addcmul(shift, h, scale)
 
@@ -473,7 +474,7 @@ def _group_norm(h: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
 def _exact_moments(h: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Variance and mean of each group of channels, summed in float64: (N, C, D, H, W) -> (N, groups) each.
 
-    Plane by plane: a plane in float64 fits into the cache, a volume would be read and written once more.
+    Plane by plane: a plane in float64 fits into the cache; a volume would be read and written once more.
     """
     nothing = torch.zeros(2, h.shape[1], dtype=torch.float64, device=h.device)
     sums = torch.stack([sum((_power_sums(plane.double()) for plane in volume.unbind(1)), nothing) for volume in h])
@@ -502,6 +503,6 @@ def _zeroed(layer: Layer) -> Layer:
 
 
 def place_on_device(denoiser: UNet, device: torch.device | str) -> UNet:
-    """Move a denoiser to a device and arrange it as predicts fastest there, by what `lungddpm bench` measured."""
+    """Move a denoiser to a device, in the arrangement that predicts fastest there (measured by `lungddpm bench`)."""
     on_cpu = torch.device(device).type == "cpu"
     return denoiser.to(device).arrange(channels_last=on_cpu, winograd=on_cpu)

@@ -2,7 +2,7 @@
 
 At time t from 0 (CT) to 1 (noise) a state is (1 - t) x + t e, of the clean CT x and standard normal noise e. The
 network predicts the velocity v = e - x, so that x = state - t v and e = state + (1 - t) v. Networks of diffusion models
-know times as indices up to 1000: they receive 1000 t.
+expect times as indices up to 1000, so they receive 1000 t.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from lungddpm.models.sampling import clamp
 NETWORK_TIME = 1000.0
 
 Times = Literal["uniform", "logit_normal"]
-"""How training draws its times: evenly, or as the logistic function of standard normal numbers, which gives more of
-the middle (Esser et al. 2024, arXiv 2403.03206)."""
+"""How training draws its times: uniformly, or as the logistic function of standard normal numbers, which favours the
+middle (Esser et al. 2024, arXiv 2403.03206)."""
 
 
 class VelocityPrediction:
-    """The mean error of the velocity that the network predicts.
+    """The mean error of the predicted velocity.
 
     Args:
         times: how times are drawn.
-        error: how the velocity's error counts.
+        error: of the velocity.
     """
 
     def __init__(self, times: Times, error: WeightedError):
@@ -51,7 +51,7 @@ class FlowSolver:
     """A `Solver` that takes Euler steps of equal length from t = 1 to t = 0.
 
     Args:
-        steps: how many; as often is the network called.
+        steps: how many, which is also the number of network calls.
 
     Raises:
         ValueError: fewer than one step.
@@ -65,7 +65,7 @@ class FlowSolver:
         self.times = [NETWORK_TIME * t for t in self.noise[:-1]]
 
     def start(self, index: int, *, pasting: bool) -> None:
-        """See `Solver.start`; there is nothing to forget."""
+        """See `Solver.start`; this solver keeps no history."""
 
     def clean(self, index: int, state: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
         """See `Solver.clean`."""

@@ -1,7 +1,7 @@
-"""What a network is shown of the reference CT beside the layout: nothing, one slice of it, or all that is not to draw.
+"""Hints: what a network sees of the reference CT beside the layout: nothing, a slice, or all voxels not to draw.
 
-A hint is one more input channel. In training the reference is the case's own CT, so that `volume` must not show the
-voxels that are to be drawn. `slice` does show them, in that slice, as GEM-3D does: the network need not invent it.
+A hint is one more input channel. In training the reference is the case's own CT, so `volume` must not show the voxels
+to draw. `slice` does show those of its slice, as GEM-3D does.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def show(hint: Hint, reference: torch.Tensor, condition: torch.Tensor) -> torch.
 
 
 def seeing(network: Network, shown: torch.Tensor | None) -> Network:
-    """The network that sees a hint as well, for inputs without one.
+    """A network that adds a hint to its inputs before it predicts.
 
     Args:
         network: its input is the noisy CT, the condition and the hint, in this order.

@@ -1,8 +1,8 @@
 """Latent diffusion: an autoencoder, and a denoiser that draws its latents (Rombach et al. 2022, arXiv 2112.10752).
 
-The denoiser learns the means of the latents, each channel scaled to mean 0 and variance 1 over the training cases, and
-never draws from the latents' distributions, whose noise it would learn to draw as well. Layouts and hints are not
-shrunk: the voxels of a latent become its channels. The reference is pasted in voxels, after decoding.
+The denoiser learns the means of the latents, each channel scaled to mean 0 and variance 1 over the training cases. It
+does not learn draws from their distributions, whose noise it would reproduce. Layouts and hints are not downsampled:
+the voxels of a latent become its channels. The reference is pasted in voxels, after decoding.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _FRESH_LOG_VARIANCE = -6.0
 
 
 class VoxelAutoencoder(nn.Module):
-    """MONAI's `AutoencoderKL` without attention, whose noise is given to it.
+    """MONAI's `AutoencoderKL` without attention; its noise is an argument.
 
     Args:
-        settings: sizes, and how convolutions and norms see a volume.
-        checkpointing: keep no more than the input of encoder and decoder, and compute the rest again for gradients.
+        settings: sizes, padding and norm.
+        checkpointing: store only the inputs of encoder and decoder, and recompute the rest for gradients.
     """
 
     def __init__(self, settings: Autoencoder, checkpointing: bool = False):
@@ -80,7 +80,7 @@ class LatentDiffusion(nn.Module):
 
     Args:
         autoencoder: of CT.
-        denoiser: sees noisy latents, and `in_latents` of condition and hint.
+        denoiser: its inputs are noisy latents, and `in_latents` of condition and hint.
     """
 
     mean: torch.Tensor
@@ -131,12 +131,12 @@ def build_latent_diffusion(config: GeneratorConfig[LatentSettings]) -> LatentDif
 
 
 def denoiser_channels(config: GeneratorConfig[LatentSettings]) -> int:
-    """What the denoiser sees besides noisy latents: layout and hint, a channel per voxel of a latent."""
+    """Input channels of the denoiser besides noisy latents: layout and hint, a channel per voxel of a latent."""
     return (input_channels(config) - 1) * config.settings.autoencoder.reduction**3
 
 
 def in_latents(volumes: torch.Tensor, reduction: int) -> torch.Tensor:
-    """Volumes on the grid of latents, nothing lost (space to depth): (N, C, D, H, W) -> (N, C r^3, d, h, w).
+    """Volumes on the grid of latents, without loss (space to depth): (N, C, D, H, W) -> (N, C r^3, d, h, w).
 
     The voxels of a latent are channels one after the other, z before y before x.
     """
@@ -151,12 +151,12 @@ def in_voxels(latents: torch.Tensor, reduction: int) -> torch.Tensor:
 
 
 def latent_noise(noise: torch.Tensor, reduction: int, channels: int) -> torch.Tensor:
-    """Standard normal (N, channels, d, h, w) from that of voxels, (N, 1, D, H, W); each number comes once."""
+    """Standard normal (N, channels, d, h, w) from that of voxels, (N, 1, D, H, W); each number is used once."""
     return in_latents(noise, reduction)[:, :channels]
 
 
 def batch_in_latents(network: LatentDiffusion, batch: Batch) -> Batch:
-    """What the denoiser is trained on: the latents of a batch's CT. It draws no random numbers."""
+    """Encode a batch, as the denoiser is trained on it; draws no random numbers."""
     with torch.no_grad():
         clean = network.encode(batch.clean)
     reduction = network.reduction
@@ -170,10 +170,10 @@ def batch_in_latents(network: LatentDiffusion, batch: Batch) -> Batch:
 
 
 class LatentError(WeightedError):
-    """The mean error of latents; those with a voxel of a nodule may count more.
+    """The weighted mean error of latents: those with a nodule voxel may count more.
 
     Args:
-        error: how it counts.
+        error: per latent.
         reduction: voxels along the edge of a latent.
     """
 
@@ -210,7 +210,7 @@ def draw_by_latents(
     reference: torch.Tensor,
     generators: Sequence[torch.Generator],
 ) -> torch.Tensor:
-    """Draw latents for layouts and decode them, the open voxels as well.
+    """Draw latents for layouts and decode them; open voxels are drawn as well.
 
     Args:
         network: the autoencoder and the denoiser.
@@ -234,7 +234,7 @@ def _per_channel(values: torch.Tensor) -> torch.Tensor:
 
 
 def _see_as(network: nn.Module, padding: Padding, norm: Norm) -> None:
-    """Let MONAI's convolutions and norms see a volume as ours do; their weights keep their names."""
+    """Give MONAI's convolutions and norms our padding and norm; their weights keep their names."""
     for name, module in list(network.named_modules()):
         if isinstance(module, nn.GroupNorm):
             own = GroupNorm32(module.num_groups, module.num_channels, module.eps)

@@ -1,7 +1,7 @@
 """Training of latent diffusion: the first steps train the autoencoder, the others the denoiser of its latents.
 
 Each phase is an `Optimization` of its own; together they are one training, with one counter of steps, one state and
-one file of weights. So the denoiser cannot meet another autoencoder than the one that it was trained on.
+one file of weights. So the denoiser always comes with the autoencoder that it was trained on.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class LatentOptimization:
         return self.second.take_step(step - begin, asked_to_stop)
 
     def learning_rate(self, step: int) -> float:
-        """Of a 0-based step: each phase has its own warmup and decay."""
+        """The learning rate of a 0-based step; each phase has its own warmup and decay."""
         begin = self.phases[0]
         return self.first.learning_rate(step) if step < begin else self.second.learning_rate(step - begin)
 
@@ -81,12 +81,12 @@ class LatentOptimization:
         return self.first.is_finite() and self.second.is_finite()
 
     def state_dict(self) -> dict[str, Any]:
-        """That of both phases, and the scale of the latents."""
+        """The state of both phases, and the scale of the latents."""
         scale = {name: getattr(self.average, name) for name in ("mean", "sd")}
         return {"autoencoder": self.first.state_dict(), "denoiser": self.second.state_dict(), "scale": scale}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self.first.load_state_dict(state["autoencoder"])
         self.second.load_state_dict(state["denoiser"])
         for name, values in state["scale"].items():
@@ -97,7 +97,7 @@ class AutoencoderObjective:
     """What a `VoxelAutoencoder` minimises: an `AdversarialObjective`.
 
     Args:
-        error: how the error of a voxel counts; its weight is 1.
+        error: loss per voxel, with weight 1.
         settings: of the autoencoder, with the other weights.
     """
 
@@ -171,15 +171,15 @@ def autoencoder_recipe(config: GeneratorConfig[LatentSettings], recipe: Recipe) 
         objective=lambda device: AutoencoderObjective(error, settings.autoencoder),
         opponent=lambda: Discriminators(1, _OPPONENT_CHANNELS, opponent_layers(edge), scales=1),
         opponent_from=settings.autoencoder.adversarial_from,
-        # It encodes whole volumes, so that it learns from all of them, not only from where there is something to draw.
+        # It encodes whole volumes, so it learns from all voxels, not only from those to draw.
         crop_centres=tuple(Label),
         hint="none",
     )
 
 
 def opponent_layers(edge: int) -> int:
-    """Layers of the opponent for volumes of such an edge, 6 at least: three, or as many as fit."""
-    # The first convolution and all layers but one halve the volume; the last two convolutions take off a voxel each.
+    """Layers of the opponent for volumes with this edge (at least 6): three, or as many as fit."""
+    # The first convolution and all layers but one halve the volume; the last two convolutions remove a voxel each.
     return min(_OPPONENT_LAYERS, (edge // 3).bit_length() - 1)
 
 

@@ -1,12 +1,12 @@
-"""Nodules alone: what a network that draws nothing else is shown and trained for (LeFusion, arXiv 2403.14066).
+"""Networks that draw only nodules: their condition and their training (LeFusion, arXiv 2403.14066).
 
-Beside the noisy crop it sees where the nodule is, and the nodule's histogram: the shares of its voxels in `BINS` bins
-of equal width over the model's range [-1, 1], that is over `grid.window_hu`. Each bin is a channel that is constant
-within the nodule. So the network is that of the other generators with more channels, and the histogram reaches every
-voxel that it is about in the first layer. Cross attention would need another network, and sits at levels where a
+Besides the noisy crop, such a network sees where the nodule is, and its histogram: the shares of its voxels in `BINS`
+bins of equal width over the model's range [-1, 1], that is over `grid.window_hu`. Each bin is a channel that is
+constant within the nodule. So the network is that of the other generators with more channels, and the histogram reaches
+every voxel of the nodule in the first layer. Cross attention would need another network, and sits at levels where a
 nodule of a few voxels almost disappears.
 
-Histograms to draw with are those of the nodules that the network was trained on; they are kept with its weights.
+The histograms to draw with are those of the nodules that the network was trained on, stored with its weights.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class DiscoveryNodule:
 
     @property
     def voxels(self) -> int:
-        """Its size."""
+        """Its number of voxels."""
         return sum(self.counts)
 
     @property
@@ -62,10 +62,11 @@ class DiscoveryNodule:
 
 
 class LesionError:
-    """The mean error in the nodule and one voxel around it; each sample counts the same, however large its nodule.
+    """The mean error in the nodule and one voxel around it; each sample counts the same, whatever the size of its
+    nodule.
 
     Args:
-        loss: how the error of a voxel counts.
+        loss: per voxel.
     """
 
     def __init__(self, loss: Loss):
@@ -74,13 +75,13 @@ class LesionError:
     def __call__(self, predicted: torch.Tensor, target: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """A scalar, from tensors (N, 1, D, H, W) and the condition (N, 1 + C, D, H, W), the nodule first."""
         near = F.max_pool3d(condition[:, :1], 3, stride=1, padding=1) > 0
-        # Chosen, not multiplied: whatever is predicted elsewhere may be anything.
+        # Selected, not multiplied: predictions elsewhere may be infinite or NaN.
         error = torch.where(near, self.error(predicted.float(), target, reduction="none"), 0)
         return (error.flatten(1).sum(dim=1) / near.flatten(1).sum(dim=1).clamp(min=1)).mean()
 
 
 class LesionLoss(DiffusionLoss):
-    """A diffusion model's loss, its network shown the histogram of the nodule voxels in each sample."""
+    """A diffusion model's loss, with the histogram of each sample's nodule voxels in the condition."""
 
     def loss(self, network: Network, batch: Batch) -> torch.Tensor:
         """See `Objective.loss`; the batch's condition is the nodule alone."""
@@ -176,7 +177,7 @@ def read_histograms(weights: Path) -> list[DiscoveryNodule]:
 def choose_histogram(nodules: Sequence[DiscoveryNodule], voxels: int, seed: int) -> DiscoveryNodule:
     """Draw one of the nodules with half to twice as many voxels; if there are none, the nearest in size.
 
-    Size is counted in voxels, as the less of them a nodule has, the more of them are partly lung.
+    Size is in voxels: the fewer a nodule has, the larger the share of them that is partly lung.
 
     Args:
         nodules: to draw from, at least one.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 HISTORY = ["loss", "learning_rate", "seconds", "memory_mib"]
-"""Figures of each optimizer step; `seconds` since the training began, the time between interruptions left out."""
+"""Figures of each optimizer step; `seconds` since the start, without the time between interruptions."""
 _GRID_CASES = 2
 _SAMPLES = ["step", "case_id", "mse"]
 
@@ -44,7 +44,7 @@ class Monitor:
 
     Args:
         output: folder of the run.
-        step: optimizer steps taken so far; what was written beyond them is forgotten.
+        step: optimizer steps taken so far; output of later steps is removed.
     """
 
     def __init__(self, output: Path, step: int):
@@ -71,7 +71,7 @@ class Monitor:
             self.board.flush()
 
     def add_samples(self, step: int, case_ids: Sequence[str], mse: Sequence[float], figure: Figure) -> None:
-        """Write a grid of samples and how far they are from their references."""
+        """Write a grid of samples and their errors against the references."""
         rows = [dict(zip(_SAMPLES, (step, *row), strict=True)) for row in zip(case_ids, mse, strict=True)]
         self.samples += rows
         write_table(self.output / "samples.csv", pd.DataFrame(self.samples, columns=_SAMPLES))
@@ -107,9 +107,9 @@ def draw_grid(
     crop_centres: Sequence[Label],
     accelerator: Accelerator,
 ) -> tuple[list[float], Figure]:
-    """Draw cases, each from noise of its own, the same at each call, and show them.
+    """Draw cases, each from its own fixed noise, and plot them.
 
-    A network that draws crops gets one around a voxel that its training crops may have as their centre.
+    A network that draws crops gets one, centred as its training crops are.
 
     Returns:
         Mean squared error of each sample where it was drawn, in the lungs or the nodule, on [0, 1] over

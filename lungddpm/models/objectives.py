@@ -1,4 +1,4 @@
-"""What diffusion models are trained for: to predict the noise in a CT (arXiv 2502.15204, section III), or the CT."""
+"""Training objectives of diffusion models: predict the noise in a CT (arXiv 2502.15204, section III), or the CT."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lungddpm.models.schedule import add_noise, alphas_cumprod, cosine_betas
 
 Loss = Literal["l1", "l2"]
 ERRORS: dict[Loss, Callable[..., torch.Tensor]] = {"l1": F.l1_loss, "l2": F.mse_loss}
-"""How the error of a voxel counts, as functions of torch."""
+"""Losses per voxel, as functions of torch."""
 Error = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(prediction and target (N, 1, D, H, W), condition (N, C, D, H, W)) -> a scalar."""
 
 
 class WeightedError:
-    """The mean error of a prediction, in which nodule voxels may count more; the weights of a batch have the mean 1.
+    """The weighted mean error of a prediction: nodule voxels may count more. The weights of a batch have the mean 1.
 
     Args:
-        loss: how the error of a voxel counts.
-        lesion_weight: how many times as much a nodule voxel counts as another one.
+        loss: per voxel.
+        lesion_weight: of a nodule voxel, relative to others.
         nodule_channel: of the condition.
     """
 
@@ -38,7 +38,7 @@ class WeightedError:
 
     @classmethod
     def of(cls, settings: TrainedSettings) -> WeightedError:
-        """As a generator's training has it."""
+        """With the settings of a generator's training."""
         training = settings.training
         return cls(training.loss, training.lesion_weight, settings.classes.index("nodule"))
 
@@ -50,18 +50,18 @@ class WeightedError:
 
 
 class DiffusionLoss:
-    """The mean error of what the network predicts, at a timestep drawn evenly.
+    """The mean error of the network's prediction, at a timestep drawn uniformly.
 
     Args:
         timesteps: noise levels T of the cosine schedule.
         prediction: what is predicted.
-        error: how its error counts.
+        error: of the prediction.
         device: where the batches are.
     """
 
     def __init__(self, timesteps: int, prediction: Prediction, error: Error, device: torch.device):
         self.timesteps, self.prediction, self.error = timesteps, prediction, error
-        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has nothing finer
+        exact = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
         self.signal = alphas_cumprod(cosine_betas(timesteps)).to(device, exact)
 
     def draw_level(self, generator: torch.Generator) -> torch.Tensor:
@@ -92,7 +92,7 @@ def diffusion_recipe(
     """The training of a denoiser of `config`, starting from fresh or from published weights."""
 
     def load(path: Path) -> UNet:
-        # Gradients by planes take half as much memory again, and no less time.
+        # For gradients, convolutions of planes need 1.5 times the memory and are not faster.
         return load_denoiser(path, config).arrange(channels_last=False, winograd=False)
 
     settings = config.settings

@@ -1,7 +1,7 @@
 """The optimization: network, average (EMA) and Adam, and what one step does to them.
 
-`Optimization` trains one network. A family that trains others beside it, as adversarial training does, has a subclass
-of its own, which its recipe names: it adds learners, and says what a forward pass does to each.
+`Optimization` trains one network. A family that also trains others, as adversarial training does, has its own subclass,
+named in its recipe, which adds learners and defines what a forward pass does to each.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Learner:
     ):
         self.network, self.training, self.accelerator = network.to(accelerator.device), training, accelerator
         if training.compile:
-            self.network.compile(dynamic=False)  # in place: the names of the weights stay
+            self.network.compile(dynamic=False)  # in place, so that weights keep their names
         optimizer = torch.optim.Adam(
             self.network.parameters(), training.learning_rate, betas, fused=accelerator.device.type == "cuda"
         )
         self.prepared, self.optimizer = accelerator.prepare(self.network, optimizer)
 
     def learn(self, loss: torch.Tensor) -> None:
-        """Follow the gradients of a loss; within `accumulate`, the weights change in the last pass of a step."""
+        """Backpropagate a loss; within `accumulate`, the weights change in the last pass of a step."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
             self.accelerator.clip_grad_norm_(self.network.parameters(), self.training.gradient_clip)
@@ -56,7 +56,7 @@ class Learner:
         self.optimizer.zero_grad()
 
     def set_learning_rate(self, rate: float) -> None:
-        """For the steps that follow."""
+        """Set the learning rate of the following steps."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
@@ -67,7 +67,7 @@ class Learner:
 
 
 class Optimization:
-    """All that changes from step to step, on one of the processes that share a training.
+    """The state of a training that changes from step to step, in one of its processes.
 
     Each process takes `accumulation` of a step's forward passes; gradients and losses are means over all of them, so
     that n processes compute what one does with n times the accumulation, up to rounding.
@@ -81,7 +81,7 @@ class Optimization:
     """
 
     betas = 0.9, 0.999
-    """Of the network's Adam."""
+    """Decay of Adam's two moments."""
 
     def __init__(
         self,
@@ -103,15 +103,15 @@ class Optimization:
         self.learners = [self.learner]
 
     def take_step(self, step: int, asked_to_stop: Callable[[], bool] = lambda: False) -> torch.Tensor:
-        """Take one optimizer step, from 0.
+        """Take one optimizer step.
 
         Args:
-            step: which one.
+            step: its number, from 0.
             asked_to_stop: called at its end, in every process.
 
         Returns:
-            (2,) on the device: mean loss, and the share of processes that were asked to stop. Nothing here waits for
-            the device to have computed them.
+            (2,) on the device: mean loss, and the share of processes that were asked to stop. They may still
+            be computed when this returns.
         """
         for learner in self.learners:
             learner.set_learning_rate(self.learning_rate(step))
@@ -131,17 +131,17 @@ class Optimization:
         return [self.training.steps]
 
     def learning_rate(self, step: int) -> float:
-        """Of a 0-based step."""
+        """The learning rate of a 0-based step."""
         return learning_rate(self.training, step)
 
     def is_finite(self) -> bool:
-        """Whether no weight, average or moment of Adam has become infinite or no number."""
+        """Whether all weights, averages and moments of Adam are finite."""
         tensors = [*self.average.parameters(), *(tensor for learner in self.learners for tensor in learner.tensors())]
         device = self.accelerator.device
         return bool(torch.stack([tensor.isfinite().all().to(device) for tensor in tensors]).all())
 
     def state_dict(self) -> dict[str, Any]:
-        """What `load_state_dict` needs to go on; the weights have the published names."""
+        """The state to resume from; the weights have the published names."""
         scaler = self.accelerator.scaler
         return {
             "model": self.model.state_dict(),
@@ -151,7 +151,7 @@ class Optimization:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -186,7 +186,7 @@ def start_optimization(
 
 
 def learning_rate(training: Training, step: int) -> float:
-    """The learning rate of a 0-based step: up to the peak on a line, then constant or a half cosine to zero."""
+    """The learning rate of a 0-based step: linear warmup to the peak, then constant or a half cosine to zero."""
     peak, after = training.learning_rate, step - training.warmup_steps
     if after < 0:
         return peak * (step + 1) / training.warmup_steps
@@ -196,7 +196,7 @@ def learning_rate(training: Training, step: int) -> float:
 
 
 def checkpoint_stages(model: nn.Module) -> None:
-    """Let each stage of the network keep only its input, and compute the rest again when gradients need it."""
+    """Turn on gradient checkpointing: each stage stores only its input, and recomputes the rest for gradients."""
     for stage in model.modules():
         if isinstance(stage, Stage):
             stage.keeps_input_only = True

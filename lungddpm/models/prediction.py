@@ -2,8 +2,8 @@
 
 A state is a x + s e, of the clean CT x and standard normal noise e, with a^2 + s^2 = 1. The network predicts the noise
 e (`epsilon`, Ho et al. 2020), the velocity a e - s x (`v`, Salimans & Ho 2022, arXiv 2202.00512) or x itself
-(`clean`). An error d of the prediction is one of d s / a, d s and d in the x that it implies: under `epsilon`, a small
-error at the noisiest levels, where s / a is 100 and more, moves the mean of a whole volume.
+(`clean`). A prediction error d becomes an error of d s / a, d s or d in the implied x: under `epsilon`, a small error
+at the noisiest levels, where s / a is 100 and more, moves the mean of a whole volume.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Scale = TypeVar("Scale", float, torch.Tensor)
 def target_of(
     prediction: Prediction, clean: torch.Tensor, noise: torch.Tensor, signal: Scale, sigma: Scale
 ) -> torch.Tensor:
-    """What the network is to predict.
+    """The network's target.
 
     Args:
         prediction: its kind.
@@ -51,10 +51,10 @@ def clean_of(
 def noise_of(
     prediction: Prediction, state: torch.Tensor, predicted: torch.Tensor, signal: Scale, sigma: Scale
 ) -> torch.Tensor:
-    """The noise that a prediction implies; of `clean` only where there is some.
+    """The noise that a prediction implies; for `clean` only at levels with noise.
 
     Raises:
-        ValueError: a network that predicts the clean CT implies no noise in it.
+        ValueError: `clean` at the level without noise.
     """
     if prediction == "epsilon":
         return predicted

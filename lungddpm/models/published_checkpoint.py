@@ -54,7 +54,7 @@ _PUBLISHED = {
     "denoiser.wavelet": (False, "give it voxels instead of sub-bands"),
     "hint": ("none", "give it nothing of the reference"),
 }
-"""Settings common to all published files, and the consequence of others in the published code."""
+"""Settings common to all published files, and what the published code would do with other weights."""
 
 
 def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device: str | torch.device = "cpu") -> UNet:
@@ -62,12 +62,12 @@ def load_denoiser(path: Path, config: GeneratorConfig[DiffusionSettings], device
 
     Args:
         path: `.safetensors`: ours; anything else: the published format. No code in it is run.
-        config: of the generator that the denoiser is of: classes, grid, noise levels, size.
+        config: of the denoiser's generator: classes, grid, noise levels, size.
         device: where the denoiser goes.
 
     Raises:
-        InputError: missing, truncated, damaged, of neither format, with code inside, or made for something else than
-            the config asks; names the keys that are wrong.
+        InputError: missing, truncated, damaged, of neither format, with code inside, or made with other settings than
+            the config's; names these.
     """
 
     def build() -> UNet:
@@ -152,7 +152,7 @@ def _check_schedule(path: Path, betas: torch.Tensor, config: GeneratorConfig[Dif
 def _explain_other_network(
     path: Path, weights: Mapping[str, torch.Tensor], config: GeneratorConfig[DiffusionSettings]
 ) -> None:
-    """Refuse weights of the same kind of network with other settings, by the names of these."""
+    """Reject weights of a `UNet` with other settings, and name these."""
     inferred = inferred_arguments(weights)
     if inferred is None:
         return

@@ -1,7 +1,7 @@
-"""What the published systems do otherwise, for comparison: Lung-DDPM (arXiv 2502.15204), Lung-DDPM+ (arXiv 2508.09327).
+"""What the published systems do differently: Lung-DDPM (arXiv 2502.15204), Lung-DDPM+ (arXiv 2508.09327).
 
 - AAS of Lung-DDPM pastes the reference one noise level late: `sample_published_aas`.
-- Lung-DDPM+ visits noise levels at even distances of time: `published_levels`.
+- Lung-DDPM+ visits noise levels that are evenly spaced in time: `published_levels`.
 - It thresholds the clean CT that the denoiser implies: `threshold_dynamically`.
 - Its denoiser, trained on times below T, receives them on a scale of 1000: `with_published_times`.
 """
@@ -32,7 +32,7 @@ _THRESHOLD_QUANTILE = 0.995
 
 
 def choose_solver(solving: Solving, betas: torch.Tensor, prediction: Prediction) -> DiffusionSolver:
-    """The solver of `make_solver`, or with what is published of its times and levels.
+    """The solver of `make_solver`, with published times or levels if the settings ask for them.
 
     Args:
         solving: `times: published`: see `with_published_times`; `levels: published`: see `published_levels` and
@@ -54,11 +54,11 @@ def choose_solver(solving: Solving, betas: torch.Tensor, prediction: Prediction)
 
 
 def published_levels(betas: torch.Tensor, steps: int) -> NoiseLevels:
-    """Levels at even distances of time from T - 1 to 0, with fractions; a CT counts as clean at timestep 0.
+    """Levels evenly spaced in time from T - 1 to 0, with fractions; a CT counts as clean at timestep 0.
 
     Args:
         betas: (T,) float64 noise schedule.
-        steps: from level to level, one less than levels.
+        steps: number of steps, one less than levels.
 
     Raises:
         ValueError: fewer than one step.
@@ -70,7 +70,7 @@ def published_levels(betas: torch.Tensor, steps: int) -> NoiseLevels:
 
 
 def with_published_times(levels: NoiseLevels, timesteps: int) -> NoiseLevels:
-    """The same levels, the denoiser's times scaled from `timesteps`, on which it was trained, to 1000."""
+    """The same levels, with times scaled from `timesteps`, on which the denoiser was trained, to 1000."""
     return replace(levels, times=[time * _PUBLISHED_TIMES / timesteps for time in levels.times])
 
 
@@ -99,7 +99,7 @@ def sample_published_aas(
     generators: Sequence[torch.Generator],
     blend_from: int | None = None,
 ) -> torch.Tensor:
-    """AAS as Lung-DDPM does it: the reference is pasted at the level before the step, so its noise stays in it.
+    """AAS as Lung-DDPM does it: the reference is pasted at the level before the step, so its noise remains.
 
     Args:
         predict, solver, condition, reference, generators: see `sample_aas`.
@@ -116,7 +116,7 @@ def sample_published_aas(
         timestep = solver.levels.timesteps[index]
         state = take_step(index, state)
         if timestep == 0:
-            draw_noise(condition, generators)  # the published loop draws ancestral noise here, too, times zero
+            draw_noise(condition, generators)  # the published loop also draws noise here, and multiplies it by zero
         pasted = solver.signal[index] * reference + solver.noise[index] * draw_noise(condition, generators)
         if blend_from is None or timestep <= blend_from:
             state = torch.where(is_open, pasted, state)

@@ -20,8 +20,8 @@ Network = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(noisy CT, condition and, if it sees one, hint (N, channels, D, H, W), times (N,)) -> prediction (N, 1, D, H, W)."""
 
 Preview = Callable[[nn.Module, torch.Tensor, torch.Tensor, Sequence[torch.Generator]], torch.Tensor]
-"""(network, condition (N, C, D, H, W), reference (N, 1, D, H, W), generators) -> CT (N, 1, D, H, W): a quick drawing
-in which the reference fills the open voxels, to watch a training by."""
+"""(network, condition (N, C, D, H, W), reference (N, 1, D, H, W), generators) -> CT (N, 1, D, H, W): a quick sample for
+monitoring, in which the reference fills the open voxels."""
 
 INSIDE = (Label.LUNG, Label.NODULE, Label.VESSEL)
 """Labelled voxels: open voxels are pasted later, so they matter less."""
@@ -29,7 +29,7 @@ INSIDE = (Label.LUNG, Label.NODULE, Label.VESSEL)
 
 @dataclass(frozen=True)
 class Batch:
-    """Samples on the device that trains.
+    """Samples on the training device.
 
     Attributes:
         clean: (N, 1, D, H, W) float32 CT in [-1, 1].
@@ -53,34 +53,34 @@ class Objective(Protocol):
         """The noise level of one sample: a scalar on the CPU."""
 
     def loss(self, network: Network, batch: Batch) -> torch.Tensor:
-        """The mean loss of a batch: a scalar. It waits for nothing that the device computes."""
+        """The mean loss of a batch: a scalar. Must not wait for the device."""
 
 
 class Steps(Protocol):
-    """What takes the steps of a training; `Optimization` those of one network."""
+    """Takes the steps of a training; `Optimization` takes those of one network."""
 
     @property
     def average(self) -> nn.Module:
-        """Of the weights: the result."""
+        """The averaged weights: the result."""
 
     @property
     def phases(self) -> Sequence[int]:
-        """How many steps each part of the training has whose steps are alike."""
+        """Number of steps of each phase; within a phase, steps are alike."""
 
     def take_step(self, step: int, asked_to_stop: Callable[[], bool] = ...) -> torch.Tensor:
         """See `Optimization.take_step`."""
 
     def learning_rate(self, step: int) -> float:
-        """Of a 0-based step."""
+        """The learning rate of a 0-based step."""
 
     def is_finite(self) -> bool:
-        """Whether all that changes from step to step still is."""
+        """Whether all of the state is finite."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All that changes from step to step."""
+        """The state that changes from step to step."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what `state_dict` gave."""
+        """Restore a state from `state_dict`."""
 
 
 @dataclass(frozen=True)
@@ -91,18 +91,18 @@ class Recipe:
         build: the network, with fresh weights from torch's global generator.
         load: the network with the weights of a file, on the CPU; raises InputError where they do not fit.
         objective: what is minimised, for a device: an `Objective`, or what `optimization` minimises instead.
-        inputs: (N, D, H, W) of volumes -> inputs of the network of that size, to count its operations.
+        inputs: shape (N, D, H, W) of volumes -> network inputs of that size, for counting operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
-        keep: (names, CT (n, D, H, W) int16 HU, layouts (n, D, H, W)) of all cases -> what drawing needs to know of
-            them, as JSON-like values; it is written beside the weights.
+        keep: (names, CT (n, D, H, W) int16 HU, layouts (n, D, H, W)) of all cases -> what sampling needs to know
+            about them, as JSON-like values; stored with the weights.
         hint: what the network sees of the reference.
-        optimization: what takes the steps, given what `Optimization` is, which trains the network alone (None).
-        opponent: in adversarial training, what judges volumes shaped like the first of `inputs`; built as the network.
-        opponent_from: the first step that it judges.
-        before: config and recipe of what the first steps of the training train, `training.steps` of that config; None
-            where all steps are alike. For counting: `optimization` takes these steps.
-        prepares: (network, (N, D, H, W) of volumes) -> anything: what a pass computes besides, without gradients.
+        optimization: what takes the steps, called with the arguments of `Optimization`; None: `Optimization` itself.
+        opponent: in adversarial training, builds the network that judges volumes shaped like the first of `inputs`.
+        opponent_from: the first step in which it judges.
+        before: config and recipe of a first phase that trains another network, for `training.steps` of that config;
+            None if all steps are alike. Only for counting operations: `optimization` takes these steps.
+        prepares: (network, shape (N, D, H, W) of volumes): what a pass computes in addition, without gradients.
     """
 
     build: Callable[[], nn.Module]
@@ -121,7 +121,7 @@ class Recipe:
 
 
 def fresh(build: Callable[[], nn.Module], config: GeneratorConfig[TrainedSettings], what: str) -> nn.Module:
-    """A network with the weights that belong to the config's seed and run, and to a name."""
+    """A network with random weights that depend only on the config's seed and run, and on a name."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_from(config.seed, config.run, what))
         return build()

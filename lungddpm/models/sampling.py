@@ -1,7 +1,7 @@
 """From noise to CT: free sampling, anatomically aware sampling (AAS; arXiv 2502.15204), inversion and redrawing.
 
 A `Solver` goes from noise level to noise level, given the clean CT that the denoiser implies. `DiffusionSolver` does so
-for denoisers of the diffusion process, with the schedulers of diffusers. What only the published systems do is in
+for denoisers of the diffusion process, with the schedulers of diffusers. Variants of the published systems are in
 `published_sampling`.
 """
 
@@ -50,8 +50,8 @@ class Solver(Protocol):
 
         Args:
             index: of a level.
-            pasting: whether states are edited between steps. A solver must not then correct a state after the fact,
-                from the state before it, which would undo the edit.
+            pasting: whether states are edited between steps. If so, a solver must not correct a state afterwards from
+                the one before it: that would undo the edit.
         """
 
     def clean(self, index: int, state: torch.Tensor, prediction: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class NoiseLevels:
 
     @staticmethod
     def of(timesteps: Sequence[float], variances: torch.Tensor) -> NoiseLevels:
-        """Of timesteps and the share of the signal's variance at each level."""
+        """From timesteps and the share of the signal's variance at each level."""
         return NoiseLevels(timesteps, timesteps, variances.sqrt().tolist(), (1 - variances).sqrt().tolist())
 
     def reversed(self) -> NoiseLevels:
@@ -92,12 +92,12 @@ class NoiseLevels:
 
 
 def noise_levels(sampler: Sampler, betas: torch.Tensor, steps: int) -> NoiseLevels:
-    """Levels at even distances of the log signal-to-noise ratio, and the clean CT at their end.
+    """Levels evenly spaced in log signal-to-noise ratio, and the clean CT at their end.
 
     Args:
         sampler: `ddpm` alone can take all T; the others leave out those that are pure noise.
         betas: (T,) float64 noise schedule.
-        steps: levels to visit before the clean CT, none twice.
+        steps: distinct levels to visit before the clean CT.
 
     Raises:
         ValueError: fewer than one step, or more than T.
@@ -125,7 +125,7 @@ class DiffusionSolver:
         betas: (T,) float64 noise schedule.
         levels: the noise levels to visit.
         prediction: what the network predicts.
-        limit: what keeps the clean CT that the network implies within [-1, 1].
+        limit: brings the implied clean CT into [-1, 1].
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class DiffusionSolver:
             return
         if isinstance(self.scheduler, UniPCMultistepScheduler):
             self.scheduler.disable_corrector = list(range(len(timesteps))) if pasting else []
-        # Its own timesteps are too few, repeat themselves, or end far from the clean CT, depending on the spacing.
+        # The scheduler's own timesteps are too few, repeat, or end far from the clean CT, depending on the spacing.
         self.scheduler.set_timesteps(len(timesteps))
         self.scheduler.timesteps = torch.tensor(timesteps)
         self.scheduler.sigmas = torch.tensor([n / s for n, s in zip(self.noise, self.signal, strict=True)])
@@ -169,7 +169,7 @@ class DiffusionSolver:
         return self.scheduler.step(clean, self.levels.timesteps[index], state, **ancestral).prev_sample
 
     def reversed(self) -> DiffusionSolver:
-        """One that goes the other way, from the least noisy level to the noisiest; not with `ddpm`."""
+        """A solver in the opposite direction, from the least noisy level to the noisiest; not with `ddpm`."""
         return DiffusionSolver(*self._settings, self.levels.reversed(), self.prediction, self._limit)
 
 
@@ -216,7 +216,7 @@ def sample_free(
         condition: (N, C, D, H, W), see `condition_channels`.
         generators: one per volume, so that a volume does not depend on its batch; on the device of `condition`.
         start: (N, 1, D, H, W) states at the solver's first level; None draws noise.
-        channels: of what is generated, where it is not CT.
+        channels: of the output, if it is not CT.
 
     Returns:
         (N, channels, D, H, W) float32, on the device of `condition`.
@@ -238,16 +238,16 @@ def sample_aas(
     generators: Sequence[torch.Generator],
     resampling: int = 1,
 ) -> torch.Tensor:
-    """Generate what the layouts name; a reference CT fills the voxels that they leave open (AAS).
+    """Generate the voxels that the layouts label; a reference CT fills those that they leave open (AAS).
 
-    After each step the reference is pasted at the noise level that the state has reached, so that it comes back exactly
-    after the last. With resampling, generated voxels can adapt to what is pasted beside them (RePaint, Lugmayr et al.
-    2022).
+    After each step the reference is pasted at the noise level that the state has reached, so that the last step
+    restores it exactly. With resampling, generated voxels can adapt to what is pasted beside them (RePaint, Lugmayr et
+    al. 2022).
 
     Args:
         predict, solver, condition, generators: see `sample_free`.
         reference: (N, 1, D, H, W) CT in [-1, 1].
-        resampling: times that two levels at a time are visited, going back with fresh noise in between.
+        resampling: how often each pair of levels is visited, going back with fresh noise in between.
 
     Returns:
         (N, 1, D, H, W) float32, on the device of `condition`.
@@ -259,7 +259,7 @@ def sample_aas(
     for index, following in pairwise(_visited(len(solver.signal), resampling)):
         if following < index:
             state = _add_noise(solver, index, following, state, draw_noise(condition, generators))
-            # What a multistep solver remembers belongs to another noise.
+            # The history of a multistep solver belongs to other noise.
             solver.start(following, pasting=True)
         else:
             state = take_step(index, state)
@@ -270,15 +270,15 @@ def sample_aas(
 
 @torch.inference_mode()
 def invert(predict: Predictor, solver: DiffusionSolver, condition: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
-    """Find the noise from which free sampling generates given CT volumes again, and the way there.
+    """Find the noise from which free sampling reproduces given CT volumes, and the path to it.
 
-    It follows the same flow the other way (Song et al. 2021, section 4.3), visits the same levels, and calls the
-    network as often. The way from the clean CT to the least noisy level takes the noise predicted there for the whole
-    step; how exactly the CT comes back depends on the steps.
+    It follows the same flow in reverse (Song et al. 2021, section 4.3), over the same levels and with as many calls of
+    the network. From the clean CT to the least noisy level, it uses the noise predicted there for the whole step; how
+    exactly the CT is reproduced depends on the number of steps.
 
     Args:
         predict, condition: see `sample_free`.
-        solver: the one that samples; not `ddpm`.
+        solver: the solver for sampling; not `ddpm`.
         clean: (N, 1, D, H, W) CT in [-1, 1].
 
     Returns:
@@ -309,7 +309,7 @@ def redraw(
 
     Args:
         predict, condition: see `sample_free`.
-        solver: the one of the inversion.
+        solver: the solver of the inversion.
         start: (N, 1, D, H, W) states at the solver's first level.
         path: (n, N, 1, D, H, W) states at all levels, from `invert`.
         fixed_mask: (N, 1, D, H, W) bool: the voxels that follow the path.
@@ -375,7 +375,7 @@ def _add_noise(solver: Solver, index: int, earlier: int, state: torch.Tensor, no
 
 
 def _visited(levels: int, resampling: int) -> list[int]:
-    """Levels in the order of their visits: two steps at a time, each two as often as `resampling`."""
+    """Levels in the order of their visits: two steps at a time, each pair of steps `resampling` times."""
     visited = [0]
     for first in range(0, levels - 1, _LEVELS_PER_JUMP):
         last = min(first + _LEVELS_PER_JUMP, levels - 1)

@@ -9,7 +9,7 @@ import torch
 
 _OFFSET = 0.008
 _LARGEST_BETA = 0.999
-# Of 250 cosine timesteps, this drops only the last, where an error of the noise grows 5,000-fold in the clean CT.
+# Of 250 cosine timesteps, this drops only the last, where the clean CT amplifies an error in the noise 5,000-fold.
 _LOWEST_LOG_SNR = -5.1
 
 
@@ -31,17 +31,17 @@ def alphas_cumprod(betas: torch.Tensor) -> torch.Tensor:
 
 
 def spaced_timesteps(signal: torch.Tensor, steps: int) -> list[int]:
-    """Timesteps at even distances of the log signal-to-noise ratio (Lu et al. 2022, arXiv 2206.00927).
+    """Timesteps evenly spaced in log signal-to-noise ratio (Lu et al. 2022, arXiv 2206.00927).
 
-    They end at timestep 0: from there to the clean CT no solver is of higher than first order, which costs spread the
-    more, the more noise is left.
+    They end at timestep 0. From there to the clean CT, every solver is of first order, which reduces the spread of HU
+    the more, the more noise is left.
 
     Args:
         signal: (T,) float64 `alphas_cumprod`.
-        steps: how many; fewer come where it exceeds the timesteps that are not pure noise.
+        steps: how many; fewer are returned if it exceeds the timesteps that are not pure noise.
 
     Returns:
-        Indices, falling, none twice.
+        Distinct indices in descending order.
     """
     log_snr = torch.log(signal / (1 - signal)) / 2
     first = int((log_snr >= _LOWEST_LOG_SNR).sum()) - 1
@@ -49,14 +49,14 @@ def spaced_timesteps(signal: torch.Tensor, steps: int) -> list[int]:
     timesteps: list[int] = []
     for place, value in enumerate(wanted):
         nearest = int((log_snr - value).abs().argmin())
-        # Around both ends, several values are nearest to one timestep.
+        # Near both ends, several values have the same nearest timestep.
         latest = timesteps[-1] - 1 if timesteps else first
         timesteps.append(max(min(nearest, latest), len(wanted) - 1 - place))
     return timesteps
 
 
 def between_timesteps(signal: torch.Tensor, timesteps: Sequence[float]) -> torch.Tensor:
-    """The share of the signal's variance at timesteps that may lie between two, its logarithm linear in between.
+    """The share of the signal's variance at fractional timesteps; its logarithm is interpolated linearly.
 
     Args:
         signal: (T,) float64 `alphas_cumprod`.
@@ -73,7 +73,7 @@ def between_timesteps(signal: torch.Tensor, timesteps: Sequence[float]) -> torch
 
 
 def published_buffers(betas: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a published checkpoint holds beside the network: coefficients of the diffusion process (Ho et al. 2020).
+    """What a published checkpoint contains besides the network: coefficients of the diffusion process (Ho et al. 2020).
 
     The names are those of the public `denoising-diffusion-pytorch`, and `posterior_mean_coef3`, which the published
     code adds; its strict loading needs them all.

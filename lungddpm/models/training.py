@@ -57,11 +57,11 @@ def run_train(
     *,
     restart: bool = False,
 ) -> None:
-    """Train a generator on the usable discovery cases, or on the subset that it is for; write `model.safetensors`.
+    """Train a generator on the usable discovery cases, or on its subset of them; write `model.safetensors`.
 
     A training with the same config on the same cases continues from its last saved state, even if the code has
-    changed, which is recorded; on a CPU it ends bit-identical to one that was never interrupted. One that is complete
-    is left as it is, unless by other code. Started by torchrun or `accelerate launch`, all processes share the
+    changed, which is recorded; on a CPU it ends bit-identical to one that was never interrupted. A complete one is
+    kept, unless other code ran it. Started by torchrun or `accelerate launch`, all processes share the
     training and the first one writes.
 
     Args:
@@ -72,7 +72,7 @@ def run_train(
         output: folder of the run.
         device: see `make_accelerator`.
         initial: weights to start from (see `Recipe.load`); None starts from random ones.
-        restart: start over whatever was saved. Old states are removed once the new training has saved.
+        restart: start over even if states were saved. They are removed once the new training has saved its own.
 
     Raises:
         InputError: no usable case, a case that breaks its contract, initial weights that are missing or do not fit, or
@@ -151,7 +151,7 @@ class _Run:
         self.monitor: Monitor | None = None
 
     def resume(self, restart: bool) -> None:
-        """Resume from the newest state of this training, if there is one; all processes from the same."""
+        """Resume from the newest state of this training, if there is one; all processes use the same one."""
         found = self._newest_state() if self.accelerator.is_main_process and not restart else None
         (self.saved,) = broadcast_object_list([found])
         if self.saved is None:
@@ -167,7 +167,7 @@ class _Run:
             self.monitor.write_history(self.history)
 
     def train(self) -> None:
-        """Take the steps that are left."""
+        """Take the remaining steps."""
         self.began = time.monotonic() - (self.history[-1][2] if self.history else 0.0)
         with (
             closing(self.monitor) if self.monitor else nullcontext(),
@@ -176,7 +176,7 @@ class _Run:
         ):
             for step in progress.steps():
                 self.under_way.append(self.optimization.take_step(step, asked_to_stop))
-                # A GPU's loss is fetched when its next step is under way, so that it never waits for us.
+                # A loss is fetched from a GPU while the next step runs, so that the GPU never idles.
                 self._settle(still_under_way=int(self.accelerator.device.type == "cuda"))
                 if self._is_due(step, self.training.sample_every):
                     self._draw_grid()
@@ -188,7 +188,7 @@ class _Run:
                     progress.note(loss=self.history[-1][0], memory_mib=f"{self.history[-1][3]:.0f}")
 
     def finish(self) -> None:
-        """Write the result, and remove what only a training under way needs."""
+        """Write the result, and remove what only a running training needs."""
         if self.accelerator.is_main_process:
             keep_states(self.output / "state", self.saved)
             kept = self.recipe.keep(self.data.case_ids, self.data.ct, self.data.layout)
@@ -217,7 +217,7 @@ class _Run:
         return (step + 1) % every == 0 or step + 1 == self.training.steps
 
     def _settle(self, still_under_way: int = 0) -> None:
-        """Wait for steps, take down their figures, and make sure that they are numbers."""
+        """Wait for steps, record their figures, and check that losses are finite."""
         while len(self.under_way) > still_under_way:
             loss, stop = self.under_way.pop(0).tolist()
             step = len(self.history)
@@ -250,7 +250,7 @@ class _Run:
             training = {**self.fingerprints, "code": self.code, "history": history}
             state = {**training, **self.optimization.state_dict()}
             self.saved = save_state(self.output / "state", len(self.history), state, previous=self.saved)
-            # What it says of a finished training does not hold for this state.
+            # The record of a finished training does not hold for this state.
             self._record.unlink(missing_ok=True)
             self.monitor.write_history(self.history)
 
@@ -269,7 +269,7 @@ class _Run:
 
 
 def _config_fingerprint(config: GeneratorConfig[TrainedSettings], processes: int, initial: Path | None) -> str:
-    """Of all that decides what training computes, but for the code: a training under way survives its change."""
+    """Of everything that decides what training computes, except the code: a training under way survives its change."""
     decisive = {
         "seed": config.seed,
         "window_hu": config.grid.window_hu,
@@ -309,7 +309,7 @@ def _held_by_main_process(output: Path, accelerator: Accelerator) -> Iterator[No
 
 @contextmanager
 def _sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Within the block SIGTERM, which clusters send before the time limit, is only noted; yields whether it came."""
+    """Within the block, SIGTERM (sent by clusters before the time limit) is only noted; yields whether it arrived."""
     noted = threading.Event()
     if threading.current_thread() is not threading.main_thread():  # signals reach the main thread only
         yield noted.is_set

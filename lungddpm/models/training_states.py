@@ -17,7 +17,7 @@ def save_state(folder: Path, step: int, state: Mapping[str, Any], previous: Path
     """Write a state; when it is complete, remove all others but the previous one.
 
     Args:
-        folder: where the states of this training lie, and nothing else.
+        folder: for the states of this training and nothing else.
         step: optimizer steps taken.
         state: tensors, numbers, text and containers of them.
         previous: the state that was saved or loaded last.
@@ -44,8 +44,8 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
     """The newest undamaged state of a training; logs which ones are ignored, and why.
 
     Args:
-        folder: where the states lie.
-        wanted: what the state's entries of these names must be, e.g. `config_fingerprint`.
+        folder: of the states.
+        wanted: required values of the state's entries, e.g. of `config_fingerprint`.
     """
     for path in sorted(folder.glob("step-*.pt"), reverse=True):
         try:

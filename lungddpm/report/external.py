@@ -19,6 +19,7 @@ from lungddpm.report.sections import (
     show_measures,
     show_sensitivity,
     show_verdict,
+    source_note,
 )
 from lungddpm.verdict.answer import doubted_arms
 from lungddpm.verdict.instrument import COMPLETE, OF_TEST_SET
@@ -86,7 +87,7 @@ def _show(name: str, config: Config, tables: Mapping[str, pd.DataFrame]) -> Exte
     needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), config.verdict.confidence)
     return ExternalTestSet(
         name=name,
-        note=f"{source.declared.title}. {source.declared.citation} {source.caveat}".strip(),
+        note=source_note(source),
         size=f"{plural(n_cases, 'test case')} of {plural(n_patients, 'patient')}, {n_scored} with a nodule",
         checks=show_checks(checks),
         doubted=doubted_arms(pd.concat([of_run, checks]), verdict, config),

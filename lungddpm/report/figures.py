@@ -226,7 +226,7 @@ def froc_plot(band: pd.DataFrame, confidence: float) -> Figure:
             axis.set(
                 xlim=(RATES[0], RATES[-1]), ylim=(0, 1), xticks=RATES, xticklabels=[*map(str, map(Fraction, RATES))]
             )
-            axis.tick_params(axis="x", labelbottom=True, labelsize=8)
+            axis.tick_params(axis="x", labelsize=8)
             axis.set_title(arm, loc="left", fontsize=9)
             axis.grid(color="#eeeeee")
         handles = [
@@ -366,7 +366,6 @@ def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Fig
             axis.set_xscale("log", base=2)
             axis.set_xticks(numbers, [str(number) for number in numbers])
             axis.xaxis.set_minor_locator(NullLocator())
-            axis.tick_params(axis="x", labelbottom=True)
             axis.set_title(title, loc="left", fontsize=9)
             axis.grid(axis="y", color="#eeeeee")
             if len(recipes_of_panel) > 1:
@@ -583,6 +582,9 @@ def _panels(count: int) -> tuple[Figure, list[plt.Axes]]:
     )
     for axis in axes.flat[count:]:
         axis.set_visible(False)
+    # A panel without one below it would have no figures on its axis.
+    for axis in axes.flat[:count]:
+        axis.tick_params(axis="x", labelbottom=True)
     return figure, list(axes.flat[:count])
 
 

@@ -50,6 +50,7 @@ from lungddpm.report.sections import (
     show_timing,
     show_unscored,
     show_verdict,
+    source_note,
 )
 from lungddpm.report.viewer import DisplaySample, first_of_generators, samples_to_show, viewer_values
 from lungddpm.verdict.answer import doubted_arms
@@ -181,7 +182,7 @@ def render_report(
         shared_patients=config.roles.allow_shared_patients,
         simulated=config.source.is_simulated,
         source=config.source.kind,
-        source_note=f"{config.source.declared.title}. {config.source.declared.citation} {config.source.caveat}".strip(),
+        source_note=source_note(config.source),
         checks=show_checks(tables["instrument"]),
         outcome=outcome_of(tables["instrument"]),
         doubted=doubted_arms(tables["instrument"], verdict, config),

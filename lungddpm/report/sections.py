@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from dataclasses import dataclass
 from fractions import Fraction
@@ -9,7 +10,7 @@ from string import ascii_lowercase
 
 import pandas as pd
 
-from lungddpm.config.models import Config
+from lungddpm.config.models import Config, Source
 from lungddpm.core import cases
 from lungddpm.core.arms import is_baseline
 from lungddpm.core.roles import INTERNAL, ROLES, TEST
@@ -72,7 +73,7 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
             "their false positives are under “Lesions found”."
         )
     x, y, z = config.grid.size
-    limits.append(f"All CT was resampled to {x} x {y} x {z} voxels: nodules of one or two voxels can vanish or merge.")
+    limits.append(f"All CT was resampled to {x} × {y} × {z} voxels: nodules of one or two voxels can vanish or merge.")
     return limits
 
 
@@ -157,8 +158,8 @@ def show_verdict(verdict: pd.DataFrame, measure: Measure, confidence: str, signi
         ]
         for row in verdict[verdict["metric"] == measure.column].to_dict("records")
     ]  # fmt: skip
-    heads = ["arm", f"{measure.title} ± sd", "difference", f"{confidence} CI", "in %", "p", "p, Holm", "detectable",
-             "verdict"]  # fmt: skip
+    heads = ["arm", f"{measure.title} ± sd", "difference", f"{confidence} CI", "difference, %", "p", "p, Holm",
+             "detectable", "verdict"]  # fmt: skip
     return DisplayTable(heads, rows, [False, *[True] * 7, False])
 
 
@@ -514,10 +515,19 @@ def generators_of(config: Config) -> list[tuple[str, str, str]]:
             described.append((name, "external: samples of another system", ""))
         else:
             declared = config.plugin_of(name)
-            cited = "" if declared.citation.startswith("None") else declared.citation
             variant = "" if config.kind_of(name) == name else f"Variant of {config.kind_of(name)}. "
-            described.append((name, variant + declared.title, cited))
+            described.append((name, variant + declared.title, cited(declared.citation)))
     return described
+
+
+def source_note(source: Source) -> str:
+    """Title, citation and caveat of a source, in a line."""
+    return " ".join(filter(None, (f"{source.declared.title}.", cited(source.declared.citation), source.caveat)))
+
+
+def cited(citation: str) -> str:
+    """A declared citation; empty where a module declares that there is none ("None: ...")."""
+    return "" if citation.startswith("None") else citation
 
 
 def extractors_of(quality: pd.DataFrame) -> list[str]:
@@ -541,7 +551,7 @@ def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
         rows.append(
             [
                 row["method"],
-                data + (f", {row['steps']} steps" if row["steps"] else ""),
+                _as_dimensions(data) + (f", {row['steps']} steps" if row["steps"] else ""),
                 MEASURES[row["metric"]].title if row["metric"] in MEASURES else row["metric"].replace("_", " "),
                 published if row["reported"] == "yes" else "not reported",
                 format_number(row["published_change"], "+.3f"),
@@ -553,6 +563,11 @@ def show_published(comparison: pd.DataFrame) -> tuple[DisplayTable, list[str]]:
         )
     heads = ["method", "data", "measure", "published", "change", "here", "measured", "change", "comparable?"]
     return DisplayTable(heads, rows, [False, False, False, True, True, False, True, True, False]), reasons
+
+
+def _as_dimensions(text: str) -> str:
+    """The sizes in a text as they are printed: 128³ for 128^3, 512 × 512 × 16 for 512x512x16."""
+    return re.sub(r"(?<=\d)x(?=\d)", " × ", text.replace("^3", "³"))
 
 
 def show_roles(case_table: pd.DataFrame) -> DisplayTable:

@@ -175,7 +175,7 @@ def test_a_cohort_without_nodules_or_with_too_few_patients_is_refused(cohort):
 
 
 class TestLeaks:
-    """Every way in that was thought of; the tables may promise what they like."""
+    """Every known way for a test patient to get into an arm, whatever the tables claim."""
 
     def test_a_sample_whose_file_names_a_test_patient(self, cohort):
         write_json(cohort / "synthetic" / "s1" / "sample.json", {"reference_case_id": "P4_0", "nodules": ["P6_0"]})
@@ -207,7 +207,7 @@ class TestLeaks:
         with pytest.raises(LeakError, match="P7 in Q_0"):
             compose(cohort, "real")
 
-    def test_numbers_for_names_and_folders_are_no_leak(self, cohort):
+    def test_numeric_names_and_folders_are_not_a_leak(self, cohort):
         # Patients called P0, P1, ..., in folders that bear other patients' names.
         for i in range(len(ROLES)):
             record = {"case_id": f"P{i}_0", "inputs": ["P6/P7_0/a.dcm", "P6"], "versions": {"P7": "P7"}}
@@ -236,7 +236,7 @@ class TestLeaks:
         with pytest.raises(LeakError, match="P7 in P0_0"):
             compose(cohort, "real")
 
-    def test_a_copy_that_is_compressed_otherwise(self, cohort):
+    def test_a_copy_with_other_compression(self, cohort):
         table, copy = cohort / "cases" / "cases.tsv", cohort / "cases" / "P0_0"
         original = nibabel.load(cohort / "cases" / "P7_0" / "ct.nii.gz")
         affine = original.affine + 1e-4
@@ -252,7 +252,7 @@ class TestLeaks:
         with pytest.raises(InputError, match="does not name a known patient"):
             compose(cohort, "real+lung_ddpm@1.0")
 
-    def test_a_sample_of_another_system_says_whose_it_is(self, cohort):
+    def test_a_sample_of_another_system_declares_its_patients(self, cohort):
         path = cohort / "synthetic" / "s0" / "sample.json"
         nobody = {"reference": "none", "donors": "none", "trained_on": "none"}
         write_json(path, {"reference_case_id": None, "declared": nobody})
@@ -271,7 +271,7 @@ class TestLeaks:
             compose(cohort, "real+lung_ddpm@1.0")
         assert not (cohort / "arms" / "real+lung_ddpm@1.0" / "arm.json").exists()
 
-    def test_shared_patients_pass_where_they_are_allowed_and_the_proof_says_so(self, cohort):
+    def test_shared_patients_pass_where_they_are_allowed_and_the_proof_names_them(self, cohort):
         config = parse_config(
             {
                 "roles": {"allow_shared_patients": True},

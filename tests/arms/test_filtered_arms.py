@@ -41,7 +41,7 @@ def cohort(tmp_path, write_blob_case):
 
 
 def write_filter(cohort, shares=SHARES, replicate="fold0_seed0", arm=ARM):
-    """What `lungddpm filter` leaves, of a segmenter of the arm `real` of this cohort."""
+    """The output of `lungddpm filter` for a segmenter of the arm `real` of this cohort."""
     real = json.loads((cohort / "arms" / "real" / "arm.json").read_text())
     rows = read_cases(cohort / "synthetic" / "samples.tsv").to_dict("records")
     table = [
@@ -75,7 +75,7 @@ def test_the_first_that_are_kept_are_taken_as_many_as_without_the_filter(cohort)
     }  # fmt: skip
 
 
-def test_where_fewer_are_kept_the_arm_is_smaller_and_says_so(cohort):
+def test_where_fewer_are_kept_the_arm_is_smaller_and_reports_it(cohort):
     arm = compose(cohort, [write_filter(cohort)], config_of(found=0.75))
     assert samples_in(arm) == ["s0", "s4", "s5"]
     assert (arm["filter"]["kept"], arm["filter"]["taken"], arm["filter"]["wanted"]) == (3, 3, 4)

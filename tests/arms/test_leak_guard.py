@@ -87,7 +87,7 @@ def prepared(tmp_path_factory):
     return prepare
 
 
-def test_patients_and_folders_of_the_same_numbers_are_no_leak(prepared, tmp_path):
+def test_patients_and_folders_with_the_same_numbers_are_not_a_leak(prepared, tmp_path):
     settings, table = prepared(["1", "4"])
     assert read_cases(table)["status"].tolist() == ["ok"] * 5
     run_compose(settings, "real", table, [], tmp_path / "real")

@@ -90,7 +90,7 @@ def test_impossible_roles_name_the_key_and_the_number_there_is(roles, n_patients
     assert error.value.what == key
 
 
-def test_patients_are_shared_only_when_allowed_and_loudly(caplog):
+def test_patients_are_shared_only_when_allowed_and_with_a_warning(caplog):
     caplog.set_level(logging.WARNING, "lungddpm")
     index = assign(cohort(1), Roles(allow_shared_patients=True), 1)
     assert index["role"].tolist() == ["discovery+reference+test"]

@@ -58,7 +58,7 @@ def test_nothing_of_the_demo_leaks_into_an_overlay(repository, overlay):
 
 
 @pytest.mark.parametrize("file", ["config/lidc.yaml", "config/paper.yaml", "lungddpm/config/presets/demo.yaml"])
-def test_a_file_says_only_what_differs_from_the_defaults(repository, file):
+def test_a_file_holds_only_what_differs_from_the_defaults(repository, file):
     values = yaml.safe_load((repository / file).read_text())
     values.pop("preset", None)
     complete = parse_config({**values, "source": {"path": "/data", **values["source"]}}).model_dump(mode="json")
@@ -111,7 +111,7 @@ def test_lists_are_replaced_and_mappings_merged(tmp_path):
     assert (config.grid.extent, config.grid.margin_mm, config.grid.size) == ("lungs", 5.0, (32, 32, 32))
 
 
-def test_json_text_stands_for_a_file(tmp_path):
+def test_json_text_replaces_a_file(tmp_path):
     first = tmp_path / "a.yaml"
     first.write_text("arms: {doses: [0.5, 1.0]}\nseed: 3\n")
     config = load_config(first, '{"arms": {"doses": [2.0]}, "source": {"kind": "lidc", "path": "/data//scans"}}')
@@ -123,7 +123,7 @@ def test_json_text_stands_for_a_file(tmp_path):
 
 @pytest.mark.parametrize("overlay", [None, *OVERLAYS])
 def test_what_is_not_a_default_is_the_whole_config(repository, overlay):
-    # Jobs get no more than that.
+    # Jobs get nothing else.
     files = [repository / "config.yaml", *([repository / f"config/{overlay}.yaml"] if overlay else [])]
     config = load_config(*files, PATH)
     assert load_config(config.differences()) == config.model_copy(update={"preset": "published"})
@@ -337,7 +337,7 @@ def test_shared_patients_need_the_switch():
         ('{\n\t"seed": 1,\n\t"seed": 2\n}\n', "has the key seed twice, in line 2 and in line 3"),
     ],
 )
-def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path, text, says):
+def test_a_repeated_key_is_refused_with_both_lines(tmp_path, text, says):
     path = tmp_path / "twice.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -364,7 +364,7 @@ def test_yaml_and_json_are_read_as_they_are_meant(tmp_path, text, values):
 
 
 @pytest.mark.parametrize("text", ["- a\n- b\n", "a: [1\n", "\x00"])
-def test_files_that_are_no_config(tmp_path, text):
+def test_files_that_are_not_a_config(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match="bad.yaml"):
@@ -415,7 +415,7 @@ def test_synthetic_only_takes_as_many_cases_as_are_real():
     assert config.arms.largest_doses() == {"lung_ddpm": 1.0, "med_ddpm": 1.0}
 
 
-def test_schema_and_reference_are_in_step_with_the_models(repository):
+def test_schema_and_reference_match_the_models(repository):
     stored = json.loads((repository / "workflow/schemas/config.schema.json").read_text())
     assert stored == json_schema(), "run 'make docs'"
     assert (repository / "config/README.md").read_text() == markdown_reference() + "\n", "run 'make docs'"

@@ -86,7 +86,7 @@ def test_samples_of_variants_differ_in_their_record_and_their_seeds():
         ),
     ],
 )
-def test_what_is_no_variant_is_refused(generators, message):
+def test_what_is_not_a_variant_is_refused(generators, message):
     with pytest.raises(ConfigError, match=message):
         parse_config(over(**generators))
 

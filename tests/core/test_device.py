@@ -65,7 +65,7 @@ class Job:
 
 @pytest.fixture
 def start():
-    """A function that starts a `Job`; what is left of them at the end is killed."""
+    """A function that starts a `Job`; those still running at the end are killed."""
     jobs = []
 
     def start_job(*arguments, **variables) -> Job:
@@ -79,7 +79,7 @@ def start():
 
 @pytest.fixture
 def machine(tmp_path, monkeypatch):
-    """A function that sets what `nvidia-smi -L` prints; locks lie in a folder of the test's own."""
+    """A function that sets what `nvidia-smi -L` prints; locks are in the test's own folder."""
     programs, locks = tmp_path / "bin", tmp_path / "tmp"
     programs.mkdir()
     locks.mkdir()
@@ -97,7 +97,7 @@ def machine(tmp_path, monkeypatch):
     return lists
 
 
-def test_gpus_are_listed_with_mig_devices_in_the_place_of_a_split_one(machine):
+def test_gpus_are_listed_with_mig_devices_instead_of_a_split_one(machine):
     machine(THREE)
     assert [(gpu.uuid, gpu.name) for gpu in list_gpus()] == [(uuid, "NVIDIA RTX A6000") for uuid in (A, B, C)]
     machine(SPLIT)
@@ -134,7 +134,7 @@ def test_visible_are_the_gpus_that_cuda_would_see(machine, monkeypatch, given, u
     assert os.environ.get(device.VISIBLE) == given
 
 
-def test_each_job_holds_a_gpu_of_its_own_and_who_comes_late_waits(machine, start):
+def test_each_job_holds_its_own_gpu_and_latecomers_wait(machine, start):
     machine(THREE)
     jobs = [start("auto"), start("cuda"), start("cuda")]
     held = [job.claimed() for job in jobs]
@@ -266,7 +266,7 @@ def test_two_launches_that_race_for_all_gpus_do_not_wait_for_each_other(machine,
             job.release()
 
 
-def test_what_a_killed_launch_announced_is_not_believed(machine, start):
+def test_what_a_killed_launch_announced_is_ignored(machine, start):
     machine(THREE)
     launch = {"MASTER_PORT": "29500", "LOCAL_WORLD_SIZE": "2"}
     killed = start("auto", LOCAL_RANK="0", **launch)

@@ -57,7 +57,7 @@ def test_a_curved_nodule_is_cut_where_it_is(layout):
     assert ring[largest_nodule(layout.like(ring))] == Label.NODULE
 
 
-def test_figures_are_saved_twice_alike(tmp_path):
+def test_figures_saved_twice_are_identical(tmp_path):
     for name in ("first", "second"):
         figure, axis = plt.subplots()
         axis.plot([1, 2], label="a line")

@@ -206,7 +206,7 @@ def test_seeds_are_stable_distinct_and_in_range():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_who_comes_second_waits_and_says_so(tmp_path, caplog):
+def test_the_second_process_waits_and_reports_it(tmp_path, caplog):
     order = []
 
     def second():

@@ -77,7 +77,7 @@ def test_a_killed_process_leaves_it_free(disk):
     lock.release()
 
 
-def test_who_waits_gets_it(disk):
+def test_a_waiting_process_gets_it(disk):
     context = multiprocessing.get_context("fork")
     holds, go = context.Event(), context.Event()
 
@@ -135,7 +135,7 @@ def test_a_lock_until_exit_ends_with_its_process_and_is_not_inherited(disk):
     assert path.read_text() == "said\n"
 
 
-def test_who_is_patient_gets_what_is_looked_at_for_an_instant(disk):
+def test_a_patient_process_gets_a_lock_that_is_held_for_an_instant(disk):
     held, lock = FileLock(disk / ".lock"), FileLock(disk / ".lock")
     assert held.take()
     threading.Timer(0.1, held.release).start()
@@ -162,13 +162,13 @@ def held_by(folder, host, process, began, seconds_ago=0.0):
     return not taken
 
 
-def test_a_process_that_got_a_dead_ones_number_does_not_hold_it(without_locks):
+def test_a_process_with_the_id_of_a_dead_one_does_not_hold_it(without_locks):
     mine = locks._describe(os.getpid()).split()[2]
     assert held_by(without_locks, socket.gethostname(), os.getpid(), mine)
     assert not held_by(without_locks, socket.gethostname(), os.getpid(), float(mine) - 3600)
 
 
-def test_another_machines_holds_while_it_is_touched(without_locks):
+def test_a_lock_of_another_machine_holds_while_it_is_touched(without_locks):
     assert held_by(without_locks, "another", 1, 0.0)
     assert held_by(without_locks, "another", 1, 0.0, locks.STALE_AFTER_SECONDS - 60)
     assert not held_by(without_locks, "another", 1, 0.0, locks.STALE_AFTER_SECONDS + 60)

@@ -1,4 +1,4 @@
-"""What a process took, beside what the kernel says it has."""
+"""The peak memory of a process, compared with what the kernel reports."""
 
 import numpy as np
 import psutil
@@ -6,7 +6,7 @@ import psutil
 from lungddpm.core.memory import peak_memory_mib
 
 
-def test_the_peak_is_no_less_than_what_the_process_has_now_and_stays():
+def test_the_peak_is_at_least_the_current_memory_and_does_not_fall():
     block = np.ones(2**25)
     now_mib = psutil.Process().memory_info().rss / 2**20
     peak_mib = peak_memory_mib()

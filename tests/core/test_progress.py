@@ -70,14 +70,14 @@ def test_a_console_that_is_closed_stops_nothing(log_file):
     assert "denoiser: 3 of 3" in path.read_text().splitlines()[-1]
 
 
-def test_a_stage_that_fails_does_not_say_that_it_ended(log_file):
+def test_a_stage_that_fails_does_not_report_its_end(log_file):
     path = log_file(io.StringIO())
     with pytest.raises(RuntimeError), progress.Progress("denoiser", total=3):
         raise RuntimeError
     assert path.read_text() == ""
 
 
-def test_of_several_processes_only_the_first_speaks_but_all_tell_of_errors(log_file, monkeypatch):
+def test_of_several_processes_only_the_first_reports_progress_but_all_report_errors(log_file, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     stream = Terminal()
     path = log_file(stream)
@@ -129,7 +129,7 @@ def test_other_lines_count_nothing(line):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """What would be said after seconds is said at once."""
+    """Messages that would appear after seconds appear at once."""
     monkeypatch.setattr(progress, "_SILENT_SECONDS", 0.0)
     monkeypatch.setattr(progress, "_SECONDS_BETWEEN_LOOKS", 0.01)
 
@@ -139,7 +139,7 @@ def wait_until(condition):
         time.sleep(0.01)
 
 
-def test_what_takes_long_says_so_and_how_long_it_took(log_file, impatient):
+def test_a_long_wait_is_announced_and_its_time_reported(log_file, impatient):
     stream = io.StringIO()
     path = log_file(stream)
     with progress.waiting("loading torch"):
@@ -160,7 +160,7 @@ def test_on_a_terminal_it_is_a_line_that_goes_away(log_file, impatient):
     assert "loading torch: done" in path.read_text()
 
 
-def test_what_is_quick_says_nothing(log_file):
+def test_a_short_wait_prints_nothing(log_file):
     path = log_file(io.StringIO())
     with progress.waiting("loading json"):
         pass

@@ -3,7 +3,7 @@
 from lungddpm.core.tables import DisplayTable
 
 
-def test_numbers_stand_at_the_right_and_words_at_the_left():
+def test_numbers_are_aligned_right_and_words_left():
     table = DisplayTable(["arm", "Dice"], [["real", "0.7"], ["real+[b]@1.0", "−0.12"]], [False, True])
     assert table.text().splitlines() == ["arm            Dice", "real            0.7", "real+[b]@1.0  −0.12"]
 

@@ -37,7 +37,7 @@ def test_numbers_show_on_which_side_of_their_limit_they_lie():
     [
         (0.6117, ".3f", "0.612"), (-0.6117, ".3f", "−0.612"), (-0.6117, "+.1f", "−0.6"), (0.04, "+.1f", "0.0"),
         (-1e-7, ".3g", "−1e−07"), (None, ".3f", ""), (math.nan, ".3f", ""), (math.inf, ".1f", "∞"),
-        (-math.inf, "+.1f", "−∞"),
+        (-math.inf, "+.1f", "−∞"), (462.3, ".2g", "462"), (-1234.0, ".3g", "−1234"), (41.8, ".3g", "41.8"),
     ],
 )  # fmt: skip
 def test_numbers_in_tables(value, form, shown):
@@ -58,5 +58,5 @@ def test_spreads_durations_and_counts():
         (36_000, "10 h"), (172_800, "2.0 days"), (216_000, "2.5 days"),
     ],
 )  # fmt: skip
-def test_a_span_is_said_in_the_unit_that_suits_it(seconds, said):
+def test_a_span_has_the_unit_that_suits_it(seconds, said):
     assert format_span(seconds) == said

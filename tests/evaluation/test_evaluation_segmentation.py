@@ -25,7 +25,7 @@ def replicate_of(results, config):
     return results / "segmentation" / "real" / config.segmentation.replicates()[0]
 
 
-def test_run_evaluate_writes_a_row_a_case_and_a_row_a_lesion(make_results):
+def test_run_evaluate_writes_a_row_per_case_and_per_lesion(make_results):
     config, results = make_results(n_test=3, extras=False)
     folder = replicate_of(results, config)
     scored, lesions, candidates = (pd.read_csv(folder / f"{name}.csv") for name in ("metrics", "lesions", "candidates"))

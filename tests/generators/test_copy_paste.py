@@ -165,7 +165,7 @@ def test_a_nodule_turns_as_its_layout_does(scene, tmp_path, write_nodules):
         assert abs(np.corrcoef(at_mm @ axes[0], hu[pasted])[0, 1]) > 0.5
 
 
-def test_samples_tell_whose_nodules_they_show(tiny_cohort, tmp_path):
+def test_samples_record_whose_nodules_they_show(tiny_cohort, tmp_path):
     config = parse_config({"arms": {"generators": ["copy_paste"]}, "grid": {"size": [16, 16, 16]}})
     out = tmp_path / "out"
     run_synthesize(config, SynthesisJob("copy_paste", tiny_cohort, out, out / "samples.tsv"))

@@ -87,7 +87,7 @@ def test_commands_refuse_it_in_one_message(tmp_path):
     assert "Traceback" not in run.stderr
 
 
-def test_one_that_draws_with_weights_says_what_a_sample_costs(plug_in):
+def test_one_that_draws_with_weights_declares_the_cost_of_a_sample(plug_in):
     plug_in(
         "from lungddpm.config.sections import GeneratorSettings as Settings\n"
         "TITLE = CITATION = 'Mine'\nWEIGHTS_OF = 'lung_ddpm'\nLAYOUTS = 'reference', 'reference'\n\n"
@@ -97,7 +97,7 @@ def test_one_that_draws_with_weights_says_what_a_sample_costs(plug_in):
         generators.plugin("mine")
 
 
-def test_one_that_is_trained_says_how(plug_in):
+def test_one_that_is_trained_declares_its_training(plug_in):
     plug_in(
         "from lungddpm.config.sections import TrainedSettings as Settings\n"
         "TITLE = CITATION = 'Mine'\nLAYOUTS = 'reference', 'reference'\n\n"

@@ -135,7 +135,7 @@ def test_weights_of_another_generator_or_network_are_refused(trained):
         load(changed(network={"widths": [4, 4, 4, 4, 8, 4], "norm_groups": 2}), weights)
 
 
-def test_the_training_goes_on_from_its_own_weights(trained, config):
+def test_the_training_continues_from_its_own_weights(trained, config):
     network = pix2pix3d.recipe(load_config(config).for_training("pix2pix3d")).load(trained / "model.safetensors")
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())
 

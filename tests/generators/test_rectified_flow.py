@@ -114,7 +114,7 @@ def test_weights_of_another_generator_are_refused(trained, tmp_path):
         export_published(weights, tmp_path / "out.pt")
 
 
-def test_the_training_goes_on_from_its_own_weights(trained, config):
+def test_the_training_continues_from_its_own_weights(trained, config):
     settings = load_config(config).for_training("rectified_flow")
     network = rectified_flow.recipe(settings).load(trained / "model.safetensors")
     assert all(torch.isfinite(parameter).all() for parameter in network.parameters())

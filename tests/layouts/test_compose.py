@@ -85,7 +85,7 @@ def test_every_nodule_keeps_its_place_and_volume(patient, case):
     assert layout_mm3 == pytest.approx(volume_mm3, rel=0.05)
 
 
-def test_qc_tells_the_truth(patient, case):
+def test_qc_agrees_with_the_truth(patient, case):
     litres = case.qc["lung_litres_right"] + case.qc["lung_litres_left"]
     assert litres == pytest.approx(patient.lungs.sum() * patient.ct.voxel_mm3 / 1e6, rel=0.03)
     assert case.qc["n_nodules"] == len(case.qc["nodules"]) == 3

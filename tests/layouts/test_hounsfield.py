@@ -178,7 +178,7 @@ def test_without_lungs_it_is_described_alike(patient, case):
     assert re.search(description, recognised_problem(spoil(np.maximum(patient.ct.array, AIR_HU)), LIMITS))
 
 
-def test_air_that_is_no_air_is_described(patient):
+def test_wrong_values_in_air_are_described(patient):
     body = ndimage.binary_fill_holes((patient.ct.array > -300).any(axis=2))[..., None]
     masked = np.where(body, patient.ct.array, 0)
     assert "is filled with 0 around the patient" in hounsfield_problem(masked, patient.lungs, LIMITS)

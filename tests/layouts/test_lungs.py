@@ -95,7 +95,7 @@ def test_a_nodule_of_30_mm_on_the_chest_wall_is_inside(patient):
     assert dice(found > 0, patient.lungs) > 0.985
 
 
-def test_gas_in_bowel_and_stomach_is_no_lung(patient):
+def test_gas_in_bowel_and_stomach_is_not_lung(patient):
     """A bubble of 70 mm under each half of the diaphragm, 5 mm of tissue between it and the lung."""
     depth_mm = ndimage.distance_transform_edt(~patient.lungs, patient.ct.spacing_mm)
     gas = np.zeros(patient.ct.shape, bool)
@@ -234,7 +234,7 @@ def test_too_little_lung_is_reported(patient):
         segment_lungs(patient.ct, Layouts(limits={"lung_litres": (9, 12)}))
 
 
-def test_a_table_filled_with_foam_is_no_lung(patient):
+def test_a_table_filled_with_foam_is_not_lung(patient):
     assert dice(segment_lungs(with_foam_table(patient)) > 0, patient.lungs) > 0.98
 
 

@@ -32,7 +32,7 @@ def no_model_is_kept():
 
 @pytest.fixture
 def lungs_lr(patient):
-    """The truth as the adapters shall give it: the midline is where the lungs' middle is."""
+    """The truth as the adapters should give it: the midline is where the lungs' middle is."""
     x = np.indices(patient.lungs.shape)[0]
     return np.where(patient.lungs, np.where(x > x[patient.lungs].mean(), RIGHT, LEFT), 0).astype(np.uint8)
 

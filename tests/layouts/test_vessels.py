@@ -61,20 +61,20 @@ def test_a_straight_tube(spacing, radius_mm, along):
     assert not found[inner & (distance > 1.5 * max(spacing))].any()
 
 
-def test_a_fissure_is_no_vessel():
+def test_a_fissure_is_not_a_vessel():
     spacing = (1.0, 1.0, 1.25)
     grid, lungs, affine = scene(np.array(spacing))
     distance = np.abs(grid[0] + 0.4 * grid[2] - 42) / np.hypot(1, 0.4) - 0.6
     assert not segment_vessels(volume_of(distance, lungs, affine, spacing), lungs).any()
 
 
-def test_noise_alone_is_no_vessel():
+def test_noise_alone_is_not_a_vessel():
     spacing = (0.7, 0.7, 1.25)
     grid, lungs, affine = scene(np.array(spacing))
     assert not segment_vessels(volume_of(grid[0] + 99, lungs, affine, spacing, noise_hu=60), lungs).any()
 
 
-def test_a_plaque_on_the_pleura_is_no_vessel():
+def test_a_plaque_on_the_pleura_is_not_a_vessel():
     """20 mm long and wide, 4 mm thick: its edges bend like a vessel."""
     spacing = (0.7, 0.7, 1.25)
     grid, lungs, affine = scene(np.array(spacing))

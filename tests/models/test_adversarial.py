@@ -1,4 +1,4 @@
-"""Adversarial training: losses computed by hand, who moves whom, and what becomes of it on one case."""
+"""Adversarial training: losses computed by hand, which step changes which network, and training on one case."""
 
 import copy
 
@@ -171,7 +171,7 @@ def differ(before, after):
     return [not torch.equal(before[name], after[name]) for name in before]
 
 
-def test_each_step_of_one_leaves_the_other_where_it_is(monkeypatch):
+def test_each_step_of_one_leaves_the_other_unchanged(monkeypatch):
     optimization = made_up(accumulation=1)
     assert isinstance(optimization, AdversarialOptimization)
     networks = {"network": optimization.model, "opponent": optimization.opponent.network}
@@ -207,7 +207,7 @@ def test_both_follow_the_published_adam_and_the_schedule():
 
 
 @pytest.mark.parametrize("spoiled", ["weights", "moments"])
-def test_a_state_with_a_spoiled_opponent_is_not_good(spoiled):
+def test_a_state_with_a_damaged_opponent_is_not_finite(spoiled):
     optimization = made_up(accumulation=1)
     optimization.take_step(0)
     assert optimization.is_finite()
@@ -219,7 +219,7 @@ def test_a_state_with_a_spoiled_opponent_is_not_good(spoiled):
     assert not optimization.is_finite()
 
 
-def test_a_gan_that_reaches_nan_stops_with_the_last_good_state(tiny_cohort, tmp_path, monkeypatch):
+def test_a_gan_whose_loss_is_nan_stops_with_the_last_good_state(tiny_cohort, tmp_path, monkeypatch):
     take_step = AdversarialOptimization.take_step
 
     def poisoned(self, step, *rest):
@@ -262,7 +262,7 @@ def test_an_interrupted_training_ends_bit_identical(uninterrupted, tiny_cohort, 
     assert histories[0].equals(histories[1])
 
 
-def test_one_case_is_learned_by_heart():
+def test_one_case_is_memorised():
     layout = np.zeros((1, 16, 16, 16), np.uint8)
     layout[:, 2:14, 2:14, 2:14] = Label.LUNG
     layout[:, 6:10, 6:10, 6:10] = Label.NODULE

@@ -136,7 +136,7 @@ def test_missing_file(tmp_path, name):
 
 @pytest.mark.parametrize("kept", [0, 10, 0.5, 0.99])
 @pytest.mark.parametrize("kind", ["ours", "published"])
-def test_file_cut_short(saved, published, kind, kept):
+def test_truncated_file(saved, published, kind, kept):
     path = saved[0] if kind == "ours" else published
     whole = path.read_bytes()
     path.write_bytes(whole[: int(kept if kept > 1 else kept * len(whole))])
@@ -280,7 +280,7 @@ def test_published_weights_of_another_network_are_refused(published, config, mes
         (resized(norm_groups=4), "denoiser.norm_groups 2, but the config has 4"),
     ],
 )
-def test_weights_of_ours_for_another_task_are_refused(saved, config, message):
+def test_weights_trained_here_for_another_task_are_refused(saved, config, message):
     with pytest.raises(InputError, match=message):
         load_denoiser(saved[0], config)
 
@@ -345,7 +345,7 @@ def test_what_leaves_no_trace_in_weights_is_compared(saved, published, tmp_path,
     with pytest.raises(InputError, match=f"was trained with {key}: the published code would .*Train it with {name}"):
         export_published(path, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
-    if name != "orientation":  # how published files see the chest is the config's to say
+    if name != "orientation":  # the config decides how published files see the chest
         with pytest.raises(InputError, match=f"has a network with {name} {usual} .the config has {value}"):
             load_denoiser(published, config)
 
@@ -448,7 +448,7 @@ def test_a_folder_is_not_a_checkpoint(tmp_path):
             load_denoiser(tmp_path / name, PLAIN)
 
 
-def test_the_format_of_old_torch_has_no_checksums_and_says_so(saved, published, caplog):
+def test_the_format_of_old_torch_has_no_checksums_which_is_reported(saved, published, caplog):
     content = torch.load(published, weights_only=True)
     torch.save(content, published, _use_new_zipfile_serialization=False)
     loaded = load_denoiser(published, PLAIN).state_dict()

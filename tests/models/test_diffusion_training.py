@@ -141,7 +141,7 @@ def test_tensorboard_holds_the_history(uninterrupted):
     assert [scalar.step for scalar in board.Scalars("mse")] == [4, 6]
 
 
-def test_no_tensorboard_is_no_error(tiny_cohort, training_config, tmp_path, monkeypatch, log):
+def test_a_missing_tensorboard_is_not_an_error(tiny_cohort, training_config, tmp_path, monkeypatch, log):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     train(training_config(steps=1), tiny_cohort, tmp_path, "cpu")
     assert log.text.count("TensorBoard is not installed") == 1
@@ -244,7 +244,7 @@ def test_a_training_under_way_survives_changed_code(
 
 
 @pytest.mark.parametrize("rule_reruns", [True, False])
-def test_a_finished_training_of_other_code_begins_again(
+def test_a_finished_training_of_other_code_starts_over(
     uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log, rule_reruns
 ):
     shutil.copytree(uninterrupted, tmp_path, dirs_exist_ok=True)
@@ -263,7 +263,7 @@ def test_a_finished_training_of_other_code_begins_again(
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_restart_begins_again_and_keeps_the_states_until_the_first_new_one(
+def test_restart_starts_over_and_keeps_the_states_until_the_first_new_one(
     uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
 ):
     interrupt(monkeypatch, training_config(), tiny_cohort, tmp_path, 5)
@@ -294,7 +294,7 @@ def test_states_of_another_config_are_kept_until_the_new_training_has_saved(
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_sigterm_ends_the_step_saves_and_goes_on(
+def test_after_sigterm_the_step_is_finished_and_saved_and_training_resumes(
     uninterrupted, tiny_cohort, training_config, tmp_path, monkeypatch, log
 ):
     former = signal.getsignal(signal.SIGTERM)
@@ -339,7 +339,7 @@ def test_damaged_model_is_written_from_the_last_state(
     assert_same_end(tmp_path, uninterrupted)
 
 
-def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, training_config, tmp_path, log):
+def test_another_config_or_other_cases_start_over(uninterrupted, tiny_cohort, training_config, tmp_path, log):
     shutil.copytree(uninterrupted, tmp_path / "run")
     other = training_config(seed=2, steps=2)
     train(other, tiny_cohort, tmp_path / "run", "cpu")
@@ -354,7 +354,7 @@ def test_another_config_or_other_cases_start_anew(uninterrupted, tiny_cohort, tr
     assert "different data and is ignored" in log.text
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(
     tiny_cohort, training_config, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
@@ -379,7 +379,7 @@ def spoil_moments(optimization):
 
 
 @pytest.mark.parametrize("spoil", [spoil_weights, spoil_average, spoil_moments])
-def test_a_state_on_disk_is_good_even_where_the_loss_tells_nothing(
+def test_a_state_on_disk_is_good_even_where_the_loss_shows_nothing(
     tiny_cohort, training_config, tmp_path, monkeypatch, spoil
 ):
     take_step = Optimization.take_step
@@ -438,7 +438,7 @@ def test_gradient_checkpointing_changes_nothing(uninterrupted, tiny_cohort, trai
     np.testing.assert_allclose(losses, history_of(uninterrupted)["loss"], atol=1e-6, rtol=0)
 
 
-def test_a_batch_is_as_good_as_an_accumulation(uninterrupted, tiny_cohort, training_config, tmp_path):
+def test_a_batch_equals_its_accumulation(uninterrupted, tiny_cohort, training_config, tmp_path):
     losses = losses_of(training_config(batch_size=1, accumulation=4), tiny_cohort, tmp_path)
     np.testing.assert_allclose(losses, history_of(uninterrupted)["loss"], atol=1e-4, rtol=0)
 
@@ -553,7 +553,7 @@ def test_a_subset_sees_its_own_cases_and_nobody_else(tiny_cohort, training_confi
         train(replace(training_config(), trained_for=Cohort(3)), tiny_cohort, tmp_path, "cpu")
 
 
-def test_a_training_for_one_replicate_has_its_own_luck(tiny_cohort, training_config, tmp_path):
+def test_a_training_for_one_replicate_has_its_own_random_numbers(tiny_cohort, training_config, tmp_path):
     weights = {}
     for name in ("all", "all-fold0_seed0", "all-fold0_seed1", "real2-fold0_seed0"):
         config = replace(training_config(steps=1), trained_for=Cohort.parse(name))

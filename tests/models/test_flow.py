@@ -32,7 +32,7 @@ def generators():
 
 
 def towards(clean):
-    """The exact velocity where there is but one CT: every path ends there."""
+    """The exact velocity where there is only one CT: every path ends there."""
 
     def velocity(inputs, times):
         return (inputs[:, :1] - clean) / (times / 1000).view(-1, 1, 1, 1, 1).float()

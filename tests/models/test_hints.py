@@ -79,7 +79,7 @@ def test_the_slice_is_that_halfway_up_the_layout(case):
     assert torch.equal(both[2, 0, 0], clean[0, 0, (SHAPE[0] - 1) // 2])
 
 
-def test_no_hint_is_no_channel(case):
+def test_without_a_hint_there_is_no_channel(case):
     clean, condition = tensors(*case)
     assert show("none", clean, condition).shape == (1, 0, *SHAPE)
 
@@ -220,7 +220,7 @@ def test_weights_of_another_hint_are_refused(weights, tmp_path):
         load_denoiser(tmp_path / "out.pt", make_config("volume"))
 
 
-def test_weights_from_before_there_were_hints_are_those_of_none(tmp_path):
+def test_weights_older_than_hints_are_those_without_one(tmp_path):
     config = make_config("none")
     known = Metadata.of(config, 1, "config", "data")
     path = tmp_path / "model.safetensors"

@@ -69,7 +69,7 @@ def test_no_voxel_is_lost_on_the_grid_of_latents(reduction):
     assert in_latents(volumes[:, :0], reduction).shape == (2, 0, 8 // reduction, 12 // reduction, 16 // reduction)
 
 
-def test_each_number_of_the_noise_comes_once():
+def test_each_number_of_the_noise_is_used_once():
     noise = torch.randn(5, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
     of_latents = latent_noise(noise, 2, 8)
     assert torch.equal(of_latents.flatten().sort().values, noise.flatten().sort().values)

@@ -1,4 +1,4 @@
-"""Nodules alone: their histograms, the loss that sees nothing else, and a network that follows a histogram."""
+"""Networks that draw only nodules: histograms, the loss around a nodule, and a network that follows a histogram."""
 
 import math
 
@@ -78,7 +78,7 @@ def test_the_network_sees_the_shares_within_the_nodule_alone():
 
 
 @pytest.mark.parametrize("loss", ["l1", "l2"])
-def test_the_loss_is_blind_beyond_one_voxel_around_the_nodule(loss):
+def test_the_loss_ignores_all_beyond_one_voxel_around_the_nodule(loss):
     nodule = torch.cat([ball(9, 2), ball(9, 1)])
     predicted, target = torch.randn(2, 2, 1, 9, 9, 9, generator=torch.Generator().manual_seed(1))
     error = LesionError(loss)

@@ -100,7 +100,7 @@ def test_aas_keeps_the_reference_under_every_kind(kind, clean):
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v"])
-def test_an_inverted_ct_comes_back(kind):
+def test_an_inverted_ct_is_reproduced(kind):
     clean = MEAN + SPREAD * torch.randn(1, 1, 12, 12, 12, generator=seeded(5))
     condition, solver = torch.ones_like(clean), make_solver("dpmsolver++", 2, BETAS, 50, kind)
     noisiest = invert(ideal(kind), solver, condition, clean)[0]

@@ -301,7 +301,7 @@ class StraightFlow:
         self.times = self.noise[:-1]
 
     def start(self, index, *, pasting):
-        """Euler steps remember nothing."""
+        """Euler steps have no history."""
 
     def clean(self, index, state, prediction):
         return state - self.noise[index] * prediction
@@ -351,7 +351,7 @@ def test_resampling_improves_the_seam_and_keeps_the_spread(accuracy):
     assert once[0] > 1.5
     assert twice[0] < once[0] - 0.15
     assert often[0] < 1.15
-    # A multistep solver that continued after a jump without forgetting would spread far too much here.
+    # A multistep solver that kept its history after a jump would spread far too much here.
     assert often[2] == pytest.approx(1, abs=0.08)
 
 
@@ -379,7 +379,7 @@ def test_published_times_are_on_a_scale_of_1000(times, expected):
         ("unipc", 3, 2, 0.002),
     ],
 )
-def test_sampling_finds_again_what_was_inverted(accuracy, sampler, order, least, error):
+def test_sampling_reproduces_what_was_inverted(accuracy, sampler, order, least, error):
     """The error falls with the steps, on data of several voxels that depend on each other."""
     data = accuracy.correlated("rough", 6)
     clean, predict = data.draw(256, seeded(0)), data.best_denoiser(BETAS)

@@ -40,7 +40,7 @@ def test_noisy_ct_keeps_unit_variance():
 
 
 @pytest.mark.parametrize("timesteps", [250, 1000])
-def test_timesteps_lie_at_even_distances_of_the_log_snr(timesteps):
+def test_timesteps_are_evenly_spaced_in_log_snr(timesteps):
     signal = alphas_cumprod(cosine_betas(timesteps))
     log_snr = torch.log(signal / (1 - signal)) / 2
     visited = log_snr[spaced_timesteps(signal, 12)]

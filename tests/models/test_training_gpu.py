@@ -40,7 +40,7 @@ def test_learns_in_every_precision(make, precision):
     assert optimization.is_finite()
 
 
-def test_goes_on_from_a_state(make):
+def test_resumes_from_a_state(make):
     first = make("fp32")
     for step in range(2):
         first.take_step(step)

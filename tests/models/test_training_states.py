@@ -79,7 +79,7 @@ def test_code_in_a_state_is_not_run(tmp_path, log):
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"config_fingerprint": "a"}, state(data_fingerprint="c")])
-def test_states_of_other_trainings_are_passed_over(tmp_path, content, log):
+def test_states_of_other_trainings_are_ignored(tmp_path, content, log):
     torch.save(content, tmp_path / "step-00000004.pt")
     assert newest_state(tmp_path, WANTED) is None
     assert "is ignored" in log.text

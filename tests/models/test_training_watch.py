@@ -66,7 +66,7 @@ def test_the_same_noise_for_a_case_at_each_call(data, training_config):
     assert nodule.sum() == 9  # the slice through the nodule
 
 
-def test_what_lies_beyond_the_step_is_forgotten(tmp_path):
+def test_output_beyond_the_step_is_removed(tmp_path):
     def add(monitor, step):
         monitor.add_samples(step, ["a"], [step / 100], monitoring.Figure())
 
@@ -107,7 +107,7 @@ def test_operations_counted_by_hand_and_with_checkpointing(training_config):
     assert 1.15 < count(training_config(crop=None, batch_size=1, gradient_checkpointing=True))[2] / both < 4 / 3
 
 
-def test_the_estimate_tells_all_and_writes_nothing(training_config, tmp_path, monkeypatch, capsys):
+def test_the_estimate_reports_everything_and_writes_nothing(training_config, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run_estimate(training_config(steps=1000), "cpu")
     reported = capsys.readouterr().out

@@ -221,7 +221,7 @@ def test_real_cases_keep_their_patient_and_are_derived(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "computed"), [("phantom", True), ("lidc", False), ("of a colleague", False)])
-def test_patients_that_a_source_computes_are_none(tmp_path, source, computed):
+def test_patients_that_a_source_computes_are_called_so(tmp_path, source, computed):
     case = write_case(tmp_path, synthetic=False, name="P-1-a")
     sizes = {f"size_{axis}": 1 for axis in "xyz"} | {f"spacing_{axis}_mm": 1.0 for axis in "xyz"} | {"n_nodules": 0}
     write_cases(tmp_path / "cases.tsv", [{"case_id": "P-1-a", "path": "P-1-a", "source": source, **sizes}])

@@ -80,12 +80,12 @@ def test_patients_by_name_need_no_nodule():
     ("patients", "problem"),
     [("P-9", "not in LIDC-IDRI"), ("0", "does not name a patient"), (",", "does not name a patient")],
 )
-def test_patients_that_are_none(patients, problem):
+def test_unknown_patients_are_refused(patients, problem):
     with pytest.raises(InputError, match=problem):
         fetch.select(INDEX, patients)
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path):
+def test_it_resumes_where_it_was_stopped(tmp_path):
     items, transfer = fetch.select(INDEX, "2"), Transfer()
     transfer.stop_at = "P-3.CT.1"
     with pytest.raises(KeyboardInterrupt):

@@ -101,7 +101,7 @@ def test_runs_to_the_end_and_passes_arguments_on(folder):
 
 
 @pytest.mark.parametrize("value", ["", "1"])
-def test_snakemake_writes_no_colours_where_nobody_wants_them(folder, monkeypatch, value):
+def test_snakemake_writes_no_colours_where_nobody_sees_them(folder, monkeypatch, value):
     monkeypatch.setenv("NO_COLOR", value)
     monkeypatch.setattr(runner, "_supervise", lambda command, *_: seen.extend(command) or 0)
     seen = []

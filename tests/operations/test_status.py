@@ -109,7 +109,7 @@ def disk(request, monkeypatch):
     return request.param
 
 
-def test_of_a_folder_without_a_run_it_says_so(run):
+def test_a_folder_without_a_run_is_reported(run):
     found = run.status()
     assert (found.state, found.locked, found.silent_seconds) == ("not started", False, None)
     assert "nothing has been started here" in shown(found)
@@ -130,7 +130,7 @@ def test_a_run_is_under_way_as_long_as_its_lock_is_held(run, disk):
     assert "The same 'lungddpm run' continues" in shown(run.status())
 
 
-def test_a_lock_that_another_machine_left_behind_is_none(run, disk):
+def test_a_lock_that_another_machine_left_behind_does_not_count(run, disk):
     if disk == "flock":
         pytest.skip("such locks end with their process")
     run.finish(run.jobs["simulate"])
@@ -181,7 +181,7 @@ def test_a_job_runs_as_long_as_its_process_does(run, tmp_path):
     assert run.status().state == "stopped"
 
 
-def test_done_failed_stopped_and_waiting_are_told_apart(run):
+def test_done_failed_stopped_and_waiting_are_distinguished(run):
     done, failed, stopped, waiting = run.of("train_segmenter")
     run.finish(done)
     run.say(failed, "INFO training", "ERROR error: x.dcm: is truncated. Copy it again.", seconds_ago=90)
@@ -215,7 +215,7 @@ def test_what_failed_before_this_run_waits_for_it(run):
     assert run.state_of(failed).state == "failed"
 
 
-def test_a_prediction_that_was_cut_short_is_not_done(run):
+def test_a_truncated_prediction_is_not_done(run):
     job = run.of("predict")[0]
     (run.results / job.output).mkdir(parents=True)
     assert run.state_of(job).state == "waiting"

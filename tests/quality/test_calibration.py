@@ -1,4 +1,4 @@
-"""The calibration check against shifts that are known, and what it says where nothing was measured."""
+"""The calibration check against known shifts, and its result where nothing was measured."""
 
 import math
 import shutil
@@ -164,7 +164,7 @@ def test_limits_that_no_sample_can_keep_are_refused():
 
 
 @pytest.mark.parametrize("shift", [0, -58])
-def test_a_run_whose_lungs_are_too_dark_says_so(make_results, shift):
+def test_a_run_whose_lungs_are_too_dark_reports_it(make_results, shift):
     """Samples are the reference itself, darker by a number of HU in all that the layout names."""
     config, results = make_results(n_test=1, n_replicates=1)
     folder, reference = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0", results / "cases" / "case-01"

@@ -194,7 +194,7 @@ def test_sets_are_compared_region_by_region_with_one_bandwidth():
     assert with_error == {"kid"}
 
 
-def test_small_sets_say_what_their_distances_are_worth():
+def test_small_sets_note_the_bias_of_their_distances():
     rng = np.random.default_rng(8)
     real = rng.normal(size=(4, 1, 30))
     rows = distances_of_sets(

@@ -93,7 +93,7 @@ def test_the_shell_reaches_two_voxels_around_nodules_but_not_beyond_the_layout()
     assert np.count_nonzero(shell) == 5 * 4 * 5
 
 
-def test_ms_ssim_says_how_many_scales_it_has():
+def test_ms_ssim_notes_its_number_of_scales():
     image = np.random.default_rng(3).random((24, 24, 24)).astype(np.float32)
     rows = compare_images(image, image, {"whole volume": np.ones(image.shape, bool)}, WINDOW)
     assert {row["metric"]: row["note"] for row in rows}["ms_ssim"] == "2 scales"
@@ -115,7 +115,7 @@ def test_seam_counts_the_faces_of_the_border():
 
 
 def test_published_aas_has_a_seam_that_corrected_aas_has_not():
-    """The denoiser knows the reference by heart: whatever seam there is comes from how the reference is pasted."""
+    """The denoiser has memorised the reference, so any seam comes from how it is pasted."""
     betas, ramp = cosine_betas(50), torch.linspace(-0.5, 0.5, 32).expand(1, 1, 32, 32, 32)
     signal, condition = alphas_cumprod(betas), torch.ones(1, 2, 32, 32, 32)
     condition[..., :16] = -1
@@ -145,7 +145,7 @@ def published(shared_data):
 
 
 def test_published_samples(published):
-    """Protocol.md's lung-only ranking and its floor of 0.0018 are over two published cases; this is the first one."""
+    """The ranking within the lungs and its floor of 0.0018 are known for two published cases; this is the first one."""
     volumes, layout = published
     reference, masks = volumes.pop("reference"), regions(layout, layout)
     lungs = masks["lungs"]
@@ -237,7 +237,7 @@ def test_unit_range_clips_to_the_window():
     assert unit_range(np.array([-3000, -1024, -212, 600, 3000]), WINDOW).tolist() == [0, 0, 0.5, 1, 1]
 
 
-def test_table_has_a_row_a_sample_image_region_and_metric(make_results):
+def test_table_has_a_row_per_sample_image_region_and_metric(make_results):
     _, results = make_results(n_test=1, n_replicates=1)
     table = pd.read_csv(results / "quality" / "lung_ddpm.csv")
     keys = ["case_id", "image", "region", "metric"]

@@ -91,7 +91,7 @@ def shifted_in(ct):
 
 
 def dark_in(ct):
-    """What a segmenter that depends on the CT alone may say: every voxel below -880 HU."""
+    """What a segmenter that sees only the CT might predict: every voxel below -880 HU."""
     volume = read_volume(ct)
     return volume.like((volume.array < -880).astype(np.uint8))
 

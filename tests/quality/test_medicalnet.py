@@ -186,7 +186,7 @@ def test_the_hub_gives_the_same_file_or_says_what_to_do(weights, monkeypatch):
     assert asked[0] == ("TencentMedicalNet/MedicalNet-Resnet50", "resnet_50.pth")
 
 
-def test_random_weights_are_the_same_every_time_and_say_so():
+def test_random_weights_are_the_same_every_time_and_are_called_so():
     torch.manual_seed(1)
     first = load_extractor(None)
     torch.manual_seed(2)

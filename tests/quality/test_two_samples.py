@@ -66,7 +66,7 @@ def test_copies_cannot_be_distinguished_from_their_originals():
     assert auc == pytest.approx(0.5)
 
 
-def test_what_a_classifier_learned_by_heart_does_not_help_it():
+def test_what_a_classifier_memorised_does_not_help_it():
     """Each patient has a mark, which is the same in all their images: folds by image would find it."""
     rng = np.random.default_rng(6)
     marks = 5 * rng.normal(size=(20, 30))

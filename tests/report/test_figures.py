@@ -179,6 +179,16 @@ def test_segmenter_curves_have_a_panel_for_each_arm():
     np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 100])
 
 
+def test_every_panel_has_figures_on_its_axis_of_steps():
+    arms = ("real", "real+real", "real+lung_ddpm@1.0", "real+reference@1.0")
+    rows = [(arm, "r0", step, 1 / step) for arm in arms for step in (50, 100)]
+    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "training_loss"]))
+    figure.canvas.draw()
+    # Three panels and, in the second row, one: below the second and the third there is none.
+    for axis in (axis for axis in figure.axes if axis.get_visible()):
+        assert any(label.get_visible() and label.get_text() for label in axis.get_xticklabels())
+
+
 def test_label_fidelity_has_a_line_for_each_generator_below_the_ceiling():
     names = {"lung_ddpm": 0.2, "(real CT)": 0.6, "paste_constant": 0.0}
     runs = pd.DataFrame(

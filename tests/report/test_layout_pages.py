@@ -99,7 +99,7 @@ def test_a_case_page_shows_figures_limits_and_nodules(make_pages):
     assert "Patient P one" in text
 
 
-def test_a_case_without_nodules_says_so(make_pages):
+def test_a_case_without_nodules_has_none_listed(make_pages):
     folder = make_pages(
         [row("none", n_nodules=0)], {"none": {"n_nodules": 0, "nodules": [], "nodule_share_in_or_touching_lungs": None}}
     )

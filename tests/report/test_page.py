@@ -37,16 +37,21 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.words, self.images, self.links, self.open = [], [], [], []
+        self.headings, self.heads_without_scope = [], 0
         self.feed(html)
         self.text = " ".join(" ".join(self.words).split())
 
     def handle_starttag(self, tag, attrs):
         values = dict(attrs)
+        if tag == "th" and "scope" not in values:
+            self.heads_without_scope += 1
+        if re.fullmatch("h[1-6]", tag):
+            self.headings.append(int(tag[1]))
         if tag == "img":
             self.images.append(values)
         elif address := values.get("href", values.get("src")):
             self.links.append(address)
-        if tag not in ("img", "meta", "input", "source"):
+        if tag not in ("img", "meta", "input", "source", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -95,6 +100,8 @@ def test_full_report(make_results, read_manifest):
     assert "anatomically aware sampling" in page.text
     assert "Cite: Lung-DDPM: Semantic Layout-guided Diffusion Models" in page.text
     assert "several roles" not in page.text
+    # Sources and controls without a work to cite declare "None: ...".
+    assert "None:" not in page.text
     assert html.index('class="checks"') < html.index('class="outcome stands"') < html.index('class="answers"')
     assert "Segmenters converged passed" in page.text
     assert "No positive control: add `reference` to arms.controls" in page.text
@@ -108,6 +115,42 @@ def test_full_report(make_results, read_manifest):
         assert hashlib.sha256((results / name).read_bytes()).hexdigest() == recorded
     assert manifest["config"]["segmentation"]["folds"] == [0, 1]
     assert manifest["versions"]["numpy"]
+
+
+def test_a_screen_reader_finds_its_way(make_results):
+    config, results = make_results(n_test=7, n_replicates=2, external={"task06": 8})
+    run_report(config, results)
+    html, page = (results / "report.html").read_text(encoding="utf-8"), page_of(results)
+    # One title; no level is skipped on the way down; checks and answers have headings of their own.
+    assert page.headings.count(1) == 1
+    assert page.headings[0] == 1
+    assert all(after <= before + 1 for before, after in zip(page.headings, page.headings[1:], strict=False))
+    assert page.text.index("Can this run tell? ") < page.text.index("Arms compared with real ")
+    # Every section that the contents list can be reached, and the other way round.
+    contents = re.search("<nav.*?</nav>", html, re.DOTALL)[0]
+    listed = set(re.findall('href="#([^"]+)"', contents))
+    assert listed == set(re.findall('<(?:h2|h3|section)[^>]* id="([^"]+)"', html)) - {"external-task06"}
+    assert page.heads_without_scope == 0
+
+
+def test_what_paper_cannot_do_is_left_out_or_unfolded(make_results):
+    config, results = make_results(n_test=2, n_replicates=1)
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    printed = re.search(r"@media print \{\n  html(.*?)\n\}", html, re.DOTALL)[1]
+    assert "details::details-content { content-visibility: visible" in printed
+    assert re.search(r"nav, \.screen \{ display: none; \}", printed)
+    # Long lists for the screen only are in files that a note names.
+    folded = re.findall(r'<details class="screen"><summary>([^<]+)', html)
+    assert folded == [
+        "Cases of every arm",
+        "Published figures without a counterpart in this run",
+        "Configuration",
+        "SHA-256 of tables, figures and arms",
+    ]
+    note = page_of(results).text.partition("Not printed: ")[2]
+    for name in ("arm.json", "tables/published_comparison.csv", "manifest.json"):
+        assert name in note
 
 
 def test_nothing_names_the_machine(make_results, tmp_path):
@@ -156,7 +199,7 @@ def test_no_test_case_with_a_nodule(make_results):
     assert "not measured" in verdict_table_text(results)
 
 
-def test_shared_patients_are_shouted(make_results):
+def test_shared_patients_raise_an_alarm(make_results):
     config, results = make_results(n_test=2, n_replicates=1, extras=False, roles={"allow_shared_patients": True})
     run_report(config, results)
     html = (results / "report.html").read_text(encoding="utf-8")
@@ -330,7 +373,7 @@ def test_a_run_without_cases_or_verdict_is_refused(make_results, tmp_path):
         verdict_table_text(tmp_path / "nowhere")
 
 
-def test_sets_of_images_have_a_row_a_generator_and_image(make_results):
+def test_sets_of_images_have_a_row_per_generator_and_image(make_results):
     config, results = make_results(n_test=1, n_replicates=1)
     tables, _ = write_tables(config, results)
     shown = show_sets(tables["image_quality"])
@@ -444,7 +487,7 @@ def test_an_external_test_set_that_nothing_was_tested_on_is_named(make_results):
     assert f"! ours: nothing missing: failed. {said}" in verdict_table_text(results).replace("\n  ", " ")
 
 
-def test_a_run_without_external_test_sets_says_nothing_of_them(make_results):
+def test_a_run_without_external_test_sets_does_not_mention_them(make_results):
     config, results = make_results(n_test=2, n_replicates=1, extras=False)
     run_report(config, results)
     page = page_of(results)

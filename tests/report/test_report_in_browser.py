@@ -1,4 +1,4 @@
-"""The report in a real browser: it loads alone, without a complaint, and its slices can be looked through."""
+"""The report in a real browser: it loads alone, without an error, its slices can be browsed, and it fits a phone."""
 
 import json
 import os
@@ -28,7 +28,7 @@ addEventListener("unhandledrejection", event => errors.push("rejection: " + even
 addEventListener("securitypolicyviolation", event => errors.push("outside: " + event.blockedURI));
 </script>"""
 
-# After all other scripts: use the page as a reader would, and write down what it then shows.
+# After all other scripts: use the page as a reader would, and record what it then shows.
 PROBE = """<script>
 addEventListener("load", async () => {
   const shows = async wanted => {
@@ -69,18 +69,39 @@ addEventListener("load", async () => {
 });
 </script>"""
 
+# A phone of 420 px, narrower than a window can be: a frame, and what the page in it reports about its widths.
+PHONE = """<!DOCTYPE html><body><iframe src="framed.html" width="420" height="900"></iframe><script>
+addEventListener("message", ({data}) => {
+  const note = document.createElement("pre");
+  note.id = "seen";
+  note.textContent = JSON.stringify(data);
+  document.body.append(note);
+});
+</script></body>"""
+MEASURE_WIDTHS = """<script>
+addEventListener("load", async () => {
+  while (!document.getElementById("viewer").dataset.shows) await new Promise(done => setTimeout(done, 50));
+  document.querySelectorAll("details").forEach(folded => { folded.open = true; });
+  const page = document.documentElement, scrolls = element => element.closest(".scroll, pre");
+  const wider = [...document.body.querySelectorAll("*")]
+    .filter(element => !scrolls(element) && element.getBoundingClientRect().right > page.clientWidth + 1);
+  parent.postMessage({
+    phone: innerWidth,
+    excess: page.scrollWidth - page.clientWidth,
+    wider: wider.map(element => element.outerHTML.slice(0, 80)),
+    scrolled: [...document.querySelectorAll(".scroll")].filter(box => box.scrollWidth > box.clientWidth).length,
+  }, "*");
+});
+</script>"""
+
 
 @pytest.fixture
-def browse(tmp_path):
-    """A function that opens a page with the watch and the probe in it, and returns what the probe wrote down."""
+def open_page(tmp_path):
+    """A function that opens a page in Chromium and returns what its scripts wrote into the element `seen`."""
     if CHROMIUM is None:
         pytest.skip("no chromium or chrome is installed")
 
-    def browse(page):
-        html = page.read_text(encoding="utf-8")
-        probed = tmp_path / "probed.html"
-        html = html.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{PROBE}</body>")
-        probed.write_text(html, encoding="utf-8")
+    def open_page(page):
         options = ["--headless=new", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
         # Ten minutes of the page's own clock, which runs ahead whenever the page is idle.
         options += [
@@ -90,10 +111,24 @@ def browse(tmp_path):
         ]
         if os.geteuid() == 0:
             options.append("--no-sandbox")  # Chromium refuses to run as root with it
-        run = subprocess.run([CHROMIUM, *options, probed.as_uri()], capture_output=True, text=True, check=False)
+        run = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, check=False)
         found = re.search(r'<pre id="seen">(.*?)</pre>', run.stdout, re.DOTALL)
         assert found, f"the probe did not end: {run.stderr[-2000:]}"
         return json.loads(unescape(found[1]))
+
+    return open_page
+
+
+@pytest.fixture
+def browse(tmp_path, open_page):
+    """A function that opens a page with the watch and the probe in it, and returns what the probe recorded."""
+
+    def browse(page):
+        html = page.read_text(encoding="utf-8")
+        probed = tmp_path / "probed.html"
+        html = html.replace("<head>", f"<head>{WATCH}", 1).replace("</body>", f"{PROBE}</body>")
+        probed.write_text(html, encoding="utf-8")
+        return open_page(probed)
 
     return browse
 
@@ -139,3 +174,17 @@ def test_slices_in_a_browser(make_results, browse):
     check("mediastinum", samples[0], (2, 2, 2), mediastinum)
     check("nodule", samples[0], nodule, mediastinum)
     check("other", samples[1], nodule, mediastinum)
+
+
+def test_the_page_fits_a_phone(make_results, open_page, tmp_path):
+    config, results = make_results(n_test=2, n_replicates=1)
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8").replace("</body>", f"{MEASURE_WIDTHS}</body>")
+    (tmp_path / "framed.html").write_text(html, encoding="utf-8")
+    (tmp_path / "phone.html").write_text(PHONE, encoding="utf-8")
+    seen = open_page(tmp_path / "phone.html")
+    assert seen["phone"] == 420
+    assert seen["excess"] == 0
+    assert seen["wider"] == []
+    # Wide tables and figures scroll in their own boxes.
+    assert seen["scrolled"] > 10

@@ -178,7 +178,7 @@ def test_every_arm_takes_the_same_steps_from_the_same_seed(run):
     assert settings[0]["fingerprint"] != settings[1]["fingerprint"]
 
 
-def test_a_killed_training_goes_on_bit_by_bit(run, monkeypatch):
+def test_a_killed_training_resumes_bit_identically(run, monkeypatch):
     whole, killed = (run / "arms" / name for name in ("whole", "killed"))
     for copy in (whole, killed):
         copytree(run / "arms" / "real", copy, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
@@ -260,7 +260,7 @@ def test_states_are_kept_until_a_training_of_other_settings_has_saved(run, monke
     assert [path.name for path in nnunet.fold_folder(arm, 0, 0).parent.glob("*fold_*")] == ["fold_0"]
 
 
-def test_a_training_goes_on_where_other_settings_were_a_slip(run, monkeypatch):
+def test_a_training_resumes_where_other_settings_were_a_slip(run, monkeypatch):
     arm = copied_arm(run, "slip")
     taken = stop_at(monkeypatch, 6, 8)
     for config in (SHORT, configured(steps=8, save_every=4)):

@@ -214,7 +214,7 @@ def test_two_series_in_one_folder_are_distinguished_when_one_is_damaged(tmp_path
     assert load(tmp_path).ct.shape == (COLUMNS, ROWS, SLICES)
 
 
-def test_what_is_no_slice_does_no_harm(tmp_path):
+def test_files_that_are_not_slices_do_no_harm(tmp_path):
     folder = write_case(tmp_path / "a b" / "c")
     (folder / "dicomdir").write_bytes(b"\0" * 128 + b"DICM")
     (folder / "._reads.xml").write_bytes(b"\0\5\x16\7")
@@ -284,7 +284,7 @@ def test_a_file_without_preamble_that_begins_with_another_element(tmp_path):
     np.testing.assert_array_equal(load(tmp_path).ct.array, STORED - 1024)
 
 
-def test_a_slice_without_preamble_that_is_cut_short_is_named(tmp_path):
+def test_a_truncated_slice_without_preamble_is_named(tmp_path):
     folder = write_case(tmp_path, SpecificCharacterSet="ISO_IR 100")
     strip(folder / THIRD, folder / "IM3")
     truncate(folder / "IM3", 0.9)

@@ -47,7 +47,7 @@ def test_the_cases_of_an_external_test_set_are_named_after_it(indexed):
     ]  # fmt: skip
 
 
-def test_names_that_come_out_the_same_are_told_apart(indexed):
+def test_names_that_come_out_the_same_are_distinguished(indexed):
     joined = join_data_sets(indexed("x-a", "b"), {"x": indexed("a"), "X": indexed("A")})
     assert [row["case_id"] for row in joined] == ["b", "x-a", "x-a_2", "X-A_3"]
 

@@ -184,7 +184,7 @@ def test_several_channels_are_refused(tmp_path):
     assert "has no label labelsTr/d.nii.gz" in rows["d"]["reason"]
 
 
-def test_names_that_end_on_four_digits_are_no_channels(tmp_path):
+def test_names_that_end_in_four_digits_are_not_channels(tmp_path):
     for number in ("0007", "0008"):
         save(tmp_path / "images" / f"scan_{number}.nii.gz", CT)
         save(tmp_path / "labels" / f"scan_{number}.nii.gz", TUMOUR)
@@ -192,7 +192,7 @@ def test_names_that_end_on_four_digits_are_no_channels(tmp_path):
     assert [(row["case_id"], row["status"]) for row in rows] == [("scan_0007", "ok"), ("scan_0008", "ok")]
 
 
-def test_what_the_system_leaves_in_archives_is_no_image(tmp_path):
+def test_what_the_system_leaves_in_archives_is_not_an_image(tmp_path):
     describe(write(tmp_path, "a"), V1)
     for folder in ("imagesTr", "labelsTr"):
         (tmp_path / folder / "._a.nii.gz").write_bytes(b"Mac OS X")

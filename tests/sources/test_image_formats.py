@@ -297,7 +297,7 @@ def test_each_error_is_reported(tmp_path, error, role):
 
 
 @pytest.mark.parametrize("by", [1, 20, 300])
-def test_raw_voxels_that_are_cut_short(tmp_path, by):
+def test_truncated_raw_voxels(tmp_path, by):
     for folder, array in (("images", CT), ("labels", LABELS)):
         write(tmp_path / folder / "a.mhd", array, compressed=False)
     cut_short(tmp_path / "images" / "a.raw", by)

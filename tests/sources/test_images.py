@@ -171,7 +171,7 @@ def test_roles_do_not_claim_to_know_the_nodules(tmp_path, caplog):
     for name in "abc":
         write_case(tmp_path, image=f"{name}.nii.gz", label=f"{name}.nii.gz")
     rows = assign_roles(index_source("images", tmp_path), Roles(discovery=1, reference=1, test=1), seed=1)
-    assert "role test: 1 patients, nodules not counted yet" in caplog.messages
+    assert "role test: 1 patient, nodules not counted yet" in caplog.messages
     write_index(tmp_path / "index.tsv", rows)
     assert read_index(tmp_path / "index.tsv")["n_nodules"].tolist() == [0, 0, 0]
 
@@ -381,7 +381,7 @@ def test_labels_half_a_millimetre_beside_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("slope", [0.0, float("nan")])
-def test_a_slope_that_is_none_scales_nothing(tmp_path, slope):
+def test_an_invalid_slope_scales_nothing(tmp_path, slope):
     write_case(tmp_path)
     patch(tmp_path / "images" / "a_0000.nii.gz", SLOPE, struct.pack("<f", slope))
     expect(load(tmp_path))

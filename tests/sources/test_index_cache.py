@@ -125,7 +125,7 @@ def test_patients_that_are_gone_leave_the_table_and_the_cache(tree):
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"\xff\xfe\x00", b"[]", b'{"made_by": "1", "entries": 3}', b"[" * 99999]
 )
-def test_a_damaged_cache_is_made_anew(tree, content):
+def test_a_damaged_cache_is_rebuilt(tree, content):
     first = index(tree)
     good = (tree / "index.cache.json").read_text()
     (tree / "index.cache.json").write_bytes(content)

@@ -147,7 +147,7 @@ def test_points_are_read_however_they_are_written(tmp_path):
     assert points_of(prefixed, tmp_path / "b.xml") == [tuple(plain)]
 
 
-def test_an_error_behind_points_is_placed_as_it_stands_in_the_file(tmp_path):
+def test_an_error_behind_points_is_placed_where_it_is_in_the_file(tmp_path):
     path = tmp_path / "a.xml"
     path.write_text(xml(nodule("\n".join([roi(0), roi(1).replace("</inclusion>", "")]))))
     with pytest.raises(InputError, match="mismatched tag: line 3, column 5"):

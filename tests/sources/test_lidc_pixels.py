@@ -213,7 +213,7 @@ def test_deflated_slices_are_unpacked_within_bounds(tmp_path):
     assert f"{file.name}: decompresses to more than the 64 MiB allowed for a slice" in only(tmp_path).excluded
 
 
-def test_a_deflated_slice_that_is_cut_short(tmp_path):
+def test_a_truncated_deflated_slice(tmp_path):
     folder = case(tmp_path)
     recode(folder, STORED[:, :, :3], DeflatedExplicitVRLittleEndian, None)
     file = sorted(folder.glob("*.dcm"))[1]

@@ -146,7 +146,7 @@ def test_copies_and_segmentations_without_a_reader_are_left_out(tmp_path):
     assert len(load(tmp_path).annotations) == 1
 
 
-def test_reports_are_no_series_and_rtstruct_has_a_way_out(tmp_path):
+def test_reports_are_not_series_and_rtstruct_has_a_way_out(tmp_path):
     write_idc(tmp_path)
     for modality in ("SR", "RTSTRUCT"):
         write_seg(
@@ -233,7 +233,7 @@ def test_headers_that_cannot_be_used_exclude_the_series(tmp_path, harm):
     assert reason in only(tmp_path).excluded
 
 
-def test_a_segmentation_that_is_cut_short_excludes_its_series(tmp_path):
+def test_a_truncated_segmentation_excludes_its_series(tmp_path):
     write_idc(tmp_path)
     file = tmp_path / "P-01" / "a study" / "SEG_12" / "seg.dcm"
     file.write_bytes(file.read_bytes()[:-10])

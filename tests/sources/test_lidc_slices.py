@@ -88,7 +88,7 @@ def test_rounded_positions_make_an_even_grid(name, start):
     np.testing.assert_allclose(stack.affine[:2, 2], 0, atol=1e-12)
 
 
-def test_rounding_in_plane_is_no_tilt():
+def test_rounding_in_plane_is_not_a_tilt():
     angle = np.deg2rad(20)
     axes = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     truth = line(1.25, 80, -50.0, axes[:, 2])
@@ -201,7 +201,7 @@ def test_slices_that_a_converter_has_written_are_slices(tmp_path):
     assert_true_scan(tmp_path)
 
 
-def test_a_series_of_localizers_says_so(tmp_path):
+def test_a_series_of_localizers_is_reported_as_such(tmp_path):
     write_case(tmp_path, ImageType=LOCALIZER)
     assert "has only localizers (scout images)" in only(tmp_path).excluded
 

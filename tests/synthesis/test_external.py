@@ -1,4 +1,4 @@
-"""Folders of other systems: what is taken in, and every way to break the contract that was thought of."""
+"""Folders of other systems: what is accepted, and every known way to break the contract."""
 
 import json
 
@@ -257,7 +257,7 @@ DECLARATIONS = {
 
 
 @pytest.mark.parametrize("case", DECLARATIONS)
-def test_declarations_that_are_none(take, folder, case):
+def test_invalid_declarations(take, folder, case):
     text, message = DECLARATIONS[case]
     (folder / "samples.json").unlink()
     if text is not None:

@@ -49,7 +49,7 @@ def test_slope_and_error_of_one_arm_are_those_of_least_squares():
     assert row["standard_error"] == pytest.approx(500 * theirs.bse["step"], rel=0.15)
 
 
-def test_arms_that_have_stopped_are_seldom_called_learning():
+def test_arms_that_have_stopped_are_rarely_called_learning():
     called = [
         found(convergence_table(curves_of({"a": lambda done: 0.0}, n_points=12, seed=seed)), "a")["p"] < 0.05
         for seed in range(300)
@@ -57,7 +57,7 @@ def test_arms_that_have_stopped_are_seldom_called_learning():
     assert np.mean(called) == pytest.approx(0.05, abs=0.035)
 
 
-def test_three_saved_states_are_too_few_and_no_curve_is_none():
+def test_three_saved_states_or_fewer_are_too_few():
     assert convergence_table(curves_of({"a": lambda done: -done}, n_points=3)).empty
     assert convergence_table(curves_of({})).empty
     assert len(convergence_table(curves_of({"a": lambda done: -done}, n_points=4))) == 2

@@ -70,7 +70,7 @@ def test_a_difference_called_detectable_is_found_in_four_of_five_simulated_bench
     assert np.mean(found) == pytest.approx(0.8, abs=0.06)
 
 
-def test_without_luck_of_runs_it_is_the_power_of_a_t_test_over_cases():
+def test_without_run_to_run_variation_it_is_the_power_of_a_t_test_over_cases():
     design, components = Design(2, 1, 200, 40, 0.95), Components(0.0, 0.001, 0.1)
     theirs = TTestPower().power(effect_size=0.5 / math.sqrt(2), nobs=40, alpha=0.05)
     assert power_of_design(design, components, 0.05) == pytest.approx(theirs, abs=0.01)

@@ -71,7 +71,7 @@ def quality_of(lungs=2.0, spread=1.0, nodules=5.0, speckle=1.0, seam=1.05, neare
 def tables_of(
     verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, scatter=0.001, spread_p=0.6, fidelity=(0.5, 0.55)
 ):
-    """All that the check reads, of a run in which everything is as it should be unless something else is said."""
+    """All that the checks read, of a run in which everything passes unless arguments change it."""
     quality = quality_of() if quality is None else quality
     components = {"n_replicates": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
     names = [ARM, REPEATED, MORE_REAL]
@@ -211,7 +211,7 @@ def test_a_run_without_controls_says_that_it_has_none():
     assert answer["sentence"].endswith("Not measured: positive control found, null control quiet.")
 
 
-def test_one_replicate_can_tell_nothing():
+def test_one_replicate_shows_nothing():
     verdict = verdict_of("cannot tell", "cannot tell", "cannot tell").assign(run_df=0)
     statuses, said, answer = judge(config=config_of(replicates=1), verdict=verdict, run_sd=math.nan)
     assert (statuses[POSITIVE], statuses[NULL], statuses[ENOUGH]) == (NOT_MEASURED, NOT_MEASURED, FAILED)
@@ -220,7 +220,7 @@ def test_one_replicate_can_tell_nothing():
     assert "at least three replicates" in answer["sentence"]
 
 
-def test_too_few_test_cases_can_tell_nothing():
+def test_too_few_test_cases_show_nothing():
     config, tables = config_of(), tables_of(verdict=verdict_of("cannot tell").assign(n_cases=5))
     tables["variance_components"]["n_cases"] = 5
     checks = instrument_table(config, tables, Missing({}, []), [], []).set_index("check")

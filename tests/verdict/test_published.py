@@ -190,7 +190,7 @@ def test_feature_distances_never_compare_and_say_why(verdict, extractor, reason)
     assert mmd["why_not"].str.startswith("not measured").all()
 
 
-def test_mmd_is_measured_as_its_square_and_says_so(verdict):
+def test_mmd_is_measured_as_its_square_and_labelled_so(verdict):
     row = {"generator": "lung_ddpm", "image": "synthetic", "region": "whole volume", "metric": "mmd_squared"}
     row |= {"mean": 0.03, "sd": np.nan, "extractor": MEDICALNET}
     comparison = published_comparison(verdict, pd.DataFrame([row]))
@@ -201,7 +201,7 @@ def test_mmd_is_measured_as_its_square_and_says_so(verdict):
     assert {line[shown.heads.index("measured")] for line in shown.rows} == {"0.0300 (MMD²)"}
 
 
-def test_an_unmeasured_run_says_so(verdict):
+def test_an_unmeasured_run_is_reported(verdict):
     verdict["mean"] = np.nan
     assert row_of(published_comparison(verdict), method="real only", metric="dice", table="segmentation")[
         "why_not"

@@ -258,7 +258,7 @@ def test_a_clear_gain_and_its_mirror_image():
     assert (gain.p, gain.detectable_difference) == pytest.approx((loss.p, loss.detectable_difference))
 
 
-def test_run_to_run_variation_alone_is_no_difference_although_every_case_agrees():
+def test_run_to_run_variation_alone_is_not_a_difference_even_if_every_case_agrees():
     baseline = crossed(1, 3, 250, seed=6, replicate_sd=0)[0]
     shifted = baseline + np.array([[0.05], [0.0], [0.01]])
     result = compared(shifted, baseline)
@@ -402,7 +402,7 @@ def test_interval_is_reproducible():
     assert bootstrap_interval(differences, 500, 0.9, seed=8) == bootstrap_interval(differences, 500, 0.9, seed=8)
 
 
-def test_the_verdict_is_seldom_wrong_and_finds_what_it_calls_detectable(repository):
+def test_the_verdict_is_rarely_wrong_and_finds_what_it_calls_detectable(repository):
     simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
     rates = simulation["measure"](simulation["Scenario"](n_arms=3, n_replicates=3), runs=150, seed=1)
     assert rates.wrong <= 0.08

@@ -33,7 +33,7 @@ TEMPORARY = re.compile(r"\..*-[a-z0-9_]{8}(\..*)?")
 
 
 class DisturbedRun:
-    """`lungddpm run`, begun again whenever it ends, and killed in parts or as a whole."""
+    """`lungddpm run`, restarted whenever it ends, and killed in parts or as a whole."""
 
     def __init__(self, benchmark):
         self.benchmark, self.random = benchmark, random.Random(SEED)
@@ -70,7 +70,7 @@ class DisturbedRun:
             time.sleep(0.2)
 
     def jobs_begun(self):
-        """By all runs so far, those that were begun again included."""
+        """By all runs so far, including restarts."""
         outputs = [path.read_text() for path in self.benchmark.folder.glob("run-*.log")]
         return sum(len(re.findall(r"^(?:local)?(?:rule|checkpoint) \w+:$", text, re.MULTILINE)) for text in outputs)
 
@@ -115,7 +115,7 @@ class DisturbedRun:
         self.process.wait()
 
     def seconds(self):
-        """Since the first beginning."""
+        """Since the first start."""
         return time.monotonic() - self.began
 
     def story(self):

@@ -161,7 +161,7 @@ def test_a_typo_is_refused_by_name(repository, tmp_path):
     assert not (tmp_path / "results").exists()
 
 
-def test_a_key_that_stands_twice_is_refused_by_plain_snakemake(repository, tmp_path):
+def test_a_repeated_key_is_refused_by_plain_snakemake(repository, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("seed: 1\ngrid:\n  margin_mm: 1\n  margin_mm: 2\n")
     run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", mine)

@@ -21,7 +21,7 @@ FOLD = "nnUNet_results/seed0/Dataset501_LungNodule/LungDDPMTrainer__nnUNetPlans_
 
 @pytest.fixture
 def copied(tiny_benchmark, make_benchmark, tmp_path):
-    """The finished tiny benchmark in a folder of another name, to be harmed."""
+    """A copy of the finished tiny benchmark in a folder of another name, to be damaged."""
     benchmark = make_benchmark(tmp_path / "copied")
     for name in ("results", ".snakemake"):
         shutil.copytree(tiny_benchmark.folder / name, benchmark.folder / name, symlinks=True)
@@ -100,7 +100,7 @@ def sums_of(results):
     return {name: digest for digest, name in lines if not name.endswith(varying)}
 
 
-def test_what_was_cut_short_is_found_and_made_again(tiny_benchmark, copied):
+def test_truncated_files_are_found_and_made_again(tiny_benchmark, copied):
     reported = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=copied.results, check=False)
     assert reported.returncode == 0
     moved = copied.run("--dry-run")

@@ -179,7 +179,7 @@ def test_a_key_that_decides_no_result_reruns_no_stage(tiny_benchmark, change):
 
 
 @pytest.mark.slow
-def test_lung_ddpm_plus_goes_on_from_the_same_cases(tiny_benchmark, make_benchmark, tmp_path):
+def test_lung_ddpm_plus_continues_from_the_same_cases(tiny_benchmark, make_benchmark, tmp_path):
     plus = {
         "denoiser": {"base_channels": 8, "multipliers": [1, 2], "norm_groups": 4, "attention": False},
         "training": {"steps": 5, "crop": 16, "save_every": 5},

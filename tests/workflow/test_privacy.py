@@ -100,7 +100,7 @@ def test_nothing_personal_in_a_scan_leaves_the_reader(cohort, results):
     assert files_that_tell(results, words) == {}
 
 
-def test_the_run_had_something_to_tell(results):
+def test_the_run_found_cases_to_write_about(results):
     reported = (results / "cases/cases.tsv").read_text()
     assert reported.count("\tok\t") == 3
     assert "is truncated" in reported
@@ -121,7 +121,7 @@ def test_the_config_of_the_results_has_folders_by_name_only(tmp_path):
     assert (shown.source.path.name, shown.arms.external["maisi"].name) == ("LIDC-IDRI", "maisi")
 
 
-def test_everything_that_a_whole_run_wrote_tells_no_absolute_path(tiny_benchmark):
+def test_nothing_that_a_whole_run_wrote_has_an_absolute_path(tiny_benchmark):
     machine = [str(tiny_benchmark.folder), str(tiny_benchmark.repository)]
     assert files_that_tell(tiny_benchmark.results, machine) == {}
 
