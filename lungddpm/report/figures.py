@@ -456,19 +456,21 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
     return figure
 
 
-def fidelity_plot(runs: pd.DataFrame) -> Figure:
+def fidelity_plot(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
     """Dice and share of lesions found in the CT of every generator: a dot per replicate, the ceiling dashed.
 
     Args:
         runs: rows of `label_fidelity_runs.csv`.
+        table: rows of `label_fidelity.csv`, whose means are drawn: replicates judge different cases, so the mean of the
+            dots is another one.
     """
     names = list(dict.fromkeys(runs["generator"]))
+    means = table.rename(columns={"dice_mean": "dice"}).set_index("generator")
     lines = sorted(names, key=lambda name: name != REAL_CT)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(7.2, 1.0 + 0.34 * len(lines)), sharey=True, layout="constrained")
         for axis, (measure, title) in zip(axes, _FIDELITY_PANELS.items(), strict=True):
-            ceiling = runs.loc[runs["generator"] == REAL_CT, measure].mean()
-            axis.axvline(ceiling, color="#777777", linestyle="--", linewidth=1, zorder=1)
+            axis.axvline(means.loc[REAL_CT, measure], color="#777777", linestyle="--", linewidth=1, zorder=1)
             for line, name in enumerate(lines):
                 found = runs.loc[runs["generator"] == name, measure].dropna()
                 colour = "#777777" if name == REAL_CT else "#0072B2"
@@ -476,9 +478,10 @@ def fidelity_plot(runs: pd.DataFrame) -> Figure:
                     found, np.full(len(found), line), "o", markersize=5, color=colour, markeredgecolor="white",
                     markeredgewidth=0.5, alpha=0.85, zorder=2,
                 )  # fmt: skip
-                axis.plot([found.mean()] * 2, [line - 0.3, line + 0.3], color="black", linewidth=2.5, zorder=3)
+                mean = float(means.loc[name, measure])
+                axis.plot([mean] * 2, [line - 0.3, line + 0.3], color="black", linewidth=2.5, zorder=3)
                 axis.annotate(
-                    format_number(found.mean(), ".2f"), (1.02, line), xycoords=("axes fraction", "data"),
+                    format_number(mean, ".2f"), (1.02, line), xycoords=("axes fraction", "data"),
                     va="center", fontsize=8.5,
                 )  # fmt: skip
             axis.set(xlim=(-0.02, 1.02), ylim=(len(lines) - 0.5, -0.6), yticks=range(len(lines)), yticklabels=lines)
@@ -486,7 +489,7 @@ def fidelity_plot(runs: pd.DataFrame) -> Figure:
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
-        figure.supxlabel("dot: one replicate of real; bar: mean; dashed: ceiling (real CT)", fontsize=9)
+        figure.supxlabel("dot: one replicate of real; bar: mean over cases (Dice), lesions (share); dashed: ceiling (real CT)", fontsize=9)
     return figure
 
 

@@ -124,7 +124,7 @@ def draw_figures(
     if "image_quality" in tables:
         drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
     if "label_fidelity_runs" in tables:
-        drawn["label_fidelity"] = figures.fidelity_plot(tables["label_fidelity_runs"])
+        drawn["label_fidelity"] = figures.fidelity_plot(tables["label_fidelity_runs"], tables["label_fidelity"])
     if "quality_and_cost" in tables and tables["quality_and_cost"]["seconds_per_volume"].notna().any():
         drawn["quality_and_cost"] = figures.cost_plot(tables["quality_and_cost"])
     for one in first_of_generators(shown):

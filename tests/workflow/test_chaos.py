@@ -25,6 +25,7 @@ COHORT = {
     "source": {"phantom": {"patients": 12}},
     "roles": {"discovery": 6, "reference": 2, "test": 4},
     "generators": {"lung_ddpm": {"training": {"steps": 120, "save_every": 10}}},
+    "arms": {"controls": [], "synthetic_only": []},
     "segmentation": {"steps": 40, "save_every": 5, "seeds": [0, 1]},
     "workflow": {"case_shards": 4, "synthesis_shards": 3},
 }  # fmt: skip
