@@ -489,7 +489,10 @@ def fidelity_plot(runs: pd.DataFrame, table: pd.DataFrame) -> Figure:
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
-        figure.supxlabel("dot: one replicate of real; bar: mean over cases (Dice), lesions (share); dashed: ceiling (real CT)", fontsize=9)
+        figure.supxlabel(
+            "dot: one replicate of real; bar: mean over cases (Dice), lesions (share); dashed: ceiling (real CT)",
+            fontsize=9,
+        )
     return figure
 
 
