@@ -512,8 +512,8 @@ class Segmentation(Section):
     """Nodule probability that the untrained network predicts for every voxel, e.g. 0.01 (as for the focal loss, Lin et
     al. 2017), which saves the hundreds of steps needed to learn that nodules are rare. null: nnU-Net's default."""
     augmentation: Literal["nnunet", "mirror", "left_right", "none"] = "nnunet"
-    """`nnunet`: all of nnU-Net's. The others are learned in fewer steps. `mirror`: mirroring along all axes;
-    `left_right`: along that one; `none`: as nnU-Net's `nnUNetTrainerNoDA`."""
+    """`nnunet`: all of nnU-Net's. The others need fewer steps. `mirror`: mirroring along all axes; `left_right`: along
+    the left-right axis only; `none`: as nnU-Net's `nnUNetTrainerNoDA`."""
     n_folds: Annotated[int, Field(ge=2)] = 5
     """Number of folds into which the real training cases are split, by patient and balanced by nodule volume."""
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]

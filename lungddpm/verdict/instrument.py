@@ -196,7 +196,7 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
     if by_dice["status"] == NOT_MEASURED or not (errors <= limits.validation_rise).all():
         return [by_loss, by_dice]
     if not math.isnan(by_loss["value"]):
-        by_dice["sentence"] += f" Training loss: {_convergence_sentence(LOSS, by_loss['subject'], by_loss['value'])}."
+        by_dice["sentence"] += f" {_convergence_sentence(LOSS, by_loss['subject'], by_loss['value'])}."
     return [by_dice]
 
 
