@@ -10,6 +10,9 @@ removed. At the end: the verdicts of each arm, counted over runs, with the exact
 
 <output>/<seed>/tables/, report.html, manifest.json, done
 <output>/verdict.csv and the like      the tables of all runs, with a column `seed`
+
+To share the seeds among machines, copy these last tables to the next machine's <output>: seeds that are in them are not
+run again.
 """
 
 from __future__ import annotations
@@ -42,12 +45,14 @@ def main() -> None:
     parser.add_argument("--config", type=Path, nargs="+", default=[Path("config.yaml")])
     parser.add_argument("--cores", default="all")
     options = parser.parse_args()
+    elsewhere = set(kept(options.output, "verdict")["seed"])
     for seed in options.seeds:
         folder = options.output / str(seed)
-        if not (folder / DONE).exists():
+        if seed not in elsewhere and not (folder / DONE).exists():
             run(options.config, seed, folder, options.cores)
-    for name, rows in gather(options.output, options.seeds).items():
-        write_table(options.output / f"{name}.csv", rows)
+        # After each, so that an interruption leaves the table of the runs so far.
+        for name, rows in gather(options.output, options.seeds).items():
+            write_table(options.output / f"{name}.csv", rows)
     verdicts = pd.read_csv(options.output / "verdict.csv")
     print(counts(verdicts[verdicts["metric"] == deciding_measure().column]).to_markdown(index=False, floatfmt=".3f"))
 
@@ -84,10 +89,20 @@ def gather(output: Path, seeds: list[int]) -> dict[str, pd.DataFrame]:
     found = {}
     for name in TABLES:
         paths = {seed: output / str(seed) / "tables" / f"{name}.csv" for seed in seeds}
-        rows = [pd.read_csv(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
-        if rows:
-            found[name] = pd.concat(rows, ignore_index=True)
+        here = [pd.read_csv(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
+        rows = pd.concat([kept(output, name), *here], ignore_index=True)
+        rows = rows[rows["seed"].isin(seeds)]
+        if len(rows):
+            found[name] = rows.sort_values("seed", kind="stable")
     return found
+
+
+def kept(output: Path, name: str) -> pd.DataFrame:
+    """Rows of a former table of all runs whose seeds have no folder here: they were run on another machine."""
+    path = output / f"{name}.csv"
+    rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["seed"], dtype=int)
+    here = [seed for seed in rows["seed"].unique() if (output / str(seed)).exists()]
+    return rows[~rows["seed"].isin(here)]
 
 
 def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
