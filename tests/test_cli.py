@@ -70,6 +70,16 @@ INSTRUMENT = """check,subject,measure,value,limit_low,limit_high,status,sentence
 nothing missing,,replicates missing,0,,0,passed,"Every arm has all its replicates, n ≥ 3."
 the answer,,,,,,stands,The answer stands: no check failed.
 """
+EXTERNAL_VERDICT = """data_set,arm,metric,mean,difference,p_holm,verdict
+theirs,real,dice,0.4,,,baseline
+theirs,real+lung_ddpm@1.0,dice,0.6,0.2,0.01,better
+theirs,real+lung_ddpm@1.0,sensitivity,0.7,0.1,0.3,no difference shown
+"""
+# Nothing was evaluated on ours, so that it has no verdict.
+EXTERNAL_INSTRUMENT = """data_set,check,subject,measure,value,limit_high,status,sentence
+theirs,nothing missing,,replicates missing,0,0,passed,Every arm has all its replicates.
+ours,nothing missing,,test cases missing,1,0,failed,Test cases that no run segmented: ours-1.
+"""
 
 
 @pytest.mark.parametrize(
@@ -329,11 +339,15 @@ def verdict_folder(tmp_path):
 def test_the_verdict_gives_json_with_the_keys_of_the_docs(verdict_folder):
     # As an interrupted pipe or a Latin-1 terminal would have it: plain ASCII.
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    tables = verdict_folder / "results/tables"
+    (tables / "external_verdict.csv").write_text(EXTERNAL_VERDICT, encoding="utf-8")
+    (tables / "external_instrument.csv").write_text(EXTERNAL_INSTRUMENT, encoding="utf-8")
     run = subprocess.run(
         [LUNGDDPM, "verdict", "--json"], cwd=verdict_folder, text=True, capture_output=True, env=environment, check=True
     )
     values = json.loads(run.stdout, parse_constant=pytest.fail)
-    assert documented_keys("verdict") == keys_of(values)
+    # The empty list of a set on which nothing was evaluated has no keys below it.
+    assert documented_keys("verdict") == keys_of(values) - {"external_tests[].arms"}
     assert (values["answer"], values["sentence"]) == ("stands", "The answer stands: no check failed.")
     real, synthetic = values["arms"]
     assert (real["arm"], real["mean"], real["difference"], real["verdict"]) == ("real", 0.5, None, "baseline")
@@ -341,6 +355,21 @@ def test_the_verdict_gives_json_with_the_keys_of_the_docs(verdict_folder):
     assert "−0.05" in synthetic["sentence"]
     (check,) = values["checks"]
     assert (check["check"], check["value"], check["limit_low"], check["limit_high"]) == ("nothing missing", 0, None, 0)
+    theirs, ours = values["external_tests"]
+    assert [(arm["arm"], arm["difference"], arm["verdict"]) for arm in theirs["arms"]] == [
+        ("real", None, "baseline"),
+        ("real+lung_ddpm@1.0", 0.2, "better"),
+    ]
+    assert [(each["data_set"], each["checks"][0]["status"]) for each in (theirs, ours)] == [
+        ("theirs", "passed"),
+        ("ours", "failed"),
+    ]
+    assert ours["arms"] == []
+
+
+def test_a_run_without_external_test_sets_has_none_in_json(verdict_folder):
+    run = lungddpm("verdict", "--json", cwd=verdict_folder)
+    assert json.loads(run.stdout)["external_tests"] == []
 
 
 def test_without_a_verdict_json_has_nothing_on_standard_output(tmp_path):

@@ -7,6 +7,7 @@ import os
 import torch
 
 from lungddpm.core.errors import ConfigError
+from lungddpm.core.text import plural
 
 
 def select_device(device: str) -> torch.device:
@@ -40,4 +41,4 @@ def device_name(device: torch.device) -> str:
     """Its name in logs and tables: the GPU's product name, or the number of CPU threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{torch.get_num_threads()} threads"
+    return plural(torch.get_num_threads(), "thread")

@@ -33,7 +33,7 @@ def machine() -> dict[str, Any]:
 
 
 def describe(values: dict[str, Any]) -> list[str]:
-    """One line per fact of `machine`, but for what is missing."""
+    """One line per fact of `machine`, except what is missing."""
     lines = [f"{name} {version}" for name, version in values["versions"].items()]
     lines.append(
         f"cores: {values['cores']}; memory: {values['memory_free_gib']:.1f} of {values['memory_gib']:.1f} GiB free"

@@ -47,7 +47,7 @@ class Job:
 
 
 def jobs_of(config: Config, prepare_jobs: int, discovery: int) -> list[Job]:
-    """All jobs of a run in the order of the work, but for those that only list or merge files.
+    """All jobs of a run in the order of the work, except those that only list or merge files.
 
     Args:
         config: of the run.

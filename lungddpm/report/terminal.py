@@ -6,6 +6,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import format_number, styled
 from lungddpm.evaluation.measures import deciding_measure
@@ -52,21 +54,33 @@ def verdict_table_text(results: Path) -> str:
     lines += ["", *(_wrapped(text, "! ") for text in failed), _wrapped(outcome_of(instrument)["sentence"], "> ")]
     lines += ["", table.text(_WIDTH), ""]
     lines += [_wrapped(row["sentence"], "- ") for row in rows]
-    external = results / "tables" / "external_verdict.csv"
-    if external.exists():
-        found = read_csv(external)
-        found = found[(found["metric"] == measure.column) & (found["arm"] != found["baseline"])]
-        lines += ["", _EXPLORATORY, *(_wrapped(sentence, "- ") for sentence in found["sentence"])]
+    if (found := _external_rows(results)) is not None:
+        compared = found[found["arm"] != found["baseline"]]
+        lines += ["", _EXPLORATORY, *(_wrapped(sentence, "- ") for sentence in compared["sentence"])]
     lines += [_wrapped(text, "! ") for text in _failed_externally(results)]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
 
 
+def _external_rows(results: Path) -> pd.DataFrame | None:
+    """Rows of `external_verdict.csv` of the deciding measure; None if nothing was tested externally."""
+    path = results / "tables" / "external_verdict.csv"
+    if not path.exists():
+        return None
+    rows = read_csv(path)
+    return rows[rows["metric"] == deciding_measure().column]
+
+
+def _external_checks(results: Path) -> pd.DataFrame | None:
+    """`external_instrument.csv`; None if the run has no external test set."""
+    path = results / "tables" / "external_instrument.csv"
+    return read_csv(path) if path.exists() else None
+
+
 def _failed_externally(results: Path) -> list[str]:
     """The failed checks of every external test set, as sentences."""
-    path = results / "tables" / "external_instrument.csv"
-    if not path.exists():
+    checks = _external_checks(results)
+    if checks is None:
         return []
-    checks = read_csv(path)
     failed = checks[checks["status"] == FAILED].to_dict("records")
     return [f"{row['data_set']}: {row['check']}: failed. {row['sentence']}" for row in failed]
 
@@ -79,17 +93,40 @@ def verdict_values(results: Path) -> dict[str, Any]:
     """
     verdict, instrument = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "instrument"))
     measure, outcome = deciding_measure(), outcome_of(instrument)
-    rows = verdict[verdict["metric"] == measure.column].reindex(columns=_OF_ARM)
-    checks = instrument[instrument["check"] != ANSWER]
+    rows = verdict[verdict["metric"] == measure.column]
     return {
         "results": results,
         "report": results / "report.html",
         "measure": measure.column,
         "answer": outcome["status"],
         "sentence": outcome["sentence"],
-        "checks": checks.reindex(columns=COLUMNS).fillna({"subject": ""}).to_dict("records"),
-        "arms": rows.to_dict("records"),
+        "checks": _check_values(instrument[instrument["check"] != ANSWER]),
+        "arms": _arm_values(rows),
+        "external_tests": _external_values(results),
     }
+
+
+def _check_values(checks: pd.DataFrame) -> list[dict[str, Any]]:
+    return checks.reindex(columns=COLUMNS).fillna({"subject": ""}).to_dict("records")
+
+
+def _arm_values(rows: pd.DataFrame) -> list[dict[str, Any]]:
+    return rows.reindex(columns=_OF_ARM).to_dict("records")
+
+
+def _external_values(results: Path) -> list[dict[str, Any]]:
+    """Checks and arms of every external test set; one on which nothing was evaluated has no arms."""
+    checks, rows = _external_checks(results), _external_rows(results)
+    if checks is None:
+        return []
+    return [
+        {
+            "data_set": name,
+            "checks": _check_values(of_set),
+            "arms": [] if rows is None else _arm_values(rows[rows["data_set"] == name]),
+        }
+        for name, of_set in checks.groupby("data_set", sort=False)
+    ]
 
 
 def _wrapped(text: str, mark: str) -> str:

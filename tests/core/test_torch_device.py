@@ -46,5 +46,7 @@ def test_processes_of_torchrun_take_a_gpu_each(gpus, monkeypatch):
         select_device("auto")
 
 
-def test_a_cpu_is_named_by_its_threads():
-    assert device_name(torch.device("cpu")) == f"{torch.get_num_threads()} threads"
+@pytest.mark.parametrize(("threads", "name"), [(1, "1 thread"), (2, "2 threads")])
+def test_a_cpu_is_named_by_its_threads(monkeypatch, threads, name):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert device_name(torch.device("cpu")) == name
