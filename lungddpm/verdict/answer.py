@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
@@ -42,8 +42,8 @@ and a defect of this generator does not make synthetic CT useless. The other out
 _REASONS = {
     POSITIVE: "it misses the gain from more real data",
     NULL: "it calls an arm different although that arm adds nothing",
-    CONVERGED: "its segmenters were still learning",
-    GENERATOR: "{subject} is not calibrated",
+    CONVERGED: "the segmenters of {subject} were still learning",
+    GENERATOR: "{subject} {is_or_are} not calibrated",
     ENOUGH: "it is too small",
     COMPLETE: "runs or cases are missing",
     DISTINCT: "runs are copies of others",
@@ -75,20 +75,25 @@ def doubted_arms(checks: pd.DataFrame, verdict: pd.DataFrame, config: Config) ->
     doubted = {}
     for name in asked_arms(config):
         arm, outcome = Arm.parse(name), rows.get(name, "not measured")
-        bearing = [
-            check for check in failed if check["check"] in _NEEDED.get(outcome, _REASONS) and _is_about(check, arm)
-        ]
+        bearing = [check for check in failed if _affects(check, arm, outcome)]
         if bearing or outcome not in _NEEDED:
             doubted[name] = bearing
     return doubted
 
 
-def _is_about(check: dict, arm: Arm) -> bool:
-    """Whether the result of a check concerns an arm."""
+def _affects(check: dict, arm: Arm, outcome: str) -> bool:
+    """Whether a failed check casts doubt on that outcome of an arm."""
+    if check["check"] not in _NEEDED.get(outcome, _REASONS):
+        return False
     if check["check"] in (GENERATOR, COMPLETE):
         return check["subject"] in ("", arm.name, arm.baseline.name, arm.generator)
     if check["check"] in (POSITIVE, NULL):
         return Arm.parse(check["subject"]).baseline == arm.baseline
+    if check["check"] == CONVERGED:
+        # Segmenters that still learn end below what their data teach: where the better ones do, the true difference is
+        # larger than the one found.
+        better = {"better": arm.name, "worse": arm.baseline.name}.get(outcome)
+        return check["subject"] in ("", arm.name, arm.baseline.name) and check["subject"] != better
     # For the others, the subject is the arm that showed it most.
     return True
 
@@ -120,7 +125,7 @@ def answer_row(
     stands = f"The answer stands for {', '.join(firm)}. " if firm else ""
     about = f"about {', '.join(doubted)}" if firm else "whether synthetic CT helps"
     bearing = [check for of_arm in doubted.values() for check in of_arm]
-    reasons = _joined(_REASONS[check["check"]].format(**check) for check in bearing) or "not all arms were measured"
+    reasons = _joined(_texts(_REASONS, bearing)) or "not all arms were measured"
     needed = _needs(bearing, components, config, costs)
     needs = f" It would need: {'; '.join(needed)}." if needed else ""
     return row | {
@@ -131,17 +136,30 @@ def answer_row(
 
 def _needs(bearing: list[dict], components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
     """What a run needs to pass these checks."""
-    needs = [_REMEDIES[check["check"]].format(**check) for check in bearing if check["check"] in _REMEDIES]
+    needs = _texts(_REMEDIES, bearing)
     if any(check["check"] == ENOUGH for check in bearing):
         # The design then gives the number of replicates.
         needs = [_bigger(components, config, costs), *(text for text in needs if "more replicates" not in text)]
     return list(dict.fromkeys(needs))
 
 
+def _texts(templates: Mapping[str, str], bearing: list[dict]) -> list[str]:
+    """A text per check that has a template, about all its subjects."""
+    subjects: dict[str, dict[str, None]] = {}
+    for check in bearing:
+        subjects.setdefault(check["check"], {})[check["subject"]] = None
+    return [
+        templates[name].format(subject=_joined(of_check), is_or_are="is" if len(of_check) == 1 else "are")
+        for name, of_check in subjects.items()
+        if name in templates
+    ]
+
+
 def _short(check: dict) -> str:
-    """The name of a check, with the measure if the check has several."""
+    """The name of a check, with its subject if the check has a row for each."""
     name = SHORT.get(check["measure"], check["check"])
-    return f"{name} of {check['subject']}" if check["check"] in (GENERATOR, MEMORISED) else name
+    has_several = check["check"] in (CONVERGED, GENERATOR, MEMORISED) and check["subject"]
+    return f"{name} of {check['subject']}" if has_several else name
 
 
 def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> str:

@@ -184,8 +184,8 @@ def _numbers(row: dict, significance: float) -> str:
 
 
 def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
-    """The arm whose validation Dice rises most in the last third and, unless the curves are smooth enough to show a
-    rise of the limit, the one whose training loss falls most.
+    """Each arm whose validation Dice still rises and, unless the curves are smooth enough to show a rise of the limit,
+    each whose training loss still falls; if there is none, the arm that changes most.
 
     The loss alone would fail segmenters that have converged: it goes on falling while the learning rate decays and
     training cases are memorised.
@@ -193,30 +193,34 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
     by_dice = _convergence_by(DICE, table, _RISE, "change", limits.validation_rise)
     errors = table[table["measure"] == DICE]["standard_error"]
     by_loss = _convergence_by(LOSS, table, _FALL, "change_of_whole", limits.loss_fall)
-    if by_dice["status"] == NOT_MEASURED or not (errors <= limits.validation_rise).all():
-        return [by_loss, by_dice]
-    if not math.isnan(by_loss["value"]):
-        by_dice["sentence"] += f" {_convergence_sentence(LOSS, by_loss['subject'], by_loss['value'])}."
-    return [by_dice]
+    if by_dice[0]["status"] == NOT_MEASURED or not (errors <= limits.validation_rise).all():
+        return [*by_loss, *by_dice]
+    most = max(by_loss, key=lambda row: row["value"])
+    if not math.isnan(most["value"]):
+        by_dice[-1]["sentence"] += f" {_convergence_sentence(LOSS, most['subject'], most['value'])}."
+    return by_dice
 
 
-def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, limit: float) -> dict:
-    found = table[table["measure"] == measure].dropna(subset=column)
+def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, limit: float) -> list[dict]:
+    found, limits = table[table["measure"] == measure].dropna(subset=column), (math.nan, limit)
     if found.empty:
         said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
-        return _row(CONVERGED, "", what, math.nan, (math.nan, limit), NOT_MEASURED, said)
+        return [_row(CONVERGED, "", what, math.nan, limits, NOT_MEASURED, said)]
     # A change within an arm's scatter does not show that it is still learning.
     moving = found[found["p"] < _LEARNING]
-    worst = (found if moving.empty else moving).sort_values(column).iloc[-1]
-    status = FAILED if not moving.empty and worst[column] > limit else PASSED
-    said = _convergence_sentence(measure, worst["arm"], worst[column])
-    if status == PASSED:
-        said += ", the most of all arms" + (", within its scatter." if worst["p"] >= _LEARNING else ".")
-    else:
-        said += (
-            ". The segmenters are still learning: arms may differ in how fast they learn, not in what their data teach."
+    learning = moving[moving[column] > limit]
+    if learning.empty:
+        most = (found if moving.empty else moving).sort_values(column).iloc[-1]
+        said = _convergence_sentence(measure, most["arm"], most[column]) + ", the most of all arms"
+        said += "." if most["p"] < _LEARNING else ", within its scatter."
+        return [_row(CONVERGED, most["arm"], what, most[column], limits, PASSED, said)]
+    return [
+        _row(
+            CONVERGED, row["arm"], what, row[column], limits, FAILED,
+            f"{_convergence_sentence(measure, row['arm'], row[column])}: with more steps, the arm would be better.",
         )
-    return _row(CONVERGED, worst["arm"], what, worst[column], (math.nan, limit), status, said)
+        for row in learning.to_dict("records")
+    ]  # fmt: skip
 
 
 def _convergence_sentence(measure: str, arm: str, change: float) -> str:

@@ -215,7 +215,7 @@ def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):
     assert "real+lung_ddpm@1.0: no difference to real shown. cannot tell: see the checks" in page
     for said in (page, " ".join(text.split())):
         assert "the run does not even detect the gain from more real data" in said
-        assert "its segmenters were still learning" in said
+        assert "the segmenters of real and real+lung_ddpm@1.0 were still learning" in said
         assert "It would need: " in said
         # Each job of half an hour, by the times of the run.
         assert " h of jobs, by this run's times)" in said

@@ -7,6 +7,7 @@ import pytest
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Calibration
+from lungddpm.core.arms import BASELINE
 from lungddpm.quality.calibration import DIFFERENCE, LUNGS_ALONE, NODULES, SPREAD, calibration_table
 from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.answer import CANNOT_TELL, STANDS, answer_row, doubted_arms
@@ -69,14 +70,18 @@ def quality_of(lungs=2.0, spread=1.0, nodules=5.0, speckle=1.0, seam=1.05, neare
 
 
 def tables_of(
-    verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, scatter=0.001, spread_p=0.6, fidelity=(0.5, 0.55)
-):
-    """All that the checks read, of a run in which everything passes unless arguments change it."""
+    verdict=None, quality=None, run_sd=0.02, fall=0.02, rise=0.0, scatter=0.001, learning=(BASELINE, ARM), spread_p=0.6,
+    fidelity=(0.5, 0.55),
+):  # fmt: skip
+    """All that the checks read, of a run in which everything passes unless arguments change it; `fall` and `rise` are
+    of the arms in `learning`, the others have converged."""
     quality = quality_of() if quality is None else quality
     components = {"n_replicates": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
-    names = [ARM, REPEATED, MORE_REAL]
-    curves = [(arm, LOSS, -0.01, fall, 0.001, 0.001 if fall > 0.02 else 0.5) for arm in names]
-    curves += [(arm, DICE, rise, 0.1, scatter, 0.001 if rise else 0.5) for arm in names]
+    names, curves = [ARM, REPEATED, MORE_REAL], []
+    for arm in [BASELINE, *names]:
+        falls, rises = (fall, rise) if arm in learning else (0.02, 0.0)
+        curves.append((arm, LOSS, -0.01, falls, 0.001, 0.001 if falls > 0.02 else 0.5))
+        curves.append((arm, DICE, rises, 0.1, scatter, 0.001 if rises else 0.5))
     tables = {
         "verdict": verdict_of() if verdict is None else verdict,
         "variance_components": pd.DataFrame(
@@ -183,6 +188,28 @@ def test_a_failed_check_doubts_the_answers_that_it_bears_on(check, changes, doub
         assert ("It would need: " in reported["sentence"]) == doubted
 
 
+@pytest.mark.parametrize("outcome", ["better", "worse", "no difference shown"])
+@pytest.mark.parametrize("learning", [ARM, BASELINE, MORE_REAL])
+def test_segmenters_that_still_learn_cannot_explain_why_they_are_better(learning, outcome):
+    statuses, said, answer = judge(verdict=verdict_of(outcome), rise=0.1, learning=[learning])
+    assert statuses[CONVERGED] == FAILED
+    assert said[CONVERGED].startswith(f"{learning}: validation Dice rose by +0.10")
+    # What is called better with segmenters that would improve further is better; the controls have their own checks.
+    firm = {("better", ARM), ("worse", BASELINE)} | {(each, MORE_REAL) for each in ("better", "worse", outcome)}
+    if (outcome, learning) in firm:
+        assert answer["status"] == STANDS
+        assert f"Failed, but does not affect it: validation Dice of {learning}." in answer["sentence"]
+    else:
+        assert answer["status"] == CANNOT_TELL
+        assert f": the segmenters of {learning} were still learning." in answer["sentence"]
+
+
+def test_the_reasons_of_several_arms_are_one():
+    _, said, answer = judge(verdict=verdict_of("no difference shown"), rise=0.1)
+    assert f"the segmenters of {BASELINE} and {ARM} were still learning. It would need: more" in answer["sentence"]
+    assert said[CONVERGED].count("validation Dice rose by +0.10") == 2
+
+
 def test_what_would_be_able_is_said_with_its_hours():
     _, _, answer = judge(run_sd=0.06)
     assert "it is too small. It would need: " in answer["sentence"]
@@ -229,7 +256,8 @@ def test_too_few_test_cases_show_nothing():
 
 def test_the_loss_decides_only_where_validation_scatters_too_much_to_show_a_rise():
     for scatter, status, rows in ((0.03, PASSED, 1), (0.031, FAILED, 2)):
-        checks = instrument_table(config_of(), tables_of(fall=0.3, scatter=scatter), Missing({}, []), [], [])
+        tables = tables_of(fall=0.3, scatter=scatter, learning=[ARM])
+        checks = instrument_table(config_of(), tables, Missing({}, []), [], [])
         converged = checks[checks["check"] == CONVERGED]
         assert len(converged) == rows
         assert (converged["status"] == FAILED).any() == (status == FAILED)
