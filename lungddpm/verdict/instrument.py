@@ -217,7 +217,7 @@ def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, l
     return [
         _row(
             CONVERGED, row["arm"], what, row[column], limits, FAILED,
-            f"{_convergence_sentence(measure, row['arm'], row[column])}: with more steps, the arm would be better.",
+            f"{_convergence_sentence(measure, row['arm'], row[column])}: with more steps, this arm would probably be better.",
         )
         for row in learning.to_dict("records")
     ]  # fmt: skip
