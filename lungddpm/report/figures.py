@@ -375,25 +375,28 @@ def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Fig
     return figure
 
 
-def segmenter_curves(curves: pd.DataFrame) -> Figure:
-    """Training loss of the segmenter over optimizer steps: a panel per arm, a line per replicate; in grey the mean of
-    the arm's real cases alone.
+def segmenter_curves(curves: pd.DataFrame, measure: str, title: str) -> Figure:
+    """Training curves of the segmenter: a panel per arm, a line per replicate; in grey the mean of the arm's real cases
+    alone, shaded the last third of the steps.
 
     Args:
         curves: rows of `training_curves.csv`.
+        measure: its column.
+        title: of the vertical axis.
     """
-    arms = list(dict.fromkeys(curves["arm"]))
+    arms, end = list(dict.fromkeys(curves["arm"])), curves["step"].max()
     with plt.rc_context(STYLE):
         figure, panels = _panels(len(arms))
         for axis, arm in zip(panels, arms, strict=False):
-            of_baseline = curves[curves["arm"] == Arm.parse(arm).baseline.name].groupby("step")["training_loss"].mean()
+            axis.axvspan(end * 2 / 3, end, color="#f3f3f3", zorder=0)
+            of_baseline = curves[curves["arm"] == Arm.parse(arm).baseline.name].groupby("step")[measure].mean()
             axis.plot(of_baseline.index, of_baseline, color="#bbbbbb", linewidth=3)
             for _, run in curves[curves["arm"] == arm].groupby("replicate"):
-                axis.plot(run["step"], run["training_loss"], color="#0072B2", linewidth=1)
+                axis.plot(run["step"], run[measure], color="#0072B2", linewidth=1)
             axis.set_title(arm, loc="left", fontsize=9)
             axis.grid(color="#eeeeee")
         figure.supxlabel("optimizer step", fontsize=9)
-        figure.supylabel("training loss", fontsize=9)
+        figure.supylabel(title, fontsize=9)
     return figure
 
 

@@ -54,6 +54,7 @@ from lungddpm.report.sections import (
 )
 from lungddpm.report.viewer import DisplaySample, first_of_generators, samples_to_show, viewer_values
 from lungddpm.verdict.answer import doubted_arms
+from lungddpm.verdict.convergence import DICE, LOSS
 from lungddpm.verdict.statistics import MINIMUM_CASES, MINIMUM_RUN_DF, POWER
 from lungddpm.verdict.tables import read_csv, write_tables
 
@@ -94,7 +95,7 @@ def draw_figures(
 
     Names: forest, forest_narrow, forest-<external test set>, froc-<external test set>, dose_response, real_cases,
     dice_by_arm, paired, runs, froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, training,
-    segmenter_training.
+    segmenter_validation, segmenter_training.
     """
     folder = results / "figures"
     measure, prose = deciding_measure().column, deciding_measure().title
@@ -136,8 +137,12 @@ def draw_figures(
         history = results / trained.model_folder / "history.csv"
         if history.exists():
             drawn[f"training-{trained.name}"] = figures.denoiser_curve(read_csv(history))
-    if len(tables["training_curves"]):
-        drawn["segmenter_training"] = figures.segmenter_curves(tables["training_curves"])
+    for name, measure, title in (
+        ("segmenter_validation", DICE, "Dice of validation patches"),
+        ("segmenter_training", LOSS, "training loss"),
+    ):
+        if tables["training_curves"][measure].notna().any():
+            drawn[name] = figures.segmenter_curves(tables["training_curves"], measure, title)
     paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
     for name, figure in drawn.items():
         drawing.save(figure, *paths[name])

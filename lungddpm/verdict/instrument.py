@@ -196,8 +196,8 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
     if by_dice[0]["status"] == NOT_MEASURED or not (errors <= limits.validation_rise).all():
         return [*by_loss, *by_dice]
     most = max(by_loss, key=lambda row: row["value"])
-    if not math.isnan(most["value"]):
-        by_dice[-1]["sentence"] += f" {_convergence_sentence(LOSS, most['subject'], most['value'])}."
+    if by_dice[0]["status"] == PASSED and not math.isnan(most["value"]):
+        by_dice[0]["sentence"] += f" {_convergence_sentence(LOSS, most['subject'], most['value'])}."
     return by_dice
 
 
@@ -214,10 +214,11 @@ def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, l
         said = _convergence_sentence(measure, most["arm"], most[column]) + ", the most of all arms"
         said += "." if most["p"] < _LEARNING else ", within its scatter."
         return [_row(CONVERGED, most["arm"], what, most[column], limits, PASSED, said)]
+    hint = "with more steps, this arm would probably be better"
     return [
         _row(
             CONVERGED, row["arm"], what, row[column], limits, FAILED,
-            f"{_convergence_sentence(measure, row['arm'], row[column])}: with more steps, this arm would probably be better.",
+            f"{_convergence_sentence(measure, row['arm'], row[column])}: {hint}.",
         )
         for row in learning.to_dict("records")
     ]  # fmt: skip

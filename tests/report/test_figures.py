@@ -170,19 +170,24 @@ def test_gains_over_the_number_of_real_cases_have_a_panel_per_generator_and_a_li
     assert len(panels["real+a"].collections) == 2
 
 
-def test_segmenter_curves_have_a_panel_for_each_arm():
-    rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "real+real") for n in (0, 1) for step in (50, 100)]
-    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "training_loss"]))
+@pytest.mark.parametrize("measure", ["training_loss", "pseudo_dice"])
+def test_segmenter_curves_have_a_panel_for_each_arm(measure):
+    rows = [(arm, f"r{n}", step, n + 1 / step) for arm in ("real", "real+real") for n in (0, 1) for step in (50, 150)]
+    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", measure]), measure, "title")
     real, other = figure.axes
     assert (real.get_title(loc="left"), other.get_title(loc="left")) == ("real", "real+real")
     assert len(other.lines) == 3
-    np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 100])
+    np.testing.assert_allclose(other.lines[0].get_ydata(), [0.5 + 1 / 50, 0.5 + 1 / 150])
+    (shaded,) = other.patches
+    assert (shaded.get_x(), shaded.get_x() + shaded.get_width()) == (100, 150)
+    assert figure.get_supylabel() == "title"
 
 
 def test_every_panel_has_figures_on_its_axis_of_steps():
     arms = ("real", "real+real", "real+lung_ddpm@1.0", "real+reference@1.0")
     rows = [(arm, "r0", step, 1 / step) for arm in arms for step in (50, 100)]
-    figure = segmenter_curves(pd.DataFrame(rows, columns=["arm", "replicate", "step", "training_loss"]))
+    curves = pd.DataFrame(rows, columns=["arm", "replicate", "step", "training_loss"])
+    figure = segmenter_curves(curves, "training_loss", "loss")
     figure.canvas.draw()
     # Three panels and, in the second row, one: below the second and the third there is none.
     for axis in (axis for axis in figure.axes if axis.get_visible()):
