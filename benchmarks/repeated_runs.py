@@ -5,8 +5,8 @@
 
 A seed decides the cohort, the roles, every training and every draw, so that the runs are independent. Each has a
 folder, in which `lungddpm run` resumes after an interruption; once it is done, its tables are kept and the rest is
-removed. At the end: the verdicts of each arm, counted over runs, with the exact 95 % interval of the share of claims
-(Clopper and Pearson), and the mean, smallest and largest difference.
+removed. At the end: a row per run; and the verdicts of each arm, counted over runs, with the exact 95 % interval of the
+share of claims (Clopper and Pearson), and the mean, smallest and largest difference.
 
 <output>/<seed>/tables/, report.html, manifest.json, done
 <output>/verdict.csv and the like      the tables of all runs, with a column `seed`
@@ -28,7 +28,9 @@ import pandas as pd
 from scipy import stats
 
 from lungddpm.core.files import write_table, write_text
+from lungddpm.core.text import signed
 from lungddpm.evaluation.measures import deciding_measure
+from lungddpm.verdict.answer import ANSWER
 
 TABLES = ("verdict", "instrument", "calibration", "label_fidelity", "run_spread", "image_quality", "timing")
 FILES = ("report.html", "manifest.json")
@@ -53,8 +55,10 @@ def main() -> None:
         # After each, so that an interruption leaves the table of the runs so far.
         for name, rows in gather(options.output, options.seeds).items():
             write_table(options.output / f"{name}.csv", rows)
-    verdicts = pd.read_csv(options.output / "verdict.csv")
-    print(counts(verdicts[verdicts["metric"] == deciding_measure().column]).to_markdown(index=False, floatfmt=".3f"))
+    verdicts, checks = (pd.read_csv(options.output / f"{name}.csv") for name in ("verdict", "instrument"))
+    verdicts = verdicts[verdicts["metric"] == deciding_measure().column]
+    print(by_seed(verdicts, checks).to_markdown(index=False, disable_numparse=True), "\n")
+    print(counts(verdicts).to_markdown(index=False, floatfmt=".3f"))
 
 
 def seeds_of(text: str) -> list[int]:
@@ -103,6 +107,26 @@ def kept(output: Path, name: str) -> pd.DataFrame:
     rows = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=["seed"], dtype=int)
     here = [seed for seed in rows["seed"].unique() if (output / str(seed)).exists()]
     return rows[~rows["seed"].isin(here)]
+
+
+def by_seed(verdicts: pd.DataFrame, checks: pd.DataFrame) -> pd.DataFrame:
+    """One row per run: the mean of each baseline, the difference of each other arm with its verdict if that is a claim,
+    and the answer.
+
+    Args:
+        verdicts: rows of `verdict.csv` of all runs, of the deciding measure.
+        checks: rows of `instrument.csv` of all runs.
+    """
+    rows = []
+    answers = checks[checks["check"] == ANSWER].set_index("seed")["status"]
+    for seed, of_run in verdicts.groupby("seed"):
+        cells = {"seed": seed}
+        for row in of_run.to_dict("records"):
+            claim = f", {row['verdict']}" if row["verdict"] in ("better", "worse") else ""
+            is_baseline = row["verdict"] == "baseline"
+            cells[row["arm"]] = f"{row['mean']:.2f}" if is_baseline else f"{signed(row['difference'], 2)}{claim}"
+        rows.append(cells | {"answer": answers[seed]})
+    return pd.DataFrame(rows)
 
 
 def counts(verdicts: pd.DataFrame) -> pd.DataFrame:
