@@ -94,7 +94,9 @@ def gather(output: Path, seeds: list[int]) -> dict[str, pd.DataFrame]:
     for name in TABLES:
         paths = {seed: output / str(seed) / "tables" / f"{name}.csv" for seed in seeds}
         here = [pd.read_csv(path).assign(seed=seed) for seed, path in paths.items() if path.exists()]
-        rows = pd.concat([kept(output, name), *here], ignore_index=True)
+        # An empty table would turn whole numbers into decimal ones.
+        parts = [rows for rows in (kept(output, name), *here) if len(rows)]
+        rows = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["seed"])
         rows = rows[rows["seed"].isin(seeds)]
         if len(rows):
             found[name] = rows.sort_values("seed", kind="stable")

@@ -320,7 +320,7 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
             value = made / real
         elif not math.isnan(real):
             limit = f"(limit {ceiling:g})"
-            said = f"Segmenters of real reach a Dice of {real:.2f} on real CT {limit}: too low to judge {name}."
+            said = f"Segmenters of real reach a Dice of {real:.3f} on real CT {limit}: too low to judge {name}."
     status = _judged(value, (lowest, math.nan))
     if status != NOT_MEASURED:
         said = f"Segmenters of real reach a Dice of {made:.2f} on {name}, of {real:.2f} on its references' real CT"

@@ -283,7 +283,7 @@ def test_what_was_not_measured_neither_passes_nor_fails():
 def test_segmenters_that_know_too_little_do_not_judge_a_generator():
     statuses, said, _ = judge(fidelity=(0.2, 0.29))
     assert statuses[GENERATOR] == NOT_MEASURED
-    assert "reach a Dice of 0.29 on real CT (limit 0.3): too low to judge lung_ddpm" in said[GENERATOR]
+    assert "reach a Dice of 0.290 on real CT (limit 0.3): too low to judge lung_ddpm" in said[GENERATOR]
     statuses, _, _ = judge(fidelity=(0.2, 0.29), config=config_of(instrument={"label_fidelity_ceiling": 0.25}))
     assert statuses[GENERATOR] == FAILED
 
