@@ -92,7 +92,7 @@ def test_full_report(make_results, read_manifest):
     assert {f'id="{link[1:]}"' in html for link in page.links} == {True}
     assert len(html) < 25e6
     assert html.count("plotly.js v") == 1
-    assert len(page.images) == 11
+    assert len(page.images) == 12
     assert all(image["src"].startswith("data:image/png;base64,") and image["alt"] for image in page.images)
     assert "real+lung_ddpm@1.0: better than real." in page.text
     assert "holds <b>no</b> lungs" in page.text  # escaped, not bold
