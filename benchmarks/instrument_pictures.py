@@ -26,7 +26,7 @@ RUNS = {
     "60-hu-off": {"n_replicates": 5, "run_sd": 0.03, "shares": {"real+reference": 0.64}, "offset_hu": 60},
     "arm-missing": {"n_replicates": 5, "run_sd": 0.03, "shares": GAIN},
 }
-SIZES = {"": (1280, 900), "-narrow": (420, 1320)}
+SIZES = {"": (1280, 1020), "-narrow": (420, 1640)}
 COLOURS = 48
 
 
