@@ -35,7 +35,7 @@ from lungddpm.quality.image_quality import (
     WHOLE,
 )
 from lungddpm.verdict.answer import ANSWER
-from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED
+from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED, SHORT
 from lungddpm.verdict.ladder import NOT_IN_RUN
 from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
@@ -77,6 +77,11 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     return limits
 
 
+_MANY = 3
+"""With more subjects, a check is a table."""
+_MARKS = {PASSED: "✓ ", FAILED: "✗ ", NOT_MEASURED: ""}
+
+
 @dataclass(frozen=True)
 class DisplayCheck:
     """A check of the instrument for display: its outcome, and a line for each of its subjects."""
@@ -85,6 +90,8 @@ class DisplayCheck:
     status: str
     lines: list[dict[str, str]]
     """Figure, limit, status and sentence of each subject."""
+    overview: DisplayTable | None
+    """A row per subject and a column per measure, if there are many subjects."""
 
 
 def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
@@ -93,6 +100,7 @@ def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
     for name, rows in table[table["check"] != ANSWER].groupby("check", sort=False):
         lines = [
             {
+                "subject": row["subject"],
                 "figure": _check_figure(row["value"]),
                 "measure": row["measure"],
                 "limit": _limit_text(row["limit_low"], row["limit_high"]),
@@ -103,8 +111,24 @@ def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
         ]
         statuses = [line["status"] for line in lines]
         status = next((each for each in (FAILED, PASSED) if each in statuses), NOT_MEASURED)
-        shown.append(DisplayCheck(str(name), status, lines))
+        overview = _overview(lines) if rows["subject"].nunique() > _MANY else None
+        shown.append(DisplayCheck(str(name), status, lines, overview))
     return shown
+
+
+def _overview(lines: list[dict[str, str]]) -> DisplayTable:
+    measures = {line["measure"]: f"{_head(line['measure'])} (limit: {line['limit']})" for line in lines}
+    cells = {(line["subject"], line["measure"]): _MARKS[line["status"]] + (line["figure"] or "–") for line in lines}
+    subjects = dict.fromkeys(line["subject"] for line in lines)
+    return DisplayTable(
+        ["", *measures.values()],
+        [[subject, *(cells.get((subject, measure), "") for measure in measures)] for subject in subjects],
+        [False, *(True for _ in measures)],
+    )
+
+
+def _head(measure: str) -> str:
+    return measure if len(measure) < 25 else SHORT.get(measure, measure)
 
 
 def outcome_of(table: pd.DataFrame) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import pandas as pd
 
@@ -10,7 +10,7 @@ from lungddpm.config.models import Config
 from lungddpm.core.arms import Arm
 from lungddpm.core.text import format_hours, plural
 from lungddpm.evaluation.measures import deciding_measure
-from lungddpm.verdict.design import Costs, hours_of_design, sufficient_designs
+from lungddpm.verdict.design import TRAIN_SEGMENTER, Costs, hours_of_design, sufficient_designs
 from lungddpm.verdict.families import asked_arms, relevant_difference
 from lungddpm.verdict.instrument import (
     ALIKE,
@@ -39,6 +39,8 @@ _NEEDED = {
 }
 """The checks that an answer needs: a gain must be more than chance, a gain that was not found must have been findable,
 and a defect of this generator does not make synthetic CT useless. The other outcomes answer nothing."""
+_MANY = 3
+"""More generators or arms than this are counted, not named: the checks name them."""
 _REASONS = {
     POSITIVE: "it misses the gain from more real data",
     NULL: "it calls an arm different although that arm adds nothing",
@@ -53,7 +55,6 @@ _REASONS = {
 _REMEDIES = {
     POSITIVE: "fewer real cases, so that more data make a difference, or more replicates",
     NULL: "more replicates",
-    CONVERGED: "more segmentation.steps",
     GENERATOR: "samples of {subject} within the limits (longer training, or another seed)",
     COMPLETE: "the missing runs (start the same 'lungddpm run' again)",
     DISTINCT: "separate trainings instead of copies",
@@ -111,15 +112,15 @@ def answer_row(
         costs: of the run, from its own times; None if unknown.
     """
     asked, doubted = asked_arms(config), doubted_arms(checks, verdict, config)
-    unknown = [_short(check) for check in checks[checks["status"] == NOT_MEASURED].to_dict("records")]
-    not_known = f" Not measured: {', '.join(dict.fromkeys(unknown))}." if unknown else ""
+    unknown = _short(checks[checks["status"] == NOT_MEASURED])
+    not_known = f" Not measured: {', '.join(unknown)}." if unknown else ""
     row: dict[str, object] = {"check": ANSWER, "subject": "", "measure": "", "status": STANDS}
     if not asked:
         return row | {"sentence": "No arm has synthetic CT, so there is no question to answer."}
     if not doubted:
-        failed = [_short(check) for check in checks[checks["status"] == FAILED].to_dict("records")]
+        failed = _short(checks[checks["status"] == FAILED])
         said = "no check that affects it failed" if failed or unknown else "all checks passed"
-        others = f" Failed, but does not affect it: {', '.join(dict.fromkeys(failed))}." if failed else ""
+        others = f" Failed, but does not affect it: {', '.join(failed)}." if failed else ""
         return row | {"sentence": f"The answer stands: {said}.{others}{not_known}"}
     firm = [name for name in asked if name not in doubted]
     stands = f"The answer stands for {', '.join(firm)}. " if firm else ""
@@ -136,11 +137,20 @@ def answer_row(
 
 def _needs(bearing: list[dict], components: pd.DataFrame, config: Config, costs: Costs | None) -> list[str]:
     """What a run needs to pass these checks."""
-    needs = _texts(_REMEDIES, bearing)
-    if any(check["check"] == ENOUGH for check in bearing):
+    failed, needs = {check["check"] for check in bearing}, _texts(_REMEDIES, bearing)
+    if CONVERGED in failed:
+        needs = [_longer(config, costs), *needs]
+    if ENOUGH in failed:
         # The design then gives the number of replicates.
         needs = [_bigger(components, config, costs), *(text for text in needs if "more replicates" not in text)]
     return list(dict.fromkeys(needs))
+
+
+def _longer(config: Config, costs: Costs | None) -> str:
+    """Twice the steps of every segmenter, with the time that they add; how many suffice cannot be known beforehand."""
+    text = f"longer training of all segmenters, such as segmentation.steps: {2 * config.segmentation.steps}"
+    hours = costs.hours_of.get(TRAIN_SEGMENTER) if costs else None
+    return text if hours is None else f"{text} ({format_hours(hours)} more, by this run's times)"
 
 
 def _texts(templates: Mapping[str, str], bearing: list[dict]) -> list[str]:
@@ -149,17 +159,27 @@ def _texts(templates: Mapping[str, str], bearing: list[dict]) -> list[str]:
     for check in bearing:
         subjects.setdefault(check["check"], {})[check["subject"]] = None
     return [
-        templates[name].format(subject=_joined(of_check), is_or_are="is" if len(of_check) == 1 else "are")
+        templates[name].format(subject=_counted(name, of_check), is_or_are="is" if len(of_check) == 1 else "are")
         for name, of_check in subjects.items()
         if name in templates
     ]
 
 
-def _short(check: dict) -> str:
-    """The name of a check, with its subject if the check has a row for each."""
-    name = SHORT.get(check["measure"], check["check"])
-    has_several = check["check"] in (CONVERGED, GENERATOR, MEMORISED) and check["subject"]
-    return f"{name} of {check['subject']}" if has_several else name
+def _counted(check: str, subjects: Collection[str]) -> str:
+    """The subjects of a check by name or, if there are many, their number."""
+    if len(subjects) <= _MANY:
+        return _joined(subjects)
+    return plural(len(subjects), "generator" if check in (GENERATOR, MEMORISED) else "arm")
+
+
+def _short(checks: pd.DataFrame) -> list[str]:
+    """The names of checks, each with its subjects if the check has a row for each."""
+    subjects: dict[tuple[str, str], list[str]] = {}
+    for check in checks.to_dict("records"):
+        of_check = subjects.setdefault((check["check"], SHORT.get(check["measure"], check["check"])), [])
+        if check["check"] in (CONVERGED, GENERATOR, MEMORISED) and check["subject"]:
+            of_check.append(check["subject"])
+    return [f"{name} of {_counted(check, named)}" if named else name for (check, name), named in subjects.items()]
 
 
 def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> str:

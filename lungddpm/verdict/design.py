@@ -151,7 +151,8 @@ def typical_components(table: pd.DataFrame, arms: Sequence[str]) -> Components |
     return Components(float(run_sd), float(residual_sd), float(arm_case_sd))
 
 
-STAGES_PER_RUN = {"train_segmenter": False, "predict": True, "evaluate": True}
+TRAIN_SEGMENTER = "train_segmenter"
+STAGES_PER_RUN = {TRAIN_SEGMENTER: False, "predict": True, "evaluate": True}
 """Stages with a job per arm and replicate, and whether its time grows with the test cases."""
 STAGES_PER_SCAN = ("simulate", "index", "prepare", "collect", "qc", "checksums")
 """Stages that process all scans."""

@@ -14,6 +14,7 @@ from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
+from lungddpm.report import sections
 from lungddpm.report.page import run_report
 from lungddpm.report.sections import (
     covered_variation,
@@ -28,6 +29,7 @@ from lungddpm.report.sections import (
 from lungddpm.report.terminal import verdict_table_text
 from lungddpm.report.viewer import ranked_samples
 from lungddpm.segmentation.nnunet import fold_folder
+from lungddpm.verdict.instrument import GENERATOR
 from lungddpm.verdict.tables import write_tables
 
 
@@ -503,3 +505,35 @@ def test_a_p_that_rounds_to_zero_is_not_shown_as_zero():
     ]
     shown = show_checks(pd.DataFrame(rows).assign(limit_low=math.nan, limit_high=0.05))
     assert [check.lines[0]["figure"] for check in shown] == ["< 0.001", "0", "0.034"]
+
+
+def test_a_check_of_many_generators_is_one_row_for_each():
+    rows = [
+        {
+            "check": GENERATOR, "subject": f"rival_{n}", "measure": measure, "value": value, "sentence": "so",
+            "limit_low": low, "limit_high": high, "status": status,
+        }
+        for n in range(5)
+        for measure, value, low, high, status in (
+            ("limits of HU exceeded", float(n), math.nan, 0.0, "failed" if n else "passed"),
+            ("Dice on synthetic CT, over that on real CT", math.nan, 0.8, math.nan, "not measured"),
+        )
+        if (n, value) != (4, 4.0)
+    ]  # fmt: skip
+    (shown,) = show_checks(pd.DataFrame(rows))
+    assert shown.overview.heads == ["", "limits of HU exceeded (limit: 0)", "label fidelity (limit: at least 0.8)"]
+    assert shown.overview.rows[:2] == [["rival_0", "✓ 0", "–"], ["rival_1", "✗ 1", "–"]]
+    assert shown.overview.rows[4] == ["rival_4", "", "–"]
+    (few,) = show_checks(pd.DataFrame(rows[:4]))
+    assert few.overview is None
+
+
+def test_a_check_of_many_is_a_table_on_the_page_and_its_sentences_are_folded(make_results, monkeypatch):
+    config, results = make_results()
+    run_report(config, results)
+    assert "In sentences" not in page_of(results).text
+    monkeypatch.setattr(sections, "_MANY", 0)
+    run_report(config, results)
+    text = page_of(results).text
+    assert "In sentences" in text
+    assert "Passed for all 1" in text

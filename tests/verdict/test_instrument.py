@@ -206,8 +206,28 @@ def test_segmenters_that_still_learn_cannot_explain_why_they_are_better(learning
 
 def test_the_reasons_of_several_arms_are_one():
     _, said, answer = judge(verdict=verdict_of("no difference shown"), rise=0.1)
-    assert f"the segmenters of {BASELINE} and {ARM} were still learning. It would need: more" in answer["sentence"]
+    assert f"the segmenters of {BASELINE} and {ARM} were still learning. It would need: longer" in answer["sentence"]
     assert said[CONVERGED].count("validation Dice rose by +0.10") == 2
+
+
+def test_many_subjects_are_counted_instead_of_named():
+    tables, config = tables_of(), config_of()
+    checks = instrument_table(config, tables, Missing({}, []), [], [])
+    seam = checks[checks["measure"].str.contains("border")].iloc[0]
+    names = ["a", "b", "c", "d"]
+    more = pd.DataFrame([seam.to_dict() | {"subject": name, "status": NOT_MEASURED} for name in names])
+    for rows, said in ((more, "seam of 4 generators"), (more[:3], "seam of a, b and c")):
+        table = pd.concat([checks, rows])
+        answer = answer_row(table, tables["verdict"], tables["variance_components"], config, COSTS)
+        assert answer["sentence"].endswith(f"Not measured: {said}.")
+
+
+def test_longer_training_is_suggested_with_its_hours():
+    # The default is nnU-Net's 250,000 steps.
+    _, _, answer = judge(verdict=verdict_of("no difference shown"), rise=0.1)
+    assert "such as segmentation.steps: 500000 (20 h more, by this run's times)." in answer["sentence"]
+    _, _, untimed = judge(verdict=verdict_of("no difference shown"), rise=0.1, costs=None)
+    assert untimed["sentence"].endswith("such as segmentation.steps: 500000.")
 
 
 def test_what_would_be_able_is_said_with_its_hours():
