@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -88,6 +88,7 @@ _LINES = (("#0072B2", "-"), ("#E69F00", "--"), ("#009E73", "-."), ("#CC79A7", ":
 """Colour and dashes of lines in one panel."""
 _MANY_CASES = 60
 _CLOSE_UP_MM = 80.0
+_TILES_ABREAST = 5
 
 
 def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float, narrow: bool = False) -> Figure:
@@ -294,6 +295,51 @@ def montage(reference: Volume, layout: Volume, synthetic: Volume, title: str) ->
         handles = [Patch(facecolor=colour, label=name) for label, (name, colour) in LABELS.items() if label]
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
         figure.suptitle(title, fontsize=9.5)
+    return figure
+
+
+def side_by_side(reference: Volume, layout: Volume, drawn: Mapping[str, Volume]) -> Figure:
+    """The same sample by several generators: axial through the largest nodule, and a close-up below each.
+
+    Args:
+        reference: CT in HU, RAS+.
+        layout: labels, same grid; all generators drew it.
+        drawn: CT in HU by generator, same grid.
+    """
+    centre, plane = largest_nodule(layout), PLANES[0]
+    gray = {"cmap": "gray", "vmin": LUNG_WINDOW_HU[0], "vmax": LUNG_WINDOW_HU[1]}
+    colours = ListedColormap([colour for _, colour in LABELS.values()])
+    tiles = [
+        ("reference CT", reference.array, gray),
+        ("layout", layout.array, {"cmap": colours, "vmin": -0.5, "vmax": len(LABELS) - 0.5}),
+        *((name, volume.array, gray) for name, volume in drawn.items()),
+    ]
+    (width, height), box = size_mm(layout, plane), _box_around(centre, layout, plane)
+    n_rows = math.ceil(len(tiles) / _TILES_ABREAST)
+    ratios = [height / width, 1.0] * n_rows
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(
+            2 * n_rows, _TILES_ABREAST, figsize=(8.6, 0.4 + 1.7 * sum(ratios)), layout="constrained",
+            gridspec_kw={"height_ratios": ratios}, squeeze=False,
+        )  # fmt: skip
+        figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02)
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[], visible=False)
+            axis.spines[:].set_visible(False)
+        for n, (name, array, style) in enumerate(tiles):
+            row, column = divmod(n, _TILES_ABREAST)
+            whole, close = axes[2 * row : 2 * row + 2, column]
+            for axis in (whole, close):
+                axis.set(visible=True)
+                picture = oriented_slice(array, plane, centre[plane.axis])
+                axis.imshow(picture, interpolation="nearest", extent=(0, width, 0, height), **style)
+            close.set(xlim=box[:2], ylim=box[2:])
+            corner, edges = (box[0], box[2]), (box[1] - box[0], box[3] - box[2])
+            whole.add_patch(Rectangle(corner, *edges, fill=False, edgecolor="white", linewidth=0.8))
+            whole.set_title(name, fontsize=8.5)
+        mark_sides(axes[0, 0], plane)
+        handles = [Patch(facecolor=colour, label=name) for label, (name, colour) in LABELS.items() if label]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     return figure
 
 

@@ -20,6 +20,7 @@ from lungddpm.report import figures
 from lungddpm.report.external import not_tested, show_external
 from lungddpm.report.html import render, show_excluded
 from lungddpm.report.manifest import arm_files, describe_run, draw_files, read_arms
+from lungddpm.report.samples import DisplaySample, first_of_generators, samples_to_show, shared_sample
 from lungddpm.report.sections import (
     extractors_of,
     generators_of,
@@ -52,7 +53,7 @@ from lungddpm.report.sections import (
     show_verdict,
     source_note,
 )
-from lungddpm.report.viewer import DisplaySample, first_of_generators, samples_to_show, viewer_values
+from lungddpm.report.viewer import viewer_values
 from lungddpm.verdict.answer import doubted_arms
 from lungddpm.verdict.convergence import DICE, LOSS
 from lungddpm.verdict.statistics import MINIMUM_CASES, MINIMUM_RUN_DF, POWER
@@ -94,7 +95,8 @@ def draw_figures(
     """Draw every figure that the run has data for, into `<results>/figures/`; SVG and PNG paths by figure name.
 
     Names: forest, forest_narrow, forest-<external test set>, froc-<external test set>, dose_response, real_cases,
-    dice_by_arm, paired, runs, froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, training,
+    dice_by_arm, paired, runs, froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, side_by_side,
+    training,
     segmenter_validation, segmenter_training.
     """
     folder = results / "figures"
@@ -133,6 +135,8 @@ def draw_figures(
         if reference is not None:
             title = f"{one.generator}: sample {one.case_id}, reference {reference.case_id}"
             drawn[f"montage-{one.generator}"] = figures.montage(reference.ct, sample.layout, sample.ct, title)
+    if shared := shared_sample(config, results, shown):
+        drawn["side_by_side"] = figures.side_by_side(shared.reference, shared.layout, shared.drawn)
     for trained in config.trained_generators():
         history = results / trained.model_folder / "history.csv"
         if history.exists():

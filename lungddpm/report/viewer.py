@@ -9,9 +9,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import cc3d
@@ -19,9 +16,6 @@ import numpy as np
 from plotly import graph_objects
 from plotly.subplots import make_subplots
 
-from lungddpm.config.models import Config
-from lungddpm.core import cases
-from lungddpm.core.cohorts import Cohort
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -32,9 +26,8 @@ from lungddpm.core.drawing import (
     inner_voxel,
 )
 from lungddpm.core.labels import Label
-from lungddpm.quality.image_quality import SYNTHETIC, Sample, list_samples, read_sample, reference_of
-from lungddpm.verdict.records import quality_files
-from lungddpm.verdict.tables import read_csv
+from lungddpm.quality.image_quality import Sample
+from lungddpm.report.samples import DisplaySample
 
 PANELS = ("reference CT", "layout", "synthetic CT", "synthetic − reference")
 _OUTLINED = (0, 2)
@@ -46,64 +39,6 @@ _ENDS = (("L", "R"), ("P", "A"), ("F", "H"))
 _GAP, _BAR = 0.008, 0.055
 """Shares of a figure's width: between panels, and for the colour bar at the right."""
 _PANEL = (1 - _BAR - _GAP * (len(PANELS) - 1)) / len(PANELS)
-
-
-@dataclass(frozen=True)
-class DisplaySample:
-    """A sample for the viewer, and why it was chosen."""
-
-    generator: str
-    case_id: str
-    why: str
-    sample: Sample
-
-
-def samples_to_show(config: Config, results: Path) -> list[DisplaySample]:
-    """A typical sample of every generator, then one of the worst of every generator."""
-    ranked = {
-        generator: ranked_samples(results, generator, config.cohorts(generator, config.arms.largest_number()))
-        for generator in config.arms.largest_doses()
-    }
-    several = {name: folders for name, folders in ranked.items() if len(folders) > 1}
-    chosen = [(name, folders[0], "") for name, folders in ranked.items() if len(folders) == 1]
-    chosen += [(name, folders[len(folders) // 2], "median error in the lungs") for name, folders in several.items()]
-    chosen += [(name, folders[-1], "largest error in the lungs") for name, folders in several.items()]
-    return [
-        DisplaySample(generator, folder.path.name, why, read_sample(folder, results / "cases" / cases.CASES))
-        for generator, folder, why in chosen
-    ]
-
-
-def first_of_generators(shown: list[DisplaySample]) -> list[DisplaySample]:
-    """The first sample of each generator, among those that have a reference to compare with."""
-    first: dict[str, DisplaySample] = {}
-    for one in shown:
-        if one.sample.reference is not None:
-            first.setdefault(one.generator, one)
-    return list(first.values())
-
-
-def ranked_samples(results: Path, generator: str, cohorts: Sequence[Cohort]) -> list[cases.CaseFolder]:
-    """Folders of the samples of these cohorts that can be compared with a reference by eye, sorted by squared error in
-    the lungs: those with the reference's own nodules, if there are any, else those with a nodule.
-
-    Without measured image quality only the first sample with a nodule.
-    """
-    folder = results / "synthetic" / generator
-    samples = list_samples([table for each in cohorts for table in sorted(folder.glob(f"{each.name}/samples-*.tsv"))])
-    folders = samples[samples["n_nodules"] > 0].set_index("case_id")["folder"]
-    folders = folders[[reference_of(folder) is not None for folder in folders]]
-    if folders.empty:
-        return []
-    if path := quality_files(results, [generator]).get(generator):
-        quality = read_csv(path)
-        mse = quality[(quality["image"] == SYNTHETIC) & (quality["metric"] == "mse")]
-        mse = mse[mse["case_id"].isin(folders.index)].pivot(index="case_id", columns="region", values="value")
-        # Next to a reference whose nodules are elsewhere, a sample shows little: those with its layout come first.
-        own = mse[mse["nodules"].notna()]
-        if len(ranked := (mse if own.empty else own).sort_values("lungs").index):
-            return folders[ranked].tolist()
-    return folders.iloc[:1].tolist()
 
 
 def viewer_values(shown: list[DisplaySample], limit_bytes: int = _LIMIT_BYTES) -> dict[str, Any] | None:

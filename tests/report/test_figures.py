@@ -19,6 +19,7 @@ from lungddpm.report.figures import (
     real_cases_plot,
     run_plot,
     segmenter_curves,
+    side_by_side,
 )
 
 
@@ -48,6 +49,23 @@ def test_montage_has_true_proportions_and_the_nodule_in_the_close_up():
 def test_montage_without_a_layout_does_not_fail():
     reference, layout, synthetic = volumes()
     montage(reference, layout.like(np.zeros_like(layout.array)), synthetic, title="background only")
+
+
+def test_generators_stand_side_by_side_with_true_proportions_and_one_scale():
+    reference, layout, synthetic = volumes()
+    drawn = {name: synthetic.like(synthetic.array + n) for n, name in enumerate("abcd")}
+    axes = [axis for axis in side_by_side(reference, layout, drawn).axes if axis.get_visible()]
+    titles = {axis.get_title(): axis for axis in axes if axis.get_title()}
+    assert list(titles) == ["reference CT", "layout", "a", "b", "c", "d"]
+    assert len(axes) == 2 * len(titles)
+    # Every picture of CT shows its own volume at the same place, in the same window.
+    for name, axis in titles.items():
+        (image,) = axis.images
+        assert image.get_extent() == [0, 60, 0, 72]
+        if name in drawn:
+            assert image.get_clim() == titles["reference CT"].images[0].get_clim()
+            difference = np.asarray(image.get_array()) - np.asarray(titles["a"].images[0].get_array())
+            assert np.all(difference == list(drawn).index(name))
 
 
 def test_forest_plot_shows_arms_but_not_the_baseline():

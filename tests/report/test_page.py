@@ -6,6 +6,7 @@ import re
 import shutil
 from html.parser import HTMLParser
 
+import numpy as np
 import pandas as pd
 import pytest
 from made_up_results import case_row
@@ -14,8 +15,10 @@ from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import write_json
+from lungddpm.core.volume import write_volume
 from lungddpm.report import sections
 from lungddpm.report.page import run_report
+from lungddpm.report.samples import ranked_samples, samples_to_show, shared_sample
 from lungddpm.report.sections import (
     covered_variation,
     extractors_of,
@@ -27,7 +30,6 @@ from lungddpm.report.sections import (
     show_sets,
 )
 from lungddpm.report.terminal import verdict_table_text
-from lungddpm.report.viewer import ranked_samples
 from lungddpm.segmentation.nnunet import fold_folder
 from lungddpm.verdict.instrument import GENERATOR
 from lungddpm.verdict.tables import write_tables
@@ -301,6 +303,23 @@ def test_samples_to_show_are_ranked_by_their_error(make_results):
         CaseFolder(results / "synthetic" / "lung_ddpm" / cohorts[0].name / "sample-0")
     ]
     assert ranked_samples(results, "reference", cohorts) == []
+
+
+def test_one_layout_is_shown_by_all_generators_that_drew_it(make_results):
+    config, results = make_results(n_test=1, n_replicates=1, arms={"generators": ["lung_ddpm", "med_ddpm", "lefusion"]})
+    first = results / "synthetic" / "lung_ddpm"
+    for name in ("med_ddpm", "lefusion"):
+        shutil.copytree(first, first.with_name(name), dirs_exist_ok=True)
+    # Two draw the same layout; the third was given nodules elsewhere, so it is another sample of that name.
+    for folder in map(CaseFolder, first.with_name("lefusion").glob("*/sample-*")):
+        _, layout = folder.read()
+        write_volume(folder.layout, layout.like(np.roll(layout.array, 1, axis=0)))
+    shown = samples_to_show(config, results)
+    shared = shared_sample(config, results, shown)
+    assert list(shared.drawn) == ["lung_ddpm", "med_ddpm"]
+    assert shared.case_id == shown[0].case_id
+    only = config.model_copy(update={"arms": config.arms.model_copy(update={"generators": ["lung_ddpm"]})})
+    assert shared_sample(only, results, samples_to_show(only, results)) is None
 
 
 def test_arms_of_fewer_real_cases_stand_beside_their_own_baseline(make_results):

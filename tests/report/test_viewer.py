@@ -9,7 +9,8 @@ import pytest
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume
 from lungddpm.quality.image_quality import Reference, Sample
-from lungddpm.report.viewer import DisplaySample, list_nodules, viewer_values
+from lungddpm.report.samples import DisplaySample
+from lungddpm.report.viewer import list_nodules, viewer_values
 
 SHAPE = (10, 9, 8)
 AFFINE = np.array([[2.0, 0, 0, -30], [0, 3.0, 0, 40], [0, 0, 4.0, -500], [0, 0, 0, 1]])
