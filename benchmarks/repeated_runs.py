@@ -32,7 +32,10 @@ from lungddpm.core.text import signed
 from lungddpm.evaluation.measures import deciding_measure
 from lungddpm.verdict.answer import ANSWER
 
-TABLES = ("verdict", "instrument", "calibration", "label_fidelity", "run_spread", "image_quality", "timing")
+TABLES = (
+    "verdict", "instrument", "calibration", "label_fidelity", "run_spread", "variance_components", "image_quality",
+    "timing",
+)  # fmt: skip
 FILES = ("report.html", "manifest.json")
 DONE = "done"
 """An empty file, written last."""

@@ -168,3 +168,12 @@ def test_too_few_cases_take_more_cases_and_nothing_shows_what_patients_hide():
     (more,) = sufficient_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.1, None)
     assert more.n_cases > 30
     assert sufficient_designs(Design(2, 1, 3, 30, 0.95), patients_vary, 0.001, None) == []
+
+
+def test_the_components_of_the_demo_are_those_of_its_recorded_runs(repository):
+    rows = pd.read_csv(repository / "docs/explanation/demo-seeds/variance_components.csv")
+    rows = rows[(rows["metric"] == "dice") & (rows["arm"] == "real+lung_ddpm@3.0")]
+    assert rows["seed"].nunique() == len(rows) >= 5
+    names = ["run_sd", "residual_sd", "arm_case_sd"]
+    root_mean_square = rows[names].pow(2).mean().pow(0.5)
+    assert vars(MEASURED_ON_PHANTOMS) == pytest.approx(root_mean_square.to_dict(), rel=0.1)
