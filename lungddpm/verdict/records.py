@@ -73,21 +73,22 @@ def _common(notes: pd.Series) -> str:
 def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
     """The cost of drawing the samples, from their records: `DRAWING_COLUMNS`, one row per generator.
 
-    `n_volumes` have a record of their time; `seconds_per_volume` is a mean, `memory_mib` the largest peak of a process.
+    `n_volumes` have a record of their time; `seconds_per_volume` is the median, which a stalled machine does
+    not move; `memory_mib` is the largest peak of a process.
     """
     rows, samples = [], CaseFolder(Path("*/*")).sample_record.as_posix()
     for name in generators:
         records = list(map(read_json, sorted((results / "synthetic" / name).glob(samples))))
         timed = [record for record in records if record.get("seconds") is not None]
         known = [record["memory_mib"] for record in timed if record.get("memory_mib") is not None]
-        seconds = float(np.mean([record["seconds"] for record in timed])) if timed else math.nan
+        seconds = float(np.median([record["seconds"] for record in timed])) if timed else math.nan
         devices = "; ".join(dict.fromkeys(record["device"] for record in timed if "device" in record))
         rows.append((name, len(timed), seconds, max(known, default=math.nan), devices))
     return pd.DataFrame(rows, columns=DRAWING_COLUMNS)
 
 
 def seconds_per_volume(results: Path, generators: list[str]) -> dict[str, float]:
-    """Mean sampling time in seconds by generator, where recorded."""
+    """Median sampling time in seconds by generator, where recorded."""
     return drawing_costs(results, generators).set_index("generator")["seconds_per_volume"].dropna().to_dict()
 
 

@@ -12,6 +12,7 @@ from scipy import stats
 from lungddpm.config.loading import parse_config
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import InputError
+from lungddpm.core.files import write_json
 from lungddpm.core.progress import LOG
 from lungddpm.evaluation.froc import BAND_COLUMNS, FROC_COLUMNS, RATES
 from lungddpm.evaluation.measures import MEASURES
@@ -425,6 +426,12 @@ def test_times_come_from_benchmarks_and_samples(make_results):
     assert (nothing["n_volumes"], nothing["device"]) == (0, "")
     assert np.isnan(nothing["seconds_per_volume"])
     assert seconds_per_volume(results, ["lung_ddpm", "reference"]) == {"lung_ddpm": 2.5}
+
+
+def test_a_volume_during_which_the_machine_stalled_does_not_count(tmp_path):
+    for n, seconds in enumerate((3.0, 2.0, 1000.0)):
+        write_json(tmp_path / f"synthetic/flow/all/sample-{n}/sample.json", {"seconds": seconds})
+    assert seconds_per_volume(tmp_path, ["flow"]) == {"flow": 3.0}
 
 
 def test_the_device_is_the_one_that_the_stage_used_last(make_results):
