@@ -68,7 +68,7 @@ def ladder_table(
 
     Returns:
         `LADDER_COLUMNS`, one row per generator in use that is in a cell, ordered by family and given information:
-        image quality (FID of whole volumes and of the lungs), label fidelity (Dice, and its difference to the ceiling)
+        image quality (FID of whole volumes and of the lungs), label fidelity (Dice, and its difference from the ceiling)
         and the difference between the arm of its largest dose (with the most real cases) and these real cases alone.
         Published methods that no generator in use represents follow, with an empty `generator`.
     """

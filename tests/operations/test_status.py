@@ -159,7 +159,7 @@ app()
 
 
 def test_a_job_runs_as_long_as_its_process_does(run, tmp_path):
-    """Without 'lungddpm run', as started by hand or by snakemake itself."""
+    """Without 'lungddpm run', as started by hand or by plain snakemake."""
     job = run.of("train_segmenter")[0]
     (run.results / job.log).parent.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", STAGE, str(run.results / job.log)])
@@ -172,7 +172,7 @@ def test_a_job_runs_as_long_as_its_process_does(run, tmp_path):
         (state,) = found.of("running")
         assert (state.job, state.count.done, state.count.total, state.count.per_second) == (job, 120, 400, 2.0)
         text = shown(found)
-        assert "jobs run without 'lungddpm run'" in text
+        assert "jobs are running without 'lungddpm run'" in text
         assert re.search(rf"{re.escape(job.name)}: training real, 120 of 400, 2/s, 2.3 min left", text)
     finally:
         process.send_signal(signal.SIGKILL)
