@@ -264,6 +264,7 @@ def test_what_waits_for_each_other_does_not_run_side_by_side(run):
     run.finish(report, 10.0)
     assert run.status().left.expected == pytest.approx(10)
     assert checksums.stage == "checksums"
+    assert "About 10 s left (" in shown(run.status()) and " once it resumes." in shown(run.status())
 
 
 def test_a_training_under_way_is_estimated_by_its_count(run, monkeypatch):
@@ -299,7 +300,7 @@ def test_scans_that_are_not_indexed_are_not_known(tmp_path):
     found = reading.run_status(load_plan_config(json.dumps(values)), tmp_path / "results")
     assert (found.state, found.complete, found.left) == ("not started", False, None)
     assert [each.job.name for each in found.jobs] == ["index"]
-    assert "once the scans are indexed" in shown(found)
+    assert "until the scans are indexed" in shown(found)
 
 
 def test_the_command_takes_the_config_that_the_run_left(run, monkeypatch):
