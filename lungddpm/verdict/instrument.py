@@ -211,7 +211,8 @@ def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, l
     learning = moving[moving[column] > limit]
     if learning.empty:
         most = (found if moving.empty else moving).sort_values(column).iloc[-1]
-        said = _convergence_sentence(measure, most["arm"], most[column]) + f", the largest {'share' if measure == LOSS else 'rise'} of all arms"
+        kind = "share" if measure == LOSS else "rise"
+        said = f"{_convergence_sentence(measure, most['arm'], most[column])}, the largest {kind} of all arms"
         said += "." if most["p"] < _LEARNING else " (within scatter)."
         return [_row(CONVERGED, most["arm"], what, most[column], limits, PASSED, said)]
     hint = "with more steps, this arm would probably be better"

@@ -264,7 +264,7 @@ def test_what_waits_for_each_other_does_not_run_side_by_side(run):
     run.finish(report, 10.0)
     assert run.status().left.expected == pytest.approx(10)
     assert checksums.stage == "checksums"
-    assert "About 10 s left (" in shown(run.status()) and " once it resumes." in shown(run.status())
+    assert "About 10 s left (5 s to 20 s) once it resumes." in shown(run.status())
 
 
 def test_a_training_under_way_is_estimated_by_its_count(run, monkeypatch):

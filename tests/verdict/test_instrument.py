@@ -183,7 +183,8 @@ def test_a_failed_check_doubts_the_answers_that_it_bears_on(check, changes, doub
         assert [name for name, status in statuses.items() if status == FAILED] == [check]
         assert said in sentences[check]
         assert reported["status"] == (CANNOT_TELL if doubted else STANDS)
-        text = "This run cannot tell whether synthetic CT helps: " if doubted else "Failed checks that do not affect it: "
+        harmless = "Failed checks that do not affect it: "
+        text = "This run cannot tell whether synthetic CT helps: " if doubted else harmless
         assert text in reported["sentence"]
         assert ("It would need: " in reported["sentence"]) == doubted
 
