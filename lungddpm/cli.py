@@ -32,7 +32,7 @@ app = typer.Typer(
 segment_app = typer.Typer(no_args_is_help=True, help="nnU-Net: plan, train, predict (one arm at a time).")
 config_app = typer.Typer(no_args_is_help=True, help="Show, check and document the configuration.")
 fetch_app = typer.Typer(no_args_is_help=True, help="Fetch a public data set.")
-export_app = typer.Typer(no_args_is_help=True, help="Write cases or a denoiser in the formats of others.")
+export_app = typer.Typer(no_args_is_help=True, help="Export cases or a denoiser to other formats.")
 app.add_typer(segment_app, name="segment", rich_help_panel="Stages")
 app.add_typer(config_app, name="config", rich_help_panel="Tools")
 app.add_typer(fetch_app, name="fetch", rich_help_panel="Tools")
@@ -51,7 +51,7 @@ ConfigOfRun = Annotated[
 CasesTable = Annotated[Path, typer.Option("--cases", help="Table of cases (cases.tsv).")]
 ExternalTests = Annotated[
     list[str] | None,
-    typer.Option(help="NAME=FOLDER of an external test set; default: external_tests.NAME.path. Once for each."),
+    typer.Option(help="NAME=FOLDER of an external test set; default: external_tests.NAME.path. Repeat for each set."),
 ]
 SampleTables = Annotated[
     list[Path] | None, typer.Argument(help="Tables of synthetic cases, in order of shards (none for real arms).")
@@ -496,7 +496,7 @@ def report(
     config: ConfigFiles = DEFAULT_CONFIG,
     results: Annotated[Path, typer.Option(help="Folder of a run; tables/, figures/, report.html go there.")] = RESULTS,
 ) -> None:
-    """Reach the verdict from the metrics of all arms: tables, figures, report.html, manifest.json."""
+    """Compute the verdict from the metrics of all arms: tables, figures, report.html, manifest.json."""
     from lungddpm.config.loading import load_config
     from lungddpm.report.page import run_report
 
@@ -551,7 +551,7 @@ def status(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run has done, what it is doing and when it will end, with the uncertainty of that; starts nothing.
+    """Show what a run has done, what it is doing and when it will end (as a range); starts nothing.
 
     Works from another terminal or another node while the run is under way, and after it was killed.
     """

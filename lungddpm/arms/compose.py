@@ -310,8 +310,8 @@ def _check_segmenter(path: Path, record: dict[str, Any], around: _Surroundings) 
     if strangers:
         raise LeakError(
             "leak guard",
-            f"the segmenter that chose the samples of {around.arm.name} was trained on {', '.join(strangers[:3])}, "
-            "which this arm does not contain in their present form",
+            f"the segmenter that chose the samples of {around.arm.name} was trained on cases that are not in this arm "
+            f"or have changed since: {', '.join(strangers[:3])}",
             "Train the segmenters of its real cases and run 'lungddpm filter' again.",
         )
 

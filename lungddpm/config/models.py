@@ -166,7 +166,7 @@ class ExternalTest(Source):
     def _measured(self) -> ExternalTest:
         if self.is_simulated:
             raise ValueError(
-                f"kind '{self.kind}' makes its own patients: write them by 'lungddpm simulate', and read that folder"
+                f"kind '{self.kind}' is simulated: run 'lungddpm simulate' first and read its output folder"
             )
         return self
 
@@ -625,8 +625,8 @@ class Verdict(Section):
     bootstraps: Annotated[int, Field(ge=100)] = 10_000
     """Bootstrap resamples (replicates, then cases); descriptive only."""
     confidence: Annotated[float, Field(gt=0.5, lt=1)] = 0.95
-    """Level of the confidence intervals; an arm is better or worse if p, corrected for all arms, is below 1 minus
-    it."""
+    """Level of the confidence intervals; an arm is better or worse if its p, corrected within its family, is
+    below 1 minus it."""
     relevant_difference: Share | None = None
     """The smallest difference in Dice, the deciding measure, that matters to you: a run reports whether it can detect
     it. null uses the published gain, 0.032 (lungddpm/verdict/published.csv)."""
@@ -765,7 +765,7 @@ class Config(Section):
     @classmethod
     def _names_of_tests(cls, value: dict[str, ExternalTest]) -> dict[str, ExternalTest]:
         if len({name.casefold() for name in [*value, INTERNAL]}) <= len(value):
-            raise ValueError(f"names differ by more than capitals, and none is '{INTERNAL}', which `source` has")
+            raise ValueError(f"names must differ by more than capitals, and '{INTERNAL}' is reserved for `source`")
         return value
 
     @model_validator(mode="after")

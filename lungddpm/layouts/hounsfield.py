@@ -138,7 +138,7 @@ def hounsfield_problem(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) 
         is_tissue = found.tissue is not None and found.filling is not None and abs(found.filling - found.tissue) <= 1
         if found.filling is not None and found.filling > _DARK_HU and not is_tissue:
             return (
-                f"is filled with {found.filling:g} around the patient, where air has {_AIR_HU} HU: it was masked or "
+                f"has {found.filling:g} HU around the patient, where air should be {_AIR_HU} HU: it was masked or "
                 "padded"
             )
         return None
@@ -181,7 +181,7 @@ def _in_place(found: Landmarks, limits: LayoutLimits) -> bool:
 def _cut_to_a_window(found: Landmarks) -> str | None:
     if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= _SMALLEST_RANGE:
         return None
-    return f"is cut to a window: it has nothing below {found.cut:g} HU, but most of the lungs should be there"
+    return f"is clipped to a window: no voxel is below {found.cut:g} HU, where most of the lungs should be"
 
 
 def _look(found: Landmarks, limits: LayoutLimits) -> str | None:

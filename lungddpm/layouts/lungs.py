@@ -175,7 +175,9 @@ def check_lungs(lungs_lr: Volume, settings: Layouts) -> None:
     litres = figures["lung_litres_right"] + figures["lung_litres_left"]
     least, most = limits.lung_litres
     if not least <= litres <= most:
-        raise _excluded(f"the lungs have {litres:.2f} litres, not {least:g} to {most:g} (layouts.limits.lung_litres)")
+        raise _excluded(
+            f"the lung volume is {litres:.2f} litres, outside {least:g} to {most:g} (layouts.limits.lung_litres)"
+        )
     if (share := figures["smaller_lung_share"]) < limits.smaller_lung_share:
         raise _excluded(
             f"the smaller lung has {share:.1%} of the lung volume, less than {limits.smaller_lung_share:.1%}"

@@ -86,7 +86,8 @@ def check_layout(figures: dict, limits: LayoutLimits) -> None:
     if not least <= share <= most:
         raise ExcludedCaseError(
             "vessels",
-            f"they take {share:.2%} of the lungs, not {least:.2%} to {most:.2%} (layouts.limits.vessel_share)",
+            f"they fill {share:.2%} of the lungs; the limits are {least:.2%} to {most:.2%}"
+            " (layouts.limits.vessel_share)",
             "Look for noise, contrast or lung contents that explain it.",
         )
     share = figures["nodule_share_in_or_touching_lungs"]

@@ -213,7 +213,8 @@ def measure_latents(network: LatentDiffusion, data: TrainingData, window_hu: tup
     sd = (squares / number - mean.square()).clamp(min=_LEAST_VARIANCE).sqrt()
     network.mean.copy_(mean)
     network.sd.copy_(sd)
-    LOG.info("The autoencoder is trained: its latents spread by %s", ", ".join(f"{value:.3g}" for value in sd.tolist()))
+    spread = ", ".join(f"{value:.3g}" for value in sd.tolist())
+    LOG.info("Autoencoder trained; standard deviations of its latents: %s", spread)
 
 
 def _with_training(config: GeneratorConfig[LatentSettings], training: Training) -> GeneratorConfig[LatentSettings]:

@@ -52,7 +52,7 @@ _PUBLISHED = {
     "denoiser.norm": ("volume", "normalize over the volume"),
     "denoiser.time_conditioning": ("shift", "only shift features by the noise level"),
     "denoiser.wavelet": (False, "give it voxels instead of sub-bands"),
-    "hint": ("none", "give it nothing of the reference"),
+    "hint": ("none", "not give it the reference"),
 }
 """Settings common to all published files, and what the published code would do with other weights."""
 
@@ -99,7 +99,7 @@ def export_published(weights: Path, output: Path) -> None:
     if "timesteps" not in settings:
         generator = metadata.config["generator"]
         raise InputError(weights, f"was trained by {generator}, which is not a diffusion model", "Give other weights.")
-    turned = {"orientation": ("published", "give it every chest rotated")}
+    turned = {"orientation": ("published", "rotate every chest")}
     for key, (published, consequence) in {**turned, **_PUBLISHED}.items():
         if (own := metadata.trained_for[key]) != published:
             problem = f"was trained with {key} {own}: the published code would {consequence}"

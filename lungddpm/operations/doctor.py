@@ -55,7 +55,7 @@ def problems() -> list[str]:
     if problems:
         return problems
     if found["torch"].startswith("2.9."):
-        problems.append("another torch version: 2.9.* runs 3-D convolutions under autocast four times slower")
+        problems.append("a torch other than 2.9.*, which runs 3-D convolutions under autocast four times slower")
     try:
         importlib.import_module("torchvision")
     except Exception as error:

@@ -160,7 +160,7 @@ def subject_of(folder: CaseFolder) -> Subject:
     except KeyError as error:
         raise InputError(found[0], f"lacks {error}", "Delete its folder and run the stage again.") from None
     if not unchanged:
-        problem = f"differs from what {found[0].name} says was written there"
+        problem = f"does not match the hash in {found[0].name}"
         raise InputError(folder.path, problem, "Delete the folder and run the stage again.")
     return subject
 

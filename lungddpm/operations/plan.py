@@ -243,7 +243,8 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     sizes = {name: _declared_size(each) for name, each in config.external_tests.items()}
     external = sum(each.scans for each in sizes.values() if each is not None)
     if unknown := [name for name, each in sizes.items() if each is None]:
-        origin += f"; not counted, as no index shows their scans: external_tests.{', external_tests.'.join(unknown)}"
+        names = ", ".join(f"external_tests.{name}" for name in unknown)
+        origin += f"; {names} not counted: no index lists {'its' if len(unknown) == 1 else 'their'} scans"
     return Cohort(number + external, voxels, **config.roles.counts(number), origin=origin, external=external)
 
 
@@ -478,7 +479,7 @@ def describe_plan(plan: Plan) -> str:
         f"{table.text(100)}\n\n"
         f"{cohort.scans} scans ({cohort.origin}): {cohort.discovery} discovery, {cohort.reference} reference, "
         f"{cohort.test} test{external}.\n{speed.device}: {speed.origin}.\nMemory is per job; disk is the peak of a "
-        "stage. Jobs with a GPU take core hours only if there is none."
+        "stage. Without a GPU, GPU jobs are counted in core hours."
     )
 
 

@@ -359,12 +359,12 @@ def _headline(status: Status) -> str:
         return f"{status.results}: {styled('under way', 'green')} for {since}{silent}."
     if status.state == RUNNING:
         return (
-            f"{status.results}: {styled('jobs run', 'yellow')} without 'lungddpm run': started by hand, by snakemake "
-            f"itself, or left over{silent}."
+            f"{status.results}: {styled('jobs are running', 'yellow')} without 'lungddpm run': started by hand or by "
+            f"plain snakemake, or left over{silent}."
         )
     text = f"{status.results}: {styled('stopped', 'yellow')}{silent}. The same 'lungddpm run' continues."
     if status.silent_seconds is not None and status.silent_seconds < _ENDING_SECONDS:
-        text += " If it runs on another machine, this disk does not show its locks here: ask there."
+        text += " It may be running on another machine whose locks are not visible here: run 'lungddpm status' there."
     return text
 
 
@@ -411,15 +411,15 @@ def _mean_seconds(states: Sequence[JobState]) -> float | None:
 
 def _end(status: Status) -> str:
     if status.left is None:
-        return "How much there is to do is known once the scans are indexed."
+        return "The number of jobs is unknown until the scans are indexed."
     done, left, now = len(status.of(DONE)), status.left, datetime.now()
     low, expected, high = (format_span(seconds) for seconds in (left.low, left.expected, left.high))
-    lines = [f"{done} of {plural(len(status.jobs), 'job')} are done. The rest takes about {expected} ({low} to {high})"]
+    lines = [f"{done} of {plural(len(status.jobs), 'job')} are done. About {expected} left ({low} to {high})"]
     if status.state == RUNNING:
         at = [_clock(now, seconds) for seconds in (left.expected, left.low, left.high)]
-        lines[0] += f": until {at[0]} ({at[1]} to {at[2]})."
+        lines[0] += f"; expected end {at[0]} ({at[1]} to {at[2]})."
     else:
-        lines[0] += ", once it goes on." if done else ", once it is started."
+        lines[0] += " once it resumes." if done else " once it is started."
     timed = sum(each.seconds is not None for each in status.jobs)
     basis = [f"the times of {plural(timed, 'finished job')}"] if timed else []
     if few := status.modelled:

@@ -92,7 +92,7 @@ _TILES_ABREAST = 5
 
 
 def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: float, narrow: bool = False) -> Figure:
-    """Differences to the real cases alone with their intervals: a panel per measure, a line per arm, numbers on the
+    """Differences from the real cases alone with their intervals: a panel per measure, a line per arm, numbers on the
     right.
 
     Args:
@@ -135,8 +135,8 @@ def forest_plot(verdict: pd.DataFrame, measures: dict[str, str], confidence: flo
             axis.spines["left"].set_visible(False)
             axis.grid(axis="x", color="#eeeeee")
         ends = ("\n" if narrow else "  ") + "(left: worse, right: better)"
-        to = "real" if compared["baseline"].nunique() == 1 else "the same real cases alone"
-        axes[-1, 0].set_xlabel(f"difference to {to}, with {100 * confidence:g} % CI{ends}")
+        baseline = "real" if compared["baseline"].nunique() == 1 else "the same real cases alone"
+        axes[-1, 0].set_xlabel(f"difference from {baseline}, with {100 * confidence:g} % CI{ends}")
     return figure
 
 
@@ -179,7 +179,7 @@ def run_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
 
 
 def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
-    """Every case's difference to its own score under the arm's real cases alone in the same replicate (means over
+    """Every case's difference from its own score under the arm's real cases alone in the same replicate (means over
     replicates): a line per arm, bars at the means.
 
     Args:
@@ -200,7 +200,7 @@ def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     with plt.rc_context(STYLE):
         figure, axis = _strips(differences, signed)
         axis.axvline(0, color="#777777", linewidth=1, zorder=1)
-        axis.set_xlabel(f"{prose} of each test case minus that under real  (left: worse, right: better)")
+        axis.set_xlabel(f"{prose} of each test case minus its score under real  (left: worse, right: better)")
     return figure
 
 
@@ -344,7 +344,7 @@ def side_by_side(reference: Volume, layout: Volume, drawn: Mapping[str, Volume])
 
 
 def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, confidence: float) -> Figure:
-    """Difference to the real cases alone over the dose, a panel per generator and number of real cases: the arms with
+    """Difference from the real cases alone over the dose, a panel per generator and number of real cases: the arms with
     their intervals, the line with its band.
 
     Args:
@@ -372,12 +372,12 @@ def dose_response_plot(verdict: pd.DataFrame, band: pd.DataFrame, prose: str, co
             axis.set_title(f"{baseline}+{generator}" if several else generator, loc="left", fontsize=9)
             axis.grid(axis="y", color="#eeeeee")
         figure.supxlabel("dose: synthetic cases as a multiple of the real training cases", fontsize=9)
-        figure.supylabel(f"difference to real, {prose}\n({100 * confidence:g} % CI)", fontsize=9)
+        figure.supylabel(f"difference from real, {prose}\n({100 * confidence:g} % CI)", fontsize=9)
     return figure
 
 
 def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Figure:
-    """Difference to the real cases alone over their number: a panel per generator, a line with a band per dose.
+    """Difference from the real cases alone over their number: a panel per generator, a line with a band per dose.
 
     Args:
         verdict: rows of `verdict.csv` of one measure.
@@ -417,7 +417,7 @@ def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Fig
             if len(recipes_of_panel) > 1:
                 axis.legend(frameon=False, fontsize=7.5, title="dose", title_fontsize=7.5)
         figure.supxlabel("real training cases", fontsize=9)
-        figure.supylabel(f"difference to the same real cases alone,\n{prose} ({100 * confidence:g} % CI)", fontsize=9)
+        figure.supylabel(f"difference from the same real cases alone,\n{prose} ({100 * confidence:g} % CI)", fontsize=9)
     return figure
 
 

@@ -61,7 +61,7 @@ from lungddpm.verdict.tables import read_csv, write_tables
 
 
 def run_report(config: Config, results: Path) -> None:
-    """Reach the verdict of a run.
+    """Compute the verdict of a run.
 
     Reads the metrics of all arms and replicates in the config, the cases, and the run's other results (image quality,
     samples, training history, arms, benchmarks; each may be missing). Writes `<results>/tables/`, `figures/`,

@@ -268,7 +268,7 @@ def show_measures(summary: pd.DataFrame) -> DisplayTable:
 
 
 def show_measure_differences(summary: pd.DataFrame) -> DisplayTable:
-    """Differences to `real` in `measures.csv`, for the measures with a direction."""
+    """Differences from `real` in `measures.csv`, for the measures with a direction."""
     directed = {column: measure for column, measure in MEASURES.items() if measure.better != "near 0"}
     rows = [
         [
@@ -465,8 +465,8 @@ def show_fidelity(fidelity: pd.DataFrame) -> DisplayTable:
                 format_number(row["false_positives_per_scan"], ".2f"),
             ]
         )  # fmt: skip
-    heads = ["CT", "cases", "Dice ± sd", "to the ceiling", "CI", "lesions found",
-             *[f"found, {kind}" for kind in kinds], "to the ceiling, points",
+    heads = ["CT", "cases", "Dice ± sd", "from the ceiling", "CI", "lesions found",
+             *[f"found, {kind}" for kind in kinds], "from the ceiling, points",
              "false positives per scan"]  # fmt: skip
     return DisplayTable(heads, rows, [False, *[True] * (len(heads) - 1)])
 
@@ -509,7 +509,7 @@ def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, Di
         for row in ladder[ladder["generator"] != ""].to_dict("records")
     ]  # fmt: skip
     names = ["family", "given", "generator", "published method", "FID, whole volume", "FID, lungs",
-             "label fidelity, Dice", "to the ceiling", "arm", "difference to real", f"{confidence} CI",
+             "label fidelity, Dice", "from the ceiling", "arm", "difference from real", f"{confidence} CI",
              "verdict"]  # fmt: skip
     numeric = [False] * 4 + [True] * 4 + [False, True, True, False]
     return (
@@ -520,7 +520,7 @@ def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, Di
 
 
 def _in_cell(row: dict) -> str:
-    """A generator with its difference to `real` and the published method that it represents, or that method alone."""
+    """A generator with its difference from `real` and the published method that it represents, or that method alone."""
     if not row["generator"]:
         return f"({row['stands_for']}: {NOT_IN_RUN})"
     difference = format_number(row["difference"], "+.3f")

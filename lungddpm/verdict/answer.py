@@ -120,7 +120,7 @@ def answer_row(
     if not doubted:
         failed = _short(checks[checks["status"] == FAILED])
         said = "no check that affects it failed" if failed or unknown else "all checks passed"
-        others = f" Failed, but does not affect it: {', '.join(failed)}." if failed else ""
+        others = f" Failed checks that do not affect it: {', '.join(failed)}." if failed else ""
         return row | {"sentence": f"The answer stands: {said}.{others}{not_known}"}
     firm = [name for name in asked if name not in doubted]
     stands = f"The answer stands for {', '.join(firm)}. " if firm else ""

@@ -40,7 +40,7 @@ CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DIS
 """In the order of the page."""
 OF_TEST_SET = (POSITIVE, NULL, ENOUGH, COMPLETE)
 """Those that depend on the test cases, so every test set has its own."""
-_FALL, _RISE = "fall of the loss in the last third, of its whole", "rise of validation Dice in the last third"
+_FALL, _RISE = "share of the loss decrease in the last third", "rise of validation Dice in the last third"
 _HU, _STEP = "limits of HU exceeded", "step at the lungs' border, over the references'"
 _FIDELITY = "Dice on synthetic CT, over that on real CT"
 _TO_MANY = "median distance to the nearest training case, over that of real cases"
@@ -211,8 +211,9 @@ def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, l
     learning = moving[moving[column] > limit]
     if learning.empty:
         most = (found if moving.empty else moving).sort_values(column).iloc[-1]
-        said = _convergence_sentence(measure, most["arm"], most[column]) + ", the most of all arms"
-        said += "." if most["p"] < _LEARNING else ", within its scatter."
+        kind = "share" if measure == LOSS else "rise"
+        said = f"{_convergence_sentence(measure, most['arm'], most[column])}, the largest {kind} of all arms"
+        said += "." if most["p"] < _LEARNING else " (within scatter)."
         return [_row(CONVERGED, most["arm"], what, most[column], limits, PASSED, said)]
     hint = "with more steps, this arm would probably be better"
     return [
@@ -273,15 +274,15 @@ def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[di
     smooth = found.get((CONSTANT_LUNGS, MEDIAN_RATIO), unknown)["mean"]
     of_many = (
         f"Samples of {name} are {many['mean']:.2f} times as far from their nearest training case as real cases are "
-        f"(constant lungs, which remember nothing: {smooth:.2f})"
+        f"(constant lungs, which contain no memorised texture: {smooth:.2f})"
     )
     of_one = (
         f"The nearest sample of {name}: {one['note']}; {nearer['mean']:.0f} of {nearer['n']} samples are nearer to a "
         "training case than any real case is"
     )
     return [
-        _distance(name, _TO_MANY, many["mean"], least, of_many, "copies, or smooth images"),
-        _distance(name, _TO_ONE, one["mean"], least, of_one, "look at this pair for a copy"),
+        _distance(name, _TO_MANY, many["mean"], least, of_many, "they may be copies, or too smooth"),
+        _distance(name, _TO_ONE, one["mean"], least, of_one, "check whether this pair is a copy"),
     ]
 
 
@@ -416,8 +417,8 @@ def _distinct(copies: list[list[str]]) -> list[dict]:
     if copies:
         groups = ". ".join("; ".join(names) for names in copies)
         said = (
-            f"Identical measures in every case: {groups}. Separate trainings do not end like this: look for a copied "
-            "folder, and trust no answer until it is replaced."
+            f"Identical measures in every case: {groups}. Separate trainings do not give identical results: find the "
+            "copied folder, and trust no answer until it is replaced."
         )
     limits = (math.nan, 0.0)
     status = FAILED if copies else PASSED
@@ -441,8 +442,8 @@ def _named(named_late: list[str]) -> list[dict]:
     if named_late:
         shown = "; ".join(named_late[:3]) + (" ..." if len(named_late) > 3 else "")
         said = (
-            f"{plural(len(named_late), 'replicate')} had been evaluated before verdict.primary got its present value: "
-            f"{shown}. An arm chosen after seeing results is not a primary arm."
+            f"{plural(len(named_late), 'replicate')} had been evaluated before verdict.primary was set to its "
+            f"current value: {shown}. An arm chosen after seeing results is not a primary arm."
         )
     status = FAILED if named_late else PASSED
     measure = "replicates evaluated before"

@@ -68,9 +68,9 @@ def ladder_table(
 
     Returns:
         `LADDER_COLUMNS`, one row per generator in use that is in a cell, ordered by family and given information:
-        image quality (FID of whole volumes and of the lungs), label fidelity (Dice, and its difference to the ceiling)
-        and the difference between the arm of its largest dose (with the most real cases) and these real cases alone.
-        Published methods that no generator in use represents follow, with an empty `generator`.
+        image quality (FID of whole volumes and of the lungs), label fidelity (Dice, and its difference from the
+        ceiling) and the difference between the arm of its largest dose (with the most real cases) and these real cases
+        alone. Published methods that no generator in use represents follow, with an empty `generator`.
     """
     deciding = verdict[verdict["metric"] == deciding_measure().column].set_index("arm")
     rows: list[dict[str, Any]] = []

@@ -514,7 +514,7 @@ class DoseResponse:
     doses: np.ndarray
     """(points,), from 0 to the largest dose."""
     fitted: np.ndarray
-    """(points,), the line as a difference to the baseline's own mean."""
+    """(points,), the line as a difference from the baseline's own mean."""
     low: np.ndarray
     high: np.ndarray
     """(points,), pointwise confidence limits of `fitted`."""
@@ -597,7 +597,7 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
         spread = "" if math.isnan(c.sd) else f" (sd over cases {c.sd:.3f})"
         return f"{arm}: mean {measure} {c.mean:.3f}{spread}; {size}. The other arms are compared with this one."
     claim = {
-        "no difference shown": f"no difference to {baseline} shown",
+        "no difference shown": f"no difference from {baseline} shown",
         "cannot tell": f"this run cannot tell whether it differs from {baseline}",
     }.get(c.verdict, f"{c.verdict} than {baseline}")
     relative = "" if math.isnan(c.relative_percent) else f", {signed(c.relative_percent, 1)} %"
@@ -631,7 +631,8 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
     warnings = []
     if n_cases < needed_cases:
         warnings.append(
-            f"With {plural(n_cases, 'test case')} nothing can be decided: fewer than {needed_cases} agree too easily."
+            f"Only {plural(n_cases, 'test case')}: too few to decide anything. Fewer than {needed_cases} all agree by "
+            "chance too often."
         )
     elif n_cases < SMALL_TEST_SET:
         warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")

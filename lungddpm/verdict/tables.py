@@ -299,7 +299,7 @@ def dose_tables(cases: pd.DataFrame, config: Config) -> dict[str, pd.DataFrame]:
     Returns:
         `dose_response`: generator, baseline, metric, n_doses (without 0), slope (gain per dose of 1), ci_low, ci_high,
         standard_error, df, p (of the slope, uncorrected). `dose_response_band`: generator, baseline,
-        metric, dose, fitted difference to the baseline, ci_low, ci_high (pointwise).
+        metric, dose, fitted difference from the baseline, ci_low, ci_high (pointwise).
     """
     lines, bands = [], []
     arms = config.arms.all()
@@ -338,7 +338,7 @@ def measures_table(cases: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         arm, metric, n_cases (scored in at least one replicate), n_undefined (cases x replicates without a value because
-        nothing was predicted), mean and sd over cases, of their means over replicates; difference to the real cases
+        nothing was predicted), mean and sd over cases, of their means over replicates; difference from the real cases
         alone and n_compared, the number of cases in that mean: paired by case and replicate, for measures with a
         direction.
     """

@@ -113,7 +113,7 @@ def test_a_segmenter_of_a_case_as_it_was_before_is_refused(cohort):
     record = json.loads(path.read_text())
     record["segmenter"]["cases"][0]["sha256"] = "0" * 64
     write_json(path, record)
-    with pytest.raises(LeakError, match="which this arm does not contain in their present form"):
+    with pytest.raises(LeakError, match="that are not in this arm or have changed since"):
         compose(cohort, [path])
 
 

@@ -231,7 +231,7 @@ ERRORS = {
     "external test without path": ({"external_tests": {"a": {"kind": "lidc"}}}, "external_tests.a: path is needed"),
     "external test of computed patients": (
         {"external_tests": {"a": {"kind": "phantom"}}},
-        "external_tests.a: kind 'phantom' makes its own patients",
+        "external_tests.a: kind 'phantom' is simulated",
     ),
     "external test of the name of source": (
         {"external_tests": {"Internal": {"kind": "lidc", "path": "b"}}},
@@ -239,7 +239,7 @@ ERRORS = {
     ),
     "external tests of one name": (
         {"external_tests": {"a": {"kind": "lidc", "path": "b"}, "A": {"kind": "lidc", "path": "c"}}},
-        "names differ by more than capitals",
+        "names must differ by more than capitals",
     ),
     "external test with a slash": ({"external_tests": {"a/b": {"kind": "lidc", "path": "b"}}}, "external_tests"),
     "window upside down": ({"grid": {"window_hu": [600, -1024]}}, "lower bound comes first"),

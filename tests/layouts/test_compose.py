@@ -164,7 +164,7 @@ def test_a_layout_overlays_its_scan(patient, extent, flips, degrees):
 @pytest.mark.parametrize(
     ("limits", "message"),
     [
-        ({"lung_litres": (8, 12)}, r"have \d\.\d\d litres, not 8 to 12 \(layouts.limits.lung_litres\)"),
+        ({"lung_litres": (8, 12)}, r"is \d\.\d\d litres, outside 8 to 12 \(layouts.limits.lung_litres\)"),
         ({"smaller_lung_share": 0.5}, r"has 4\d\.\d% .* less than 50\.0% \(layouts.limits.smaller_lung_share\)"),
         ({"vessel_share": (0.2, 0.3)}, r"take \d\.\d\d% .* not 20\.00% to 30\.00% \(layouts.limits.vessel_share\)"),
         ({"vessel_share": (0, 0.001)}, r"take \d\.\d\d% .* not 0\.00% to 0\.10% \(layouts.limits.vessel_share\)"),

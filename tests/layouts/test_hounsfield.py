@@ -181,7 +181,7 @@ def test_without_lungs_it_is_described_alike(patient, case):
 def test_wrong_values_in_air_are_described(patient):
     body = ndimage.binary_fill_holes((patient.ct.array > -300).any(axis=2))[..., None]
     masked = np.where(body, patient.ct.array, 0)
-    assert "is filled with 0 around the patient" in hounsfield_problem(masked, patient.lungs, LIMITS)
+    assert "has 0 HU around the patient" in hounsfield_problem(masked, patient.lungs, LIMITS)
 
 
 def test_masked_tissue_is_described(patient):

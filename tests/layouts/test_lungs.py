@@ -230,7 +230,7 @@ def test_ready_lungs_that_are_cut_at_the_side_are_reported(patient, lungs_lr, ax
 
 
 def test_too_little_lung_is_reported(patient):
-    with pytest.raises(ExcludedCaseError, match=r"have \d\.\d\d litres, not 9 to 12 \(layouts.limits.lung_litres\)"):
+    with pytest.raises(ExcludedCaseError, match=r"is \d\.\d\d litres, outside 9 to 12 \(layouts.limits.lung_litres\)"):
         segment_lungs(patient.ct, Layouts(limits={"lung_litres": (9, 12)}))
 
 

@@ -144,7 +144,7 @@ def test_truncated_file(saved, published, kind, kept):
         load_denoiser(path, PLAIN)
 
 
-def test_file_of_others(tmp_path):
+def test_a_file_of_another_program_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"weight": torch.zeros(2)}, path)
     with pytest.raises(InputError, match="has no weights trained by lungddpm"):

@@ -48,7 +48,7 @@ def test_the_cache_holds_the_cases_and_is_read_once(discovery, training_config, 
         assert np.array_equal(data.ct[number].transpose(2, 1, 0), ct.array)
         assert np.array_equal(data.layout[number].transpose(2, 1, 0), layout.array)
     sizes = sum(path.stat().st_size for path in tmp_path.glob("*.npy"))
-    assert sizes == pytest.approx(3 * 3 * 16**3, abs=300)  # three cases of three bytes a voxel, and headers
+    assert sizes == pytest.approx(3 * 3 * 16**3, abs=300)  # three cases of three bytes per voxel, and headers
 
 
 def test_a_stale_or_damaged_cache_is_ignored_and_removed(discovery, training_config, tmp_path, read_count, caplog):

@@ -159,7 +159,7 @@ app()
 
 
 def test_a_job_runs_as_long_as_its_process_does(run, tmp_path):
-    """Without 'lungddpm run', as started by hand or by snakemake itself."""
+    """Without 'lungddpm run', as started by hand or by plain snakemake."""
     job = run.of("train_segmenter")[0]
     (run.results / job.log).parent.mkdir(parents=True)
     process = subprocess.Popen([sys.executable, "-c", STAGE, str(run.results / job.log)])
@@ -172,7 +172,7 @@ def test_a_job_runs_as_long_as_its_process_does(run, tmp_path):
         (state,) = found.of("running")
         assert (state.job, state.count.done, state.count.total, state.count.per_second) == (job, 120, 400, 2.0)
         text = shown(found)
-        assert "jobs run without 'lungddpm run'" in text
+        assert "jobs are running without 'lungddpm run'" in text
         assert re.search(rf"{re.escape(job.name)}: training real, 120 of 400, 2/s, 2.3 min left", text)
     finally:
         process.send_signal(signal.SIGKILL)
@@ -264,6 +264,7 @@ def test_what_waits_for_each_other_does_not_run_side_by_side(run):
     run.finish(report, 10.0)
     assert run.status().left.expected == pytest.approx(10)
     assert checksums.stage == "checksums"
+    assert "About 10 s left (5 s to 20 s) once it resumes." in shown(run.status())
 
 
 def test_a_training_under_way_is_estimated_by_its_count(run, monkeypatch):
@@ -299,7 +300,7 @@ def test_scans_that_are_not_indexed_are_not_known(tmp_path):
     found = reading.run_status(load_plan_config(json.dumps(values)), tmp_path / "results")
     assert (found.state, found.complete, found.left) == ("not started", False, None)
     assert [each.job.name for each in found.jobs] == ["index"]
-    assert "once the scans are indexed" in shown(found)
+    assert "until the scans are indexed" in shown(found)
 
 
 def test_the_command_takes_the_config_that_the_run_left(run, monkeypatch):

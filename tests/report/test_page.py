@@ -182,7 +182,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
     page = page_of(results)
     assert len(page.images) == 5
     for expected in (
-        "With 2 test cases nothing can be decided",
+        "Only 2 test cases: too few to decide anything.",
         "the run-to-run variance is not known",
         "With one replicate, the run-to-run variance is not known: nothing can be decided.",
         "This run cannot tell whether synthetic CT helps: it is too small.",
@@ -216,7 +216,7 @@ def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):
     config, results = make_results(n_replicates=3, run_sd=0.1, shares=shares, learning=True, arms=arms, verdict=verdict)
     run_report(config, results)
     page, text = page_of(results).text, verdict_table_text(results)
-    assert "real+lung_ddpm@1.0: no difference to real shown. cannot tell: see the checks" in page
+    assert "real+lung_ddpm@1.0: no difference from real shown. cannot tell: see the checks" in page
     for said in (page, " ".join(text.split())):
         assert "the run does not even detect the gain from more real data" in said
         assert "the segmenters of real and real+lung_ddpm@1.0 were still learning" in said
@@ -474,7 +474,7 @@ def test_external_test_sets_stand_beside_the_verdict(make_results):
         assert f"{claim}." in page.text
         assert numbers in page.text
     assert "8 test cases of 8 patients, 8 with a nodule" in page.text
-    assert "With 3 test cases nothing can be decided" in page.text
+    assert "Only 3 test cases: too few to decide anything." in page.text
     # The verdict of the run is that of its own test patients alone.
     verdict = pd.read_csv(folder / "verdict.csv")
     assert set(verdict["n_cases"]) == {7}

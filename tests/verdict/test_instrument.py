@@ -183,7 +183,8 @@ def test_a_failed_check_doubts_the_answers_that_it_bears_on(check, changes, doub
         assert [name for name, status in statuses.items() if status == FAILED] == [check]
         assert said in sentences[check]
         assert reported["status"] == (CANNOT_TELL if doubted else STANDS)
-        text = "This run cannot tell whether synthetic CT helps: " if doubted else "Failed, but does not affect it: "
+        harmless = "Failed checks that do not affect it: "
+        text = "This run cannot tell whether synthetic CT helps: " if doubted else harmless
         assert text in reported["sentence"]
         assert ("It would need: " in reported["sentence"]) == doubted
 
@@ -198,7 +199,7 @@ def test_segmenters_that_still_learn_cannot_explain_why_they_are_better(learning
     firm = {("better", ARM), ("worse", BASELINE)} | {(each, MORE_REAL) for each in ("better", "worse", outcome)}
     if (outcome, learning) in firm:
         assert answer["status"] == STANDS
-        assert f"Failed, but does not affect it: validation Dice of {learning}." in answer["sentence"]
+        assert f"Failed checks that do not affect it: validation Dice of {learning}." in answer["sentence"]
     else:
         assert answer["status"] == CANNOT_TELL
         assert f": the segmenters of {learning} were still learning." in answer["sentence"]
@@ -318,8 +319,8 @@ def test_the_limit_of_memorisation_is_the_configs():
     config, quality = config_of(instrument={"training_distance": 0.95}), quality_of()
     statuses, said, _ = judge(config=config, quality=quality)
     assert statuses[MEMORISED] == FAILED
-    assert "(constant lungs, which remember nothing: 0.80)." in said[MEMORISED]
-    assert said[MEMORISED].endswith("than any real case is: look at this pair for a copy.")
+    assert "(constant lungs, which contain no memorised texture: 0.80)." in said[MEMORISED]
+    assert said[MEMORISED].endswith("than any real case is: check whether this pair is a copy.")
 
 
 def test_an_arm_that_was_not_measured_leaves_the_others_their_answer():

@@ -217,7 +217,7 @@ def test_roles_and_sizes_come_from_a_table_of_the_same_source(repository, tmp_pa
     assert (cohort.scans, cohort.discovery, cohort.test, cohort.external) == (9, 3, 1, 2)
     cohort = planning.count_cohort(config_of_both, None, 100)
     assert (cohort.scans, cohort.external) == (100, 0)
-    assert cohort.origin == "--cases; not counted, as no index shows their scans: external_tests.task06"
+    assert cohort.origin == "--cases; external_tests.task06 not counted: no index lists its scans"
     write_cases(tmp_path / "index.tsv", [{**each, "source": "phantom"} for each in rows])
     assert planning.count_cohort(config, tmp_path / "index.tsv", None).scans == 1018
     assert planning.count_cohort(config, tmp_path / "index.tsv", 100).discovery == 50

@@ -89,7 +89,7 @@ rule prepare:
         "../../envs/lungddpm.yaml"
     threads: 1
     resources:
-        # Some 36 bytes a voxel of the scan: the longest scans need a second attempt.
+        # Some 36 bytes per voxel of the scan: the longest scans need a second attempt.
         mem_mb=lambda wildcards, attempt: 4000 * attempt,
         runtime=600,
         gpu=int(SETTINGS.layouts.lungs != "classical"),

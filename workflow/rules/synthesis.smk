@@ -1,4 +1,4 @@
-# References + layouts -> synthetic cases, several shards a generator.
+# References + layouts -> synthetic cases, several shards per generator.
 
 
 rule synthesize:

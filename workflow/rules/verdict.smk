@@ -150,7 +150,7 @@ rule write_report:
             "results/figures/forest.png",
             caption="../report/forest.rst",
             category="Verdict",
-            labels={"what": "differences to real"},
+            labels={"what": "differences from real"},
         ),
         dice=report(
             "results/figures/dice_by_arm.png",
