@@ -269,8 +269,10 @@ def test_floors_come_out_as_floors(make_results):
     assert distances["extractor"].str.contains("random weights").all()
     assert distances["weights_sha256"].str.len().eq(64).all()
     assert distances["value"].isna().all()  # there is one reference only
-    of_pairs = distances[distances["metric"].isin(["fid", "mmd_squared", "kid"])]
-    assert of_pairs["note"].eq("needs two images on each side").all()
+    notes = distances.groupby("metric")["note"].unique().map(list)
+    assert notes["fid"] == ["needs two images on each side"]
+    assert notes["kid"] == notes["mmd_squared"] == notes["classifier_auc"] == ["needs two patients on each side"]
+    assert notes["feature_precision"] == notes["feature_recall"] == ["needs 9 patients on each side"]
 
 
 def add_sample(results, name, source):
