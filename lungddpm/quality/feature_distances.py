@@ -247,7 +247,8 @@ def _samples(
     # They import scikit-learn, which is not needed for reading the results.
     from lungddpm.quality.two_samples import FEWEST_PATIENTS, NEIGHBOURS, classifier_auc, share_within
 
-    found, of_made, of_real = {}, (made, made_patients), (real, real_patients)
+    of_made, of_real = (made, made_patients), (real, real_patients)
+    found: dict[str, _Measured] = {}
     enough = min(len(set(made_patients)), len(set(real_patients))) >= FEWEST_PATIENTS
     note = f"{NEIGHBOURS} neighbours" if enough else f"needs {plural(FEWEST_PATIENTS, 'patient')} on each side"
     for metric, (points, of_points), (centres, of_centres) in (

@@ -19,6 +19,7 @@ from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 from lungddpm.quality.calibration import CHECKS
 from lungddpm.quality.image_quality import (
     CONSTANT_LUNGS,
+    COPIED,
     COPIES,
     METRICS,
     NEAREST,
@@ -308,6 +309,25 @@ def test_a_training_case_among_the_samples_is_flagged(make_results):
     assert flagged[1]["value"] == flagged[0]["value"] + 1
     assert (flagged[1]["n"], flagged[1]["n_real"]) == (3, 1)
     assert flagged[1]["note"].endswith("by chance 1.5")  # three samples, one real distance
+
+
+def test_nearness_is_not_measured_in_lungs_that_are_copied(make_results):
+    """Its nodules are a training case's own, but the lungs around them are far from it."""
+    config, results = make_results(n_test=1, n_replicates=1)
+    folder = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0"
+    reference, training = (read_volume(results / "cases" / f"case-0{n}" / "ct.nii.gz") for n in (1, 0))
+    nodules = read_volume(folder / "sample-0" / "layout.nii.gz").array == Label.NODULE
+    drawn = np.where(nodules, training.array, reference.array)
+    write_volume(folder / "sample-0" / "ct.nii.gz", Volume(drawn, reference.affine))
+    table, sets = judged(config, results, [folder / "samples-0.tsv"])
+    nearest = table[(table["metric"] == NEAREST) & (table["case_id"] == "sample-0")].set_index("image")
+    assert math.isnan(nearest.loc[SYNTHETIC, "value"])
+    assert nearest.loc[CONSTANT_LUNGS, "value"] > 0
+    for metric in ("nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real"):
+        found = sets.loc[(SYNTHETIC, "lungs", metric)]
+        assert math.isnan(found["value"])
+        assert (found["n"], found["note"]) == (0, COPIED)
+        assert sets.loc[(CONSTANT_LUNGS, "lungs", metric)]["n"] == 1
 
 
 def test_samples_of_one_layout_are_compared_with_each_other(make_results):
