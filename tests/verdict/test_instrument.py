@@ -312,7 +312,7 @@ def test_segmenters_that_know_too_little_do_not_judge_a_generator():
 def test_nodules_of_speckle_fail_whose_mean_is_right():
     statuses, said, _ = judge(quality=quality_of(speckle=1.83))
     assert statuses[GENERATOR] == FAILED
-    assert "HU in the nodules spread 1.83 times as wide" in said[GENERATOR]
+    assert "the spread of HU in the nodules is 1.83 times that of the references" in said[GENERATOR]
 
 
 def test_the_limit_of_memorisation_is_the_configs():
