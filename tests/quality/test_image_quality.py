@@ -214,6 +214,8 @@ def test_a_generator_that_changes_nothing_but_brightness_is_as_far_away_as_its_f
         write_volume(folder / f"sample-{number}" / "ct.nii.gz", Volume(darker.astype(np.int16), ct.affine))
         shutil.copy(results / "cases" / case_id / "layout.nii.gz", folder / f"sample-{number}")
         write_json(folder / f"sample-{number}" / "sample.json", {"reference_case_id": case_id})
+        rows = pd.read_csv(folder / f"samples-{number}.tsv", sep="\t", dtype=str, keep_default_na=False)
+        write_cases(folder / f"samples-{number}.tsv", rows.assign(patient_id=f"patient-0{number + 2}"))
     table, sets = judged(config, results, [folder / f"samples-{number}.tsv" for number in range(2)])
     for region in ("whole volume", "lungs"):
         for metric in ("fid", "mmd_squared"):
