@@ -209,12 +209,13 @@ def main() -> None:
     print("|---:|---:|---:|:---|---:|---:|---:|---:|---:|---:|---:|")
     for scenario in SCENARIOS:
         rates = measure(scenario, options.runs, options.seed)
-        print(
+        row = (
             f"| {scenario.n_arms} | {scenario.n_replicates} | {scenario.n_cases} | {scenario.name} | {rates.wrong:.1%} "
             f"| {rates.refused:.0%} | {rates.wilcoxon:.1%} | {rates.bootstrap:.0%} | {rates.detectable:.3f} "
-            f"| {rates.within_range:.0%} | {rates.power:.2f} |",
-            flush=True,
+            f"| {rates.within_range:.0%} | {rates.power:.2f} |"
         )
+        # Rates of runs that decide nothing are not known.
+        print(row.replace("nan%", "–").replace("nan", "–"), flush=True)
 
 
 if __name__ == "__main__":

@@ -122,7 +122,8 @@ def _failure(row: dict) -> str:
     region, low, high = row["region"].split()[0], row["limit_low"], row["limit_high"]
     if row["measure"] == SPREAD:
         ratio = f"{row['mean']:.{_digits(row, 2)}f}"
-        return f"HU in the {region} spread {ratio} times as wide as in the references (limits {low:g} to {high:g})"
+        limits = f"(limits {low:g} to {high:g})"
+        return f"the spread of HU in the {region} is {ratio} times that of the references {limits}"
     how = "too bright" if row["mean"] > 0 else "too dark"
     return f"{region} {how}, {signed(row['mean'], _digits(row, 0))} HU against the references (limit ±{high:g})"
 

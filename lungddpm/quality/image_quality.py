@@ -51,9 +51,13 @@ METRICS = ("mse", "psnr_db", "ssim", "ms_ssim", "mean_difference_hu")
 SEAM_RATIO, NEAREST = "gradient_ratio", "nearest_training_rms_hu"
 MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER = "nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real"
 """Memorisation, see `diversity.Nearness`."""
+COPIED = "they copy more than 10 % of the lungs from their references, which would determine it"
+"""Why nearness to training cases is not measured."""
 PAIRWISE, VOXEL_SD, MEAN_SD = "pairwise_ms_ssim", "voxel_sd_hu", "nodule_mean_sd_hu"
 """Diversity of the draws of one layout; the last also of real nodules, for comparison."""
 _SHELL_VOXELS = 2
+_LEAST_DRAWN = 0.9
+"""Share of the lungs. If half is drawn, even a copy of a training case there is 0.7 times as far as the reference."""
 
 
 def unit_range(hu: np.ndarray, window_hu: tuple[float, float]) -> np.ndarray:
@@ -334,9 +338,8 @@ def _judge_samples(
     with Progress(what, len(samples)) as progress:
         for number, row in enumerate(samples.to_dict("records")):
             sample = read_sample(row["folder"], cases_table)
-            images, lungs = _images_of(sample, window), sample.layout.array != Label.BACKGROUND
-            remembering = {image: hu for image, hu in images.items() if image != SHIFTED}
-            found = [{"image": image, **_nearest_row(hu, lungs, every_case)} for image, hu in remembering.items()]
+            images = _images_of(sample, window)
+            found = _nearness_rows(sample, images, every_case, window)
             if others := [case.hu for case in training if case.patient_id != row["patient_id"]]:
                 images[OTHER_PATIENTS] = others[number % len(others)]
             reference_id = ""
@@ -363,6 +366,20 @@ def _beside_reference(
     return rows + [{"image": SYNTHETIC, **row} for row in calibration]
 
 
+def _nearness_rows(
+    sample: Sample, images: dict[str, np.ndarray], training: dict[str, np.ndarray], window: tuple[float, float]
+) -> list[dict]:
+    """Nearness to training cases of a sample and of constant lungs; without a value if most of its lungs are copied."""
+    lungs = sample.layout.array != Label.BACKGROUND
+    remembering = {image: hu for image, hu in images.items() if image != SHIFTED}
+    rows = [{"image": image, **_nearest_row(hu, lungs, training)} for image, hu in remembering.items()]
+    if sample.reference is not None:
+        drawn = images[SYNTHETIC] != _clip(sample.reference.ct, window)
+        if lungs.any() and drawn[lungs].mean() < _LEAST_DRAWN:
+            rows[0] |= {"value": math.nan, "note": COPIED}
+    return rows
+
+
 def _nearest_row(hu: np.ndarray, lungs: np.ndarray, training: dict[str, np.ndarray]) -> dict:
     nearest, distance = nearest_case(hu, lungs, training) if training and lungs.any() else ("", math.nan)
     return {"region": LUNGS, "metric": NEAREST, "value": distance, "note": nearest}
@@ -380,19 +397,21 @@ def _nearest_of_real(training: list[RealCase], references: list[RealCase]) -> li
 
 def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
     """Summary of these distances: of the samples, and of constant lungs, which remember nothing."""
-    found = pd.DataFrame(rows, columns=COLUMNS).query("metric == @NEAREST").dropna(subset="value")
+    nearness = pd.DataFrame(rows, columns=COLUMNS).query("metric == @NEAREST")
+    found = nearness.dropna(subset="value")
     distances = {image: found.loc[found["image"] == image, "value"].to_numpy() for image in found["image"].unique()}
+    if SYNTHETIC not in distances and COPIED in set(nearness["note"]):
+        row = {"image": SYNTHETIC, "region": LUNGS, "n": 0, "n_real": n_training, "value": math.nan, "note": COPIED}
+        unknown = [row | {"metric": metric} for metric in (MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER)]
+    else:
+        unknown = []
     real, summary = distances.pop(OTHER_PATIENTS, np.array([])), []
     for image, of_image in distances.items():
         values = dict.fromkeys((MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER), math.nan)
         notes = dict.fromkeys(values, "no two real cases of different patients")
         if len(real):
-            nearness = memorisation(of_image, real)
-            values = {
-                MEDIAN_RATIO: nearness.ratio,
-                SMALLEST_RATIO: nearness.smallest_ratio,
-                N_NEARER: nearness.n_nearer,
-            }
+            signs = memorisation(of_image, real)
+            values = {MEDIAN_RATIO: signs.ratio, SMALLEST_RATIO: signs.smallest_ratio, N_NEARER: signs.n_nearer}
             nearest = found[found["image"] == image].sort_values("value", kind="stable").iloc[0]
             # If samples and real cases were alike, each would be equally likely to be the nearest.
             by_chance = len(of_image) / (len(real) + 1)
@@ -404,7 +423,7 @@ def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
             }
         keys = {"image": image, "region": LUNGS, "n": len(of_image), "n_real": n_training}
         summary += [keys | {"metric": name, "value": value, "note": notes[name]} for name, value in values.items()]
-    return summary
+    return unknown + summary
 
 
 def _distance_rows(

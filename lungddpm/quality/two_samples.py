@@ -9,30 +9,41 @@ from scipy.spatial.distance import cdist
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import StratifiedGroupKFold
-from sklearn.neighbors import NearestNeighbors
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 NEIGHBOURS = 3
 """Neighbour that defines the radius around a vector; as published."""
+FEWEST_PATIENTS = 3 * NEIGHBOURS
+"""On each side: with fewer, the third nearest of the others is not near, and everything is covered."""
 _FOLDS = 5
 
 
-def share_within(points: np.ndarray, centres: np.ndarray) -> float:
-    """Share of points covered by the centres: no farther from a centre than its third nearest other centre.
+def share_within(
+    points: np.ndarray, centres: np.ndarray, point_patients: list[str], centre_patients: list[str]
+) -> float:
+    """Share of points covered by the centres: no farther from a centre than its third nearest other patient.
 
     Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991). With synthetic images as points and real
     ones as centres it is precision: how many look real. The other way round it is recall: how much of the real
-    distribution they cover.
+    distribution they cover. A sample is near its own reference, and samples of one reference are near each other,
+    whatever the distributions. So centres of a point's own patient do not cover it, and neighbours are counted by
+    patient, at their nearest image. If every image is of a patient of its own, this is the published definition.
 
     Args:
         points: (n, features).
-        centres: (m, features), m > `NEIGHBOURS`.
+        centres: (m, features).
+        point_patients: of whom each point is; of a synthetic image, whose CT it was made from.
+        centre_patients: likewise, more than `NEIGHBOURS` different ones.
     """
-    # Exact even if centres are equal; the other algorithms round.
-    nearest = NearestNeighbors(n_neighbors=NEIGHBOURS, algorithm="ball_tree").fit(centres)
-    distances, _ = nearest.kneighbors()
-    return float((cdist(points, centres) <= distances[:, -1]).any(axis=1).mean())
+    between, of_centres = cdist(centres, centres), np.array(centre_patients)
+    nearest = []
+    for patient in set(centre_patients):
+        own = of_centres == patient
+        nearest.append(np.where(own, np.inf, between[own].min(axis=0)))
+    radii = np.partition(nearest, NEIGHBOURS - 1, axis=0)[NEIGHBOURS - 1]
+    of_others = np.array(point_patients)[:, None] != of_centres
+    return float(((cdist(points, centres) <= radii) & of_others).any(axis=1).mean())
 
 
 def classifier_auc(made: np.ndarray, real: np.ndarray, made_patients: list[str], real_patients: list[str]) -> float:

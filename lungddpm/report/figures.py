@@ -64,7 +64,7 @@ _QUALITY_PANELS = {
     (SEAM_RATIO, SEAM): ("step at the lungs' border", _AT_ONE),
     ("fid", WHOLE): ("FID, whole volume", _LOWER),
     ("fid", LUNGS): ("FID, lungs", _LOWER),
-    ("mmd_squared", LUNGS): ("MMD², lungs (best: copies)", _LOWER),
+    ("mmd_squared", LUNGS): ("MMD², lungs", _LOWER),
 }
 """Metric and region -> title, and which direction is better."""
 _FIDELITY_PANELS = {"dice": "Dice against the layout", "recall": "Share of lesions found"}

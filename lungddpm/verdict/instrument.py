@@ -281,18 +281,19 @@ def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[di
         "training case than any real case is"
     )
     return [
-        _distance(name, _TO_MANY, many["mean"], least, of_many, "they may be copies, or too smooth"),
-        _distance(name, _TO_ONE, one["mean"], least, of_one, "check whether this pair is a copy"),
+        _distance(name, _TO_MANY, many, least, of_many, "they may be copies, or too smooth"),
+        _distance(name, _TO_ONE, one, least, of_one, "check whether this pair is a copy"),
     ]
 
 
-def _distance(name: str, measure: str, value: float, least: float, said: str, doubt: str) -> dict:
+def _distance(name: str, measure: str, found: dict, least: float, said: str, doubt: str) -> dict:
     """A line of that check; a distance alone does not prove a copy, so a failed one says what to look for."""
-    status = _judged(value, (least, math.nan))
+    status = _judged(found["mean"], (least, math.nan))
     said += f": {doubt}." if status == FAILED else "."
     if status == NOT_MEASURED:
-        said = f"The distance of {name}'s samples to training cases was not measured."
-    return _row(MEMORISED, name, measure, value, (least, math.nan), status, said)
+        why = f": {found['note']}" if found["note"] else ""
+        said = f"The distance of {name}'s samples to training cases was not measured{why}."
+    return _row(MEMORISED, name, measure, found["mean"], (least, math.nan), status, said)
 
 
 def _seam(name: str, quality: pd.DataFrame | None, limits: tuple[float, float]) -> dict:

@@ -17,7 +17,7 @@ from lungddpm import generators
 from lungddpm.config.models import Config
 from lungddpm.core.arms import Arm
 from lungddpm.evaluation.measures import deciding_measure
-from lungddpm.generators import GIVEN, NOTHING, given_of
+from lungddpm.generators import GIVEN, NOTHING, VOLUME, given_of
 from lungddpm.quality.image_quality import LUNGS, SYNTHETIC, WHOLE
 from lungddpm.verdict.published import WITHOUT_LAYOUT
 
@@ -38,9 +38,18 @@ def cell_of(config: Config, generator: str) -> tuple[str, str] | None:
 
 
 def stands_for(config: Config, generator: str) -> str:
-    """The published method that a generator represents, as configured; empty if there is none."""
+    """The published method that a generator represents, as configured; empty if there is none.
+
+    None of them has a wavelet network, and those that are given the volume paste it around what they draw.
+    """
     cell = cell_of(config, generator)
-    return "" if cell is None else config.plugin_of(generator).published_as.get(cell[1], "")
+    if cell is None:
+        return ""
+    of_generator = config.for_generator(generator)
+    sampling = getattr(of_generator.settings, "sampling", None)
+    shown_volume = cell[1] == VOLUME and getattr(sampling, "background", None) != "reference"
+    wavelet = getattr(getattr(of_generator.of_weights.settings, "denoiser", None), "wavelet", False)
+    return "" if shown_volume or wavelet else config.plugin_of(generator).published_as.get(cell[1], "")
 
 
 def published_generators(config: Config) -> dict[str, str]:

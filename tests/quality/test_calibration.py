@@ -147,10 +147,10 @@ def test_failures_are_reported_with_their_limits():
     (note,) = calibration_notes(table)
     assert note.startswith(
         "HU calibration of g failed: lungs too dark, −58 HU against the references (limit ±10); "
-        "HU in the lungs spread 0.50 times as wide as in the references (limits 0.9 to 1.1)."
+        "the spread of HU in the lungs is 0.50 times that of the references (limits 0.9 to 1.1)."
     )
     (note,) = calibration_notes(calibration_table(quality_of(lungs=0, speckle=1.83), ["g"], Calibration()))
-    assert "HU in the nodules spread 1.83 times as wide as in the references (limits 0.7 to 1.4)" in note
+    assert "the spread of HU in the nodules is 1.83 times that of the references (limits 0.7 to 1.4)" in note
     (note,) = calibration_notes(calibration_table(quality_of(lungs=10.4, spread=1), ["g"], Calibration()))
     assert "lungs too bright, +10.4 HU against the references (limit ±10)" in note
     passed = calibration_table(quality_of(lungs=1, spread=1), ["g", "h"], Calibration())

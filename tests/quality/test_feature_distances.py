@@ -1,4 +1,4 @@
-"""FID, MMD and KID against closed forms, scipy's matrix root, double loops and MONAI."""
+"""FID, MMD and KID against closed forms, scipy's matrix root, double loops, MONAI, and simulated paired samples."""
 
 import math
 
@@ -74,22 +74,58 @@ def test_squared_mmd_equals_a_double_loop():
         for x in (first, second)
     ]
     across = sum(kernel(x, y) for x in first for y in second) / 54
-    assert squared_mmd(first, second, 1.7) == pytest.approx(sum(within) - 2 * across)
+    assert squared_mmd(first, second, 1.7, names(6), names(9, 6)) == pytest.approx(sum(within) - 2 * across)
 
 
 def test_squared_mmd_is_unbiased():
     rng = np.random.default_rng(6)
-    found = [squared_mmd(rng.normal(size=(5, 3)), rng.normal(size=(5, 3)), 2.0) for _ in range(4000)]
+    draws = [(rng.normal(size=(5, 3)), rng.normal(size=(5, 3))) for _ in range(4000)]
+    found = [squared_mmd(*draw, 2.0, names(5), names(5, 5)) for draw in draws]
     assert np.mean(found) == pytest.approx(0, abs=4 * np.std(found) / math.sqrt(len(found)))
     assert min(found) < 0
 
 
-def test_squared_mmd_of_a_set_and_its_copy_is_below_zero():
-    """Pairs of a vector with itself (kernel 1) count between the sets, but not within them."""
-    x = np.random.default_rng(9).normal(size=(5, 4))
-    distances = np.linalg.norm(x[:, None] - x[None], axis=2)[~np.eye(5, dtype=bool)]
-    kernel = np.exp(-(distances**2) / (2 * 2.0**2)).mean()
-    assert squared_mmd(x, x, 2.0) == pytest.approx(-2 / 5 * (1 - kernel))
+def from_references(rng, count, draws, alike, scale=1.0):
+    """References and several samples of each, of one distribution if `scale` is 1; the patient's own part of the
+    features is `alike` of the variance and shared by all its images."""
+    of_patient = math.sqrt(alike) * rng.normal(size=(count, 8))
+    noise = [math.sqrt(1 - alike) * rng.normal(size=(n * count, 8)) for n in (draws, 1)]
+    samples = scale * (np.repeat(of_patient, draws, axis=0) + noise[0])
+    return samples, of_patient + noise[1], [each for each in names(count) for _ in range(draws)], names(count)
+
+
+def expected_kid(scale):
+    """Of normal vectors of 8 features, variances scale^2 and 1: E k = 1 + 3 E[(x y / 8)^2], by independence."""
+    (of_samples, across, of_real) = (1 + 3 * a * a * b * b / 8 for a, b in ((scale, scale), (scale, 1), (1, 1)))
+    return of_samples + of_real - 2 * across
+
+
+def expected_mmd(scale, bandwidth):
+    """Of the same: E exp(-d^2 / 2s^2) of a normal difference of variance v is (1 + v / s^2)^(-8 / 2)."""
+    of_samples, across, of_real = ((1 + variance / bandwidth**2) ** -4 for variance in (2 * scale**2, scale**2 + 1, 2))
+    return of_samples + of_real - 2 * across
+
+
+@pytest.mark.parametrize(("alike", "scale"), [(0.95, 1.0), (0.95, 1.4), (0.5, 1.4)])
+def test_samples_of_references_are_measured_without_bias(alike, scale):
+    """Each sample is near its own reference, which is the pairing's doing and says nothing about the distributions."""
+    rng = np.random.default_rng(14)
+    draws = [from_references(rng, 12, 4, alike, scale) for _ in range(600)]
+    kids, errors = np.array([kernel_distance(*draw) for draw in draws]).T
+    mmds = [squared_mmd(*draw[:2], 4.0, *draw[2:]) for draw in draws]
+    for found, truth in ((kids, expected_kid(scale)), (mmds, expected_mmd(scale, 4.0))):
+        assert np.mean(found) == pytest.approx(truth, abs=4 * np.std(found) / math.sqrt(len(found)))
+    # The jackknife is conservative, the more so where nothing differs.
+    assert 0.95 < np.sqrt(np.mean(errors**2)) / kids.std() < 1.6
+
+
+@pytest.mark.parametrize("draws", [1, 4])
+def test_copies_of_the_references_are_at_distance_zero(draws):
+    real = 30 * np.random.default_rng(9).normal(size=(5, 512))
+    patients = [each for each in names(5) for _ in range(draws)]
+    copies = np.repeat(real, draws, axis=0)
+    assert squared_mmd(copies, real, 900.0, patients, names(5)) == 0
+    assert kernel_distance(copies, real, patients, names(5)) == (0, 0)
 
 
 def test_median_distance_of_three_points_on_a_line():
@@ -139,7 +175,7 @@ def test_kid_is_unbiased_for_any_number_of_images():
     truth = expected(0.0, 0.0) + expected(1.0, 1.0) - 2 * expected(0.0, 1.0)
     for sizes in ((3, 5), (12, 8)):
         draws = [[rng.normal(mean, 1, size=(n, 1)) for mean, n in zip((0, 1), sizes, strict=True)] for _ in range(3000)]
-        found = [kernel_distance(*draw, ["a"] * sizes[0], ["b"] * sizes[1])[0] for draw in draws]
+        found = [kernel_distance(*draw, names(sizes[0]), names(sizes[1], sizes[0]))[0] for draw in draws]
         assert np.mean(found) == pytest.approx(truth, abs=4 * np.std(found) / math.sqrt(len(found)))
 
 
@@ -159,22 +195,45 @@ def test_standard_error_of_kid_is_that_of_repeated_draws_of_patients():
 def test_standard_error_of_kid_leaves_out_each_patient_on_both_sides():
     rng = np.random.default_rng(13)
     first, second = rng.normal(size=(6, 4)), rng.normal(size=(4, 4))
-    first_patients, second_patients = ["a", "a", "b", "c", "d", "d"], ["a", "b", "e", "e"]
-    left = []
-    for patient in "abcde":
-        mine, theirs = (np.array(p) != patient for p in (first_patients, second_patients))
-        left.append(kernel_distance(first[mine], second[theirs], ["x"] * mine.sum(), ["y"] * theirs.sum())[0])
-    _, error = kernel_distance(first, second, first_patients, second_patients)
+    first_patients, second_patients = np.array([*"aabcdd"]), np.array([*"abee"])
+
+    def by_pairs(left_out):
+        """The definition, over pairs of images of different patients."""
+        means = []
+        for (x, of_x), (y, of_y) in (
+            ((first, first_patients), (first, first_patients)),
+            ((second, second_patients), (second, second_patients)),
+            ((first, first_patients), (second, second_patients)),
+        ):
+            pairs = [
+                (a @ b / 4 + 1) ** 3
+                for a, p in zip(x, of_x, strict=True)
+                for b, q in zip(y, of_y, strict=True)
+                if p != q and left_out not in (p, q)
+            ]
+            means.append(np.mean(pairs))
+        return means[0] + means[1] - 2 * means[2]
+
+    left = [by_pairs(patient) for patient in "abcde"]
+    kid, error = kernel_distance(first, second, list(first_patients), list(second_patients))
+    assert kid == pytest.approx(by_pairs(None))
     assert error == pytest.approx(math.sqrt(4 / 5 * sum((value - np.mean(left)) ** 2 for value in left)))
-    assert math.isnan(kernel_distance(first, second, ["a"] * 6, second_patients)[1])
+
+
+def test_few_patients_have_no_kid_or_no_standard_error():
+    first, second = np.random.default_rng(15).normal(size=(2, 4, 3))
+    assert np.isnan(kernel_distance(first, second, ["a"] * 4, names(4))).all()
+    kid, error = kernel_distance(first, second, [*"aabb"], [*"cdef"])
+    assert not math.isnan(kid)
+    assert math.isnan(error)
 
 
 def test_sets_are_compared_region_by_region_with_one_bandwidth():
     rng = np.random.default_rng(7)
-    references, others = rng.normal(size=(6, 2, 3)), rng.normal(size=(5, 2, 3))
+    references, others = rng.normal(size=(9, 2, 3)), rng.normal(size=(5, 2, 3))
     moved = references + np.array([[0.0], [5.0]])
     sets = {"copies": image_set(references), "moved": image_set(moved), "none": ImageSet()}
-    rows = distances_of_sets(sets, image_set(references), image_set(others, 6), ("a", "b"))
+    rows = distances_of_sets(sets, image_set(references), image_set(others, 9), ("a", "b"))
     found = {(row["image"], row["region"], row["metric"]): row for row in rows}
     assert len(rows) == len(found) == 2 * 2 * 6
     assert found["moved", "a", "fid"]["value"] == 0
@@ -182,31 +241,36 @@ def test_sets_are_compared_region_by_region_with_one_bandwidth():
     assert found["moved", "b", "mmd_squared"]["value"] > 0.5
     bandwidths = {found[image, "b", "mmd_squared"]["note"] for image in ("copies", "moved")}
     assert bandwidths == {f"bandwidth {median_distance(np.array([x[1] for x in [*references, *others]])):.4g}"}
-    assert all((row["n"], row["n_real"]) == (6, 6) for row in rows)
-    expected = {"a": (1, 1, 0.5), "b": (0, 0, 1)}
-    for region, values in expected.items():
-        of_region = [
-            found["moved", region, m]["value"] for m in ("feature_precision", "feature_recall", "classifier_auc")
-        ]
-        assert of_region == pytest.approx(values)
-    assert found["moved", "b", "kid"]["value"] > found["moved", "a", "kid"]["value"]
+    assert all((row["n"], row["n_real"]) == (9, 9) for row in rows)
+    # One reference is beyond the reach of the eight others.
+    for metric, values in {
+        "feature_precision": (8 / 9, 0),
+        "feature_recall": (8 / 9, 0),
+        "classifier_auc": (0.5, 1),
+    }.items():
+        assert [found["moved", region, metric]["value"] for region in "ab"] == pytest.approx(values)
+    assert found["moved", "b", "kid"]["value"] > found["moved", "a", "kid"]["value"] == 0
     with_error = {metric for (_, _, metric), row in found.items() if not math.isnan(row["standard_error"])}
     assert with_error == {"kid"}
 
 
 def test_small_sets_note_the_bias_of_their_distances():
     rng = np.random.default_rng(8)
-    real = rng.normal(size=(4, 1, 30))
-    rows = distances_of_sets(
-        {"few": image_set(real[:3]), "one": image_set(real[:1])}, image_set(real), ImageSet(), ("a",)
-    )
+    real = rng.normal(size=(9, 1, 30))
+    several = ImageSet(list(np.repeat(real[:8], 4, axis=0)), [each for each in names(8) for _ in range(4)])
+    sets = {"few": image_set(real[:3]), "several": several, "one": image_set(real[:1])}
+    sets["of one patient"] = ImageSet(list(real[:2]), names(1) * 2)
+    rows = distances_of_sets(sets, image_set(real), ImageSet(), ("a",))
     values = {(row["image"], row["metric"]): (row["value"], row["note"]) for row in rows}
     assert "biased upwards" in values["few", "fid"][1]
-    for metric in ("fid", "mmd_squared", "kid"):
-        assert math.isnan(values["one", metric][0])
-        assert values["one", metric][1] == "needs two images on each side"
+    assert not math.isnan(values["of one patient", "fid"][0])
+    assert values["one", "fid"][1] == "needs two images on each side"
+    assert math.isnan(values["one", "fid"][0])
+    for metric in ("mmd_squared", "kid", "classifier_auc"):
+        for image in ("one", "of one patient"):
+            assert math.isnan(values[image, metric][0])
+            assert values[image, metric][1] == "needs two patients on each side"
     for metric in ("feature_precision", "feature_recall"):
-        assert math.isnan(values["few", metric][0])
-        assert values["few", metric][1] == "needs four images on each side"
-    assert math.isnan(values["one", "classifier_auc"][0])
-    assert values["one", "classifier_auc"][1] == "needs two patients on each side"
+        for image in ("few", "several"):
+            assert math.isnan(values[image, metric][0])
+            assert values[image, metric][1] == "needs 9 patients on each side"

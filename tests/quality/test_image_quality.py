@@ -19,6 +19,7 @@ from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 from lungddpm.quality.calibration import CHECKS
 from lungddpm.quality.image_quality import (
     CONSTANT_LUNGS,
+    COPIED,
     COPIES,
     METRICS,
     NEAREST,
@@ -213,6 +214,8 @@ def test_a_generator_that_changes_nothing_but_brightness_is_as_far_away_as_its_f
         write_volume(folder / f"sample-{number}" / "ct.nii.gz", Volume(darker.astype(np.int16), ct.affine))
         shutil.copy(results / "cases" / case_id / "layout.nii.gz", folder / f"sample-{number}")
         write_json(folder / f"sample-{number}" / "sample.json", {"reference_case_id": case_id})
+        rows = pd.read_csv(folder / f"samples-{number}.tsv", sep="\t", dtype=str, keep_default_na=False)
+        write_cases(folder / f"samples-{number}.tsv", rows.assign(patient_id=f"patient-0{number + 2}"))
     table, sets = judged(config, results, [folder / f"samples-{number}.tsv" for number in range(2)])
     for region in ("whole volume", "lungs"):
         for metric in ("fid", "mmd_squared"):
@@ -269,8 +272,10 @@ def test_floors_come_out_as_floors(make_results):
     assert distances["extractor"].str.contains("random weights").all()
     assert distances["weights_sha256"].str.len().eq(64).all()
     assert distances["value"].isna().all()  # there is one reference only
-    of_pairs = distances[distances["metric"].isin(["fid", "mmd_squared", "kid"])]
-    assert of_pairs["note"].eq("needs two images on each side").all()
+    notes = distances.groupby("metric")["note"].unique().map(list)
+    assert notes["fid"] == ["needs two images on each side"]
+    assert notes["kid"] == notes["mmd_squared"] == notes["classifier_auc"] == ["needs two patients on each side"]
+    assert notes["feature_precision"] == notes["feature_recall"] == ["needs 9 patients on each side"]
 
 
 def add_sample(results, name, source):
@@ -306,6 +311,25 @@ def test_a_training_case_among_the_samples_is_flagged(make_results):
     assert flagged[1]["value"] == flagged[0]["value"] + 1
     assert (flagged[1]["n"], flagged[1]["n_real"]) == (3, 1)
     assert flagged[1]["note"].endswith("by chance 1.5")  # three samples, one real distance
+
+
+def test_nearness_is_not_measured_in_lungs_that_are_copied(make_results):
+    """Its nodules are a training case's own, but the lungs around them are far from it."""
+    config, results = make_results(n_test=1, n_replicates=1)
+    folder = results / "synthetic" / "lung_ddpm" / "all-fold0_seed0"
+    reference, training = (read_volume(results / "cases" / f"case-0{n}" / "ct.nii.gz") for n in (1, 0))
+    nodules = read_volume(folder / "sample-0" / "layout.nii.gz").array == Label.NODULE
+    drawn = np.where(nodules, training.array, reference.array)
+    write_volume(folder / "sample-0" / "ct.nii.gz", Volume(drawn, reference.affine))
+    table, sets = judged(config, results, [folder / "samples-0.tsv"])
+    nearest = table[(table["metric"] == NEAREST) & (table["case_id"] == "sample-0")].set_index("image")
+    assert math.isnan(nearest.loc[SYNTHETIC, "value"])
+    assert nearest.loc[CONSTANT_LUNGS, "value"] > 0
+    for metric in ("nearest_training_ratio", "smallest_training_ratio", "n_nearer_than_any_real"):
+        found = sets.loc[(SYNTHETIC, "lungs", metric)]
+        assert math.isnan(found["value"])
+        assert (found["n"], found["note"]) == (0, COPIED)
+        assert sets.loc[(CONSTANT_LUNGS, "lungs", metric)]["n"] == 1
 
 
 def test_samples_of_one_layout_are_compared_with_each_other(make_results):

@@ -21,15 +21,45 @@ def names(count, start=0):
     [([-3.0, 7.0], 1), ([-3.1, 7.1], 0), ([-3.0, -3.1, 2.5, 100], 0.5)],
 )
 def test_a_set_reaches_as_far_as_the_third_neighbours_of_its_members(points, share):
-    assert share_within(np.array(points)[:, None], LINE) == share
+    assert share_within(np.array(points)[:, None], LINE, names(len(points), 5), names(5)) == share
 
 
 def test_a_set_reaches_its_copy_and_nothing_of_a_set_far_away():
     rng = np.random.default_rng(1)
     centres = rng.normal(size=(12, 512))
-    assert share_within(centres, centres) == 1
-    assert share_within(np.repeat(centres, 4, axis=0), np.repeat(centres, 4, axis=0)) == 1
-    assert share_within(centres + 1e3, centres) == 0
+    assert share_within(centres, centres, names(12, 12), names(12)) == 1
+    assert share_within(centres + 1e3, centres, names(12), names(12)) == 0
+
+
+def test_the_own_patient_neither_covers_a_point_nor_is_a_neighbour():
+    """The third other patient of 0, 1, 2, 3, 4 remains the third if each has a second image close by."""
+    twice, of_twice = np.repeat(LINE, 2, axis=0), [each for each in names(5) for _ in range(2)]
+    twice[1::2] += 1e-3
+    assert share_within(np.array([[-2.9], [-3.1], [7.2]]), twice, names(3, 5), of_twice) == pytest.approx(1 / 3)
+    # Only the centre at 0 reaches -2.5; it is of the point's own patient.
+    point = np.array([[-2.5]])
+    assert share_within(point, LINE, names(1, 5), names(5)) == 1
+    assert share_within(point, LINE, names(1), names(5)) == 0
+
+
+@pytest.mark.parametrize("alike", [0.0, 0.5, 0.95])
+def test_samples_of_references_are_judged_like_unpaired_ones(alike):
+    """A generator far off its references, and one that draws from their distribution: precision and recall of paired
+    samples are those of as many independent patients, however near each sample is to its own reference."""
+    rng = np.random.default_rng(8)
+
+    def judge(draws, alike, shift):
+        of_patient = math.sqrt(alike) * rng.normal(size=(12, 64))
+        noise = [math.sqrt(1 - alike) * rng.normal(size=(n * 12, 64)) for n in (draws, 1)]
+        made, real = np.repeat(of_patient, draws, axis=0) + noise[0] + shift / 8, of_patient + noise[1]
+        of_made = [each for each in names(12) for _ in range(draws)]
+        of_real = names(12) if alike else names(12, 12)
+        return share_within(made, real, of_made, of_real), share_within(real, made, of_real, of_made)
+
+    for shift in (0, 6):
+        paired = np.mean([judge(4, alike, shift) for _ in range(40)], axis=0)
+        independent = np.mean([judge(1, 0.0, shift) for _ in range(40)], axis=0)
+        assert paired == pytest.approx(independent, abs=0.13)
 
 
 def test_a_set_of_one_mode_has_precision_but_no_recall():
@@ -38,8 +68,8 @@ def test_a_set_of_one_mode_has_precision_but_no_recall():
     one, other = rng.normal(size=(60, 2)), rng.normal(100, 1, size=(60, 2))
     made = rng.normal(size=(60, 2))
     real = np.concatenate([one, other])
-    assert share_within(made, real) > 0.9
-    assert 0.4 < share_within(real, made) <= 0.5
+    assert share_within(made, real, names(60), names(120, 60)) > 0.9
+    assert 0.4 < share_within(real, made, names(120, 60), names(60)) <= 0.5
 
 
 def test_the_auc_of_gaussians_apart_is_that_of_the_best_line():

@@ -9,6 +9,7 @@ from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Calibration
 from lungddpm.core.arms import BASELINE
 from lungddpm.quality.calibration import DIFFERENCE, LUNGS_ALONE, NODULES, SPREAD, calibration_table
+from lungddpm.quality.image_quality import COPIED
 from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.answer import CANNOT_TELL, STANDS, answer_row, doubted_arms
 from lungddpm.verdict.convergence import DICE, LOSS
@@ -312,7 +313,7 @@ def test_segmenters_that_know_too_little_do_not_judge_a_generator():
 def test_nodules_of_speckle_fail_whose_mean_is_right():
     statuses, said, _ = judge(quality=quality_of(speckle=1.83))
     assert statuses[GENERATOR] == FAILED
-    assert "HU in the nodules spread 1.83 times as wide" in said[GENERATOR]
+    assert "the spread of HU in the nodules is 1.83 times that of the references" in said[GENERATOR]
 
 
 def test_the_limit_of_memorisation_is_the_configs():
@@ -321,6 +322,16 @@ def test_the_limit_of_memorisation_is_the_configs():
     assert statuses[MEMORISED] == FAILED
     assert "(constant lungs, which contain no memorised texture: 0.80)." in said[MEMORISED]
     assert said[MEMORISED].endswith("than any real case is: check whether this pair is a copy.")
+
+
+def test_samples_that_copy_the_lungs_are_not_called_far_from_training_cases():
+    quality = quality_of(nearest=(math.nan, math.nan))
+    ratios = quality["metric"].isin(["nearest_training_ratio", "smallest_training_ratio"])
+    quality.loc[ratios & quality["mean"].isna(), "note"] = COPIED
+    statuses, said, answer = judge(quality=quality)
+    assert statuses[MEMORISED] == NOT_MEASURED
+    assert said[MEMORISED].count(f"training cases was not measured: {COPIED}.") == 2
+    assert "median distance to training cases of lung_ddpm" in answer["sentence"]
 
 
 def test_an_arm_that_was_not_measured_leaves_the_others_their_answer():

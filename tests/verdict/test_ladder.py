@@ -21,6 +21,10 @@ RIVALS = {
     "free_flow": {"kind": "rectified_flow", "weights_of": "rectified_flow", **GENERATED},
     "med_with_slice": {"kind": "med_ddpm", "weights_of": "lung_with_slice"},
     "lung_with_slice": {"kind": "lung_ddpm", "hint": "slice"},
+    "shown_voxels": {"kind": "lung_ddpm", "hint": "volume", **GENERATED},
+    "free_voxels": {"kind": "lung_ddpm", "weights_of": "lung_ddpm", **GENERATED},
+    "wavelet": {"kind": "lung_ddpm", "denoiser": {"wavelet": True}},
+    "free_wavelet": {"kind": "med_ddpm", "weights_of": "wavelet"},
 }
 # Written down from the published table: what each method is given of the target.
 CELLS = {
@@ -34,6 +38,11 @@ CELLS = {
     "rectified_flow": ("rectified flow", "layout+volume", ""),
     "free_flow": ("rectified flow", "layout", ""),
     "med_with_slice": ("pixel diffusion", "layout+slice", ""),
+    # Lung-DDPM pastes, and its network is of voxels, as is Med-DDPM's.
+    "shown_voxels": ("pixel diffusion", "layout+volume", ""),
+    "free_voxels": ("pixel diffusion", "layout", "Med-DDPM"),
+    "wavelet": ("pixel diffusion", "layout+volume", ""),
+    "free_wavelet": ("pixel diffusion", "layout", ""),
     "lefusion": ("nodule inpainting", "layout+volume", ""),
     "lung_ddpm_plus": ("pixel diffusion in crops", "layout+volume", "Lung-DDPM+"),
 }

@@ -56,6 +56,8 @@ def test_what_the_source_file_lacks_was_added():
     assert seconds.to_dict() == {"Lung-DDPM+": 3.79, "Lung-DDPM": 45.42, "Med-DDPM": 45.89, "GEM-3D": 34.10}
     evaluations = figures[figures["metric"] == "function_evaluations"].set_index("method")["mean"]
     assert evaluations.to_dict() == {"Lung-DDPM": 250, "Med-DDPM": 250, "GEM-3D": 1800, "Lung-DDPM+": 102}
+    steps = figures[figures["table"] == "sampling"].groupby("method")["steps"].unique().map(list)
+    assert steps.to_dict() == {"Lung-DDPM": ["250"], "Med-DDPM": ["250"], "GEM-3D": ["200"], "Lung-DDPM+": ["50"]}
     maisi = figures[(figures["method"] == "MAISI-v2") & (figures["metric"] == "FID")].set_index("steps")["mean"]
     assert maisi.to_dict() == {"5": 20.33, "10": 4.42, "20": 2.65, "30": 2.32, "50": 2.06, "100": 1.97}
     lefusion = figures[figures["source"].str.startswith("LeFusion")]
