@@ -51,7 +51,7 @@ def describe(values: dict[str, Any]) -> list[str]:
 def problems() -> list[str]:
     """What would stop a run: missing libraries, a torchvision that does not load, a torch with known problems."""
     found = installed_versions()
-    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in found]
+    problems = [f"{name} (pip install -c constraints.txt {name})" for name in LIBRARIES if name not in found]
     if problems:
         return problems
     if found["torch"].startswith("2.9."):
