@@ -51,12 +51,15 @@ docs: $(READY)
 
 # Wheel and sdist in build/dist, used as a stranger would: outside of this folder.
 dist: $(READY)
+	@echo "Building sdist and wheel, then trying the wheel outside of this folder"
 	VENV=$(VENV) .ci/built
 
 # The site in build/site: opens from the disk, and is built without a network. A broken link ends it.
 docs-site: $(READY)
+	@echo "Building the site and checking its links"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/site-cache -c docs/site . build/site
 	@echo "Open build/site/index.html"
 
 clean:
-	rm -rf results/[!R]* .snakemake
+	find results/ -mindepth 1 -maxdepth 1 ! -name README.md -exec rm -rf {} +
+	rm -rf .snakemake

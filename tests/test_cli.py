@@ -309,6 +309,16 @@ def test_doctor_knows_what_is_here(tmp_path):
     assert "torch " in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("commit", "line"), [("0123 with changes", ["commit of lungddpm: 0123 with changes"]), (None, [])]
+)
+def test_doctor_names_the_commit_of_a_checkout(monkeypatch, commit, line):
+    monkeypatch.setattr("lungddpm.operations.doctor.git_commit", lambda: commit)
+    shown = CliRunner().invoke(app, ["doctor"])
+    assert [text for text in shown.stdout.splitlines() if "commit" in text] == line
+    assert json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["git_commit"] == commit
+
+
 def test_doctor_gives_json_with_the_keys_of_the_docs(monkeypatch):
     import torch
 

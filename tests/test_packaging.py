@@ -97,6 +97,8 @@ CITATION = "cff-version: 1.2.0\nversion: 1.2.3\ndate-released: 2027-01-02\n"
     [
         ("v1.2.3", CHANGELOG, CITATION, ""),
         ("1.2.3", CHANGELOG, CITATION, "is not v and a version"),
+        ("v1.2.3", CHANGELOG.replace("1.2.3", "1x2.3"), CITATION, "CHANGELOG.md: has no heading"),
+        ("v1.2.3", CHANGELOG, CITATION.replace("1.2.3", "1.2x3"), "CITATION.cff: its version is not 1.2.3"),
         ("v1.2.4", CHANGELOG, CITATION, "CHANGELOG.md: has no heading '## [1.2.4] - <date>'"),
         ("v1.2.3", CHANGELOG, CITATION.replace("1.2.3", "1.2.2"), "CITATION.cff: its version is not 1.2.3"),
         ("v1.2.3", CHANGELOG, CITATION.partition("date")[0], "CITATION.cff: has no date-released"),
@@ -162,9 +164,131 @@ def test_the_page_of_dependencies_has_their_versions_and_licences(repository):
     table = page.partition("|---")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| (\S+) \| (\S+) \| (.+?) \|", table, re.MULTILINE)
     listed = {normal(name): (version, licence) for name, version, licence in rows}
-    extras = ("test", "docs", "lungmask", "totalsegmentator", "idc")
-    assert list(listed) == direct_dependencies(repository, *extras)
+    extras = ("test", "docs", "dicom", "lungmask", "totalsegmentator", "idc")
+    # Tests need the library of an extra, too.
+    assert list(listed) == list(dict.fromkeys(direct_dependencies(repository, *extras)))
     assert {name: version for name, (version, _) in listed.items()} == {name: pins(repository)[name] for name in listed}
     optional = set(direct_dependencies(repository, *extras)) - set(direct_dependencies(repository, "test", "docs"))
     for name in set(listed) - optional:
         assert listed[name][1] == licence_of(name), name
+
+
+def test_the_page_of_dependencies_has_every_extra(repository):
+    page = (repository / "docs/reference/dependencies.md").read_text()
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    rows = dict(re.findall(r"^\| `lungddpm\[(\w+)\]` \| (.+?) \|", page, re.MULTILINE))
+    assert set(rows) == set(project["optional-dependencies"])
+    for extra in set(rows) - {"test"}:
+        named = [normal(name) for name in rows[extra].split(", ")]
+        assert named == [normal(re.match(r"[\w.-]+", text)[0]) for text in project["optional-dependencies"][extra]]
+
+
+def jobs_of(repository, workflow):
+    """The jobs of a workflow of GitHub, by name."""
+    return yaml.safe_load((repository / f".github/workflows/{workflow}.yml").read_text())["jobs"]
+
+
+def commands_of(job):
+    """What a job runs, in order."""
+    return [step["run"] for step in job["steps"] if "run" in step]
+
+
+@pytest.mark.parametrize("workflow", ["ci", "nightly", "release"])
+def test_no_job_on_github_runs_for_hours_or_installs_cuda(repository, workflow):
+    text = yaml.safe_load((repository / f".github/workflows/{workflow}.yml").read_text())
+    for job in text["jobs"].values():
+        assert job["timeout-minutes"] <= 180
+    assert text["env"]["PIP_EXTRA_INDEX_URL"] == "https://download.pytorch.org/whl/cpu"
+    # A pin with a local version (2.0+cu130) would refuse the CPU build.
+    assert "+" not in pins(repository)["torch"] + pins(repository)["torchvision"]
+
+
+def test_the_package_claims_the_versions_of_python_that_are_tested(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    claimed = re.findall(r"Python :: (3\.\d+)", "\n".join(project["classifiers"]))
+    assert set(claimed) <= set(jobs_of(repository, "ci")["test"]["strategy"]["matrix"]["python"])
+    assert project["requires-python"] == f">={claimed[0]}"
+
+
+def test_continuous_integration_on_github_runs_what_the_local_one_runs(repository):
+    local = re.findall(r"^(?:exec )?make (\S+)$", (repository / ".ci/run").read_text(), re.MULTILINE)
+    assert local == ["test", "dist", "test-slow"]
+    commands = {command for job in jobs_of(repository, "ci").values() for command in commands_of(job)}
+    assert commands == {"make lint", "make pytest", "make dist", "make docs-site"}
+    assert re.search("^test: pytest lint$", (repository / "Makefile").read_text(), re.MULTILINE)
+    assert any("make test-slow" in command for command in commands_of(jobs_of(repository, "nightly")["slow"]))
+
+
+def test_the_nightly_run_can_mount_start_slurm_and_open_a_browser(repository):
+    job = jobs_of(repository, "nightly")["slow"]
+    # Root by default; Debian, as its package of Chromium is not a snap.
+    assert job["container"]["image"].endswith("-bookworm")
+    assert "--privileged" in job["container"]["options"].split()
+    safe, install, run, check = commands_of(job)
+    assert "safe.directory" in safe
+    assert {"slurm-wlm", "munge", "chromium", "git", "make"} <= set(install.split())
+    assert run == 'PYTEST_ADDOPTS="-r s" make test-slow | tee slow.log'
+    # The default shell of a container has no pipefail: it would take the exit code of tee.
+    assert next(step for step in job["steps"] if step.get("run") == run)["shell"] == "bash"
+    assert check == ".ci/nothing-skipped slow.log"
+
+
+@pytest.mark.parametrize(
+    ("reason", "passes"),
+    [
+        ("no munged: install the Debian packages slurm-wlm and munge", False),
+        ("Slurm does not run on this machine:\nmunged: no key", False),
+        ("real data not found in /somewhere; set LUNGDDPM_TEST_DATA", True),
+        (None, True),
+    ],
+)
+def test_a_skipped_test_fails_the_nightly_run_unless_it_needs_real_scans(repository, tmp_path, reason, passes):
+    skip = "" if reason is None else f"import pytest\ndef test_two():\n    pytest.skip({reason!r})\n"
+    (tmp_path / "test_made_up.py").write_text(f"def test_one():\n    pass\n{skip}")
+    pytest_command = [sys.executable, "-m", "pytest", "-q", "-n2", "-p", "no:cacheprovider", tmp_path]
+    options = {**os.environ, "PYTEST_ADDOPTS": "-r s"}
+    shown = subprocess.run(pytest_command, cwd=tmp_path, env=options, check=True, capture_output=True, text=True).stdout
+    (tmp_path / "slow.log").write_text(shown)
+    check = [repository / ".ci/nothing-skipped", tmp_path / "slow.log"]
+    assert (subprocess.run(check, check=False, capture_output=True).returncode == 0) is passes
+
+
+def test_a_release_is_built_from_its_tag_and_has_the_constraints(repository):
+    (job,) = jobs_of(repository, "release").values()
+    check, build, compare, publish = commands_of(job)
+    assert check == '.ci/check-release "$GITHUB_REF_NAME"'
+    assert build == "make dist"
+    assert publish.startswith('gh release create "$GITHUB_REF_NAME" --verify-tag ')
+    assert publish.endswith(" build/dist/* constraints.txt")
+    assert compare.startswith("ls build/dist/")
+
+
+@pytest.mark.parametrize(("tag", "passes"), [("v1.2.3", True), ("v1.2.4", False), ("v1.2", False)])
+def test_a_release_whose_wheel_has_another_version_fails(repository, tmp_path, tag, passes):
+    (job,) = jobs_of(repository, "release").values()
+    (tmp_path / "build/dist").mkdir(parents=True)
+    (tmp_path / "build/dist/lungddpm-1.2.3-py3-none-any.whl").touch()
+    variables = {**os.environ, "GITHUB_REF_NAME": tag}
+    run = subprocess.run(
+        ["bash", "-e", "-c", commands_of(job)[2]], cwd=tmp_path, env=variables, capture_output=True, check=False
+    )
+    assert (run.returncode == 0) is passes
+
+
+def test_clean_leaves_only_what_git_has(repository, tmp_path):
+    shutil.copy(repository / "Makefile", tmp_path)
+    for name in ("README.md", "Readings.csv", ".lock", ".plan.json", "cases/cases.tsv"):
+        (tmp_path / "results" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "results" / name).touch()
+    (tmp_path / ".snakemake").mkdir()
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["Makefile", "README.md", "results"]
+
+
+@pytest.mark.parametrize("target", ["dist", "docs-site"])
+def test_a_target_that_takes_a_while_announces_what_it_does(repository, tmp_path, target):
+    (tmp_path / ".ready").touch()
+    os.utime(tmp_path / ".ready", (2**32, 2**32))  # newer than what it depends on
+    command = ["make", "--dry-run", f"VENV={tmp_path}", target]
+    lines = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert lines[0].startswith('echo "Building ')

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lungddpm.core.versions import LIBRARIES, installed_versions
+from lungddpm.core.versions import LIBRARIES, git_commit, installed_versions
 
 _GIB = 2**30
 
@@ -16,13 +16,14 @@ _GIB = 2**30
 def machine() -> dict[str, Any]:
     """What this machine has, as values: versions, cores, memory, disk, devices; the keys are those of `--json`.
 
-    `devices` is None without torch, and empty where there is only the CPU.
+    `git_commit` is None outside a source checkout. `devices` is None without torch, empty where there is only the CPU.
     """
     import psutil
 
     memory = psutil.virtual_memory()
     return {
         "versions": installed_versions(),
+        "git_commit": git_commit(),
         "cores": os.cpu_count(),
         "memory_gib": memory.total / _GIB,
         "memory_free_gib": memory.available / _GIB,
@@ -35,6 +36,8 @@ def machine() -> dict[str, Any]:
 def describe(values: dict[str, Any]) -> list[str]:
     """One line per fact of `machine`, except what is missing."""
     lines = [f"{name} {version}" for name, version in values["versions"].items()]
+    if values["git_commit"]:
+        lines.insert(1, f"commit of lungddpm: {values['git_commit']}")
     lines.append(
         f"cores: {values['cores']}; memory: {values['memory_free_gib']:.1f} of {values['memory_gib']:.1f} GiB free"
     )
@@ -51,7 +54,7 @@ def describe(values: dict[str, Any]) -> list[str]:
 def problems() -> list[str]:
     """What would stop a run: missing libraries, a torchvision that does not load, a torch with known problems."""
     found = installed_versions()
-    problems = [f"{name} (pip install -c constraints.txt -e .)" for name in LIBRARIES if name not in found]
+    problems = [f"{name} (pip install -c constraints.txt {name})" for name in LIBRARIES if name not in found]
     if problems:
         return problems
     if found["torch"].startswith("2.9."):

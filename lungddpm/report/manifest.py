@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import platform
-import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lungddpm.arms.compose import draw_record
 from lungddpm.config.models import Config
-from lungddpm.core.code import PACKAGE, CodeFromStep
+from lungddpm.core.code import CodeFromStep
 from lungddpm.core.files import read_json, sha256_of
-from lungddpm.core.versions import installed_versions
+from lungddpm.core.versions import git_commit, installed_versions
 from lungddpm.segmentation.nnunet import fold_folder
 from lungddpm.verdict.tables import named_late
 
@@ -55,7 +54,7 @@ def describe_run(config: Config, results: Path, files: list[Path]) -> dict[str, 
     """
     return {
         "written": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": installed_versions(),
         "config": config.without_folders().model_dump(mode="json"),
@@ -77,20 +76,3 @@ def training_code(config: Config, results: Path) -> dict[str, list[CodeFromStep]
                 name = config.segmentation.replicate_name(fold, seed)
                 records[f"arms/{arm} {name}"] = folder / "training.json"
     return {name: read_json(path).get("code", []) for name, path in records.items() if path.exists()}
-
-
-def _git_commit() -> str | None:
-    """The commit of the running code, marked if the working tree has changes; None outside a git checkout."""
-
-    def git(*arguments: str) -> subprocess.CompletedProcess:
-        command = ["git", "-C", str(PACKAGE), *arguments]
-        return subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-
-    try:
-        # An environment inside another repository is not a checkout of this one.
-        if git("ls-files", "--error-unmatch", "__init__.py").returncode:
-            return None
-        commit = git("rev-parse", "HEAD").stdout.strip()
-        return f"{commit} with changes" if git("status", "--porcelain", "--", ".").stdout else commit
-    except FileNotFoundError:
-        return None

@@ -650,7 +650,7 @@ def show_filter(kept: pd.DataFrame) -> DisplayTable:
 
 
 def show_timing(timing: pd.DataFrame) -> DisplayTable:
-    """Time and memory by stage."""
+    """Time and memory by stage; `max_rss_mb` is in MiB, as Snakemake measures it."""
     stages = timing.groupby("stage", sort=False).agg(
         jobs=("job", "size"), seconds=("seconds", "sum"), longest=("seconds", "max"), memory=("max_rss_mb", "max"),
         device=("device", lambda devices: "; ".join(dict.fromkeys(devices))),
@@ -666,7 +666,7 @@ def show_timing(timing: pd.DataFrame) -> DisplayTable:
         ]
         for stage, row in zip(stages.index, stages.itertuples(), strict=True)
     ]
-    heads = ["stage", "jobs", "total time", "longest job", "peak memory, MB", "device"]
+    heads = ["stage", "jobs", "total time", "longest job", "peak memory, MiB", "device"]
     return DisplayTable(heads, rows, [False, *[True] * 4, False])
 
 

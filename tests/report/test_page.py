@@ -42,6 +42,7 @@ class Page(HTMLParser):
         super().__init__()
         self.words, self.images, self.links, self.open = [], [], [], []
         self.headings, self.heads_without_scope = [], 0
+        self.scrolling = []
         self.feed(html)
         self.text = " ".join(" ".join(self.words).split())
 
@@ -49,6 +50,8 @@ class Page(HTMLParser):
         values = dict(attrs)
         if tag == "th" and "scope" not in values:
             self.heads_without_scope += 1
+        if values.get("class") == "scroll" or tag == "pre":
+            self.scrolling.append(values)
         if re.fullmatch("h[1-6]", tag):
             self.headings.append(int(tag[1]))
         if tag == "img":
@@ -137,6 +140,55 @@ def test_a_screen_reader_finds_its_way(make_results):
     assert page.heads_without_scope == 0
 
 
+def test_what_scrolls_can_be_scrolled_by_keyboard_and_has_a_name(make_results):
+    config, results = make_results(n_test=2, n_replicates=1)
+    run_report(config, results)
+    html, page = (results / "report.html").read_text(encoding="utf-8"), page_of(results)
+    assert len(page.scrolling) == html.count('class="scroll"') + html.count("<pre") > 20
+    for box in page.scrolling:
+        assert (box["tabindex"], box["role"]) == ("0", "group")
+        assert box["aria-label"].strip()
+
+
+def test_signs_are_not_read_aloud(make_results):
+    config, results = make_results(n_test=7, n_replicates=2)
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    signs = re.findall(r'<span class="(?:mark|sign)[^>]*>', html)
+    assert len(signs) > 5
+    assert all('aria-hidden="true"' in sign for sign in signs)
+
+
+def contrast(one, other):
+    """Contrast ratio of two colours (#rrggbb) by WCAG 2.2: 1 to 21."""
+
+    def luminance(colour):
+        shares = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+        linear = [x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in shares]
+        return np.dot([0.2126, 0.7152, 0.0722], linear)
+
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_enough_contrast(make_results):
+    # Figures that WCAG gives itself: black on white, and the greys on both sides of the limit.
+    assert contrast("#000000", "#ffffff") == pytest.approx(21)
+    assert contrast("#767676", "#ffffff") > 4.5 > contrast("#777777", "#ffffff")
+    config, results = make_results(n_test=2, n_replicates=1)
+    run_report(config, results)
+    # Own styles only: those of plotly come with its script.
+    style = re.search("<style>(.*?)</style>", (results / "report.html").read_text(encoding="utf-8"), re.DOTALL)[1]
+    named = dict(re.findall(r"--(\w+): (#[0-9a-f]{6});", style))
+    text = {named.get(name, name) for name in re.findall(r"[{;\s]color: (?:var\(--(\w+)\)|#[0-9a-f]+)", style) if name}
+    text |= set(re.findall(r"[{;\s]color: (#[0-9a-f]{6})", style))
+    assert {named["ink"], named["soft"], named["blue"], named["red"]} <= text
+    # The page, the box of a configuration, a row under the mouse.
+    grounds = {"#ffffff", *re.findall(r"background: (#[0-9a-f]{6})", style)}
+    assert len(grounds) == 3
+    assert {(colour, ground) for colour in text for ground in grounds if contrast(colour, ground) < 4.5} == set()
+
+
 def test_what_paper_cannot_do_is_left_out_or_unfolded(make_results):
     config, results = make_results(n_test=2, n_replicates=1)
     run_report(config, results)
@@ -155,6 +207,13 @@ def test_what_paper_cannot_do_is_left_out_or_unfolded(make_results):
     note = page_of(results).text.partition("Not printed: ")[2]
     for name in ("arm.json", "tables/published_comparison.csv", "manifest.json"):
         assert name in note
+
+
+def test_memory_is_in_the_unit_that_snakemake_measures():
+    timing = pd.DataFrame(
+        {"stage": ["train"], "job": ["a"], "seconds": [60.0], "max_rss_mb": [512.0], "device": ["CPU"]}
+    )
+    assert "peak memory, MiB" in sections.show_timing(timing).heads
 
 
 def test_nothing_names_the_machine(make_results, tmp_path):

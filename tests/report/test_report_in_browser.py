@@ -1,4 +1,4 @@
-"""The report in a real browser: it loads alone, without an error, its slices can be browsed, and it fits a phone."""
+"""The report in a real browser: it loads alone, without an error, can be browsed, fits a phone, and prints."""
 
 import json
 import os
@@ -96,27 +96,55 @@ addEventListener("load", async () => {
 
 
 @pytest.fixture
-def open_page(tmp_path):
-    """A function that opens a page in Chromium and returns what its scripts wrote into the element `seen`."""
+def chromium(tmp_path):
+    """A function that opens a page in Chromium with options; what Chromium writes to standard output and error."""
     if CHROMIUM is None:
         pytest.skip("no chromium or chrome is installed")
 
-    def open_page(page):
-        options = ["--headless=new", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    def chromium(page, *options):
         # Ten minutes of the page's own clock, which runs ahead whenever the page is idle.
-        options += [
+        common = [
+            "--headless=new",
+            "--disable-gpu",
+            "--disable-background-networking",
             "--virtual-time-budget=600000",
-            "--window-size=1400,1000",
             f"--user-data-dir={tmp_path / 'profile'}",
         ]
         if os.geteuid() == 0:
-            options.append("--no-sandbox")  # Chromium refuses to run as root with it
-        run = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, check=False)
-        found = re.search(r'<pre id="seen">(.*?)</pre>', run.stdout, re.DOTALL)
-        assert found, f"the probe did not end: {run.stderr[-2000:]}"
+            common.append("--no-sandbox")  # Chromium refuses to run as root with it
+        command = [CHROMIUM, *common, *options, page.as_uri()]
+        run = subprocess.run(command, capture_output=True, text=True, check=False)
+        return run.stdout, run.stderr
+
+    return chromium
+
+
+@pytest.fixture
+def open_page(chromium):
+    """A function that opens a page in Chromium and returns what its scripts wrote into the element `seen`."""
+
+    def open_page(page):
+        shown, errors = chromium(page, "--dump-dom", "--window-size=1400,1000")
+        found = re.search(r'<pre id="seen">(.*?)</pre>', shown, re.DOTALL)
+        assert found, f"the probe did not end: {errors[-2000:]}"
         return json.loads(unescape(found[1]))
 
     return open_page
+
+
+@pytest.fixture
+def count_printed(chromium, tmp_path):
+    """A function that prints a page to PDF and counts the sheets."""
+
+    def count_printed(html):
+        page, pdf = tmp_path / "printed.html", tmp_path / "printed.pdf"
+        page.write_text(html, encoding="utf-8")
+        pdf.unlink(missing_ok=True)
+        _, errors = chromium(page, "--no-pdf-header-footer", f"--print-to-pdf={pdf}")
+        assert pdf.exists(), errors[-2000:]
+        return len(re.findall(rb"/Type /Page\b", pdf.read_bytes()))
+
+    return count_printed
 
 
 @pytest.fixture
@@ -188,3 +216,16 @@ def test_the_page_fits_a_phone(make_results, open_page, tmp_path):
     assert seen["wider"] == []
     # Wide tables and figures scroll in their own boxes.
     assert seen["scrolled"] > 10
+
+
+def test_paper_shows_what_the_screen_folds(make_results, count_printed):
+    config, results = make_results(n_test=60, n_replicates=1)
+    run_report(config, results)
+    html = (results / "report.html").read_text(encoding="utf-8")
+    # Without a class: those with the class `screen` are left out on paper.
+    folded = re.compile("<details>(.*?)</details>", re.DOTALL)
+    assert len(folded.findall(html)) > 2
+    sheets = count_printed(html)
+    assert 8 <= sheets <= 40
+    assert sheets == count_printed(folded.sub(r"<details open>\1</details>", html))
+    assert sheets > count_printed(folded.sub("", html))
