@@ -141,6 +141,8 @@ def _given(batch: Batch) -> torch.Tensor:
 def adversarial_loss(features: Features, *, taken_for_real: bool) -> torch.Tensor:
     """Least squares: the mean over scales of the mean squared distance of logits from 1 (real) or 0.
 
+    pix2pixHD sums over its scales, here two. Relative to the other losses, this one has half of its published weight.
+
     Args:
         features: of discriminators; the last ones are the logits.
         taken_for_real: whether the loss rewards classifying the volumes as real.
