@@ -491,6 +491,12 @@ class GeneratorConfig(Generic[S]):
         return self
 
     @property
+    def noise_from(self) -> GeneratorConfig[Any]:
+        """The config whose name and run enter the seeds of samples: its own, or that of the generator in `weights_of`,
+        so that the two draw from the same noise."""
+        return self if getattr(self.settings, "weights_of", None) is None else self.of_weights
+
+    @property
     def run(self) -> str:
         """The name that enters its seeds: that of its run; a training for one replicate has its own seeds."""
         if not isinstance(self.settings, TrainedSettings):
