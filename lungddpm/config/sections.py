@@ -264,15 +264,30 @@ class TrainedSettings(GeneratorSettings):
             raise ValueError(f"training.crop {crop} is larger than grid.size {list(grid.size)}")
 
 
-class UNetSettings(TrainedSettings):
-    """Settings of a generator whose network is the published U-Net."""
+class HintedSettings(TrainedSettings):
+    """Settings of a generator whose network may see a part of the reference."""
 
-    denoiser: Denoiser = Denoiser()
     hint: Hint = "none"
     """What the network is given of the reference besides the layout, as an additional channel. `none`: nothing, as
     published; `slice`: one axial slice at mid-height of the labelled voxels, including the region to draw (as in
     GEM-3D);
     `volume`: everything except the labelled voxels."""
+
+    def decides_fit(self) -> dict[str, Any]:
+        return super().decides_fit() | {"hint": self.hint}
+
+    def decides_weights(self, processes: int) -> dict[str, Any]:
+        decisive = super().decides_weights(processes)
+        if self.hint == "none":
+            # Trainings that began before this key existed continue.
+            del decisive["hint"]
+        return decisive
+
+
+class UNetSettings(HintedSettings):
+    """Settings of a generator whose network is the published U-Net."""
+
+    denoiser: Denoiser = Denoiser()
 
     @model_validator(mode="after")
     def _crop(self) -> UNetSettings:
@@ -286,14 +301,7 @@ class UNetSettings(TrainedSettings):
 
     def decides_fit(self) -> dict[str, Any]:
         denoiser = self.denoiser.model_dump(mode="json")
-        return super().decides_fit() | {"hint": self.hint, **{f"denoiser.{key}": it for key, it in denoiser.items()}}
-
-    def decides_weights(self, processes: int) -> dict[str, Any]:
-        decisive = super().decides_weights(processes)
-        if self.hint == "none":
-            # Trainings that began before this key existed continue.
-            del decisive["hint"]
-        return decisive
+        return super().decides_fit() | {f"denoiser.{key}": it for key, it in denoiser.items()}
 
     def check_grid(self, grid: Grid) -> None:
         super().check_grid(grid)
@@ -481,6 +489,12 @@ class GeneratorConfig(Generic[S]):
         if not isinstance(self.settings, TrainedSettings):
             raise ValueError(f"{self.name} draws without weights")
         return self
+
+    @property
+    def noise_from(self) -> GeneratorConfig[Any]:
+        """The config whose name and run enter the seeds of samples: its own, or that of the generator in `weights_of`,
+        so that the two draw from the same noise."""
+        return self if getattr(self.settings, "weights_of", None) is None else self.of_weights
 
     @property
     def run(self) -> str:

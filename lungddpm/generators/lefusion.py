@@ -1,7 +1,9 @@
 """LeFusion: a diffusion model draws nodules into the reference, each with a given histogram; all else is unchanged.
 
-The network sees a crop around the nodule and a histogram of HU. Outside the nodule the reference is pasted at every
-noise level, so that the nodule matches its surroundings.
+The network sees a crop around the nodule, where in it this nodule is, and a histogram of HU; other nodules in the crop
+are part of the surroundings. Outside the nodule the reference is pasted at every noise level, so that the nodule
+matches its surroundings. The published method also repeats noise levels (RePaint jumps), off here by default: see
+`sampling.resampling`.
 """
 
 from __future__ import annotations
@@ -57,7 +59,8 @@ class LesionTraining(PlusTraining):
 
 
 class LesionSampling(Sampling):
-    """From noise to nodules; the reference is pasted around them at every noise level."""
+    """From noise to nodules; the reference is pasted around them at every noise level. The published method uses
+    RePaint jumps: set `resampling` for them, at that many times the cost."""
 
     steps: PositiveInt = 300
     """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
@@ -97,12 +100,13 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
         inputs=lambda shape: unet_inputs(config, shape, further_channels=BINS),
         crop_centres=[Label.NODULE],
         needs_nodule=True,
+        one_nodule=True,
         keep=keep_histograms(config.grid.window_hu),
     )
 
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
-    """The nodules of a crop with their own histogram, by DPM-Solver++ with a few steps."""
+    """The nodule of a crop with its own histogram, by DPM-Solver++ with a few steps."""
     from lungddpm.models.lesions import draw_nodules, histograms_of, show
     from lungddpm.models.sampling import make_solver
     from lungddpm.models.schedule import cosine_betas
@@ -135,7 +139,6 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     import torch
 
     from lungddpm.models.accelerator import make_accelerator
-    from lungddpm.models.denoiser import condition_channels
     from lungddpm.models.lesions import draw_nodules, read_histograms, show
     from lungddpm.models.sampling import make_solver
     from lungddpm.models.schedule import cosine_betas
@@ -152,14 +155,13 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 
     def draw(
         hu: list[np.ndarray],
-        layouts: list[np.ndarray],
+        nodules: list[np.ndarray],
         drawn: list[np.ndarray],
         histograms: list[list[float]],
         generators: list[torch.Generator],
     ) -> np.ndarray:
-        """Crops with other nodules; (x, y, z) arrays in and out."""
-        nodules = torch.from_numpy(np.stack([condition_channels(layout, settings.classes) for layout in layouts]))
-        condition = show(nodules, torch.tensor(histograms)).to(accelerator.device)
+        """Crops, each with another nodule; (x, y, z) arrays in and out."""
+        condition = show(2 * to_device(nodules).float() - 1, torch.tensor(histograms, device=accelerator.device))
         reference = to_device([to_model_range(each, window) for each in hu])
         with accelerator.autocast():
             made = draw_nodules(
@@ -172,15 +174,17 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         chosen = [choose_histograms(planned, discovery, task.seed) for planned, task in zip(crops, tasks, strict=True)]
         generators = [torch.Generator(accelerator.device).manual_seed(task.seed) for task in tasks]
         volumes = [task.reference.array.astype(np.int16) for task in tasks]
+        numbers = [_number_voxels(planned, task.layout.shape) for planned, task in zip(crops, tasks, strict=True)]
         missing = [task.layout.array == Label.NODULE for task in tasks]
         for turn in range(max(map(len, crops))):
             busy = [place for place, planned in enumerate(crops) if turn < len(planned)]
             now = [crops[place][turn] for place in busy]
+            nodules = [numbers[place][crop.where] == crop.nodule for place, crop in zip(busy, now, strict=True)]
             made = draw(
                 [volumes[place][crop.where] for place, crop in zip(busy, now, strict=True)],
-                [tasks[place].layout.array[crop.where] for place, crop in zip(busy, now, strict=True)],
-                # Includes nodule voxels that later crops will draw; their present content is not part of any nodule.
-                [missing[place][crop.where] for place, crop in zip(busy, now, strict=True)],
+                nodules,
+                # Includes voxels of the nodule that later crops will draw; their present content is not part of it.
+                [missing[place][crop.where] & own for place, crop, own in zip(busy, now, nodules, strict=True)],
                 [chosen[place][crop.nodule].histogram for place, crop in zip(busy, now, strict=True)],
                 [generators[place] for place in busy],
             )
@@ -221,6 +225,14 @@ def choose_histograms(
         number: choose_histogram(discovery, size, seed_from(seed, "histogram", number))
         for number, size in voxels.items()
     }
+
+
+def _number_voxels(crops: Sequence[Crop], shape: Sequence[int]) -> np.ndarray:
+    """The number of the nodule that each voxel is part of, 0 elsewhere."""
+    numbers = np.zeros(shape, np.int32)
+    for crop in crops:
+        numbers[crop.where][crop.drawn] = crop.nodule
+    return numbers
 
 
 def _build_network(config: GeneratorConfig[Settings]) -> UNet:

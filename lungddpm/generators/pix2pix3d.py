@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from lungddpm.config.sections import GeneratorConfig, Grid, PositiveInt, Section, TrainedSettings, Training
+from lungddpm.config.sections import Background, GeneratorConfig, Grid, HintedSettings, PositiveInt, Section, Training
 from lungddpm.generators import JITTERED, LAYOUT, OWN, Drawing, Generator, Task
 from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from lungddpm.config.sections import Hint
     from lungddpm.models.adversarial import Translator
     from lungddpm.models.recipe import Preview, Recipe
 
@@ -98,12 +99,12 @@ class AdversarialTraining(Training):
 class TranslationSampling(Section):
     """From layout to CT."""
 
-    background: Literal["reference", "generated"] = "reference"
+    background: Background = "reference"
     """Content of the voxels that the layout leaves open: `reference`: its CT, pasted; `generated`: drawn by the
     network."""
 
 
-class Settings(TrainedSettings):
+class Settings(HintedSettings):
     """Pix2pix3D: networks, losses, training, drawing."""
 
     network: Translation = Translation()
@@ -139,17 +140,19 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
     import torch
 
     from lungddpm.models.adversarial import AdversarialOptimization, Discriminators, TranslationObjective
+    from lungddpm.models.denoiser import input_channels
     from lungddpm.models.objectives import WeightedError
     from lungddpm.models.recipe import Recipe
 
     settings = config.settings
-    channels, judge, weights = 1 + len(settings.classes), settings.discriminator, settings.loss_weights
+    channels, judge, weights = input_channels(config), settings.discriminator, settings.loss_weights
     objective = TranslationObjective(WeightedError.of(settings), weights.reconstruction, weights.feature_matching)
     return Recipe(
         build=lambda: _build(config),
         load=lambda path: _load_network(path, config, "cpu"),
         objective=lambda device: objective,
         inputs=lambda shape: (torch.zeros(shape[0], channels, *shape[1:]),),
+        hint=settings.hint,
         optimization=AdversarialOptimization,
         opponent=lambda: Discriminators(channels, judge.channels, judge.layers),
     )
@@ -157,8 +160,9 @@ def recipe(config: GeneratorConfig[Settings]) -> Recipe:
 
 def preview(config: GeneratorConfig[Settings]) -> Preview:
     """One pass, whatever the background in `sampling`."""
+    hint = config.settings.hint
     return lambda network, condition, reference, generators: _paste(
-        _draw(network, condition, generators), condition, reference
+        _draw(network, hint, condition, reference, generators), condition, reference
     )
 
 
@@ -175,13 +179,13 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     """
     from lungddpm.models.accelerator import make_accelerator
 
-    pastes = config.settings.sampling.background == "reference"
+    hint, pastes = config.settings.hint, config.settings.sampling.background == "reference"
     accelerator = make_accelerator(device, config.settings.training.precision)
     network = _load_network(weights, config, accelerator.device)
 
     def sample(condition: torch.Tensor, reference: torch.Tensor, generators: list[torch.Generator]) -> torch.Tensor:
         with accelerator.autocast():
-            return _draw(network, condition, generators)
+            return _draw(network, hint, condition, reference, generators)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
         windows = [config.grid.window_hu] * len(tasks)
@@ -193,14 +197,23 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     return Generator(make, str(accelerator.device))
 
 
-def _draw(network: torch.nn.Module, condition: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """(N, C, D, H, W) and a generator per volume -> CT (N, 1, D, H, W) float32. One pass per volume, so that it does
-    not depend on the others."""
+def _draw(
+    network: torch.nn.Module,
+    hint: Hint,
+    condition: torch.Tensor,
+    reference: torch.Tensor,
+    generators: Sequence[torch.Generator],
+) -> torch.Tensor:
+    """(N, C, D, H, W), (N, 1, D, H, W) and a generator per volume -> CT (N, 1, D, H, W) float32.
+
+    One pass per volume, so that it does not depend on the others.
+    """
     import torch
 
+    from lungddpm.models.hints import show
     from lungddpm.models.sampling import draw_noise
 
-    inputs = torch.cat([draw_noise(condition, generators), condition], dim=1)
+    inputs = torch.cat([draw_noise(condition, generators), condition, show(hint, reference, condition)], dim=1)
     with torch.inference_mode():
         return torch.cat([network(each[None]).float() for each in inputs])
 
@@ -213,10 +226,11 @@ def _paste(drawn: torch.Tensor, condition: torch.Tensor, reference: torch.Tensor
 
 def _build(config: GeneratorConfig[Settings]) -> Translator:
     from lungddpm.models.adversarial import Translator
+    from lungddpm.models.denoiser import input_channels
 
     settings = config.settings
     network = settings.network
-    return Translator(1 + len(settings.classes), network.widths, network.norm_groups, settings.orientation)
+    return Translator(input_channels(config), network.widths, network.norm_groups, settings.orientation)
 
 
 def _load_network(weights: Path, config: GeneratorConfig[Settings], device: str | torch.device) -> Translator:

@@ -35,7 +35,7 @@ class Translator(nn.Module):
     """Draws a CT in one pass: MONAI's `BasicUNet`, with its output limited to (-1, 1) by a hyperbolic tangent.
 
     Args:
-        in_channels: noise and layout classes.
+        in_channels: noise, layout classes and hint.
         widths: channels of the five levels, then of the last layer.
         norm_groups: groups of every GroupNorm; they divide all widths.
         orientation: of the network, see `turned`; `ras`: that of the grid.
@@ -59,7 +59,7 @@ class Discriminators(nn.Module):
     """One patch discriminator per scale; each further one sees the volume at half the resolution of the one before.
 
     Args:
-        in_channels: CT and layout classes.
+        in_channels: CT, layout classes and hint.
         channels: of the first layer; each further one has twice as many.
         layers: between the first one and the logits.
         scales: how many discriminators.
@@ -112,10 +112,11 @@ class TranslationObjective:
 
     def loss(self, network: nn.Module, batch: Batch, opponent: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
         """See `AdversarialObjective.loss`."""
-        drawn = network(torch.cat([batch.noise, batch.condition], dim=1)).float()
-        judged = opponent(torch.cat([drawn, batch.condition], dim=1))
+        given = _given(batch)
+        drawn = network(torch.cat([batch.noise, given], dim=1)).float()
+        judged = opponent(torch.cat([drawn, given], dim=1))
         with torch.no_grad():
-            real = opponent(torch.cat([batch.clean, batch.condition], dim=1))
+            real = opponent(torch.cat([batch.clean, given], dim=1))
         loss = (
             adversarial_loss(judged, taken_for_real=True)
             + self.feature_matching * feature_distance(judged, real)
@@ -125,14 +126,22 @@ class TranslationObjective:
 
     def opponent_loss(self, opponent: nn.Module, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
         """See `AdversarialObjective.opponent_loss`."""
-        both = torch.cat([torch.cat([volumes, batch.condition], dim=1) for volumes in (batch.clean, drawn)])
+        given = _given(batch)
+        both = torch.cat([torch.cat([volumes, given], dim=1) for volumes in (batch.clean, drawn)])
         judged = opponent(both)
         real, made = ([[each.chunk(2)[half] for each in scale] for scale in judged] for half in range(2))
         return (adversarial_loss(real, taken_for_real=True) + adversarial_loss(made, taken_for_real=False)) / 2
 
 
+def _given(batch: Batch) -> torch.Tensor:
+    """What the network and its opponent are given: condition and hint, (N, C, D, H, W)."""
+    return batch.condition if batch.shown is None else torch.cat([batch.condition, batch.shown], dim=1)
+
+
 def adversarial_loss(features: Features, *, taken_for_real: bool) -> torch.Tensor:
     """Least squares: the mean over scales of the mean squared distance of logits from 1 (real) or 0.
+
+    pix2pixHD sums over its scales, here two. Relative to the other losses, this one has half of its published weight.
 
     Args:
         features: of discriminators; the last ones are the logits.

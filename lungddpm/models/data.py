@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import ndimage
 
 from lungddpm.config.sections import GeneratorConfig, Size3, TrainedSettings
 from lungddpm.core import cases
@@ -105,7 +106,7 @@ class SampleStream:
         self.data, self.device = data, device
         self.training, self.draw_level = config.settings.training, objective.draw_level
         self.seed, self.run = config.seed, config.run
-        self.centres, self.hint = recipe.crop_centres, recipe.hint
+        self.centres, self.one_nodule, self.hint = recipe.crop_centres, recipe.one_nodule, recipe.hint
         # Lookup tables on the device: `to_model_range` of every HU, `condition_channels` of every label.
         labels = np.arange(len(Label), dtype=np.uint8).reshape(-1, 1, 1)
         channels = condition_channels(labels, config.settings.classes).reshape(-1, len(Label))
@@ -125,7 +126,8 @@ class SampleStream:
         generator = torch.Generator().manual_seed(seed_from(self.seed, self.run, "sample", index))
         crop = per_axis(slice(0, size) for size in layout.shape)
         if self.training.crop is not None:
-            crop = draw_crop(layout, self.training.crop, self.centres, generator)
+            crop, centre = draw_crop(layout, self.training.crop, self.centres, generator)
+            layout = only_nodule(layout, centre) if self.one_nodule else layout
         level = self.draw_level(generator)
         change = draw_augmentation(self.training.augmentation, generator)
         is_turned = change is not None and change.affine is not None
@@ -158,7 +160,9 @@ class SampleStream:
         return int(torch.randperm(len(self.data.ct), generator=generator)[place])
 
 
-def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator: torch.Generator) -> Box:
+def draw_crop(
+    layout: np.ndarray, edge: int, centres: Sequence[Label], generator: torch.Generator
+) -> tuple[Box, tuple[int, ...]]:
     """A random cube around something to generate; open voxels are pasted later, so they matter less.
 
     A label is drawn from those in the layout (so that the few nodule voxels are seen as often as lung), then one of
@@ -169,6 +173,9 @@ def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator
         edge: voxels along each side, at most those of the layout.
         centres: labels that the centre may have; any voxel if the layout has none of them.
         generator: source of the draws.
+
+    Returns:
+        The cube, and the voxel that it was drawn around.
     """
     labels = [label for label in centres if (layout == label).any()]
     if labels:
@@ -177,7 +184,20 @@ def draw_crop(layout: np.ndarray, edge: int, centres: Sequence[Label], generator
     else:
         centre = [_integer(size, generator) for size in layout.shape]
     starts = (min(max(c - edge // 2, 0), size - edge) for c, size in zip(centre, layout.shape, strict=True))
-    return per_axis(slice(start, start + edge) for start in starts)
+    return per_axis(slice(start, start + edge) for start in starts), tuple(centre)
+
+
+def only_nodule(layout: np.ndarray, voxel: tuple[int, ...]) -> np.ndarray:
+    """The layout with only the nodule that this voxel is part of; others become lung. Unchanged if it is in none.
+
+    Nodules are told apart as in drawing: by all 26 neighbours.
+    """
+    if layout[voxel] != Label.NODULE:
+        return layout
+    numbers, count = ndimage.label(layout == Label.NODULE, np.ones((3, 3, 3)))
+    if count == 1:
+        return layout
+    return np.where((numbers > 0) & (numbers != numbers[voxel]), np.uint8(Label.LUNG), layout)
 
 
 def _open_arrays(paths: dict[str, Path], shape: tuple[int, ...]) -> dict[str, np.ndarray] | None:

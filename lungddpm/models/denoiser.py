@@ -19,6 +19,7 @@ from lungddpm.config.sections import (
     Denoiser,
     GeneratorConfig,
     Hint,
+    HintedSettings,
     Norm,
     Orientation,
     Padding,
@@ -70,8 +71,8 @@ def build_denoiser(config: GeneratorConfig[UNetSettings], further_channels: int 
     return kind(**{**arguments, "in_channels": arguments["in_channels"] + further_channels})
 
 
-def input_channels(config: GeneratorConfig[UNetSettings]) -> int:
-    """Number of the network's input channels: noisy CT, layout classes, hint."""
+def input_channels(config: GeneratorConfig[HintedSettings]) -> int:
+    """Number of the network's input channels: noise or noisy CT, layout classes, hint."""
     return 1 + len(config.settings.classes) + HINT_CHANNELS[config.settings.hint]
 
 

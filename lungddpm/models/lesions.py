@@ -81,7 +81,8 @@ class LesionError:
 
 
 class LesionLoss(DiffusionLoss):
-    """A diffusion model's loss, with the histogram of each sample's nodule voxels in the condition."""
+    """A diffusion model's loss, with the histogram of each sample's nodule in the condition: its layout shows one only,
+    see `Recipe.one_nodule`."""
 
     def loss(self, network: Network, batch: Batch) -> torch.Tensor:
         """See `Objective.loss`; the batch's condition is the nodule alone."""
@@ -137,7 +138,7 @@ def draw_nodules(
 
     Args:
         network, solver, reference, generators, resampling: see `sample_aas`.
-        condition: (N, 1 + BINS, D, H, W) that the network sees, see `show`.
+        condition: (N, 1 + BINS, D, H, W) that the network sees, see `show`: one nodule of each volume.
         drawn: (N, 1, D, H, W) bool: the voxels to draw, some or all of the nodule's.
 
     Returns:

@@ -21,9 +21,9 @@ from lungddpm.core.labels import Label
 from lungddpm.core.memory import peak_memory_mib
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
-from lungddpm.models.data import TrainingData, draw_crop
+from lungddpm.models.data import TrainingData, draw_crop, only_nodule
 from lungddpm.models.denoiser import condition_channels
-from lungddpm.models.recipe import Preview
+from lungddpm.models.recipe import Preview, Recipe
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -104,12 +104,12 @@ def draw_grid(
     data: TrainingData,
     chosen: Sequence[int],
     config: GeneratorConfig[TrainedSettings],
-    crop_centres: Sequence[Label],
+    recipe: Recipe,
     accelerator: Accelerator,
 ) -> tuple[list[float], Figure]:
     """Draw cases, each from its own fixed noise, and plot them.
 
-    A network that draws crops gets one, centred as its training crops are.
+    A network that draws crops gets one, centred and labelled as its training crops are.
 
     Returns:
         Mean squared error of each sample where it was drawn, in the lungs or the nodule, on [0, 1] over
@@ -119,12 +119,14 @@ def draw_grid(
     clean, layouts, drawn, errors = [], [], [], []
     for case in chosen:
         seed = seed_from(config.seed, config.run, "grid", data.case_ids[case])
+        whole = data.layout[case]
         where: tuple[slice, ...] = ()
         edge = config.settings.drawn_size(config.grid)[0]
-        if edge < min(data.layout[case].shape):
+        if edge < min(whole.shape):
             chooser = torch.Generator().manual_seed(seed)
-            where = draw_crop(data.layout[case], edge, crop_centres, chooser)
-        layout = data.layout[case][where]
+            where, centre = draw_crop(whole, edge, recipe.crop_centres, chooser)
+            whole = only_nodule(whole, centre) if recipe.one_nodule else whole
+        layout = whole[where]
         reference = to_model_range(data.ct[case][where], config.grid.window_hu)
         channels = condition_channels(layout.transpose(2, 1, 0), config.settings.classes)
         with accelerator.autocast():

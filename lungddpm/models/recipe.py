@@ -94,6 +94,7 @@ class Recipe:
         inputs: shape (N, D, H, W) of volumes -> network inputs of that size, for counting operations.
         crop_centres: labels that the centre of a training crop may have.
         needs_nodule: whether only cases with a nodule count.
+        one_nodule: whether a crop around a nodule shows only that one in its layout; others are lung there.
         keep: (names, CT (n, D, H, W) int16 HU, layouts (n, D, H, W)) of all cases -> what sampling needs to know
             about them, as JSON-like values; stored with the weights.
         hint: what the network sees of the reference.
@@ -111,6 +112,7 @@ class Recipe:
     inputs: Callable[[Sequence[int]], tuple[torch.Tensor, ...]]
     crop_centres: Sequence[Label] = INSIDE
     needs_nodule: bool = False
+    one_nodule: bool = False
     keep: Callable[[Sequence[str], np.ndarray, np.ndarray], dict[str, Any]] = lambda *_: {}
     hint: Hint = "none"
     optimization: Callable[..., Steps] | None = None

@@ -235,8 +235,8 @@ class _Run:
         self._settle()
         if self.monitor is not None:
             shown = grid_cases(self.data)
-            average, centres = self.optimization.average, self.recipe.crop_centres
-            errors, figure = draw_grid(average, self.preview, self.data, shown, self.config, centres, self.accelerator)
+            average, recipe = self.optimization.average, self.recipe
+            errors, figure = draw_grid(average, self.preview, self.data, shown, self.config, recipe, self.accelerator)
             names = [self.data.case_ids[case] for case in shown]
             self.monitor.add_samples(len(self.history), names, errors, figure)
 

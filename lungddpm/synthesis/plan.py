@@ -24,7 +24,7 @@ class PlannedSample:
         sample_id: its name and folder.
         reference: row of the case table.
         repeat: number of earlier uses of the reference.
-        seed: for all random numbers in the CT.
+        seed: for all random numbers in the CT. The same for variants that use the same weights (`weights_of`).
         layout_origin: `OWN`, `PLACED`, `JITTERED` or `ADDED`.
         layout_seed: for all random numbers in the layout; None for `OWN`. The same for all generators of a run, so that
             generators with the same `LAYOUTS` get the same layouts.
@@ -79,7 +79,7 @@ def plan_samples(
     """
     number = samples_wanted(config, generator, table, dose, cohort)
     first, again = config.plugin_of(generator).layouts
-    run = config.for_generator(generator, cohort).run
+    noise = config.for_generator(generator, cohort).noise_from
     if not number:
         return []
     references = _references(config, generator, table, needs_nodule=first == again == OWN)
@@ -102,7 +102,7 @@ def plan_samples(
                 sample_id="_".join([case_id, *draw, f"s{repeat:03d}"]),
                 reference=reference,
                 repeat=repeat,
-                seed=seed_from(config.seed, run, generator, case_id, repeat, *draw),
+                seed=seed_from(config.seed, noise.run, noise.name, case_id, repeat, *draw),
                 layout_origin=origin,
                 layout_seed=None if origin == OWN else layout_seed,
             )

@@ -88,6 +88,22 @@ def test_a_key_set_back_to_its_default_counts_in_the_jobs():
     assert load_config(config.differences()).grid.size == (64, 64, 64)
 
 
+@pytest.mark.parametrize("file", ["config/lidc.yaml", "config/paper.yaml", "config/rivals.yaml"])
+def test_an_autoencoder_that_learns_from_crops_encodes_whole_volumes_alike(repository, file):
+    """Norms of the volume and zeros beyond it would differ, see `test_a_crop_is_encoded_as_within_its_volume`."""
+    config = load_config(repository / file, needs_source=False)
+    for trained in config.trained_generators():
+        autoencoder = getattr(trained.settings, "autoencoder", None)
+        if autoencoder is not None and autoencoder.crop is not None:
+            assert (autoencoder.norm, autoencoder.padding) == ("voxel", "replicate"), trained.name
+
+
+def test_the_rivals_at_the_published_scale_do_not_inherit_the_rate_of_voxels(repository):
+    config = load_config(repository / "config/paper.yaml", needs_source=False)
+    rates = {trained.name: trained.settings.training.learning_rate for trained in config.trained_generators()}
+    assert rates == {"lung_ddpm": 1e-5, "pix2pix3d": 2e-4, "make_a_volume": 1e-4, "gem_3d": 1e-4}
+
+
 @pytest.mark.parametrize(
     "file", ["config.yaml", "config/lidc.yaml", "config/paper.yaml", "config/rivals.yaml", "benchmarks/null.yaml"]
 )

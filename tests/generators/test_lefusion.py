@@ -19,6 +19,7 @@ from lungddpm.core.labels import Label
 from lungddpm.generators import Task, lefusion, lung_ddpm_plus
 from lungddpm.models import lesions
 from lungddpm.models.checkpoint import read_metadata, save_network
+from lungddpm.models.data import SampleStream, TrainingData
 from lungddpm.models.optimization import Optimization
 from lungddpm.operations.plan import Cohort, known_speed, plan_run
 
@@ -158,6 +159,40 @@ def test_the_recorded_histogram_is_the_one_that_the_network_saw(weights, task, m
         inside = condition[0, 0] > 0
         expected = 2 * torch.tensor(one["histogram"]) - 1
         assert torch.equal(condition[0, 1:, inside], expected[:, None].expand(-1, int(inside.sum())))
+
+
+def test_a_nodule_beside_another_gets_its_own_histogram_in_training(tiny_cohort):
+    """Two nodules of a constant HU in every crop: the network is shown one, with its histogram, and learns that one."""
+    layout = np.full((1, 16, 16, 16), Label.LUNG, np.uint8)
+    hu = np.full((1, 16, 16, 16), -850, np.int16)
+    for box, value in ((np.s_[0, 6:9, 6:9, 5:7], -400), (np.s_[0, 6:9, 6:9, 8:10], 20)):
+        layout[box], hu[box] = Label.NODULE, value
+    values = changed(training={**SETTINGS["training"], "augmentation": "none", "batch_size": 8})
+    settings = parse_config(values).for_training("lefusion")
+    recipe = lefusion.recipe(settings)
+    objective = recipe.objective(torch.device("cpu"))
+    batch = SampleStream(TrainingData(["a"], hu, layout), settings, recipe, objective, torch.device("cpu")).batch(0)
+    shown = []
+    for clean, nodule in zip(batch.clean, batch.condition, strict=True):
+        shown += set(((clean[nodule > 0] + 1) * 812 - 1024).round().int().tolist())
+        # The other one is in the crop all the same.
+        assert (clean > -0.5).sum() > (nodule > 0).sum()
+    assert len(shown) == 8
+    assert set(shown) == {-400, 20}
+
+
+def test_a_nodule_is_drawn_without_showing_those_beside_it(weights, task, monkeypatch):
+    given = []
+    draw_nodules = lesions.draw_nodules
+
+    def watching(network, solver, condition, reference, drawn, *rest):
+        given.append((condition[0, 0] > 0, drawn[0, 0]))
+        return draw_nodules(network, solver, condition, reference, drawn, *rest)
+
+    monkeypatch.setattr(lesions, "draw_nodules", watching)
+    load(weights).make([with_nodules(task, *BOXES["two beside one another"])])
+    assert [int(shown.sum()) for shown, _ in given] == [27, 18]
+    assert all(torch.equal(shown, drawn) for shown, drawn in given)
 
 
 BOXES = {

@@ -17,6 +17,7 @@ from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import sha256_of
 from lungddpm.core.labels import Label
 from lungddpm.generators import Task, pix2pix3d, plugin, rectified_flow
+from lungddpm.models.checkpoint import read_metadata, save_network
 from lungddpm.operations.estimate import count, count_opponent, run_estimate
 from lungddpm.operations.plan import Cohort, known_speed, network_cost, plan_run
 
@@ -111,6 +112,61 @@ def test_noise_is_an_input_and_the_seed_decides_it(trained, tasks):
     first, again, other = generator.make(seeds)
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("hint", ["slice", "volume"])
+def test_what_is_drawn_depends_on_what_is_shown(tiny_cohort, tasks, tmp_path, hint):
+    """Against a network that sees all of the reference, or the voxels to draw."""
+    values = changed(hint=hint, sampling={"background": "generated"})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    weights = train_by_command("pix2pix3d", tmp_path / "config.yaml", tiny_cohort, tmp_path) / "model.safetensors"
+    generator, task = load(values, weights), tasks[0]
+    named = task.layout.array != Label.BACKGROUND
+    levels = np.flatnonzero(named.any(axis=(0, 1)))
+    middle = (levels[0] + levels[-1]) // 2
+    in_slice, outside, inside = (task.reference.array.copy() for _ in range(3))
+    in_slice[:, :, middle] += 90
+    outside[~named] += 90
+    inside[named] += 90
+    for array in (outside, inside):
+        array[:, :, middle] = task.reference.array[:, :, middle]
+    (drawn,) = generator.make([task])
+    differs = [
+        not np.array_equal(drawn, generator.make([Task(task.reference.like(other), task.layout, task.seed)])[0])
+        for other in (in_slice, outside, inside)
+    ]
+    assert differs == {"slice": [True, False, False], "volume": [True, True, False]}[hint]
+    with pytest.raises(InputError, match=f"trained with hint {hint}, but the config has none"):
+        load(changed(), weights)
+
+
+def test_weights_and_trainings_from_before_there_was_a_hint_are_used(trained, tasks, tmp_path):
+    path = trained / "model.safetensors"
+    metadata = read_metadata(path)
+    del metadata.fit["hint"]
+    del metadata.config["settings"]["hint"]
+    old = tmp_path / "model.safetensors"
+    save_network(old, pix2pix3d.recipe(parse_config(changed()).for_training("pix2pix3d")).load(path), metadata)
+    first, again = (load(changed(), each).make(tasks[:1])[0] for each in (path, old))
+    assert np.array_equal(first, again)
+    with pytest.raises(InputError, match="trained with hint none, but the config has slice"):
+        load(changed(hint="slice"), old)
+    # By which a training knows its own states.
+    assert "hint" not in parse_config(changed()).for_training("pix2pix3d").settings.decides_weights(1)
+    assert parse_config(changed(hint="slice")).for_training("pix2pix3d").settings.decides_weights(1)["hint"] == "slice"
+
+
+def test_both_networks_see_the_hint(trained):
+    recipes = {
+        hint: pix2pix3d.recipe(parse_config(changed(hint=hint)).for_training("pix2pix3d"))
+        for hint in ("none", "slice", "volume")
+    }
+    first_layers = {
+        hint: [next(build().parameters()).shape[1] for build in (recipe.build, recipe.opponent)]
+        for hint, recipe in recipes.items()
+    }
+    assert first_layers == {"none": [3, 3], "slice": [4, 4], "volume": [4, 4]}
+    assert {hint: recipe.hint for hint, recipe in recipes.items()} == {hint: hint for hint in recipes}
 
 
 def test_a_preview_has_the_reference_where_the_layout_is_open():

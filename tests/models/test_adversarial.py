@@ -103,6 +103,25 @@ def test_the_losses_of_a_batch_by_hand():
     assert judged.item() == pytest.approx((real + made) / 2)
 
 
+class Knows(nn.Module):
+    """An opponent whose logit is the hint, its last channel."""
+
+    def forward(self, volumes):
+        return [[volumes[:, :1], volumes[:, -1:]]]
+
+
+def test_the_hint_is_an_input_of_both_networks_and_not_of_the_error():
+    condition = torch.cat([volume(1.0, -1.0), volume(-1.0, 1.0)], dim=1)
+    batch = Batch(volume(0.0, 0.0), condition, volume(0.1, 0.3), torch.zeros(1), volume(0.5, 0.25))
+    objective = TranslationObjective(WeightedError("l1", 3.0, 1), reconstruction=1.0, feature_matching=0.0)
+    loss, drawn = objective.loss(lambda inputs: inputs[:, -1:] * 2, batch, Knows())
+    assert drawn.flatten().tolist() == pytest.approx([1.0, 0.5])  # the hint doubled
+    fooled, error = (0.5**2 + 0.75**2) / 2, (1.0 + 3 * 0.5) / (1 + 3)
+    assert loss.item() == pytest.approx(fooled + error)
+    shown = (0.5**2 + 0.75**2) / 2, (0.5**2 + 0.25**2) / 2  # against 1 beside the real CT, 0 beside the drawn one
+    assert objective.opponent_loss(Knows(), batch, drawn).item() == pytest.approx(sum(shown) / 2)
+
+
 def test_the_second_discriminator_sees_the_mean_of_neighbours():
     judge = Discriminators(2, 4, 1)
     volumes = torch.randn(1, 2, 16, 16, 16, generator=torch.Generator().manual_seed(1))

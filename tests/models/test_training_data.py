@@ -166,13 +166,14 @@ def test_crops_lie_inside_and_hold_something_to_generate():
     generator = torch.Generator().manual_seed(0)
     with_nodule = 0
     for _ in range(100):
-        where = draw_crop(layout, 4, [Label.LUNG, Label.NODULE], generator)
+        where, centre = draw_crop(layout, 4, [Label.LUNG, Label.NODULE], generator)
         assert layout[where].shape == (4, 4, 4)
-        assert (layout[where] != Label.BACKGROUND).any()
+        assert all(side.start <= at < side.stop for side, at in zip(where, centre, strict=True))
+        assert layout[centre] != Label.BACKGROUND
         with_nodule += (layout[where] == Label.NODULE).any()
     assert with_nodule > 40
     nothing = np.zeros((16, 20, 24), np.uint8)
-    assert layout[draw_crop(nothing, 8, [Label.NODULE], generator)].shape == (8, 8, 8)
+    assert layout[draw_crop(nothing, 8, [Label.NODULE], generator)[0]].shape == (8, 8, 8)
 
 
 def test_crops_of_lung_ddpm_plus_lie_around_nodule_voxels():

@@ -15,7 +15,6 @@ from lungddpm.models import monitoring
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases
-from lungddpm.models.recipe import INSIDE
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 from lungddpm.operations.estimate import count, run_estimate
 
@@ -37,7 +36,7 @@ def perfect(noisy, timesteps):
 
 def grid_of(network, data, chosen, config):
     accelerator = make_accelerator("cpu", "fp32")
-    return draw_grid(network, lung_ddpm.preview(config), data, chosen, config, INSIDE, accelerator)
+    return draw_grid(network, lung_ddpm.preview(config), data, chosen, config, lung_ddpm.recipe(config), accelerator)
 
 
 def test_the_grid_measures_the_distance_in_the_lungs(data, training_config):

@@ -77,6 +77,23 @@ def test_plan_takes_references_in_turn(tiny_cohort):
     assert plan[0].seed != plan_samples(make_config(seed=2), "lung_ddpm", table)[0].seed
 
 
+def test_a_variant_with_the_weights_of_another_draws_from_the_same_noise(tiny_cohort):
+    """Of two numbers of steps, only the steps differ; a variant that is trained itself has its own noise."""
+    variants = {
+        "lung_2": {"kind": "lung_ddpm", "weights_of": "lung_ddpm", "sampling": {"steps": 2}},
+        "again": {"kind": "lung_ddpm"},
+    }
+    config = make_config(
+        generators={"lung_ddpm": LUNG_DDPM, **variants},
+        arms={"generators": ["lung_ddpm", *variants], "doses": [1.0], "controls": []},
+    )
+    table = cases.read_cases(tiny_cohort)
+    names = "lung_ddpm", "lung_2", "again"
+    first, fewer, trained = ([each.seed for each in plan_samples(config, name, table)] for name in names)
+    assert first == fewer == [each.seed for each in plan_samples(make_config(), "lung_ddpm", table)]
+    assert not {*first} & {*trained}
+
+
 def origins(plan):
     return [(sample.sample_id, sample.layout_origin) for sample in plan]
 
