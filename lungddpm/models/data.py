@@ -190,7 +190,7 @@ def draw_crop(
 def only_nodule(layout: np.ndarray, voxel: tuple[int, ...]) -> np.ndarray:
     """The layout with only the nodule that this voxel is part of; others become lung. Unchanged if it is in none.
 
-    Nodules are told apart as in drawing: by all 26 neighbours.
+    Nodules are separated as in drawing: by all 26 neighbours.
     """
     if layout[voxel] != Label.NODULE:
         return layout

@@ -396,7 +396,7 @@ def _nearest_of_real(training: list[RealCase], references: list[RealCase]) -> li
 
 
 def _memorisation_rows(rows: list[dict], n_training: int) -> list[dict]:
-    """Summary of these distances: of the samples, and of constant lungs, which remember nothing."""
+    """Summary of these distances: of the samples, and of constant lungs, which contain no memorised texture."""
     nearness = pd.DataFrame(rows, columns=COLUMNS).query("metric == @NEAREST")
     found = nearness.dropna(subset="value")
     distances = {image: found.loc[found["image"] == image, "value"].to_numpy() for image in found["image"].unique()}
