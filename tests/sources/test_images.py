@@ -138,11 +138,13 @@ def test_truncated_file(tmp_path):
     assert find(tmp_path)[0].excluded.startswith("labels/a.nii.gz: cannot be read")
 
 
-def test_two_images_of_one_stem_stay_apart(tmp_path):
+def test_two_images_of_one_name_are_excluded(tmp_path):
     write_case(tmp_path, image="a.nii.gz")
     write_case(tmp_path)
-    assert [series.case_id for series in find(tmp_path)] == ["a", "a_2"]
-    assert {series.patient_id for series in find(tmp_path)} == {"a"}
+    assert [(series.case_id, series.excluded) for series in find(tmp_path)] == [
+        ("a", "images/a.nii.gz: exists more than once (images/a_0000.nii.gz). Keep one copy of it."),
+        ("a_2", "images/a_0000.nii.gz: exists more than once (images/a.nii.gz). Keep one copy of it."),
+    ]
 
 
 def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
