@@ -29,6 +29,8 @@ SHEAR_TOLERANCE_DEGREES = 0.05
 LARGEST_VOXELS = 2**29
 """Limit for a file, four times the largest chest CT: a small file can claim, or unpack to, any size."""
 _DISAGREE_MM = 0.1
+_UNITS_MM = {"meter": 1000.0, "micron": 0.001}
+"""NIfTI's other units of length."""
 _BAND_CELLS = 64
 """Cells along an axis that are resampled by one matrix product."""
 
@@ -162,11 +164,12 @@ def read_header(path: Path) -> Header:
     """The geometry of a NIfTI file.
 
     The sform is used if its code is set and it is invertible, else the qform if its code is set. If neither is,
-    only the voxel sizes are known: the axes are nibabel's default, x to the left, the origin in the middle.
+    only the voxel sizes are known: the axes are nibabel's default, x to the left, the origin in the middle. Metres and
+    micrometres are converted to mm.
 
     Raises:
         InputError: missing or unreadable, not 3-D, without voxels or with more than `LARGEST_VOXELS`, not one real
-            number per voxel, or an affine that cannot be inverted.
+            number per voxel, without voxel size, or an affine that cannot be inverted.
     """
     return _open_image(path)[1]
 
@@ -185,8 +188,8 @@ def _open_image(path: Path) -> tuple[SpatialImage, Header]:
     shape = volume_shape(path, stored)
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(path, "has colours or complex numbers", "Store one number per voxel.")
-    affines, notes = _affines(image, shape)
-    return image, volume_header(path, stored, affines, notes)
+    affines, notes = _affines(path, image, shape)
+    return image, volume_header(path, stored, tuple(affines), notes)
 
 
 def volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
@@ -231,23 +234,65 @@ def volume_header(
     return Header(shape, affines, notes)
 
 
-def _affines(image: SpatialImage, shape: tuple[int, int, int]) -> tuple[tuple[np.ndarray, ...], tuple[str, ...]]:
-    """The invertible affines of a header, the one to use first, and notes on them."""
+def _affines(path: Path, image: SpatialImage, shape: tuple[int, int, int]) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """The invertible affines of a header in mm, the one to use first, and notes on them.
+
+    Raises:
+        InputError: only pixdim could give the voxel size, and does not.
+    """
+    to_mm, unit_notes = _length_unit(image)
     sform, qform = (_coded(image.header, kind) for kind in ("sform", "qform"))
+    if sform is None or qform is not None:
+        sizes = _stored_sizes(image)
+        if 0 in sizes and sform is None:
+            shown = ", ".join(f"{size:g}" for size in sizes)
+            remedy = "Write the file with its true geometry."
+            raise InputError(path, f"has no voxel size (pixdim is {shown})", remedy)
+        qform = None if 0 in sizes else qform
+    usable, notes = _chosen(image, shape, sform, qform, to_mm)
+    return usable, (*unit_notes, *notes)
+
+
+def _chosen(
+    image: SpatialImage, shape: tuple[int, int, int], sform: np.ndarray | None, qform: np.ndarray | None, to_mm: float
+) -> tuple[list[np.ndarray], tuple[str, ...]]:
+    """The invertible ones of sform and qform in mm, and a note if one of them is not used."""
+    scale = np.diag([to_mm, to_mm, to_mm, 1.0])
     if sform is None and qform is None:
-        affine = np.asarray(image.affine, float)
         note = "neither sform nor qform is set: only the voxel sizes are known, and left and right may be swapped"
-        return (affine,), (note,)
-    usable = tuple(affine for affine in (sform, qform) if affine is not None and _invertible(affine))
-    if sform is not None and qform is not None and len(usable) == 1:
-        used = "sform" if _invertible(sform) else "qform"
-        return usable, (f"only its {used} is invertible, and is used",)
+        return [scale @ np.asarray(image.affine, float)], (note,)
+    coded = {name: scale @ affine for name, affine in (("sform", sform), ("qform", qform)) if affine is not None}
+    usable = {name: affine for name, affine in coded.items() if _invertible(affine)}
+    if len(coded) == 2 and len(usable) == 1:
+        return list(usable.values()), (f"only its {next(iter(usable))} is invertible, and is used",)
     if len(usable) == 2:
         nothing = np.broadcast_to(np.uint8(0), shape)
-        apart_mm = Volume(nothing, usable[0]).distance_mm(Volume(nothing, usable[1]))
+        apart_mm = Volume(nothing, usable["sform"]).distance_mm(Volume(nothing, usable["qform"]))
         if apart_mm > _DISAGREE_MM:
-            return usable, (f"sform and qform disagree by up to {apart_mm:.3g} mm: the sform is used",)
-    return usable, ()
+            note = f"sform and qform disagree by up to {apart_mm:.3g} mm: the sform is used"
+            return list(usable.values()), (note,)
+    return list(usable.values()), ()
+
+
+def _length_unit(image: SpatialImage) -> tuple[float, tuple[str, ...]]:
+    """The length in mm of a header's unit, and a note if it is not 1; many headers leave it unknown, and mean mm."""
+    try:
+        unit = image.header.get_xyzt_units()[0]
+    except (AttributeError, KeyError):  # not a code of NIfTI
+        return 1.0, ()
+    if unit not in _UNITS_MM:
+        return 1.0, ()
+    return _UNITS_MM[unit], (f"its lengths were converted to mm: its header has the unit {unit}",)
+
+
+def _stored_sizes(image: SpatialImage) -> list[float]:
+    """The voxel sizes in pixdim as stored; nibabel replaces 0 by 1."""
+    sizes = [float(size) for size in image.header.get_zooms()[:3]]
+    if 1 in sizes:
+        with image.file_map["image"].get_prepare_fileobj("rb") as file:
+            stored = type(image.header).from_fileobj(file, check=False)
+        sizes = [abs(float(size)) for size in stored["pixdim"][1:4]]
+    return sizes
 
 
 def _coded(header: Nifti1Header, kind: str) -> np.ndarray | None:

@@ -200,6 +200,17 @@ def test_a_header_without_directions_is_noted(tmp_path):
     np.testing.assert_array_equal(read_volume(path).array, CT[::-1, ::-1])
 
 
+def test_sizes_without_directions_are_used(tmp_path):
+    mha, nrrd = write(tmp_path / "a.mha", CT), write(tmp_path / "a.nrrd", CT)
+    # Size of an element instead of the distance to the next.
+    change(mha, ElementSpacing="1 1 1\nDistanceUnits = mm")
+    mha.write_bytes(mha.read_bytes().replace(b"ElementSpacing = 1 1 1", b"ElementSize = 0.7 0.8 2.5"))
+    change(nrrd, space_directions=None, space_origin=None, space='spacings: 0.7 0.8 2.5\nunits: "mm" "mm" "mm"')
+    nrrd.write_bytes(nrrd.read_bytes().replace(b"space: spacings", b"spacings"))
+    for file in (mha, nrrd):
+        np.testing.assert_allclose(read_header(file).grid.spacing_mm, SPACING)
+
+
 def write_4d(path, volumes):
     image = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(volume.T) for volume in volumes])
     SimpleITK.WriteImage(image, str(path))
@@ -236,6 +247,7 @@ def of_complex_numbers(path):
     SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.zeros(SHAPE, np.complex64)), str(path))
 
 
+KINDS = "domain domain domain"
 # The file, what is done to it, and the reason: in the index, or after "prepare:" when it is read.
 ERRORS = {
     "4D": ("a.mha", lambda p: write_4d(p, [CT, CT]), "has 4 dimensions instead of 3 (its shape is (8, 7, 6, 2)"),
@@ -250,6 +262,25 @@ ERRORS = {
     "NRRD larger than memory": ("a.nrrd", lambda p: change(p, sizes="32767 32767 32767"), "more than 536,870,912"),
     "singular": ("a.mha", lambda p: change(p, TransformMatrix="0 0 0 0 1 0 0 0 1"), "affine that cannot be inverted"),
     "no spacing": ("a.mha", lambda p: change(p, ElementSpacing="0 1 1"), "affine that cannot be inverted"),
+    "no spacing at all": ("a.mha", lambda p: change(p, ElementSpacing=None), "has no voxel size"),
+    "lengths in um": (
+        "a.mha", lambda p: change(p, ElementSpacing="1 1 1\nDistanceUnits = um"), "has its lengths in um",
+    ),
+    "NRRD without spacings": (
+        "a.nrrd", lambda p: change(p, space_directions=None, space=None, space_origin=None), "has no voxel size",
+    ),
+    "NRRD with a spacing that is not a number": (
+        "a.nrrd",
+        lambda p: change(p, space_directions=None, space=None, space_origin=None, kinds=f"{KINDS}\nspacings: 1 nan 1"),
+        "has no voxel size",
+    ),
+    "NRRD without the distance of slices": (
+        "a.nrrd", lambda p: change(p, space_directions="(1,0,0) (0,1,0) none"), "has no voxel size",
+    ),
+    "NRRD in um": (
+        "a.nrrd", lambda p: change(p, kinds=f'{KINDS}\nspace units: "um" "um" "um"'),
+        "has its lengths in um",
+    ),
     "NRRD singular": (
         "a.nrrd", lambda p: change(p, space_directions="(1,0,0) (0,1,0) (0,2,0)"), "affine that cannot be inverted",
     ),

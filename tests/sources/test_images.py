@@ -138,11 +138,13 @@ def test_truncated_file(tmp_path):
     assert find(tmp_path)[0].excluded.startswith("labels/a.nii.gz: cannot be read")
 
 
-def test_two_images_of_one_stem_stay_apart(tmp_path):
+def test_two_images_of_one_name_are_excluded(tmp_path):
     write_case(tmp_path, image="a.nii.gz")
     write_case(tmp_path)
-    assert [series.case_id for series in find(tmp_path)] == ["a", "a_2"]
-    assert {series.patient_id for series in find(tmp_path)} == {"a"}
+    assert [(series.case_id, series.excluded) for series in find(tmp_path)] == [
+        ("a", "images/a.nii.gz: exists more than once (images/a_0000.nii.gz). Keep one copy of it."),
+        ("a_2", "images/a_0000.nii.gz: exists more than once (images/a.nii.gz). Keep one copy of it."),
+    ]
 
 
 def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
@@ -188,7 +190,7 @@ def cut_short(file):
 
 
 COLOURS = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
-SIZES, SLOPE, SROW_X, SROW_Y = 40, 112, 280, 296
+SIZES, PIXDIM, SLOPE, UNITS, SROW_X, SROW_Y = 40, 76, 112, 123, 280, 296
 LARGE = {"ct": np.tile(CT, (4, 4, 4)), "labels": np.tile(LABELS, (4, 4, 4))}
 HUGE = struct.pack("<3h", 32767, 32767, 32767)
 # What is written instead of a good pair, what is done to image and label, and the reason: in the index or, after
@@ -347,6 +349,47 @@ def test_which_affine_holds(tmp_path, rule):
     else:
         expect(scan, affine=affine)
     assert (note in scan.notes[0]) if note else scan.notes == ()
+
+
+@pytest.mark.parametrize("role", ["images", "labels"])
+@pytest.mark.parametrize("coded", [{}, {"qform": AFFINE}])
+def test_a_header_without_voxel_size_is_refused(tmp_path, coded, role):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write_with(tmp_path / folder / "a.nii.gz", array, **coded)
+    patch(tmp_path / role / "a.nii.gz", PIXDIM + 3 * 4, bytes(4))
+    reason = find(tmp_path)[0].excluded
+    assert reason.startswith(f"{role}/a.nii.gz: has no voxel size (pixdim is 0.7, 0.8, 0). Write the file with")
+
+
+def test_an_sform_gives_the_voxel_size_where_pixdim_does_not(tmp_path):
+    for folder, array in (("images", CT), ("labels", LABELS)):
+        write_with(tmp_path / folder / "a.nii.gz", array, sform=moved(7), qform=AFFINE)
+        patch(tmp_path / folder / "a.nii.gz", PIXDIM + 4, bytes(12))
+    scan = load(tmp_path)
+    expect(scan, affine=moved(7))
+    assert scan.notes == ()
+
+
+UNIT_CODES = {"unknown": (0, 1.0), "metre": (1, 1000.0), "millimetre": (2, 1.0), "micron": (3, 0.001), "none": (7, 1.0)}
+
+
+@pytest.mark.parametrize("unit", UNIT_CODES)
+@pytest.mark.parametrize("coded", ["sform", "qform", "neither"])
+def test_lengths_are_converted_to_mm(tmp_path, unit, coded):
+    code, mm = UNIT_CODES[unit]
+    stored = np.diag([*AFFINE.diagonal()[:3] / mm, 1.0])
+    write_with(tmp_path / "images" / "a.nii.gz", CT, sform=stored if coded == "sform" else None)
+    image = tmp_path / "images" / "a.nii.gz"
+    patch(image, PIXDIM + 4, struct.pack("<3f", *stored.diagonal()[:3]))
+    patch(image, UNITS, bytes([code + 8]))  # with seconds
+    if coded == "qform":
+        patch(image, 252, struct.pack("<h", 1))
+    write_with(tmp_path / "labels" / "a.nii.gz", LABELS, sform=None if coded == "neither" else AFFINE)
+    (series,) = find(tmp_path)
+    assert series.excluded == ""
+    np.testing.assert_allclose(series.spacing_mm, AFFINE.diagonal()[:3], rtol=1e-5)
+    notes = " ".join(load(tmp_path).notes)
+    assert ("its lengths were converted to mm" in notes) == (mm != 1)
 
 
 PAIRS = {

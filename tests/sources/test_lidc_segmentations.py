@@ -19,7 +19,7 @@ from lidc_files import (
     write_series,
     xml,
 )  # fmt: skip
-from pydicom import dcmread
+from pydicom import Dataset, dcmread
 from pydicom.pixels import pack_bits
 from pydicom.sr.codedict import codes
 
@@ -43,10 +43,11 @@ NODULE = box((3, 6), (4, 6), (1, 3))
 
 
 def write_idc(top, masks=None, **options):
-    """A CT without XML, and a SEG object in a folder of its own for each annotation id."""
+    """A CT without XML, and a SEG object in a folder of its own for each annotation id or label."""
     folder = write_series(top / "P-01" / "a study" / "CT_1.2.3")
     for name, mask in ({"12": NODULE} if masks is None else masks).items():
-        write_seg(top / "P-01" / "a study" / f"SEG_{name}" / "seg.dcm", {LABEL.format(name): mask}, **options)
+        label = name if "Annotation" in name else LABEL.format(name)
+        write_seg(top / "P-01" / "a study" / f"SEG_{name}" / "seg.dcm", {label: mask}, **options)
     return folder
 
 
@@ -96,11 +97,91 @@ def test_readers_are_known_by_how_they_count(patient):
     assert sorted(numbers, key=min) == [{reader} for reader in range(len(numbers))]
 
 
+@pytest.mark.parametrize("names", [["reader1", "reader2"], ["1", "2", "3", "4"], ["R1", "R2"]])
+def test_readers_that_look_like_one_exclude_the_series(tmp_path, names):
+    write_idc(tmp_path, dict.fromkeys(names, NODULE))
+    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    assert only(tmp_path).excluded == (
+        f"P-01/a study/SEG_{names[0]}/seg.dcm: 'Nodule 1' has several annotations ({shown}) that look like "
+        "one reader's. Give each reader a prefix of their own, as in 'Nodule 1 - Annotation anna_1'."
+    )
+
+
+def test_readers_that_look_like_one_beside_another_exclude_the_series(tmp_path):
+    """An annotation's id is unique in LIDC-IDRI; where it is not, it names a reader."""
+    write_idc(tmp_path, {f"Nodule {n} - Annotation {name}": NODULE for n in "12" for name in ("R1", "R2", "expert")})
+    assert "'Nodule 1' has several annotations (R1, R2)" in only(tmp_path).excluded
+    with_prefixes = {f"Nodule {n} - Annotation {name}_{n}": NODULE for n in "12" for name in ("anna", "ben")}
+    write_idc(tmp_path / "good", with_prefixes, ct="1.2.3")
+    (series,) = find(tmp_path / "good")
+    assert (series.excluded, series.n_nodules, series.notes) == ("", 2, ())
+
+
+# Of the release: a reader's two annotations of one nodule, in two nodules of LIDC-IDRI's 2,651.
+TWICE = [
+    ["Nodule 001", "Nodule 002", "20976", "20972", "0", "1", "11786", "11782"],
+    ["Nodule 003", "IL057_127736", "IL057_127735", "MI014_18032", "MI014_18037", "0"],
+]
+
+
+@pytest.mark.parametrize("names", TWICE)
+def test_a_nodule_that_a_reader_of_the_release_drew_twice_is_noted(tmp_path, names):
+    write_idc(tmp_path, dict.fromkeys(names, NODULE))
+    series = only(tmp_path)
+    assert series.excluded == ""
+    assert series.notes[0].startswith("going by their ids, one reader drew 'Nodule 1' more than once (")
+
+
+def test_labels_in_any_case_and_spacing(tmp_path):
+    write_idc(tmp_path)
+    write_seg(tmp_path / "b" / "seg.dcm", {"NODULE 1 -  ANNOTATION Nodule 001": NODULE})
+    write_seg(tmp_path / "c" / "seg.dcm", {"nodule 1-annotation: ben_1": NODULE})
+    series = only(tmp_path)
+    assert (len(series.annotations), series.notes) == (3, ())
+    assert {annotation.reader for annotation in load(tmp_path).annotations} == {0, 1, 2}
+
+
+def test_segments_without_a_reader_beside_others_are_noted(tmp_path):
+    write_idc(tmp_path)
+    write_seg(tmp_path / "b" / "seg.dcm", {LABEL.format("ben_1"): NODULE, "heart": NODULE, "left lung": NODULE})
+    series = only(tmp_path)
+    assert series.excluded == ""
+    assert series.notes == ("segments without a reader's annotation were left out ('heart', 'left lung')",)
+
+
+def test_a_nodule_without_a_reader_beside_others_excludes_the_series(tmp_path):
+    write_idc(tmp_path)
+    write_seg(tmp_path / "b" / "seg.dcm", {LABEL.format("ben_1"): NODULE, "Lung nodule 2": NODULE})
+    assert only(tmp_path).excluded == (
+        "b/seg.dcm: has a nodule without a reader's annotation ('Lung nodule 2'). Label it as in "
+        "'Nodule 1 - Annotation IL057_127364', or take it out."
+    )
+
+
+def two_of_a_number(dataset):
+    dataset.SegmentSequence[1].SegmentNumber = 1
+
+
+def test_two_segments_of_one_number_exclude_the_series(tmp_path):
+    folder = write_series(tmp_path / "ct")
+    write_seg(folder / "seg.dcm", {LABEL.format("7"): NODULE, LABEL.format("ben_1"): NODULE}, change=two_of_a_number)
+    assert only(tmp_path).excluded == "ct/seg.dcm: has several segments with the number 1. Export it again."
+
+
+def test_an_object_of_several_series_excludes_the_first(tmp_path):
+    def change(dataset):
+        dataset.ReferencedSeriesSequence.append(Dataset())
+        dataset.ReferencedSeriesSequence[1].SeriesInstanceUID = "9.9"
+
+    write_idc(tmp_path, change=change)
+    assert "names several series (1.2.3, 9.9). Export one object per CT series." in only(tmp_path).excluded
+
+
 def test_a_cluster_is_split_where_a_reader_drew_both(tmp_path):
     one, other = box((2, 4), (2, 4), (1, 3)), box((6, 8), (2, 4), (1, 3))
     for ids, nodules in {("3", "4"): 2, ("3", "Nodule 001"): 1}.items():
         top = tmp_path / ids[1]
-        write_idc(top, dict(zip(ids, (one, other), strict=True)))
+        write_idc(top, {LABEL.format(ids[0]): one, f"Nodule 2 - Annotation {ids[1]}": other})
         scan = load(top)
         assert len(cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm)) == nodules
 

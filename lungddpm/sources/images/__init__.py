@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,9 +68,13 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
     if found.unlabelled:
         LOG.info("%s: %d images without labels are not cases", found.unlabelled[0].parent.name, len(found.unlabelled))
     series = []
+    of_name: dict[str, list[Path]] = defaultdict(list)
+    for pair in found.pairs:
+        of_name[pair.name].append(pair.image)
     with Progress("headers of images", total=len(found.pairs)) as progress:
         for pair in found.pairs:
-            series.append(_series(path, cache, pair, patient_of))
+            copies = [_within(path, image) for image in of_name[pair.name] if image != pair.image]
+            series.append(_series(path, cache, pair, patient_of, copies))
             progress.advance()
     for label in found.lonely:
         series.append(_without_image(path, label))
@@ -123,8 +128,11 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     return Scan(ct=ct, labels=labels.array, files=files, notes=notes)
 
 
-def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf) -> Series:
-    """The series of one image before its voxels are read; `case_id` is not yet safe for folders."""
+def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf, copies: list[str]) -> Series:
+    """The series of one image before its voxels are read; `case_id` is not yet safe for folders.
+
+    `copies`: other images of the same name.
+    """
     files = [pair.image, *([pair.label] if pair.label else [])]
     grid = cache.recall(
         " ".join(_within(top, file) for file in files),
@@ -136,6 +144,9 @@ def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf) -> Serie
     try:
         patient = patient_of(pair.image)
         _check_channels(pair)
+        if copies:
+            problem = f"exists more than once ({', '.join(copies)})"
+            raise InputError(pair.image, problem, "Keep one copy of it.")
     except InputError as error:
         excluded = excluded or reason_of(error, top)
     return Series(

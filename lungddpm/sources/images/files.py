@@ -8,6 +8,7 @@ folders of NIfTI do not need it.
 from __future__ import annotations
 
 import math
+import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
@@ -33,6 +34,8 @@ _ANATOMICAL_SPACES = {
     "right-anterior-superior", "left-anterior-superior", "left-posterior-superior", "ras", "las", "lps"
 }  # fmt: skip
 """NRRD spaces that define the patient's sides."""
+_MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "?", "???", "none", "unknown")
+"""Units of length in headers; a missing one is taken to be mm."""
 _LONGEST_TEXT = 2**20
 _CHUNK = 2**16
 """Bytes to decompress at once, to at most 64 MiB."""
@@ -54,7 +57,8 @@ def read_header(path: Path) -> Header:
 
     Raises:
         InputError: missing or unreadable, not 3-D, without voxels or with more than `LARGEST_VOXELS`, not one real
-            number per voxel, an affine that cannot be inverted, or voxels in another file than the one beside it.
+            number per voxel, without voxel size or not in mm, an affine that cannot be inverted, or voxels in another
+            file than the one beside it.
     """
     return nifti.read_header(path) if suffix_of(path.name) not in _FORMATS else _open(path).header
 
@@ -143,6 +147,7 @@ def _open(path: Path) -> _File:
         raise InputError(path, "holds vectors, colours or complex numbers", "Store one number per voxel.")
     stored = tuple(int(n) for n in reader.GetSize())
     volume_shape(path, stored)  # before assuming three axes
+    _check_sizes(path, text.fields)
     affine = np.eye(4)
     directions = np.array(reader.GetDirection()).reshape(len(stored), len(stored))
     affine[:3, :3] = directions[:3, :3] * reader.GetSpacing()[:3]
@@ -195,6 +200,22 @@ def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
     if not data.is_file():
         raise InputError(path, f"keeps its voxels in {name}, which does not exist", "Copy that file as well.")
     return data
+
+
+def _check_sizes(path: Path, fields: dict[str, str]) -> None:
+    """Check that a header has voxel sizes, in mm; SimpleITK would assume 1 mm, and ignores units.
+
+    Raises:
+        InputError: it does not.
+    """
+    by_axis = re.findall(r"\([^)]*\)", fields.get("space directions", ""))  # "none" for an axis that is not in space
+    spacings = [size for size in fields.get("spacings", "").split() if size.lower() != "nan"]
+    if not ({"elementspacing", "elementsize"} & set(fields) or len(by_axis) >= 3 or len(spacings) >= 3):
+        raise InputError(path, "has no voxel size", "Write the file with its true geometry.")
+    units = [unit for key in ("space units", "units") for unit in re.findall(r'"(.*?)"', fields.get(key, ""))[:3]]
+    for unit in (*units, fields.get("distanceunits", "")):
+        if unit.strip().lower() not in _MILLIMETRES:
+            raise InputError(path, f"has its lengths in {unit}", "Write the file in mm.")
 
 
 def _notes(fields: dict[str, str]) -> tuple[str, ...]:

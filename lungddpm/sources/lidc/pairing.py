@@ -17,11 +17,11 @@ from lungddpm.sources.index import Cache, reason_of, relative_name
 from lungddpm.sources.lidc.dicom import COPY_AGAIN
 from lungddpm.sources.lidc.headers import Header
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
-from lungddpm.sources.lidc.segmentations import LABEL_EXAMPLE, read_segmentation, readers_of
+from lungddpm.sources.lidc.segmentations import LABEL_EXAMPLE, name_readers, read_segmentation, readers_of, repeats
 from lungddpm.sources.lidc.slices import Stack
 
 _CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
-_SHOWN_FILES = 3
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ class Drawn:
     uid: str
     series_uid: str
     """Of the CT; empty if it names none."""
-    annotation_ids: list[str]
+    annotations: list[list[str]]
+    """Number of the nodule and annotation id, of each segment that has them."""
+    others: list[str]
+    """Labels of the other segments."""
     problem: str
     """Why it cannot be used; empty if it can."""
 
@@ -86,14 +89,18 @@ def drawn_in(top: Path, header: Header) -> Drawn:
     try:
         found = read_segmentation(header.path)
     except ExcludedCaseError as error:
-        return Drawn(file, "", "", [], reason_of(error, top))
+        return Drawn(file, "", "", [], [], reason_of(error, top))
     problem = ""
     if header.problem:
         problem = reason_of(ExcludedCaseError(header.path, header.problem, COPY_AGAIN), top)
-    elif not found.is_binary:
-        remedy = "Export it as a binary segmentation."
-        problem = reason_of(ExcludedCaseError(header.path, "has fractions or labels instead of bits", remedy), top)
-    return Drawn(file, found.uid, found.series_uid, list(found.segments.values()), problem)
+    elif found.problem:
+        problem = reason_of(ExcludedCaseError(header.path, *found.problem), top)
+    elif label := found.lost_nodule:
+        lost = f"has a nodule without a reader's annotation ('{label}')"
+        remedy = f"Label it as in '{LABEL_EXAMPLE}', or take it out."
+        problem = reason_of(ExcludedCaseError(header.path, lost, remedy), top)
+    annotations = [list(each) for each in found.segments.values()]
+    return Drawn(file, found.uid, found.series_uid, annotations, list(found.others), problem)
 
 
 def read_all(
@@ -179,7 +186,7 @@ def readings_of(uid: str, folder: str, reads: AllReads) -> Readings:
 
 def _from_segmentations(drawn: list[Drawn]) -> Readings:
     """The readings from the SEG objects of one series, without copies and those without a reader."""
-    read = [each for each in drawn if each.annotation_ids]
+    read = [each for each in drawn if each.annotations]
     if not read:
         problem = f"no segment is labelled with nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
         remedy = "Label the segments like this, or export labels for source.kind: images."
@@ -188,19 +195,33 @@ def _from_segmentations(drawn: list[Drawn]) -> Readings:
     for each in read:
         kept.setdefault(each.uid, each)
     notes = []
-    if nameless := [each.file for each in drawn if not each.annotation_ids]:
-        shown = ", ".join(nameless[:_SHOWN_FILES]) + (", ..." if len(nameless) > _SHOWN_FILES else "")
-        notes.append(f"{len(nameless)} SEG object(s) without a reader's annotation were left out ({shown})")
+    if nameless := [each.file for each in drawn if not each.annotations]:
+        notes.append(f"{len(nameless)} SEG object(s) without a reader's annotation were left out ({_shown(nameless)})")
     if len(kept) < len(read):
         notes.append(f"{len(read) - len(kept)} SEG object(s) are stored more than once: one was kept")
-    annotation_ids = [name for each in kept.values() for name in each.annotation_ids]
-    readers = readers_of(annotation_ids)
+    if others := list(dict.fromkeys(f"'{label}'" for each in kept.values() for label in each.others)):
+        notes.append(f"segments without a reader's annotation were left out ({_shown(others)})")
+    annotations = [(nodule, name) for each in kept.values() for nodule, name in each.annotations]
+    problem = next((each.problem for each in kept.values() if each.problem), "")
+    for nodule, names in repeats(annotations).items():
+        if name_readers(annotations):
+            problem = problem or (
+                f"{read[0].file}: 'Nodule {nodule}' has several annotations ({_shown(names)}) that look like one "
+                "reader's. Give each reader a prefix of their own, as in 'Nodule 1 - Annotation anna_1'."
+            )
+        else:
+            notes.append(f"going by their ids, one reader drew 'Nodule {nodule}' more than once ({_shown(names)})")
+    readers = readers_of(name for _, name in annotations)
     return Readings(
         files=tuple(each.file for each in kept.values()),
-        n_nodules=_most(readers[name] for name in annotation_ids),
-        problem=next((each.problem for each in kept.values() if each.problem), ""),
+        n_nodules=_most(readers[name] for _, name in annotations),
+        problem=problem,
         notes=tuple(notes),
     )
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
 
 def _most(readers: Iterable[int]) -> int:

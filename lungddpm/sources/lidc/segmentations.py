@@ -8,6 +8,7 @@ whose segment is labelled "Nodule 1 - Annotation IL057_127364". Fedorov et al., 
 from __future__ import annotations
 
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
 
 MODALITY = "SEG"
 LABEL_EXAMPLE = "Nodule 1 - Annotation IL057_127364"
-_LABEL = re.compile(r"Nodule \d+ - Annotation (.*\S)")
+_LABEL = re.compile(r"(?i)nodule\s*(\d+)\s*-\s*annotation[\s:]+(.*\S)")
+_NODULE = re.compile("(?i)nodule")
 _NAMED = re.compile(r"(.*?)(\d{0,18})", re.DOTALL)
 _SAME_READER = 100
 """Numeric ids belong to one reader as long as no gap is larger. Of the release's 2,651 nodules, 23 then have two
@@ -50,9 +52,17 @@ class Segmentation:
     uid: str
     series_uid: str
     """Of the CT; empty if it names none."""
-    segments: dict[int, str]
-    """Annotation id by segment number; segments without one are left out."""
-    is_binary: bool
+    segments: dict[int, tuple[str, str]]
+    """Number of the nodule and annotation id, by segment number."""
+    others: tuple[str, ...]
+    """Labels of the segments without an annotation."""
+    problem: tuple[str, str] | None
+    """Why it cannot be used, and what to do; None if it can."""
+
+    @property
+    def lost_nodule(self) -> str:
+        """The label of a segment that is called a nodule, but has no annotation, unlike others; empty if none."""
+        return next((label for label in self.others if _NODULE.search(label)), "") if self.segments else ""
 
 
 def read_segmentation(path: Path) -> Segmentation:
@@ -63,24 +73,70 @@ def read_segmentation(path: Path) -> Segmentation:
     """
     dataset = _read(path, only=_HEADER)
     try:
-        referenced = dataset.get("ReferencedSeriesSequence") or []
+        named = [str(one.get("SeriesInstanceUID", "")) for one in dataset.get("ReferencedSeriesSequence") or []]
         described = dataset.get("SegmentSequence") or []
         # The name of a series with one segment is that of its segment.
         shared = [str(dataset.get("SeriesDescription", ""))] if len(described) == 1 else []
-        names = {
-            int(segment.SegmentNumber): _annotation_id(
-                [str(segment.get("SegmentLabel", "")), str(segment.get("SegmentDescription", "")), *shared]
-            )
-            for segment in described
-        }
+        numbers = [int(segment.SegmentNumber) for segment in described]
+        texts = [
+            [str(one.get("SegmentLabel", "")), str(one.get("SegmentDescription", "")), *shared] for one in described
+        ]
+        found = [_annotated(of_segment) for of_segment in texts]
         return Segmentation(
             uid=str(dataset.get("SOPInstanceUID", "")),
-            series_uid=str(referenced[0].get("SeriesInstanceUID", "")) if referenced else "",
-            segments={number: name for number, name in names.items() if name},
-            is_binary=dataset.get("SegmentationType") == "BINARY",
+            series_uid=named[0] if named else "",
+            segments={number: each for number, each in zip(numbers, found, strict=True) if each},
+            others=tuple(of_segment[0] for of_segment, each in zip(texts, found, strict=True) if not each),
+            problem=_problem_of(dataset, sorted(set(named)), numbers),
         )
     except Exception as error:  # damaged bytes make pydicom fail in any of its functions
         raise ExcludedCaseError(path, f"cannot be read as DICOM SEG ({error})", COPY_AGAIN) from None
+
+
+def _problem_of(dataset: pydicom.Dataset, named: list[str], numbers: list[int]) -> tuple[str, str] | None:
+    """See `Segmentation.problem`, from the series that it names and the numbers of its segments."""
+    if dataset.get("SegmentationType") != "BINARY":
+        return "has fractions or labels instead of bits", "Export it as a binary segmentation."
+    if len(named) > 1:
+        return f"names several series ({', '.join(named)})", "Export one object per CT series."
+    if twice := [number for number, count in Counter(numbers).items() if count > 1]:
+        return f"has several segments with the number {twice[0]}", "Export it again."
+    return None
+
+
+def repeats(annotations: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """The annotation ids of one inferred reader (see `readers_of`) for a nodule that has several of that reader.
+
+    Args:
+        annotations: number of the nodule and annotation id, of one scan.
+
+    Returns:
+        Ids by number of the nodule.
+    """
+    readers = readers_of(name for _, name in annotations)
+    of_reader: dict[tuple[str, int], list[str]] = defaultdict(list)
+    for nodule, name in dict.fromkeys(annotations):
+        of_reader[nodule, readers[name]].append(name)
+    return {nodule: names for (nodule, _), names in of_reader.items() if len(names) > 1}
+
+
+def name_readers(annotations: Sequence[tuple[str, str]]) -> bool:
+    """Whether ids seem to name readers instead of annotations, where `repeats` has found any.
+
+    That is so if an id is that of several nodules, or no nodule with several annotations has several readers. Neither
+    is the case in any scan of LIDC-IDRI, although 22 have a nodule with several annotations of one reader.
+
+    Args:
+        annotations: number of the nodule and annotation id, of one scan.
+    """
+    readers = readers_of(name for _, name in annotations)
+    names_of, readers_of_nodule = defaultdict(set), defaultdict(set)
+    for nodule, name in annotations:
+        names_of[nodule].add(name)
+        readers_of_nodule[nodule].add(readers[name])
+    is_shared = sum(map(len, names_of.values())) > len(readers)
+    several = [nodule for nodule, names in names_of.items() if len(names) > 1]
+    return is_shared or all(len(readers_of_nodule[nodule]) == 1 for nodule in several)
 
 
 def readers_of(annotation_ids: Iterable[str]) -> dict[str, int]:
@@ -136,8 +192,9 @@ def outlines(region: Region) -> tuple[Contour, ...]:
     )
 
 
-def _annotation_id(texts: Iterable[str]) -> str:
-    return next((found[1] for text in texts if (found := _LABEL.search(text))), "")
+def _annotated(texts: Iterable[str]) -> tuple[str, str] | None:
+    """Number of the nodule and annotation id from the first text that has both."""
+    return next(((str(int(found[1])), found[2]) for text in texts if (found := _LABEL.search(text))), None)
 
 
 def _parts(annotation_id: str) -> tuple[str, int, str]:
@@ -160,7 +217,7 @@ def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
         place = _place(path, number, position, steps, frame.shape, stack)
         # numpy's index of a frame is (row, column).
         voxels[segment].append(np.insert(np.argwhere(frame)[:, ::-1], 2, 0, axis=1) + place)
-    return [(named[number], _region(path, number, found, stack)) for number, found in voxels.items()]
+    return [(named[number][1], _region(path, number, found, stack)) for number, found in voxels.items()]
 
 
 def _region(path: Path, segment: int, found: list[np.ndarray], stack: Stack) -> Region:
