@@ -286,7 +286,7 @@ def fidelity_table(
     """Label fidelity of every generator and the ceiling: `TABLE_COLUMNS`, one row each, the ceiling first.
 
     Dice is a mean over cases with a nodule of their means over replicates, and its sd is over cases; recall is pooled
-    over lesions and replicates. Differences to the ceiling are over the `n_paired` samples that have the layout of
+    over lesions and replicates. Differences from the ceiling are over the `n_paired` samples that have the layout of
     their reference, each against that reference in the same replicate; if there are none, they are differences of
     means.
     Their intervals are t intervals over independent replicates (folds, or seeds of a single fold): they cover

@@ -251,7 +251,7 @@ ERRORS = {
     ),
     "external test of the name of source": (
         {"external_tests": {"Internal": {"kind": "lidc", "path": "b"}}},
-        "none is 'internal'",
+        "'internal' is reserved",
     ),
     "external tests of one name": (
         {"external_tests": {"a": {"kind": "lidc", "path": "b"}, "A": {"kind": "lidc", "path": "c"}}},

@@ -143,8 +143,8 @@ SPOILT = {
     "unsigned": (lambda hu: np.where(hu < 0, hu + 65536.0, hu), "unsigned"),
     "unsigned, cut": (lambda hu: np.minimum(np.where(hu < 0, hu + 65536.0, hu), 32767), "unsigned"),
     "grey values of the soft-tissue window": (lambda hu: np.rint(window(hu, -160, 240, 255)), "8-bit grey values"),
-    "soft-tissue window": (lambda hu: np.clip(hu, -160, 240), "nothing below -160"),
-    "window without lung": (lambda hu: np.clip(hu, -600, 400), "nothing below -600"),
+    "soft-tissue window": (lambda hu: np.clip(hu, -160, 240), "no voxel is below -160 HU"),
+    "window without lung": (lambda hu: np.clip(hu, -600, 400), "no voxel is below -600 HU"),
 }  # fmt: skip
 
 

@@ -388,7 +388,7 @@ def labels_of_its_own(case, predictions):
     ("spoil", "message"),
     [
         (nothing_known, "P-1_s000: is not a case"),
-        (edited, r"P-1_s000: differs from what sample\.json says"),
+        (edited, r"P-1_s000: does not match the hash in sample\.json"),
         (incomplete_record, r"sample\.json: lacks 'generator'"),
         (fractions, r"ct\.nii\.gz: holds values other than whole numbers of 16 bits"),
         (too_large, r"ct\.nii\.gz: holds values other than whole numbers of 16 bits"),
