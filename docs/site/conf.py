@@ -97,6 +97,7 @@ NAVIGATION = {
         "docs/explanation/performance",
         "docs/explanation/interruption",
         "docs/explanation/calibration",
+        "docs/explanation/rivals",
     ],
     "Project": ["CONTRIBUTING", "CHANGELOG", "SECURITY", "CODE_OF_CONDUCT"],
 }
