@@ -103,7 +103,7 @@ def test_a_segmenter_that_saw_a_test_patient_is_refused(cohort):
     test_case = read_cases(cohort / "cases" / "cases.tsv").set_index("case_id").loc["P6_0"]
     record["segmenter"]["cases"].append({"case_id": "P6_0", "patient_id": "P6", "sha256": test_case["sha256"]})
     write_json(path, record)
-    with pytest.raises(LeakError, match="was trained on P6_0"):
+    with pytest.raises(LeakError, match="not in this arm or have changed since: P6_0"):
         compose(cohort, [path])
     assert not (cohort / "arms" / ARM / "arm.json").exists()
 

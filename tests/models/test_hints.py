@@ -213,7 +213,9 @@ def test_weights_of_another_hint_are_refused(weights, tmp_path):
         load_denoiser(path, make_config("none"))
     with pytest.raises(InputError, match="was trained with hint none, but the config has slice"):
         load_denoiser(plain, make_config("slice"))
-    with pytest.raises(InputError, match="was trained with hint volume: the published code would give it nothing"):
+    with pytest.raises(
+        InputError, match="was trained with hint volume: the published code would not give it the reference"
+    ):
         export_published(path, tmp_path / "out.pt")
     export_published(plain, tmp_path / "out.pt")
     with pytest.raises(InputError, match="has a network with hint none .the config has volume"):
