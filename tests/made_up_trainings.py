@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 from lungddpm.cli import app
 from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, TrainedSettings
-from lungddpm.generators import plugin
+from lungddpm.core.labels import Label
+from lungddpm.generators import Generator, Task, plugin
 from lungddpm.models.denoiser import UNet
 from lungddpm.models.training import run_train
 
@@ -100,3 +101,19 @@ def train_by_command(generator: str, config: Path, cohort: Path, folder: Path) -
     where = ["--cases", cohort, "--output", folder, "--device", "cpu", "--threads", "1"]
     run_command("train", "--generator", generator, "--config", config, *where)
     return folder
+
+
+def sees(generator: Generator, task: Task) -> list[bool]:
+    """Whether what is drawn depends on the slice of the hint, on the open voxels outside it, on the voxels to draw."""
+    named = task.layout.array != Label.BACKGROUND
+    levels = np.flatnonzero(named.any(axis=(0, 1)))
+    middle = (levels[0] + levels[-1]) // 2
+    in_slice, outside, inside = (task.reference.array.copy() for _ in range(3))
+    in_slice[:, :, middle] += 90
+    outside[~named] += 90
+    inside[named] += 90
+    for array in (outside, inside):
+        array[:, :, middle] = task.reference.array[:, :, middle]
+    (drawn,) = generator.make([task])
+    others = (Task(task.reference.like(other), task.layout, task.seed) for other in (in_slice, outside, inside))
+    return [not np.array_equal(drawn, generator.make([other])[0]) for other in others]
