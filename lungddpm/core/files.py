@@ -145,7 +145,7 @@ def read_json(path: Path, remedy: str = "Delete it and run again.") -> dict[str,
             Python would drop the first.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct_keys)
+        content = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=_distinct_keys)
     except FileNotFoundError:
         raise InputError(path, "does not exist", remedy) from None
     except (OSError, ValueError, RecursionError) as error:

@@ -72,6 +72,10 @@ NAMES = {
         {"background": 0, "Left_Lung": 1, "right-lung": 2, "Tumor": 3, "lesion": 4, "cancer": 5, "nodule": 6}, {},
         [0, 1, 1, 2, 2, 2, 2],
     ),
+    "nodules of the lung": (
+        {"background": 0, "Lung_Tumor": 1, "pulmonary nodules": 2, "lung-lesion": 3, "lung vessels": 4}, {},
+        [0, 2, 2, 2, 3],
+    ),
     "the lungs' vessels": ({"0": "background", "1": "lungs", "2": "tumours", "3": "vessels"}, {}, [0, 1, 2, 3]),
     "by number": ({"background": 0, "heart": 1, "tumour": 2}, {1: "background"}, [0, 0, 2]),
     "by name": ({"background": 0, "heart": 1, "GTV-1": 2}, {"heart": "background", "gtv 1": "nodule"}, [0, 0, 2]),
@@ -115,6 +119,10 @@ BROKEN = {
     "unknown labels": (
         {"labels": {"background": 0, "heart": 1, "tumour": 2}}, {},
         "names unknown labels (1 'heart'). Define them in source.images.labels, e.g. {1: background}",
+    ),
+    "perhaps a nodule": (
+        {"labels": {"background": 0, "nodule_solid": 1}}, {},
+        "names unknown labels (1 'nodule_solid'). Define them in source.images.labels, e.g. {1: nodule}",
     ),
     "ignored voxels": ({"labels": {"background": 0, "tumour": 1, "ignore": 2}}, {}, "unknown labels (2 'ignore')"),
     "missing": (None, {}, "has no dataset.json to define the labels"),
@@ -240,3 +248,10 @@ def test_the_settings_are_keys_of_the_config():
     assert parse_config({}).source.reading() == ()
     with pytest.raises(ConfigError, match=r"source.images.labels.1"):
         parse_config({"source": {"kind": "images", "path": ".", "images": {"labels": {1: "tumour"}}}})
+
+
+def test_a_dataset_json_may_begin_with_a_byte_order_mark(tmp_path):
+    describe(write(tmp_path, "a"), V2)
+    path = tmp_path / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load(tmp_path).labels.max() == Label.NODULE

@@ -211,6 +211,13 @@ def test_sizes_without_directions_are_used(tmp_path):
         np.testing.assert_allclose(read_header(file).grid.spacing_mm, SPACING)
 
 
+def test_the_file_beside_may_be_named_with_its_folder(tmp_path):
+    path = write(tmp_path / "a.mhd", CT)
+    name = re.search(r"ElementDataFile = (.*)", path.read_text())[1]
+    change(path, ElementDataFile=f"./{name}")
+    np.testing.assert_array_equal(read_volume(path).array, read_volume(write(tmp_path / "b.mhd", CT)).array)
+
+
 def write_4d(path, volumes):
     image = SimpleITK.JoinSeries([SimpleITK.GetImageFromArray(volume.T) for volume in volumes])
     SimpleITK.WriteImage(image, str(path))

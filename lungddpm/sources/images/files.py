@@ -189,7 +189,7 @@ def _data_file(path: Path, fields: dict[str, str]) -> Path | None:
     """
     if {"data file", "datafile"} & set(fields):
         raise InputError(path, "keeps its voxels in other files", "Store header and voxels as one .nrrd file.")
-    name = fields.get("elementdatafile", "LOCAL")
+    name = fields.get("elementdatafile", "LOCAL").removeprefix("./")
     if name.upper() == "LOCAL":
         return None
     if name.upper().startswith("LIST") or "%" in name:

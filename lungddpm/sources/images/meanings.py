@@ -19,7 +19,9 @@ UNDERSTOOD: dict[Label, tuple[str, ...]] = {
     Label.NODULE: ("nodule", "nodules", "tumour", "tumours", "tumor", "tumors", "cancer", "lesion", "lesions"),
     Label.VESSEL: ("vessel", "vessels"),
 }
-"""Names in dataset.json that do not need a setting; capitals, `_` and `-` are ignored."""
+"""Names in dataset.json that do not need a setting; capitals, `_` and `-` are ignored, and so is a first word that says
+that nodules or vessels are those of the lungs."""
+_OF_LUNGS = ("lung ", "pulmonary ")
 _KEY = "source.images.labels"
 _EXAMPLE = f"Define them, e.g. {_KEY}: {{1: nodule}}."
 
@@ -35,19 +37,30 @@ def meanings_of(top: Path, settings: Images) -> dict[int, Label]:
         return _without_names(top, settings)
     named = _names(top / DATASET, bool(settings.labels))
     meanings = {Label.BACKGROUND.value: Label.BACKGROUND}
-    understood = {name: label for label, names in UNDERSTOOD.items() for name in names}
-    meanings |= {number: understood[_plain(name)] for number, name in named.items() if _plain(name) in understood}
+    meanings |= {number: label for number, name in named.items() if (label := _understood(name)) is not None}
     for key, meaning in settings.labels.items():
         meanings[_number(key, named)] = Label[meaning.upper()]
     if left := {number: name for number, name in named.items() if number not in meanings}:
         shown = ", ".join(f"{number} '{name}'" for number, name in left.items())
-        example = f"{{{next(iter(left))}: background}}"
+        number, name = next(iter(left.items()))
+        example = f"{{{number}: {'nodule' if _may_be_nodule(name) else 'background'}}}"
         raise InputError(
             (top / DATASET).absolute(),
             f"names unknown labels ({shown})",
             f"Define them in {_KEY}, e.g. {example}; available: background, lung, nodule, vessel.",
         )
     return meanings
+
+
+def _understood(name: str) -> Label | None:
+    understood = {known: label for label, names in UNDERSTOOD.items() for known in names}
+    plain = _plain(name)
+    of_lungs = next((understood.get(plain[len(first) :]) for first in _OF_LUNGS if plain.startswith(first)), None)
+    return understood.get(plain, of_lungs if of_lungs in (Label.NODULE, Label.VESSEL) else None)
+
+
+def _may_be_nodule(name: str) -> bool:
+    return any(word in _plain(name) for word in (*UNDERSTOOD[Label.NODULE], "gtv"))
 
 
 def translate(stored: np.ndarray, meanings: dict[int, Label], origin: Path) -> np.ndarray:
