@@ -21,6 +21,7 @@ from lungddpm.config.sections import Section
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import Progress
+from lungddpm.core.text import plural
 from lungddpm.core.volume import AIR_HU, Volume, per_axis
 from lungddpm.sources import Scan, Series
 from lungddpm.sources.images.files import files_of, read_header, read_stored, stem_of, suffix_of
@@ -138,14 +139,17 @@ def read_spheres(table: Path) -> dict[str, list[Sphere]]:
         InputError: the table cannot be read, lacks a column, or has an invalid position or diameter.
     """
     try:
-        rows = list(csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines()))
+        read = csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines())
+        rows, named = list(read), read.fieldnames or ()
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(table.absolute(), f"cannot be read ({error})", "Copy it again.") from None
+    must = f"It must have the columns {', '.join(_COLUMNS)}."
+    if absent := [column for column in _COLUMNS if column not in named]:
+        raise InputError(table.absolute(), f"lacks {', '.join(absent)}", must)
     spheres: dict[str, list[Sphere]] = defaultdict(list)
     for number, row in enumerate(rows, start=2):
         if missing := [column for column in _COLUMNS if row.get(column) is None]:
-            problem = f"lacks {', '.join(missing)} in line {number}"
-            raise InputError(table.absolute(), problem, f"It must have the columns {', '.join(_COLUMNS)}.")
+            raise InputError(table.absolute(), f"lacks {', '.join(missing)} in line {number}", must)
         try:
             x, y, z, diameter = (float(row[column]) for column in _COLUMNS[1:])
         except ValueError:
@@ -259,6 +263,10 @@ def _with_spheres(top: Path, _cache: Cache, files: list[Path], found: list[Serie
         remedy = f"Add it, or set {_KEY}: readers."
         raise InputError(top.absolute(), f"has no {TABLE}, which {_KEY}: spheres needs", remedy)
     spheres, name = read_spheres(table), relative_name(table, top)
+    series = {each.series_uid for each in found if each.series_uid}
+    if spheres and series and not series & set(spheres):
+        problem = f"names none of the {plural(len(series), 'image')}"
+        raise InputError(table.absolute(), problem, "Use the table of these images; its seriesuid is their file name.")
     return [
         replace(each, n_nodules=len(spheres.get(each.series_uid, ())), annotations=(name,), notes=(SPHERES,))
         if each.series_uid

@@ -149,7 +149,11 @@ def test_xml_of_another_grid_excludes_the_case(tmp_path):
 
 
 BROKEN = {
-    "a column": ("seriesuid,coordX,coordY,coordZ\n1,2,3,4\n", "lacks diameter_mm in line 2"),
+    "a column": ("seriesuid,coordX,coordY,coordZ\n1,2,3,4\n", "lacks diameter_mm"),
+    "a cell": (
+        f"seriesuid,coordX,coordY,coordZ,diameter_mm\n{UID},1,2,3\n",
+        "lacks diameter_mm in line 2",
+    ),
     "a number": (
         f"seriesuid,coordX,coordY,coordZ,diameter_mm\n{UID},1,2,x,4\n",
         "no valid position and diameter in line 2",
@@ -159,6 +163,9 @@ BROKEN = {
         "no valid position and diameter in line 2",
     ),
     "text": ("\0\udcff", "cannot be read"),
+    "everything": ("", "lacks seriesuid, coordX, coordY, coordZ, diameter_mm"),
+    "its head": ("seriesuid;coordX;coordY;coordZ;diameter_mm\n", "lacks seriesuid, coordX"),
+    "these images": ("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,1,2,3,4\n", "names none of the 1 image"),
 }
 
 
