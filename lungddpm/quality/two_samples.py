@@ -22,7 +22,7 @@ _FOLDS = 5
 def share_within(
     points: np.ndarray, centres: np.ndarray, point_patients: list[str], centre_patients: list[str]
 ) -> float:
-    """Share of points covered by the centres: no farther from a centre than its third nearest other patient.
+    """Share of points covered by the centres: as near to one as its third nearest other patient, or nearer.
 
     Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991). With synthetic images as points and real
     ones as centres it is precision: how many look real. The other way round it is recall: how much of the real

@@ -34,7 +34,7 @@ from lungddpm.quality.image_quality import (
     VOXEL_SD,
     WHOLE,
 )
-from lungddpm.verdict.answer import ANSWER
+from lungddpm.verdict.answer import ANSWER, MANY
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED, SHORT
 from lungddpm.verdict.ladder import NOT_IN_RUN
 from lungddpm.verdict.statistics import caveats, minimum_cases
@@ -77,8 +77,6 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     return limits
 
 
-_MANY = 3
-"""With more subjects, a check is a table."""
 _MARKS = {PASSED: "✓ ", FAILED: "✗ ", NOT_MEASURED: ""}
 
 
@@ -111,7 +109,7 @@ def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
         ]
         statuses = [line["status"] for line in lines]
         status = next((each for each in (FAILED, PASSED) if each in statuses), NOT_MEASURED)
-        overview = _overview(lines) if rows["subject"].nunique() > _MANY else None
+        overview = _overview(lines) if rows["subject"].nunique() > MANY else None
         shown.append(DisplayCheck(str(name), status, lines, overview))
     return shown
 
@@ -128,6 +126,7 @@ def _overview(lines: list[dict[str, str]]) -> DisplayTable:
 
 
 def _head(measure: str) -> str:
+    """The measure itself if it is short enough for a column, else its short name."""
     return measure if len(measure) < 25 else SHORT.get(measure, measure)
 
 

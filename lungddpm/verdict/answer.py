@@ -39,7 +39,7 @@ _NEEDED = {
 }
 """The checks that an answer needs: a gain must be more than chance, a gain that was not found must have been findable,
 and a defect of this generator does not make synthetic CT useless. The other outcomes answer nothing."""
-_MANY = 3
+MANY = 3
 """More generators or arms than this are counted, not named: the checks name them."""
 _REASONS = {
     POSITIVE: "it misses the gain from more real data",
@@ -167,7 +167,7 @@ def _texts(templates: Mapping[str, str], bearing: list[dict]) -> list[str]:
 
 def _counted(check: str, subjects: Collection[str]) -> str:
     """The subjects of a check by name or, if there are many, their number."""
-    if len(subjects) <= _MANY:
+    if len(subjects) <= MANY:
         return _joined(subjects)
     return plural(len(subjects), "generator" if check in (GENERATOR, MEMORISED) else "arm")
 

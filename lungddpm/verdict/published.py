@@ -45,8 +45,8 @@ _SIMULATED = "the patients of this run are simulated"
 _NOT_REPORTED = "not reported"
 _CONTEXT = "other data and another task: context only"
 WITHOUT_LAYOUT = {
-    "HA-GAN": "HA-GAN draws without a layout, so there are no labels to train a segmenter and it cannot be an arm; "
-    "its CT can be added to image quality from a folder (arms.quality_only)"
+    "HA-GAN": "HA-GAN draws without a layout. Its CT has no labels, so it cannot train a segmenter; it can be "
+    "judged by its image quality, from a folder (arms.quality_only)"
 }
 """Published methods that no generator here can represent."""
 

@@ -610,7 +610,7 @@ def test_a_check_of_many_is_a_table_on_the_page_and_its_sentences_are_folded(mak
     config, results = make_results()
     run_report(config, results)
     assert "In sentences" not in page_of(results).text
-    monkeypatch.setattr(sections, "_MANY", 0)
+    monkeypatch.setattr(sections, "MANY", 0)
     run_report(config, results)
     text = page_of(results).text
     assert "In sentences" in text
