@@ -289,6 +289,6 @@ def test_clean_leaves_only_what_git_has(repository, tmp_path):
 def test_a_target_that_takes_a_while_announces_what_it_does(repository, tmp_path, target):
     (tmp_path / ".ready").touch()
     os.utime(tmp_path / ".ready", (2**32, 2**32))  # newer than what it depends on
-    command = ["make", "--dry-run", f"VENV={tmp_path}", target]
+    command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}", target]
     lines = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[0].startswith('echo "Building ')
