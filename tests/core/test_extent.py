@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import SimpleITK
 from scipy.spatial.transform import Rotation
+from skimage.draw import polygon2mask
 
 from lungddpm.core.extent import extent_of
 
@@ -32,7 +33,6 @@ def test_axes_are_those_of_the_ellipse_in_the_central_slice(semi_axes_mm, degree
     found = extent_of(ellipsoid(matrix, spacing_mm), spacing_mm)
     pixel_mm = max(spacing_mm[:2])
     assert found.long_axis_mm == pytest.approx(long_mm, abs=pixel_mm)
-    # A long axis that is off by a pixel's angle makes the width across it a little larger.
     assert found.short_axis_mm == pytest.approx(short_mm, abs=1.5 * pixel_mm)
 
 
@@ -63,10 +63,10 @@ def test_a_single_voxel_and_a_line_have_their_own_size():
     mask = np.zeros((5, 4, 3), bool)
     mask[2, 1, 1] = True
     single = extent_of(mask, (0.5, 2.0, 1.0))
-    assert (single.long_axis_mm, single.short_axis_mm, single.elongation) == (2.0, 0.5, 0.5)
+    assert (single.long_axis_mm, single.short_axis_mm, single.elongation) == pytest.approx((2.0, 0.5, 0.5))
     mask[1:4, 1, 1] = True
     line = extent_of(mask, (1.0, 1.0, 1.0))
-    assert (line.long_axis_mm, line.short_axis_mm) == (3.0, 1.0)
+    assert (line.long_axis_mm, line.short_axis_mm) == pytest.approx((3.0, 1.0))
     assert line.elongation == pytest.approx(1 / 3)
 
 
@@ -75,3 +75,32 @@ def test_the_long_axis_lies_within_one_slice():
     mask = np.zeros((12, 3, 12), bool)
     mask[range(12), 1, range(12)] = True
     assert extent_of(mask, (1.0, 1.0, 1.0)).long_axis_mm == 1.0
+
+
+def test_the_short_axis_is_the_longest_chord_across_the_long_one_not_the_width_of_the_whole_body():
+    """RECIST's short axis lies in the body: a bow is as wide as its band is thick, however far it bends."""
+    bow = np.zeros((13, 9, 3), bool)
+    for x in range(13):
+        bow[x, abs(x - 6) : abs(x - 6) + 2, 1] = True
+    found = extent_of(bow, (1.0, 1.0, 1.0))
+    assert found.long_axis_mm == pytest.approx(13, abs=0.1)
+    assert found.short_axis_mm == pytest.approx(2, abs=0.2)
+
+
+def test_the_short_axis_of_a_sheared_body_is_shorter_than_its_width():
+    """Across the long diagonal of a parallelogram, no chord is longer than between the long sides, 10 mm apart."""
+    corners_mm = np.array([(0, 0), (50, 0), (60, 10), (10, 10)]) + [10.0, 10.0]
+    region = polygon2mask((320, 120), corners_mm / 0.25)
+    found = extent_of(region[:, :, None], (0.25, 0.25, 1.0))
+    diagonal_mm = np.hypot(60, 10)
+    assert found.long_axis_mm == pytest.approx(diagonal_mm, abs=0.5)
+    # The corners beside the diagonal are 16.4 mm apart across it.
+    assert found.short_axis_mm == pytest.approx(10 * diagonal_mm / 60, abs=0.5)
+
+
+def test_the_short_axis_does_not_bridge_a_gap():
+    """Two prongs in one slice, joined in the next."""
+    fork = np.zeros((9, 5, 3), bool)
+    fork[1:8, [1, 3], 1] = True
+    fork[1, 1:4, 2] = True
+    assert extent_of(fork, (1.0, 1.0, 1.0)).short_axis_mm == pytest.approx(1, abs=0.1)
