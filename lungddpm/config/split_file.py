@@ -7,18 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lungddpm.core.errors import ConfigError
-from lungddpm.core.roles import ROLES
+from lungddpm.core.roles import PATIENT_COLUMNS, ROLES
 
 _TABLES = {".csv", ".tsv"}
-_PATIENT = ("patient_id", "patient")
 _KNOWN = ", ".join(ROLES)
 
 
 def read_split(path: Path, role: str) -> list[str]:
     """The patients to whom a split file gives a role, in its order.
 
-    A table (.csv, .tsv) has the columns `patient_id` (or `patient`) and `role`. Any other file has one patient per
-    line, all of the role that it is named for; empty lines, and those that begin with `#`, do not count.
+    A table (.csv, .tsv) has the columns `patient_id` (or another of `PATIENT_COLUMNS`) and `role`. Any other file has one
+    patient per line, all of the role that it is named for; empty lines, and those that begin with `#`, do not count.
 
     Args:
         path: of the file, UTF-8; a relative one starts in the working directory.
@@ -65,9 +64,9 @@ def _rows_of_table(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     heads = text.partition("\n")[0]
     rows = csv.DictReader(text.splitlines(), delimiter=next((mark for mark in "\t;" if mark in heads), ","))
     columns = rows.fieldnames = [column.strip() for column in rows.fieldnames or []]
-    of_patient = next((name for name in _PATIENT if name in columns), None)
+    of_patient = next((name for name in PATIENT_COLUMNS if name in columns), None)
     if of_patient is None or "role" not in columns:
-        missing = "role" if of_patient else _PATIENT[0]
+        missing = "role" if of_patient else PATIENT_COLUMNS[0]
         problem = f"has no column {missing} (it has {', '.join(columns) or 'none'})"
         raise ConfigError(path, problem, "Its first line names the columns: patient_id, role.")
     for row in rows:

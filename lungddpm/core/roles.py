@@ -9,6 +9,8 @@ DISCOVERY, REFERENCE, TEST = ROLES = ("discovery", "reference", "test")
 INTERNAL = "internal"
 """Value of the column `data_set` for the cases of `source`, and for samples, which are made from these. Cases of an
 external test set have its name there, and the role test."""
+PATIENT_COLUMNS = ("patient_id", "patient", "participant_id")
+"""Names of the column of patients in a user's table; the last is that of BIDS."""
 SYNTHETIC = "synthetic"
 """Value of the column `role` for a synthetic case."""
 _JOINT = "+"

@@ -14,7 +14,8 @@ and, if applicable:
 Settings                      its keys in `source.<name>` of the config: a subclass of `Section`. Unless the source
                               simulates, they control how scans are read: `find_series` and `load_scan` get them as a
                               third argument. A property `caveat` is a sentence about the labels that is shown in the
-                              report
+                              report; a property `tables` names files beside the scans, where there are any, such as a
+                              table of patients: when one changes, the scans are listed again
 size(settings) -> Size        number of scans, for `lungddpm plan`; `settings` is None without `Settings`
 simulate(settings, seed, output, threads)
                               writes its cohort into a folder, from which `find_series` reads it, on `threads` cores,

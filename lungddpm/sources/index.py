@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -169,7 +170,7 @@ def index_source(
         key: of the data set in the config, for messages.
 
     Raises:
-        InputError: the folder is missing or has no series.
+        InputError: the folder is missing or has no series, or two patients whose ids differ only in case.
     """
     check_folder(path, key)
     remembered = Cache(cache, kind)
@@ -178,6 +179,7 @@ def index_source(
     if not found:
         problem = f"has no CT series that the source '{kind}' can read"
         raise InputError(path.absolute(), problem, f"Check {key}.path and {key}.kind.")
+    _check_spelling(path, found)
     rows = [_row(kind, series) for series in sorted(found, key=lambda series: (not series.patient_id, series.case_id))]
     which = "" if key == "source" else f"{key}: "
     LOG.info("%s%d of %d series are usable", which, sum(row["status"] == "ok" for row in rows), len(rows))
@@ -221,12 +223,22 @@ def _check_apart(name: str, rows: list[dict], others: list[dict]) -> None:
         "series_uid": "It is the same scan: take it out of one of the two.",
     }
     for column, remedy in remedies.items():
-        owner = {row[column]: row["data_set"] for row in others if row[column]}
-        if shared := sorted({row[column] for row in rows} & owner.keys()):
+        owner = {row[column].casefold(): row["data_set"] for row in others if row[column]}
+        if shared := sorted({row[column] for row in rows if row[column].casefold() in owner}):
             what = {"patient_id": "patient", "series_uid": "series"}[column]
             more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-            problem = f"has the {what} {', '.join(shared[:3])}{more}, as the data set '{owner[shared[0]]}' has"
+            problem = f"has the {what} {', '.join(shared[:3])}{more}, as the data set '{owner[shared[0].casefold()]}' has"
             raise InputError(f"external_tests.{name}", problem, remedy)
+
+
+def _check_spelling(path: Path, found: Iterable[Series]) -> None:
+    """Make sure that no patient has two spellings: as two patients, they could be trained and tested on."""
+    spellings: dict[str, set[str]] = defaultdict(set)
+    for series in found:
+        spellings[series.patient_id.casefold()].add(series.patient_id)
+    if twice := next((sorted(ids) for ids in spellings.values() if len(ids) > 1), None):
+        problem = f"has the patients {' and '.join(twice)}, which differ only in case"
+        raise InputError(path.absolute(), problem, "Give each patient one spelling, and different patients different ids.")
 
 
 def read_index(path: Path) -> pd.DataFrame:

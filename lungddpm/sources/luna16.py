@@ -54,8 +54,15 @@ class Settings(Section):
     """`readers`: LIDC-IDRI's XML, which must be below `source.path` as well. `spheres`: spheres with the positions and
     diameters of annotations.csv, without readers and shape."""
     patient_table: Annotated[str | None, AfterValidator(check_table)] = None
-    """A table with the columns `file` (the series) and `patient` in the folder of the data set. null: each scan counts
-    as a separate patient, although LIDC-IDRI has patients with two scans."""
+    """A table with the columns `file` (the series) and `patient` (or `patient_id`, or BIDS's `participant_id`) in the
+    folder of the data set. null: each scan counts as a separate patient, although LIDC-IDRI has patients with two
+    scans."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """See `lungddpm.sources`."""
+        spheres = [TABLE] if self.nodules == "spheres" else []
+        return (*spheres, *([self.patient_table] if self.patient_table else []))
 
     @property
     def caveat(self) -> str:

@@ -48,7 +48,7 @@ def test_the_cases_of_an_external_test_set_are_named_after_it(indexed):
 
 
 def test_names_that_come_out_the_same_are_distinguished(indexed):
-    joined = join_data_sets(indexed("x-a", "b"), {"x": indexed("a"), "X": indexed("A")})
+    joined = join_data_sets(indexed("x-a", "b"), {"x": indexed("a"), "X": indexed("A")}, {"X"})
     assert [row["case_id"] for row in joined] == ["b", "x-a", "x-a_2", "X-A_3"]
 
 
@@ -60,6 +60,11 @@ def test_a_patient_of_two_data_sets_is_refused_until_the_user_says_who_it_is(ind
     assert [row["patient_id"] for row in joined] == ["001", "002", "003", "task06:002", "task06:003", "task06:004"]
     with pytest.raises(InputError, match="distinct_patients: true"):
         join_data_sets(indexed("a"), {"one": indexed("b"), "two": indexed("b", "c")})
+
+
+def test_a_patient_of_two_data_sets_is_found_in_another_spelling(indexed):
+    with pytest.raises(InputError, match="external_tests.task06: has the patient p1, as the data set 'internal' has"):
+        join_data_sets(indexed("P1"), {"task06": indexed("p1")})
 
 
 def test_a_series_of_two_data_sets_is_one_scan_whatever_the_user_says(indexed):

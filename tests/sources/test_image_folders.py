@@ -5,6 +5,7 @@ import json
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK
 from pydantic import ValidationError
 
 from lungddpm.config.loading import parse_config
@@ -192,6 +193,20 @@ def test_several_channels_are_refused(tmp_path):
     assert "has no label labelsTr/d.nii.gz" in rows["d"]["reason"]
 
 
+@pytest.mark.parametrize("second", ["a.nii", "a.nrrd", "a_0000.nii.gz"])
+def test_an_image_with_two_labels_is_excluded_because_either_may_be_the_truth(tmp_path, second):
+    describe(write(tmp_path, "a_0000", "b_0000"), V2)
+    path = tmp_path / "labelsTr" / second
+    if path.suffix == ".nrrd":
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(TUMOUR.T), str(path))
+    else:
+        save(path, np.zeros_like(TUMOUR))
+    rows = {row["case_id"]: row for row in rows_of(tmp_path)}
+    assert set(rows) == {"a", "b"} and rows["b"]["status"] == "ok"
+    assert "imagesTr/a_0000.nii.gz: has several labels (" in rows["a"]["reason"]
+    assert "a.nii.gz" in rows["a"]["reason"] and second in rows["a"]["reason"]
+
+
 def test_names_that_end_in_four_digits_are_not_channels(tmp_path):
     for number in ("0007", "0008"):
         save(tmp_path / "images" / f"scan_{number}.nii.gz", CT)
@@ -209,7 +224,7 @@ def test_what_the_system_leaves_in_archives_is_not_an_image(tmp_path):
 
 
 def test_folders_without_images_say_what_was_looked_for(tmp_path):
-    with pytest.raises(InputError, match=r"has no images in images/ or imagesTr/ \(.nii.gz, .nii, .nrrd, .mha, .mhd\)"):
+    with pytest.raises(InputError, match=r"has no images in images/ or imagesTr/ \(.nii.gz, .nii, .seg.nrrd, .nrrd,"):
         rows_of(tmp_path)
     write(tmp_path, "a", images="imagesTs", labels=False)
     with pytest.raises(InputError, match=r"has 1 images in imagesTs/, but none with labels"):

@@ -97,7 +97,7 @@ def test_every_type_of_real_numbers_is_read(tmp_path, name, dtype):
     np.testing.assert_array_equal(volume.array, np.abs(CT % 100)[::-1, ::-1])
 
 
-PAIRS = list(itertools.product(["a.nii.gz", "a.nrrd", "a.mha", "a.mhd"], ["a.nrrd", "a.mhd", "a.nii.gz"]))
+PAIRS = list(itertools.product(["a.nii.gz", "a.nrrd", "a.mha", "a.mhd"], ["a.nrrd", "a.seg.nrrd", "a.mhd", "a.nii.gz"]))
 
 
 @pytest.mark.parametrize(("image", "label"), PAIRS)
@@ -115,7 +115,7 @@ def test_a_pair_of_any_two_formats_is_read(tmp_path, image, label):
     assert scan.notes == ()
 
 
-@pytest.mark.parametrize("suffix", ["NII", "NII.GZ", "NRRD", "MHA", "MHD"])
+@pytest.mark.parametrize("suffix", ["NII", "NII.GZ", "NRRD", "SEG.NRRD", "MHA", "MHD"])
 def test_suffixes_in_capitals(tmp_path, suffix):
     for folder, array in (("images", CT), ("labels", LABELS)):
         # Not all of SimpleITK's writers take them.

@@ -44,6 +44,8 @@ TABLES = {
     "tabs": ("participants.tsv", "file\tpatient\n", "{}.nii.gz\t{}\n"),
     "commas, other columns": ("patients.csv", "patient,age,file\n", "{1},61,{0}\n"),
     "semicolons and a byte order mark": ("patients.csv", "\ufefffile;patient\r\n", "{}_0000.nii.gz;{}\r\n"),
+    "the patient as BIDS names it": ("participants.tsv", "participant_id\tfile\n", "{1}\t{0}.nii.gz\n"),
+    "the patient as the tables here name it": ("patients.csv", "file,patient_id\n", "{},{}\n"),
     "folders": ("participants.tsv", "file\tpatient\n", "images/{}_0000.nii.gz\t{}\n"),
     "folders of Windows": ("patients.csv", "file, patient\n", "data\\images\\{}.nii.gz, {}\n"),
 }
@@ -98,7 +100,7 @@ BAD_TABLES = {
     "empty": ("", "lacks the column file and the column patient (it has none)"),
     "BIDS": (
         "participant_id\tage\nsub-1\t61\n",
-        "lacks the column file and the column patient (it has participant_id, age)",
+        "lacks the column file (it has participant_id, age)",
     ),
     "one column": ("file\nP00_first\n", "lacks the column patient (it has file)"),
     "two patients": ("file\tpatient\na.nii\tP1\na_0000.nii.gz\tP2\n", "gives a_0000.nii.gz two patients"),
@@ -114,6 +116,14 @@ def test_tables_that_cannot_be_used_end_the_run(data, error):
     with pytest.raises(InputError) as caught:
         rows_of(data, patient_table="participants.tsv")
     assert reason in str(caught.value)
+
+
+def test_a_patient_in_two_spellings_ends_the_run(data):
+    """As two patients, their scans could be trained and tested on."""
+    lines = "".join(f"{scan}\t{patient}\n" for scan, patient in TRUTH.items())
+    (data / "participants.tsv").write_text("file\tpatient\n" + lines.replace("second\tP03", "second\tp03"))
+    with pytest.raises(InputError, match=r"has the patients P03 and p03, which differ only in case"):
+        rows_of(data, patient_table="participants.tsv")
 
 
 @pytest.mark.parametrize(

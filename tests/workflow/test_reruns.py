@@ -4,8 +4,12 @@ import os
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 from tiny import rules_of
+
+from lungddpm.core.roles import ROLES
+from lungddpm.core.volume import Volume, write_volume
 
 pytestmark = pytest.mark.workflow
 
@@ -142,3 +146,21 @@ def test_changed_code_reruns_what_depends_on_it(tiny_benchmark, tmp_path, edits,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout[-3000:]
     assert rules_of(run.stdout) == rerun, run.stdout[-3000:]
+
+
+def test_a_changed_table_of_patients_lists_the_scans_again(make_benchmark, tmp_path):
+    """Otherwise two scans that turn out to be of one patient would keep their roles."""
+    scans = tmp_path / "scans"
+    image = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    for name in "abc":
+        write_volume(scans / "images" / f"{name}.nii.gz", image)
+        write_volume(scans / "labels" / f"{name}.nii.gz", image.like(np.ones(image.shape, np.uint8)))
+    table = scans / "participants.tsv"
+    table.write_text("file\tpatient\na\tP1\nb\tP2\nc\tP3\n")
+    source = {"kind": "images", "path": str(scans), "images": {"patient_table": table.name}}
+    benchmark = make_benchmark(tmp_path / "run", {"source": source, "roles": dict.fromkeys(ROLES, 1)})
+    first = benchmark.run("--until", "index")
+    assert first.returncode == 0, first.stdout[-3000:]
+    assert "index" not in rules_of(benchmark.run("--dry-run", "--until", "index").stdout)
+    table.write_text("file\tpatient\na\tP1\nb\tP2\nc\tP2\n")
+    assert rules_of(benchmark.run("--dry-run", "--until", "index").stdout)["index"] == 1

@@ -67,7 +67,11 @@ rule index:
         source=source_option,
         external=external_test_options,
         settings=settings_of(
-            "roles", source=SOURCE.name, reading=READING, external=EXTERNAL_TESTS
+            "roles",
+            source=SOURCE.name,
+            reading=READING,
+            external=EXTERNAL_TESTS,
+            tables=TABLES,
         ),
         code=code_of_sources("index"),
     shell:
@@ -100,7 +104,11 @@ rule prepare:
         folder=subpath(output[0], parent=True),
         shards=lambda wildcards, input: prepare_jobs(input.index),
         settings=settings_of(
-            "grid", "layouts", reading=READING, external=EXTERNAL_TESTS
+            "grid",
+            "layouts",
+            reading=READING,
+            external=EXTERNAL_TESTS,
+            tables=TABLES,
         ),
         code=code_of_sources("prepare"),
     shell:

@@ -22,6 +22,7 @@ from lungddpm.core.arms import Arm
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
 from lungddpm.core.errors import UserError
+from lungddpm.core.files import sha256_of
 from lungddpm.core.roles import DISCOVERY, roles_of
 from lungddpm.operations.run import offer_own_programs, report_error
 
@@ -53,6 +54,17 @@ offer_own_programs()
 SOURCE = SETTINGS.source.declared
 # The settings by which it reads scans, if it has any.
 READING = [section.model_dump(mode="json") for section in SETTINGS.source.reading()]
+# Tables beside the users' scans, such as that of the patients, by data set. Not as input files: Snakemake would take
+# braces in the folder's name for wildcards.
+TABLES = {
+    name: [
+        sha256_of(file)
+        for section in each.reading()
+        for table in getattr(section, "tables", ())
+        if (file := each.path / table).is_file()
+    ]
+    for name, each in SETTINGS.data_sets().items()
+}
 # What decides the rows of external test sets in the index, by their names.
 EXTERNAL_TESTS = {
     name: {

@@ -144,6 +144,7 @@ def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf, copies: 
     try:
         patient = patient_of(pair.image)
         _check_channels(pair)
+        _check_labels(pair, top)
         if copies:
             problem = f"exists more than once ({', '.join(copies)})"
             raise InputError(pair.image, problem, "Keep one copy of it.")
@@ -177,6 +178,12 @@ def _check_channels(pair: Pair) -> None:
         others = ", ".join(file.name for file in pair.others)
         problem = f"has further channels ({others}), but a CT has one"
         raise InputError(pair.image, problem, "Use a copy of the data set with only channel 0000, if that is the CT.")
+
+
+def _check_labels(pair: Pair, top: Path) -> None:
+    if pair.copies:
+        labels = ", ".join(_within(top, label) for label in (pair.label, *pair.copies) if label)
+        raise InputError(pair.image, f"has several labels ({labels})", "Keep those that are right.")
 
 
 def _describe(top: Path, pair: Pair) -> dict:

@@ -23,9 +23,9 @@ from lungddpm.core.volume import Header, Volume, volume_header, volume_shape, wh
 if TYPE_CHECKING:
     from SimpleITK import ImageFileReader
 
-SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")
-"""Of images, in lower or upper case; if labels with the same name have several, the first of these is used."""
-_FORMATS = {".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
+SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
+"""Of images, in lower or upper case; 3D Slicer saves its segmentations as .seg.nrrd."""
+_FORMATS = {".seg.nrrd": "NRRD", ".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
 _READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
 _DTYPES = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
 """Of SimpleITK's first pixel types; the others are complex numbers and vectors."""

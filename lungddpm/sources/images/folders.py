@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lungddpm.core.errors import InputError
@@ -26,12 +28,14 @@ class Pair:
         image: the CT.
         label: its labels; None if there are none.
         others: images of channels other than the first; includes `image` if the first is missing.
+        copies: further labels of the same name.
     """
 
     name: str
     image: Path
     label: Path | None
     others: tuple[Path, ...] = ()
+    copies: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,9 +88,9 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _pair(images: list[Path], labels: list[Path]) -> tuple[list[Pair], list[Path]]:
-    label_of: dict[str, Path] = {}
-    for label in sorted(labels, key=lambda file: SUFFIXES.index(suffix_of(file.name))):
-        label_of.setdefault(stem_of(label.name), label)
+    labels_of: dict[str, list[Path]] = defaultdict(list)
+    for label in labels:
+        labels_of[stem_of(label.name)].append(label)
     stems = {stem_of(image.name) for image in images}
     pairs: list[Pair] = []
     others: dict[str, list[Path]] = {}
@@ -94,17 +98,25 @@ def _pair(images: list[Path], labels: list[Path]) -> tuple[list[Pair], list[Path
         stem = stem_of(image.name)
         parts = _SEVERAL_CHANNELS.fullmatch(stem)
         # Names may end with four digits that are not a channel: if labels have the whole name.
-        if stem not in label_of and parts and f"_{parts[2]}" != CHANNEL:
+        if stem not in labels_of and parts and f"_{parts[2]}" != CHANNEL:
             first = parts[1] + CHANNEL
-            if parts[1] in label_of or (first in stems and first not in label_of):
+            if parts[1] in labels_of or (first in stems and first not in labels_of):
                 others.setdefault(parts[1], []).append(image)
                 continue
         name = case_name(image.name)
-        pairs.append(Pair(name, image, label_of.get(stem, label_of.get(name))))
-    pairs = [Pair(pair.name, pair.image, pair.label, tuple(others.pop(pair.name, ()))) for pair in pairs]
-    pairs += [Pair(name, first, label_of.get(name), (first, *rest)) for name, (first, *rest) in others.items()]
-    paired = {pair.label for pair in pairs}
+        pairs.append(_pair_of(name, image, labels_of, stem))
+    pairs = [replace(pair, others=tuple(others.pop(pair.name, ()))) for pair in pairs]
+    pairs += [_pair_of(name, first, labels_of, name, (first, *rest)) for name, (first, *rest) in others.items()]
+    paired = {label for pair in pairs for label in (pair.label, *pair.copies)}
     return pairs, [label for label in labels if label not in paired]
+
+
+def _pair_of(
+    name: str, image: Path, labels_of: Mapping[str, list[Path]], stem: str, others: tuple[Path, ...] = ()
+) -> Pair:
+    """An image with the labels under its stem or under the name of its case."""
+    labels = [label for key in dict.fromkeys((stem, name)) for label in labels_of.get(key, ())]
+    return Pair(name, image, next(iter(labels), None), others, tuple(labels[1:]))
 
 
 def _without_images(top: Path, unlabelled: list[Path]) -> InputError:

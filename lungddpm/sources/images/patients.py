@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path, PureWindowsPath
 
 from lungddpm.core.errors import InputError
+from lungddpm.core.roles import PATIENT_COLUMNS
 from lungddpm.sources.images.folders import case_name
 from lungddpm.sources.images.settings import Images
 
@@ -64,11 +65,12 @@ def _read_table(table: Path) -> dict[str, str]:
         raise InputError(table.absolute(), f"cannot be read ({error})", "Save it as UTF-8 text.") from None
     rows = csv.DictReader(text.splitlines(), delimiter=_delimiter(text))
     columns = [column.strip() for column in rows.fieldnames or []]
-    if missing := [column for column in ("file", "patient") if column not in columns]:
+    patient = next((column for column in PATIENT_COLUMNS if column in columns), "patient")
+    if missing := [column for column in ("file", patient) if column not in columns]:
         problem = f"lacks the column {' and the column '.join(missing)} (it has {', '.join(columns) or 'none'})"
         raise InputError(table.absolute(), problem, "The first line must name the columns: file, patient.")
     rows.fieldnames = columns
-    return _by_case(table, ((row["file"] or "", row["patient"] or "") for row in rows))
+    return _by_case(table, ((row["file"] or "", row[patient] or "") for row in rows))
 
 
 def _by_case(table: Path, rows: Iterable[tuple[str, str]]) -> dict[str, str]:

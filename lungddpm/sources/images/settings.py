@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from lungddpm.config.sections import Section
+from lungddpm.sources.images.folders import DATASET
 
 LabelName = Annotated[str, Field(pattern=r"^.+$")]
 Meaning = Literal["background", "lung", "nodule", "vessel"]
@@ -41,11 +42,17 @@ class Images(Section):
     """Meaning of the labels, by number or by name in dataset.json, such as `{1: nodule}`; 0 is background. It overrides
     the names in dataset.json. Without either, 1 is lung, 2 nodule, 3 vessel."""
     patient_table: Annotated[str | None, AfterValidator(check_table)] = None
-    """A table with the columns `file` and `patient` in the folder of the data set, such as participants.tsv (tabs) or
-    patients.csv, for several scans of one patient. null: each scan counts as a separate patient."""
+    """A table with the columns `file` and `patient` (or `patient_id`, or BIDS's `participant_id`) in the folder of the
+    data set, such as participants.tsv (tabs) or patients.csv, for several scans of one patient. null: each scan counts
+    as a separate patient."""
     patient_pattern: Annotated[str | None, AfterValidator(_check_pattern)] = None
     """A regular expression with one group, the patient, that is searched in each image's name (without suffix and
     `_0000`), such as `^(P[0-9]+)_`."""
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """See `lungddpm.sources`."""
+        return (DATASET, *([self.patient_table] if self.patient_table else []))
 
     @field_validator("labels", mode="before")
     @classmethod
