@@ -16,8 +16,9 @@ _KNOWN = ", ".join(ROLES)
 def read_split(path: Path, role: str) -> list[str]:
     """The patients to whom a split file gives a role, in its order.
 
-    A table (.csv, .tsv) has the columns `patient_id` (or another of `PATIENT_COLUMNS`) and `role`. Any other file has one
-    patient per line, all of the role that it is named for; empty lines, and those that begin with `#`, do not count.
+    A table (.csv, .tsv) has the columns `patient_id` (or one of the other `PATIENT_COLUMNS`) and `role`. Any other
+    file has one patient per line, all of the role that it is named for; empty lines, and those that begin with `#`, do
+    not count.
 
     Args:
         path: of the file, UTF-8; a relative one starts in the working directory.

@@ -227,7 +227,9 @@ def _check_apart(name: str, rows: list[dict], others: list[dict]) -> None:
         if shared := sorted({row[column] for row in rows if row[column].casefold() in owner}):
             what = {"patient_id": "patient", "series_uid": "series"}[column]
             more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-            problem = f"has the {what} {', '.join(shared[:3])}{more}, as the data set '{owner[shared[0].casefold()]}' has"
+            problem = (
+                f"has the {what} {', '.join(shared[:3])}{more}, as the data set '{owner[shared[0].casefold()]}' has"
+            )
             raise InputError(f"external_tests.{name}", problem, remedy)
 
 
@@ -238,7 +240,9 @@ def _check_spelling(path: Path, found: Iterable[Series]) -> None:
         spellings[series.patient_id.casefold()].add(series.patient_id)
     if twice := next((sorted(ids) for ids in spellings.values() if len(ids) > 1), None):
         problem = f"has the patients {' and '.join(twice)}, which differ only in case"
-        raise InputError(path.absolute(), problem, "Give each patient one spelling, and different patients different ids.")
+        raise InputError(
+            path.absolute(), problem, "Give each patient one spelling, and different patients different ids."
+        )
 
 
 def read_index(path: Path) -> pd.DataFrame:

@@ -89,7 +89,7 @@ def test_the_short_axis_is_the_longest_chord_across_the_long_one_not_the_width_o
 
 def test_the_short_axis_of_a_sheared_body_is_shorter_than_its_width():
     """Across the long diagonal of a parallelogram, no chord is longer than between the long sides, 10 mm apart."""
-    corners_mm = np.array([(0, 0), (50, 0), (60, 10), (10, 10)]) + [10.0, 10.0]
+    corners_mm = np.array([(10, 10), (60, 10), (70, 20), (20, 20)])
     region = polygon2mask((320, 120), corners_mm / 0.25)
     found = extent_of(region[:, :, None], (0.25, 0.25, 1.0))
     diagonal_mm = np.hypot(60, 10)
