@@ -52,7 +52,7 @@ def golden_denoiser() -> UNet:
 
 def train(config: GeneratorConfig[TrainedSettings], *arguments, **options) -> None:
     """`run_train` as the command does it."""
-    run_train(config, *plugin(config.name).training(config), *arguments, **options)
+    run_train(config, *plugin(config.kind).training(config), *arguments, **options)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
@@ -163,8 +166,13 @@ def training_memory(config: GeneratorConfig[TrainedSettings]) -> int:
 
 def kept_by_network(recipe: Recipe, shape: tuple[int, ...]) -> int:
     """Bytes that a training pass over (N, D, H, W) voxels keeps, `gradient_checkpointing` apart."""
-    network, inputs = _on_meta(recipe.build), _on_meta(lambda: recipe.inputs(shape))
+    network, inputs = _pass_of(recipe, shape)
     return kept_bytes(network, lambda: network(*inputs))
+
+
+def _pass_of(recipe: Recipe, shape: tuple[int, ...]) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """A network and its inputs, without values."""
+    return _on_meta(recipe.build), _on_meta(lambda: recipe.inputs(shape))
 
 
 def kept_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
@@ -179,6 +187,55 @@ def kept_bytes(network: nn.Module, forward: Callable[[], object]) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in kept.items() if storage not in weights)
+
+
+def drawing_memory(config: GeneratorConfig[TrainedSettings], shape: tuple[int, ...]) -> int:
+    """Bytes that drawing (N, D, H, W) voxels takes besides the weights, in fp32, by count.
+
+    Of several networks, the one that takes most counts: an autoencoder decodes latents into maps of whole volumes.
+    """
+    return max(drawing_bytes_of(*_pass_of(recipe, shape)) for _, _, recipe in phases_of(config))
+
+
+def drawing_bytes_of(network: nn.Module, inputs: Iterable[torch.Tensor]) -> int:
+    """Bytes of the tensors that a forward pass without gradients makes and still refers to, at most at one time.
+
+    Workspaces of libraries and what an allocator holds in reserve are not counted.
+    """
+    with torch.no_grad(), _LiveBytes() as live:
+        network(*inputs)
+    return live.peak
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of new storages until nothing refers to them any more.
+
+    Attributes:
+        peak: the most at one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # Weights, inputs, and what is written in place.
+        self._known.update(_storages((args, kwargs)))
+        made = func(*args, **(kwargs or {}))
+        for storage in _storages(made) - set(self._known):
+            self._known.add(storage)
+            self._now += storage.nbytes()
+            weakref.finalize(storage, self._free, storage.nbytes())
+        self.peak = max(self.peak, self._now)
+        return made
+
+    def _free(self, size: int) -> None:
+        self._now -= size
+
+
+def _storages(values: object) -> set[torch.UntypedStorage]:
+    return {value.untyped_storage() for value in tree_leaves(values) if isinstance(value, torch.Tensor)}
 
 
 def _on_meta(build: Callable[[], Any]) -> Any:

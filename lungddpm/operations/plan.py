@@ -151,8 +151,7 @@ class NetworkCost:
     this count, takes 7.7 GB (see `UTILISATION`)."""
     weights_bytes: int
     drawing_bytes: int
-    """To apply it to one volume (or patch), besides the weights: about a quarter of the activations kept in
-    training."""
+    """To apply it to one volume (or patch), besides the weights: the maps that are there at one time, in fp32."""
     opponent_parameters: int = 0
     """Of the discriminators in adversarial training."""
     training_flop: int = 0
@@ -406,7 +405,7 @@ def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
     Those of a step are for its crops, if any, in the last phase of the training; memory is that of the largest phase.
     The forward pass is that of drawing.
     """
-    from lungddpm.operations.estimate import count, kept_by_network, parts_of, recipe_of, training_memory
+    from lungddpm.operations.estimate import count, drawing_memory, parts_of, training_memory
 
     drawn, parts = (1, *config.settings.drawn_size(config.grid)[::-1]), parts_of(config)
     parameters, forward, _ = count(config, drawn)
@@ -417,7 +416,7 @@ def network_cost(config: GeneratorConfig[TrainedSettings]) -> NetworkCost:
         sum(part.step_flop for part in parts if part.phase == last),
         training_memory(config),
         4 * parameters,
-        kept_by_network(recipe_of(config), drawn) // 4,
+        drawing_memory(config, drawn),
         max((part.parameters for part in parts if part.is_opponent), default=0),
         sum(part.steps * part.step_flop for part in parts),
     )
@@ -431,7 +430,7 @@ def segmenter_cost(config: Config) -> NetworkCost:
     from torch import nn
     from torch.utils.flop_counter import FlopCounterMode
 
-    from lungddpm.operations.estimate import kept_bytes
+    from lungddpm.operations.estimate import drawing_bytes_of, kept_bytes
 
     segmentation, patch = config.segmentation, _patch(config)
     if segmentation.network is None:
@@ -456,9 +455,8 @@ def segmenter_cost(config: Config) -> NetworkCost:
     # A tenth as many validation passes (see LungDDPMTrainer). Weight, gradient and two moments at most.
     step = round(1.1 * one_pass) + backward.get_total_flops()
     volume = segmentation.batch_size
-    return NetworkCost(
-        parameters, one_pass // volume, step, kept + 4 * 4 * parameters, 4 * parameters, kept // volume // 4
-    )
+    drawing = drawing_bytes_of(network, [patches]) // volume
+    return NetworkCost(parameters, one_pass // volume, step, kept + 4 * 4 * parameters, 4 * parameters, drawing)
 
 
 def describe_plan(plan: Plan) -> str:

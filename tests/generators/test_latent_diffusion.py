@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 
 import numpy as np
@@ -304,6 +305,15 @@ def test_the_estimate_takes_steps_of_both_phases_and_shows_each_network(capsys):
     assert cost.opponent_parameters == of_networks[1]
     assert cost.parameters == of_networks[0] + of_networks[2]
     assert f"by count, as in 'lungddpm plan', {cost.memory_bytes / 2**20:,.0f} MiB" in shown
+
+
+def test_the_plan_counts_the_memory_of_the_decoder():
+    """Maps of all its channels on whole volumes; the denoiser works on half the edge."""
+    channels = 16
+    config = settings_of(autoencoder={"channels": [channels, channels]})
+    one = 4 * channels * math.prod(config.grid.size)
+    # At least a map and what is made of it, and never all of those that training keeps.
+    assert 2 * one <= network_cost(config).drawing_bytes < 8 * one
 
 
 @pytest.mark.parametrize(("name", "passes"), [("latent_diffusion", 3 + 1), ("reconstruct", 2)])
