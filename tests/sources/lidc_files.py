@@ -4,7 +4,14 @@ import numpy as np
 from pydicom import dcmread
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.pixels import pack_bits
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, RLELossless, SegmentationStorage, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    ExplicitVRLittleEndian,
+    RLELossless,
+    RTStructureSetStorage,
+    SegmentationStorage,
+    generate_uid,
+)
 
 from lungddpm.sources import lidc
 from lungddpm.sources.index import Cache, index_source
@@ -155,6 +162,38 @@ def write_seg(path, masks, *, ct="1.2.3", slices=range(SLICES), change=lambda da
     dataset.SharedFunctionalGroupsSequence, dataset.PerFrameFunctionalGroupsSequence = [shared], frames
     dataset.NumberOfFrames = len(frames)
     dataset.PixelData = pack_bits(np.array(bits, bool))
+    change(dataset)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    dataset.save_as(path, enforce_file_format=True)
+    return path
+
+
+def write_rtstruct(path, contours, *, ct="1.2.3", change=lambda dataset: None):
+    """An RTSTRUCT object as planning systems export them.
+
+    `contours`: by ROI name, a list of (n, 3) points in mm (LPS).
+    """
+    dataset = Dataset()
+    dataset.file_meta = FileMetaDataset()
+    dataset.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset.file_meta.MediaStorageSOPClassUID = dataset.SOPClassUID = RTStructureSetStorage
+    uid = generate_uid(entropy_srcs=[str(path)])
+    dataset.file_meta.MediaStorageSOPInstanceUID = dataset.SOPInstanceUID = uid
+    dataset.Modality, dataset.PatientID, dataset.SeriesInstanceUID = "RTSTRUCT", "P-01", f"8.{ct}"
+    studies = [item(RTReferencedSeriesSequence=[item(SeriesInstanceUID=ct)])]
+    dataset.ReferencedFrameOfReferenceSequence = [item(RTReferencedStudySequence=studies)]
+    dataset.StructureSetROISequence, dataset.ROIContourSequence = [], []
+    for number, (name, polygons) in enumerate(contours.items(), start=1):
+        dataset.StructureSetROISequence.append(item(ROINumber=number, ROIName=name))
+        drawn = [
+            item(
+                ContourGeometricType="CLOSED_PLANAR",
+                NumberOfContourPoints=len(points),
+                ContourData=[f"{value:.6f}" for value in np.ravel(points)],
+            )
+            for points in polygons
+        ]
+        dataset.ROIContourSequence.append(item(ReferencedROINumber=number, ContourSequence=drawn))
     change(dataset)
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)

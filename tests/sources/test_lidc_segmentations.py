@@ -1,4 +1,4 @@
-"""DICOM SEG instead of reader XML: the same nodules, voxel for voxel (exports by highdicom where it is there)."""
+"""DICOM SEG (by highdicom) or RTSTRUCT instead of reader XML: the same nodules, voxel for voxel."""
 
 import shutil
 
@@ -15,6 +15,7 @@ from lidc_files import (
     nodule,
     only,
     roi,
+    write_rtstruct,
     write_seg,
     write_series,
     xml,
@@ -22,6 +23,7 @@ from lidc_files import (
 from pydicom import Dataset, dcmread
 from pydicom.pixels import pack_bits
 from pydicom.sr.codedict import codes
+from skimage.measure import find_contours
 
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
@@ -227,17 +229,10 @@ def test_copies_and_segmentations_without_a_reader_are_left_out(tmp_path):
     assert len(load(tmp_path).annotations) == 1
 
 
-def test_reports_are_not_series_and_rtstruct_has_a_way_out(tmp_path):
+def test_reports_are_not_series(tmp_path):
     write_idc(tmp_path)
-    for modality in ("SR", "RTSTRUCT"):
-        write_seg(
-            tmp_path / modality / "x.dcm",
-            {"any": NODULE},
-            change=lambda dataset, modality=modality: setattr(dataset, "Modality", modality),
-        )
-    ct, contours = find(tmp_path)
-    assert not ct.excluded
-    assert "RTSTRUCT, which is not read. Convert it to DICOM SEG" in contours.excluded
+    write_seg(tmp_path / "SR" / "x.dcm", {"any": NODULE}, change=lambda dataset: setattr(dataset, "Modality", "SR"))
+    assert not only(tmp_path).excluded
 
 
 def set_first(sequence, keyword, value):
@@ -301,9 +296,9 @@ REFUSED = {
     "fractions": (fractions, "has fractions or labels instead of bits"),
     "no reader": (
         lambda dataset: setattr(dataset.SegmentSequence[0], "SegmentLabel", "Tumour"),
-        "no segment is labelled with nodule and reader's annotation, as in 'Nodule 1 - Annotation IL057_127364'",
+        "no segment or ROI is labelled with nodule and reader's annotation, as in 'Nodule 1 - Annotation IL057_127364'",
     ),
-    "no segment": (lambda dataset: delattr(dataset, "SegmentSequence"), "no segment is labelled"),
+    "no segment": (lambda dataset: delattr(dataset, "SegmentSequence"), "no segment or ROI is labelled"),
 }
 
 
@@ -352,7 +347,7 @@ def test_a_segmentation_of_another_series_has_a_row_of_its_own(tmp_path, named):
 
     write_idc(tmp_path, ct="9.9", change=change)
     ct, other = find(tmp_path)
-    assert "no reader XML names this series, and no SEG object" in ct.excluded
+    assert "no reader XML names this series, and no SEG or RTSTRUCT object" in ct.excluded
     expected = {"another series": "names a series whose images are missing", "none": "names no CT series"}
     assert other.excluded.startswith(f"P-01/a study/SEG_12/seg.dcm: {expected[named]}")
 
@@ -364,6 +359,22 @@ def test_the_label_may_be_the_series_description_of_a_single_segment(tmp_path):
 
     write_idc(tmp_path, change=change)
     assert not only(tmp_path).excluded
+
+
+def export_contours(scan, slices, folder):
+    """Write what readers outlined as contours halfway between voxels, in one structure set."""
+    sources = sorted((dcmread(file) for file in slices), key=lambda one: one.ImagePositionPatient[2])
+    contours = {}
+    for number, annotation in enumerate(scan.annotations):
+        corner, mask = annotation_mask(annotation)
+        drawn = contours[f"Nodule {number} - Annotation R{annotation.reader}_{number}"] = []
+        for k in range(mask.shape[2]):
+            source = sources[corner[2] + k]
+            row_mm, column_mm = source.PixelSpacing
+            steps = np.array(source.ImageOrientationPatient).reshape(2, 3) * [[column_mm], [row_mm]]
+            for polygon in find_contours(np.pad(mask[:, :, k], 1).astype(float), 0.5):
+                drawn.append(np.array(source.ImagePositionPatient) + (polygon[:-1] - 1 + corner[:2]) @ steps)
+    write_rtstruct(folder / "RTSTRUCT" / "x.dcm", contours, ct=str(sources[0].SeriesInstanceUID))
 
 
 def export(scan, slices, folder):
@@ -404,11 +415,11 @@ def export(scan, slices, folder):
         written.save_as(file)
 
 
-def as_idc(top, source, row):
-    """The same scan with SEG objects instead of its XML; returns what both readings hold."""
+def without_xml(top, source, row, write):
+    """The same scan with objects instead of its XML; returns what both readings hold."""
     scan = lidc.load_scan(source, row)
     slices = [file for file in scan.files if file.suffix != ".xml"]
-    export(scan, slices, top)
+    write(scan, slices, top)
     (top / "CT").mkdir()
     for file in slices:
         (top / "CT" / file.name).symlink_to(file.resolve())
@@ -417,23 +428,27 @@ def as_idc(top, source, row):
     return scan, lidc.load_scan(top, other)
 
 
-def assert_same_nodules(by_xml, by_seg, level, **keys):
-    one, other = (find_nodules(scan, Layouts(consensus=level, **keys)) for scan in (by_xml, by_seg))
+def assert_same_nodules(by_xml, by_object, level, **keys):
+    one, other = (find_nodules(scan, Layouts(consensus=level, **keys)) for scan in (by_xml, by_object))
     assert [nodule.corner for nodule in one] == [nodule.corner for nodule in other]
     assert [nodule.readers for nodule in one] == [nodule.readers for nodule in other]
-    for nodule_of_xml, nodule_of_seg in zip(one, other, strict=True):
-        np.testing.assert_array_equal(nodule_of_xml.mask, nodule_of_seg.mask)
+    for nodule_of_xml, nodule_of_object in zip(one, other, strict=True):
+        np.testing.assert_array_equal(nodule_of_xml.mask, nodule_of_object.mask)
     return [nodule.voxels for nodule in other]
+
+
+FORMS = pytest.mark.parametrize("write", [export, export_contours], ids=["SEG", "RTSTRUCT"])
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("patient", [0, 1])
-def test_a_phantom_exported_by_highdicom_has_the_nodules_of_its_xml(cohort, tmp_path, patient):
+@FORMS
+def test_an_exported_phantom_has_the_nodules_of_its_xml(cohort, tmp_path, patient, write):
     row = index_source("lidc", cohort)[patient]
-    by_xml, by_seg = as_idc(tmp_path, cohort, row)
+    by_xml, by_object = without_xml(tmp_path, cohort, row, write)
     for level in (0.25, 0.5, 0.75, 1.0):
-        assert assert_same_nodules(by_xml, by_seg, level)
-    assert assert_same_nodules(by_xml, by_seg, 0.5, minimum_readers=4)
+        assert assert_same_nodules(by_xml, by_object, level)
+    assert assert_same_nodules(by_xml, by_object, 0.5, minimum_readers=4)
 
 
 # What pylidc finds: `oracle.csv`.
@@ -445,10 +460,11 @@ VOXELS = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("patient", VOXELS)
-def test_a_scan_of_the_release_exported_by_highdicom_has_the_nodules_of_its_xml(shared_data, tmp_path, patient):
+@FORMS
+def test_an_exported_scan_of_the_release_has_the_nodules_of_its_xml(shared_data, tmp_path, patient, write):
     top = shared_data / "lidc" / patient
     (row,) = (row for row in index_source("lidc", top) if row["status"] == "ok")
-    by_xml, by_seg = as_idc(tmp_path, top, row)
+    by_xml, by_object = without_xml(tmp_path, top, row, write)
     for level, voxels in VOXELS[patient].items():
         # Theirs are in the order of clusters, ours from feet to head.
-        assert sorted(assert_same_nodules(by_xml, by_seg, level)) == sorted(voxels)
+        assert sorted(assert_same_nodules(by_xml, by_object, level)) == sorted(voxels)

@@ -1,7 +1,7 @@
-"""LIDC-IDRI: chest CT as DICOM (`slices`), with the outlines of four readers as XML (`readings`) or SEG
-(`segmentations`).
+"""LIDC-IDRI: chest CT as DICOM (`slices`), with the outlines of four readers as XML (`readings`), SEG
+(`segmentations`) or RTSTRUCT (`structures`).
 
-All forms of the download are read: the XML next to the slices or in a separate tree, or SEG objects in separate
+All forms of the download are read: the XML next to the slices or in a separate tree, or objects in separate
 series; each file belongs to the series named in its header. Armato et al., Medical Physics 38:915-931, 2011,
 doi 10.1118/1.3528204.
 """
@@ -24,11 +24,18 @@ from lungddpm.core.volume import Volume, per_axis
 from lungddpm.sources import Scan, Series, Size
 from lungddpm.sources.index import Cache, case_ids, files_below, reason_of, relative_name
 from lungddpm.sources.lidc.headers import Header, read_headers
-from lungddpm.sources.lidc.pairing import Drawn, Readings, annotations_of, drawn_in, read_all, readings_of
+from lungddpm.sources.lidc.pairing import (
+    OBJECTS,
+    Drawn,
+    Readings,
+    annotations_in,
+    annotations_of,
+    drawn_in,
+    read_all,
+    readings_of,
+)
 from lungddpm.sources.lidc.pixels import can_be_decoded, hounsfield, name_of_syntax
 from lungddpm.sources.lidc.readings import read_xml
-from lungddpm.sources.lidc.segmentations import MODALITY as SEGMENTATION
-from lungddpm.sources.lidc.segmentations import annotations_in
 from lungddpm.sources.lidc.slices import stack_of
 
 if TYPE_CHECKING:
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CITATION", "TITLE", "find_series", "load_scan", "read_xml", "size"]
 
-TITLE = "LIDC-IDRI, as DICOM series with the readers' XML or DICOM SEG"
+TITLE = "LIDC-IDRI, as DICOM series with the readers' XML, DICOM SEG or RTSTRUCT"
 CITATION = "Lung Image Database Consortium and Image Database Resource Initiative, Medical Physics 38:915, 2011."
 
 _DOCUMENTS = {"KO", "PR", "SR"}
@@ -67,7 +74,7 @@ def size(_settings: None) -> Size:
 
 
 def find_series(path: Path, cache: Cache) -> list[Series]:
-    """All series below a folder, from the headers of their slices and their readers' XML or SEG objects.
+    """All series below a folder, from the headers of their slices and their readers' XML, SEG or RTSTRUCT objects.
 
     Series named only in these also have a row, and so does a folder in which nothing can be read. `n_nodules` is the
     largest number of nodules of at least 3 mm that any one reader marked: which marks of different readers belong to
@@ -144,8 +151,8 @@ def _files_in(folder: Path) -> list[Path]:
 def _read_folders(
     top: Path, files: list[Path], cache: Cache
 ) -> tuple[dict[str, list[_Part]], list[Drawn], dict[str, str]]:
-    """The parts of every series except SEG by folder, all SEG objects, and for each folder with files of unknown series
-    the reason for the first.
+    """The parts of every series except SEG and RTSTRUCT by folder, all such objects, and for each folder with files of
+    unknown series the reason for the first.
     """
     in_folder: dict[Path, list[Path]] = defaultdict(list)
     for file in files:
@@ -180,9 +187,7 @@ def _read_folder(top: Path, files: list[Path], advance: Callable[[], None]) -> d
             advance()
 
     slices, problem = read_headers(each())
-    drawn = {
-        header.path: header for headers in slices.values() for header in headers if header["Modality"] == SEGMENTATION
-    }
+    drawn = {header.path: header for headers in slices.values() for header in headers if header["Modality"] in OBJECTS}
     parts = [headers for headers in slices.values() if headers[0].path not in drawn]
     return {
         "parts": [asdict(_part(top, headers)) for headers in parts],
@@ -270,9 +275,6 @@ def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: 
 def _problem_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
     folders = [part.folder for part in parts]
     modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
-    if "RTSTRUCT" in modalities:
-        remedy = "Convert it to DICOM SEG or to labels for source.kind: images, e.g. with 3D Slicer."
-        return f"{folders[0]}: has contours as RTSTRUCT, which is not read. {remedy}"
     if modalities != ["CT"]:
         kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is not CT"
         return f"{folders[0]}: {kind} (modality {', '.join(modalities)}). Leave it out."

@@ -1,10 +1,10 @@
-"""Pairing of readers' XML files and SEG objects with series, and the choice between them."""
+"""Pairing of readers' XML files, SEG and RTSTRUCT objects with series, and the choice between them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,13 +12,26 @@ from pathlib import Path
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.files import fingerprint
 from lungddpm.core.progress import Progress
-from lungddpm.sources import Annotation, Series
+from lungddpm.sources import Annotation, Region, Series
 from lungddpm.sources.index import Cache, reason_of, relative_name
 from lungddpm.sources.lidc.dicom import COPY_AGAIN
 from lungddpm.sources.lidc.headers import Header
+from lungddpm.sources.lidc.objects import LABEL_EXAMPLE, read_object
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
-from lungddpm.sources.lidc.segmentations import LABEL_EXAMPLE, name_readers, read_segmentation, readers_of, repeats
+from lungddpm.sources.lidc.segmentations import (
+    SEG,
+    name_readers,
+    outlines,
+    read_segmentation,
+    readers_of,
+    repeats,
+    segments_in,
+)
 from lungddpm.sources.lidc.slices import Stack
+from lungddpm.sources.lidc.structures import RTSTRUCT, read_structures, structures_in
+
+OBJECTS = (SEG, RTSTRUCT)
+"""Modalities of objects with annotations, by precedence."""
 
 _CORRECTION = re.compile("(?i)erratum|correction|resubmitted")
 _SHOWN = 3
@@ -44,23 +57,24 @@ class _Marked:
 
 @dataclass(frozen=True)
 class Drawn:
-    """The header of one SEG object, as cached."""
+    """The header of one SEG or RTSTRUCT object, as cached."""
 
     file: str
+    modality: str
     uid: str
     series_uid: str
     """Of the CT; empty if it names none."""
     annotations: list[list[str]]
-    """Number of the nodule and annotation id, of each segment that has them."""
+    """Number of the nodule and annotation id, of each segment or ROI that has them."""
     others: list[str]
-    """Labels of the other segments."""
+    """Labels of the other segments or ROIs."""
     problem: str
     """Why it cannot be used; empty if it can."""
 
 
 @dataclass(frozen=True)
 class AllReads:
-    """The content of all XML files and SEG objects."""
+    """The content of all XML files, SEG and RTSTRUCT objects."""
 
     of_series: dict[str, dict[str, _Marked]]
     """By series UID and XML file."""
@@ -84,14 +98,15 @@ class Readings:
 
 
 def drawn_in(top: Path, header: Header) -> Drawn:
-    """The header of a SEG object, from that of one of its frames."""
-    file = relative_name(header.path, top)
+    """The header of a SEG or RTSTRUCT object, from that of one of its frames."""
+    file, modality = relative_name(header.path, top), header["Modality"]
+    read = read_segmentation if modality == SEG else read_structures
     try:
-        found = read_segmentation(header.path)
+        found = read(header.path)
     except ExcludedCaseError as error:
-        return Drawn(file, "", "", [], [], reason_of(error, top))
+        return Drawn(file, modality, "", "", [], [], reason_of(error, top))
     problem = ""
-    if header.problem:
+    if header.problem and modality == SEG:  # of its pixels, which RTSTRUCT does not have
         problem = reason_of(ExcludedCaseError(header.path, header.problem, COPY_AGAIN), top)
     elif found.problem:
         problem = reason_of(ExcludedCaseError(header.path, *found.problem), top)
@@ -99,8 +114,8 @@ def drawn_in(top: Path, header: Header) -> Drawn:
         lost = f"has a nodule without a reader's annotation ('{label}')"
         remedy = f"Label it as in '{LABEL_EXAMPLE}', or take it out."
         problem = reason_of(ExcludedCaseError(header.path, lost, remedy), top)
-    annotations = [list(each) for each in found.segments.values()]
-    return Drawn(file, found.uid, found.series_uid, annotations, list(found.others), problem)
+    annotations = [list(each) for each in found.parts.values()]
+    return Drawn(file, modality, found.uid, found.series_uid, annotations, list(found.others), problem)
 
 
 def read_all(
@@ -112,7 +127,7 @@ def read_all(
         top: folder of the data set.
         xml_files: all XML files.
         folders: folders of the images of every series, relative to `top`.
-        drawn: all SEG objects.
+        drawn: all SEG and RTSTRUCT objects.
         cache: of the source.
     """
     of_series: dict[str, dict[str, _Marked]] = defaultdict(dict)
@@ -165,42 +180,49 @@ def read_all(
 
 
 def readings_of(uid: str, folder: str, reads: AllReads) -> Readings:
-    """The readings of a series: XML, which identifies its readers, takes precedence over SEG."""
+    """The readings of a series: XML, which identifies its readers, takes precedence over SEG, and SEG over RTSTRUCT."""
     in_force = _in_force(reads.of_series.get(uid, {}))
     of_ct = {file: read for file, read in in_force.items() if read.is_ct}
     drawn = reads.drawn.get(uid, [])
     if of_ct:
         marks = {(reader, outlines) for read in of_ct.values() for reader, outlines in read.marks}
-        notes = (f"{len(drawn)} SEG object(s) were left out, because there is readers' XML",) if drawn else ()
+        notes = (f"{_counted(drawn)} were left out, because there is readers' XML",) if drawn else ()
         readings = Readings(tuple(of_ct), _most(reader for reader, _ in marks), notes=notes)
     elif drawn:
-        readings = _from_segmentations(drawn)
+        readings = _from_objects(drawn)
     elif in_force:
         problem = f"{next(iter(in_force))}: has readings of a chest radiograph, not of CT. Add the XML of the CT."
         readings = Readings(problem=problem)
     else:
-        problem = "no reader XML names this series, and no SEG object"
-        readings = Readings(problem=f"{folder}: {problem}. Add its readers' XML or SEG objects.")
+        problem = "no reader XML names this series, and no SEG or RTSTRUCT object"
+        readings = Readings(problem=f"{folder}: {problem}. Add its readers' XML or such objects.")
     return replace(readings, problem=reads.problems.get(uid, "") or readings.problem)
 
 
-def _from_segmentations(drawn: list[Drawn]) -> Readings:
-    """The readings from the SEG objects of one series, without copies and those without a reader."""
-    read = [each for each in drawn if each.annotations]
+def _from_objects(drawn: list[Drawn]) -> Readings:
+    """The readings from the SEG or else the RTSTRUCT objects of one series, without copies and those without a
+    reader."""
+    marked = [each for each in drawn if each.annotations]
+    preferred = next((modality for modality in OBJECTS if any(each.modality == modality for each in marked)), "")
+    read = [each for each in marked if each.modality == preferred]
     if not read:
-        problem = f"no segment is labelled with nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
-        remedy = "Label the segments like this, or export labels for source.kind: images."
+        problem = f"no segment or ROI is labelled with nodule and reader's annotation, as in '{LABEL_EXAMPLE}'"
+        remedy = "Label them like this, or export labels for source.kind: images."
         return Readings(problem=f"{drawn[0].file}: {problem}. {remedy}")
     kept: dict[str, Drawn] = {}
     for each in read:
         kept.setdefault(each.uid, each)
     notes = []
-    if nameless := [each.file for each in drawn if not each.annotations]:
-        notes.append(f"{len(nameless)} SEG object(s) without a reader's annotation were left out ({_shown(nameless)})")
-    if len(kept) < len(read):
-        notes.append(f"{len(read) - len(kept)} SEG object(s) are stored more than once: one was kept")
+    if nameless := [each for each in drawn if not each.annotations]:
+        files = _shown([each.file for each in nameless])
+        notes.append(f"{_counted(nameless)} without a reader's annotation were left out ({files})")
+    if others_marked := [each for each in marked if each.modality != preferred]:
+        notes.append(f"{_counted(others_marked)} were left out, because there is {preferred}")
+    if copies := read[len(kept) :]:
+        notes.append(f"{_counted(copies)} are stored more than once: one was kept")
     if others := list(dict.fromkeys(f"'{label}'" for each in kept.values() for label in each.others)):
-        notes.append(f"segments without a reader's annotation were left out ({_shown(others)})")
+        parts = "segments" if preferred == SEG else "ROIs"
+        notes.append(f"{parts} without a reader's annotation were left out ({_shown(others)})")
     annotations = [(nodule, name) for each in kept.values() for nodule, name in each.annotations]
     problem = next((each.problem for each in kept.values() if each.problem), "")
     for nodule, names in repeats(annotations).items():
@@ -220,6 +242,11 @@ def _from_segmentations(drawn: list[Drawn]) -> Readings:
     )
 
 
+def _counted(drawn: Sequence[Drawn]) -> str:
+    kinds = [modality for modality in OBJECTS if any(each.modality == modality for each in drawn)]
+    return f"{len(drawn)} {' or '.join(kinds)} object(s)"
+
+
 def _shown(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
 
@@ -236,6 +263,24 @@ def annotations_of(xml_files: Sequence[Path], stack: Stack) -> list[Annotation]:
         ExcludedCaseError: a file cannot be read, or does not match the slices.
     """
     return [in_scan(mark, stack, xml_files[0]) for mark in merged([_read_or_exclude(file) for file in xml_files])]
+
+
+def annotations_in(files: Sequence[Path], stack: Stack) -> list[Annotation]:
+    """The annotations in the SEG or RTSTRUCT objects of one series, in the index space of the stack.
+
+    The contours follow LIDC's rule: the first voxels outside the nodule.
+
+    Raises:
+        ExcludedCaseError: an object is damaged, empty, or does not fit the slices.
+    """
+    drawn = [part for file in files for part in _parts_in(file)(file, stack)]
+    readers = readers_of(name for name, _ in drawn)
+    return [Annotation(readers[name], outlines(region), region=region) for name, region in drawn]
+
+
+def _parts_in(file: Path) -> Callable[[Path, Stack], list[tuple[str, Region]]]:
+    modality = str(read_object(file, only=["Modality"]).get("Modality", ""))
+    return structures_in if modality == RTSTRUCT else segments_in
 
 
 def _marked(file: Path) -> dict:

@@ -8,34 +8,28 @@ whose segment is labelled "Nodule 1 - Annotation IL057_127364". Fedorov et al., 
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lungddpm.core.errors import ExcludedCaseError
-from lungddpm.core.volume import per_axis
-from lungddpm.sources import Annotation, Contour, Region
-from lungddpm.sources.lidc.dicom import COPY_AGAIN, LARGEST_MULTIFRAME_BYTES, frame_value, read_dataset
+from lungddpm.sources import Contour, Region
+from lungddpm.sources.lidc.dicom import COPY_AGAIN, frame_value
 from lungddpm.sources.lidc.headers import LARGEST_NUMBER
+from lungddpm.sources.lidc.objects import ON_GRID, Marked, annotated, other_grid, problem_of_header, read_object, region
 from lungddpm.sources.lidc.slices import Stack
 
 if TYPE_CHECKING:
     import pydicom
 
-MODALITY = "SEG"
-LABEL_EXAMPLE = "Nodule 1 - Annotation IL057_127364"
-_LABEL = re.compile(r"(?i)nodule\s*(\d+)\s*-\s*annotation[\s:]+(.*\S)")
-_NODULE = re.compile("(?i)nodule")
+SEG = "SEG"
 _NAMED = re.compile(r"(.*?)(\d{0,18})", re.DOTALL)
 _SAME_READER = 100
 """Numeric ids belong to one reader as long as no gap is larger. Of the release's 2,651 nodules, 23 then have two
 annotations of one reader, with 200 already 28, and with 1,000 89; according to the readers' XML, 17 do."""
-_ON_GRID = 0.25
-"""Tolerance of a frame's position relative to the grid, in voxels."""
 _HEADER = [
     "SOPInstanceUID",
     "SeriesDescription",
@@ -45,33 +39,13 @@ _HEADER = [
 ]
 
 
-@dataclass(frozen=True)
-class Segmentation:
-    """The header of a SEG object."""
-
-    uid: str
-    series_uid: str
-    """Of the CT; empty if it names none."""
-    segments: dict[int, tuple[str, str]]
-    """Number of the nodule and annotation id, by segment number."""
-    others: tuple[str, ...]
-    """Labels of the segments without an annotation."""
-    problem: tuple[str, str] | None
-    """Why it cannot be used, and what to do; None if it can."""
-
-    @property
-    def lost_nodule(self) -> str:
-        """The label of a segment that is called a nodule, but has no annotation, unlike others; empty if none."""
-        return next((label for label in self.others if _NODULE.search(label)), "") if self.segments else ""
-
-
-def read_segmentation(path: Path) -> Segmentation:
+def read_segmentation(path: Path) -> Marked:
     """Read the header of a SEG object.
 
     Raises:
         ExcludedCaseError: the file cannot be read.
     """
-    dataset = _read(path, only=_HEADER)
+    dataset = read_object(path, only=_HEADER)
     try:
         named = [str(one.get("SeriesInstanceUID", "")) for one in dataset.get("ReferencedSeriesSequence") or []]
         described = dataset.get("SegmentSequence") or []
@@ -81,26 +55,21 @@ def read_segmentation(path: Path) -> Segmentation:
         texts = [
             [str(one.get("SegmentLabel", "")), str(one.get("SegmentDescription", "")), *shared] for one in described
         ]
-        found = [_annotated(of_segment) for of_segment in texts]
-        return Segmentation(
+        found = [annotated(of_segment) for of_segment in texts]
+        return Marked(
             uid=str(dataset.get("SOPInstanceUID", "")),
             series_uid=named[0] if named else "",
-            segments={number: each for number, each in zip(numbers, found, strict=True) if each},
+            parts={number: each for number, each in zip(numbers, found, strict=True) if each},
             others=tuple(of_segment[0] for of_segment, each in zip(texts, found, strict=True) if not each),
-            problem=_problem_of(dataset, sorted(set(named)), numbers),
+            problem=_problem_of_kind(dataset) or problem_of_header(named, numbers, "segments"),
         )
     except Exception as error:  # damaged bytes make pydicom fail in any of its functions
         raise ExcludedCaseError(path, f"cannot be read as DICOM SEG ({error})", COPY_AGAIN) from None
 
 
-def _problem_of(dataset: pydicom.Dataset, named: list[str], numbers: list[int]) -> tuple[str, str] | None:
-    """See `Segmentation.problem`, from the series that it names and the numbers of its segments."""
+def _problem_of_kind(dataset: pydicom.Dataset) -> tuple[str, str] | None:
     if dataset.get("SegmentationType") != "BINARY":
         return "has fractions or labels instead of bits", "Export it as a binary segmentation."
-    if len(named) > 1:
-        return f"names several series ({', '.join(named)})", "Export one object per CT series."
-    if twice := [number for number, count in Counter(numbers).items() if count > 1]:
-        return f"has several segments with the number {twice[0]}", "Export it again."
     return None
 
 
@@ -163,19 +132,6 @@ def readers_of(annotation_ids: Iterable[str]) -> dict[str, int]:
     return readers
 
 
-def annotations_in(files: Sequence[Path], stack: Stack) -> list[Annotation]:
-    """The annotations in the SEG objects of one series, in the index space of the stack.
-
-    The contours follow LIDC's rule: the first voxels outside the nodule.
-
-    Raises:
-        ExcludedCaseError: an object is damaged, empty, or not on the grid of the slices.
-    """
-    drawn = [(name, region) for file in files for name, region in _regions(file, stack)]
-    readers = readers_of(name for name, _ in drawn)
-    return [Annotation(readers[name], outlines(region), region=region) for name, region in drawn]
-
-
 def outlines(region: Region) -> tuple[Contour, ...]:
     """The voxels around a region, slice by slice: outside voxels that share an edge with an inside voxel.
 
@@ -192,11 +148,6 @@ def outlines(region: Region) -> tuple[Contour, ...]:
     )
 
 
-def _annotated(texts: Iterable[str]) -> tuple[str, str] | None:
-    """Number of the nodule and annotation id from the first text that has both."""
-    return next(((str(int(found[1])), found[2]) for text in texts if (found := _LABEL.search(text))), None)
-
-
 def _parts(annotation_id: str) -> tuple[str, int, str]:
     """The prefix of an id before its final number, that number, and the id."""
     found = _NAMED.fullmatch(annotation_id)
@@ -204,10 +155,14 @@ def _parts(annotation_id: str) -> tuple[str, int, str]:
     return found[1], int(found[2] or 0), annotation_id
 
 
-def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
-    """The annotation and the voxels of every segment of a SEG object with an annotation."""
-    named = read_segmentation(path).segments
-    dataset = _read(path)
+def segments_in(path: Path, stack: Stack) -> list[tuple[str, Region]]:
+    """The annotation id and the voxels of every segment of a SEG object with an annotation.
+
+    Raises:
+        ExcludedCaseError: the object is damaged, or a segment is empty or not on the grid of the slices.
+    """
+    named = read_segmentation(path).parts
+    dataset = read_object(path)
     frames = _frames(path, dataset)
     voxels: dict[int, list[np.ndarray]] = {number: [] for number in named}
     for number, frame in enumerate(frames):
@@ -217,19 +172,7 @@ def _regions(path: Path, stack: Stack) -> list[tuple[str, Region]]:
         place = _place(path, number, position, steps, frame.shape, stack)
         # numpy's index of a frame is (row, column).
         voxels[segment].append(np.insert(np.argwhere(frame)[:, ::-1], 2, 0, axis=1) + place)
-    return [(named[number][1], _region(path, number, found, stack)) for number, found in voxels.items()]
-
-
-def _region(path: Path, segment: int, found: list[np.ndarray], stack: Stack) -> Region:
-    if not found:
-        raise ExcludedCaseError(path, f"has no voxels in its segment {segment}", COPY_AGAIN)
-    voxels = np.concatenate(found)
-    low, high = voxels.min(axis=0), voxels.max(axis=0) + 1
-    if (low < 0).any() or (high > stack.size).any():
-        raise _other_grid(path, f"it reaches beyond the {stack.size[0]} x {stack.size[1]} pixels")
-    mask = np.zeros(high - low, bool)
-    mask[tuple((voxels - low).T)] = True
-    return Region(per_axis(int(first) for first in low), mask)
+    return [(named[number][1], region(path, f"segment {number}", found, stack)) for number, found in voxels.items()]
 
 
 def _describe_frame(path: Path, dataset: pydicom.Dataset, frame: int) -> tuple[int, np.ndarray, np.ndarray]:
@@ -253,28 +196,19 @@ def _place(
     path: Path, frame: int, position: np.ndarray, steps: np.ndarray, shape: tuple[int, ...], stack: Stack
 ) -> tuple[int, int, int]:
     """Index of a frame's first pixel in the stack; see `_describe_frame`."""
-    offsets = stack.positions_mm - position
-    in_plane = stack.affine[:3, :2].T * [-1, -1, 1]  # RAS to LPS
-    lengths = np.linalg.norm(in_plane, axis=1)
-    drift = np.linalg.norm(steps - in_plane, axis=1) * shape[::-1]
-    if not (drift <= _ON_GRID * lengths).all():
-        raise _other_grid(path, "its pixels have a different size or direction")
-    normal = np.cross(*in_plane) / lengths.prod()
-    along = -offsets @ normal
-    k = int(np.argmin(np.abs(along)))
-    gap = np.abs(np.diff(stack.positions_mm @ normal)).max()
-    if not abs(along[k]) <= _ON_GRID * gap:
-        raise _other_grid(path, f"there is no slice at its frame {frame + 1}")
-    shift = -(in_plane @ offsets[k]) / lengths**2
+    lengths = np.linalg.norm(stack.steps_mm, axis=1)
+    drift = np.linalg.norm(steps - stack.steps_mm, axis=1) * shape[::-1]
+    if not (drift <= ON_GRID * lengths).all():
+        raise other_grid(path, "its pixels have a different size or direction")
+    k, (gap,) = stack.nearest_slice(position[np.newaxis])
+    if not abs(gap) <= ON_GRID:
+        raise other_grid(path, f"there is no slice at its frame {frame + 1}")
+    (shift,) = stack.pixels_of(position[np.newaxis], k)
     if not (np.abs(shift) < LARGEST_NUMBER).all():
-        raise _other_grid(path, f"its frame {frame + 1} is far away")
-    if not (np.abs(shift - np.rint(shift)) <= _ON_GRID).all():
-        raise _other_grid(path, "it is shifted by a fraction of a pixel")
+        raise other_grid(path, f"its frame {frame + 1} is far away")
+    if not (np.abs(shift - np.rint(shift)) <= ON_GRID).all():
+        raise other_grid(path, "it is shifted by a fraction of a pixel")
     return int(np.rint(shift[0])), int(np.rint(shift[1])), k
-
-
-def _other_grid(path: Path, why: str) -> ExcludedCaseError:
-    return ExcludedCaseError(path, f"is not on the grid of the slices: {why}", "Export it on the grid of its CT.")
 
 
 def _frames(path: Path, dataset: pydicom.Dataset) -> np.ndarray:
@@ -283,19 +217,3 @@ def _frames(path: Path, dataset: pydicom.Dataset) -> np.ndarray:
         return dataset.pixel_array.reshape(-1, int(dataset.Rows), int(dataset.Columns))
     except Exception as error:  # damaged bytes make the decoders fail in any of their functions
         raise ExcludedCaseError(path, f"pixels cannot be decoded ({error})", COPY_AGAIN) from None
-
-
-def _read(path: Path, only: list[str] | None = None) -> pydicom.Dataset:
-    from pydicom import config
-
-    try:
-        with config.disable_value_validation(), path.open("rb") as file:
-            dataset, _, size = read_dataset(path, file, LARGEST_MULTIFRAME_BYTES, only)
-    except OSError as error:
-        problem = f"cannot be read ({error.strerror})"
-        raise ExcludedCaseError(path, problem, "Check the file and its permissions.") from None
-    if size is None:
-        raise ExcludedCaseError(
-            path, f"decompresses to more than {LARGEST_MULTIFRAME_BYTES >> 20} MiB", "Check the file."
-        )
-    return dataset

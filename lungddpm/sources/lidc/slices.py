@@ -52,6 +52,31 @@ class Stack:
         """Distance between columns, rows and slices."""
         return tuple(np.linalg.norm(self.affine[:3, :3], axis=0).tolist())
 
+    @property
+    def steps_mm(self) -> np.ndarray:
+        """(2, 3) LPS: to the next column and to the next row."""
+        return self.affine[:3, :2].T * [-1, -1, 1]
+
+    def nearest_slice(self, points_mm: np.ndarray) -> tuple[int, np.ndarray]:
+        """The slice nearest to the first of these points, and how far off its plane all of them are.
+
+        Args:
+            points_mm: (n, 3) LPS.
+
+        Returns:
+            Index of the slice; (n,) in distances of slices.
+        """
+        normal = np.cross(*self.steps_mm)
+        normal /= np.linalg.norm(normal)
+        heights, along = self.positions_mm @ normal, points_mm @ normal
+        k = int(np.argmin(np.abs(heights - along[0])))
+        return k, (along - heights[k]) / np.abs(np.diff(heights)).max()
+
+    def pixels_of(self, points_mm: np.ndarray, k: int) -> np.ndarray:
+        """Points (n, 3) LPS in pixels of slice k, (n, 2): column, row."""
+        steps = self.steps_mm
+        return (points_mm - self.positions_mm[k]) @ steps.T / np.square(steps).sum(axis=1)
+
 
 def stack_of(headers: list[Header]) -> Stack:
     """Order slices along their normal and check that they fill a regular grid.
