@@ -147,3 +147,9 @@ def test_the_page_of_costs_has_what_plan_estimates_for_the_demo(repository):
 def test_the_drawn_pipeline_is_that_of_its_script(repository):
     drawn = (repository / "docs/images/pipeline.svg").read_text(encoding="utf-8")
     assert drawn == script(repository, "pipeline").draw() + "\n", "run: python docs/site/pipeline.py"
+
+
+def test_the_tables_of_the_rivals_are_those_of_the_recorded_run(repository):
+    rivals = script(repository, "rivals")
+    page = rivals.PAGE.read_text(encoding="utf-8")
+    assert rivals.fill(page) == page, "run: python docs/site/rivals.py"
