@@ -55,6 +55,23 @@ def train(config: GeneratorConfig[TrainedSettings], *arguments, **options) -> No
     run_train(config, *plugin(config.kind).training(config), *arguments, **options)
 
 
+def train_interrupted(monkeypatch, owner: type, step: int, *arguments) -> None:
+    """`train`, stopped when `owner` would take this step, and started again."""
+    take_step = owner.take_step
+
+    def stopping(self, number, *rest):
+        if number == step:
+            raise KeyboardInterrupt
+        return take_step(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, "take_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            train(*arguments)
+    torch.manual_seed(99)  # nothing may depend on the global generator
+    train(*arguments)
+
+
 @pytest.fixture(scope="session")
 def training_config() -> Callable[..., GeneratorConfig[DiffusionSettings]]:
     """Makes a config that trains on the tiny cohort within a second; keywords change `training`."""

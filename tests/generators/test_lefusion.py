@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from made_up_trainings import run_command, train, train_by_command
+from made_up_trainings import run_command, train_by_command, train_interrupted
 from safetensors.torch import load_file
 from scipy import ndimage
 
@@ -93,19 +93,8 @@ def test_the_training_leaves_what_every_training_does(trained, tiny_cohort):
 
 
 def test_interrupted_training_ends_bit_identical(trained, config, tiny_cohort, tmp_path, monkeypatch):
-    take_step = Optimization.take_step
-
-    def stopping(self, step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
-        return take_step(self, step, *rest)
-
     settings = load_config(config).for_training("lefusion")
-    with monkeypatch.context() as patch:
-        patch.setattr(Optimization, "take_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            train(settings, tiny_cohort, tmp_path, "cpu")
-    train(settings, tiny_cohort, tmp_path, "cpu")
+    train_interrupted(monkeypatch, Optimization, 3, settings, tiny_cohort, tmp_path, "cpu")
     first, second = (load_file(folder / "model.safetensors") for folder in (trained, tmp_path))
     assert all(torch.equal(first[name], second[name]) for name in first)
     kept = [read_metadata(folder / "model.safetensors").kept for folder in (trained, tmp_path)]

@@ -6,7 +6,7 @@ Those with two phases, adversaries or histograms are tested in their own modules
 import numpy as np
 import pytest
 import torch
-from made_up_trainings import train
+from made_up_trainings import train, train_interrupted
 from safetensors.torch import load_file
 
 from lungddpm import generators
@@ -53,31 +53,15 @@ def uninterrupted(tiny_cohort, tmp_path_factory):
     def folder_of(name):
         if name not in folders:
             folders[name] = tmp_path_factory.mktemp(name)
-            run(name, tiny_cohort, folders[name])
+            train(config().for_training(name), tiny_cohort, folders[name], "cpu")
         return folders[name]
 
     return folder_of
 
 
-def run(name, cohort, folder):
-    train(config().for_training(name), cohort, folder, "cpu")
-
-
 @pytest.mark.parametrize("name", TRAINED)
 def test_an_interrupted_training_ends_bit_identical(name, uninterrupted, tiny_cohort, tmp_path, monkeypatch):
-    take_step = Optimization.take_step
-
-    def stopping(self, step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
-        return take_step(self, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Optimization, "take_step", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            run(name, tiny_cohort, tmp_path)
-    torch.manual_seed(5)  # nothing may depend on the global generator
-    run(name, tiny_cohort, tmp_path)
+    train_interrupted(monkeypatch, Optimization, 3, config().for_training(name), tiny_cohort, tmp_path, "cpu")
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path, uninterrupted(name)))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)

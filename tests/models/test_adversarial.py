@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from made_up_trainings import train
+from made_up_trainings import train, train_interrupted
 from safetensors.torch import load_file
 from torch import nn
 
@@ -256,19 +256,7 @@ def test_a_gan_whose_loss_is_nan_stops_with_the_last_good_state(tiny_cohort, tmp
 
 
 def test_an_interrupted_training_ends_bit_identical(uninterrupted, tiny_cohort, tmp_path, monkeypatch):
-    take_step = AdversarialOptimization.take_step
-
-    def stops(self, step, *rest):
-        if step == 3:
-            raise KeyboardInterrupt
-        return take_step(self, step, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(AdversarialOptimization, "take_step", stops)
-        with pytest.raises(KeyboardInterrupt):
-            train(make_config(), tiny_cohort, tmp_path, "cpu")
-    torch.manual_seed(99)  # nothing may depend on the global generator
-    train(make_config(), tiny_cohort, tmp_path, "cpu")
+    train_interrupted(monkeypatch, AdversarialOptimization, 3, make_config(), tiny_cohort, tmp_path, "cpu")
     ends = [load_file(output / "model.safetensors") for output in (uninterrupted, tmp_path)]
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])

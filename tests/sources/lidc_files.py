@@ -13,6 +13,7 @@ from pydicom.uid import (
     generate_uid,
 )
 
+from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.sources import lidc
 from lungddpm.sources.index import Cache, index_source
 
@@ -198,6 +199,27 @@ def write_rtstruct(path, contours, *, ct="1.2.3", change=lambda dataset: None):
     path.parent.mkdir(parents=True, exist_ok=True)
     dataset.save_as(path, enforce_file_format=True)
     return path
+
+
+def outcomes_of_damage(top, file):
+    """What becomes of series 1.2.3 when bytes of its object with annotations are changed or cut off, 80 times."""
+    intact, rng = file.read_bytes(), np.random.default_rng(5)
+    outcomes = set()
+    for _ in range(80):
+        damaged = bytearray(intact)
+        for at in rng.integers(140, len(intact), rng.integers(1, 6)):
+            damaged[at] = rng.integers(256)
+        file.write_bytes(damaged[: rng.integers(140, len(intact))] if rng.random() < 0.3 else damaged)
+        rows = [row for row in index_source("lidc", top) if row["series_uid"] == "1.2.3"]
+        if rows[0]["status"] == "ok":
+            try:
+                (annotation,) = lidc.load_scan(top, rows[0]).annotations
+                outcomes.add("read" if annotation.region.mask.any() else "empty")
+            except ExcludedCaseError:
+                outcomes.add("excluded")
+        else:
+            outcomes.add("index")
+    return outcomes
 
 
 def find(top):
