@@ -112,7 +112,7 @@ def signed(value: float, digits: int = 3) -> str:
 
 def number(value: float, digits: int) -> str:
     """Without a sign."""
-    return DASH if pd.isna(value) else f"{value:.{digits}f}"
+    return DASH if pd.isna(value) else f"{value if round(value, digits) else 0:.{digits}f}"
 
 
 def fill(page: str) -> str:
