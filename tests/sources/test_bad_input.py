@@ -407,7 +407,7 @@ def test_reasons_of_one_kind_are_reported_together():
 # ---------------------------------------------------------------- names
 
 PATIENTS = [
-    "../../etc", "/etc/passwd", "..", "a\nb", "a b", "a/b", "A/B", ".hidden", "cases.tsv", "index.cache.json", "x" * 64,
+    "../../etc", "/etc/passwd", "..", "a\nb", "a b", "a/b", "A:B", ".hidden", "cases.tsv", "index.cache.json", "x" * 64,
 ]  # fmt: skip
 
 

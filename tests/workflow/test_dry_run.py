@@ -54,8 +54,8 @@ def test_the_rivals_train_each_network_once(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--configfile", "config/rivals.yaml")
     assert run.returncode == 0, run.stderr
     shown = run.stdout + run.stderr
-    # Eight networks; three controls and twelve generators with arms, four without.
-    assert (jobs(shown)["train_generator"], jobs(shown)["compose"], jobs(shown)["quality"]) == (8, 15, 17)
+    # Nine networks; three controls and thirteen generators with arms, four without.
+    assert (jobs(shown)["train_generator"], jobs(shown)["compose"], jobs(shown)["quality"]) == (9, 16, 18)
     assert re.search("--generator flow_4 .*--weights results/models/rectified_flow/main/all/model.safetensors ", shown)
     assert re.search("--generator gem_3d .*--weights results/models/gem_3d/main/all/model.safetensors ", shown)
 
