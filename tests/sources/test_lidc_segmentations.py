@@ -262,8 +262,8 @@ OFF_GRID = {
         set_first("PlaneOrientationSequence", "ImageOrientationPatient", [-1, 0, 0, 0, 1, 0]),
         "a different size or direction",
     ),
-    "between slices": (move(0, 0, 1.25), "there is no slice at its frame 1"),
-    "beyond the slices": (move(0, 0, 40), "there is no slice at its frame 1"),
+    "between slices": (move(0, 0, 1.25), "its frame 1 does not lie on a slice"),
+    "beyond the slices": (move(0, 0, 40), "its frame 1 does not lie on a slice"),
     "between pixels": (move(0.35, 0, 0), "shifted by a fraction of a pixel"),
     "beyond the pixels": (move(7, 0, 0), "reaches beyond the 10 x 12 pixels"),
     "nowhere": (

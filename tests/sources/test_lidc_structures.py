@@ -182,9 +182,9 @@ def without_contours(dataset):
 
 
 BAD_CONTOURS = {
-    "between slices": (in_mm(SQUARE, 1.4), None, "no slice at a contour of its ROI 1"),
-    "beyond the slices": (in_mm(SQUARE, 9), None, "no slice at a contour of its ROI 1"),
-    "across slices": (in_mm(SQUARE, np.array([1, 1, 1, 2])), None, "no slice at a contour"),
+    "between slices": (in_mm(SQUARE, 1.4), None, "a contour of its ROI 1 does not lie on a slice"),
+    "beyond the slices": (in_mm(SQUARE, 9), None, "a contour of its ROI 1 does not lie on a slice"),
+    "across slices": (in_mm(SQUARE, np.array([1, 1, 1, 2])), None, "does not lie on a slice"),
     "beyond the pixels": (in_mm(np.add(SQUARE, 6), 1), None, "reaches beyond the 10 x 12 pixels"),
     "far away": (in_mm(np.add(SQUARE, 1e9), 1), None, "reaches beyond the 10 x 12 pixels"),
     "between voxels": (in_mm([(3.1, 3.1), (3.4, 3.1), (3.4, 3.4)], 1), None, "has no voxels in its ROI 1"),

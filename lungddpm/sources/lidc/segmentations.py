@@ -202,7 +202,7 @@ def _place(
         raise other_grid(path, "its pixels have a different size or direction")
     k, (gap,) = stack.nearest_slice(position[np.newaxis])
     if not abs(gap) <= ON_GRID:
-        raise other_grid(path, f"there is no slice at its frame {frame + 1}")
+        raise other_grid(path, f"its frame {frame + 1} does not lie on a slice")
     (shift,) = stack.pixels_of(position[np.newaxis], k)
     if not (np.abs(shift) < LARGEST_NUMBER).all():
         raise other_grid(path, f"its frame {frame + 1} is far away")

@@ -104,7 +104,7 @@ def _on_slice(path: Path, roi: int, points_mm: np.ndarray, stack: Stack) -> tupl
     """The slice of a contour and its points in pixels, (n, 2): column, row."""
     k, gaps = stack.nearest_slice(points_mm)
     if not (np.abs(gaps) <= ON_GRID).all():
-        raise other_grid(path, f"there is no slice at a contour of its ROI {roi}")
+        raise other_grid(path, f"a contour of its ROI {roi} does not lie on a slice")
     pixels = np.round(stack.pixels_of(points_mm, k), _DECIMALS)
     if not ((pixels >= -0.5) & (pixels <= np.array(stack.size[:2]) - 0.5)).all():
         raise other_grid(
