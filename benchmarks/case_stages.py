@@ -1,7 +1,7 @@
 """Seconds and peak memory of each stage from DICOM + XML to a case, to find slow ones.
 
     export OMP_NUM_THREADS=1
-    python benchmarks/case_stages.py --config config.yaml --config mine.yaml --source /data/LIDC-IDRI [case ...]
+    python benchmarks/case_stages.py --configfile config.yaml --configfile mine.yaml --source /data/LIDC-IDRI [case ...]
 
 Seconds are CPU time; a stage within another counts once, as itself. Memory is resident, sampled
 every 10 ms; what an earlier stage leaves behind counts in the later ones, as it does in a real run.
@@ -117,7 +117,7 @@ def measure(config, source: Path, row: dict) -> Meter:
 def main() -> None:
     """Print one table per case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", action="append", type=Path, required=True)
+    parser.add_argument("--configfile", action="append", type=Path, required=True)
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("cases", nargs="*", help="case ids; all that are usable by default")
     arguments = parser.parse_args()

@@ -1,6 +1,6 @@
 """Does a denoiser that was trained on crops see whole volumes as it saw crops? Its bias by noise level and field size.
 
-    python benchmarks/field_size_bias.py --config config.yaml --cases results/cases/cases.tsv \
+    python benchmarks/field_size_bias.py --configfile config.yaml --cases results/cases/cases.tsv \
         --weights results/models/lung_ddpm/main/all/model.safetensors
 
 Noise of known levels is added to real CT; the denoiser then implies the clean CT in one step. Printed is its mean error
@@ -39,14 +39,14 @@ CROPS_PER_CASE = 8
 def main() -> None:
     """Print a row per level and a column per role and field."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, nargs="+", default=[Path("config.yaml")])
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[Path("config.yaml")])
     parser.add_argument("--cases", type=Path, required=True)
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--generator", default="lung_ddpm")
     parser.add_argument("--edges", type=int, nargs="*", default=[16, 32])
     parser.add_argument("--patients", type=int, default=4, help="of each role")
     options = parser.parse_args()
-    config = load_config(*options.config).for_training(options.generator)
+    config = load_config(*options.configfile).for_training(options.generator)
     denoiser = load_denoiser(options.weights, config)
     rows = []
     for role in (DISCOVERY, REFERENCE):

@@ -37,7 +37,7 @@ KEYS = ["recipe", "seed"]
 def main() -> None:
     """Train, draw and measure what is missing, then print the means."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--config", type=Path, nargs="+", default=[Path("config.yaml")])
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[Path("config.yaml")])
     parser.add_argument("--cases", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--generator", default="lung_ddpm")
@@ -53,7 +53,7 @@ def main() -> None:
             rows = pd.read_csv(table) if table.exists() else pd.DataFrame(columns=KEYS)
             if ((rows["recipe"] == name) & (rows["seed"] == seed)).any():
                 continue
-            config = changed(read_values(*options.config), options.generator, json.loads(changes), seed)
+            config = changed(read_values(*options.configfile), options.generator, json.loads(changes), seed)
             measured = measure(config, options.generator, options.cases, options.output / name / str(seed), options)
             write_table(table, pd.concat([rows, measured.assign(recipe=name, seed=seed)], ignore_index=True))
             print(summary(pd.read_csv(table)).to_markdown(floatfmt=".2f"), flush=True)

@@ -1,7 +1,7 @@
 """The whole benchmark repeated with different seeds: are its controls as expected?
 
     python benchmarks/repeated_runs.py --seeds 1-10 --output /tmp/demo-runs
-    python benchmarks/repeated_runs.py --seeds 1-20 --output /tmp/null-runs --config config.yaml benchmarks/null.yaml
+    python benchmarks/repeated_runs.py --seeds 1-20 --output /tmp/null --configfile config.yaml benchmarks/null.yaml
 
 A seed decides the cohort, the roles, every training and every draw, so that the runs are independent. Each has a
 folder, in which `lungddpm run` resumes after an interruption; once it is done, its tables are kept and the rest is
@@ -47,14 +47,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=seeds_of, required=True, help="such as 1-10 or 3,5,8")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--config", type=Path, nargs="+", default=[Path("config.yaml")])
+    parser.add_argument("--configfile", type=Path, nargs="+", default=[Path("config.yaml")])
     parser.add_argument("--cores", default="all")
     options = parser.parse_args()
     elsewhere = set(kept(options.output, "verdict")["seed"])
     for seed in options.seeds:
         folder = options.output / str(seed)
         if seed not in elsewhere and not (folder / DONE).exists():
-            run(options.config, seed, folder, options.cores)
+            run(options.configfile, seed, folder, options.cores)
         # After each, so that an interruption leaves the table of the runs so far.
         for name, rows in gather(options.output, options.seeds).items():
             write_table(options.output / f"{name}.csv", rows)

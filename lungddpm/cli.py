@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from lungddpm import __version__
 from lungddpm.core.device import claim_device
@@ -39,12 +40,13 @@ app.add_typer(fetch_app, name="fetch", rich_help_panel="Tools")
 app.add_typer(export_app, name="export", rich_help_panel="Tools")
 
 ConfigFiles = Annotated[
-    list[str], typer.Option("--config", "-c", help="YAML or JSON file, or JSON; later files override earlier ones.")
+    list[str], typer.Option("--configfile", "-c", help="YAML or JSON file, or JSON; later files override earlier ones.")
 ]
 ConfigOfRun = Annotated[
     list[str],
     typer.Option(
-        "--config", "-c", default_factory=lambda: [str(default_config())], show_default="config.yaml, or the demo's",
+        "--configfile", "-c",
+        default_factory=lambda: [str(default_config())], show_default="config.yaml, or the demo's",
         help="YAML or JSON file, or JSON; later files override earlier ones.",
     ),
 ]  # fmt: skip
@@ -99,7 +101,15 @@ def _common(
         hold_until_exit(log)  # by this, `status` knows that the stage runs
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []})
+class _PassedOn(TyperCommand):
+    """A command whose arguments are those of another program, `--help` and `--` included."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        ctx.args = args
+        return args
+
+
+@app.command(cls=_PassedOn)
 def run(context: typer.Context) -> None:
     """Run the whole benchmark through Snakemake, one run per folder; all arguments are passed on to snakemake.
 
@@ -547,7 +557,9 @@ def status(
     results: Annotated[Path, typer.Option(help="Folder of a run, under way or not.")] = RESULTS,
     config: Annotated[
         list[str] | None,
-        typer.Option("--config", "-c", help="Config of the run; default: config.json in its folder, else config.yaml."),
+        typer.Option(
+            "--configfile", "-c", help="Config of the run; default: config.json in its folder, else config.yaml."
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -116,7 +116,7 @@ def run_command(*arguments: object) -> str:
 def train_by_command(generator: str, config: Path, cohort: Path, folder: Path) -> Path:
     """The folder of a training by the command, on one thread."""
     where = ["--cases", cohort, "--output", folder, "--device", "cpu", "--threads", "1"]
-    run_command("train", "--generator", generator, "--config", config, *where)
+    run_command("train", "--generator", generator, "--configfile", config, *where)
     return folder
 
 

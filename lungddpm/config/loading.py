@@ -102,7 +102,7 @@ def _is_text(source: Path | str) -> bool:
 
 
 def _name_of(source: Path | str) -> str:
-    return "--config" if _is_text(source) else str(source)
+    return "--configfile" if _is_text(source) else str(source)
 
 
 def _read_text(path: Path) -> str:

@@ -32,7 +32,7 @@ ERRORS_VARIABLE = "LUNGDDPM_ERRORS"
 SNAKEFILES = [Path("Snakefile"), Path("snakefile"), Path("workflow/Snakefile"), Path("workflow/snakefile")]
 """Where Snakemake looks for the workflow."""
 
-CONFIG_OPTIONS = ("--configfile", "--configfiles")
+CONFIG_OPTION = "--configfile"
 
 _LEAST_FREE_BYTES = 100 * 2**20
 """With less, Snakemake itself could not keep its records."""
@@ -49,6 +49,8 @@ def run_snakemake(arguments: Sequence[str]) -> int:
         UserError: a folder name that Snakemake cannot handle, or a config file that would run code.
     """
     directory = _option(arguments, "--directory", "-d") or Path(".")
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    arguments, targets = _with_config_options_once(arguments[:end]), arguments[end:]
     if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
         arguments = [*arguments, "--cores", "all"]
     if os.environ.get("NO_COLOR"):
@@ -71,7 +73,7 @@ def run_snakemake(arguments: Sequence[str]) -> int:
             subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
         damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
         forced = ["--forcerun", *damaged] if damaged else []
-        code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced]), environment, lock)
+        code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced, *targets]), environment, lock)
         messages = list(dict.fromkeys(problems.read().splitlines()))
     for message in messages:
         LOG.error("error: %s", message)
@@ -96,10 +98,29 @@ def _with_shipped_workflow(arguments: Sequence[str], directory: Path) -> list[st
 
 def _with_config_first(path: Path, arguments: list[str]) -> list[str]:
     """The arguments, the first of which is an option, with a config file before those that are given."""
-    for place, word in enumerate(arguments, start=1):
-        if word in CONFIG_OPTIONS:
-            return [*arguments[:place], str(path), *arguments[place:]]
-    return [CONFIG_OPTIONS[0], str(path), *arguments]
+    if CONFIG_OPTION in arguments:
+        place = arguments.index(CONFIG_OPTION) + 1
+        return [*arguments[:place], str(path), *arguments[place:]]
+    return [CONFIG_OPTION, str(path), *arguments]
+
+
+def _with_config_options_once(arguments: Sequence[str]) -> list[str]:
+    """The arguments with all config files after one option, and all values of the config after another.
+
+    Of a repeated option, Snakemake uses only the last.
+    """
+    given, others = _config_options(arguments)
+    files = [CONFIG_OPTION, *chain(*given.configfile)] if given.configfile else []
+    values = ["--config", *chain(*given.config)] if given.config else []
+    return [*others, *files, *values]
+
+
+def _config_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """`configfile` and `config`, a list per occurrence of the option; and the other arguments."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(CONFIG_OPTION, "--configfiles", nargs="+", action="append", default=[])
+    parser.add_argument("--config", "-C", nargs="*", action="append", default=[])
+    return parser.parse_known_args(list(arguments))
 
 
 def report_error(error: UserError) -> None:
@@ -191,26 +212,20 @@ def _check_names(directory: Path) -> None:
 
 
 def _check_configs(arguments: Sequence[str], directory: Path) -> None:
-    """Reject options that Snakemake would silently drop, and config files that it would execute.
+    """Reject values that Snakemake would drop without a word, and config files that it would execute.
 
     A config file from somebody else must not run code.
     """
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument(*CONFIG_OPTIONS, nargs="+", action="append", default=[], type=Path)
-    parser.add_argument("--config", "-C", nargs="*", action="append", default=[])
-    given = parser.parse_known_args(list(arguments))[0]
-    for option in ("configfile", "config"):
-        if len(getattr(given, option)) > 1:
-            raise ConfigError(
-                f"--{option}", "is given twice, and Snakemake uses only the last", f"Put all after one --{option}."
-            )
-    for path in [Path("config.yaml"), directory / "config.yaml", *chain(*given.configfile)]:
+    given, _ = _config_options(arguments)
+    for path in [Path("config.yaml"), directory / "config.yaml", *map(Path, chain(*given.configfile))]:
         if path.is_file() and "__use_yte__" in read_values(path):
             raise ConfigError(
                 path, "has the key __use_yte__, with which Snakemake runs code in the file", "Write plain values."
             )
     for entry in chain(*given.config):
-        key, _, value = entry.partition("=")
+        key, equals, value = entry.partition("=")
+        if not equals:
+            raise ConfigError("--config", f"{entry} is not KEY=VALUE", "Pass files with --configfile.")
         if value.lstrip().startswith("{"):
             parse_yaml(value, f"--config {key}")
 

@@ -333,7 +333,7 @@ def test_the_commands_train_and_draw(trained, weights, tiny_cohort, tmp_path):
     values = {"generators": {"latent_diffusion": SETTINGS}, "grid": {"size": [16] * 3}}
     config.write_text(json.dumps(values | {"arms": {"generators": ["reconstruct"], "doses": [1.0], "controls": []}}))
     where = ["--cases", tiny_cohort, "--output", tmp_path / "out", "--device", "cpu", "--threads", "1"]
-    arguments = ["synthesize", "--generator", "reconstruct", "--config", config, "--weights", weights, *where]
+    arguments = ["synthesize", "--generator", "reconstruct", "--configfile", config, "--weights", weights, *where]
     result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     table = cases.read_cases(tmp_path / "out" / "samples-1.0-0.tsv")

@@ -103,7 +103,7 @@ def test_interrupted_training_ends_bit_identical(trained, config, tiny_cohort, t
 
 def test_samples_are_the_reference_but_for_their_nodules(weights, config, tiny_cohort, tmp_path):
     where = ["--cases", tiny_cohort, "--output", tmp_path, "--device", "cpu", "--threads", "1"]
-    run_command("synthesize", "--generator", "lefusion", "--config", config, "--weights", weights, *where)
+    run_command("synthesize", "--generator", "lefusion", "--configfile", config, "--weights", weights, *where)
     table = cases.read_cases(tmp_path / "samples-1.0-0.tsv")
     assert table["case_id"].tolist() == ["case03_s000", "case04_s000", "case03_s001"]
     origins = []
@@ -292,7 +292,7 @@ def test_crops_larger_than_the_grid_are_refused():
 def test_the_estimate_counts_the_histograms_channels(config):
     """The first convolution has 18 inputs (CT, nodule, 16 bins) instead of 2: 16 x 4 x 27 weights more."""
     output = run_command(
-        "train", "--generator", "lefusion", "--config", config, "--estimate", "--device", "cpu", "--threads", "1"
+        "train", "--generator", "lefusion", "--configfile", config, "--estimate", "--device", "cpu", "--threads", "1"
     )
     plus = parse_config(
         {**VALUES, "generators": {"lung_ddpm_plus": SETTINGS}, "arms": {"generators": ["lung_ddpm_plus"]}}

@@ -58,7 +58,7 @@ def test_the_training_leaves_what_every_training_does(trained):
 def test_samples_are_made_by_the_command(trained, config, tiny_cohort, tmp_path):
     weights = trained / "model.safetensors"
     where = ["--cases", tiny_cohort, "--output", tmp_path, "--device", "cpu", "--threads", "1"]
-    run_command("synthesize", "--generator", "rectified_flow", "--config", config, "--weights", weights, *where)
+    run_command("synthesize", "--generator", "rectified_flow", "--configfile", config, "--weights", weights, *where)
     table = cases.read_cases(tmp_path / "samples-1.0-0.tsv")
     assert table["case_id"].tolist() == ["case03_s000", "case04_s000", "case03_s001"]
     for name in table["case_id"]:

@@ -520,7 +520,7 @@ def test_two_processes_go_on_as_one_with_twice_the_accumulation(
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python", "--"),
         *(Path(sys.executable).with_name("lungddpm"), "--log", tmp_path / "log", "train", "--generator", "lung_ddpm"),
         *("--threads", "2"),
-        *("--config", tmp_path / "config.json", "--cases", tiny_cohort, "--output", shared, "--device", "cpu"),
+        *("--configfile", tmp_path / "config.json", "--cases", tiny_cohort, "--output", shared, "--device", "cpu"),
     ]
     subprocess.run(launched, check=True, capture_output=True, env={**os.environ, "GLOO_SOCKET_IFNAME": "lo"})
     said = (tmp_path / "log").read_text()

@@ -21,7 +21,7 @@ CONFIG = {
 
 def design_rows(*options, config=CONFIG):
     """The rows of the table by (replicates, test cases), and the lines below."""
-    result = CliRunner().invoke(app, ["plan", "--power", "--config", json.dumps(config), *map(str, options)])
+    result = CliRunner().invoke(app, ["plan", "--power", "--configfile", json.dumps(config), *map(str, options)])
     assert result.exit_code == 0, result.output
     table, below = result.stdout.split("\n\n", 1)
     heads, *lines = table.splitlines()
@@ -106,7 +106,7 @@ def test_a_run_that_knows_nothing_of_its_scatter_is_refused(finished):
 
 def test_its_json_has_the_figures_of_the_table_and_the_keys_of_the_docs(finished):
     _, rows, _ = design_rows("--results", finished)
-    arguments = ["plan", "--power", "--json", "--config", json.dumps(CONFIG), "--results", str(finished)]
+    arguments = ["plan", "--power", "--json", "--configfile", json.dumps(CONFIG), "--results", str(finished)]
     values = json.loads(CliRunner().invoke(app, arguments).stdout)
     found = {(row["replicates"], row["test_cases"]): row for row in values["designs"]}
     assert found.keys() == rows.keys()
@@ -121,7 +121,7 @@ def test_its_json_has_the_figures_of_the_table_and_the_keys_of_the_docs(finished
 
 
 def test_the_json_of_costs_has_the_keys_of_the_docs():
-    shown = CliRunner().invoke(app, ["plan", "--json", "--config", json.dumps(CONFIG), "--device", "a100"])
+    shown = CliRunner().invoke(app, ["plan", "--json", "--configfile", json.dumps(CONFIG), "--device", "a100"])
     values = json.loads(shown.stdout)
     assert documented_keys("plan") == keys_of(values)
     assert values["total"]["gpu_hours"] == pytest.approx(sum(stage["gpu_hours"] for stage in values["stages"]))

@@ -233,12 +233,11 @@ def test_a_config_that_would_run_code_is_refused(folder, key):
     ("arguments", "message"),
     [
         (["--configfile", "mine.yaml"], "mine.yaml: has the key seed twice, in line 1 and in line 3"),
-        (["--configfile", "a.yaml", "--configfiles", "b.yaml"], "--configfile: is given twice"),
-        (["--config", "seed=1", "-C", "grid={}"], "--config: is given twice"),
         (["--config", "grid={'margin_mm': 1, 'margin_mm': 2}"], "--config grid: has the key margin_mm twice"),
+        (["--config", "config.yaml"], "--config: config.yaml is not KEY=VALUE. Pass files with --configfile."),
     ],
 )
-def test_what_snakemake_would_drop_in_silence_is_refused(folder, arguments, message):
+def test_what_snakemake_would_drop_or_not_understand_is_refused(folder, arguments, message):
     (folder / "mine.yaml").write_text("seed: 1\ngrid: {}\nseed: 2\n")
     run = start(folder, *arguments)
     output, _ = run.communicate()
@@ -266,23 +265,38 @@ def test_without_a_snakefile_the_shipped_workflow_runs_with_the_demos_config(tmp
 
 
 @pytest.mark.parametrize("elsewhere", [False, True])
-@pytest.mark.parametrize("overlays", [0, 1])
-def test_without_a_snakefile_the_folders_own_config_is_used(repository, tmp_path, overlays, elsewhere):
+@pytest.mark.parametrize("overlay", [[], ["--configfile", "mine.yaml"], ["--configfile=mine.yaml"]])
+def test_without_a_snakefile_the_folders_own_config_is_used(repository, tmp_path, overlay, elsewhere):
     values = yaml.safe_load((repository / "config.yaml").read_text())
     values.setdefault("segmentation", {})["seeds"] = [0, 1, 2]
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "mine.yaml").write_text("segmentation: {seeds: [0]}\n")
-    options = ["--configfile", "mine.yaml"] if overlays else []
-    options += ["--directory", str(tmp_path / "else/where")] if elsewhere else []
+    options = overlay + (["--directory", str(tmp_path / "else/where")] if elsewhere else [])
     code, output = end_of(start(tmp_path, "--dry-run", *options))
     assert code == 0, output
-    assert re.search(rf"^train_segmenter +{4 if overlays else 12}$", output, re.MULTILINE)
+    assert re.search(rf"^train_segmenter +{4 if overlay else 12}$", output, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--configfile", "a.yaml", "b.yaml", "--config", "seed=7", "arms={'controls': []}"],
+        ["--configfile", "a.yaml", "--config", "arms={'controls': []}", "--configfiles=b.yaml", "-C", "seed=7"],
+        ["--configfile", "a.yaml", "-C", "arms={'controls': []}", "--configfile", "b.yaml", "--", "all"],
+    ],
+)
+def test_config_files_and_values_may_follow_one_option_or_several(tmp_path, options):
+    (tmp_path / "a.yaml").write_text("preset: demo\nsegmentation: {seeds: [0, 1, 2]}\n")
+    (tmp_path / "b.yaml").write_text("segmentation: {seeds: [0]}\n")
+    code, output = end_of(start(tmp_path, "--dry-run", *options))
+    assert code == 0, output
+    assert re.search(r"^train_segmenter +2$", output, re.MULTILINE)
 
 
 def test_missing_locks_are_reported_once_and_leave_nothing(folder, monkeypatch):
     without_flock(folder, monkeypatch)
     (folder / "go").touch()
-    stage = f"{LUNGDDPM} simulate --config {folder}/phantom.yaml --output {folder}/phantom"
+    stage = f"{LUNGDDPM} simulate --configfile {folder}/phantom.yaml --output {folder}/phantom"
     (folder / "phantom.yaml").write_text("source: {phantom: {patients: 1, matrix: 64, pixel_mm: 5, slice_mm: 20}}\n")
     (folder / "Snakefile").write_text(f'rule all:\n    output: "results/a"\n    shell: "{stage}; touch results/a"\n')
     run = start(folder)

@@ -77,7 +77,7 @@ def test_a_full_disk_is_reported_and_nothing_is_lost(tiny_benchmark, mounted, st
         (results / made).unlink()
     else:
         shutil.rmtree((results / made).parent)
-    command = [LUNGDDPM, *stage.split(), "--config", "results/config.json"]
+    command = [LUNGDDPM, *stage.split(), "--configfile", "results/config.json"]
     with ballast.open("wb") as file:
         os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - free_kib * 1024)
     full = subprocess.run(command, cwd=disk, capture_output=True, text=True, check=False)

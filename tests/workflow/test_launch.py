@@ -74,7 +74,7 @@ def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path
     assert "2 processes" in (benchmark.results / "logs/train_generator-lung_ddpm-main-all.log").read_text()
 
     standalone = [BIN / "torchrun", "--standalone", "--nproc-per-node", "2", "--no-python", "--", BIN / "lungddpm"]
-    files = ["--config", "results/config.json", "--cases", "results/cases/cases.tsv", "--output", tmp_path / "one"]
+    files = ["--configfile", "results/config.json", "--cases", "results/cases/cases.tsv", "--output", tmp_path / "one"]
     subprocess.run(
         [*standalone, "train", "--generator", "lung_ddpm", *files, "--threads", "1"], cwd=benchmark.folder, check=True
     )

@@ -101,7 +101,7 @@ def test_copies_of_the_references_are_at_the_ceiling(tiny_benchmark, tmp_path):
     results, arm = tiny_benchmark.results, tmp_path / "real"
     shutil.copytree(results / "arms/real", arm, symlinks=True)
     config = ["config.yaml", tiny_benchmark.overlay, '{"arms": {"controls": ["reference"]}}']
-    common = [word for source in config for word in ("--config", source)] + ["--cases", results / "cases/cases.tsv"]
+    common = [word for source in config for word in ("--configfile", source)] + ["--cases", results / "cases/cases.tsv"]
     copies = tmp_path / "samples.tsv"
     for command in (
         ["synthesize", "--generator", "reference", "--output", tmp_path, "--table", copies],

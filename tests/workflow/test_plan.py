@@ -235,7 +235,7 @@ def test_what_cannot_be_known_is_asked_for(repository, tmp_path):
 def test_the_command_prints_the_table_and_writes_nothing(repository, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(repository / "config/paper.yaml", tmp_path)
-    run = CliRunner().invoke(app, ["plan", "--config", "paper.yaml", "--device", "h100"])
+    run = CliRunner().invoke(app, ["plan", "--configfile", "paper.yaml", "--device", "h100"])
     assert run.exit_code == 0, run.exception
     heads, *rows = run.stdout.splitlines()
     assert heads.split("  ")[0] == "stage"

@@ -32,7 +32,7 @@ rule compose:
         ),
         code=stage_fingerprint("compose"),
     shell:
-        "lungddpm --log {log:q} compose {params.samples} --config {params.config:q}"
+        "lungddpm --log {log:q} compose {params.samples} --configfile {params.config:q}"
         " --arm {wildcards.arm:q} --cases {input.cases:q} --output {params.folder:q} {params.filters}"
 
 
@@ -67,7 +67,7 @@ rule compose_draw:
         ),
         code=stage_fingerprint("compose_draw"),
     shell:
-        "lungddpm --log {log:q} compose {params.samples} --config {params.config:q} --arm {wildcards.arm:q}"
+        "lungddpm --log {log:q} compose {params.samples} --configfile {params.config:q} --arm {wildcards.arm:q}"
         " --replicate {wildcards.replicate} --cases {input.cases:q} --output {params.folder:q} {params.filters}"
 
 
@@ -104,6 +104,6 @@ rule filter_samples:
         settings=settings_of(draws=SETTINGS.arms.filter.draws),
         code=stage_fingerprint("filter_samples"),
     shell:
-        "lungddpm --log {log:q} filter {params.samples} --config {params.config:q} --arm {wildcards.arm:q}"
+        "lungddpm --log {log:q} filter {params.samples} --configfile {params.config:q} --arm {wildcards.arm:q}"
         " --arm-folder {params.baseline:q} --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q}"
         " --output {params.folder:q} --threads {threads}"

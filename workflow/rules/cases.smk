@@ -44,7 +44,7 @@ if SOURCE.simulate:
             ),
             code=stage_fingerprint("simulate", SOURCE.name),
         shell:
-            "lungddpm --log {log:q} simulate --config {params.config:q} --output {params.folder:q} --threads {threads}"
+            "lungddpm --log {log:q} simulate --configfile {params.config:q} --output {params.folder:q} --threads {threads}"
 
 
 rule index:
@@ -75,7 +75,7 @@ rule index:
         ),
         code=code_of_sources("index"),
     shell:
-        "lungddpm --log {log:q} index --config {params.config:q} --source {params.source:q} {params.external}"
+        "lungddpm --log {log:q} index --configfile {params.config:q} --source {params.source:q} {params.external}"
         " --output {output:q}"
 
 
@@ -112,7 +112,7 @@ rule prepare:
         ),
         code=code_of_sources("prepare"),
     shell:
-        "lungddpm --log {log:q} prepare --config {params.config:q} --index {input.index:q} --source {params.source:q}"
+        "lungddpm --log {log:q} prepare --configfile {params.config:q} --index {input.index:q} --source {params.source:q}"
         " {params.external} --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q}"
 
 
@@ -175,7 +175,7 @@ rule collect:
         settings=settings_of("roles", external=list(EXTERNAL_TESTS)),
         code=stage_fingerprint("collect"),
     shell:
-        "lungddpm --log {log:q} collect {params.tables} --config {params.config:q} --output {output.cases:q}"
+        "lungddpm --log {log:q} collect {params.tables} --configfile {params.config:q} --output {output.cases:q}"
 
 
 rule qc:
@@ -199,4 +199,4 @@ rule qc:
         settings=settings_of("layouts"),
         code=stage_fingerprint("qc"),
     shell:
-        "lungddpm --log {log:q} qc --config {params.config:q} --cases {input.cases:q} --output {params.folder:q}"
+        "lungddpm --log {log:q} qc --configfile {params.config:q} --cases {input.cases:q} --output {params.folder:q}"

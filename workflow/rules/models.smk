@@ -44,6 +44,6 @@ rule train_generator:
             1, threads // SETTINGS.workflow.training_gpus
         ),
     shell:
-        "{params.launcher} lungddpm --log {log:q} train --config {params.config:q} --generator {wildcards.generator}"
+        "{params.launcher} lungddpm --log {log:q} train --configfile {params.config:q} --generator {wildcards.generator}"
         " --cohort {wildcards.training} --cases {input.cases:q} --output {params.folder:q}"
         " --threads {params.threads_each}"

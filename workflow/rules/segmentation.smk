@@ -26,7 +26,7 @@ rule plan:
         ),
         code=stage_fingerprint("plan"),
     shell:
-        "lungddpm --log {log:q} segment plan --config {params.config:q} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment plan --configfile {params.config:q} --arm-folder {params.folder:q}"
         " --plans-from {params.plans_from:q} --threads {threads}"
 
 
@@ -56,7 +56,7 @@ rule train_segmenter:
         settings=settings_of(**SEGMENTER),
         code=stage_fingerprint("train_segmenter"),
     shell:
-        "lungddpm --log {log:q} segment train --config {params.config:q} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment train --configfile {params.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --threads {threads}"
 
 
@@ -83,6 +83,6 @@ rule predict:
         folder=subpath(input.plan, parent=True),
         code=stage_fingerprint("predict"),
     shell:
-        "lungddpm --log {log:q} segment predict --config {params.config:q} --arm-folder {params.folder:q}"
+        "lungddpm --log {log:q} segment predict --configfile {params.config:q} --arm-folder {params.folder:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {output:q}"
         " --threads {threads}"

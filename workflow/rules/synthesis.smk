@@ -41,7 +41,7 @@ rule synthesize:
         ),
         code=lambda wildcards: code_of_synthesis(wildcards.generator),
     shell:
-        "lungddpm --log {log:q} synthesize --config {params.config:q} --generator {wildcards.generator}"
+        "lungddpm --log {log:q} synthesize --configfile {params.config:q} --generator {wildcards.generator}"
         " --cohort {wildcards.cohort} --dose {wildcards.dose} --cases {input.cases:q} {params.weights} {params.external}"
         " --output {params.folder:q} --shard {wildcards.shard} --shards {params.shards} --table {output:q} --threads {threads}"
 

@@ -37,7 +37,7 @@ rule evaluate:
         folder=subpath(output.metrics, parent=True),
         code=stage_fingerprint("evaluate"),
     shell:
-        "lungddpm --log {log:q} evaluate --config {params.config:q} --cases {input.cases:q}"
+        "lungddpm --log {log:q} evaluate --configfile {params.config:q} --cases {input.cases:q}"
         " --predictions {input.predictions:q} --output {params.folder:q}"
 
 
@@ -64,7 +64,7 @@ rule quality:
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
         code=stage_fingerprint("quality"),
     shell:
-        "lungddpm --log {log:q} quality {params.samples} --config {params.config:q} --generator {wildcards.generator}"
+        "lungddpm --log {log:q} quality {params.samples} --configfile {params.config:q} --generator {wildcards.generator}"
         " --cases {input.cases:q} --output {output.samples:q} --threads {threads}"
 
 
@@ -108,7 +108,7 @@ rule label_fidelity:
         settings=settings_of("label_fidelity"),
         code=stage_fingerprint("label_fidelity"),
     shell:
-        "lungddpm --log {log:q} label-fidelity {params.samples} --config {params.config:q} --arm-folder {params.arm:q}"
+        "lungddpm --log {log:q} label-fidelity {params.samples} --configfile {params.config:q} --arm-folder {params.arm:q}"
         " --fold {wildcards.fold} --seed {wildcards.seed} --cases {input.cases:q} --output {params.folder:q}"
         " --threads {threads}"
 
@@ -175,7 +175,7 @@ rule write_report:
         settings=settings_of("verdict", arms=ARMS),
         code=stage_fingerprint("report"),
     shell:
-        "lungddpm --log {log:q} report --config {params.config:q} --results {params.folder:q}"
+        "lungddpm --log {log:q} report --configfile {params.config:q} --results {params.folder:q}"
 
 
 # Last: whatever a run does, it ends with this.
