@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import base64
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
+from matplotlib.figure import Figure
 
 from lungddpm.config.models import Config
 from lungddpm.core import cases, drawing
@@ -96,61 +99,71 @@ def draw_figures(
 
     Names: forest, forest_narrow, forest-<external test set>, froc-<external test set>, dose_response, real_cases,
     dice_by_arm, paired, runs, froc, image_quality, label_fidelity, quality_and_cost, montage-<generator>, side_by_side,
-    training,
-    segmenter_validation, segmenter_training.
+    training-<generator>, segmenter_validation, segmenter_training.
     """
-    folder = results / "figures"
+    paths = {}
+    # One by one, because saving frees a figure's memory: many generators make many figures.
+    for name, figure in chain(
+        _figures_of_tables(config, tables),
+        _figures_of_samples(config, results, shown),
+        _learning_curves(config, results, tables),
+    ):
+        paths[name] = [results / "figures" / f"{name}{suffix}" for suffix in (".svg", ".png")]
+        drawing.save(figure, *paths[name])
+    return paths
+
+
+def _figures_of_tables(config: Config, tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Figure]]:
     measure, prose = deciding_measure().column, deciding_measure().title
     titles = {measure.column: measure.title for measure in verdict_measures()}
-    drawn = {
-        "forest": figures.forest_plot(tables["verdict"], titles, config.verdict.confidence),
-        "forest_narrow": figures.forest_plot(tables["verdict"], titles, config.verdict.confidence, narrow=True),
-        "dice_by_arm": figures.case_plot(tables["cases"], measure, prose),
-        "paired": figures.paired_plot(tables["cases"], measure, prose),
-        "runs": figures.run_plot(tables["cases"], measure, prose),
-    }
+    confidence = config.verdict.confidence
+    yield "forest", figures.forest_plot(tables["verdict"], titles, confidence)
+    yield "forest_narrow", figures.forest_plot(tables["verdict"], titles, confidence, narrow=True)
+    yield "dice_by_arm", figures.case_plot(tables["cases"], measure, prose)
+    yield "paired", figures.paired_plot(tables["cases"], measure, prose)
+    yield "runs", figures.run_plot(tables["cases"], measure, prose)
+    verdict = tables["verdict"][tables["verdict"]["metric"] == measure]
     if "dose_response_band" in tables:
-        verdict, band = (
-            table[table["metric"] == measure] for table in (tables["verdict"], tables["dose_response_band"])
-        )
-        drawn["dose_response"] = figures.dose_response_plot(verdict, band, prose, config.verdict.confidence)
+        band = tables["dose_response_band"]
+        yield "dose_response", figures.dose_response_plot(verdict, band[band["metric"] == measure], prose, confidence)
     if tables["verdict"]["real_cases"].nunique() > 1:
-        verdict = tables["verdict"][tables["verdict"]["metric"] == measure]
-        drawn["real_cases"] = figures.real_cases_plot(verdict, prose, config.verdict.confidence)
+        yield "real_cases", figures.real_cases_plot(verdict, prose, confidence)
     if "external_verdict" in tables:
         for name, rows in tables["external_verdict"].groupby("data_set", sort=False):
-            drawn[f"forest-{name}"] = figures.forest_plot(rows, titles, config.verdict.confidence)
+            yield f"forest-{name}", figures.forest_plot(rows, titles, confidence)
         for name, rows in tables["external_froc_band"].groupby("data_set", sort=False):
-            drawn[f"froc-{name}"] = figures.froc_plot(rows, config.verdict.confidence)
+            yield f"froc-{name}", figures.froc_plot(rows, confidence)
     if "froc_band" in tables:
-        drawn["froc"] = figures.froc_plot(tables["froc_band"], config.verdict.confidence)
+        yield "froc", figures.froc_plot(tables["froc_band"], confidence)
     if "image_quality" in tables:
-        drawn["image_quality"] = figures.quality_bars(tables["image_quality"])
+        yield "image_quality", figures.quality_bars(tables["image_quality"])
     if "label_fidelity_runs" in tables:
-        drawn["label_fidelity"] = figures.fidelity_plot(tables["label_fidelity_runs"], tables["label_fidelity"])
+        yield "label_fidelity", figures.fidelity_plot(tables["label_fidelity_runs"], tables["label_fidelity"])
     if "quality_and_cost" in tables and tables["quality_and_cost"]["seconds_per_volume"].notna().any():
-        drawn["quality_and_cost"] = figures.cost_plot(tables["quality_and_cost"])
+        yield "quality_and_cost", figures.cost_plot(tables["quality_and_cost"])
+
+
+def _figures_of_samples(config: Config, results: Path, shown: list[DisplaySample]) -> Iterator[tuple[str, Figure]]:
     for one in first_of_generators(shown):
         sample, reference = one.sample, one.sample.reference
         if reference is not None:
             title = f"{one.generator}: sample {one.case_id}, reference {reference.case_id}"
-            drawn[f"montage-{one.generator}"] = figures.montage(reference.ct, sample.layout, sample.ct, title)
+            yield f"montage-{one.generator}", figures.montage(reference.ct, sample.layout, sample.ct, title)
     if shared := shared_sample(config, results, shown):
-        drawn["side_by_side"] = figures.side_by_side(shared.reference, shared.layout, shared.drawn)
+        yield "side_by_side", figures.side_by_side(shared.reference, shared.layout, shared.drawn)
+
+
+def _learning_curves(config: Config, results: Path, tables: dict[str, pd.DataFrame]) -> Iterator[tuple[str, Figure]]:
     for trained in config.trained_generators():
         history = results / trained.model_folder / "history.csv"
         if history.exists():
-            drawn[f"training-{trained.name}"] = figures.denoiser_curve(read_csv(history))
+            yield f"training-{trained.name}", figures.denoiser_curve(read_csv(history))
     for name, measure, title in (
         ("segmenter_validation", DICE, "Dice of validation patches"),
         ("segmenter_training", LOSS, "training loss"),
     ):
         if tables["training_curves"][measure].notna().any():
-            drawn[name] = figures.segmenter_curves(tables["training_curves"], measure, title)
-    paths = {name: [folder / f"{name}{suffix}" for suffix in (".svg", ".png")] for name in drawn}
-    for name, figure in drawn.items():
-        drawing.save(figure, *paths[name])
-    return paths
+            yield name, figures.segmenter_curves(tables["training_curves"], measure, title)
 
 
 def render_report(

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from made_up_results import case_row
+from matplotlib import pyplot
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder, read_cases, write_cases
@@ -233,6 +234,14 @@ def test_synthetic_ct_of_other_systems_is_called_so(make_results, tmp_path):
     assert "maisi . external: samples of another system." in text
     assert "paste_constant . Control: lungs of one constant HU in the reference." in text
     assert "Cite:" not in text
+
+
+def test_one_figure_is_open_at_a_time(make_results, recwarn):
+    config, results = make_results()
+    with pyplot.rc_context({"figure.max_open_warning": 1}):
+        run_report(config, results)
+    assert not [warning for warning in recwarn if "figures have been opened" in str(warning.message)]
+    assert len(list((results / "figures").glob("*.svg"))) > 1
 
 
 def test_two_cases_one_replicate_and_nothing_else(make_results):
