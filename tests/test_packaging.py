@@ -8,10 +8,12 @@ import subprocess
 import sys
 import sysconfig
 import tomllib
+from contextlib import suppress
 from importlib import metadata
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 
 
 def pins(repository):
@@ -292,3 +294,16 @@ def test_a_target_that_takes_a_while_announces_what_it_does(repository, tmp_path
     command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}", target]
     lines = subprocess.run(command, cwd=repository, check=True, capture_output=True, text=True).stdout.splitlines()
     assert lines[0].startswith('echo "Building ')
+
+
+def test_pinned_versions_install_on_the_oldest_python_that_is_supported(repository):
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=")
+    needed = {}
+    for name, version in pins(repository).items():
+        with suppress(metadata.PackageNotFoundError):  # of another platform or extra
+            found = metadata.metadata(name)
+            if found["Version"] == version:
+                needed[name] = found["Requires-Python"] or ""
+    assert len(needed) > 100
+    assert {name: python for name, python in needed.items() if oldest not in SpecifierSet(python)} == {}
