@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 HISTORY = ["loss", "learning_rate", "seconds", "memory_mib"]
 """Figures of each optimizer step; `seconds` since the start, without the time between interruptions."""
 _GRID_CASES = 2
+_NOT_FALLEN = 0.85
+"""Of the loss at the start. Of the trainings in docs/explanation/rivals.md, those that learned nothing ended at 0.98 of
+it, the others at 0.6 at most."""
+_SHARE, _STEPS = 10, 200
+"""Start and end are a tenth of the steps each, and too short to judge in fewer steps than these."""
 _SAMPLES = ["step", "case_id", "mse"]
 
 
@@ -85,6 +90,27 @@ class Monitor:
         """Flush TensorBoard."""
         if self.board is not None:
             self.board.close()
+
+
+def losses_that_did_not_fall(losses: Sequence[float], phases: Sequence[int]) -> list[tuple[float, float]]:
+    """Phases in which the network learned next to nothing.
+
+    Args:
+        losses: of all steps.
+        phases: number of steps of each (see `Steps`); their losses are not comparable.
+
+    Returns:
+        Mean loss of the first and of the last tenth of each such phase.
+    """
+    found, begin = [], 0
+    for steps in phases:
+        tenth = steps // _SHARE
+        of_phase, begin = losses[begin : begin + steps], begin + steps
+        if steps >= _STEPS:
+            first, last = float(np.mean(of_phase[:tenth])), float(np.mean(of_phase[-tenth:]))
+            if last > _NOT_FALLEN * first:
+                found.append((first, last))
+    return found
 
 
 def memory_mib(device: torch.device) -> float:

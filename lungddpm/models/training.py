@@ -35,7 +35,7 @@ from lungddpm.core.progress import LOG, Progress
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
 from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
-from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, memory_mib
+from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall, memory_mib
 from lungddpm.models.optimization import start_optimization
 from lungddpm.models.recipe import Preview, Recipe, fresh
 from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
@@ -110,6 +110,8 @@ def run_train(
             run.resume(restart)
             run.train()
             run.finish()
+            if initial is None:
+                run.warn_if_nothing_was_learned()
     accelerator.end_training()
 
 
@@ -197,6 +199,15 @@ class _Run:
             shutil.rmtree(self.output / "cache", ignore_errors=True)
             save_network(self.output / "model.safetensors", self.optimization.average, metadata)
             write_json(self._record, {**self.fingerprints, "steps": metadata.steps, "code": self.code})
+
+    def warn_if_nothing_was_learned(self) -> None:
+        """Warn if the loss ended about where it began, as after a learning rate that was too high."""
+        for first, last in losses_that_did_not_fall([row[0] for row in self.history], self.optimization.phases):
+            LOG.warning(
+                "%s has probably learned nothing: its loss was %.2f in the first tenth of the steps and %.2f in the "
+                "last. Try a lower training.learning_rate, or more training.warmup_steps.",
+                self.config.name, first, last,
+            )  # fmt: skip
 
     def _newest_state(self) -> Path | None:
         """The newest state of this training; None if it is the last one of a training that other code finished."""

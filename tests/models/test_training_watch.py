@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from made_up_trainings import train
 from PIL import Image
 
 from lungddpm.config.loading import parse_config
@@ -14,7 +15,7 @@ from lungddpm.generators import lung_ddpm
 from lungddpm.models import monitoring
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
-from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases
+from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall
 from lungddpm.models.schedule import alphas_cumprod, cosine_betas
 from lungddpm.operations.estimate import count, run_estimate
 
@@ -124,3 +125,26 @@ def test_the_estimate_reports_everything_and_writes_nothing(training_config, tmp
     assert "27,577" in reported
     assert "1,000 steps" in reported
     assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_does_not_fall_is_found_in_each_phase():
+    noise = 0.05 * np.random.default_rng(0).standard_normal(1000)
+    plateau, falling = 0.6 + noise, 0.1 + 0.5 * np.exp(-np.arange(1000) / 300) + noise
+    ((first, last),) = losses_that_did_not_fall(plateau.tolist(), [1000])
+    assert first == pytest.approx(0.6, abs=0.02)
+    assert last == pytest.approx(0.6, abs=0.02)
+    assert losses_that_did_not_fall(falling.tolist(), [1000]) == []
+    # The autoencoder's loss ends far below the one with which the denoiser's begins.
+    assert losses_that_did_not_fall([*falling, *(5 + falling / 2)], [1000, 1000]) == [
+        pytest.approx((5 + falling[:100].mean() / 2, 5 + falling[-100:].mean() / 2))
+    ]
+    assert losses_that_did_not_fall([*falling, *(5 * falling)], [1000, 1000]) == []
+    assert losses_that_did_not_fall([0.6] * 199, [199]) == []
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1e-9, True), (5e-3, False)])
+def test_a_training_that_learned_nothing_warns(tiny_cohort, training_config, tmp_path, caplog, rate, warned):
+    caplog.set_level("WARNING", logger="lungddpm")
+    changes = {"steps": 300, "accumulation": 1, "learning_rate": rate, "save_every": 300, "sample_every": 300}
+    train(training_config(**changes), tiny_cohort, tmp_path, "cpu")
+    assert ("lung_ddpm has probably learned nothing: its loss was " in caplog.text) == warned
