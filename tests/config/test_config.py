@@ -31,7 +31,7 @@ def leaves(values, prefix=()):
 def test_default_config_is_the_phantom_demo(repository):
     config = load_config(repository / "config.yaml")
     assert config.source.kind == "phantom"
-    assert config.arms.names() == ["real", "real+lung_ddpm@2.0", "real+real", "real+reference@2.0"]
+    assert config.arms.names() == ["real", "real+lung_ddpm@3.0", "real+real", "real+reference@3.0"]
 
 
 def test_nothing_differs_in_the_null_benchmark(repository):
