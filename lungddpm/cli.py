@@ -104,7 +104,7 @@ def _common(
 class _PassedOn(TyperCommand):
     """A command whose arguments are those of another program, `--help` and `--` included."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # a context of click, which typer keeps to itself
         ctx.args = args
         return args
 

@@ -133,7 +133,7 @@ def test_json_text_replaces_a_file(tmp_path):
     config = load_config(first, '{"arms": {"doses": [2.0]}, "source": {"kind": "lidc", "path": "/data//scans"}}')
     assert (config.seed, config.arms.doses, str(config.source.path)) == (3, [2.0], "/data/scans")
     for text, problem in (('{"grdi": 1}', "grdi: there is no such key"), ('{"seed": 1', "cannot be read as YAML")):
-        with pytest.raises(ConfigError, match=f"^--config: {problem}"):
+        with pytest.raises(ConfigError, match=f"^--configfile: {problem}"):
             load_config(text)
 
 

@@ -77,7 +77,7 @@ def test_commands_refuse_it_in_one_message(tmp_path):
         "from lungddpm import generators\n"
         "from lungddpm.cli import main\n"
         f"generators.__path__.append({str(tmp_path)!r})\n"
-        "sys.argv = ['lungddpm', 'config', 'show', '--config', 'config.yaml']\n"
+        "sys.argv = ['lungddpm', 'config', 'show', '--configfile', 'config.yaml']\n"
         "main()"
     )
     (tmp_path / "config.yaml").write_text("seed: 1\n")
