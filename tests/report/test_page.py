@@ -238,6 +238,7 @@ def test_synthetic_ct_of_other_systems_is_called_so(make_results, tmp_path):
 
 def test_one_figure_is_open_at_a_time(make_results, recwarn):
     config, results = make_results()
+    pyplot.close("all")  # what other tests have left open
     with pyplot.rc_context({"figure.max_open_warning": 1}):
         run_report(config, results)
     assert not [warning for warning in recwarn if "figures have been opened" in str(warning.message)]
