@@ -747,7 +747,7 @@ class Config(Section):
     external_tests: dict[Name, ExternalTest] = {}
     """External test sets by name, e.g. `{task06: {kind: images, path: /data/Task06_Lung}}`, each with the keys of
     `source`, and `distinct_patients: true` where its patients are other people even if ids are the same. All their
-    patients are tested, and nothing else; each set has a verdict of its own beside that of `source`
+    patients are used for testing only; each set has its own verdict beside that of `source`
     (docs/how-to/test-on-an-external-cohort.md)."""
     roles: Roles = Roles()
     grid: Grid = Grid()

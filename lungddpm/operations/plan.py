@@ -238,9 +238,8 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     elif size is not None:
         number, origin = size.scans, size.origin
     else:
-        raise ConfigError(
-            "--cases", "is required, as no index lists the scans", "Give --cases N, or --index FILE of 'lungddpm index'."
-        )
+        remedy = "Give --cases N, or --index FILE of 'lungddpm index'."
+        raise ConfigError("--cases", "is required, as no index lists the scans", remedy)
     sizes = {name: _declared_size(each) for name, each in config.external_tests.items()}
     external = sum(each.scans for each in sizes.values() if each is not None)
     if unknown := [name for name, each in sizes.items() if each is None]:

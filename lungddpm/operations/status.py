@@ -349,7 +349,7 @@ def describe_status(status: Status) -> str:
 def _headline(status: Status) -> str:
     silent = ""
     if status.silent_seconds is not None:
-        silent = f"; the last line of a log was written {format_span(status.silent_seconds)} ago"
+        silent = f"; last log line {format_span(status.silent_seconds)} ago"
     if status.state == FINISHED:
         return f"{status.results}: {styled('finished', 'green')}. 'lungddpm verdict' shows the answer."
     if status.state == NOT_STARTED:
