@@ -54,7 +54,7 @@ dist: $(READY)
 	@echo "Building sdist and wheel, then trying the wheel outside of this folder"
 	VENV=$(VENV) .ci/built
 
-# The site in build/site: opens from the disk, and is built without a network. A broken link ends it.
+# The site in build/site: opens from the disk, and is built without a network. Fails on a broken link.
 docs-site: $(READY)
 	@echo "Building the site and checking its links"
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/site-cache -c docs/site . build/site

@@ -4,7 +4,7 @@
 
     nodules        eight balls of 5 to 30 mm on a grid of 2.5 mm; the prediction shifts and misses some, and adds others
     everything     the same, but the prediction marks a quarter of all voxels at random, as no trained network does
-    FROC           8 arms x 5 replicates x 250 cases, 2 lesions and about 10 candidates a case, tables of the report
+    FROC           8 arms x 5 replicates x 250 cases, 2 lesions and about 10 candidates per case, tables of the report
 
 CPU seconds, the best of three, reading and writing the files included.
 """

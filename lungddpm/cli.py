@@ -19,6 +19,7 @@ from lungddpm.core.errors import UserError, from_os_error
 from lungddpm.core.locks import hold_until_exit
 from lungddpm.core.progress import LOG, adapt_terminal, is_first_process, start_logging, waiting
 from lungddpm.core.shipped import default_config
+from lungddpm.core.text import plural
 
 if TYPE_CHECKING:
     from lungddpm.config.models import Config
@@ -535,9 +536,10 @@ def verify(
     if not found:
         typer.echo(f"{results}: unchanged since the run.")
     elif repair:
-        typer.echo(f"{len(found)} damaged, now deleted. The same 'lungddpm run' makes them again.")
+        typer.echo(f"Deleted {plural(len(found), 'damaged file')}. The same 'lungddpm run' makes them again.")
     else:
-        typer.echo(f"{len(found)} damaged: 'lungddpm verify --repair' deletes them; 'lungddpm run' makes them again.")
+        damaged = plural(len(found), "damaged file")
+        typer.echo(f"{damaged}. 'lungddpm verify --repair' deletes them; 'lungddpm run' then makes them again.")
         raise typer.Exit(2)
 
 
@@ -599,8 +601,8 @@ def export_dicom(
 ) -> None:
     """Write cases as DICOM, for a PACS viewer: CT (HU) as a series, layout and predictions as SEG objects.
 
-    All is marked as derived, synthetic CT as synthetic; a second export has equal bytes. SEG objects need the optional
-    package highdicom. Outputs: OUTPUT/<case>/CT/*.dcm, OUTPUT/<case>/SEG/*.dcm.
+    Every file is marked as derived, synthetic CT also as synthetic; a second export is byte-identical. SEG objects need
+    the optional package highdicom. Outputs: OUTPUT/<case>/CT/*.dcm, OUTPUT/<case>/SEG/*.dcm.
     Example: lungddpm export dicom results/synthetic/lung_ddpm/all-fold0_seed0/*/ --output dicom
     """
     from lungddpm.operations import export
@@ -788,7 +790,7 @@ def _print_json(values: dict[str, Any]) -> None:
 
 
 def _load(module: str) -> None:
-    """Import a module that needs torch, and say so where that takes long. Not before a GPU is claimed."""
+    """Import a module that needs torch, and report it if that takes long. Not before a GPU is claimed."""
     with waiting("loading torch"):
         importlib.import_module("torch")
         importlib.import_module(module)

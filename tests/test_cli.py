@@ -256,7 +256,7 @@ def prepare_pairs(folder, test_patient):
     return lungddpm("collect", "cases/cases-0.tsv", "--output", "cases/cases.tsv", "-c", config, cwd=folder)
 
 
-def test_bad_pairs_are_excluded_with_their_reason_and_the_others_go_on(bad_pairs):
+def test_bad_pairs_are_excluded_with_their_reason_and_the_others_continue(bad_pairs):
     run = prepare_pairs(bad_pairs, "good3")
     assert run.returncode == 0, run.stderr
     table = pd.read_csv(bad_pairs / "cases/cases.tsv", sep="\t", keep_default_na=False).set_index("case_id")

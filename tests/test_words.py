@@ -10,7 +10,7 @@ import pytest
 
 WORDS = "tests/house_words.toml"
 NOT_PROSE = (".png", ".svg", ".json", ".csv")
-ELSEWHERE = ("LICENSE", "CHANGELOG.md", "constraints.txt", WORDS, "tests/test_words.py")
+ELSEWHERE = ("LICENSE", "constraints.txt", WORDS, "tests/test_words.py")
 
 
 def texts_of(repository):
@@ -64,13 +64,19 @@ def test_no_text_has_a_banned_word(repository, words):
     [
         ("Run it anew.", [(1, "anew")]),
         ("# 2 false\n# positives a scan.", [(2, "positives a scan")]),
-        ("# It goes\n# on where it stopped.", [(1, "goes # on where")]),
+        ("# It goes\n# on where it stopped.", [(1, "goes # on")]),
         ('message = "the case is "\n    "no case"', [(1, 'is " "no c')]),
         ("A million page faults per pass; the fault is ours.", [(1, "fault")]),
         ("def test_noise_is_no_vessel():", [(1, "is no v")]),
         ("No difference\nto real.", [(1, "difference to")]),
         ("Write it in the formats of others.", [(1, "formats of others")]),
-        ("It ends once it goes on.", [(1, "once it goes on")]),
+        ("It ends once it goes on.", [(1, "goes on")]),
+        ("def test_the_run_goes_on():", [(1, "goes on")]),
+        ("About 10 candidates a case, two passes\n# a step.", [(1, "candidates a case"), (1, "passes # a step")]),
+        ("It draws a nodule, and samples a voxel.", []),
+        ("Equal bytes, once\nmore.", [(1, "Equal bytes"), (1, "once more")]),
+        ("The rules lie in the folder, which stands above it.", [(1, "lie in the folder"), (1, "stands above")]),
+        ("A nodule lies in the lungs, and the answer stands.", []),
         ("# 36 bytes a voxel, 40 GFLOP/s\n# a core.", [(1, "GFLOP/s # a core"), (1, "bytes a voxel")]),
         ("There is no case, and it is no longer there.", []),
         ("One row per arm; this run cannot tell.", []),

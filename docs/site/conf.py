@@ -1,7 +1,7 @@
 """The site, built by `make docs-site` into build/site: opens from the disk, loads nothing from the network.
 
 Pages are the repository's own Markdown, written for a code host: they hold no markup of Sphinx. What a site needs
-beside them (the order of the pages, docstrings) stands here.
+beside them (the order of the pages, docstrings) is here.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def text(x: float, y: float, words: str, style: str = "", anchor: str = "middle"
 
 
 def arrow(points: list[tuple[int, int]], files: str = "", at: tuple[int, int] = (0, 0), guard: bool = False) -> str:
-    """A line with a head at its last point, and the files that it stands for, which begin at `at`."""
+    """A line with a head at its last point, and the files that it represents, whose text starts at `at`."""
     path = " ".join(f"{x},{y}" for x, y in points)
     colour, head, dashes = (GUARD, "guard", 'stroke-dasharray="5 4"') if guard else (INK, "head", "")
     look = f'stroke="{colour}" stroke-width="1.5" marker-end="url(#{head})" {dashes}'
@@ -68,7 +68,7 @@ def draw() -> str:
         box(60, 239, 130, "train", ["the generator"], "models", DISCOVERY),
         arrow([(120, 309), (120, 352)], "model.safetensors", (127, 335)),
         arrow([(280, 195), (280, 352)], "CT; layout, its nodules|kept, moved or placed", (287, 265)),
-        box(60, 354, both - 60, "synthesize", ["lungs drawn, the rest is the reference's"],
+        box(60, 354, both - 60, "synthesize", ["lungs drawn; the rest from the reference"],
             "generators, synthesis", REFERENCE),
         arrow([(280, 424), (280, 467)], "samples", (287, 450)),
         # Real cases enter the arms directly.
@@ -84,7 +84,7 @@ def draw() -> str:
         box(LEFT[0], 716, 540, "predict, evaluate", ["Dice, surfaces, lesions, FROC of every test case"],
             "segmentation, evaluation", TEST),
         arrow([(280, 786), (280, 829)], "metrics.csv, lesions.csv", (287, 812)),
-        box(LEFT[0], 831, 540, "verdict", ["synthetic CT beside real CT; instrument check: may this run answer?",
+        box(LEFT[0], 831, 540, "verdict", ["synthetic CT beside real CT; instrument check: can this run tell?",
             "then per arm: better, worse, no difference shown, or cannot tell"], "quality, verdict", ALL),
         arrow([(280, 918), (280, 951)]),
         box(LEFT[0], 953, 540, "report.html, tables/, figures/", [], "report", ALL),

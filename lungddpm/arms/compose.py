@@ -88,7 +88,7 @@ def run_compose(
             that keeps nothing.
         LeakError: a test patient is in the training set or behind the filter, or a patient beyond the arm's real cases.
     """
-    # The old marker goes first: an arm.json never stands beside a dataset that it does not describe.
+    # The old marker goes first: an arm.json is never next to a dataset that it does not describe.
     (output / "arm.json").unlink(missing_ok=True)
     around = _Surroundings.read(config, Arm.parse(arm), cases_table)
     recipe, real, segmentation = around.arm, around.real, config.segmentation

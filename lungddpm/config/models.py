@@ -84,7 +84,7 @@ class _SourceKeys(Section):
     """Where the scans come from."""
 
     key: ClassVar[str] = "source."
-    """Where the section stands, for messages that do not say it."""
+    """Dotted path of the section, for messages that lack it."""
     kind: Name = "phantom"
     path: UserPath | None = None
     """Folder of the data set; a simulated source makes its own and ignores this. Relative paths start in the working
@@ -118,7 +118,7 @@ class _SourceKeys(Section):
         return getattr(self.settings, "caveat", "")
 
     def without_folder(self) -> Self:
-        """The same with only the name of its folder, which may tell who ran it and where."""
+        """The same with only the name of its folder, which may reveal who ran it and where."""
         return self.model_copy(update={"path": None if self.path is None else Path(self.path.name)})
 
     def reading(self, kind: str | None = None) -> tuple[Section, ...]:
@@ -154,7 +154,7 @@ else:
 
 
 class ExternalTest(Source):
-    """A further data set, whose patients are tested and nothing else; its keys are those of `source`, and one more."""
+    """A further data set whose patients are used for testing only; its keys are those of `source`, and one more."""
 
     key: ClassVar[str] = ""
     kind: Name
@@ -189,7 +189,7 @@ Members = Annotated[
 
 class Roles(Section):
     """Which patients do what. A number below 1 is a share of all patients, 1 or more a count, a list names patients. A
-    text is the path of a split file: one patient per line, or a table (.csv, .tsv) with the columns `patient_id` and
+    string is the path of a split file: one patient per line, or a table (.csv, .tsv) with the columns `patient_id` and
     `role`, of which each role takes its own rows. Relative paths start in the working directory."""
 
     discovery: Members = 0.5
@@ -367,7 +367,7 @@ class Arms(Section):
     gets no information from the others, or `all`, as with a generator trained elsewhere. This also applies to placed
     nodules and to the donors of copy_paste."""
     controls: list[Name] = ["real"]
-    """`real` (the real cases once more: arm `real+real`), or generators used as controls, at `control_dose`."""
+    """`real` (the real cases again: arm `real+real`), or generators used as controls, at `control_dose`."""
     control_dose: PositiveFloat = 1.0
     """Dose of the control generators."""
     synthetic_only: list[Name] = []
@@ -747,7 +747,7 @@ class Config(Section):
     external_tests: dict[Name, ExternalTest] = {}
     """External test sets by name, e.g. `{task06: {kind: images, path: /data/Task06_Lung}}`, each with the keys of
     `source`, and `distinct_patients: true` where its patients are other people even if ids are the same. All their
-    patients are tested, and nothing else; each set has a verdict of its own beside that of `source`
+    patients are used for testing only; each set has its own verdict beside that of `source`
     (docs/how-to/test-on-an-external-cohort.md)."""
     roles: Roles = Roles()
     grid: Grid = Grid()

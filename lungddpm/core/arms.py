@@ -29,7 +29,7 @@ class Arm:
     real: bool
     """Whether it trains on the real cases; every arm validates on them."""
     added: str | None
-    """A generator, `real` for the real cases once more, or None."""
+    """A generator, `real` for the real cases again, or None."""
     dose: float
     """How much is added, as a multiple of the real cases: 1 if the name has no dose, 0 if nothing is added."""
     real_cases: int | None = None

@@ -325,7 +325,7 @@ class _Reader:
         return [self.tree(node) for node in self._doing(nodes)]
 
     def _doing(self, nodes: Iterable[Any]) -> Iterator[Any]:
-        """Of several nodes, those that count, and what blocks hold that only say that it is done."""
+        """The nodes that count; a block that only reports progress is replaced by its contents."""
         for node in _counting(nodes):
             if isinstance(node, ast.With) and all(self._is_left_out(item) for item in node.items):
                 yield from self._doing(node.body)
@@ -403,7 +403,7 @@ class _Reader:
         return item.optional_vars is None and self._calls_left_out(item.context_expr)
 
     def _calls_left_out(self, node: ast.expr) -> bool:
-        """Whether it is a call of something that is left out, whose value nobody takes: `LOG.info(...)`."""
+        """Whether it is a call of something that is left out, whose value is not used: `LOG.info(...)`."""
         if not isinstance(node, ast.Call):
             return False
         chain = _chain(node.func)

@@ -23,7 +23,7 @@ LOG = logging.getLogger("lungddpm")
 _SECONDS_BETWEEN_LINES = 15.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 _SILENT_SECONDS = 3.0
-"""What takes no longer is not worth a word."""
+"""Shorter operations are not reported."""
 
 _IN_ASCII = {
     "\N{NON-BREAKING HYPHEN}": "-", "\N{NO-BREAK SPACE}": " ",
@@ -70,7 +70,7 @@ def start_logging(log_file: str | Path | None = None) -> None:
 
 
 def is_first_process() -> bool:
-    """Whether this is the one that speaks, of several processes that torchrun started."""
+    """Whether this is the process that logs, of those that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
 
 
@@ -200,13 +200,13 @@ def format_pace(rate: float) -> str:
 
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
-    """Say that something goes on whose end is not known, such as the import of a large library.
+    """Report that an operation of unknown length is running, such as the import of a large library.
 
     Nothing for 3 s; then on a terminal how long it has taken, in a log a line every 15 s, and at the end how long it
     took.
     """
     began, ended = time.monotonic(), threading.Event()
-    speaker = threading.Thread(target=_say_that_it_goes_on, args=(what, began, ended), daemon=True)
+    speaker = threading.Thread(target=_report_that_it_runs, args=(what, began, ended), daemon=True)
     speaker.start()
     try:
         yield
@@ -215,7 +215,7 @@ def waiting(what: str) -> Iterator[None]:
         speaker.join()
 
 
-def _say_that_it_goes_on(what: str, began: float, ended: threading.Event) -> None:
+def _report_that_it_runs(what: str, began: float, ended: threading.Event) -> None:
     if ended.wait(_SILENT_SECONDS):
         return
     terminal, next_line, bar = _terminal(), began + _SECONDS_BETWEEN_LINES, None

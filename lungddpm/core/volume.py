@@ -348,7 +348,7 @@ def _unreadable(path: Path, error: Exception) -> InputError:
 
 
 def write_volume(path: Path, volume: Volume) -> None:
-    """Write a volume as NIfTI, atomically, in the array's dtype; equal volumes give equal bytes."""
+    """Write a volume as NIfTI, atomically, in the array's dtype; equal volumes give identical files."""
     import nibabel
 
     image = nibabel.Nifti1Image(volume.array, volume.affine, dtype=volume.array.dtype)

@@ -475,7 +475,7 @@ def _group_norm(h: torch.Tensor, norm: nn.GroupNorm) -> torch.Tensor:
 def _exact_moments(h: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Variance and mean of each group of channels, summed in float64: (N, C, D, H, W) -> (N, groups) each.
 
-    Plane by plane: a plane in float64 fits into the cache; a volume would be read and written once more.
+    Plane by plane: a plane in float64 fits into the cache; a volume would be read and written again.
     """
     nothing = torch.zeros(2, h.shape[1], dtype=torch.float64, device=h.device)
     sums = torch.stack([sum((_power_sums(plane.double()) for plane in volume.unbind(1)), nothing) for volume in h])

@@ -233,7 +233,7 @@ def _notes(config: Config, own: Design, components: Components, relevant: float,
         f"Detectable: the true difference in {measure} that is detected with a probability of {100 * POWER:.0f} %.",
         f"Needed for {relevant:.3f} ({whose}): {shown}."
         if able
-        else f"No design within reach detects {relevant:.3f} ({whose}) with a probability of {100 * POWER:.0f} %.",
+        else f"No feasible design detects {relevant:.3f} ({whose}) with a probability of {100 * POWER:.0f} %.",
         f"Sd of {measure}: run {components.run_sd:.3g}, residual {components.residual_sd:.3g}, arm x case "
         f"{components.arm_case_sd:.3g}",
     ]

@@ -3,7 +3,7 @@
 The CT becomes a series, the layout and each prediction a SEG object that refers to it, by the optional package
 `highdicom` (Bridge et al., Journal of Digital Imaging 35:1719-1737, 2022, doi 10.1007/s10278-022-00683-y). Nothing
 passes for an examination: all is derived and has new UIDs, and synthetic CT has a patient of its own and is called
-synthetic wherever a viewer looks. UIDs and dates follow from the case, so that a second export has equal bytes.
+synthetic wherever a viewer looks. UIDs and dates follow from the case, so that a second export is byte-identical.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ _CT_SERIES, _LAYOUT_SERIES, _PREDICTION_SERIES = 1, 2, 3
 
 @dataclass(frozen=True)
 class Subject:
-    """Whose CT it is, and what a viewer is to say of it.
+    """Whose CT it is, and how a viewer labels it.
 
     Attributes:
         name: of its folder.
@@ -141,16 +141,16 @@ def export_dicom(folders: Sequence[Path], output: Path, predictions: Sequence[Pa
 
 
 def subject_of(folder: CaseFolder) -> Subject:
-    """Whose CT lies in the folder of a case, by the record beside it.
+    """Whose CT is in the folder of a case, by the record beside it.
 
     Raises:
         InputError: there is no record, it is damaged, or CT or layout were changed since.
     """
     found = [record for record in (folder.sample_record, folder.record) if record.exists()]
     if not found:
-        problem = f"is not a case: neither {folder.record.name} nor {folder.sample_record.name} says whose CT it is"
+        problem = f"is not a case folder: it has neither {folder.record.name} nor {folder.sample_record.name}"
         remedy = (
-            "Give folders of results/cases/ or results/synthetic/; 'lungddpm synthesize' takes CT from elsewhere in."
+            "Give folders of results/cases/ or results/synthetic/; 'lungddpm synthesize' imports CT from elsewhere."
         )
         raise InputError(folder.path, problem, remedy)
     record = read_json(found[0])

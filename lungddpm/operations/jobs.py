@@ -1,4 +1,4 @@
-"""Every job of a run by name: its stage, its log, its times, and the file that stands for its being done."""
+"""Every job of a run by name: its stage, its log, its times, and the file whose existence marks it as done."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What it says; its process holds the lock of this file."""
+        """Its log; its process holds the lock of this file."""
         return Path("logs", f"{self.name}.log")
 
     @property

@@ -238,7 +238,8 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     elif size is not None:
         number, origin = size.scans, size.origin
     else:
-        raise ConfigError("--cases", "is missing, and there is no index with the number of scans", "Give the number.")
+        remedy = "Give --cases N, or --index FILE of 'lungddpm index'."
+        raise ConfigError("--cases", "is required, as no index lists the scans", remedy)
     sizes = {name: _declared_size(each) for name, each in config.external_tests.items()}
     external = sum(each.scans for each in sizes.values() if each is not None)
     if unknown := [name for name, each in sizes.items() if each is None]:
@@ -464,7 +465,7 @@ def describe_plan(plan: Plan) -> str:
     cohort, speed, stages = plan.cohort, plan.speed, plan.stages
     heads = ["stage", "jobs", "GPU hours", "core hours", "memory, GiB", "GPU memory, GiB", "disk, GiB"]
     totals = [
-        "together", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
+        "total", str(sum(stage.jobs for stage in stages)), _number(sum(stage.gpu_hours for stage in stages)),
         _number(sum(stage.core_hours for stage in stages)), "", "", _number(sum(stage.disk_gib for stage in stages)),
     ]  # fmt: skip
     rows = []

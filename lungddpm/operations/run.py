@@ -161,7 +161,7 @@ def _can_keep_caches() -> bool:
         with tempfile.TemporaryFile(dir=folder):
             return True
     except OSError as error:
-        LOG.warning("%s is not writable (%s): caches go to .snakemake of the run", folder.parent, error.strerror)
+        LOG.warning("%s is not writable (%s): using .snakemake/cache of the run", folder.parent, error.strerror)
         return False
 
 
@@ -181,7 +181,7 @@ def _temporary_folder(directory: Path) -> str:
         return tempfile.gettempdir()
     except FileNotFoundError:
         folder = (directory / ".snakemake" / "tmp").resolve()
-        LOG.warning("There is no writable folder for temporary files: they go to .snakemake of the run")
+        LOG.warning("No temporary folder is writable: using .snakemake/tmp of the run")
         folder.mkdir(parents=True, exist_ok=True)
         os.environ["TMPDIR"] = tempfile.tempdir = str(folder)
         return tempfile.tempdir

@@ -271,7 +271,7 @@ def _counted_span(state: JobState) -> Span | None:
 
 
 def _left_of(state: JobState, whole: Span) -> Span:
-    """What is left of a job that takes so long in all."""
+    """What is left of a job that takes this long in total."""
     return Span(0.0, whole.expected / 2, whole.high) if state.state == RUNNING else whole
 
 
@@ -302,7 +302,7 @@ def _at_a_time(states: Sequence[JobState], is_large: bool) -> float:
 
 
 def _planned_seconds(config: Config, cohort: Cohort, states: Sequence[JobState], results: Path) -> dict[str, float]:
-    """Seconds of a job of each stage by the cost model. It needs torch, so what it says is kept beside the results."""
+    """Seconds of a job of each stage by the cost model. It needs torch, so its result is cached next to the results."""
     device = _device(states, results)
     key = fingerprint([config, asdict(cohort), device, os.cpu_count(), __version__])
     with suppress(InputError):
@@ -349,7 +349,7 @@ def describe_status(status: Status) -> str:
 def _headline(status: Status) -> str:
     silent = ""
     if status.silent_seconds is not None:
-        silent = f"; the last line of a log was written {format_span(status.silent_seconds)} ago"
+        silent = f"; last log line {format_span(status.silent_seconds)} ago"
     if status.state == FINISHED:
         return f"{status.results}: {styled('finished', 'green')}. 'lungddpm verdict' shows the answer."
     if status.state == NOT_STARTED:
@@ -419,7 +419,7 @@ def _end(status: Status) -> str:
         at = [_clock(now, seconds) for seconds in (left.expected, left.low, left.high)]
         lines[0] += f"; expected end {at[0]} ({at[1]} to {at[2]})."
     else:
-        lines[0] += " once it resumes." if done else " once it is started."
+        lines[0] += " once it resumes." if done else " once it starts."
     timed = sum(each.seconds is not None for each in status.jobs)
     basis = [f"the times of {plural(timed, 'finished job')}"] if timed else []
     if few := status.modelled:

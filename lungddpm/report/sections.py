@@ -60,7 +60,7 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     if n_independent < n_replicates:
         limits.append(
             f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its split of the "
-            "data, so they are averaged, and folds are counted."
+            "data, so they are averaged and each fold counts once."
         )
     elif len(config.segmentation.folds) == 1:
         limits.append("All replicates share one fold: variation between splits of the training cases is not covered.")

@@ -98,7 +98,7 @@ def run_plan_segmenter(config: Config, arm_dir: Path, plans_from: Path | None = 
 
         with _environment(arm_dir, processes), _quiet(arm_dir / "nnUNet_preprocessed" / "plan.log"):
             if plans_from is None:
-                LOG.info("nnU-Net fingerprints and plans %s", arm_dir.name)
+                LOG.info("Arm %s: computing nnU-Net's fingerprint and plans", arm_dir.name)
                 with waiting("measuring and planning"):
                     _plan(config, preprocessed, processes)
             else:

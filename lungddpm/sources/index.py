@@ -225,11 +225,10 @@ def _check_apart(name: str, rows: list[dict], others: list[dict]) -> None:
     for column, remedy in remedies.items():
         owner = {row[column].casefold(): row["data_set"] for row in others if row[column]}
         if shared := sorted({row[column] for row in rows if row[column].casefold() in owner}):
-            what = {"patient_id": "patient", "series_uid": "series"}[column]
+            what = {"patient_id": "patient ids", "series_uid": "series"}[column]
             more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
-            problem = (
-                f"has the {what} {', '.join(shared[:3])}{more}, as the data set '{owner[shared[0].casefold()]}' has"
-            )
+            other = owner[shared[0].casefold()]
+            problem = f"shares {what} with the data set '{other}': {', '.join(shared[:3])}{more}"
             raise InputError(f"external_tests.{name}", problem, remedy)
 
 

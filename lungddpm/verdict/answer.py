@@ -43,7 +43,7 @@ MANY = 3
 """More generators or arms than this are counted, not named: the checks name them."""
 _REASONS = {
     POSITIVE: "it misses the gain from more real data",
-    NULL: "it calls an arm different although that arm adds nothing",
+    NULL: "it reports a difference for an arm that adds nothing",
     CONVERGED: "the segmenters of {subject} were still learning",
     GENERATOR: "{subject} {is_or_are} not calibrated",
     ENOUGH: "it is too small",
@@ -195,7 +195,7 @@ def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> st
         if costs is not None:
             text += f" ({format_hours(hours_of_design(one, own, costs))} of jobs, by this run's times)"
         texts.append(text)
-    return " or ".join(texts) or f"no design within reach for a difference of {relevant:.2g}"
+    return " or ".join(texts) or f"a larger design than is feasible for a difference of {relevant:.2g}"
 
 
 def _joined(texts: Iterable[str]) -> str:

@@ -35,7 +35,7 @@ PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
 POSITIVE, NULL = "positive control found", "null control quiet"
 CONVERGED, GENERATOR, MEMORISED = "segmenters converged", "generator calibrated", "no sample near a training case"
 ENOUGH, COMPLETE = "enough runs and cases", "nothing missing"
-DISTINCT, ALIKE, NAMED = "no run is a copy", "runs scatter alike", "primary arm named before"
+DISTINCT, ALIKE, NAMED = "no run is a copy", "runs scatter alike", "primary arm chosen in advance"
 CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
 """In the order of the page."""
 OF_TEST_SET = (POSITIVE, NULL, ENOUGH, COMPLETE)
@@ -163,11 +163,11 @@ def _controls(config: Config, verdict: pd.DataFrame, on: str = "") -> list[dict]
         rows.append(_row(POSITIVE, "", "p (Holm)", math.nan, (math.nan, significance), NOT_MEASURED, said))
     for row in verdict[verdict["arm"].isin(null)].to_dict("records"):
         quiet = row["verdict"] not in ("better", "worse")
-        called = "not called different" if quiet else f"called {row['verdict']}"
+        called = "called neither better nor worse" if quiet else f"called {row['verdict']}"
         said = f"{row['arm']}, which adds nothing, was {called} ({_numbers(row, significance)})."
         rows.append(_control(NULL, row, (significance, math.nan), quiet, said))
     if not null:
-        said = "No null control: add `real` to arms.controls, the real cases once more."
+        said = "No null control: add `real` to arms.controls, the real cases again."
         rows.append(_row(NULL, "", "p (Holm)", math.nan, (significance, math.nan), NOT_MEASURED, said))
     return rows
 
@@ -187,7 +187,7 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
     """Each arm whose validation Dice still rises and, unless the curves are smooth enough to show a rise of the limit,
     each whose training loss still falls; if there is none, the arm that changes most.
 
-    The loss alone would fail segmenters that have converged: it goes on falling while the learning rate decays and
+    The loss alone would fail segmenters that have converged: it keeps falling while the learning rate decays and
     training cases are memorised.
     """
     by_dice = _convergence_by(DICE, table, _RISE, "change", limits.validation_rise)
@@ -204,7 +204,7 @@ def _convergence(table: pd.DataFrame, limits: Instrument) -> list[dict]:
 def _convergence_by(measure: str, table: pd.DataFrame, what: str, column: str, limit: float) -> list[dict]:
     found, limits = table[table["measure"] == measure].dropna(subset=column), (math.nan, limit)
     if found.empty:
-        said = f"No curve has four saved states or more: whether the {SHORT[what]} has converged is not known."
+        said = f"No curve has four or more saved states, so it is unknown whether the {SHORT[what]} has converged."
         return [_row(CONVERGED, "", what, math.nan, limits, NOT_MEASURED, said)]
     # A change within an arm's scatter does not show that it is still learning.
     moving = found[found["p"] < _LEARNING]
@@ -325,7 +325,7 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
             said = f"Segmenters of real reach a Dice of {real:.3f} on real CT {limit}: too low to judge {name}."
     status = _judged(value, (lowest, math.nan))
     if status != NOT_MEASURED:
-        said = f"Segmenters of real reach a Dice of {made:.2f} on {name}, of {real:.2f} on its references' real CT"
+        said = f"Segmenters of real reach a Dice of {made:.2f} on {name} and of {real:.2f} on its references' real CT"
         said += "." if status == PASSED else ": its nodules do not look like nodules to them."
     return _row(
         GENERATOR,
@@ -374,8 +374,8 @@ def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame, test_
     detectable, power = detectable_by_design(design, typical), power_of_design(design, typical, relevant)
     published = "" if config.verdict.relevant_difference else " (the published gain)"
     said = (
-        f"A true difference of {detectable:.2g} {title} is detected with a probability of {100 * POWER:.0f} %, "
-        f"the relevant one of {relevant:.2g}{published} with {_percent(power)}."
+        f"A true {title} difference of {detectable:.2g} is detected with a probability of {100 * POWER:.0f} %; "
+        f"the relevant one, {relevant:.2g}{published}, with {_percent(power)}."
     )
     room = 1 - float(verdict["baseline_mean"].max())
     if detectable > room:
@@ -428,7 +428,7 @@ def _distinct(copies: list[list[str]]) -> list[dict]:
 
 def _alike(spread: pd.DataFrame, significance: float) -> list[dict]:
     """Whether the runs of some arm scatter more than those of the others, beyond chance."""
-    measure, limits = "smallest p that runs scatter alike", (significance, math.nan)
+    measure, limits = "smallest p for equal scatter", (significance, math.nan)
     notes = spread_notes(spread, deciding_measure().title, significance)
     smallest = float(spread["p"].min())
     if math.isnan(smallest):

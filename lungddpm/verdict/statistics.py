@@ -582,14 +582,14 @@ def sentence(arm: str, baseline: str, measure: str, comparison: Comparison, conf
     """
     c = comparison
     if c.verdict == "not measured":
-        why = "no test case has a nodule"
+        why = "because no test case has a nodule"
         if not c.n_replicates:
             why = (
-                f"it has no replicate in common with {baseline}"
+                f"because it has no replicate in common with {baseline}"
                 if c.n_evaluated
-                else "none of its replicates were evaluated"
+                else "because none of its replicates were evaluated"
             )
-        return f"{arm}: {measure} was not measured, {why}."
+        return f"{arm}: {measure} was not measured {why}."
     size = f"{plural(c.n_cases, 'case')}, {plural(c.n_replicates, 'replicate')}"
     if c.n_independent < c.n_replicates:
         size += f" in {plural(c.n_independent, 'fold')}"
@@ -631,8 +631,8 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
     warnings = []
     if n_cases < needed_cases:
         warnings.append(
-            f"Only {plural(n_cases, 'test case')}: too few to decide anything. Fewer than {needed_cases} all agree by "
-            "chance too often."
+            f"Only {plural(n_cases, 'test case')}: too few to decide anything. With fewer than {needed_cases}, "
+            "all cases agree by chance too often."
         )
     elif n_cases < SMALL_TEST_SET:
         warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")

@@ -364,7 +364,7 @@ class TestDraws:
         record = draw_record(folder, replicate)
         return json.loads(record.read_text()), record.parent
 
-    def test_a_draw_stands_beside_the_cases_that_all_share(self, cohort):
+    def test_a_draw_is_next_to_the_cases_that_all_share(self, cohort):
         shared, raw = compose(cohort, self.ARM, self.CONFIG)
         real, _ = compose(cohort, "real", self.CONFIG)
         assert (shared["own_draws"], real["own_draws"]) == (True, False)

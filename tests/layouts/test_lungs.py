@@ -34,7 +34,7 @@ def test_nodules_on_the_pleura_are_inside(patient, lungs_lr):
 @pytest.mark.parametrize("spacing", [(1, 1, 1), (1.4, 1.4, 2.5), (0.7, 0.9, 5)])
 @pytest.mark.parametrize("radius_mm", [2.0, 5.0])
 def test_voxels_amid_a_mask_are_those_far_from_its_outside(spacing, radius_mm):
-    """The same voxels as those of a distance transform, whose array goes on outside the mask."""
+    """The same voxels as those of a distance transform, whose array extends beyond the mask."""
     rng = np.random.default_rng(3)
     mask = rng.random((24, 22, 20)) > 5e-4
     distance_mm = ndimage.distance_transform_edt(np.pad(mask, 1), spacing)[1:-1, 1:-1, 1:-1]

@@ -79,14 +79,14 @@ def test_contact_with_the_pleura_is_within_2_mm(lungs, contact):
         ([np.s_[8:20, 22, 11]], True),
         ([np.s_[8:19, 22, 11]], True),
         ([np.s_[8:18, 22, 11]], False),
-        # Its own rim, which looks like a vessel, and a rim that goes on as one.
+        # Its own rim, which looks like a vessel, and a rim that continues as one.
         ([np.s_[18:28, 18:28, 9:14]], False),
         ([np.s_[18:28, 18:28, 9:14], np.s_[28:40, 22, 11]], True),
         # Near, long enough, but it passes by.
         ([np.s_[16, 5:55, 11]], False),
     ],
 )
-def test_contact_with_a_vessel_needs_one_that_goes_on(vessels, contact):
+def test_contact_with_a_vessel_needs_one_that_continues(vessels, contact):
     assert figures_of(vessels=vessels)["touches_vessel"] is contact
 
 

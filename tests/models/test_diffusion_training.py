@@ -506,7 +506,7 @@ def test_no_fp16_on_a_cpu(tiny_cohort, training_config, tmp_path):
         train(training_config(precision="fp16"), tiny_cohort, tmp_path, "cpu")
 
 
-def test_two_processes_go_on_as_one_with_twice_the_accumulation(
+def test_two_processes_continue_as_one_with_twice_the_accumulation(
     uninterrupted, tiny_cohort, training_config, write_config, tmp_path, monkeypatch
 ):
     shared = tmp_path / "shared"

@@ -160,7 +160,7 @@ def test_histograms_of_all_training_nodules_are_kept(cases):
     assert found == {("a", 1): {10: 24}, ("a", 2): {3: 11, 15: 1}, ("b", 1): {11: 2}}
 
 
-def test_histograms_lie_in_the_file_of_the_weights(cases, training_config, tmp_path):
+def test_histograms_are_in_the_file_of_the_weights(cases, training_config, tmp_path):
     config, path = training_config(), tmp_path / "model.safetensors"
     kept = keep_histograms(WINDOW)(*cases)
     network = UNet(3, 4, [1, 2], 2, None)

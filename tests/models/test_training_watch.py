@@ -103,7 +103,7 @@ def test_operations_counted_by_hand_and_with_checkpointing(training_config):
     convolutions += 4 * 4 + 4 * 4 / 8 + 8 * 8 + 4 * 1  # first, downsampling, upsampling, last
     linear = 2 * (4 * 16 + 16 * 16 + 16 * sum(o for _, o, _ in residual))
     assert forward == pytest.approx(once * convolutions + linear, rel=1e-3)
-    # Of each stage, what leads to its last convolution is computed once more.
+    # Of each stage, what leads to its last convolution is computed again.
     assert 1.15 < count(training_config(crop=None, batch_size=1, gradient_checkpointing=True))[2] / both < 4 / 3
 
 

@@ -275,7 +275,7 @@ def test_files_have_what_the_standard_requires(tmp_path):
                 check_required_attributes(dataset, module=module["key"])
 
 
-def test_a_second_export_has_equal_bytes_and_another_ct_other_uids(tmp_path):
+def test_a_second_export_is_byte_identical_and_another_ct_other_uids(tmp_path):
     case = write_case(tmp_path)
     write_prediction(tmp_path / "mine", case, read_volume(case.layout).array == Label.NODULE)
     for out in ("one", "two"):

@@ -138,7 +138,7 @@ def call(monkeypatch, tmp_path):
     return run
 
 
-def test_the_command_fetches_and_says_how_to_go_on(call, tmp_path):
+def test_the_command_fetches_and_says_how_to_continue(call, tmp_path):
     done, calls = call("--patients", "1")
     assert (done.exit_code, len(calls)) == (0, 1)
     assert "CC BY 3.0" in done.stdout

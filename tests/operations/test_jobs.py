@@ -1,4 +1,4 @@
-"""Jobs by name. That they are those that Snakemake plans, tests/workflow/test_plan.py checks."""
+"""Jobs by name; tests/workflow/test_plan.py checks that they are the jobs that Snakemake plans."""
 
 from lungddpm.operations.jobs import jobs_of, shards_of_scans
 from lungddpm.operations.plan import load_plan_config

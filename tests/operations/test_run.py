@@ -77,7 +77,7 @@ def end_of(run):
 
 
 def wait_for(condition, run=None):
-    """Wait until the condition holds, for as long as the run goes on."""
+    """Wait until the condition holds, for as long as the run continues."""
     while not (value := condition()):
         assert run is None or run.poll() is None, f"the run ended before: {run.stdout.read()}"
         time.sleep(0.05)
@@ -109,7 +109,7 @@ def test_snakemake_writes_no_colours_where_nobody_sees_them(folder, monkeypatch,
     assert ("--nocolor" in seen) == bool(value)
 
 
-def test_a_second_run_is_refused_and_the_first_goes_on(any_disk):
+def test_a_second_run_is_refused_and_the_first_continues(any_disk):
     folder = any_disk
     first = start(folder)
     job_of(folder, first)

@@ -51,7 +51,7 @@ def test_montage_without_a_layout_does_not_fail():
     montage(reference, layout.like(np.zeros_like(layout.array)), synthetic, title="background only")
 
 
-def test_generators_stand_side_by_side_with_true_proportions_and_one_scale():
+def test_generators_are_side_by_side_with_true_proportions_and_one_scale():
     reference, layout, synthetic = volumes()
     drawn = {name: synthetic.like(synthetic.array + n) for n, name in enumerate("abcd")}
     axes = [axis for axis in side_by_side(reference, layout, drawn).axes if axis.get_visible()]

@@ -258,7 +258,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
         "cannot tell: see the checks",
         "Image quality was not measured",
         "HU of lung_ddpm were not measured.",
-        "No curve has four saved states or more",
+        "No curve has four or more saved states",
         "Label fidelity was not measured",
         "No samples with a nodule",
     ):
@@ -268,7 +268,7 @@ def test_two_cases_one_replicate_and_nothing_else(make_results):
 def test_no_test_case_with_a_nodule(make_results):
     config, results = make_results(n_test=2, n_replicates=1, nodules=False, extras=False)
     run_report(config, results)
-    assert "Dice was not measured, no test case has a nodule" in page_of(results).text
+    assert "Dice was not measured because no test case has a nodule" in page_of(results).text
     assert "not measured" in verdict_table_text(results)
 
 
@@ -319,7 +319,7 @@ def test_verdict_as_text(make_results):
     assert "\n> This run cannot tell whether synthetic CT helps: it is too small." in text
 
 
-def test_checks_stand_before_the_answers_and_a_run_with_copied_replicates_claims_nothing(make_results):
+def test_checks_come_before_the_answers_and_a_run_with_copied_replicates_claims_nothing(make_results):
     config, results = make_results(verdict={"calibration": {"lungs_hu": 0.001, "nodules_hu": 0.001}})
     folder = results / "segmentation" / "real+real"
     shutil.rmtree(folder / "fold1_seed0")
@@ -391,7 +391,7 @@ def test_one_layout_is_shown_by_all_generators_that_drew_it(make_results):
     assert shared_sample(only, results, samples_to_show(only, results)) is None
 
 
-def test_arms_of_fewer_real_cases_stand_beside_their_own_baseline(make_results):
+def test_arms_of_fewer_real_cases_are_next_to_their_own_baseline(make_results):
     arms = {"controls": ["real"], "real_cases": [1, "all"], "generators": ["lung_ddpm"]}
     config, results = make_results(n_replicates=3, arms=arms)
     table = pd.read_csv(results / "cases" / "cases.tsv", sep="\t", dtype=str, keep_default_na=False)
@@ -483,7 +483,7 @@ def test_sets_of_images_have_a_row_per_generator_and_image(make_results):
     assert extractor.startswith("ResNet-50, random weights")
 
 
-def test_costs_stand_beside_what_they_buy(make_results):
+def test_costs_are_next_to_what_they_buy(make_results):
     config, results = make_results(n_test=1, n_replicates=2)
     run_report(config, results)
     table = pd.read_csv(results / "tables" / "quality_and_cost.csv").set_index("generator")
@@ -530,7 +530,7 @@ def test_label_fidelity_of_missing_replicates_is_that_of_the_others(make_results
     assert pd.isna(row["ci_low"])
 
 
-def test_external_test_sets_stand_beside_the_verdict(make_results):
+def test_external_test_sets_are_next_to_the_verdict(make_results):
     config, results = make_results(n_test=7, n_replicates=2, extras=False, external={"task06": 8, "ours": 3})
     run_report(config, results)
     page, folder = page_of(results), results / "tables"

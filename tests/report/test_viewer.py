@@ -54,7 +54,7 @@ def test_volumes_arrive_unchanged_and_in_their_place(sample):
     assert packed["limit_hu"] == 200
 
 
-def test_a_sample_without_a_reference_stands_alone(sample):
+def test_a_sample_without_a_reference_is_shown_alone(sample):
     alone = Sample(sample.ct, sample.layout, reference=None)
     data = viewer_values([DisplaySample("external", "a", "", alone)])["data"]
     assert set(data["samples"][0]["volumes"]) == {"layout", "synthetic"}

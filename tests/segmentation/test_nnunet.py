@@ -270,7 +270,7 @@ def test_a_training_resumes_where_other_settings_were_a_slip(run, monkeypatch):
     assert taken[8:] == [2, 2, 3, 3], "it resumes from the state that the other training found"
 
 
-def test_sigterm_ends_a_training_in_order_and_it_goes_on(run, monkeypatch, caplog):
+def test_sigterm_ends_a_training_in_order_and_it_continues(run, monkeypatch, caplog):
     arm = run / "arms" / "terminated"
     copytree(run / "arms" / "real", arm, symlinks=True, ignore=lambda *_: ["nnUNet_results"])
     steps = 0
@@ -480,7 +480,7 @@ def test_a_replicate_trains_on_its_own_draw_and_one_more_leaves_the_others_alone
     assert "is already trained" in caplog.text
 
 
-def test_a_killed_training_on_a_draw_of_its_own_goes_on(run, monkeypatch, caplog):
+def test_a_killed_training_on_a_draw_of_its_own_continues(run, monkeypatch, caplog):
     caplog.set_level(logging.INFO, "lungddpm")
     config = parse_config({"segmentation": SHORT.segmentation.model_dump()})
     table, arm, name = run / "cases" / "cases.tsv", run / "arms" / "drawn_and_killed", "real+lung_ddpm@0.25"

@@ -1,4 +1,4 @@
-"""Bad scans beside a good one: `index` and `prepare` exclude them with the reason, write nowhere else, and go on."""
+"""Bad scans beside a good one: `index` and `prepare` exclude them with the reason, write nowhere else, and continue."""
 
 import io
 import os
@@ -175,7 +175,7 @@ def everything_below(folder):
 
 
 @pytest.mark.filterwarnings("ignore:End of file reached")
-def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, cohort):
+def test_each_error_is_reported_and_the_good_case_continues(tmp_path, cohort):
     data, results = tmp_path / "data", tmp_path / "results"
     shutil.copytree(cohort / "PHANTOM-0001", data / "PHANTOM-0001")
     numbers = {error: f"P-{number:02d}" for number, error in enumerate(ERRORS)}

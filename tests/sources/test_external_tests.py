@@ -54,7 +54,9 @@ def test_names_that_come_out_the_same_are_distinguished(indexed):
 
 def test_a_patient_of_two_data_sets_is_refused_until_the_user_says_who_it_is(indexed):
     own, other = indexed("001", "002", "003"), indexed("002", "003", "004")
-    with pytest.raises(InputError, match="external_tests.task06: has the patient 002, 003, as the data set 'internal'"):
+    with pytest.raises(
+        InputError, match="external_tests.task06: shares patient ids with the data set 'internal': 002, 003"
+    ):
         join_data_sets(own, {"task06": other})
     joined = join_data_sets(own, {"task06": other}, {"task06"})
     assert [row["patient_id"] for row in joined] == ["001", "002", "003", "task06:002", "task06:003", "task06:004"]
@@ -63,14 +65,14 @@ def test_a_patient_of_two_data_sets_is_refused_until_the_user_says_who_it_is(ind
 
 
 def test_a_patient_of_two_data_sets_is_found_in_another_spelling(indexed):
-    with pytest.raises(InputError, match="external_tests.task06: has the patient p1, as the data set 'internal' has"):
+    with pytest.raises(InputError, match="external_tests.task06: shares patient ids with the data set 'internal': p1"):
         join_data_sets(indexed("P1"), {"task06": indexed("p1")})
 
 
 def test_a_series_of_two_data_sets_is_one_scan_whatever_the_user_says(indexed):
     (own,), (other,) = indexed("a"), indexed("b")
     own, other = own | {"series_uid": "1.2.3"}, other | {"series_uid": "1.2.3"}
-    with pytest.raises(InputError, match="has the series 1.2.3, as the data set 'internal' has. It is the same scan"):
+    with pytest.raises(InputError, match="shares series with the data set 'internal': 1.2.3. It is the same scan"):
         join_data_sets([own], {"task06": [other]}, {"task06"})
 
 

@@ -1,4 +1,4 @@
-"""Several scans of one patient: by a table or a pattern, and what roles make of it."""
+"""Several scans of one patient: by a table or a pattern, and how roles treat them."""
 
 import json
 

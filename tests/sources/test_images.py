@@ -222,7 +222,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("error", ERRORS)
-def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, error, monkeypatch):
+def test_each_error_is_reported_and_the_good_case_continues(tmp_path, error, monkeypatch):
     options, harm, reason = ERRORS[error]
     data, results = tmp_path / "data", tmp_path / "results"
     write_case(data, image="good.nii.gz", label="good.nii.gz", labels=LABELS.astype(np.float64))

@@ -221,7 +221,7 @@ def test_a_series_marked_as_synthetic_is_left_out(tmp_path, syntax, joined):
     name = "enhanced.dcm" if joined else "000086.dcm"
     assert found.pop("YES").endswith(
         f"{name}: is marked as synthetic CT (Synthetic Data (0008,001C) is YES). Take the series out of this data set; "
-        "synthetic CT enters an arm by arms.external."
+        "to use synthetic CT in an arm, list it under arms.external."
     )
     assert found == {"NO": "", "": ""}
 

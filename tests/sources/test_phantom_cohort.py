@@ -167,7 +167,7 @@ def hashes(folder: Path) -> dict[str, str]:
     }
 
 
-def test_interrupted_run_goes_on_and_gives_equal_bytes(write_small, cohort: Path, tmp_path: Path):
+def test_interrupted_run_continues_and_is_byte_identical(write_small, cohort: Path, tmp_path: Path):
     output = tmp_path / "again"
     shutil.copytree(cohort / "PHANTOM-0001", output / "PHANTOM-0001")
     kept = series_folder(output, "PHANTOM-0001") / "000001.dcm"

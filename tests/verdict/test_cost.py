@@ -39,7 +39,7 @@ def quality_row(generator, image, region, metric, mean, error=math.nan):
     return row | {"standard_error": error, "extractor": "a network" if metric in ("fid", "kid") else ""}
 
 
-def test_quality_stands_beside_cost():
+def test_quality_is_next_to_cost():
     rows = [
         quality_row("lung_ddpm", "synthetic", "nodules", "hu_difference", -20.0),
         quality_row("lung_ddpm", "synthetic", "lungs", "hu_difference", 1.0),

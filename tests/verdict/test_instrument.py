@@ -129,7 +129,7 @@ def test_a_run_in_which_everything_passes():
         "lungs +2 HU (limit ±10), HU spread in the lungs 1.00 times that of references (0.9 to 1.1), "
         "nodules +5 HU (limit ±40), HU spread in the nodules 1.00 times that of references (0.7 to 1.4)."
     ) in said[GENERATOR]
-    assert "a Dice of 0.50 on lung_ddpm, of 0.55 on its references' real CT." in said[GENERATOR]
+    assert "a Dice of 0.50 on lung_ddpm and of 0.55 on its references' real CT." in said[GENERATOR]
 
 
 COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
@@ -167,7 +167,7 @@ COPIES = [["real, fold0_seed0", "real+real, fold0_seed0"]]
             False,
             "s1 is 40 HU from case-3; real: 50 HU; 3 of 8",
         ),
-        (ENOUGH, {"run_sd": 0.1}, False, True, "the relevant one of 0.1 with"),
+        (ENOUGH, {"run_sd": 0.1}, False, True, "the relevant one, 0.1, with"),
         (COMPLETE, {"missing": Missing({ARM: ["fold1_seed0"]}, [])}, True, True, f"{ARM}, fold1_seed0"),
         (COMPLETE, {"missing": Missing({"real": ["fold1_seed0"]}, [])}, True, True, "real, fold1_seed0"),
         (COMPLETE, {"missing": Missing({REPEATED: ["fold1_seed0"]}, [])}, False, False, "real+real, fold1_seed0"),
@@ -247,7 +247,7 @@ def test_patients_who_differ_more_than_any_design_can_average_are_named():
     tables["variance_components"]["arm_case_sd"] = 5.0
     checks = instrument_table(config_of(), tables, Missing({}, []), [], [])
     answer = answer_row(checks, tables["verdict"], tables["variance_components"], config_of(), COSTS)
-    assert "no design within reach for a difference of 0.1" in answer["sentence"]
+    assert "It would need: a larger design than is feasible for a difference of 0.1" in answer["sentence"]
 
 
 def test_a_run_without_controls_says_that_it_has_none():
@@ -368,7 +368,7 @@ def test_a_run_without_synthetic_ct_has_nothing_to_answer():
 
 def test_the_published_gain_is_relevant_where_nothing_else_is_said():
     _, said, _ = judge(config=config_of(relevant_difference=None), run_sd=0.01)
-    assert "the relevant one of 0.032 (the published gain) with " in said[ENOUGH]
+    assert "the relevant one, 0.032 (the published gain), with " in said[ENOUGH]
 
 
 def external_checks(sets=("clinic",), confidence=0.95, missing=None, **verdict):

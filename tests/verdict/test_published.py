@@ -84,7 +84,7 @@ def test_what_a_spread_is_over_is_said_of_every_spread():
     assert set(segmentation["n"]) == {"249"}
 
 
-def test_what_was_not_reported_stands_beside_what_was_measured():
+def test_what_was_not_reported_is_next_to_what_was_measured():
     rows = [
         {"arm": arm, "baseline": "real", "real_cases": 10, "metric": "dice", "mean": 0.4, "sd": 0.1, "difference": 0.1}
         for arm in ("real", "real+pix2pix3d@1.0")
@@ -118,7 +118,7 @@ def test_measures_that_the_verdict_lacks_are_those_of_the_other_table(verdict):
     assert (row["measured_mean"], row["measured_change"]) == (0.998, 0.001)
 
 
-def test_passes_of_this_run_stand_beside_published_function_evaluations(verdict):
+def test_passes_of_this_run_are_next_to_published_function_evaluations(verdict):
     comparison = published_comparison(verdict, passes={"lung_ddpm": 20.0})
     row = row_of(comparison, method="Lung-DDPM", metric="function_evaluations")
     assert (row["published_mean"], row["measured_mean"], row["comparable"]) == (250, 20, "no")
@@ -135,7 +135,7 @@ def test_every_published_figure_keeps_its_row(verdict):
     assert len(published_comparison(verdict)) == len(published_figures())
 
 
-def test_arms_of_the_same_dose_stand_beside_each_other(verdict):
+def test_arms_of_the_same_dose_are_next_to_each_other(verdict):
     row = row_of(
         published_comparison(verdict), method="Lung-DDPM", training_set="800 real + 800 IUCPQ synthetic", metric="dice"
     )

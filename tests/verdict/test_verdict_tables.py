@@ -388,7 +388,7 @@ def test_quality_is_summarised_over_samples_with_the_region():
     assert row["extractor"] == ""
 
 
-def test_sets_stand_beside_their_generators_samples(tmp_path):
+def test_sets_are_next_to_their_generators_samples(tmp_path):
     keys = {"image": "synthetic", "region": "lungs", "note": "", "standard_error": 0.1}
     samples = [keys | {"generator": name, "metric": "mse", "value": 1.0, "note": note} for name, note in ("ax", "by")]
     network = {"extractor": "network", "weights_sha256": "1f", "n": 4, "n_real": 7}

@@ -166,7 +166,7 @@ def hashes(folder):
     }
 
 
-def test_scans_may_lie_on_a_disk_that_cannot_be_written(tiny_benchmark, make_benchmark, mounted, tmp_path):
+def test_scans_may_be_on_a_disk_that_cannot_be_written(tiny_benchmark, make_benchmark, mounted, tmp_path):
     scans = mounted("--bind", tiny_benchmark.results / "source")
     subprocess.run(["mount", "-o", "remount,bind,ro", scans], check=True)
     benchmark = make_benchmark(tmp_path / "read-only", {"source": {"kind": "lidc", "path": str(scans)}})

@@ -146,7 +146,7 @@ def test_jobs_ask_for_a_gpu_where_one_is_planned(repository, tmp_path):
 
 def test_the_protocol_costs_what_its_networks_are_known_to(repository):
     stages = plan(repository, *PAPER)
-    # 16.6 TFLOP forward and backward (5.54 forward), two passes a step, 100,000 steps.
+    # 16.6 TFLOP forward and backward (5.54 forward), two passes per step, 100,000 steps.
     assert stage(stages, "train_generator").gpu_hours * 3600 == pytest.approx(
         2 * 16.6e12 * 1e5 / (0.15 * 312e12), rel=0.01
     )
@@ -239,7 +239,7 @@ def test_the_command_prints_the_table_and_writes_nothing(repository, tmp_path, m
     assert run.exit_code == 0, run.exception
     heads, *rows = run.stdout.splitlines()
     assert heads.split("  ")[0] == "stage"
-    assert any(row.startswith("together") for row in rows)
+    assert any(row.startswith("total") for row in rows)
     assert "1018 scans (LIDC-IDRI as published" in run.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["paper.yaml"]
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.workflow
 LAST = {"write_report": 1, "checksums": 1}
 SEGMENTERS = {"train_segmenter": 4, "predict": 4, "evaluate": 4}
 ARMS = {"compose": 4, "compose_draw": 2, "plan": 4, **SEGMENTERS, "label_fidelity": 1}
-# Of the four arms, two take samples of lung_ddpm, which stand beside the cases that replicates share.
+# Of the four arms, two take samples of lung_ddpm, which are next to the cases that replicates share.
 SAMPLES = {"synthesize": 1, "quality": 1, "compose_draw": 2, **dict.fromkeys(SEGMENTERS, 2), "label_fidelity": 1}
 MODEL = {"train_generator": 1, **SAMPLES}
 CASES = {"prepare": 1, "collect": 1, "qc": 1, **MODEL, **ARMS}

@@ -104,7 +104,7 @@ class Slurm:
         self._launch("slurmd", "-D")
 
     def requeue(self, job: str) -> None:
-        """End a job with SIGTERM and start it once more, without the two minutes that Slurm waits."""
+        """End a job with SIGTERM and start it again, without the two minutes that Slurm waits."""
         subprocess.run(["scontrol", "requeue", job], check=True)
         while subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=False).returncode:
             assert self.died() is None, "the cluster is gone"
@@ -164,7 +164,7 @@ ON_TWO_CORES = [
 
 
 def wait_for(condition, process):
-    """Wait until `condition` holds, while the run goes on."""
+    """Wait until `condition` holds, while the run continues."""
     while not condition():
         assert process.poll() is None, "the run ended before it could be disturbed"
         time.sleep(0.2)
@@ -182,7 +182,7 @@ def test_a_disturbed_cluster_run_ends_with_the_same_tables(slurm, tiny_benchmark
     wait_for(lambda: state.exists() and any(state.glob("step-*.pt")), run)
     slurm.kill_node_daemon()
     wait_for(slurm.is_up, run)
-    # What follows a time limit or a lost node: SIGTERM, and the same job once more.
+    # What follows a time limit or a lost node: SIGTERM, and the same job again.
     slurm.requeue(slurm.running("train_generator")["JobId"])
     wait_for(lambda: slurm.running("train_segmenter"), run)
     subprocess.run(["scancel", "--signal=KILL", "--full", slurm.running("train_segmenter")["JobId"]], check=True)

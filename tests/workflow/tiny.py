@@ -40,7 +40,7 @@ TINY = {
 
 
 TWO_ARMS = {"arms": {"controls": [], "synthetic_only": []}}
-"""Over `TINY`: half of its arms, for what has to be run once more."""
+"""Over `TINY`: half of its arms, for what has to be run again."""
 
 
 def merged(base: dict, overlay: dict) -> dict:

@@ -1,7 +1,7 @@
 # Scans -> cases: CT in HU and layout on the model grid.
 
 
-# For the record, and to start a stage by hand. It is nobody's input: each job has the keys it depends on in
+# For the record, and to start a stage by hand. No job uses it as input: each job has the keys it depends on in
 # `params.settings`. (As an `ancient` input it would hide them: where a job is to run, Snakemake does not look for
 # reasons of the jobs behind it, as these run anyway, and then finds that for `ancient` they need not.)
 rule merge_config:

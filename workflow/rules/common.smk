@@ -74,7 +74,7 @@ EXTERNAL_TESTS = {
     }
     for name, each in SETTINGS.external_tests.items()
 }
-# How many scans a simulated cohort has is known beforehand; of others, a checkpoint counts them.
+# The number of scans of a simulated cohort is known in advance; for other sources, a checkpoint counts them.
 SIMULATED_SCANS = (
     SOURCE.size(SETTINGS.source.settings).scans
     if SOURCE.simulate and not EXTERNAL_TESTS
@@ -289,7 +289,7 @@ def synthesize_jobs(generator, cohort, dose, cases):
 
 
 def discovery_cases(cases):
-    """How many cases the table has to train on; of a simulated cohort, the source says it."""
+    """The number of training cases in the table; for a simulated cohort, as the source declares it."""
     if SIMULATED_SCANS is None:
         usable = [row for row in rows_of(cases) if row["status"] == "ok"]
         return sum(DISCOVERY in roles_of(row["role"]) for row in usable)
@@ -411,7 +411,7 @@ def training_launcher(_wildcards, threads):
 
 
 def all_cores(_wildcards):
-    """For work that no other job runs beside; a cluster's profile sets threads itself."""
+    """For jobs that run alone on the machine; a cluster's profile sets threads itself."""
     return workflow.cores or 4
 
 

@@ -95,7 +95,7 @@ def stack_of(headers: list[Header]) -> Stack:
             raise ExcludedCaseError(
                 header.path,
                 "is marked as synthetic CT (Synthetic Data (0008,001C) is YES)",
-                "Take the series out of this data set; synthetic CT enters an arm by arms.external.",
+                "Take the series out of this data set; to use synthetic CT in an arm, list it under arms.external.",
             )
         if header.problem:
             raise ExcludedCaseError(header.path, header.problem, COPY_AGAIN)

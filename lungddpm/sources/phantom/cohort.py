@@ -35,7 +35,7 @@ _UIDS_OF_VERSION = "0.1.0"
 _SAME_IN_ALL_SLICES = {
     "SpecificCharacterSet": "ISO_IR 100",
     "ImageType": ["DERIVED", "SECONDARY", "AXIAL"],
-    # A fixed date, so that equal slices are equal bytes.
+    # A fixed date, so that equal slices give identical files.
     **dict.fromkeys(("StudyDate", "SeriesDate", "ContentDate"), "20000101"),
     **dict.fromkeys(("StudyTime", "SeriesTime", "ContentTime"), "000000"),
     "AccessionNumber": "",
@@ -72,7 +72,7 @@ def write_cohort(settings: Phantom, seed: int, output: Path, threads: int = 1) -
     """Write the phantom cohort as `<output>/PHANTOM-0001/<StudyUID>/<SeriesUID>/` with DICOM slices and one XML file.
 
     A patient depends on the seed, its number and the settings without `patients`: a cohort of 30 begins with the cohort
-    of 20, and equal settings give equal bytes. Existing patients are kept, so that an interrupted
+    of 20, and equal settings give identical files. Existing patients are kept, so that an interrupted
     run continues; patients beyond the requested number are removed.
 
     Args:
