@@ -238,7 +238,10 @@ def count_cohort(config: Config, index: Path | None, scans: int | None) -> Cohor
     elif size is not None:
         number, origin = size.scans, size.origin
     else:
-        raise ConfigError("--cases", "is missing, and there is no index with the number of scans", "Give the number.")
+        raise ConfigError(
+            "--cases", "is missing, and no table lists the scans of this config",
+            "Give their number, or --index with the table of 'lungddpm index'.",
+        )  # fmt: skip
     sizes = {name: _declared_size(each) for name, each in config.external_tests.items()}
     external = sum(each.scans for each in sizes.values() if each is not None)
     if unknown := [name for name, each in sizes.items() if each is None]:
