@@ -11,7 +11,7 @@ $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "Python 3.11 or newer is needed; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	@echo "Installing about 6.5 GB of libraries into $(VENV): a few minutes"
+	@echo "Downloading and installing the libraries into $(VENV), about 7 GB on disk: 3 to 10 minutes"
 	@# On a terminal, pip shows its progress; in a log, that would be hundreds of lines.
 	@test -t 1 || quiet=--quiet; \
 		$(BIN)/pip install --disable-pip-version-check $$quiet --constraint constraints.txt --editable '.[docs,test]'

@@ -121,6 +121,9 @@ def run(context: typer.Context) -> None:
     """
     from lungddpm.operations.run import run_snakemake
 
+    if {"--help", "-h"} & set(context.args):
+        typer.echo(f"{context.get_help()}\n\nArguments of snakemake:\n")
+        sys.stdout.flush()
     raise typer.Exit(run_snakemake(context.args))
 
 
@@ -235,10 +238,14 @@ def qc(
 
 @app.command(rich_help_panel=STAGES)
 def train(
-    generator: Annotated[
-        str, typer.Option(help="Generator to train: a module of lungddpm/generators/, or a variant in config.")
-    ],
     config: ConfigFiles = DEFAULT_CONFIG,
+    generator: Annotated[
+        str | None,
+        typer.Option(
+            help="Generator to train: a module of lungddpm/generators/, or a variant in config.",
+            show_default="the only one that the arms train",
+        ),
+    ] = None,
     cases: CasesTable = CASES,
     cohort: CohortName = "all",
     output: Annotated[
@@ -262,7 +269,8 @@ def train(
     from lungddpm.config.loading import load_config
     from lungddpm.core.cohorts import Cohort
 
-    settings = load_config(*config).for_training(generator, Cohort.parse(cohort))
+    complete = load_config(*config, needs_source=False)
+    settings = complete.for_training(generator or complete.only_trained_generator(), Cohort.parse(cohort))
     _set_threads(threads)
     with claim_device(device) as claimed:
         if estimate:
@@ -643,6 +651,10 @@ def plan(
     With --power instead: for replicates x test cases, the difference in Dice that can be detected, the power for
     `verdict.relevant_difference`, and the hours.
     """
+    if index is not None and not index.exists():
+        from lungddpm.core.errors import InputError
+
+        raise InputError(index, "does not exist", f"Write it with 'lungddpm index --output {index}'.")
     tables = [index] if index else [CASES, CASES.with_name("index.tsv")]
     if power:
         from lungddpm.operations.design import Assumed, describe_designs, design_values, run_design

@@ -49,6 +49,14 @@ def test_every_verb_explains_itself(verb, tmp_path):
     assert "Usage" in shown.stdout
 
 
+def test_run_explains_itself_before_it_lets_snakemake_do_so(tmp_path):
+    shown = lungddpm("run", "--help", cwd=tmp_path)
+    assert shown.returncode == 0
+    own, snakemake = shown.stdout.split("Arguments of snakemake:")
+    assert "Run the whole benchmark through Snakemake" in own
+    assert "--dry-run" in snakemake
+
+
 def test_help_lists_every_verb(tmp_path):
     shown = lungddpm("--help", cwd=tmp_path).stdout
     assert all(verb.split()[0] in shown for verb in VERBS)
@@ -181,6 +189,30 @@ def test_index_without_a_usable_series_leaves_the_reasons_and_fails(tmp_path, sc
     (row,) = read_cases(tmp_path / "index.tsv").to_dict("records")
     assert (row["status"], row["role"]) == ("excluded", "")
     assert "has no label" in row["reason"]
+
+
+def test_images_are_planned_from_the_table_that_index_writes(tmp_path, monkeypatch):
+    for name in "abcd":
+        for folder in ("images", "labels"):
+            (tmp_path / "scans" / folder).mkdir(parents=True, exist_ok=True)
+            image = nibabel.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4))
+            nibabel.save(image, tmp_path / "scans" / folder / f"{name}.nii.gz")
+    source, roles = {"kind": "images", "path": "scans"}, {"discovery": 2, "reference": 1, "test": 1}
+    config = ["-c", str(config_for(tmp_path, source=source, roles=roles))]
+    monkeypatch.chdir(tmp_path)
+    counted = []
+    monkeypatch.setattr("lungddpm.operations.plan.plan_run", lambda _, cohort, __: counted.append(cohort) or [])
+
+    def call(*arguments):
+        return CliRunner().invoke(app, [*arguments, *config])
+
+    assert "no table lists the scans of this config" in str(call("plan").exception)
+    assert "index.tsv: does not exist. Write it" in str(call("plan", "--index", "index.tsv").exception)
+    assert call("index", "--output", "index.tsv").exit_code == 0
+    planned = call("plan", "--index", "index.tsv")
+    assert planned.exit_code == 0, planned.exception
+    (cohort,) = counted
+    assert (cohort.scans, cohort.voxels, cohort.discovery, cohort.test) == (4, 120, 2, 1)
 
 
 @pytest.mark.parametrize("verb", ["index", "prepare"])
@@ -385,7 +417,10 @@ def test_a_run_without_external_test_sets_has_none_in_json(verdict_folder):
 def test_without_a_verdict_json_has_nothing_on_standard_output(tmp_path):
     run = lungddpm("verdict", "--json", cwd=tmp_path)
     assert (run.returncode, run.stdout) == (2, "")
-    assert run.stderr.startswith("error: results/tables/verdict.csv: does not exist")
+    assert run.stderr == (
+        "error: results/tables/verdict.csv: does not exist. 'lungddpm run' ends with it; 'lungddpm status' shows how "
+        "far a run is.\n"
+    )
 
 
 class Terminal(io.StringIO):
@@ -448,3 +483,39 @@ def test_config_show_gives_a_config_that_is_valid_again(repository, tmp_path):
     (tmp_path / "all.yaml").write_text(shown.stdout)
     again = lungddpm("config", "show", "-c", "all.yaml", cwd=tmp_path)
     assert again.stdout == shown.stdout != ""
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Names of the generators whose training was estimated."""
+    names = []
+    monkeypatch.setattr("lungddpm.operations.estimate.run_estimate", lambda config, _: names.append(config.name))
+    return names
+
+
+@pytest.mark.parametrize(
+    ("arms", "arguments", "name"),
+    [
+        ({}, [], "lung_ddpm"),
+        ({"generators": ["copy_paste", "pix2pix3d"]}, [], "pix2pix3d"),
+        ({"generators": ["lung_ddpm", "pix2pix3d"]}, ["--generator", "pix2pix3d"], "pix2pix3d"),
+    ],
+)
+def test_train_takes_the_one_generator_that_the_arms_train(repository, trained, arms, arguments, name):
+    config = ["-c", str(repository / "config/lidc.yaml"), "-c", json.dumps({"arms": arms})]
+    result = CliRunner().invoke(app, ["train", "--estimate", "--device", "cpu", *config, *arguments])
+    assert (result.exit_code, trained) == (0, [name]), result.exception
+
+
+@pytest.mark.parametrize(
+    ("generators", "message"),
+    [
+        (["lung_ddpm", "pix2pix3d"], "--generator: is missing, and the arms use 2 generators that are trained. "
+         "Name one of lung_ddpm, pix2pix3d."),
+        (["copy_paste"], "--generator: is missing, and the arms use no generators that are trained. Name one."),
+    ],
+)  # fmt: skip
+def test_train_asks_which_of_several_generators(trained, generators, message):
+    values = {"source": {"kind": "phantom"}, "arms": {"generators": generators}}
+    result = CliRunner().invoke(app, ["train", "--estimate", "--device", "cpu", "-c", json.dumps(values)])
+    assert (str(result.exception), trained) == (message, [])

@@ -168,7 +168,7 @@ def test_an_overlay_and_the_slurm_profile_of_init_are_planned(lungddpm):
     run = lungddpm("run", "--dry-run", *overlays, "--workflow-profile", "profiles/slurm")
     assert run.returncode == 0, run.stdout[-3000:]
     assert "slurm_partition=main" in run.stdout
-    assert re.search(r"^train_segmenter +9$|^train_segmenter +12$", run.stdout, re.MULTILINE)
+    assert re.search(r"^train_segmenter +15$", run.stdout, re.MULTILINE)
 
 
 def test_a_clone_in_the_working_folder_hides_nothing(lungddpm, installed, repository):

@@ -32,7 +32,7 @@ from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import ConfigError, InputError, LeakError
 from lungddpm.core.files import exclusive_lock, fingerprint, link_or_copy, read_json, sha256_of, write_json
 from lungddpm.core.labels import Label
-from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.progress import LOG, Progress, waiting
 from lungddpm.core.roles import DISCOVERY, TEST
 from lungddpm.core.volume import read_volume, write_volume
 
@@ -220,16 +220,12 @@ class _Surroundings:
         outsiders = frozenset[str]()
         if config.arms.generators_learn_from == "same" and not config.roles.allow_shared_patients:
             outsiders = frozenset(discovery["patient_id"]) - frozenset(of_arm["patient_id"])
-        return cls(
-            arm,
-            config.roles.allow_shared_patients,
-            of_arm,
-            _training_cases(cases_table, of_arm),
-            _training_cases(cases_table, test),
-            _training_cases(cases_table, cases[cases["status"] == "ok"]),
-            splits.read_register(cases),
-            outsiders,
-        )
+        with waiting("comparing the cases with their hashes"):
+            real, tested, every = (
+                _training_cases(cases_table, rows) for rows in (of_arm, test, cases[cases["status"] == "ok"])
+            )
+        shared = config.roles.allow_shared_patients
+        return cls(arm, shared, of_arm, real, tested, every, splits.read_register(cases), outsiders)
 
     def guard(self, training: list[TrainingCase]) -> dict:
         """The result of the leak guard for these training cases.

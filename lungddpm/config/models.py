@@ -912,6 +912,20 @@ class Config(Section):
         first = self.trainings()[0]
         return [each for name in self.generators_in_use() if is_trained(each := self.for_generator(name, first))]
 
+    def only_trained_generator(self) -> str:
+        """The name of the trained generator in use, if it is the only one.
+
+        Raises:
+            ConfigError: there is none, or there are several.
+        """
+        names = [each.name for each in self.trained_generators()]
+        if len(names) == 1:
+            return names[0]
+        remedy = f"Name one of {', '.join(names)}." if names else "Name one."
+        raise ConfigError(
+            "--generator", f"is missing, and the arms use {len(names) or 'no'} generators that are trained", remedy
+        )
+
     def _check(self, name: str) -> None:
         """Check that a generator can work with the config.
 

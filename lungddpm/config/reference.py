@@ -81,5 +81,4 @@ def _type(entry: dict) -> str:
         return f"name: {'section' if '$ref' in values else _type(values)}"
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = " ".join(f"{sign} {entry[key]:g}" for key, sign in limits.items() if key in entry)
-    names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "yes/no", "null": "null"}
-    return f"{names.get(entry.get('type', ''), 'path')} {bounds}".strip()
+    return f"{entry.get('type', 'path')} {bounds}".strip()

@@ -19,7 +19,7 @@ from lungddpm.core.cases import (
 )
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import read_json, write_table
-from lungddpm.core.progress import LOG
+from lungddpm.core.progress import LOG, waiting
 from lungddpm.core.roles import REFERENCE, ROLES
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ def run_collect(config: Config, tables: list[Path], output: Path) -> None:
         _check_enough(of_role(internal(merged), role), f"roles.{role} = {getattr(config.roles, role)}", gets_nodules)
     for name in config.external_tests:
         _check_enough(merged[merged["data_set"] == name], f"external_tests.{name}", gets_nodules=False)
-    write_table(output.with_name(NODULES), _nodules_of(merged[merged["status"] == "ok"], output))
+    with waiting("reading the nodules of all cases"):
+        nodules = _nodules_of(merged[merged["status"] == "ok"], output)
+    write_table(output.with_name(NODULES), nodules)
     write_cases(output, merged)
 
 

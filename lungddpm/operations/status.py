@@ -106,7 +106,7 @@ class Status:
     complete: bool
     """Whether these are all jobs: those of scans that are not indexed are not known."""
     left: Span | None
-    """Until the end, if it continues now; None where that cannot be estimated, or nothing is left."""
+    """Until the end, if it continues now; None before the start, after the end, and where it cannot be estimated."""
     modelled: list[str]
     """Stages that none has finished of, whose times are those of the cost model."""
 
@@ -145,7 +145,9 @@ def run_status(config: Config, results: Path) -> Status:
         state = FINISHED
     elif found == {WAITING}:
         state = NOT_STARTED
-    left, modelled = (None, []) if cohort is None or state == FINISHED else _left(config, cohort, states, results)
+    left, modelled = None, list[str]()
+    if cohort is not None and state not in (FINISHED, NOT_STARTED):
+        left, modelled = _left(config, cohort, states, results)
     logs = [written for path in results.glob("logs/*.log") if (written := _written(path)) is not None]
     return Status(
         results,
@@ -341,7 +343,7 @@ def describe_status(status: Status) -> str:
     if stopped := status.of(STOPPED):
         names = ", ".join(each.job.name for each in stopped)
         parts.append(textwrap.fill(f"Stopped without an error message, e.g. killed: {names}", _WIDTH))
-    if status.state != FINISHED:
+    if status.state not in (FINISHED, NOT_STARTED):
         parts.append(_end(status))
     return "\n\n".join([textwrap.fill(parts[0], _WIDTH), *parts[1:]])
 
@@ -353,7 +355,10 @@ def _headline(status: Status) -> str:
     if status.state == FINISHED:
         return f"{status.results}: {styled('finished', 'green')}. 'lungddpm verdict' shows the answer."
     if status.state == NOT_STARTED:
-        return f"{status.results}: nothing has been started here."
+        return (
+            f"{status.results}: nothing has been started here. 'lungddpm run' starts a run, 'lungddpm plan' estimates "
+            "what it needs."
+        )
     if status.locked:
         since = format_span(status.running_seconds or 0.0)
         return f"{status.results}: {styled('under way', 'green')} for {since}{silent}."
@@ -419,7 +424,7 @@ def _end(status: Status) -> str:
         at = [_clock(now, seconds) for seconds in (left.expected, left.low, left.high)]
         lines[0] += f"; expected end {at[0]} ({at[1]} to {at[2]})."
     else:
-        lines[0] += " once it resumes." if done else " once it starts."
+        lines[0] += " once it resumes."
     timed = sum(each.seconds is not None for each in status.jobs)
     basis = [f"the times of {plural(timed, 'finished job')}"] if timed else []
     if few := status.modelled:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from lungddpm.core.errors import InputError
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import format_number, styled
 from lungddpm.evaluation.measures import deciding_measure
@@ -34,7 +35,7 @@ def verdict_table_text(results: Path) -> str:
     Raises:
         InputError: the run has no verdict yet.
     """
-    verdict, instrument = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "instrument"))
+    verdict, instrument = _tables(results)
     measure = deciding_measure()
     rows = verdict[verdict["metric"] == measure.column].to_dict("records")
     table = DisplayTable(
@@ -59,6 +60,19 @@ def verdict_table_text(results: Path) -> str:
         lines += ["", _EXPLORATORY, *(_wrapped(sentence, "- ") for sentence in compared["sentence"])]
     lines += [_wrapped(text, "! ") for text in _failed_externally(results)]
     return "\n".join([*lines, "", f"Report: {results / 'report.html'}"])
+
+
+def _tables(results: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """`verdict.csv` and `instrument.csv`.
+
+    Raises:
+        InputError: the run has no verdict yet.
+    """
+    path = results / "tables" / "verdict.csv"
+    if not path.exists():
+        remedy = "'lungddpm run' ends with it; 'lungddpm status' shows how far a run is."
+        raise InputError(path, "does not exist", remedy)
+    return read_csv(path), read_csv(path.with_name("instrument.csv"))
 
 
 def _external_rows(results: Path) -> pd.DataFrame | None:
@@ -91,7 +105,7 @@ def verdict_values(results: Path) -> dict[str, Any]:
     Raises:
         InputError: the run has no verdict yet.
     """
-    verdict, instrument = (read_csv(results / "tables" / f"{name}.csv") for name in ("verdict", "instrument"))
+    verdict, instrument = _tables(results)
     measure, outcome = deciding_measure(), outcome_of(instrument)
     rows = verdict[verdict["metric"] == measure.column]
     return {

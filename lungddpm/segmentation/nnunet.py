@@ -551,7 +551,7 @@ def _read_draw(config: Config, arm_dir: Path, fold: int, seed: int) -> dict[str,
     if not arm["own_draws"]:
         return {}
     replicate = config.segmentation.replicate_name(fold, seed)
-    remedy = f"Run 'lungddpm compose --replicate {replicate}' for this arm first."
+    remedy = f"Run 'lungddpm compose --arm {arm['arm']} --replicate {replicate}' first."
     path = draw_record(arm_dir, replicate)
     draw = read_json(path, remedy)
     if draw["arm_fingerprint"] != arm["fingerprint"]:

@@ -454,7 +454,7 @@ def test_a_replicate_trains_on_its_own_draw_and_one_more_leaves_the_others_alone
     samples = read_cases(run / "synthetic" / "samples.tsv")
     run_compose(config, name, table, [], arm)
     nnunet.run_plan_segmenter(config, arm, run / "arms" / "real")
-    with pytest.raises(InputError, match=r"draw\.json.*compose --replicate fold0_seed0"):
+    with pytest.raises(InputError, match=r"draw\.json.*compose --arm .* --replicate fold0_seed0"):
         nnunet.run_train_segmenter(config, arm, 0, 0, "cpu")
 
     def draw(seed):

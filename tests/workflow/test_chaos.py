@@ -72,8 +72,8 @@ class DisturbedRun:
 
     def jobs_begun(self):
         """By all runs so far, including restarts."""
-        outputs = [path.read_text() for path in self.benchmark.folder.glob("run-*.log")]
-        return sum(len(re.findall(r"^(?:local)?(?:rule|checkpoint) \w+:$", text, re.MULTILINE)) for text in outputs)
+        logs = [path.read_text() for path in self.benchmark.folder.glob(".snakemake/log/*.log")]
+        return sum(len(re.findall(r"^(?:local)?(?:rule|checkpoint) \w+:$", text, re.MULTILINE)) for text in logs)
 
     def kill(self, target):
         """Kill -9 the target or, if it does not live now, everything."""

@@ -41,7 +41,7 @@ def test_the_demo(repository, tmp_path):
     assert not (tmp_path / "results").exists(), "a dry run writes nothing"
 
 
-@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 4, 3), ("paper", 21, 5)])
+@pytest.mark.parametrize(("overlay", "arms", "replicates"), [("lidc", 5, 3), ("paper", 21, 5)])
 def test_overlays(repository, tmp_path, overlay_with_path, overlay, arms, replicates):
     run = dry_run(repository, tmp_path, "--cores", "2", "--configfile", f"config/{overlay}.yaml", overlay_with_path)
     assert run.returncode == 0, run.stderr

@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from tiny import rules_of
+from tiny import finished_rules, rules_of
 
 pytestmark = [pytest.mark.workflow, pytest.mark.slow]
 
@@ -135,7 +134,7 @@ def test_truncated_files_are_found_and_made_again(tiny_benchmark, copied):
 
     run = copied.run()
     assert run.returncode == 0, run.stdout[-5000:]
-    done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
+    done = set(finished_rules(run.stdout))
     expected = {"prepare", "train_generator", "synthesize", "plan", "train_segmenter", "predict", "quality", "qc"}
     assert expected | {"label_fidelity"} <= done
     assert not {"simulate", "index"} & done

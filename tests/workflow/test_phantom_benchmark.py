@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import psutil
 import pytest
-from tiny import BIN, TWO_ARMS, assert_same_measures
+from tiny import BIN, TWO_ARMS, assert_same_measures, finished_rules
 
 pytestmark = pytest.mark.workflow
 
@@ -193,7 +193,7 @@ def test_lung_ddpm_plus_continues_from_the_same_cases(tiny_benchmark, make_bench
         shutil.copytree(tiny_benchmark.folder / name, benchmark.folder / name)
     run = benchmark.run("--until", "synthesize")
     assert run.returncode == 0, run.stdout[-5000:]
-    done = set(re.findall(r"^(?:local)?rule (\w+):", run.stdout, re.MULTILINE))
+    done = set(finished_rules(run.stdout))
     assert {"train_generator", "synthesize"} <= done
     assert not {"simulate", "index", "prepare"} & done
     samples = benchmark.results / "synthetic/lung_ddpm_plus"

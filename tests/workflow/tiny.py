@@ -84,6 +84,11 @@ def rules_of(stdout: str) -> dict[str, int]:
     return {name: int(count) for name, count in found if name not in ("all", "total")}
 
 
+def finished_rules(stdout: str) -> list[str]:
+    """The rules of the jobs that have ended well, in this order."""
+    return re.findall(r"^Finished jobid: \d+ \(Rule: (\w+)\)$", stdout, re.MULTILINE)
+
+
 def assert_same_measures(benchmark: Benchmark, other: Benchmark) -> None:
     """All cases and lesions of a benchmark are measured as in another one, which may have more arms."""
     for name in ("cases.csv", "lesions.csv"):

@@ -17,6 +17,9 @@ if package.origin is None:
         "Start 'lungddpm run' or 'snakemake', not 'python -m snakemake', and take its parent out of PYTHONPATH."
     )
 
+from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
+
 from lungddpm.config.loading import parse_config, read_values
 from lungddpm.core.arms import Arm
 from lungddpm.core.code import stage_fingerprint
@@ -92,6 +95,26 @@ if SIMULATED_SCANS is not None:
         report_error(error)
         raise WorkflowError(str(error)) from None
 CHECKPOINT = weights_file(Path("results/arms/{arm}"), "{fold}", "{seed}").as_posix()
+
+
+def is_not_about_a_start(record):
+    """Whether a message of Snakemake's is about something else than jobs that start."""
+    starts = {LogEvent.JOB_INFO, LogEvent.JOB_STARTED}
+    selects = record.getMessage() == "Select jobs to execute..."
+    return getattr(record, "event", None) not in starts and not selects
+
+
+# Of each job that starts, Snakemake lists all files: ten lines, some of thousands of characters. Its own log has them
+# (.snakemake/log), and so has the terminal if an option asks for them. Errors, with the path of the log, always show.
+OUTPUT = workflow.output_settings
+if (
+    workflow.modifier.is_main_snakefile()
+    and workflow.is_main_process
+    and not (OUTPUT.dryrun or OUTPUT.printshellcmds or OUTPUT.verbose or OUTPUT.quiet)
+):
+    for handler in logger.handlers:
+        if handler.name == "DefaultStreamHandler":
+            handler.addFilter(is_not_about_a_start)
 
 
 # The hashes of a run under way would be wrong. (Not called where this workflow is a module of another.)
