@@ -55,6 +55,8 @@ NOTHING, LAYOUT, SLICE, VOLUME = "none", "layout", "layout+slice", "layout+volum
 GIVEN = NOTHING, LAYOUT, SLICE, VOLUME
 """The information about the target CT that a generator is given, in the terms of `published.csv`. (All generators here
 are given the layout: without one there are no labels.)"""
+NODULES_PER_CASE = 2.5
+"""On average (LIDC-IDRI: 2.6 in 1,018 scans): assumed for the cost of generators that draw nodule by nodule."""
 
 _REQUIRED = ("TITLE", "CITATION", "Settings", "LAYOUTS", "load")
 

@@ -25,8 +25,8 @@ from lungddpm.config.sections import (
 from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
-from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm_plus import NODULES_PER_CASE, Crop, CropSettings, PlusTraining, plan_crops
+from lungddpm.generators import ADDED, NODULES_PER_CASE, OWN, Drawing, Generator, Task
+from lungddpm.generators.lung_ddpm_plus import Crop, CropSettings, PlusTraining, plan_crops
 
 if TYPE_CHECKING:
     import torch

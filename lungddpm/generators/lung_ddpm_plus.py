@@ -30,7 +30,7 @@ from lungddpm.config.sections import (
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Box, per_axis, to_hu, to_model_range
-from lungddpm.generators import ADDED, OWN, VOLUME, Drawing, Generator, Task, lung_ddpm
+from lungddpm.generators import ADDED, NODULES_PER_CASE, OWN, VOLUME, Drawing, Generator, Task, lung_ddpm
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
 
 if TYPE_CHECKING:
@@ -43,8 +43,6 @@ CITATION = (
 FAMILY = "pixel diffusion in crops"
 PUBLISHED_AS = {VOLUME: "Lung-DDPM+"}
 LAYOUTS = OWN, ADDED
-NODULES_PER_CASE = 2.5
-"""On average (LIDC-IDRI: 2.6 in 1,018 scans)."""
 
 
 class PlusDenoiser(Denoiser):
