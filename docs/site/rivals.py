@@ -127,28 +127,29 @@ def of_sets() -> pd.DataFrame:
 
 def quality() -> list[list[str]]:
     """Distances, diversity and nearness to training cases of each generator and of the floors."""
-    measured, given = of_sets(), read("ladder").set_index("generator")["given"]
+    measured, given = of_sets(), read("ladder").dropna(subset=["generator"]).set_index("generator")["given"]
+    background = {name: "pasted" if cell == "layout+volume" else "drawn" for name, cell in given.items()}
     first = measured.index[0]
-    images = [(f"`{name}`", given.get(name), name, "synthetic") for name in measured.index]
-    images += [(title, None, first, image) for image, title in FLOORS.items()]
+    images = [(f"`{name}`", background.get(name, ""), name, "synthetic") for name in measured.index]
+    images += [(title, "", first, image) for image, title in FLOORS.items()]
     columns = {
         "FID, whole volume": ("whole volume", "fid", 1), "FID, lungs": ("lungs", "fid", 2),
         "precision": ("lungs", "feature_precision", 2), "recall": ("lungs", "feature_recall", 2),
-        "AUC": ("lungs", "classifier_auc", 2), "MS-SSIM of draws, nodules": ("nodules", "pairwise_ms_ssim", 3),
-        "sd of nodule means, HU": ("nodules", "nodule_mean_sd_hu", 0),
+        "AUC": ("lungs", "classifier_auc", 2), "MS-SSIM of draws": ("nodules", "pairwise_ms_ssim", 3),
+        "sd of means, HU": ("nodules", "nodule_mean_sd_hu", 0),
         "nearest training case": ("lungs", "nearest_training_ratio", 2),
         "smallest": ("lungs", "smallest_training_ratio", 2),
         "nearer than any real": ("lungs", "n_nearer_than_any_real", 0),
     }  # fmt: skip
     rows = [
-        [title, GIVEN.get(cell, "")]
+        [title, drawn]
         + [
             number(measured.loc[name].get((image, region, metric), math.nan), digits)
             for region, metric, digits in columns.values()
         ]
-        for title, cell, name, image in images
+        for title, drawn, name, image in images
     ]
-    return [["CT", "given", *columns], *rows]
+    return [["CT", "background", *columns], *rows]
 
 
 def checks() -> list[list[str]]:
