@@ -263,7 +263,7 @@ def test_nan_in_the_steps_of_the_autoencoder_stops_with_the_last_good_state(
     assert len(held) > 50
     assert all(tensor.isfinite().all() for tensor in held)
     assert not (tmp_path / "model.safetensors").exists()
-    # The same command goes on from there.
+    # The same command resumes from there.
     monkeypatch.undo()
     train(settings_of(), tiny_cohort, tmp_path)
     assert len(pd.read_csv(tmp_path / "history.csv")) == 7
