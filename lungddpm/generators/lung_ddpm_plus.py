@@ -30,7 +30,7 @@ from lungddpm.config.sections import (
 from lungddpm.core.errors import InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Box, per_axis, to_hu, to_model_range
-from lungddpm.generators import ADDED, NODULES_PER_CASE, OWN, VOLUME, Drawing, Generator, Task, lung_ddpm
+from lungddpm.generators import ADDED, OWN, VOLUME, Drawing, Generator, Task, lung_ddpm
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
 
 if TYPE_CHECKING:
@@ -214,7 +214,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
     """Passes to the noise and back for each nodule."""
     sampling = config.settings.sampling
-    return Drawing(2 * sampling.steps * NODULES_PER_CASE, sampling.batch_size)
+    return Drawing(2 * sampling.steps, sampling.batch_size, per_nodule=True)
 
 
 def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:

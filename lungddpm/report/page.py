@@ -18,7 +18,6 @@ from lungddpm.core.files import sha256_of, write_json, write_text
 from lungddpm.core.progress import LOG, waiting
 from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
-from lungddpm.generators import NODULES_PER_CASE
 from lungddpm.quality.feature_distances import MEDICALNET
 from lungddpm.report import figures
 from lungddpm.report.external import not_tested, show_external
@@ -258,7 +257,6 @@ def render_report(
         published=show_published(tables["published_comparison"].query("arm == ''")),
         arms=show_arms(arms),
         kept=show_filter(tables["sample_filter"]) if "sample_filter" in tables else None,
-        nodules_per_case=f"{NODULES_PER_CASE:g}",
         filter_limit=f"{100 * config.arms.filter.found:g} %",
         generators_in_use=generators_of(config),
         arm_cases={
