@@ -114,7 +114,7 @@ class Drawing:
     per_nodule: bool = False
 
     def passes_for(self, nodules: float = NODULES_PER_CASE) -> float:
-        """Forward passes of a sample with so many nodules."""
+        """Forward passes of a sample with this number of nodules."""
         return self.passes * nodules if self.per_nodule else self.passes
 
 
