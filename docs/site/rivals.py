@@ -138,7 +138,7 @@ def quality() -> list[list[str]]:
         "AUC": ("lungs", "classifier_auc", 2), "MS-SSIM of draws": ("nodules", "pairwise_ms_ssim", 3),
         "sd of means, HU": ("nodules", "nodule_mean_sd_hu", 0),
         "nearest training case": ("lungs", "nearest_training_ratio", 2),
-        "smallest": ("lungs", "smallest_training_ratio", 2),
+        "(smallest)": ("lungs", "smallest_training_ratio", 2),
         "nearer than any real": ("lungs", "n_nearer_than_any_real", 0),
     }  # fmt: skip
     rows = [
@@ -149,7 +149,11 @@ def quality() -> list[list[str]]:
         ]
         for title, drawn, name, image in images
     ]
-    return [["CT", "background", *columns], *rows]
+    table = [["CT", "background", *columns], *rows]
+    for row in table:
+        smallest = row.pop(-2)
+        row[-2] += f" {smallest}" if smallest in columns else f" ({smallest})" if smallest != DASH else ""
+    return table
 
 
 def checks() -> list[list[str]]:
