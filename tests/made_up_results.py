@@ -146,7 +146,7 @@ def _write_extras(config, results, rng, offset_hu):
     folder = results / "synthetic" / "lung_ddpm" / cohort.name
     for number in range(2):
         cost = {"seconds": 2.0 + number, "memory_mib": 800 + 10 * number, "device": "cpu"}
-        provenance = {"reference_case_id": "case-01", **cost}
+        provenance = {"reference_case_id": "case-01", "n_nodules": 1 + number, **cost}
         write_case(folder / f"sample-{number}", rng, provenance=provenance, offset_hu=offset_hu)
         sha256 = CaseFolder(folder / f"sample-{number}").hash()
         row = case_row(f"sample-{number}", "patient-01", "", source="lung_ddpm", sha256=sha256)

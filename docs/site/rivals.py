@@ -15,7 +15,17 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, TABLES, IMAGES = (
     ROOT / path for path in ("docs/explanation/rivals.md", "docs/explanation/rivals", "docs/images")
 )
-COPIED = ["ladder", "label_fidelity", "quality_and_cost", "calibration", "verdict"]
+COPIED = ["ladder", "label_fidelity", "quality_and_cost", "calibration", "verdict", "instrument", "run_spread"]
+OF_SETS = [
+    "fid", "kid", "mmd_squared", "feature_precision", "feature_recall", "classifier_auc", "nearest_training_ratio",
+    "smallest_training_ratio", "n_nearer_than_any_real", "pairwise_ms_ssim", "voxel_sd_hu", "nodule_mean_sd_hu",
+]  # fmt: skip
+"""Measures of `image_quality.csv` that are copied: of all samples of a generator together."""
+FLOORS = {
+    "other patients": "real CT of the four other patients", "constant lungs": "lungs of one grey value",
+    "copies of the references": "copies of the references",
+}  # fmt: skip
+"""Images made without a generator -> their name on the page."""
 BEGIN, END = "<!-- begin: python docs/site/rivals.py, {} -->\n", "<!-- end -->"
 DASH = "–"
 GIVEN = {"layout": "layout", "layout+slice": "layout + slice", "layout+volume": "layout + volume"}
@@ -33,7 +43,12 @@ def copy(results: Path) -> None:
         table = pd.read_csv(results / "tables" / f"{name}.csv")
         write(name, table)
     quality = pd.read_csv(results / "tables/image_quality.csv")
-    write("spread_between_draws", quality[(quality["metric"] == "voxel_sd_hu") & (quality["image"] == "synthetic")])
+    # Those floors are the same for every generator.
+    kept = (quality["image"] == "synthetic") | (
+        quality["image"].isin(FLOORS) & (quality["generator"] == quality["generator"].iloc[0])
+    )
+    quality = quality[kept & quality["metric"].isin(OF_SETS)]
+    write("image_quality", quality.drop(columns=["sd", "weights_sha256", "extractor", "note"]))
     timing = pd.read_csv(results / "tables/timing.csv")
     write("timing", timing[timing["stage"] == "train_generator"])
     sample = shared_sample(config, results, samples_to_show(config, results))
@@ -78,7 +93,7 @@ def fidelity() -> list[list[str]]:
     """What segmenters find on the CT of each generator, and what it costs."""
     costs = read("quality_and_cost").set_index("generator")
     measured = read("calibration").set_index(["generator", "region", "measure"])["mean"]
-    draws = read("spread_between_draws").set_index("generator")["mean"]
+    draws = of_sets()["synthetic", "nodules", "voxel_sd_hu"]
     heads = [
         "generator", "function evaluations", "seconds per volume", "Dice on its CT", "lesions found", "HU in lungs",
         "HU in nodules", "spread in nodules", "spread between draws, HU", "KID in lungs (standard error)",
@@ -103,6 +118,79 @@ def fidelity() -> list[list[str]]:
     return [heads, *rows]
 
 
+def of_sets() -> pd.DataFrame:
+    """A row per generator, a column per image, region and measure of `image_quality.csv`."""
+    quality = read("image_quality")
+    wide = quality.pivot_table("mean", "generator", ["image", "region", "metric"])
+    return wide.reindex(quality["generator"].unique())
+
+
+def quality() -> list[list[str]]:
+    """Distances, diversity and nearness to training cases of each generator and of the floors."""
+    measured, given = of_sets(), read("ladder").dropna(subset=["generator"]).set_index("generator")["given"]
+    background = {name: "pasted" if cell == "layout+volume" else "drawn" for name, cell in given.items()}
+    first = measured.index[0]
+    images = [(f"`{name}`", background.get(name, ""), name, "synthetic") for name in measured.index]
+    images += [(title, "", first, image) for image, title in FLOORS.items()]
+    columns = {
+        "FID, whole volume": ("whole volume", "fid", 1), "FID, lungs": ("lungs", "fid", 2),
+        "precision": ("lungs", "feature_precision", 2), "recall": ("lungs", "feature_recall", 2),
+        "AUC": ("lungs", "classifier_auc", 2), "MS-SSIM of draws": ("nodules", "pairwise_ms_ssim", 3),
+        "sd of means, HU": ("nodules", "nodule_mean_sd_hu", 0),
+        "nearest training case": ("lungs", "nearest_training_ratio", 2),
+        "(smallest)": ("lungs", "smallest_training_ratio", 2),
+        "nearer than any real": ("lungs", "n_nearer_than_any_real", 0),
+    }  # fmt: skip
+    rows = [
+        [title, drawn]
+        + [
+            number(measured.loc[name].get((image, region, metric), math.nan), digits)
+            for region, metric, digits in columns.values()
+        ]
+        for title, drawn, name, image in images
+    ]
+    table = [["CT", "background", *columns], *rows]
+    for row in table:
+        smallest = row.pop(-2)
+        row[-2] += f" {smallest}" if smallest in columns else f" ({smallest})" if smallest != DASH else ""
+    return table
+
+
+def checks() -> list[list[str]]:
+    """The checks of the instrument that did not pass."""
+    instrument, arms = read("instrument"), read("run_spread")["arm"]
+    rows = []
+    failed = instrument[instrument["status"].isin(["failed", "not measured"])]
+    for (check, measure, status), lines in failed.groupby(["check", "measure", "status"], sort=False):
+        line = lines.iloc[0]
+        limit = f"at most {line['limit_high']:g}" if pd.notna(line["limit_high"]) else f"at least {line['limit_low']:g}"
+        if lines["subject"].isna().all():
+            found = number(line["value"], 4 if line["value"] < 0.01 else 2)
+        else:
+            # Arms that have converged have no row.
+            names = instrument.loc[instrument["check"] == check, "subject"].unique()
+            among = len(arms if check == "segmenters converged" else names)
+            found = f"{len(lines)} of {among}: {', '.join(map(subject, lines.to_dict('records')))}"
+        rows.append([check, measure, limit, found if status == "failed" else f"{status}, {found}"])
+    return [["check", "measure", "limit", "failed"], *rows]
+
+
+def subject(line: dict) -> str:
+    """An arm or a generator that failed, with what was measured."""
+    if line["measure"] == "limits of HU exceeded":
+        hu = read("calibration")
+        beyond = hu[(hu["generator"] == line["subject"]) & (hu["status"] != "within limits") & hu["limit_low"].notna()]
+        texts = [
+            f"{row.region.removesuffix(' without nodules')} "
+            + (f"{row.mean:.2f}" if row.measure == "hu_spread_ratio" else f"{signed(row.mean, 0)} HU")
+            for row in beyond.itertuples()
+        ]
+        return f"`{line['subject']}` ({', '.join(texts)})"
+    name = line["subject"].partition("@")[0]
+    value = f" {number(line['value'], 2)}" if pd.notna(line["value"]) else ""
+    return f"`{name if name in CONTROLS else name.removeprefix('real+')}`{value}"
+
+
 def signed(value: float, digits: int = 3) -> str:
     """With its sign, if it is not 0; a minus as wide as a plus."""
     if pd.isna(value):
@@ -117,7 +205,8 @@ def number(value: float, digits: int) -> str:
 
 def fill(page: str) -> str:
     """The page with its tables made again."""
-    for name, rows in (("gains", gains()), ("fidelity", fidelity())):
+    tables = {"gains": gains, "checks": checks, "fidelity": fidelity, "quality": quality}
+    for name, rows in ((name, make()) for name, make in tables.items()):
         before, begin, rest = page.partition(BEGIN.format(name))
         heads, *others = rows
         lines = [heads, ["---"] * len(heads), *others]

@@ -391,9 +391,17 @@ class Autoencoder(Section):
         return self
 
 
+class LatentDenoiser(Denoiser):
+    """The published 3-D U-Net, but for latents."""
+
+    wavelet: bool = False
+    """Must be off: the transform is for voxels, and the autoencoder has already reduced them."""
+
+
 class LatentSettings(UNetSettings):
     """Settings of a diffusion model that draws the latents of an autoencoder."""
 
+    denoiser: LatentDenoiser = LatentDenoiser()
     orientation: Literal["ras"] = "ras"
     """That of the grid: there are no published weights that need another one."""
     autoencoder: Autoencoder = Autoencoder()

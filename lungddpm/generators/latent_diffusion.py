@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 TITLE = "Latent diffusion: a diffusion model draws the latents of an autoencoder; the reference fills the rest"
 CITATION = (
     "Rombach et al.: High-Resolution Image Synthesis with Latent Diffusion Models, CVPR 2022, arXiv 2112.10752 (here "
-    "in 3-D; Make-A-Volume and GEM-3D are of this family)."
+    "in 3-D). Of this family: Zhu et al.: Make-A-Volume, MICCAI 2023, arXiv 2307.10094; Zhu et al.: Generative "
+    "Enhancement for 3D Medical Images (GEM-3D), 2024, arXiv 2403.12852."
 )
 FAMILY = "latent diffusion"
 PUBLISHED_AS = {LAYOUT: "Make-A-Volume", SLICE: "GEM-3D"}

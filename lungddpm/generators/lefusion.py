@@ -26,7 +26,7 @@ from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
 from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm_plus import NODULES_PER_CASE, Crop, CropSettings, PlusTraining, plan_crops
+from lungddpm.generators.lung_ddpm_plus import Crop, CropSettings, PlusTraining, plan_crops
 
 if TYPE_CHECKING:
     import torch
@@ -127,7 +127,7 @@ def preview(config: GeneratorConfig[Settings]) -> Preview:
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
     """One pass per noise level and visit, for each nodule."""
     sampling = config.settings.sampling
-    return Drawing(sampling.steps * sampling.resampling * NODULES_PER_CASE, sampling.batch_size)
+    return Drawing(sampling.steps * sampling.resampling, sampling.batch_size, per_nodule=True)
 
 
 def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Generator:

@@ -43,8 +43,6 @@ CITATION = (
 FAMILY = "pixel diffusion in crops"
 PUBLISHED_AS = {VOLUME: "Lung-DDPM+"}
 LAYOUTS = OWN, ADDED
-NODULES_PER_CASE = 2.5
-"""On average (LIDC-IDRI: 2.6 in 1,018 scans)."""
 
 
 class PlusDenoiser(Denoiser):
@@ -216,7 +214,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
 def drawing(config: GeneratorConfig[Settings]) -> Drawing:
     """Passes to the noise and back for each nodule."""
     sampling = config.settings.sampling
-    return Drawing(2 * sampling.steps * NODULES_PER_CASE, sampling.batch_size)
+    return Drawing(2 * sampling.steps, sampling.batch_size, per_nodule=True)
 
 
 def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:

@@ -558,7 +558,7 @@ def _train_generator(
 
 
 def _draw(drawing: Drawing, cost: NetworkCost, jobs: int, samples: int, grid: int, speed: Speed) -> Stage:
-    flop = samples * drawing.passes * cost.forward_flop
+    flop = samples * drawing.passes_for() * cost.forward_flop
     disk = samples * (_RATES["synthesize"].disk_bytes + _CASE_BYTES_PER_VOXEL * grid)
     memory = cost.weights_bytes + drawing.batch_size * cost.drawing_bytes
     return _heavy("synthesize", jobs, flop, memory, disk, speed)

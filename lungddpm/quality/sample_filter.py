@@ -1,8 +1,9 @@
 """The quality filter: how much of a sample's nodules do segmenters trained on real cases find?
 
-After FreeTumor, where a synthetic lesion counts only if the baseline segmenter finds at least 70 % of its voxels. Here
-every candidate for an arm is judged as a whole; `lungddpm.arms.compose` then keeps those above `arms.filter.found`. The
-segmenters are trained only on the arm's own real cases, so no other patient influences the choice.
+After FreeTumor (Wu et al. 2024, arXiv 2406.01264), where a synthetic lesion counts only if the baseline segmenter finds
+at least 70 % of its voxels. Here every candidate for an arm is judged as a whole; `lungddpm.arms.compose` then keeps
+those above `arms.filter.found`. The segmenters are trained only on the arm's own real cases, so no other patient
+influences the choice.
 """
 
 from __future__ import annotations

@@ -36,10 +36,14 @@ from lungddpm.quality.image_quality import (
 )
 from lungddpm.verdict.answer import ANSWER, MANY
 from lungddpm.verdict.instrument import FAILED, NOT_MEASURED, PASSED, SHORT
-from lungddpm.verdict.ladder import NOT_IN_RUN
+from lungddpm.verdict.ladder import NOT_IN_RUN, has_wavelets
 from lungddpm.verdict.statistics import caveats, minimum_cases
 from lungddpm.verdict.tables import missing_replicates
 
+WAVELET_CITATION = (
+    "Friedrich et al.: WDM: 3D Wavelet Diffusion Models for High-Resolution Medical Image Synthesis, DGM4MICCAI 2024, "
+    "arXiv 2402.19043 (whose diffusion runs on the sub-bands; here on voxels)."
+)
 SHARED_VARIANCE = (
     "In simulated benchmarks of three arms whose replicates share half their variance, false claims rise from 5 % to "
     "16 % (3 replicates, 40 cases) or 37 % (5 replicates, 249 cases)."
@@ -487,7 +491,7 @@ def show_fidelity_strata(strata: pd.DataFrame) -> DisplayTable | None:
 
 def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, DisplayTable, list[str]]:
     """`ladder.csv` for display: families crossed with the given information, then a row per generator, and notes on
-    published methods.
+    published methods. Cells of the former have several lines.
 
     Args:
         ladder: `LADDER_COLUMNS`.
@@ -496,7 +500,7 @@ def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, Di
     crossed = []
     for family, rows in ladder.groupby("family", sort=False):
         cells = [[_in_cell(row) for row in rows[rows["given"] == given].to_dict("records")] for given in GIVEN]
-        crossed.append([str(family), *("; ".join(cell) for cell in cells)])
+        crossed.append([str(family), *("\n\n".join(cell) for cell in cells)])
     heads = ["family", *("nothing" if given == NOTHING else given.replace("+", " + ") for given in GIVEN)]
     listed = [
         [
@@ -519,12 +523,25 @@ def show_ladder(ladder: pd.DataFrame, confidence: str) -> tuple[DisplayTable, Di
 
 
 def _in_cell(row: dict) -> str:
-    """A generator with its difference from `real` and the published method that it represents, or that method alone."""
+    """A generator with the published method that it represents, and a line for each of its image quality, its label
+    fidelity and its arm's difference from `real`, where measured; or that method alone."""
     if not row["generator"]:
         return f"({row['stands_for']}: {NOT_IN_RUN})"
-    difference = format_number(row["difference"], "+.3f")
     method = f" = {row['stands_for']}" if row["stands_for"] else ""
-    return f"{row['generator']}{f' {difference}' if difference else ''}{method}"
+    whole, lungs, dice, below, difference = (
+        format_number(row[name], form)
+        for name, form in {
+            "fid": ".3g", "fid_lungs": ".3g", "fidelity_dice": ".3f", "fidelity_difference": "+.3f",
+            "difference": "+.3f",
+        }.items()
+    )  # fmt: skip
+    fids = [f"{value} {where}" for value, where in ((whole, "whole volume"), (lungs, "lungs")) if value]
+    lines = {
+        "FID": ", ".join(fids),
+        "fidelity": f"{dice} ({below})" if dice and below else dice,
+        "difference": difference,
+    }
+    return "\n".join([row["generator"] + method, *(f"{name} {text}" for name, text in lines.items() if text)])
 
 
 def generators_of(config: Config) -> list[tuple[str, str, str]]:
@@ -539,7 +556,10 @@ def generators_of(config: Config) -> list[tuple[str, str, str]]:
         else:
             declared = config.plugin_of(name)
             variant = "" if config.kind_of(name) == name else f"Variant of {config.kind_of(name)}. "
-            described.append((name, variant + declared.title, cited(declared.citation)))
+            title, citation = variant + declared.title, cited(declared.citation)
+            if has_wavelets(config, name):
+                title, citation = f"{title}; its network works on wavelets", f"{citation} {WAVELET_CITATION}".strip()
+            described.append((name, title, citation))
     return described
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import pandas as pd
 
 from lungddpm.config.models import Config
+from lungddpm.generators import NODULES_PER_CASE
 from lungddpm.quality.calibration import DIFFERENCE, NODULES
 from lungddpm.quality.image_quality import LUNGS, OTHER_PATIENTS, SYNTHETIC
 from lungddpm.quality.label_fidelity import REAL_CT
@@ -18,12 +19,20 @@ QUALITY_COLUMNS = ["label_fidelity_dice", "nodule_hu_difference", *_OF_SETS.valu
 COLUMNS = ["generator", "function_evaluations", *DRAWING_COLUMNS[1:], *QUALITY_COLUMNS, "extractor"]
 
 
-def function_evaluations(config: Config, generator: str) -> float:
-    """Forward passes of a network per volume: 0 without a network, NaN for CT of another system."""
+def function_evaluations(config: Config, generator: str, nodules: float = NODULES_PER_CASE) -> float:
+    """Forward passes of a network per volume: 0 without a network, NaN for CT of another system.
+
+    Args:
+        config: of the run.
+        generator: in use.
+        nodules: of a volume, on average; matters to generators that draw nodule by nodule.
+    """
     if generator in config.arms.external:
         return math.nan
     declared = config.plugin_of(generator)
-    return 0.0 if declared.drawing is None else declared.drawing(config.for_generator(generator)).passes
+    if declared.drawing is None:
+        return 0.0
+    return declared.drawing(config.for_generator(generator)).passes_for(nodules)
 
 
 def cost_table(config: Config, drawing: pd.DataFrame, tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
@@ -43,7 +52,8 @@ def cost_table(config: Config, drawing: pd.DataFrame, tables: Mapping[str, pd.Da
     for row in drawing.to_dict("records"):
         name = row["generator"]
         measured = {**_quality(name, quality), **_fidelity(name, fidelity)}
-        rows.append({**row, "function_evaluations": function_evaluations(config, name), **measured})
+        nodules = NODULES_PER_CASE if math.isnan(row["nodules_per_volume"]) else row["nodules_per_volume"]
+        rows.append({**row, "function_evaluations": function_evaluations(config, name, nodules), **measured})
     table = pd.DataFrame(rows, columns=COLUMNS).astype({"n_volumes": "Int64"})
     return table.fillna({"device": "", "extractor": ""})
 

@@ -48,8 +48,15 @@ def stands_for(config: Config, generator: str) -> str:
     of_generator = config.for_generator(generator)
     sampling = getattr(of_generator.settings, "sampling", None)
     shown_volume = cell[1] == VOLUME and getattr(sampling, "background", None) != "reference"
-    wavelet = getattr(getattr(of_generator.of_weights.settings, "denoiser", None), "wavelet", False)
-    return "" if shown_volume or wavelet else config.plugin_of(generator).published_as.get(cell[1], "")
+    if shown_volume or has_wavelets(config, generator):
+        return ""
+    return config.plugin_of(generator).published_as.get(cell[1], "")
+
+
+def has_wavelets(config: Config, generator: str) -> bool:
+    """Whether a generator of the config draws with a network that works on wavelets (`denoiser.wavelet`)."""
+    settings = config.for_generator(generator).of_weights.settings
+    return bool(getattr(getattr(settings, "denoiser", None), "wavelet", False))
 
 
 def published_generators(config: Config) -> dict[str, str]:

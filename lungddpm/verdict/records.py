@@ -17,7 +17,7 @@ from lungddpm.segmentation.nnunet import segmenter_curve
 
 CURVE_COLUMNS = ["arm", "replicate", "step", "training_loss", "pseudo_dice"]
 """Means since the previous saved state: loss of the training patches, Dice of the validation patches."""
-DRAWING_COLUMNS = ["generator", "n_volumes", "seconds_per_volume", "memory_mib", "device"]
+DRAWING_COLUMNS = ["generator", "n_volumes", "nodules_per_volume", "seconds_per_volume", "memory_mib", "device"]
 KEPT_COLUMNS = [
     "arm", "replicate", "found_limit", "found_mean", "judged", "kept", "share_kept", "wanted", "taken",
 ]  # fmt: skip
@@ -73,8 +73,8 @@ def _common(notes: pd.Series) -> str:
 def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
     """The cost of drawing the samples, from their records: `DRAWING_COLUMNS`, one row per generator.
 
-    `n_volumes` have a record of their time; `seconds_per_volume` is the median, which a stalled machine does
-    not move; `memory_mib` is the largest peak of a process.
+    `n_volumes` have a record of their time; `nodules_per_volume` is the mean of these; `seconds_per_volume` is the
+    median, which a stalled machine does not move; `memory_mib` is the largest peak of a process.
     """
     rows, samples = [], CaseFolder(Path("*/*")).sample_record.as_posix()
     for name in generators:
@@ -82,8 +82,10 @@ def drawing_costs(results: Path, generators: list[str]) -> pd.DataFrame:
         timed = [record for record in records if record.get("seconds") is not None]
         known = [record["memory_mib"] for record in timed if record.get("memory_mib") is not None]
         seconds = float(np.median([record["seconds"] for record in timed])) if timed else math.nan
+        nodules = [record["n_nodules"] for record in timed if record.get("n_nodules") is not None]
         devices = "; ".join(dict.fromkeys(record["device"] for record in timed if "device" in record))
-        rows.append((name, len(timed), seconds, max(known, default=math.nan), devices))
+        mean = float(np.mean(nodules)) if nodules else math.nan
+        rows.append((name, len(timed), mean, seconds, max(known, default=math.nan), devices))
     return pd.DataFrame(rows, columns=DRAWING_COLUMNS)
 
 

@@ -25,7 +25,7 @@ from lungddpm.quality import image_quality, label_fidelity
 from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
-from lungddpm.verdict.cost import cost_table, function_evaluations
+from lungddpm.verdict.cost import cost_table
 from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
 from lungddpm.verdict.families import (
     PRIMARY,
@@ -619,8 +619,10 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
     )
     tables["training_curves"] = training_curves(config, results)
     tables["convergence"] = convergence_table(tables["training_curves"])
+    passes: dict[str, float] = {}
     if generators:
-        tables["quality_and_cost"] = cost_table(config, drawing_costs(results, generators), tables)
+        costs = tables["quality_and_cost"] = cost_table(config, drawing_costs(results, generators), tables)
+        passes = costs[costs["function_evaluations"] > 0].set_index("generator")["function_evaluations"].to_dict()
     tables["ladder"] = ladder_table(
         config, tables["verdict"], tables.get("image_quality"), tables.get("label_fidelity")
     )
@@ -631,7 +633,7 @@ def write_tables(config: Config, results: Path) -> tuple[dict[str, pd.DataFrame]
         seconds_per_volume(results, generators),
         simulated=config.source.is_simulated,
         measures=tables["measures"],
-        passes={name: passes for name in generators if (passes := function_evaluations(config, name)) > 0},
+        passes=passes,
     )
     if len(kept := filter_table(config, results)):
         tables["sample_filter"] = kept

@@ -19,6 +19,7 @@ EXPECTED = {
     "paste_constant": (None, "reference", "jittered"),
     "pix2pix3d": ("pix2pix3d", "reference", "jittered"),
     "reconstruct": ("latent_diffusion", "reference", "reference"),
+    "rectified_flow": ("rectified_flow", "reference", "jittered"),
     "reference": (None, "reference", "reference"),
 }
 """Generator -> whose weights it draws with, and where layouts are from when a reference is used first, and again."""

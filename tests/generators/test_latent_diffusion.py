@@ -4,13 +4,16 @@ import json
 import logging
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from made_up_trainings import sees
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.loading import parse_config
@@ -222,6 +225,48 @@ def test_what_is_drawn_depends_on_what_is_shown(tiny_cohort, tmp_path, task, hin
     train(settings_of(**changes), tiny_cohort, tmp_path)
     changed = sees(latent_diffusion.load(settings_of(**changes), tmp_path / "model.safetensors", "cpu"), task)
     assert changed == {"none": [False] * 3, "slice": [True, False, False], "volume": [True, True, False]}[hint]
+
+
+def test_an_autoencoder_of_another_training_is_refused(weights, tiny_cohort, tmp_path):
+    """Its denoiser has learned other latents; shapes and settings are the same."""
+    other = tmp_path / "other"
+    train(replace(settings_of(training={"steps": 4, "save_every": 9}), seed=7), tiny_cohort, other)
+    ours, theirs = load_file(weights), load_file(other / "model.safetensors")
+    swapped = {name: theirs[name] if name.startswith("autoencoder.") else value for name, value in ours.items()}
+    assert any(not torch.equal(ours[name], swapped[name]) for name in ours)
+    with safe_open(weights, framework="pt") as file:
+        save_file(ours, tmp_path / "copied.safetensors", file.metadata())
+        save_file(swapped, tmp_path / "swapped.safetensors", file.metadata())
+    for name in ("latent_diffusion", "reconstruct"):
+        plugin(name).load(settings_of(name), tmp_path / "copied.safetensors", "cpu")
+        with pytest.raises(InputError, match="differs from the checksum that was written with it"):
+            plugin(name).load(settings_of(name), tmp_path / "swapped.safetensors", "cpu")
+
+
+@pytest.mark.parametrize("spoiled", ["network", "opponent"])
+def test_nan_in_the_steps_of_the_autoencoder_stops_with_the_last_good_state(
+    tiny_cohort, tmp_path, monkeypatch, spoiled
+):
+    take_step = LatentOptimization.take_step
+
+    def poisoned(self, step, *rest):
+        if step == 2:
+            network = {"network": self.first.model, "opponent": self.first.opponent.network}[spoiled]
+            next(network.parameters()).data.fill_(float("nan"))
+        return take_step(self, step, *rest)
+
+    monkeypatch.setattr(LatentOptimization, "take_step", poisoned)
+    with pytest.raises(InputError, match=r"no longer finite at step 3.*step-00000002\.pt"):
+        train(settings_of(), tiny_cohort, tmp_path)
+    state = torch.load(tmp_path / "state/step-00000002.pt", weights_only=True)
+    held = [value for value in tree_leaves(state) if isinstance(value, torch.Tensor)]
+    assert len(held) > 50
+    assert all(tensor.isfinite().all() for tensor in held)
+    assert not (tmp_path / "model.safetensors").exists()
+    # The same command resumes from there.
+    monkeypatch.undo()
+    train(settings_of(), tiny_cohort, tmp_path)
+    assert len(pd.read_csv(tmp_path / "history.csv")) == 7
 
 
 def test_weights_that_do_not_fit_are_refused(weights):

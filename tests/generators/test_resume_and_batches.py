@@ -3,17 +3,21 @@
 Those with two phases, adversaries or histograms are tested in their own modules, too.
 """
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from made_up_trainings import train, train_interrupted
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from lungddpm import generators
 from lungddpm.config.loading import parse_config
 from lungddpm.core import cases
 from lungddpm.generators import Task, plugin
 from lungddpm.models.optimization import Optimization
+from lungddpm.operations.estimate import run_estimate
 
 NETWORK = {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False}
 TRAINING = {
@@ -79,3 +83,22 @@ def test_a_sample_does_not_depend_on_its_batch(name, uninterrupted, tiny_cohort)
     for task, made in zip(tasks, together, strict=True):
         # Libraries may choose another algorithm for another batch size: the last digit of HU may round the other way.
         assert np.abs(generator.make([task])[0].astype(int) - made).max() <= 1
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_estimate_is_that_of_the_training(name, uninterrupted, tmp_path, monkeypatch, capsys):
+    """Weights, their average and two moments are what a real training saved; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    part = config().for_training(name)
+    run_estimate(part, "cpu")
+    shown = capsys.readouterr().out
+    state = torch.load(next((uninterrupted(name) / "state").glob("*.pt")), weights_only=True)
+    parameters = sum(value.numel() for value in state["model"].values())
+    assert re.search(rf"^parameters +{parameters:,}$", shown, re.MULTILINE)
+    held = [value for value in tree_leaves(state) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    mib = sum(value.numel() * value.element_size() for value in held) / 2**20
+    (estimated,) = re.findall(r"2 states of ([\d.]+) MiB", shown)
+    assert float(estimated) == pytest.approx(mib, rel=0.02)
+    assert f"for {TRAINING['steps']} steps" in shown
+    assert ("WaveletUNet" in shown) == (name == "wavelet")
+    assert not list(tmp_path.iterdir())

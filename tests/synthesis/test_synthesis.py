@@ -349,6 +349,33 @@ def test_denoiser_is_asked_for(tiny_cohort, tmp_path):
             run_synthesize(make_config(), job)
 
 
+@pytest.mark.parametrize("spoiled", ["excluded", "another role", "truncated"])
+def test_a_hint_without_a_usable_reference_is_an_error(tiny_cohort, tmp_path, spoiled):
+    table = cases.read_cases(tiny_cohort)
+    config = make_config(generators={"lung_ddpm": {**LUNG_DDPM, "hint": "slice"}})
+    of_hint = tmp_path / "model.safetensors"
+    part = config.for_generator("lung_ddpm")
+    save_network(of_hint, build_denoiser(part), Metadata.of(part, 1, "config", "data"))
+    is_reference = table["role"] == "reference"
+    if spoiled == "excluded":
+        table.loc[is_reference, "status"] = "excluded"
+    elif spoiled == "another role":
+        table.loc[is_reference, "role"] = "test"
+    shutil.copytree(tiny_cohort.parent, tmp_path / "cases")
+    cases.write_cases(tmp_path / "cases" / "cases.tsv", table)
+    if spoiled == "truncated":
+        ct = tmp_path / "cases" / "case03" / "ct.nii.gz"
+        ct.write_bytes(ct.read_bytes()[:-200])
+    output = tmp_path / "out"
+    job = SynthesisJob(
+        "lung_ddpm", tmp_path / "cases" / "cases.tsv", output, output / "samples.tsv", weights=of_hint, device="cpu"
+    )
+    message = "case03" if spoiled == "truncated" else "no usable reference case for the generator 'lung_ddpm'"
+    with pytest.raises(InputError, match=message):
+        run_synthesize(config, job)
+    assert not (output / "samples.tsv").exists()
+
+
 def test_constant_is_the_mean_of_lung_voxels():
     layout = np.array([Label.BACKGROUND, Label.LUNG, Label.LUNG, Label.NODULE, Label.VESSEL]).reshape(5, 1, 1)
     hu = np.array([900, -800, -841, 30, -20], np.int16).reshape(5, 1, 1)

@@ -11,7 +11,8 @@ from lungddpm.verdict.records import DRAWING_COLUMNS
 
 CONFIG = parse_config({"arms": {"generators": ["lung_ddpm", "maisi"], "external": {"maisi": "maisi"}}})
 DRAWN = pd.DataFrame(
-    [("lung_ddpm", 4, 50.0, 900.0, "cpu"), ("maisi", 0, math.nan, math.nan, "")], columns=DRAWING_COLUMNS
+    [("lung_ddpm", 4, 2.0, 50.0, 900.0, "cpu"), ("maisi", 0, math.nan, math.nan, math.nan, "")],
+    columns=DRAWING_COLUMNS,
 )
 
 
@@ -28,6 +29,16 @@ def test_function_evaluations_are_the_passes_of_the_network(generator, settings,
     arms = {"generators": [generator], "controls": ["real"]}
     config = parse_config({"arms": arms, "generators": {generator: settings} if settings else {}})
     assert function_evaluations(config, generator) == passes
+
+
+@pytest.mark.parametrize(("nodules", "passes"), [(3.0, 60), (1.5, 30), (math.nan, 50)])
+def test_what_is_drawn_nodule_by_nodule_counts_the_nodules_of_its_volumes(nodules, passes):
+    """Ten steps to the noise of each nodule's crop and ten back; 2.5 nodules where no sample has a record."""
+    settings = {"lung_ddpm_plus": {"sampling": {"steps": 10}}}
+    config = parse_config({"arms": {"generators": ["lung_ddpm_plus", "lung_ddpm"]}, "generators": settings})
+    drawn = [(name, 4, nodules, 1.0, 900.0, "cpu") for name in ("lung_ddpm_plus", "lung_ddpm")]
+    table = cost_table(config, pd.DataFrame(drawn, columns=DRAWING_COLUMNS), {}).set_index("generator")
+    assert table["function_evaluations"].drop("(real CT)").to_dict() == {"lung_ddpm_plus": passes, "lung_ddpm": 250}
 
 
 def test_of_other_systems_the_cost_is_not_known():

@@ -7,7 +7,7 @@ import pytest
 from lungddpm.config.loading import parse_config
 from lungddpm.core.errors import ConfigError
 from lungddpm.generators import GIVEN
-from lungddpm.report.sections import show_ladder
+from lungddpm.report.sections import generators_of, show_ladder
 from lungddpm.verdict.ladder import LADDER_COLUMNS, cell_of, ladder_table, published_generators, stands_for
 from lungddpm.verdict.published import published_figures
 
@@ -137,15 +137,51 @@ def test_rows_hold_what_was_measured_of_the_largest_dose():
 
 
 def test_the_page_crosses_families_with_what_is_given():
-    config = config_of(["make_a_volume", "gem_3d", "lung_ddpm"])
-    ladder = ladder_table(config, verdict_of({"real+gem_3d@1.0": 0.02}))
+    config = config_of(["make_a_volume", "gem_3d", "lung_ddpm", "wavelet"])
+    quality = pd.DataFrame(
+        [
+            {"generator": name, "image": "synthetic", "region": region, "metric": "fid", "mean": mean}
+            for name, region, mean in (
+                ("gem_3d", "lungs", 0.4117), ("gem_3d", "whole volume", 10.42), ("lung_ddpm", "lungs", 0.0917),
+            )
+        ]
+    )  # fmt: skip
+    fidelity = pd.DataFrame(
+        [("gem_3d", 0.0761, -0.3203), ("make_a_volume", 0.0541, np.nan)],
+        columns=["generator", "dice_mean", "difference"],
+    )
+    ladder = ladder_table(config, verdict_of({"real+gem_3d@1.0": 0.02, "real+wavelet@1.0": -0.01}), quality, fidelity)
     crossed, listed, notes = show_ladder(ladder, "95 %")
     cells = {row[0]: dict(zip(crossed.heads, row, strict=True)) for row in crossed.rows}
     assert crossed.heads == ["family", "nothing", "layout", "layout + slice", "layout + volume"]
-    assert cells["latent diffusion"]["layout"] == "make_a_volume = Make-A-Volume"
-    assert cells["latent diffusion"]["layout + slice"] == "gem_3d +0.020 = GEM-3D"
+    # Image quality, label fidelity and the arm's difference, as far as measured.
+    assert cells["latent diffusion"]["layout"].split("\n") == ["make_a_volume = Make-A-Volume", "fidelity 0.054"]
+    assert cells["latent diffusion"]["layout + slice"].split("\n") == [
+        "gem_3d = GEM-3D",
+        "FID 10.4 whole volume, 0.412 lungs",
+        "fidelity 0.076 (−0.320)",
+        "difference +0.020",
+    ]
     assert cells["latent diffusion"]["layout + volume"] == ""
+    # Generators that share a cell are apart from each other.
+    assert [entry.split("\n") for entry in cells["pixel diffusion"]["layout + volume"].split("\n\n")] == [
+        ["lung_ddpm = Lung-DDPM", "FID 0.0917 lungs"],
+        ["wavelet", "difference −0.010"],
+    ]
     assert cells["pixel diffusion"]["layout"] == "(Med-DDPM: not in this run)"
     assert cells["unconditional GAN"]["nothing"] == "(HA-GAN: not in this run)"
-    assert [row[listed.heads.index("generator")] for row in listed.rows] == ["make_a_volume", "gem_3d", "lung_ddpm"]
+    assert [row[listed.heads.index("generator")] for row in listed.rows] == [
+        "make_a_volume", "gem_3d", "lung_ddpm", "wavelet",
+    ]  # fmt: skip
     assert len(notes) == 1
+
+
+def test_the_report_names_and_cites_a_network_of_wavelets():
+    described = {name: texts for name, *texts in generators_of(config_of(["wavelet", "lung_ddpm"]))}
+    assert described["wavelet"][0].startswith("Variant of lung_ddpm. ")
+    assert described["wavelet"][0].endswith("its network works on wavelets")
+    assert "arXiv 2402.19043" in described["wavelet"][1]
+    assert "avelet" not in " ".join(described["lung_ddpm"])
+    # Of weights that are another generator's.
+    ((_, title, _),) = (row for row in generators_of(config_of(["free_wavelet"])) if row[0] == "free_wavelet")
+    assert "wavelets" in title

@@ -60,6 +60,15 @@ def test_what_the_source_file_lacks_was_added():
     assert steps.to_dict() == {"Lung-DDPM": ["250"], "Med-DDPM": ["250"], "GEM-3D": ["200"], "Lung-DDPM+": ["50"]}
     maisi = figures[(figures["method"] == "MAISI-v2") & (figures["metric"] == "FID")].set_index("steps")["mean"]
     assert maisi.to_dict() == {"5": 20.33, "10": 4.42, "20": 2.65, "30": 2.32, "50": 2.06, "100": 1.97}
+    # Dice of segmenters trained on real data, and with each system's CT added.
+    dice = figures[figures["source"].str.startswith("MAISI-v2") & (figures["metric"] == "dice")]
+    assert {key: rows.set_index("method")["mean"].to_dict() for key, rows in dice.groupby("cohort")} == {
+        "lung tumours": {
+            "real only": 0.581, "MAISI-v2": 0.655, "MAISI v1": 0.635, "ControlNet without contrast loss": 0.627,
+        },
+        "colon tumours": {"real only": 0.449, "ControlNet without contrast loss": 0.402},
+    }  # fmt: skip
+    assert (dice["table"] == "context").all()
     lefusion = figures[figures["source"].str.startswith("LeFusion")]
     assert lefusion["mean"].tolist() == [0.7826, 0.7877, 0.8062, 0.8344]
 

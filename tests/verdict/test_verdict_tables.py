@@ -419,12 +419,13 @@ def test_times_come_from_benchmarks_and_samples(make_results):
     assert drawn == {
         "generator": "lung_ddpm",
         "n_volumes": 2,
+        "nodules_per_volume": 1.5,
         "seconds_per_volume": 2.5,
         "memory_mib": 810,
         "device": "cpu",
     }
     assert (nothing["n_volumes"], nothing["device"]) == (0, "")
-    assert np.isnan(nothing["seconds_per_volume"])
+    assert np.isnan([nothing["seconds_per_volume"], nothing["nodules_per_volume"]]).all()
     assert seconds_per_volume(results, ["lung_ddpm", "reference"]) == {"lung_ddpm": 2.5}
 
 
