@@ -91,7 +91,7 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
         InputError: `annotations.csv` or the table of patients is needed, but missing or invalid.
     """
     files, problems = files_below(path)
-    patient_of = patient_finder(path, Images(patient_table=settings.patient_table))
+    patient_of = patient_finder(path, Images(patient_table=settings.patient_table), "source.luna16")
     images: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if suffix_of(file.name) in _SUFFIXES and not _is_mask(file, path):
