@@ -157,6 +157,17 @@ def test_two_images_of_one_name_are_excluded(tmp_path):
     ]
 
 
+def test_a_label_spelled_in_another_case_than_its_image_is_a_missing_pair(tmp_path):
+    write_case(tmp_path, image="Anna.nii.gz", label="anna.nii.gz")
+    write_case(tmp_path, image="ben.nii.gz", label="ben.nii.gz")
+    rows = {row["path"]: row for row in index_source("images", tmp_path)}
+    assert rows["images/ben.nii.gz"]["status"] == "ok"
+    assert rows["images/Anna.nii.gz"]["reason"].startswith("images/Anna.nii.gz: has no label labels/Anna.nii.gz")
+    assert rows["labels/anna.nii.gz"]["reason"].startswith("labels/anna.nii.gz: has no image of its name")
+    # A label alone is no scan of a patient.
+    assert [rows[path]["patient_id"] for path in ("images/Anna.nii.gz", "labels/anna.nii.gz")] == ["Anna", ""]
+
+
 def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
     for folder, name in (("images", "reference"), ("labels", "layout")):
         (tmp_path / folder).mkdir()
@@ -267,7 +278,8 @@ def test_each_error_is_reported_and_the_good_case_goes_on(tmp_path, error, monke
     reported = table.loc["bad", "reason"]
     assert reason.removeprefix("prepare:") in reported
     assert str(tmp_path) not in reported
-    assert (index[0]["status"] == "ok") == reason.startswith("prepare:")
+    (row,) = (row for row in index if row["case_id"] == "bad")
+    assert (row["status"] == "ok") == reason.startswith("prepare:")
 
 
 def load_only(source, row):

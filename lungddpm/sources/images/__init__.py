@@ -167,7 +167,7 @@ def _without_image(top: Path, label: Path) -> Series:
     images = label.parent.name.replace("labels", "images")
     error = InputError(label, f"has no image of its name in {images}/", "Add the image, or ignore this row.")
     name = case_name(label.name)
-    return Series(name, name, "", n_nodules=None, path=_within(top, label), excluded=reason_of(error, top))
+    return Series(name, "", "", n_nodules=None, path=_within(top, label), excluded=reason_of(error, top))
 
 
 def _check_channels(pair: Pair) -> None:
