@@ -178,10 +178,8 @@ def read_header(path: Path) -> Header:
 
 def _open_image(path: Path) -> tuple[SpatialImage, Header]:
     """A NIfTI file whose header is that of a volume."""
-    import nibabel
-
     try:
-        image = nibabel.load(path)
+        image = _load(path)
     except FileNotFoundError:
         raise InputError(path, "does not exist", "Check the path.") from None
     except Exception as error:  # damaged bytes make nibabel fail in any of its functions
@@ -192,6 +190,17 @@ def _open_image(path: Path) -> tuple[SpatialImage, Header]:
         raise InputError(path, "has colours or complex numbers", "Store one number per voxel.")
     affines, notes = _affines(path, image, shape)
     return image, volume_header(path, stored, tuple(affines), notes)
+
+
+def _load(path: Path) -> SpatialImage:
+    """The image in a file, before its voxels are read."""
+    import nibabel
+
+    for form in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        if form.path_maybe_image(path)[0]:
+            # By its very name: nibabel.load looks for a.nii.gz where a.Nii.gz is meant.
+            return form.from_file_map({"image": nibabel.FileHolder(filename=str(path))})
+    return nibabel.load(path)
 
 
 def volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from SimpleITK import ImageFileReader
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
-"""Of images, in lower or upper case; 3D Slicer saves its segmentations as .seg.nrrd."""
+"""Of images, in any case; 3D Slicer saves its segmentations as .seg.nrrd."""
 _FORMATS = {".seg.nrrd": "NRRD", ".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
 _READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
 _DTYPES = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
@@ -43,8 +43,7 @@ _CHUNK = 2**16
 
 def suffix_of(name: str) -> str:
     """The suffix of a file's name among `SUFFIXES`; empty if none."""
-    # Mixed case is not accepted: nibabel would look for, or read, another file.
-    return next((suffix for suffix in SUFFIXES if name.endswith((suffix, suffix.upper()))), "")
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def stem_of(name: str) -> str:
