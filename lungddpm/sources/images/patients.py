@@ -12,6 +12,8 @@ from lungddpm.core.roles import PATIENT_COLUMNS
 from lungddpm.sources.images.folders import case_name
 from lungddpm.sources.images.settings import Images
 
+_UNKNOWN = "n/a"
+"""A missing value in tables of BIDS (specification 1.10, tabular files)."""
 PatientOf = Callable[[Path], str]
 """From an image to its patient; raises InputError if it is not known."""
 
@@ -81,7 +83,8 @@ def _by_case(table: Path, rows: Iterable[tuple[str, str]]) -> dict[str, str]:
     for file, patient in rows:
         # A file may be given with its folder, in the notation of any system.
         name = case_name(PureWindowsPath(file.strip()).name)
-        if patients.setdefault(name, patient.strip()) != patient.strip():
+        patient = "" if patient.strip() == _UNKNOWN else patient.strip()
+        if patients.setdefault(name, patient) != patient:
             raise InputError(table.absolute(), f"gives {file.strip()} two patients", "Keep one of the rows.")
     return patients
 
