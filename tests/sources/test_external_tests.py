@@ -9,10 +9,10 @@ from typer.testing import CliRunner
 
 from lungddpm.arms.splits import assign_roles
 from lungddpm.cli import app
-from lungddpm.config.loading import load_config
+from lungddpm.config.loading import load_config, parse_config
 from lungddpm.config.models import Roles
 from lungddpm.core.cases import read_cases
-from lungddpm.core.errors import InputError, UserError
+from lungddpm.core.errors import ConfigError, InputError, UserError
 from lungddpm.core.volume import Volume, write_volume
 from lungddpm.layouts import compose
 from lungddpm.sources import source_of
@@ -137,6 +137,14 @@ def test_a_missing_folder_is_named_by_its_key(tmp_path, monkeypatch):
     write_config(tmp_path, clinic={"kind": "images", "path": "nowhere"})
     run = CliRunner().invoke(app, ["index"])
     assert "nowhere: is not a folder. Set external_tests.clinic.path" in str(run.exception)
+
+
+@pytest.mark.parametrize("key", ["source", "external_tests"])
+def test_a_list_of_data_sets_is_pointed_to_the_mapping_of_external_tests(key):
+    with pytest.raises(
+        ConfigError, match=rf"{key}: is a list. .*external_tests: {{clinic: {{kind: images, path: DIR}}}}"
+    ):
+        parse_config({"source": {"kind": "images", "path": "x"}, key: [{"kind": "images", "path": "y"}]})
 
 
 # What is wrong with a data set, its settings, and the key that the message names, after that of the data set.
