@@ -362,7 +362,7 @@ def _read_to_the_end(path: Path, file: gzip.GzipFile) -> None:
             if left < 0:
                 raise InputError(path, "unpacks to far more than its header claims", "Convert or copy the file again.")
     except gzip.BadGzipFile as error:
-        # Bytes that are not gzip's may follow the stream, which is intact; Python tells them apart only in its text.
+        # Bytes that are not gzip's may follow the stream, which is intact; only the text of the error shows it.
         if "Not a gzipped file" not in str(error):
             raise
 

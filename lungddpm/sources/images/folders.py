@@ -80,7 +80,7 @@ def find_pairs(top: Path) -> Found:
 
 
 def only_unread(files: tuple[Path, ...], folder: str, name: str) -> str:
-    """A clause about those of the files not read that are of one case and in one folder; empty if there are none."""
+    """A clause about those of the files not read that are of one case and in one folder; may be empty."""
     beginnings = (f"{name}.", f"{name}{CHANNEL}.")
     own = [file.name for file in files if file.name.startswith(beginnings) and file.parent.name == folder]
     return f", only {', '.join(own)}, which is not read" if own else ""
