@@ -171,7 +171,7 @@ def index(
     and assign roles."""
     from lungddpm.arms.splits import assign_roles
     from lungddpm.config.loading import load_config
-    from lungddpm.sources.index import index_source, join_data_sets, write_index
+    from lungddpm.sources.index import index_source, join_data_sets, key_of, write_index
 
     settings = load_config(*config, needs_source=source is None)
     folder, cache = _source_folder(settings, source), output.with_suffix(".cache.json")
@@ -179,7 +179,7 @@ def index(
     externals = {}
     for name, folder in _external_folders(settings, external_test).items():
         each, cache = settings.external_tests[name], output.with_suffix(f".{name}.cache.json")
-        externals[name] = index_source(each.kind, folder, cache, each.reading(), f"external_tests.{name}")
+        externals[name] = index_source(each.kind, folder, cache, each.reading(), key_of(name))
     distinct = {name for name, each in settings.external_tests.items() if each.distinct_patients}
     try:
         found = join_data_sets(found, externals, distinct)

@@ -13,6 +13,7 @@ from importlib import metadata
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 
@@ -33,6 +34,24 @@ def direct_dependencies(repository, *extras):
 
 def test_every_direct_dependency_is_pinned(repository):
     assert set(direct_dependencies(repository, "docs", "test")) - set(pins(repository)) == set()
+
+
+def test_pins_agree_with_what_the_pinned_packages_need(repository):
+    """Of the installed ones. Those of an extra are compared where it is installed: offline, no other has metadata."""
+    pinned, refused, compared = pins(repository), set(), 0
+    for name, version in pinned.items():
+        with suppress(metadata.PackageNotFoundError):
+            found = metadata.distribution(name)
+            for text in (found.requires or []) if found.version == version else []:
+                needed = Requirement(text)
+                there = pinned.get(normal(needed.name))
+                # What an extra of the package needs is not installed by its name alone.
+                if there and (needed.marker is None or needed.marker.evaluate({"extra": ""})):
+                    compared += 1
+                    if not needed.specifier.contains(there, prereleases=True):
+                        refused.add(f"{name} needs {needed}, but {there} is pinned")
+    assert compared > 200
+    assert refused == set()
 
 
 def test_the_conda_environment_has_the_pinned_versions(repository):

@@ -761,6 +761,16 @@ class Config(Section):
     verdict: Verdict = Verdict()
     workflow: Workflow = Workflow()
 
+    @field_validator("source", "external_tests", mode="before")
+    @classmethod
+    def _no_list(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            raise ValueError(
+                "is a list. Patients of `source` are trained and tested on; further data sets have names, as in "
+                "external_tests: {clinic: {kind: images, path: DIR}}"
+            )
+        return value
+
     @field_validator("external_tests")
     @classmethod
     def _names_of_tests(cls, value: dict[str, ExternalTest]) -> dict[str, ExternalTest]:

@@ -6,6 +6,7 @@ nibabel is imported where it is used: the import takes a quarter of a second, wh
 
 from __future__ import annotations
 
+import gzip
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _UNITS_MM = {"meter": 1000.0, "micron": 0.001}
 """NIfTI's other units of length."""
 _BAND_CELLS = 64
 """Cells along an axis that are resampled by one matrix product."""
+_CHUNK = 2**20
 
 Window = tuple[float, float] | tuple[np.ndarray, np.ndarray]
 """Lowest and highest HU: of a whole volume, or arrays that broadcast over it."""
@@ -176,10 +178,8 @@ def read_header(path: Path) -> Header:
 
 def _open_image(path: Path) -> tuple[SpatialImage, Header]:
     """A NIfTI file whose header is that of a volume."""
-    import nibabel
-
     try:
-        image = nibabel.load(path)
+        image = _load(path)
     except FileNotFoundError:
         raise InputError(path, "does not exist", "Check the path.") from None
     except Exception as error:  # damaged bytes make nibabel fail in any of its functions
@@ -190,6 +190,17 @@ def _open_image(path: Path) -> tuple[SpatialImage, Header]:
         raise InputError(path, "has colours or complex numbers", "Store one number per voxel.")
     affines, notes = _affines(path, image, shape)
     return image, volume_header(path, stored, tuple(affines), notes)
+
+
+def _load(path: Path) -> SpatialImage:
+    """The image in a file, before its voxels are read."""
+    import nibabel
+
+    for form in (nibabel.Nifti1Image, nibabel.Nifti2Image):
+        if form.path_maybe_image(path)[0]:
+            # By its very name: nibabel.load looks for a.nii.gz where a.Nii.gz is meant.
+            return form.from_file_map({"image": nibabel.FileHolder(filename=str(path))})
+    return nibabel.load(path)
 
 
 def volume_shape(path: Path, stored: tuple[int, ...]) -> tuple[int, int, int]:
@@ -311,7 +322,9 @@ def _invertible(affine: np.ndarray) -> bool:
 def _read_array(path: Path, image: SpatialImage, header: Header) -> np.ndarray:
     """The voxels in the machine's byte order, (x, y, z) along the stored axes."""
     try:
-        array = np.asarray(image.dataobj).reshape(header.shape)
+        array = _stored_array(path, image).reshape(header.shape)
+    except InputError:
+        raise
     except MemoryError:
         raise InputError(
             path, f"{image.shape} voxels do not fit into memory", "Check its header, or crop it."
@@ -319,6 +332,39 @@ def _read_array(path: Path, image: SpatialImage, header: Header) -> np.ndarray:
     except Exception as error:  # damaged bytes make nibabel fail in any of its functions
         raise _unreadable(path, error) from None
     return array.astype(array.dtype.newbyteorder("="), copy=False)
+
+
+def _stored_array(path: Path, image: SpatialImage) -> np.ndarray:
+    """The voxels as nibabel returns them; those of a gzip file are checked."""
+    from nibabel.arrayproxy import ArrayProxy
+
+    stored = image.dataobj
+    if not (path.name.lower().endswith(".gz") and isinstance(stored, ArrayProxy)):
+        return np.asarray(stored)
+    with gzip.open(path) as file:
+        spec = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)
+        array = np.asarray(ArrayProxy(file, spec))
+        _read_to_the_end(path, file)
+    return array
+
+
+def _read_to_the_end(path: Path, file: gzip.GzipFile) -> None:
+    """Make gzip check the voxels, which it does only where its stream ends; nibabel stops before.
+
+    Raises:
+        InputError: there is far more than the voxels.
+        OSError, EOFError, zlib.error: the stream is damaged or truncated.
+    """
+    left = LARGEST_VOXELS
+    try:
+        while chunk := file.read(_CHUNK):
+            left -= len(chunk)
+            if left < 0:
+                raise InputError(path, "unpacks to far more than its header claims", "Convert or copy the file again.")
+    except gzip.BadGzipFile as error:
+        # Bytes that are not gzip's may follow the stream, which is intact; only the text of the error shows it.
+        if "Not a gzipped file" not in str(error):
+            raise
 
 
 def _stored_step(image: SpatialImage) -> float:

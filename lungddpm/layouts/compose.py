@@ -41,7 +41,7 @@ from lungddpm.layouts.prior import measure_places
 from lungddpm.layouts.quality import CONTACT_MM, Segmented, check_layout, measure_layout, surroundings, touches
 from lungddpm.layouts.vessels import segment_vessels
 from lungddpm.sources import Scan, source_of
-from lungddpm.sources.index import check_folder, read_index, reason_of
+from lungddpm.sources.index import check_folder, key_of, keys_below, read_index, reason_of
 
 LUNG_OCCUPANCY = 0.5
 VESSEL_OCCUPANCY = 0.25
@@ -184,7 +184,7 @@ def run_prepare(
     rows = read_index(index).iloc[shard::shards]
     folders = {INTERNAL: source, **(external or {})}
     for name, folder in folders.items():
-        check_folder(folder, "source" if name == INTERNAL else f"external_tests.{name}")
+        check_folder(folder, key_of(name))
     if unknown := sorted(set(rows["data_set"]) - folders.keys()):
         raise InputError(index, f"has scans of the data set '{unknown[0]}', whose folder is not known", _NAME_FOLDER)
     prepared = []
@@ -212,7 +212,8 @@ def _prepare(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -
 
 
 def _write(config: Config, source: Path, row: pd.Series, folder: CaseFolder) -> dict:
-    scan = source_of(row["source"]).load_scan(source, row, *_reading(config, row))
+    with keys_below(key_of(row["data_set"]), row["source"]):
+        scan = source_of(row["source"]).load_scan(source, row, *_reading(config, row))
     for note in scan.notes:
         LOG.info("%s: %s", row["case_id"], note)
     case = build_case(scan, config)

@@ -22,6 +22,9 @@ simulate(settings, seed, output, threads)
                               the same files for any number of cores. Such a source needs `Settings`, and `size` is
                               exact, but no `source.path`; the report states that its patients are simulated
 
+Messages name keys as they are in `source`, e.g. `source.path` or `source.<name>.<key>`; those about an external test
+set get its key instead.
+
 A module imports heavy libraries only inside its functions, because light commands import it for its declarations. Of
 the configuration it imports only `lungddpm.config.sections`.
 """

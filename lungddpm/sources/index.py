@@ -7,14 +7,16 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lungddpm.config.sections import Section
 from lungddpm.core import cases
 from lungddpm.core.code import stage_fingerprint
-from lungddpm.core.errors import InputError, printable
+from lungddpm.core.errors import InputError, UserError, printable
 from lungddpm.core.files import atomic_path, fingerprint, read_json, write_text
 from lungddpm.core.progress import LOG, waiting
 from lungddpm.core.roles import INTERNAL
@@ -114,6 +116,25 @@ def reason_of(error: InputError, top: Path) -> str:
     return " ".join(message.split())
 
 
+def key_of(data_set: str) -> str:
+    """The key of a data set in the config, by its name in the column `data_set`."""
+    return "source" if data_set == INTERNAL else f"external_tests.{data_set}"
+
+
+@contextmanager
+def keys_below(key: str, kind: str) -> Iterator[None]:
+    """Errors of a source name their keys below that of the data set: sources only know those of `source`."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(*(_below(key, kind, text) for text in (error.what, error.problem, error.remedy))) from None
+
+
+def _below(key: str, kind: str, text: str) -> str:
+    # Not where a path or a file's name continues.
+    return re.sub(rf"(?<![\w./-])source(?=\.(?:path|kind|{kind})\b)", lambda _: key, text)
+
+
 def files_below(top: Path) -> tuple[list[Path], dict[str, str]]:
     """All files that are not hidden, and the reason for each folder that cannot be listed."""
     files, seen, problems = [], set(), {}
@@ -174,7 +195,9 @@ def index_source(
     """
     check_folder(path, key)
     remembered = Cache(cache, kind)
-    found = source_of(kind).find_series(path, remembered, *reading)
+    with keys_below(key, kind):
+        found = source_of(kind).find_series(path, remembered, *reading)
+    found = [replace(series, excluded=_below(key, kind, series.excluded)) for series in found]
     remembered.save()
     if not found:
         problem = f"has no CT series that the source '{kind}' can read"

@@ -91,7 +91,7 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
         InputError: `annotations.csv` or the table of patients is needed, but missing or invalid.
     """
     files, problems = files_below(path)
-    patient_of = patient_finder(path, Images(patient_table=settings.patient_table))
+    patient_of = patient_finder(path, Images(patient_table=settings.patient_table), "source.luna16")
     images: dict[str, list[Path]] = defaultdict(list)
     for file in files:
         if suffix_of(file.name) in _SUFFIXES and not _is_mask(file, path):
@@ -143,7 +143,7 @@ def read_spheres(table: Path) -> dict[str, list[Sphere]]:
     """The rows of `annotations.csv`, by series.
 
     Raises:
-        InputError: the table cannot be read, lacks a column, or has an invalid position or diameter.
+        InputError: the table cannot be read, lacks a column, has no rows, or an invalid position or diameter.
     """
     try:
         read = csv.DictReader(table.read_text(encoding="utf-8-sig").splitlines())
@@ -153,6 +153,8 @@ def read_spheres(table: Path) -> dict[str, list[Sphere]]:
     must = f"It must have the columns {', '.join(_COLUMNS)}."
     if absent := [column for column in _COLUMNS if column not in named]:
         raise InputError(table.absolute(), f"lacks {', '.join(absent)}", must)
+    if not rows:
+        raise InputError(table.absolute(), "has no rows, so no scan would have a nodule", "Copy it again.")
     spheres: dict[str, list[Sphere]] = defaultdict(list)
     for number, row in enumerate(rows, start=2):
         if missing := [column for column in _COLUMNS if row.get(column) is None]:
@@ -271,7 +273,7 @@ def _with_spheres(top: Path, _cache: Cache, files: list[Path], found: list[Serie
         raise InputError(top.absolute(), f"has no {TABLE}, which {_KEY}: spheres needs", remedy)
     spheres, name = read_spheres(table), relative_name(table, top)
     series = {each.series_uid for each in found if each.series_uid}
-    if spheres and series and not series & set(spheres):
+    if series and not series & set(spheres):
         problem = f"names none of the {plural(len(series), 'image')}"
         raise InputError(table.absolute(), problem, "Use the table of these images; its seriesuid is their file name.")
     return [

@@ -9,11 +9,14 @@ from typer.testing import CliRunner
 
 from lungddpm.arms.splits import assign_roles
 from lungddpm.cli import app
-from lungddpm.config.loading import load_config
+from lungddpm.config.loading import load_config, parse_config
 from lungddpm.config.models import Roles
-from lungddpm.core.errors import InputError
+from lungddpm.core.cases import read_cases
+from lungddpm.core.errors import ConfigError, InputError, UserError
 from lungddpm.core.volume import Volume, write_volume
-from lungddpm.sources.index import index_source, join_data_sets, read_index
+from lungddpm.layouts import compose
+from lungddpm.sources import source_of
+from lungddpm.sources.index import index_source, join_data_sets, read_index, write_index
 
 CT = Volume(np.random.default_rng(2).integers(-1000, 1000, (8, 7, 6)).astype(np.int16), np.diag([0.7, 0.8, 2.5, 1]))
 LABELS = CT.like(np.ones(CT.shape, np.uint8))
@@ -136,6 +139,65 @@ def test_a_missing_folder_is_named_by_its_key(tmp_path, monkeypatch):
     write_config(tmp_path, clinic={"kind": "images", "path": "nowhere"})
     run = CliRunner().invoke(app, ["index"])
     assert "nowhere: is not a folder. Set external_tests.clinic.path" in str(run.exception)
+
+
+@pytest.mark.parametrize("key", ["source", "external_tests"])
+def test_a_list_of_data_sets_is_pointed_to_the_mapping_of_external_tests(key):
+    with pytest.raises(
+        ConfigError, match=rf"{key}: is a list. .*external_tests: {{clinic: {{kind: images, path: DIR}}}}"
+    ):
+        parse_config({"source": {"kind": "images", "path": "x"}, key: [{"kind": "images", "path": "y"}]})
+
+
+# What is wrong with a data set, its settings, and the key that the message names, after that of the data set.
+KEYS = {
+    "labels": ("images", {}, '{"labels": {"background": 0, "GTV": 1}}', "images.labels, e.g. {1: nodule}"),
+    "label names": ("images", {"labels": {"x": "lung"}}, '{"labels": {"tumour": 1}}', "images.labels: has the name"),
+    "no dataset.json": ("images", {}, None, "images.labels: {1: nodule}"),
+    "table": ("images", {"patient_table": "p.tsv"}, '{"labels": {"tumour": 1}}', "images.patient_table is looked up"),
+    "pattern": ("images", {"patient_pattern": "(Q)"}, '{"labels": {"tumour": 1}}', "images.patient_pattern"),
+    "table of LUNA16": ("luna16", {"patient_table": "p.tsv"}, None, "luna16.patient_table is looked up"),
+    "spheres of LUNA16": ("luna16", {"nodules": "spheres"}, None, "luna16.nodules: readers"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["source", "external_tests.clinic"])
+@pytest.mark.parametrize("case", KEYS)
+def test_messages_name_the_keys_of_their_data_set(tmp_path, case, key):
+    kind, settings, dataset, named = KEYS[case]
+    write_images(tmp_path, ["source.x"], "imagesTr", "labelsTr")
+    if dataset:
+        (tmp_path / "dataset.json").write_text(dataset)
+    section = source_of(kind).settings(**settings)
+    try:
+        said = index_source(kind, tmp_path, reading=(section,), key=key)[0]["reason"]
+    except UserError as error:
+        said = str(error)
+    assert f"{key}.{named}" in said
+    assert ("source." in said.replace("source.x", "")) == (key == "source")
+
+
+def test_a_folder_inside_is_set_by_the_key_of_the_data_set(tmp_path):
+    write_images(tmp_path / "inside", ["a"])
+    with pytest.raises(InputError, match=r"Set external_tests.clinic.path to a folder inside it, such as inside"):
+        index_source("images", tmp_path, key="external_tests.clinic")
+
+
+def test_a_case_that_cannot_be_read_is_excluded_with_the_key_of_its_data_set(tmp_path):
+    stored = CT.like(np.full(CT.shape, 9, np.uint8))
+    for name in ("own", "clinic"):
+        write_images(tmp_path / name, [name])
+        write_volume(tmp_path / name / "labels" / f"{name}.nii.gz", stored)
+    config = load_config(write_config(tmp_path, clinic={"kind": "images", "path": str(tmp_path / "clinic")}))
+    own, clinic = (index_source("images", tmp_path / name) for name in ("own", "clinic"))
+    index = join_data_sets(own, {"clinic": clinic})
+    write_index(tmp_path / "index.tsv", [{**row, "role": "test"} for row in index])
+    external = {"clinic": tmp_path / "clinic"}
+    out, table = tmp_path / "out", tmp_path / "cases.tsv"
+    compose.run_prepare(config, tmp_path / "index.tsv", tmp_path / "own", out, 0, 1, table, external)
+    reasons = read_cases(tmp_path / "cases.tsv").set_index("data_set")["reason"]
+    assert "define the label in source.images.labels" in reasons["internal"]
+    assert "define the label in external_tests.clinic.images.labels" in reasons["clinic"]
 
 
 def test_folders_of_external_test_sets_are_kept_out_of_results(tmp_path):

@@ -128,7 +128,19 @@ BROKEN = {
     "ignored voxels": ({"labels": {"background": 0, "tumour": 1, "ignore": 2}}, {}, "unknown labels (2 'ignore')"),
     "missing": (None, {}, "has no dataset.json to define the labels"),
     "wrong name": (V2, {"tumr": "nodule"}, "labels: has the name 'tumr', which is not in dataset.json. It has "
-                   "background, tumour"),
+                   "0 background, 1 tumour"),
+    "the name of a region": (
+        {"labels": {"background": 0, "all": [1, 2]}}, {"all": "nodule"}, "has the name 'all', which is not in",
+    ),
+    "wrong number": (V2, {2: "nodule"}, "source.images.labels: has the number 2, which is not in dataset.json. It has "
+                     "0 background, 1 tumour"),
+    "wrong number beside regions": (
+        {"labels": {"background": 0, "all": [1, 2], "core": [2]}}, {1: "lung", 2: "nodule", 3: "vessel"},
+        "has the number 3, which is not in dataset.json. It has 0 background, 1 all, 2 all, 2 core",
+    ),
+    "0 as a nodule": (V2, {0: "nodule"}, "source.images.labels: makes 0 nodule, but 0 is background"),
+    "background as a nodule": (V1, {"background": "nodule"}, "source.images.labels: makes 0 nodule"),
+    "0 without dataset.json": (None, {0: "lung", 1: "nodule"}, "source.images.labels: makes 0 lung"),
     "a name without dataset.json": (None, {"tumour": "nodule"}, "has the name 'tumour', but there is no dataset.json"),
 }  # fmt: skip
 

@@ -58,6 +58,16 @@ def test_patients_from_a_table(data, form):
     assert patients(rows_of(data, patient_table=name)) == TRUTH
 
 
+def test_a_patient_that_bids_does_not_know_is_missing(data):
+    lines = "".join(f"{scan}\t{' n/a' if scan.startswith('P03') else patient}\n" for scan, patient in TRUTH.items())
+    (data / "participants.tsv").write_text("file\tparticipant_id\n" + lines)
+    rows = {row["case_id"]: row for row in rows_of(data, patient_table="participants.tsv")}
+    unknown = {name for name, row in rows.items() if row["status"] == "excluded"}
+    assert unknown == {"P03_first", "P03_second"}
+    assert {rows[name]["patient_id"] for name in unknown} == {""}
+    assert "has no patient in participants.tsv" in rows["P03_first"]["reason"]
+
+
 def test_patients_by_a_pattern(data):
     assert patients(rows_of(data, patient_pattern=r"^(P\d+)_")) == TRUTH
 

@@ -138,6 +138,16 @@ def test_truncated_file(tmp_path):
     assert find(tmp_path)[0].excluded.startswith("labels/a.nii.gz: cannot be read")
 
 
+@pytest.mark.parametrize("tail", [b"", bytes(100), b"junk" * 9, gzip.compress(bytes(100))])
+def test_what_follows_the_voxels_is_ignored(tmp_path, tail):
+    write_case(tmp_path)
+    file = tmp_path / "images" / "a_0000.nii.gz"
+    content = gzip.decompress(file.read_bytes())
+    # In two parts, as some tools pack in blocks.
+    file.write_bytes(gzip.compress(content[:500]) + gzip.compress(content[500:]) + tail)
+    expect(load(tmp_path))
+
+
 def test_two_images_of_one_name_are_excluded(tmp_path):
     write_case(tmp_path, image="a.nii.gz")
     write_case(tmp_path)
@@ -145,6 +155,17 @@ def test_two_images_of_one_name_are_excluded(tmp_path):
         ("a", "images/a.nii.gz: exists more than once (images/a_0000.nii.gz). Keep one copy of it."),
         ("a_2", "images/a_0000.nii.gz: exists more than once (images/a.nii.gz). Keep one copy of it."),
     ]
+
+
+def test_a_label_spelled_in_another_case_than_its_image_is_a_missing_pair(tmp_path):
+    write_case(tmp_path, image="Anna.nii.gz", label="anna.nii.gz")
+    write_case(tmp_path, image="ben.nii.gz", label="ben.nii.gz")
+    rows = {row["path"]: row for row in index_source("images", tmp_path)}
+    assert rows["images/ben.nii.gz"]["status"] == "ok"
+    assert rows["images/Anna.nii.gz"]["reason"].startswith("images/Anna.nii.gz: has no label labels/Anna.nii.gz")
+    assert rows["labels/anna.nii.gz"]["reason"].startswith("labels/anna.nii.gz: has no image of its name")
+    # A label alone is no scan of a patient.
+    assert [rows[path]["patient_id"] for path in ("images/Anna.nii.gz", "labels/anna.nii.gz")] == ["Anna", ""]
 
 
 def test_published_samples_are_not_hounsfield(tmp_path, shared_data):
@@ -189,6 +210,13 @@ def cut_short(file):
     file.write_bytes(file.read_bytes()[:-20])
 
 
+def flip_a_bit(file):
+    """Of one voxel; only gzip's checksum can tell, as every value is possible."""
+    packed = bytearray(gzip.compress(gzip.decompress(file.read_bytes()), compresslevel=0))  # bytes as they are
+    packed[-100] ^= 1
+    file.write_bytes(packed)
+
+
 COLOURS = np.zeros(SHAPE, np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
 SIZES, PIXDIM, SLOPE, UNITS, SROW_X, SROW_Y = 40, 76, 112, 123, 280, 296
 LARGE = {"ct": np.tile(CT, (4, 4, 4)), "labels": np.tile(LABELS, (4, 4, 4))}
@@ -206,6 +234,12 @@ ERRORS = {
     "labels with NaN": ({"labels": np.where(LABELS, LABELS, np.float32("nan"))}, None, "prepare:contain nan"),
     "image truncated": (LARGE, lambda image, label: cut_short(image), "prepare:images/bad.nii.gz: cannot be read"),
     "label truncated": (LARGE, lambda image, label: cut_short(label), "prepare:labels/bad.nii.gz: cannot be read"),
+    "image damaged": (LARGE, lambda image, label: flip_a_bit(image), "prepare:images/bad.nii.gz: cannot be read"),
+    "label damaged": (LARGE, lambda image, label: flip_a_bit(label), "prepare:labels/bad.nii.gz: cannot be read"),
+    "small image damaged": ({}, lambda image, label: flip_a_bit(image), "prepare:images/bad.nii.gz: cannot be read"),
+    "far more than the voxels": (
+        {}, lambda image, label: append_packed(image, 600), "prepare:unpacks to far more than its header claims",
+    ),
     "empty": ({}, lambda image, label: image.write_bytes(b""), "images/bad.nii.gz: cannot be read"),
     "no NIfTI": ({}, lambda image, label: image.write_bytes(gzip.compress(b"x" * 999)), "cannot be read as NIfTI"),
     "negative size": ({}, lambda image, label: patch(image, SIZES + 2, struct.pack("<h", -5)), "bad.nii.gz: "),
@@ -219,6 +253,11 @@ ERRORS = {
     "label alone": ({}, lambda image, label: image.unlink(), "labels/bad.nii.gz: has no image"),
     "NaN": ({"ct": np.where(LABELS, CT, np.float32("nan"))}, None, "prepare:NaN"),
 }  # fmt: skip
+
+
+def append_packed(file, mebibytes):
+    """Further members of gzip, of zeros; a reader takes them for the end of the same content."""
+    file.write_bytes(file.read_bytes() + mebibytes * gzip.compress(bytes(1 << 20)))
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -239,7 +278,8 @@ def test_each_error_is_reported_and_the_good_case_continues(tmp_path, error, mon
     reported = table.loc["bad", "reason"]
     assert reason.removeprefix("prepare:") in reported
     assert str(tmp_path) not in reported
-    assert (index[0]["status"] == "ok") == reason.startswith("prepare:")
+    (row,) = (row for row in index if row["case_id"] == "bad")
+    assert (row["status"] == "ok") == reason.startswith("prepare:")
 
 
 def load_only(source, row):

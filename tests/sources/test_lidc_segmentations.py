@@ -161,6 +161,25 @@ def test_a_nodule_without_a_reader_beside_others_excludes_the_series(tmp_path):
     )
 
 
+@pytest.mark.parametrize("label", ["Nodule 2", "Lung nodule_2", "nodule #3"])
+def test_a_numbered_nodule_without_a_reader_in_an_object_of_its_own_excludes_the_series(tmp_path, label):
+    write_idc(tmp_path)
+    write_seg(tmp_path / "b" / "seg.dcm", {"heart": NODULE, label: NODULE})
+    assert only(tmp_path).excluded == (
+        f"b/seg.dcm: has a nodule without a reader's annotation ('{label}'). Label it as in "
+        "'Nodule 1 - Annotation IL057_127364', or take it out."
+    )
+
+
+@pytest.mark.parametrize("label", ["Nodules", "Lesion 2", "Lung 2"])
+def test_what_carries_no_number_of_a_nodule_in_an_object_of_its_own_is_noted(tmp_path, label):
+    write_idc(tmp_path)
+    write_seg(tmp_path / "b" / "seg.dcm", {label: NODULE})
+    series = only(tmp_path)
+    assert series.excluded == ""
+    assert series.notes == ("1 SEG object(s) without a reader's annotation were left out (b/seg.dcm)",)
+
+
 def two_of_a_number(dataset):
     dataset.SegmentSequence[1].SegmentNumber = 1
 

@@ -99,10 +99,11 @@ def test_a_sphere_has_the_volume_of_one():
 
 
 def test_a_scan_without_a_row_has_no_nodule(tmp_path):
-    write_luna(tmp_path, reads="")
-    (series,) = found(tmp_path, SPHERES)
-    assert (series.n_nodules, series.excluded) == (0, "")
-    assert not scan_of(tmp_path, SPHERES).labels.any()
+    write_luna(tmp_path, reads="", rows=[("1.9", -20, -30, -40, 3)])
+    write_image(tmp_path / "subset1" / "1.9.mhd")
+    rows = {row["series_uid"]: row for row in index_source("luna16", tmp_path, reading=(SPHERES,))}
+    assert {uid: (row["n_nodules"], row["reason"]) for uid, row in rows.items()} == {UID: (0, ""), "1.9": (1, "")}
+    assert not luna16.load_scan(tmp_path, rows[UID], SPHERES).labels.any()
 
 
 def test_without_xml_a_scan_is_excluded_and_spheres_are_the_named_way_out(tmp_path):
@@ -164,6 +165,7 @@ BROKEN = {
     ),
     "text": ("\0\udcff", "cannot be read"),
     "everything": ("", "lacks seriesuid, coordX, coordY, coordZ, diameter_mm"),
+    "rows": ("seriesuid,coordX,coordY,coordZ,diameter_mm\n", "has no rows, so no scan would have a nodule"),
     "its head": ("seriesuid;coordX;coordY;coordZ;diameter_mm\n", "lacks seriesuid, coordX"),
     "these images": ("seriesuid,coordX,coordY,coordZ,diameter_mm\n1.2.3,1,2,3,4\n", "names none of the 1 image"),
 }

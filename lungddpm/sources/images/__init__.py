@@ -34,7 +34,7 @@ from lungddpm.core.volume import (
 )
 from lungddpm.sources import Scan, Series
 from lungddpm.sources.images.files import files_of, read_header, read_labels, read_volume, suffix_of
-from lungddpm.sources.images.folders import DATASET, Pair, case_name, find_pairs
+from lungddpm.sources.images.folders import DATASET, Pair, case_name, describe_unread, find_pairs, only_unread
 from lungddpm.sources.images.meanings import meanings_of, translate
 from lungddpm.sources.images.patients import PatientOf, patient_finder
 from lungddpm.sources.images.settings import Images as Settings
@@ -67,6 +67,8 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
     patient_of = patient_finder(path, settings)
     if found.unlabelled:
         LOG.info("%s: %d images without labels are not cases", found.unlabelled[0].parent.name, len(found.unlabelled))
+    if found.unread:
+        LOG.info("%s", describe_unread(path, found.unread))
     series = []
     of_name: dict[str, list[Path]] = defaultdict(list)
     for pair in found.pairs:
@@ -74,10 +76,10 @@ def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> lis
     with Progress("headers of images", total=len(found.pairs)) as progress:
         for pair in found.pairs:
             copies = [_within(path, image) for image in of_name[pair.name] if image != pair.image]
-            series.append(_series(path, cache, pair, patient_of, copies))
+            series.append(_series(path, cache, pair, patient_of, copies, found.unread))
             progress.advance()
     for label in found.lonely:
-        series.append(_without_image(path, label))
+        series.append(_without_image(path, label, found.unread))
     names = case_ids(each.case_id for each in series)
     return [replace(each, case_id=name) for each, name in zip(series, names, strict=True)]
 
@@ -128,16 +130,18 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     return Scan(ct=ct, labels=labels.array, files=files, notes=notes)
 
 
-def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf, copies: list[str]) -> Series:
+def _series(
+    top: Path, cache: Cache, pair: Pair, patient_of: PatientOf, copies: list[str], unread: tuple[Path, ...]
+) -> Series:
     """The series of one image before its voxels are read; `case_id` is not yet safe for folders.
 
-    `copies`: other images of the same name.
+    `copies`: other images of the same name; `unread`: files of the data set that are not images by their suffix.
     """
     files = [pair.image, *([pair.label] if pair.label else [])]
     grid = cache.recall(
         " ".join(_within(top, file) for file in files),
         [held for file in files for held in files_of(file)],
-        lambda: _describe(top, pair),
+        lambda: _describe(top, pair, unread),
         keep=lambda grid: not grid["excluded"],
     )
     patient, excluded = "", grid["excluded"]
@@ -163,11 +167,11 @@ def _series(top: Path, cache: Cache, pair: Pair, patient_of: PatientOf, copies: 
     )
 
 
-def _without_image(top: Path, label: Path) -> Series:
-    images = label.parent.name.replace("labels", "images")
-    error = InputError(label, f"has no image of its name in {images}/", "Add the image, or ignore this row.")
-    name = case_name(label.name)
-    return Series(name, name, "", n_nodules=None, path=_within(top, label), excluded=reason_of(error, top))
+def _without_image(top: Path, label: Path, unread: tuple[Path, ...]) -> Series:
+    name, images = case_name(label.name), label.parent.name.replace("labels", "images")
+    problem = f"has no image of its name in {images}/{only_unread(unread, images, name)}"
+    error = InputError(label, problem, "Add the image, or ignore this row.")
+    return Series(name, "", "", n_nodules=None, path=_within(top, label), excluded=reason_of(error, top))
 
 
 def _check_channels(pair: Pair) -> None:
@@ -186,7 +190,7 @@ def _check_labels(pair: Pair, top: Path) -> None:
         raise InputError(pair.image, f"has several labels ({labels})", "Keep those that are right.")
 
 
-def _describe(top: Path, pair: Pair) -> dict:
+def _describe(top: Path, pair: Pair, unread: tuple[Path, ...]) -> dict:
     """The headers of an image and its label, ready for the cache."""
     size, spacing_mm, excluded = [0, 0, 0], [0.0, 0.0, 0.0], ""
     try:
@@ -199,6 +203,7 @@ def _describe(top: Path, pair: Pair) -> dict:
         if pair.label is None:
             labels = pair.image.parent.name.replace("images", "labels")
             problem = f"has no label {labels}/{pair.name}{suffix_of(pair.image.name)}"
+            problem += only_unread(unread, labels, pair.name)
             raise InputError(pair.image, problem, "Add it, or ignore this row.")
         _carry(pair.image, header, pair.label, read_header(pair.label))
     except InputError as error:

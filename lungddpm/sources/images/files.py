@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from SimpleITK import ImageFileReader
 
 SUFFIXES = (".nii.gz", ".nii", ".seg.nrrd", ".nrrd", ".mha", ".mhd")
-"""Of images, in lower or upper case; 3D Slicer saves its segmentations as .seg.nrrd."""
+"""Of images, in any case; 3D Slicer saves its segmentations as .seg.nrrd."""
 _FORMATS = {".seg.nrrd": "NRRD", ".nrrd": "NRRD", ".mha": "MetaImage", ".mhd": "MetaImage"}
 _READERS = {"NRRD": "NrrdImageIO", "MetaImage": "MetaImageIO"}
 _DTYPES = ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8")
@@ -37,14 +37,14 @@ _ANATOMICAL_SPACES = {
 _MILLIMETRES = ("mm", "millimeter", "millimeters", "millimetre", "millimetres", "", "?", "???", "none", "unknown")
 """Units of length in headers; a missing one is taken to be mm."""
 _LONGEST_TEXT = 2**20
+_LONGEST_REASON = 200
 _CHUNK = 2**16
 """Bytes to decompress at once, to at most 64 MiB."""
 
 
 def suffix_of(name: str) -> str:
     """The suffix of a file's name among `SUFFIXES`; empty if none."""
-    # Mixed case is not accepted: nibabel would look for, or read, another file.
-    return next((suffix for suffix in SUFFIXES if name.endswith((suffix, suffix.upper()))), "")
+    return next((suffix for suffix in SUFFIXES if name.lower().endswith(suffix)), "")
 
 
 def stem_of(name: str) -> str:
@@ -235,6 +235,8 @@ def _read_array(file: _File) -> np.ndarray:
 
     if file.text.fields.get("compresseddata", "").lower() in ("true", "1"):
         _check_compressed(file)
+    else:
+        _check_raw(file)
     try:
         array = SimpleITK.GetArrayFromImage(file.reader.Execute())
     except (RuntimeError, MemoryError) as error:
@@ -248,7 +250,7 @@ def _check_compressed(file: _File) -> None:
     Raises:
         InputError: they are not.
     """
-    left = math.prod(file.header.shape) * np.dtype(_DTYPES[file.reader.GetPixelIDValue()]).itemsize
+    left = _bytes_of_voxels(file)
     unpack = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)  # zlib's own header, or gzip's
     try:
         packed = int(file.text.fields["compresseddatasize"])
@@ -263,7 +265,29 @@ def _check_compressed(file: _File) -> None:
         raise _unreadable(file.path, "its compressed voxels are truncated or damaged")
 
 
+def _check_raw(file: _File) -> None:
+    """Check that the file next to an .mhd header has as many bytes as its voxels; SimpleITK reads a longer one.
+
+    Raises:
+        InputError: it does not.
+    """
+    fields = file.text.fields
+    is_binary = fields.get("binarydata", "true").lower() in ("true", "1")
+    if file.text.data is None or "headersize" in fields or not is_binary:
+        return
+    size, needed = file.text.data.stat().st_size, _bytes_of_voxels(file)
+    if size != needed:
+        raise _unreadable(file.path, f"it has {size} bytes of voxels instead of {needed}")
+
+
+def _bytes_of_voxels(file: _File) -> int:
+    return math.prod(file.header.shape) * np.dtype(_DTYPES[file.reader.GetPixelIDValue()]).itemsize
+
+
 def _unreadable(path: Path, error: object) -> InputError:
-    # SimpleITK's messages are long, and start with their location in its code.
-    reason = " ".join(str(error).split())[-200:]
+    # SimpleITK's messages start with their location in its code and an object's address, and end with the cause.
+    said = re.split("ITK ERROR: |itk::ERROR: ", str(error))[-1].replace(str(path), path.name)
+    reason = " ".join(re.sub(r"\(0x[0-9a-f]+\)", "", said).split())
+    if len(reason) > _LONGEST_REASON:
+        reason = "... " + reason[-_LONGEST_REASON:].partition(" ")[2]
     return InputError(path, f"cannot be read as {_FORMATS[suffix_of(path.name)]} ({reason})", "Copy the file again.")

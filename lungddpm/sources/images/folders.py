@@ -16,6 +16,9 @@ CHANNEL = "_0000"
 DATASET = "dataset.json"
 OWN, TRAINING, TEST = ("images", "labels"), ("imagesTr", "labelsTr"), ("imagesTs", "labelsTs")
 _FOLDERS = (OWN, TRAINING, TEST)
+_VOXELS = (".raw", ".zraw")
+"""Suffixes of the file next to an .mhd file."""
+_NAMES_SHOWN = 3
 _SEVERAL_CHANNELS = re.compile(r"(.+)_(\d{4})")
 
 
@@ -46,11 +49,13 @@ class Found:
         pairs: images, with and without labels.
         lonely: labels without an image.
         unlabelled: images of a test set, which have no labels by design.
+        unread: files in its folders that are not images by their suffix.
     """
 
     pairs: tuple[Pair, ...]
     lonely: tuple[Path, ...]
     unlabelled: tuple[Path, ...]
+    unread: tuple[Path, ...]
 
 
 def find_pairs(top: Path) -> Found:
@@ -59,9 +64,11 @@ def find_pairs(top: Path) -> Found:
     Raises:
         InputError: no image was found.
     """
-    pairs, lonely, unlabelled = [], [], []
+    pairs, lonely, unlabelled, unread = [], [], [], []
     for images, labels in _FOLDERS:
-        own_pairs, own_lonely = _pair(_image_files(top / images), _image_files(top / labels))
+        (image_files, beside), (label_files, others) = _files(top / images), _files(top / labels)
+        own_pairs, own_lonely = _pair(image_files, label_files)
+        unread += [*beside, *others]
         if (images, labels) == TEST:
             unlabelled = [pair.image for pair in own_pairs if pair.label is None]
             own_pairs = [pair for pair in own_pairs if pair.label is not None]
@@ -69,7 +76,22 @@ def find_pairs(top: Path) -> Found:
         lonely += own_lonely
     if not pairs and not lonely:
         raise _without_images(top, unlabelled)
-    return Found(tuple(pairs), tuple(lonely), tuple(unlabelled))
+    return Found(tuple(pairs), tuple(lonely), tuple(unlabelled), tuple(unread))
+
+
+def only_unread(files: tuple[Path, ...], folder: str, name: str) -> str:
+    """A clause about those of the files not read that are of one case and in one folder; may be empty."""
+    beginnings = (f"{name}.", f"{name}{CHANNEL}.")
+    own = [file.name for file in files if file.name.startswith(beginnings) and file.parent.name == folder]
+    return f", only {', '.join(own)}, which is not read" if own else ""
+
+
+def describe_unread(top: Path, files: tuple[Path, ...]) -> str:
+    """A sentence about the files of a data set that are not read because of their suffix."""
+    names = ", ".join(file.relative_to(top).as_posix() for file in files[:_NAMES_SHOWN])
+    more = f" and {len(files) - _NAMES_SHOWN} more" if len(files) > _NAMES_SHOWN else ""
+    are = "file is" if len(files) == 1 else "files are"
+    return f"{len(files)} {are} not read: {names}{more} (read are {', '.join(SUFFIXES)})"
 
 
 def is_nnunet(top: Path) -> bool:
@@ -82,9 +104,12 @@ def case_name(file: str) -> str:
     return stem_of(file).removesuffix(CHANNEL)
 
 
-def _image_files(folder: Path) -> list[Path]:
+def _files(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The images in a folder, and the files that are neither images nor the voxels of one."""
     # Names starting with a dot are system files; macOS leaves ._ files in archives.
-    return [file for file in sorted(folder.glob("[!.]*")) if suffix_of(file.name)]
+    files = sorted(folder.glob("[!.]*"))
+    others = [file for file in files if not suffix_of(file.name) and file.suffix.lower() not in _VOXELS]
+    return [file for file in files if suffix_of(file.name)], others
 
 
 def _pair(images: list[Path], labels: list[Path]) -> tuple[list[Pair], list[Path]]:

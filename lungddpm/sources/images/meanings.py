@@ -31,15 +31,14 @@ def meanings_of(top: Path, settings: Images) -> dict[int, Label]:
 
     Raises:
         InputError: dataset.json is needed but missing, or invalid, or names an undefined label.
-        ConfigError: the settings name a label that dataset.json does not have.
+        ConfigError: the settings name a label that dataset.json does not have, or 0 as something else than background.
     """
     if not (top / DATASET).is_file():
         return _without_names(top, settings)
-    named = _names(top / DATASET, bool(settings.labels))
+    named, regions = _names(top / DATASET, bool(settings.labels))
     meanings = {Label.BACKGROUND.value: Label.BACKGROUND}
     meanings |= {number: label for number, name in named.items() if (label := _understood(name)) is not None}
-    for key, meaning in settings.labels.items():
-        meanings[_number(key, named)] = Label[meaning.upper()]
+    meanings |= _given(settings, named, regions)
     if left := {number: name for number, name in named.items() if number not in meanings}:
         shown = ", ".join(f"{number} '{name}'" for number, name in left.items())
         number, name = next(iter(left.items()))
@@ -92,46 +91,60 @@ def translate(stored: np.ndarray, meanings: dict[int, Label], origin: Path) -> n
 
 def _without_names(top: Path, settings: Images) -> dict[int, Label]:
     if settings.labels:
-        given = {_number(key, None): Label[meaning.upper()] for key, meaning in settings.labels.items()}
-        return {Label.BACKGROUND.value: Label.BACKGROUND, **given}
+        return {Label.BACKGROUND.value: Label.BACKGROUND, **_given(settings, None, [])}
     if is_nnunet(top):
         raise InputError(top.absolute(), f"has no {DATASET} to define the labels", _EXAMPLE)
     return {label.value: label for label in Label}
 
 
-def _names(path: Path, can_do_without: bool) -> dict[int, str]:
-    """Names by number: nnU-Net writes {"tumour": 1}, the Decathlon {"1": "cancer"}."""
+def _given(settings: Images, named: dict[int, str] | None, regions: list[tuple[int, str]]) -> dict[int, Label]:
+    """The settings by number; `named` and `regions`: see `_names`, None without dataset.json."""
+    given = {_number(key, named, regions): Label[meaning.upper()] for key, meaning in settings.labels.items()}
+    first = given.get(0, Label.BACKGROUND)
+    if first != Label.BACKGROUND:
+        raise ConfigError(_KEY, f"makes 0 {first.name.lower()}, but 0 is background", "Use the label's own number.")
+    return given
+
+
+def _names(path: Path, can_do_without: bool) -> tuple[dict[int, str], list[tuple[int, str]]]:
+    """Names by number, and the numbers and names of regions: nnU-Net writes {"tumour": 1} or, for a region,
+    {"tumour": [1, 2]}, the Decathlon {"1": "cancer"}."""
     labels = read_json(path.absolute(), f"Copy it again, or remove it and set {_KEY}.").get("labels")
     if not isinstance(labels, dict) or not labels:
         if can_do_without:
-            return {}
+            return {}, []
         raise InputError(path.absolute(), "has no labels", _EXAMPLE)
     names: dict[int, str] = {}
+    regions: list[tuple[int, str]] = []
     for key, value in labels.items():
         if isinstance(value, list) and can_do_without:
+            regions += [(number, key) for number in value if _is_number(number)]
             continue
         number, name = (int(key), value) if key.isdecimal() else (value, key)
         if not _is_number(number) or not isinstance(name, str) or number in names:
             problem = f"has a label that is not one number and one name ('{key}': {value!r:.60})"
             raise InputError(path.absolute(), problem, f'Write {{"tumour": 1}} or {{"1": "tumour"}}, or set {_KEY}.')
         names[number] = name
-    return names
+    return names, regions
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= np.iinfo(np.uint8).max
 
 
-def _number(key: str, named: dict[int, str] | None) -> int:
+def _number(key: str, named: dict[int, str] | None, regions: list[tuple[int, str]]) -> int:
     """The number for a key of the settings."""
+    known = [*(named or {}).items(), *regions]
+    shown = ", ".join(f"{number} {name}" for number, name in known) or "no names"
     if key.isdecimal():
+        if known and int(key) not in dict(known):
+            raise ConfigError(_KEY, f"has the number {key}, which is not in {DATASET}", f"It has {shown}.")
         return int(key)
     if named is None:
         raise ConfigError(_KEY, f"has the name '{key}', but there is no {DATASET}", "Use the label's number.")
     numbers = [number for number, name in named.items() if _plain(name) == _plain(key)]
     if not numbers:
-        known = ", ".join(named.values()) or "no names"
-        raise ConfigError(_KEY, f"has the name '{key}', which is not in {DATASET}", f"It has {known}.")
+        raise ConfigError(_KEY, f"has the name '{key}', which is not in {DATASET}", f"It has {shown}.")
     return numbers[0]
 
 

@@ -25,6 +25,7 @@ ON_GRID = 0.25
 """Tolerance of a position relative to the grid, in voxels."""
 _LABEL = re.compile(r"(?i)nodule\s*(\d+)\s*-\s*annotation[\s:]+(.*\S)")
 _NODULE = re.compile("(?i)nodule")
+_NUMBERED = re.compile(r"(?i)nodule[\s_#-]*\d")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,18 @@ class Marked:
 
     @property
     def lost_nodule(self) -> str:
-        """The label of a part that is called a nodule, but has no annotation, unlike others; empty if none."""
-        return next((label for label in self.others if _NODULE.search(label)), "") if self.parts else ""
+        """The label of a part that is called a nodule, but has no annotation, unlike others; empty if none.
+
+        In an object without any annotation, only numbered nodules count: others are segments of another tool.
+        """
+        if not self.parts:
+            return numbered_nodule(self.others)
+        return next((label for label in self.others if _NODULE.search(label)), "")
+
+
+def numbered_nodule(labels: Iterable[str]) -> str:
+    """The first label that is called a nodule with a number, as in 'Nodule 2'; empty if none."""
+    return next((label for label in labels if _NUMBERED.search(label)), "")
 
 
 def annotated(texts: Iterable[str]) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ from lungddpm.sources import Annotation, Region, Series
 from lungddpm.sources.index import Cache, reason_of, relative_name
 from lungddpm.sources.lidc.dicom import COPY_AGAIN
 from lungddpm.sources.lidc.headers import Header
-from lungddpm.sources.lidc.objects import LABEL_EXAMPLE, read_object
+from lungddpm.sources.lidc.objects import LABEL_EXAMPLE, numbered_nodule, read_object
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
 from lungddpm.sources.lidc.segmentations import (
     SEG,
@@ -224,7 +224,8 @@ def _from_objects(drawn: list[Drawn]) -> Readings:
         parts = "segments" if preferred == SEG else "ROIs"
         notes.append(f"{parts} without a reader's annotation were left out ({_shown(others)})")
     annotations = [(nodule, name) for each in kept.values() for nodule, name in each.annotations]
-    problem = next((each.problem for each in kept.values() if each.problem), "")
+    lost = [each for each in nameless if numbered_nodule(each.others)]
+    problem = next((each.problem for each in (*kept.values(), *lost) if each.problem), "")
     for nodule, names in repeats(annotations).items():
         if name_readers(annotations):
             problem = problem or (
