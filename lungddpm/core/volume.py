@@ -339,7 +339,7 @@ def _stored_array(path: Path, image: SpatialImage) -> np.ndarray:
     from nibabel.arrayproxy import ArrayProxy
 
     stored = image.dataobj
-    if not (path.name.lower().endswith(".gz") and isinstance(stored, ArrayProxy)):
+    if not (str(path).lower().endswith(".gz") and isinstance(stored, ArrayProxy)):
         return np.asarray(stored)
     with gzip.open(path) as file:
         spec = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)

@@ -164,7 +164,7 @@ def test_a_label_spelled_in_another_case_than_its_image_is_a_missing_pair(tmp_pa
     assert rows["images/ben.nii.gz"]["status"] == "ok"
     assert rows["images/Anna.nii.gz"]["reason"].startswith("images/Anna.nii.gz: has no label labels/Anna.nii.gz")
     assert rows["labels/anna.nii.gz"]["reason"].startswith("labels/anna.nii.gz: has no image of its name")
-    # A label alone is no scan of a patient.
+    # A label alone is not a scan of any patient.
     assert [rows[path]["patient_id"] for path in ("images/Anna.nii.gz", "labels/anna.nii.gz")] == ["Anna", ""]
 
 
