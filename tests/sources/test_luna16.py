@@ -5,11 +5,11 @@ import pytest
 import SimpleITK
 from lidc_files import COLUMNS, ROWS, SLICES, SPACING, STORED, find, load, nodule, roi, write_case, xml
 
-from lungddpm.config.models import Config
+from lungddpm.config.models import Config, Layouts
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.volume import Volume
-from lungddpm.layouts.nodules import annotation_mask
-from lungddpm.sources import luna16
+from lungddpm.layouts.nodules import annotation_mask, find_nodules
+from lungddpm.sources import lidc, luna16
 from lungddpm.sources.index import Cache, index_source
 
 UID = "1.3.6.1.4.1.14519.5.2.1.6279.6001.123"
@@ -48,6 +48,28 @@ def found(top, settings=READERS):
 def scan_of(top, settings=READERS):
     (row,) = index_source("luna16", top, reading=(settings,))
     return luna16.load_scan(top, row, settings)
+
+
+@pytest.mark.parametrize("patient", ["LIDC-IDRI-0001", "LIDC-IDRI-0003"])
+def test_real_scans_have_the_nodules_that_their_dicom_series_have(tmp_path, shared_data, patient):
+    source = shared_data / "lidc" / patient
+    (row,) = (row for row in index_source("lidc", source) if row["status"] == "ok")
+    theirs = lidc.load_scan(source, row)
+    to_lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ theirs.ct.affine
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(theirs.ct.array.T))
+    image.SetSpacing(theirs.ct.spacing_mm.tolist())
+    image.SetDirection((to_lps[:3, :3] / theirs.ct.spacing_mm).ravel().tolist())
+    image.SetOrigin(to_lps[:3, 3].tolist())
+    (tmp_path / "subset0").mkdir()
+    SimpleITK.WriteImage(image, str(tmp_path / "subset0" / f"{row['series_uid']}.mhd"))
+    (reads,) = (file for file in theirs.files if file.suffix == ".xml")
+    (tmp_path / reads.name).write_bytes(reads.read_bytes())
+    ours = scan_of(tmp_path)
+    assert (ours.ct.array == theirs.ct.array).all()
+    found_here, expected = (find_nodules(scan, Layouts()) for scan in (ours, theirs))
+    assert [each.corner for each in found_here] == [each.corner for each in expected] != []
+    for here, there in zip(found_here, expected, strict=True):
+        np.testing.assert_array_equal(here.mask, there.mask)
 
 
 @pytest.mark.parametrize("turned", [False, True])
