@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lungddpm.core.errors import InputError, OutputError, UserError
 from lungddpm.core.files import write_text
-from lungddpm.core.progress import Progress
+from lungddpm.core.progress import Progress, waiting
 from lungddpm.core.text import plural
 
 if TYPE_CHECKING:
@@ -151,7 +151,7 @@ def fetch(items: Sequence[Item], output: Path, transfer: Transfer) -> None:
 
     Raises:
         OutputError: the disk is too small.
-        UserError: series are incomplete after the transfer.
+        UserError: nothing arrived of the first patient, or series are incomplete after the transfer.
     """
     missing = [item for item in items if not item.is_complete(output)]
     output.mkdir(parents=True, exist_ok=True)
@@ -159,12 +159,18 @@ def fetch(items: Sequence[Item], output: Path, transfer: Transfer) -> None:
     if needed > free:
         problem = f"{needed / 10**9:.1f} GB are needed, {free / 10**9:.1f} GB are free"
         raise OutputError(output, problem, "Choose fewer patients, or another folder.")
+    arrived = False
     with Progress("series", total=len(missing)) as progress:
-        for _, group in groupby(missing, key=lambda item: item.patient):
+        for patient, group in groupby(missing, key=lambda item: item.patient):
             of_patient = list(group)
             for item in of_patient:
                 shutil.rmtree(output / item.folder, ignore_errors=True)
-            transfer([item.series for item in of_patient], output)
+            with waiting(f"files of {patient}"):
+                transfer([item.series for item in of_patient], output)
+            arrived = arrived or any(any((output / item.folder).glob("*")) for item in of_patient)
+            if not arrived:
+                # The transfer only logs its errors: without a network, every patient would be tried in turn.
+                raise UserError(patient, "none of its files arrived", "Check the network, or name other patients.")
             for _ in of_patient:
                 progress.advance()
     if left := [item for item in missing if not item.is_complete(output)]:

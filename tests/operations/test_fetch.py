@@ -110,6 +110,25 @@ def test_sizes_that_differ_are_an_error_and_are_fetched_again(tmp_path):
     assert transfer.calls[-1] == ["P-1.SEG.2"]
 
 
+def test_without_a_network_it_stops_at_the_first_patient(tmp_path):
+    calls = []
+    with pytest.raises(UserError, match="P-1: none of its files arrived. Check the network"):
+        fetch.fetch(fetch.select(INDEX, "2"), tmp_path, lambda wanted, folder: calls.append(wanted))
+    assert calls == [["P-1.CT.1", "P-1.SEG.1", "P-1.SEG.2"]]
+
+
+def test_a_later_patient_without_files_does_not_stop_the_others(tmp_path):
+    items, transfer = fetch.select(INDEX, "P-1,P-2,P-3"), Transfer()
+
+    def without_the_second(wanted, folder):
+        if wanted != ["P-2.CT.1"]:
+            transfer(wanted, folder)
+
+    with pytest.raises(UserError, match="1 of 6 series are incomplete"):
+        fetch.fetch(items, tmp_path, without_the_second)
+    assert [item.series for item in items if not item.is_complete(tmp_path)] == ["P-2.CT.1"]
+
+
 def test_a_disk_that_is_too_small(tmp_path):
     item = fetch.Item("P", "1", "2", "CT", 1, 10**18)
     with pytest.raises(OutputError, match="1000000000.0 GB are needed"):
