@@ -55,7 +55,9 @@ def stands_for(config: Config, generator: str) -> str:
 
 def has_wavelets(config: Config, generator: str) -> bool:
     """Whether a generator of the config draws with a network that works on wavelets (`denoiser.wavelet`)."""
-    settings = config.for_generator(generator).of_weights.settings
+    of_generator = config.for_generator(generator)
+    # Not `of_weights`: controls have none.
+    settings = (of_generator.weights_from or of_generator).settings
     return bool(getattr(getattr(settings, "denoiser", None), "wavelet", False))
 
 

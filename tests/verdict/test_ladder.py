@@ -185,3 +185,10 @@ def test_the_report_names_and_cites_a_network_of_wavelets():
     # Of weights that are another generator's.
     ((_, title, _),) = (row for row in generators_of(config_of(["free_wavelet"])) if row[0] == "free_wavelet")
     assert "wavelets" in title
+
+
+def test_controls_without_weights_are_described():
+    config = config_of(["lung_ddpm"], controls=["real", "reference", "copy_paste"])
+    described = {name: title for name, title, _ in generators_of(config)}
+    assert described.keys() == {"lung_ddpm", "reference", "copy_paste"}
+    assert not any("wavelets" in title for title in described.values())
