@@ -206,7 +206,7 @@ def test_images_are_planned_from_the_table_that_index_writes(tmp_path, monkeypat
     def call(*arguments):
         return CliRunner().invoke(app, [*arguments, *config])
 
-    assert "no table lists the scans of this config" in str(call("plan").exception)
+    assert "no index lists the scans" in str(call("plan").exception)
     assert "index.tsv: does not exist. Write it" in str(call("plan", "--index", "index.tsv").exception)
     assert call("index", "--output", "index.tsv").exit_code == 0
     planned = call("plan", "--index", "index.tsv")

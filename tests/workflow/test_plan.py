@@ -226,7 +226,7 @@ def test_roles_and_sizes_come_from_a_table_of_the_same_source(repository, tmp_pa
 def test_what_cannot_be_known_is_asked_for(repository, tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("source: {kind: images}")
-    with pytest.raises(ConfigError, match="--cases: is missing"):
+    with pytest.raises(ConfigError, match="--cases: is required"):
         plan(repository, "config.yaml", mine)
     with pytest.raises(ConfigError, match="'abacus' is not known"):
         planning.known_speed("abacus")
