@@ -510,9 +510,9 @@ def test_train_takes_the_one_generator_that_the_arms_train(repository, trained, 
 @pytest.mark.parametrize(
     ("generators", "message"),
     [
-        (["lung_ddpm", "pix2pix3d"], "--generator: is missing, and the arms use 2 generators that are trained. "
+        (["lung_ddpm", "pix2pix3d"], "--generator: is required, as the arms use 2 trained generators. "
          "Name one of lung_ddpm, pix2pix3d."),
-        (["copy_paste"], "--generator: is missing, and the arms use no generators that are trained. Name one."),
+        (["copy_paste"], "--generator: is required, as the arms use no trained generators. Name one."),
     ],
 )  # fmt: skip
 def test_train_asks_which_of_several_generators(trained, generators, message):

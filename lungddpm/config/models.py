@@ -766,7 +766,7 @@ class Config(Section):
     def _no_list(cls, value: Any) -> Any:
         if isinstance(value, list):
             raise ValueError(
-                "is a list. Patients of `source` are trained and tested on; further data sets have names, as in "
+                "must be a mapping, not a list. `source` is one data set; name further ones, for testing only, as in "
                 "external_tests: {clinic: {kind: images, path: DIR}}"
             )
         return value
@@ -933,7 +933,7 @@ class Config(Section):
             return names[0]
         remedy = f"Name one of {', '.join(names)}." if names else "Name one."
         raise ConfigError(
-            "--generator", f"is missing, and the arms use {len(names) or 'no'} generators that are trained", remedy
+            "--generator", f"is required, as the arms use {len(names) or 'no'} trained generators", remedy
         )
 
     def _check(self, name: str) -> None:

@@ -56,7 +56,7 @@ GIVEN = NOTHING, LAYOUT, SLICE, VOLUME
 """The information about the target CT that a generator is given, in the terms of `published.csv`. (All generators here
 are given the layout: without one there are no labels.)"""
 NODULES_PER_CASE = 2.5
-"""On average (LIDC-IDRI: 2.6 in 1,018 scans): assumed for generators that draw nodule by nodule, before they drew."""
+"""On average (LIDC-IDRI: 2.6 in 1,018 scans): assumed of samples that are drawn nodule by nodule, until they exist."""
 
 _REQUIRED = ("TITLE", "CITATION", "Settings", "LAYOUTS", "load")
 
