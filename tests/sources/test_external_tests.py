@@ -144,7 +144,8 @@ def test_a_missing_folder_is_named_by_its_key(tmp_path, monkeypatch):
 @pytest.mark.parametrize("key", ["source", "external_tests"])
 def test_a_list_of_data_sets_is_pointed_to_the_mapping_of_external_tests(key):
     with pytest.raises(
-        ConfigError, match=rf"{key}: must be a mapping, not a list. .*external_tests: {{clinic: {{kind: images, path: DIR}}}}"
+        ConfigError,
+        match=rf"{key}: must be a mapping, not a list. .*external_tests: {{clinic: {{kind: images, path: DIR}}}}",
     ):
         parse_config({"source": {"kind": "images", "path": "x"}, key: [{"kind": "images", "path": "y"}]})
 
