@@ -794,7 +794,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _primary_is_an_arm(self) -> Config:
-        asked = [arm.name for arm in self.arms.all() if not arm.is_control(self.arms.generators)]
+        asked = [arm.name for arm in self.arms.all() if not arm.is_control(self.arms.controls)]
         if unknown := [name for name in self.primary_arms() if name not in asked]:
             known = f"those are {', '.join(asked)}" if asked else "there is none"
             raise ValueError(f"verdict.primary: '{unknown[0]}' is not an arm with synthetic CT of this config; {known}")

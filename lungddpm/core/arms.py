@@ -91,13 +91,13 @@ class Arm:
         """The same arm with all real cases, common to arms with different numbers of real cases."""
         return replace(self, real_cases=None)
 
-    def is_control(self, generators: Collection[str]) -> bool:
-        """Whether it tests none of these generators: `real` itself, the real cases again, or a control generator.
+    def is_control(self, controls: Collection[str]) -> bool:
+        """Whether it tests no generator: `real` itself, the real cases again, or CT of a control generator.
 
         Args:
-            generators: those under test (`arms.generators`).
+            controls: `arms.controls`.
         """
-        return self.real and self.added not in generators
+        return self.added is None or self.added in controls
 
 
 def is_baseline(name: str) -> bool:

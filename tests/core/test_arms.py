@@ -89,12 +89,16 @@ def test_a_dose_may_be_written_in_several_ways():
 
 
 def test_arms_that_test_none_of_the_generators_are_controls():
-    arms = {"generators": ["lung_ddpm"], "controls": ["real", "reference"], "synthetic_only": ["lung_ddpm"]}
+    # A generator may be tested alone only.
+    alone = ["lung_ddpm", "reference", "copy_paste"]
+    arms = {"generators": ["lung_ddpm"], "controls": ["real", "reference"], "synthetic_only": alone}
     config = parse_config({"arms": arms})
-    assert {arm.name: arm.is_control(config.arms.generators) for arm in config.arms.all()} == {
+    assert {arm.name: arm.is_control(config.arms.controls) for arm in config.arms.all()} == {
         "real": True,
         "real+lung_ddpm@1.0": False,
         "synthetic:lung_ddpm": False,
+        "synthetic:reference": True,
+        "synthetic:copy_paste": False,
         "real+real": True,
         "real+reference@1.0": True,
     }
