@@ -78,7 +78,8 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
         output: folder of the replicate.
 
     Raises:
-        InputError: predictions are missing, are for unknown cases, are on another grid, or have other values.
+        InputError: predictions are missing, are for unknown cases, are on another grid, or have other values; a case
+            has changed since it was prepared.
     """
     test_cases = cases.usable(cases.read_cases(cases_table), TEST)
     folders = {"prediction": predictions}
@@ -91,7 +92,7 @@ def run_evaluate(config: Config, cases_table: Path, predictions: Path, output: P
     case_rows, lesion_rows, candidate_rows, inputs = [], [], [], {}
     with Progress(f"evaluate {predictions}", total=len(test_cases)) as progress:
         for _, case in test_cases.iterrows():
-            case_folder = cases.folder_of(cases_table, case)
+            case_folder = cases.unchanged_folder_of(cases_table, case)
             layout = read_volume(case_folder.layout)
             nodules = layout.like(layout.array == Label.NODULE)
             paths = {what: folder / f"{case['case_id']}.nii.gz" for what, folder in folders.items()}

@@ -25,7 +25,7 @@ import numpy as np
 
 from lungddpm.arms.compose import DATASET, draw_record, image_and_label
 from lungddpm.config.models import Config, Network
-from lungddpm.core.cases import folder_of, read_cases, usable
+from lungddpm.core.cases import read_cases, unchanged_folder_of, usable
 from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.device import log_device
 from lungddpm.core.errors import ConfigError, InputError
@@ -220,7 +220,7 @@ def run_predict(
         Progress(what, len(cases)) as progress,
     ):
         for _, case in cases.iterrows():
-            mask, probability = segmenter.mask_and_probability(folder_of(cases_table, case).ct)
+            mask, probability = segmenter.mask_and_probability(unchanged_folder_of(cases_table, case).ct)
             write_volume(output / "probability" / f"{case['case_id']}.nii.gz", probability)
             write_volume(output / f"{case['case_id']}.nii.gz", mask)
             progress.advance()

@@ -119,6 +119,15 @@ def test_predictions_beside_whole_numbers_are_those_numbers(make_results):
     assert metrics() == exact
 
 
+def test_a_layout_edited_after_it_was_prepared_is_refused(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False)
+    folder, case = replicate_of(results, config), CaseFolder(results / "cases" / "case-02")
+    layout = read_volume(case.layout)
+    write_volume(case.layout, layout.like(layout.array[::-1].copy()))
+    with pytest.raises(InputError, match=r"case-02: does not match its hash in .*cases\.tsv"):
+        run_evaluate(Config(), results / "cases" / "cases.tsv", folder / "predictions", folder)
+
+
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
