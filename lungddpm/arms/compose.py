@@ -39,6 +39,7 @@ from lungddpm.core.volume import read_volume, write_volume
 DATASET = "Dataset501_LungNodule"
 FILE_ENDING = ".nii.gz"
 FILTER_TABLE = "samples.csv"
+_ROUNDING = 1e-9
 """Next to each `filter.json`: one row per candidate of a filtered arm."""
 FILTER_COLUMNS = ["number", "case_id", "sha256", "n_nodule_voxels", "found"]
 """`number`: in the plan of the synthesis; `found`: share of the nodule voxels that the segmenter found, NaN if the
@@ -274,7 +275,8 @@ def _filtered(
         shares.append(_shares_of(path, record, drawn))
         segmenters.append({key: record["segmenter"][key] for key in ("arm", "replicate", "arm_fingerprint")})
     found = np.mean(shares, axis=0)
-    kept = [sample for sample, share in zip(drawn, found, strict=True) if share >= limit]
+    # A mean of shares at the limit may be rounded to less.
+    kept = [sample for sample, share in zip(drawn, found, strict=True) if share >= limit - _ROUNDING]
     if not kept:
         best = "no sample has a nodule" if np.isnan(found).all() else f"at most {100 * np.nanmax(found):.0f} %"
         raise InputError(

@@ -89,6 +89,13 @@ def test_a_sample_counts_by_the_mean_over_all_segmenters_that_judged(cohort):
     assert [each["replicate"] for each in arm["filter"]["segmenters"]] == ["fold0_seed0", "fold1_seed0"]
 
 
+def test_a_sample_at_the_limit_is_kept_however_many_segmenters_judged(cohort):
+    shares = [0.7, 0.7, 0.699, 0.2, 0.2, 0.2]
+    # The mean of three times 0.7 is rounded to less.
+    filters = [write_filter(cohort, shares, f"fold{fold}_seed0") for fold in range(3)]
+    assert samples_in(compose(cohort, filters)) == ["s0", "s1"]
+
+
 def test_the_record_proves_that_no_test_patient_is_behind_the_choice(cohort):
     arm = compose(cohort, [write_filter(cohort)])
     assert arm["filter"]["leak_guard"]["disjoint"]
