@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lungddpm.config.models import Config
-from lungddpm.core.cases import internal, read_cases, usable
+from lungddpm.core.cases import read_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.progress import waiting
-from lungddpm.core.roles import TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure
@@ -23,14 +22,19 @@ from lungddpm.verdict.design import (
     Components,
     Costs,
     Design,
-    costs_of_timing,
     detectable_by_design,
     hours_of_design,
     power_of_design,
     sufficient_designs,
-    typical_components,
 )
-from lungddpm.verdict.families import asked_arms, design_of, relevant_difference, stages_per_replicate
+from lungddpm.verdict.families import (
+    design_of,
+    design_of_run,
+    relevant_difference,
+    replicates_in_words,
+    stages_per_replicate,
+    timed_costs,
+)
 from lungddpm.verdict.statistics import POWER
 from lungddpm.verdict.tables import read_csv
 
@@ -109,8 +113,8 @@ def run_design(
     tables = tables if results is None else [results / "cases" / "cases.tsv"]
     cohort = count_cohort(config, first_table(tables), scans)
     components, origin = _components(config, results, assumed)
-    own = design_of(config, cohort.test)
-    costs = {} if results is None else _timed_costs(config, own, results)
+    own = design_of(config, cohort.test - cohort.test_without_nodule)
+    costs = {} if results is None else _timed_costs(config, results)
     of_hours = f"as measured in {results}, one job after another"
     if not costs:
         speed = choose_speed(config, device, step_seconds, bench)
@@ -128,7 +132,7 @@ def describe_designs(designs: Designs) -> str:
     """The designs as a table for a terminal, a row each, the config's own marked; with what it rests on."""
     rows = [
         [
-            "*" if row.is_own else "", str(row.design.n_replicates), str(row.design.n_cases),
+            "*" if row.is_own else "", str(row.design.n_independent), str(row.design.n_cases),
             f"{row.detectable:.3f}" if math.isfinite(row.detectable) else "nothing", f"{row.power:.2f}",
             *map(_hours, row.hours.values()),
         ]
@@ -149,7 +153,8 @@ def design_values(designs: Designs) -> dict[str, Any]:
         "hours_origin": designs.of_hours,
         "designs": [
             {
-                "replicates": row.design.n_replicates,
+                "independent_replicates": row.design.n_independent,
+                "runs_each": row.design.runs_each,
                 "test_cases": row.design.n_cases,
                 "is_own": row.is_own,
                 "detectable": row.detectable,
@@ -158,22 +163,20 @@ def design_values(designs: Designs) -> dict[str, Any]:
             }
             for row in designs.rows
         ],
-        "able": [{"replicates": each.n_replicates, "test_cases": each.n_cases} for each in designs.able],
+        "able": [{"independent_replicates": each.n_independent, "test_cases": each.n_cases} for each in designs.able],
     }
 
 
 def _components(config: Config, results: Path | None, assumed: Assumed) -> tuple[Components, str]:
     """The components to plan with, and where they come from."""
     if results is not None:
-        path, measure = results / "tables" / "variance_components.csv", deciding_measure().column
+        path = results / "tables" / "variance_components.csv"
         table = read_csv(path)
-        table = table[table["metric"] == measure]
-        arms = asked_arms(config)
-        known = [arm for arm in arms if arm in set(table["arm"])] or table.loc[table["family"] != "controls", "arm"]
-        found = typical_components(table, list(known))
-        if found is None:
+        of_run = design_of_run(config, table)
+        if of_run is None:
             raise InputError(path, "has no variance components", "Use a run with at least two replicates.")
-        run_df = int(table["run_df"].max())
+        found = of_run[1]
+        run_df = int(table.loc[table["metric"] == deciding_measure().column, "run_df"].max())
         origin = f"from {path}, that of runs with {plural(run_df, 'degree')} of freedom"
     elif config.source.is_simulated:
         found, origin = MEASURED_ON_PHANTOMS, "measured on the phantom cohort's demo"
@@ -185,14 +188,12 @@ def _components(config: Config, results: Path | None, assumed: Assumed) -> tuple
     return replace(found, **given), "as given" if len(given) == len(vars(assumed)) else origin
 
 
-def _timed_costs(config: Config, own: Design, results: Path) -> dict[str, Costs]:
+def _timed_costs(config: Config, results: Path) -> dict[str, Costs]:
     """The costs of the design from the times of a run, by column head; empty if it has no times."""
     timing, cases = results / "tables" / "timing.csv", results / "cases" / "cases.tsv"
     if not timing.exists() or not cases.exists():
         return {}
-    table, n_runs = read_cases(cases), own.n_arms * len(config.segmentation.replicates())
-    sizes = own.n_replicates, len(usable(internal(table), TEST)), len(table)
-    return {"job hours": costs_of_timing(read_csv(timing), n_runs, *sizes, stages_per_replicate(config))}
+    return {"job hours": timed_costs(config, read_csv(timing), read_cases(cases))}
 
 
 def _planned_costs(config: Config, stages: Sequence[Stage], own: Design, cohort: Cohort) -> dict[str, Costs]:
@@ -201,18 +202,18 @@ def _planned_costs(config: Config, stages: Sequence[Stage], own: Design, cohort:
     for stage in stages:
         for head, value in (("GPU hours", stage.gpu_hours), ("core hours", stage.core_hours)):
             hours[head][stage.name] = hours[head].get(stage.name, 0.0) + value
-    sizes = own.n_replicates, cohort.test, cohort.scans
+    sizes = own.n_independent, cohort.test, cohort.scans
     grow = stages_per_replicate(config)
     return {head: Costs(of_stage, *sizes, grow) for head, of_stage in hours.items() if any(of_stage.values())}
 
 
 def _rows(own: Design, components: Components, relevant: float, costs: dict[str, Costs]) -> list[DesignRow]:
     rows = []
-    for n_replicates in sorted(
-        {max(2, round(own.n_replicates * factor)) for factor in _REPLICATES} | {own.n_replicates}
+    for n_independent in sorted(
+        {max(2, round(own.n_independent * factor)) for factor in _REPLICATES} | {own.n_independent}
     ):
         for n_cases in sorted({max(1, round(own.n_cases * factor)) for factor in _CASES}):
-            design = replace(own, n_replicates=n_replicates, n_cases=n_cases)
+            design = replace(own, n_independent=n_independent, n_cases=n_cases)
             hours = {head: hours_of_design(design, own, each) for head, each in costs.items()}
             detectable = detectable_by_design(design, components)
             power = power_of_design(design, components, relevant)
@@ -224,12 +225,10 @@ def _notes(config: Config, own: Design, components: Components, relevant: float,
     """The assumptions of the table, and the smallest designs that can detect the relevant difference."""
     measure, primary = deciding_measure().title, config.primary_arms()
     compared = f"primary: {', '.join(primary)}" if primary else f"{own.n_compared} compared together"
-    shown = " or ".join(
-        f"{plural(one.n_replicates, 'replicate')} with {plural(one.n_cases, 'test case')}" for one in able
-    )
+    shown = " or ".join(f"{replicates_in_words(one, config)} with {plural(one.n_cases, 'test case')}" for one in able)
     whose = "of the config" if config.verdict.relevant_difference else "the published gain"
     return [
-        f"* the config's own design: {plural(own.n_arms, 'arm')}, {compared}.",
+        f"* the config's own design: {plural(own.n_arms, 'arm')}, {replicates_in_words(own, config)}, {compared}.",
         f"Detectable: the true difference in {measure} that is detected with a probability of {100 * POWER:.0f} %.",
         f"Needed for {relevant:.3f} ({whose}): {shown}."
         if able

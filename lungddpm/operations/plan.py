@@ -101,6 +101,8 @@ class Cohort:
     """Source of this information, as a clause."""
     external: int = 0
     """Scans of external test sets; included in `scans`, but not in `test`."""
+    test_without_nodule: int = 0
+    """Test cases that are known to have no nodule; included in `test`."""
 
 
 @dataclass(frozen=True)
@@ -517,7 +519,11 @@ def _cohort_of_table(config: Config, index: Path) -> Cohort | None:
     voxels = (table["size_x"] * table["size_y"] * table["size_z"]).mean()
     counts = {role: len(usable(internal(table), role)) for role in ROLES}
     external = len(usable(table, TEST)) - counts[TEST]
-    return Cohort(len(table), float(voxels), **counts, origin=index.as_posix(), external=external)
+    # An index does not know the nodules yet.
+    empty = int((usable(internal(table), TEST)["n_nodules"] == 0).sum()) if "n_nodules" in table else 0
+    return Cohort(
+        len(table), float(voxels), **counts, origin=index.as_posix(), external=external, test_without_nodule=empty
+    )
 
 
 def _light(name: str, jobs: int, cases: int, voxels: float = 0.0, further_disk_bytes: float = 0.0) -> Stage:

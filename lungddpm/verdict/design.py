@@ -19,7 +19,7 @@ from scipy import optimize, stats
 
 from lungddpm.verdict.statistics import POWER, Effect, MeanSquare, Scores, minimum_cases
 
-COMPONENT_COLUMNS = ["arm", "family", "metric", "n_replicates", "n_cases", "run_df", "run_sd", "residual_sd",
+COMPONENT_COLUMNS = ["arm", "family", "metric", "n_independent", "n_cases", "run_df", "run_sd", "residual_sd",
                      "arm_case_sd"]  # fmt: skip
 _NODES = (24, 12, 8)
 """Nodes of the quadrature over the mean squares of runs, cases and residual."""
@@ -34,9 +34,9 @@ class Components:
     """Standard deviations of an arm's scores, in the measure's unit, apart from what all arms share."""
 
     run_sd: float
-    """Between training runs (arm x replicate), of the mean over infinitely many cases."""
+    """Between training runs (arm x run), of the mean over infinitely many cases."""
     residual_sd: float
-    """Residual (arm x replicate x case)."""
+    """Residual (arm x run x case)."""
     arm_case_sd: float
     """Between cases (arm x case), the same in all runs."""
 
@@ -56,23 +56,25 @@ class Design:
     """All arms including the baseline: the run-to-run variance is estimated from all."""
     n_compared: int
     """Arms in one family of Holm's correction."""
-    n_replicates: int
-    """Independent ones: folds, or seeds of a single fold."""
+    n_independent: int
+    """Independent replicates: folds, or seeds of a single fold."""
     n_cases: int
     """Test cases with a nodule."""
     confidence: float
     n_baselines: int = 1
     """Baselines among the `n_arms`."""
+    runs_each: int = 1
+    """Runs that are averaged in an independent replicate: the seeds of a fold, if several folds are trained."""
 
     @property
     def run_df(self) -> int:
         """Degrees of freedom of MS(TR)."""
-        return (self.n_arms - self.n_baselines) * (self.n_replicates - 1)
+        return (self.n_arms - self.n_baselines) * (self.n_independent - 1)
 
     @property
     def decides(self) -> bool:
         """Whether anything can be decided."""
-        return self.n_replicates > 1 and self.n_cases >= minimum_cases(self.n_compared, self.confidence)
+        return self.n_independent > 1 and self.n_cases >= minimum_cases(self.n_compared, self.confidence)
 
 
 def power_of_design(design: Design, components: Components, difference: float) -> float:
@@ -101,11 +103,12 @@ def detectable_by_design(design: Design, components: Components) -> float:
 
 def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, float]:
     """Equally probable thresholds above which an arm is called better, and the sd of a difference."""
-    n_replicates, n_cases = design.n_replicates, design.n_cases
-    residual = 2 * components.residual_sd**2 / (n_replicates * n_cases)
+    n_independent, n_cases = design.n_independent, design.n_cases
+    n_runs = n_independent * design.runs_each
+    residual = 2 * components.residual_sd**2 / (n_runs * n_cases)
     between_cases = 2 * components.arm_case_sd**2 / n_cases + residual
-    from_runs = 2 * components.run_sd**2 / n_replicates + residual
-    degrees = design.run_df, n_cases - 1, (n_cases - 1) * (n_replicates - 1)
+    from_runs = 2 * components.run_sd**2 / n_runs + residual
+    degrees = design.run_df, n_cases - 1, (n_cases - 1) * (n_independent - 1)
     nodes = [
         value * stats.chi2.ppf((np.arange(n) + 0.5) / n, df) / df
         for value, df, n in zip((from_runs, between_cases, residual), degrees, _NODES, strict=True)
@@ -124,17 +127,20 @@ def _thresholds(design: Design, components: Components) -> tuple[np.ndarray, flo
 def components_of(scores: Scores, arm: int, baseline: int = 0) -> Components | None:
     """Estimate the components from an arm and its baseline; None with one replicate or one case.
 
-    The run-to-run variance, estimated from all arms, is the median-unbiased estimate, as in `Effect.detectable`.
+    The run-to-run variance, estimated from all arms, is the median-unbiased estimate, as in `Effect.detectable`. If
+    seeds are averaged within folds, both variances of runs are scaled up to those of single ones, as in
+    `Scores.contrast`.
     """
-    paired, interaction = scores.paired(arm, baseline).scores, scores.interaction
-    if paired.shape[1] < 2 or paired.shape[2] < 2 or not interaction.df:
+    paired, interaction = scores.paired(arm, baseline), scores.interaction
+    _, n_independent, n_cases = paired.scores.shape
+    if n_independent < 2 or n_cases < 2 or not interaction.df:
         return None
-    covariance = np.cov(paired[0] - paired[1])
+    covariance = np.cov(paired.scores[0] - paired.scores[1])
     within = float(covariance.diagonal().mean())
     shared = float(covariance[~np.eye(len(covariance), dtype=bool)].mean())
-    residual = max(within - shared, 0.0) / 2
-    runs = interaction.value * interaction.df / float(stats.chi2.median(interaction.df))
-    run = max(runs - residual / paired.shape[2], 0.0)
+    residual = max(within - shared, 0.0) / 2 / float((1 / paired.n_runs).mean())
+    averages = interaction.value * interaction.df / float(stats.chi2.median(interaction.df))
+    run = max(averages * scores.runs_per_replicate - residual / n_cases, 0.0)
     return Components(math.sqrt(run), math.sqrt(residual), math.sqrt(max(shared, 0.0) / 2))
 
 
@@ -173,7 +179,7 @@ class Costs:
     """Further stages that grow with the replicates."""
 
     def hours(self, replicates: int, test_cases: int) -> float:
-        """Hours of the same arms with these numbers of replicates and test cases."""
+        """Hours of the same arms with these numbers of independent replicates and test cases."""
         more_runs, more_cases = replicates / self.replicates, test_cases / self.test_cases
         more_scans = (self.scans + test_cases - self.test_cases) / self.scans
         total = 0.0
@@ -199,7 +205,7 @@ def costs_of_timing(
 
     Args:
         timing: rows of `timing.csv`.
-        n_runs: arms x replicates to account for.
+        n_runs: arms x replicates (fold x seed) to account for.
         replicates: independent ones, in `n_runs`.
         test_cases: of the run that was timed.
         scans: all scans of that run, of any role.
@@ -227,7 +233,7 @@ def sufficient_designs(design: Design, components: Components, difference: float
     """
 
     def price(one: Design) -> float:
-        return hours_of_design(one, design, costs) if costs else float(one.n_replicates * one.n_cases)
+        return hours_of_design(one, design, costs) if costs else float(one.n_independent * one.n_cases)
 
     least = max(design.n_cases, minimum_cases(design.n_compared, design.confidence))
     able = [
@@ -244,15 +250,15 @@ def sufficient_designs(design: Design, components: Components, difference: float
 
 def hours_of_design(wanted: Design, own: Design, costs: Costs) -> float:
     """Hours of a design; `own` has its cases with a nodule among the test cases of `costs`."""
-    return costs.hours(wanted.n_replicates, round(costs.test_cases * wanted.n_cases / own.n_cases))
+    return costs.hours(wanted.n_independent, round(costs.test_cases * wanted.n_cases / own.n_cases))
 
 
 def _fewest_replicates(design: Design, components: Components, difference: float) -> Design | None:
     low, high = 1, _MOST_REPLICATES
-    if power_of_design(replace(design, n_replicates=high), components, difference) < POWER:
+    if power_of_design(replace(design, n_independent=high), components, difference) < POWER:
         return None
     while high - low > 1:
         middle = (low + high) // 2
-        enough = power_of_design(replace(design, n_replicates=middle), components, difference) >= POWER
+        enough = power_of_design(replace(design, n_independent=middle), components, difference) >= POWER
         low, high = (low, middle) if enough else (middle, high)
-    return replace(design, n_replicates=high)
+    return replace(design, n_independent=high)

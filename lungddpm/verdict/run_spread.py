@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from lungddpm.core.arms import is_baseline
+
 COLUMNS = ["arm", "n_replicates", "mean", "sd", "lowest", "highest", "range", "p"]
 _DRAWS = 20_000
 _NO_DF = 1e-9
@@ -98,7 +100,7 @@ def spread_notes(table: pd.DataFrame, measure: str, significance: float) -> list
     """A sentence for each arm whose runs scatter more than those of the others, beyond chance.
 
     Args:
-        table: of `run_spread_table`, the baseline first.
+        table: of `run_spread_table`.
         measure: display name of the measure.
         significance: p below it is beyond chance.
     """
@@ -106,7 +108,7 @@ def spread_notes(table: pd.DataFrame, measure: str, significance: float) -> list
     for row in table[table["p"] < significance].to_dict("records"):
         others = table.loc[table["arm"] != row["arm"], "sd"].dropna()
         range_of_others = " to ".join(dict.fromkeys(f"{sd:.3f}" for sd in (others.min(), others.max())))
-        concerned = "every arm" if row["arm"] == table["arm"].iloc[0] else "this arm"
+        concerned = "every arm compared with it" if is_baseline(row["arm"]) else "this arm"
         notes.append(
             f"Training runs of {row['arm']} scatter more than those of the other arms, beyond chance (sd of mean "
             f"{measure} {row['sd']:.3f} over {row['n_replicates']} replicates; others {range_of_others}). "

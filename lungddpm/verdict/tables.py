@@ -26,14 +26,13 @@ from lungddpm.quality.calibration import calibration_table
 from lungddpm.verdict.answer import answer_row
 from lungddpm.verdict.convergence import convergence_table
 from lungddpm.verdict.cost import cost_table
-from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of, costs_of_timing
+from lungddpm.verdict.design import COMPONENT_COLUMNS, components_of
 from lungddpm.verdict.families import (
     PRIMARY,
-    design_of,
     external_family,
     family_of,
     gates_of,
-    stages_per_replicate,
+    timed_costs,
 )
 from lungddpm.verdict.instrument import COLUMNS, Missing, external_instrument_table, instrument_table
 from lungddpm.verdict.ladder import ladder_table, published_generators
@@ -273,7 +272,7 @@ def component_table(cases: pd.DataFrame, config: Config) -> pd.DataFrame:
                 continue
             paired, found = scores.paired(number, baseline).scores, components_of(scores, number, baseline)
             keys = {"arm": arm.name, "family": family_of(arm, config), "metric": measure.column}
-            sizes = {"n_replicates": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
+            sizes = {"n_independent": paired.shape[1], "n_cases": paired.shape[2], "run_df": scores.interaction.df}
             rows.append(keys | sizes | (asdict(found) if found else {}))
     return pd.DataFrame(rows, columns=COMPONENT_COLUMNS)
 
@@ -547,12 +546,7 @@ def check_instrument(
     test_cases = usable(internal(all_cases), TEST)["case_id"]
     missing = Missing(missing_replicates(cases, config), sorted(set(test_cases) - set(cases["case_id"])))
     checks = instrument_table(config, tables, missing, copies, named_late(results, config))
-    costs = None
-    if "timing" in tables:
-        design = design_of(config, len(test_cases))
-        n_runs = design.n_arms * len(config.segmentation.replicates())
-        sizes = design.n_replicates, len(test_cases), len(all_cases)
-        costs = costs_of_timing(tables["timing"], n_runs, *sizes, stages_per_replicate(config))
+    costs = timed_costs(config, tables["timing"], all_cases) if "timing" in tables else None
     answer = answer_row(checks, verdict, components, config, costs)
     return pd.concat([checks, pd.DataFrame([answer], columns=COLUMNS)], ignore_index=True)
 

@@ -10,7 +10,7 @@ from documented import documented_keys, keys_of
 from typer.testing import CliRunner
 
 from lungddpm.cli import app
-from lungddpm.core.cases import write_cases
+from lungddpm.core.cases import read_cases, write_cases
 from lungddpm.core.files import write_table
 
 CONFIG = {
@@ -35,7 +35,7 @@ def design_rows(*options, config=CONFIG):
 @pytest.fixture
 def finished(tmp_path):
     """A folder with what the table takes of a finished run: 4 arms, 2 replicates, 8 test cases of 23 scans."""
-    columns = ["arm", "family", "metric", "n_replicates", "n_cases", "run_df", "run_sd", "residual_sd", "arm_case_sd"]
+    columns = ["arm", "family", "metric", "n_independent", "n_cases", "run_df", "run_sd", "residual_sd", "arm_case_sd"]
     rows = [("real+lung_ddpm@1.0", "arms with synthetic CT", "dice", 2, 8, 3, 0.02, 0.06, 0.01)]
     rows += [("real+lung_ddpm@1.0", "arms with synthetic CT", "sensitivity", 2, 8, 3, 0.9, 0.9, 0.9)]
     rows += [("real+real", "controls", "dice", 2, 8, 3, 0.02, 0.9, 0.9)]
@@ -89,11 +89,44 @@ def test_what_is_stated_counts(finished):
     assert "run 0, residual 0.1, arm x case 0.1 (as given)" in below
 
 
+def test_a_fold_with_several_seeds_has_more_power_and_costs_more():
+    of_folds = [
+        CONFIG | {"segmentation": {"n_folds": 4, "folds": [0, 1, 2, 3], "seeds": seeds}} for seeds in ([0], [0, 1, 2])
+    ]
+    sds = ("--run-sd", 0.1, "--residual-sd", 0.1, "--arm-case-sd", 0.02)
+    (_, once, below), (_, thrice, below_thrice) = (design_rows(*sds, config=config) for config in of_folds)
+    assert float(thrice[4, 24][1]) < 0.7 * float(once[4, 24][1])
+    assert float(thrice[4, 24][-1]) > float(once[4, 24][-1])
+    assert "4 arms, 4 folds (or seeds of one fold)," in below
+    assert "4 arms, 4 folds of 3 seeds each," in below_thrice
+
+
+def test_the_components_are_those_of_the_instrument_check(finished):
+    # The arm in question has one replicate so far, so those of the control are used.
+    path = finished / "tables" / "variance_components.csv"
+    table = pd.read_csv(path)
+    table.loc[table["arm"] != "real+real", "run_sd"] = np.nan
+    write_table(path, table)
+    _, _, below = design_rows("--results", finished)
+    assert "Sd of Dice: run 0.02, residual 0.9, arm x case 0.9 (from " in below
+
+
+def test_test_cases_without_a_nodule_decide_nothing(finished):
+    path = finished / "cases" / "cases.tsv"
+    table = read_cases(path)
+    table.loc[table.index[-2:], "n_nodules"] = 0
+    write_cases(path, table.to_dict("records"))
+    _, rows, _ = design_rows("--results", finished)
+    assert [key for key, row in rows.items() if row[0]] == [(4, 6)]
+    # The hours are those of all eight test cases, as before.
+    assert rows[4, 6][3] == f"{8 + 1.6 + 1:.0f}"
+
+
 def test_a_primary_arm_needs_less():
     named = CONFIG | {"verdict": {"relevant_difference": 0.1, "primary": "real+lung_ddpm@1"}}
     (_, among, _), (_, alone, below) = design_rows(), design_rows(config=named)
     assert float(alone[4, 24][2]) > float(among[4, 24][2])
-    assert "4 arms, primary: real+lung_ddpm@1.0." in below
+    assert "4 arms, 4 seeds, primary: real+lung_ddpm@1.0." in below
 
 
 def test_a_run_that_knows_nothing_of_its_scatter_is_refused(finished):
@@ -108,7 +141,7 @@ def test_its_json_has_the_figures_of_the_table_and_the_keys_of_the_docs(finished
     _, rows, _ = design_rows("--results", finished)
     arguments = ["plan", "--power", "--json", "--configfile", json.dumps(CONFIG), "--results", str(finished)]
     values = json.loads(CliRunner().invoke(app, arguments).stdout)
-    found = {(row["replicates"], row["test_cases"]): row for row in values["designs"]}
+    found = {(row["independent_replicates"], row["test_cases"]): row for row in values["designs"]}
     assert found.keys() == rows.keys()
     for key, (own, detectable, power, hours) in rows.items():
         assert found[key]["is_own"] == own

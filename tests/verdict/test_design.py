@@ -83,10 +83,22 @@ def test_an_arm_named_beforehand_has_twice_the_power_of_one_of_ten():
     assert powers == pytest.approx([0.64, 0.33], abs=0.03)
 
 
-@pytest.mark.parametrize("too_small", [{"n_replicates": 1}, {"n_cases": 6}])
+@pytest.mark.parametrize("too_small", [{"n_independent": 1}, {"n_cases": 6}])
 def test_a_design_that_decides_nothing_has_no_power(too_small):
     design = replace(Design(4, 3, 4, 16, 0.95), **too_small)
     assert (power_of_design(design, DEMO, 0.5), detectable_by_design(design, DEMO)) == (0, math.inf)
+
+
+@pytest.mark.parametrize("n_seeds", [1, 3])
+def test_seeds_of_a_fold_are_averaged_in_simulated_benchmarks_as_well(repository, n_seeds):
+    simulation = runpy.run_path(str(repository / "benchmarks" / "decision_error.py"))
+    design, components = Design(3, 2, 4, 20, 0.95, runs_each=n_seeds), Components(0.1, 0.1, 0.02)
+    sds = dict(zip(("replicate_sd", "residual_sd", "arm_case_sd"), vars(components).values(), strict=True))
+    scenario = simulation["Scenario"](2, 4, 20, n_seeds=n_seeds, **sds)
+    generator = np.random.default_rng(1)
+    judged = [simulation["judge"](scenario, 0.15, generator)[0] for _ in range(300)]
+    found = [arm.p < 0.05 / 2 and arm.difference > 0 for arm in judged]
+    assert power_of_design(design, components, 0.15) == pytest.approx(np.mean(found), abs=0.07)
 
 
 def test_runs_that_never_differ_show_everything():
@@ -94,19 +106,22 @@ def test_runs_that_never_differ_show_everything():
     assert (power_of_design(design, nothing, 0.001), detectable_by_design(design, nothing)) == (1, 0)
 
 
-def simulated(components, n_arms, n_replicates, n_cases, rng):
+def simulated(components, n_arms, n_replicates, n_cases, rng, n_seeds=1):
+    n_runs = n_replicates * n_seeds
     values = (
         rng.normal(0.4, 0.2, n_cases)
         + rng.normal(0, components.arm_case_sd, (n_arms, 1, n_cases))
-        + rng.normal(0, components.run_sd, (n_arms, n_replicates, 1))
-        + rng.normal(0, components.residual_sd, (n_arms, n_replicates, n_cases))
+        + rng.normal(0, components.run_sd, (n_arms, n_runs, 1))
+        + rng.normal(0, components.residual_sd, (n_arms, n_runs, n_cases))
     )
-    return Scores.over_scored_cases(values, np.ones(values.shape[:2], bool))
+    folds = tuple(run // n_seeds for run in range(n_runs))
+    return Scores.over_scored_cases(values, np.ones(values.shape[:2], bool), folds)
 
 
-def test_components_are_those_that_the_scores_were_made_with():
+@pytest.mark.parametrize("n_seeds", [1, 4])
+def test_components_are_those_that_the_single_runs_were_made_with(n_seeds):
     rng, true = np.random.default_rng(2), Components(0.03, 0.07, 0.05)
-    found = [components_of(simulated(true, 4, 5, 60, rng), 1) for _ in range(200)]
+    found = [components_of(simulated(true, 4, 5, 60, rng, n_seeds), 1) for _ in range(200)]
     estimates = pd.DataFrame([vars(each) for each in found])
     # The median: that of the runs is made to be right half of the time.
     assert estimates["run_sd"].median() == pytest.approx(true.run_sd, rel=0.05)
@@ -158,7 +173,7 @@ def test_what_would_be_able_is_the_smallest_that_is():
     assert 1 <= len(found) <= 2
     for one in found:
         assert power_of_design(one, DEMO, 0.07) >= 0.8
-        assert power_of_design(replace(one, n_replicates=one.n_replicates - 1), DEMO, 0.07) < 0.8
+        assert power_of_design(replace(one, n_independent=one.n_independent - 1), DEMO, 0.07) < 0.8
     prices = [hours_of_design(one, design, COSTS) for one in found]
     assert prices == sorted(prices, reverse=True)
 

@@ -87,11 +87,16 @@ def test_no_spread_has_no_p(means):
 def test_the_note_names_the_arm_and_the_numbers():
     rng = np.random.default_rng(4)
     means = 0.5 + rng.normal(size=(5, 5)) * np.array([[0.01], [0.01], [0.2], [0.01], [0.01]])
-    table = run_spread_table(["real", "a", "b", "c", "d"], means, [[run] for run in range(5)], seed=1)
+    arms = ["real", *(f"real+{name}@1.0" for name in "abcd")]
+    table = run_spread_table(arms, means, [[run] for run in range(5)], seed=1)
     (note,) = spread_notes(table, "Dice", 0.05)
-    assert note.startswith("Training runs of b scatter more than those of the other arms, beyond chance")
+    assert note.startswith("Training runs of real+b@1.0 scatter more than those of the other arms, beyond chance")
     assert f"(sd of mean Dice {means[2].std(ddof=1):.3f} over 5 replicates; others 0.0" in note
     assert "claims about this arm" in note
     assert spread_notes(table, "Dice", 1e-9) == []
     (note,) = spread_notes(table.assign(p=[0.01, 1, 1, 1, 1]), "Dice", 0.05)
-    assert "claims about every arm" in note
+    assert "claims about every arm compared with it are" in note
+    second = table.assign(arm=[*arms[:2], "real4", *arms[3:]])
+    (note,) = spread_notes(second, "Dice", 0.05)
+    assert note.startswith("Training runs of real4")
+    assert "claims about every arm compared with it are" in note
