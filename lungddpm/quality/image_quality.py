@@ -431,12 +431,11 @@ def _distance_rows(
     window: tuple[float, float], extractor: Extractor,
 ) -> list[dict]:  # fmt: skip
     """Distances of the samples and all floors to the references, in the features of a network."""
-    with Progress(f"features by {extractor.name}", len(training) + len(references) + 2 * len(samples)) as progress:
+    with Progress(f"features by {extractor.name}", len(training) + len(references) + len(samples)) as progress:
 
         def features(hu: np.ndarray, lungs: np.ndarray) -> np.ndarray:
             values = unit_range(hu, window)
-            found = extractor.features([values, np.where(lungs, values, 0)])
-            progress.advance()
+            found: np.ndarray = extractor.features([values, np.where(lungs, values, 0)])
             return found
 
         real, sets = ImageSet(), {image: ImageSet() for image in (SYNTHETIC, SHIFTED, CONSTANT_LUNGS, COPIES)}
@@ -444,6 +443,7 @@ def _distance_rows(
         for to, of_role in ((real, references), (sets[OTHER_PATIENTS], training)):
             for case in of_role:
                 to.add(features(case.hu, case.lungs), case.patient_id)
+                progress.advance()
         of_reference = dict(zip((case.case_id for case in references), real.features, strict=True))
         for row in samples.to_dict("records"):
             sample = read_sample(row["folder"], cases_table)
@@ -453,6 +453,7 @@ def _distance_rows(
                 sets[image].add(features(hu, sample.layout.array != Label.BACKGROUND), patient)
             if sample.reference is not None and sample.reference.case_id in of_reference:
                 sets[COPIES].add(of_reference[sample.reference.case_id], patient)
+            progress.advance()
     with waiting("FID, MMD, KID, precision, recall and AUC"):
         rows = distances_of_sets(sets, real, sets[OTHER_PATIENTS], (WHOLE, LUNGS))
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}

@@ -67,7 +67,7 @@ RUN_COLUMNS = ["generator", "images", "replicate", "dice", "recall", "false_posi
 TABLE_COLUMNS = [
     "generator", "images", "n_replicates", "n_cases", "n_empty_cases", "n_lesions", "dice_mean", "dice_sd", "recall",
     *(f"{what}_{stratum}" for stratum in STRATA for what in ("n_lesions", "recall")),
-    "false_positives_per_scan", "n_paired", "difference", "ci_low", "ci_high",
+    "false_positives_per_scan", "n_paired", "dice_of_references", "difference", "ci_low", "ci_high",
     "recall_difference", "recall_ci_low", "recall_ci_high", "note",
 ]  # fmt: skip
 STRATUM_COLUMNS = ["generator", "images", "texture", "size", "n_lesions", "found_percent"]
@@ -288,7 +288,8 @@ def fidelity_table(
     Dice is a mean over cases with a nodule of their means over replicates, and its sd is over cases; recall is pooled
     over lesions and replicates. Differences from the ceiling are over the `n_paired` samples that have the layout of
     their reference, each against that reference in the same replicate; if there are none, they are differences of
-    means.
+    means. `dice_of_references` is the ceiling of these pairs alone, to compare `difference` with: replicates judge
+    different samples, and references differ in how hard their nodules are to find.
     Their intervals are t intervals over independent replicates (folds, or seeds of a single fold): they cover
     variation between trainings of a segmenter on real cases, for these samples and references.
 
@@ -306,14 +307,14 @@ def fidelity_table(
         row = {"generator": generator, "images": SYNTHETIC, **_summary(drawn, drawn_lesions)}
         pairs = drawn[drawn["own_layout"].astype(bool) & drawn["dice"].notna()]
         if pairs.empty:
-            gaps = [_means(drawn, "dice") - _means(real, "dice")]
-            gaps.append(_means(drawn_lesions, "found") - _means(real_lesions, "found"))
+            ceilings = _means(real, "dice")
+            gaps = [_means(drawn, "dice") - ceilings, _means(drawn_lesions, "found") - _means(real_lesions, "found")]
         else:
             of_pairs = drawn_lesions.merge(pairs[["replicate", "case_id", "reference"]], on=["replicate", "case_id"])
-            gaps = [
-                _paired(pairs, real, "dice", ["replicate"]),
-                _paired(of_pairs, real_lesions, "found", ["replicate", "lesion"]),
-            ]
+            ceilings, of_dice = _paired(pairs, real, "dice", ["replicate"])
+            _, of_recall = _paired(of_pairs, real_lesions, "found", ["replicate", "lesion"])
+            gaps = [of_dice, of_recall]
+        row["dice_of_references"], *_ = _interval(ceilings, folds, confidence)
         for prefix, by_replicate in zip(("", "recall_"), gaps, strict=True):
             values = _interval(by_replicate, folds, confidence)
             row |= dict(zip((f"{prefix}difference", f"{prefix}ci_low", f"{prefix}ci_high"), values, strict=True))
@@ -367,11 +368,12 @@ def _means(table: pd.DataFrame, column: str) -> pd.Series:
     return table.astype({column: float}).groupby("replicate")[column].mean()
 
 
-def _paired(drawn: pd.DataFrame, real: pd.DataFrame, column: str, keys: list[str]) -> pd.Series:
-    """Mean difference of samples to their references in each replicate."""
+def _paired(drawn: pd.DataFrame, real: pd.DataFrame, column: str, keys: list[str]) -> tuple[pd.Series, pd.Series]:
+    """Means in each replicate: of the samples' references, and of the differences of the samples to them."""
     real = real[[*keys, "case_id", column]].rename(columns={"case_id": "reference", column: "ceiling"})
-    pairs = drawn.merge(real, on=[*keys, "reference"])
-    return (pairs[column].astype(float) - pairs["ceiling"].astype(float)).groupby(pairs["replicate"]).mean()
+    pairs = drawn.merge(real, on=[*keys, "reference"]).astype({column: float, "ceiling": float})
+    by_replicate = pairs.assign(gap=pairs[column] - pairs["ceiling"]).groupby("replicate")
+    return by_replicate["ceiling"].mean(), by_replicate["gap"].mean()
 
 
 def _interval(by_replicate: pd.Series, folds: Mapping[str, int], confidence: float) -> tuple[float, float, float]:

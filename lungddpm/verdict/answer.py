@@ -11,7 +11,13 @@ from lungddpm.core.arms import Arm
 from lungddpm.core.text import format_hours, plural
 from lungddpm.evaluation.measures import deciding_measure
 from lungddpm.verdict.design import TRAIN_SEGMENTER, Costs, hours_of_design, sufficient_designs
-from lungddpm.verdict.families import asked_arms, relevant_difference
+from lungddpm.verdict.families import (
+    asked_arms,
+    design_of_run,
+    has_too_few_cases,
+    relevant_difference,
+    replicates_in_words,
+)
 from lungddpm.verdict.instrument import (
     ALIKE,
     COMPLETE,
@@ -26,7 +32,6 @@ from lungddpm.verdict.instrument import (
     NULL,
     POSITIVE,
     SHORT,
-    design_of_run,
 )
 
 ANSWER = "the answer"
@@ -52,13 +57,14 @@ _REASONS = {
     ALIKE: "the runs of one arm scatter more than others",
     NAMED: "the primary arm was chosen afterwards",
 }
+_MORE_REPLICATES = "more replicates"
 _REMEDIES = {
-    POSITIVE: "fewer real cases, so that more data make a difference, or more replicates",
-    NULL: "more replicates",
+    POSITIVE: f"fewer real cases, so that more data make a difference, or {_MORE_REPLICATES}",
+    NULL: _MORE_REPLICATES,
     GENERATOR: "samples of {subject} within the limits (longer training, or another seed)",
     COMPLETE: "the missing runs (start the same 'lungddpm run' again)",
     DISTINCT: "separate trainings instead of copies",
-    ALIKE: "more replicates",
+    ALIKE: _MORE_REPLICATES,
     NAMED: "a new run with the primary arm chosen beforehand",
 }
 
@@ -142,7 +148,8 @@ def _needs(bearing: list[dict], components: pd.DataFrame, config: Config, costs:
         needs = [_longer(config, costs), *needs]
     if ENOUGH in failed:
         # The design then gives the number of replicates.
-        needs = [_bigger(components, config, costs), *(text for text in needs if "more replicates" not in text)]
+        others = (text.removesuffix(f", or {_MORE_REPLICATES}") for text in needs if text != _MORE_REPLICATES)
+        needs = [_bigger(components, config, costs), *others]
     return list(dict.fromkeys(needs))
 
 
@@ -186,12 +193,13 @@ def _bigger(components: pd.DataFrame, config: Config, costs: Costs | None) -> st
     """Designs that detect the relevant difference, with the time of the whole benchmark."""
     relevant, found = relevant_difference(config), design_of_run(config, components)
     if found is None:
-        return "at least three replicates"
+        few = has_too_few_cases(config, int(components["n_cases"].max()))
+        return "more test cases with a nodule" if few else "at least three replicates"
     own, typical = found
     texts = []
     for one in sufficient_designs(own, typical, relevant, costs):
         cases = f"these {one.n_cases}" if one.n_cases == own.n_cases else str(one.n_cases)
-        text = f"{plural(one.n_replicates, 'replicate')} with {cases} test cases"
+        text = f"{replicates_in_words(one, config)} with {cases} test cases"
         if costs is not None:
             text += f" ({format_hours(hours_of_design(one, own, costs))} of jobs, by this run's times)"
         texts.append(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pandas as pd
 
@@ -23,10 +23,9 @@ from lungddpm.quality.image_quality import (
     SMALLEST_RATIO,
     SYNTHETIC,
 )
-from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.convergence import DICE, LOSS
-from lungddpm.verdict.design import Components, Design, detectable_by_design, power_of_design, typical_components
-from lungddpm.verdict.families import asked_arms, design_of, relevant_difference
+from lungddpm.verdict.design import detectable_by_design, power_of_design
+from lungddpm.verdict.families import asked_arms, design_of_run, has_too_few_cases, relevant_difference
 from lungddpm.verdict.run_spread import spread_notes
 from lungddpm.verdict.statistics import POWER
 
@@ -89,7 +88,7 @@ def instrument_table(
     """
     verdict = tables["verdict"]
     verdict = verdict[verdict["metric"] == deciding_measure().column]
-    asked = [arm.generator for arm in config.arms.all() if not arm.is_control(config.arms.generators)]
+    asked = [arm.generator for arm in config.arms.all() if not arm.is_control(config.arms.controls)]
     names, limits = [name for name in dict.fromkeys(asked) if name], config.verdict.instrument
     rows = [
         *_controls(config, verdict),
@@ -144,7 +143,7 @@ def _judged(value: float, limits: tuple[float, float]) -> str:
 def _controls(config: Config, verdict: pd.DataFrame, on: str = "") -> list[dict]:
     """Both controls, a row for each control arm; `on` names the test set in the conclusion."""
     significance = 1 - config.verdict.confidence
-    controls = [arm for arm in config.arms.all() if arm.real and arm.is_control(config.arms.generators)]
+    controls = [arm for arm in config.arms.all() if arm.real and arm.is_control(config.arms.controls)]
     positive = [arm.name for arm in controls if arm.added == POSITIVE_GENERATOR]
     null = [arm.name for arm in controls if arm.added == BASELINE]
     rows = []
@@ -246,9 +245,11 @@ def _hounsfield(name: str, table: pd.DataFrame) -> dict:
     known = rows[rows["mean"].notna()]
     value = float(outside.sum()) if len(known) else math.nan
     status = _judged(value, (math.nan, 0))
+    if status == PASSED and len(known) < len(rows):
+        status = NOT_MEASURED
     if status == FAILED:
         (said,) = calibration.calibration_notes(rows)
-    elif status == PASSED:
+    elif len(known):
         parts = [
             f"{row['region'].split()[0]} {signed(row['mean'], 0)} HU (limit ±{row['limit_high']:g})"
             if row["measure"] == calibration.DIFFERENCE
@@ -273,9 +274,10 @@ def _memorised(name: str, quality: pd.DataFrame | None, least: float) -> list[di
     many, one, nearer = (found.get((SYNTHETIC, metric), unknown) for metric in (MEDIAN_RATIO, SMALLEST_RATIO, N_NEARER))
     smooth = found.get((CONSTANT_LUNGS, MEDIAN_RATIO), unknown)["mean"]
     of_many = (
-        f"Samples of {name} are {many['mean']:.2f} times as far from their nearest training case as real cases are "
-        f"(constant lungs, which contain no memorised texture: {smooth:.2f})"
+        f"Samples of {name} are {many['mean']:.2f} times as far from their nearest training case as real cases are"
     )
+    if math.isfinite(smooth):  # external samples may have no reference to take them from
+        of_many += f" (constant lungs, which contain no memorised texture: {smooth:.2f})"
     of_one = (
         f"The nearest sample of {name}: {one['note']}; {nearer['mean']:.0f} of {nearer['n']} samples are nearer to a "
         "training case than any real case is"
@@ -316,16 +318,17 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
     lowest, ceiling = limits.label_fidelity, limits.label_fidelity_ceiling
     value, said = math.nan, f"The label fidelity of {name} was not measured."
     if table is not None:
-        dice = table.set_index("generator")["dice_mean"]
-        made, real = dice.get(name, math.nan), dice.get(REAL_CT, math.nan)
+        found = table.set_index("generator")[["dice_of_references", "difference"]]
+        real, difference = found.loc[name] if name in found.index else (math.nan, math.nan)
         if real >= ceiling:
-            value = made / real
+            value = 1 + difference / real
         elif not math.isnan(real):
             limit = f"(limit {ceiling:g})"
             said = f"Segmenters of real reach a Dice of {real:.3f} on real CT {limit}: too low to judge {name}."
     status = _judged(value, (lowest, math.nan))
     if status != NOT_MEASURED:
-        said = f"Segmenters of real reach a Dice of {made:.2f} on {name} and of {real:.2f} on its references' real CT"
+        on_both = f"{real + difference:.2f} on {name} and of {real:.2f} on its references' real CT"
+        said = f"Segmenters of real reach a Dice of {on_both}"
         said += "." if status == PASSED else ": its nodules do not look like nodules to them."
     return _row(
         GENERATOR,
@@ -338,28 +341,6 @@ def _fidelity(name: str, table: pd.DataFrame | None, limits: Instrument) -> dict
     )
 
 
-def design_of_run(config: Config, components: pd.DataFrame, test_sets: int = 1) -> tuple[Design, Components] | None:
-    """The design of a run as carried out, and its variance components; None if they are not known.
-
-    They are those of the arms that the run is about or, if none of these was measured, of all others.
-
-    Args:
-        config: of the run.
-        components: rows of `variance_components.csv`.
-        test_sets: number of test sets whose claims are corrected together.
-    """
-    arms = asked_arms(config)
-    known = components[components["metric"] == deciding_measure().column].dropna(subset="run_sd")
-    if known["arm"].isin(arms).any():
-        known = known[known["arm"].isin(arms)]
-    typical = typical_components(known, list(known["arm"]))
-    if typical is None:
-        return None
-    design = design_of(config, int(known["n_cases"].max()))
-    n_replicates, n_compared = int(known["n_replicates"].min()), design.n_compared * test_sets
-    return replace(design, n_replicates=n_replicates, n_compared=n_compared), typical
-
-
 def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame, test_sets: int = 1) -> list[dict]:
     """What the run can detect, next to the relevant difference; nothing if no arm has synthetic CT."""
     arms, relevant, title = asked_arms(config), relevant_difference(config), deciding_measure().title
@@ -369,7 +350,7 @@ def _size(config: Config, components: pd.DataFrame, verdict: pd.DataFrame, test_
     name, limits = f"detectable difference, {title}", (math.nan, relevant)
     found = design_of_run(config, components, test_sets)
     if found is None or not found[0].decides:
-        return [_row(ENOUGH, "", name, math.nan, limits, FAILED, _why_nothing(config, found, verdict))]
+        return [_row(ENOUGH, "", name, math.nan, limits, FAILED, _why_nothing(config, verdict, test_sets))]
     design, typical = found
     detectable, power = detectable_by_design(design, typical), power_of_design(design, typical, relevant)
     published = "" if config.verdict.relevant_difference else " (the published gain)"
@@ -387,11 +368,19 @@ def _percent(power: float) -> str:
     return "more than 99 %" if power > 0.99 else f"{100 * power:.0f} %"
 
 
-def _why_nothing(config: Config, found: tuple[Design, Components] | None, verdict: pd.DataFrame) -> str:
-    """Why a run cannot decide anything, as a sentence."""
-    if found is None and len(config.segmentation.replicates()) == 1:
-        return "With one replicate, the run-to-run variance is not known: nothing can be decided."
-    return f"{plural(int(verdict['n_cases'].max()), 'test case')} are too few to decide anything."
+def _why_nothing(config: Config, verdict: pd.DataFrame, test_sets: int) -> str:
+    """Why a run cannot decide anything, in sentences."""
+    n_cases, reasons = int(verdict["n_cases"].max()), []
+    if has_too_few_cases(config, n_cases, test_sets):
+        reasons.append(f"{plural(n_cases, 'test case')} {'is' if n_cases == 1 else 'are'} too few to decide anything.")
+    if len(config.segmentation.replicates()) == 1:
+        reasons.append("With one replicate, the run-to-run variance is not known: nothing can be decided.")
+    elif not reasons:
+        reasons.append(
+            "No arm has two replicates in common with its baseline yet, so the run-to-run variance is not known: "
+            "nothing can be decided."
+        )
+    return " ".join(reasons)
 
 
 def _complete(missing: Missing) -> list[dict]:

@@ -671,7 +671,7 @@ def detectable_text(comparison: Comparison, baseline: str) -> str:
     text = f"A true {shown} of {size} would be detected with {100 * POWER:.0f} % probability; a smaller one may exist."
     if len(possible) == 1:
         other = "loss" if shown == "gain" else "gain"
-        text += f" A {other} could not be detected reliably: {baseline} leaves room for {room[other]:.2f}."
+        text += f" A {other} of that size is impossible: {baseline} leaves room for {room[other]:.3f}."
     return text
 
 

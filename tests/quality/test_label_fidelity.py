@@ -207,6 +207,7 @@ def test_samples_are_compared_with_their_own_references(cohort):
     assert table.loc[REAL_CT, "dice_mean"] == pytest.approx(1 / 3)
     row = table.loc["lung_ddpm"]
     assert (row["dice_mean"], row["difference"], row["recall_difference"], row["n_paired"]) == (1, 0, 0, 2)
+    assert row["dice_of_references"] == 1  # not 1/3: case-1 alone
     assert row["note"] == ""
 
 

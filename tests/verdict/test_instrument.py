@@ -10,7 +10,6 @@ from lungddpm.config.models import Calibration
 from lungddpm.core.arms import BASELINE
 from lungddpm.quality.calibration import DIFFERENCE, LUNGS_ALONE, NODULES, SPREAD, calibration_table
 from lungddpm.quality.image_quality import COPIED
-from lungddpm.quality.label_fidelity import REAL_CT
 from lungddpm.verdict.answer import CANNOT_TELL, STANDS, answer_row, doubted_arms
 from lungddpm.verdict.convergence import DICE, LOSS
 from lungddpm.verdict.design import Costs
@@ -77,7 +76,7 @@ def tables_of(
     """All that the checks read, of a run in which everything passes unless arguments change it; `fall` and `rise` are
     of the arms in `learning`, the others have converged."""
     quality = quality_of() if quality is None else quality
-    components = {"n_replicates": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
+    components = {"n_independent": 5, "n_cases": 16, "run_df": 12, "run_sd": run_sd}
     names, curves = [ARM, REPEATED, MORE_REAL], []
     for arm in [BASELINE, *names]:
         falls, rises = (fall, rise) if arm in learning else (0.02, 0.0)
@@ -101,8 +100,11 @@ def tables_of(
         "image_quality": quality,
     }
     if fidelity:
-        rows = zip(["lung_ddpm", REAL_CT], fidelity, strict=True)
-        tables["label_fidelity"] = pd.DataFrame(rows, columns=["generator", "dice_mean"])
+        drawn, real = fidelity
+        row = {"generator": "lung_ddpm", "dice_of_references": real, "difference": drawn - real}
+        # The means over all samples and references are of other cases: the check is not about them.
+        means = {"generator": ["lung_ddpm", "(real CT)"], "dice_mean": [0.9, 0.1]}
+        tables["label_fidelity"] = pd.DataFrame(means).merge(pd.DataFrame([row]), how="left", on="generator")
     return tables
 
 
@@ -235,10 +237,10 @@ def test_longer_training_is_suggested_with_its_hours():
 def test_what_would_be_able_is_said_with_its_hours():
     _, _, answer = judge(run_sd=0.06)
     assert "it is too small. It would need: " in answer["sentence"]
-    assert "replicates with these 16 test cases (" in answer["sentence"]
+    assert "folds (or seeds of one fold) with these 16 test cases (" in answer["sentence"]
     assert " h of jobs, by this run's times)" in answer["sentence"]
     _, _, untimed = judge(run_sd=0.06, costs=None)
-    assert "replicates with these 16 test cases" in untimed["sentence"]
+    assert "folds (or seeds of one fold) with these 16 test cases" in untimed["sentence"]
     assert "jobs" not in untimed["sentence"]
 
 
@@ -274,6 +276,45 @@ def test_too_few_test_cases_show_nothing():
     tables["variance_components"]["n_cases"] = 5
     checks = instrument_table(config, tables, Missing({}, []), [], []).set_index("check")
     assert checks.loc[ENOUGH, "sentence"] == "5 test cases are too few to decide anything."
+
+
+def test_one_test_case_is_too_few_and_more_are_needed():
+    tables = tables_of(verdict=verdict_of("cannot tell").assign(n_cases=1), run_sd=math.nan)
+    tables["variance_components"]["n_cases"] = 1
+    checks = instrument_table(config_of(), tables, Missing({}, []), [], [])
+    answer = answer_row(checks, tables["verdict"], tables["variance_components"], config_of(), COSTS)
+    assert checks.set_index("check").loc[ENOUGH, "sentence"] == "1 test case is too few to decide anything."
+    assert "It would need: more test cases with a nodule" in answer["sentence"]
+
+
+def test_a_run_of_which_one_replicate_is_done_has_enough_test_cases():
+    verdict = verdict_of("cannot tell", "cannot tell", "cannot tell").assign(run_df=0)
+    _, said, answer = judge(verdict=verdict, run_sd=math.nan)
+    assert said[ENOUGH].startswith("No arm has two replicates in common with its baseline yet")
+    assert "at least three replicates" in answer["sentence"]
+
+
+def test_hounsfield_units_of_unmeasured_nodules_do_not_pass():
+    quality = quality_of().query("region != @NODULES")
+    statuses, said, answer = judge(quality=quality)
+    assert statuses[GENERATOR] == NOT_MEASURED
+    assert "lungs +2 HU (limit ±10), HU spread in the lungs 1.00 times" in said[GENERATOR]
+    assert "; nodules not measured." in said[GENERATOR]
+    assert answer["sentence"].endswith("Not measured: HU of lung_ddpm.")
+    statuses, _, _ = judge(quality=quality_of(lungs=60).query("region != @NODULES"))
+    assert statuses[GENERATOR] == FAILED
+
+
+def test_samples_without_a_reference_have_no_constant_lungs_to_compare_with():
+    _, said, _ = judge(quality=quality_of().query("image != 'constant lungs'"))
+    assert said[MEMORISED].startswith("Samples of lung_ddpm are 1.00 times as far")
+    assert "nan" not in said[MEMORISED]
+
+
+def test_fewer_real_cases_are_advised_also_where_the_run_is_too_small():
+    _, _, answer = judge(verdict=verdict_of(positive="no difference shown"), run_sd=0.1)
+    assert "fewer real cases, so that more data make a difference" in answer["sentence"]
+    assert "or more replicates" not in answer["sentence"]
 
 
 def test_the_loss_decides_only_where_validation_scatters_too_much_to_show_a_rise():

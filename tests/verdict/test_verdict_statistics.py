@@ -476,9 +476,9 @@ def test_no_difference_says_what_could_have_been_shown():
         (
             0.643,
             0.400,
-            ("A true loss of about 0.4 ", "A gain could not be detected reliably: real leaves room for 0.36."),
+            ("A true loss of about 0.4 ", "A gain of that size is impossible: real leaves room for 0.357."),
         ),
-        (0.2, 0.3, ("A true gain of about 0.3 ", "A loss could not be detected reliably: real leaves room for 0.20.")),
+        (0.2, 0.3, ("A true gain of about 0.3 ", "A loss of that size is impossible: real leaves room for 0.200.")),
         (0.5, 0.3, ("A true difference of about 0.3 ",)),
         (0.5, 0.7, ("too small to detect even the largest possible difference", "a gain of 0.50 and a loss of 0.50")),
     ],
