@@ -13,6 +13,7 @@ from lungddpm.core.text import plural
 from lungddpm.evaluation.measures import deciding_measure, verdict_measures
 from lungddpm.report.sections import (
     DisplayCheck,
+    limits_of_size,
     show_case_scores,
     show_checks,
     show_detection,
@@ -23,7 +24,6 @@ from lungddpm.report.sections import (
 )
 from lungddpm.verdict.answer import doubted_arms
 from lungddpm.verdict.instrument import COMPLETE, OF_TEST_SET
-from lungddpm.verdict.statistics import caveats, minimum_cases
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,7 @@ def _show(name: str, config: Config, tables: Mapping[str, pd.DataFrame]) -> Exte
     decisive, source = deciding_measure().column, config.external_tests[name]
     compared = verdict[verdict["arm"] != verdict["baseline"]]
     n_patients, n_cases = cases["patient_id"].nunique(), cases["case_id"].nunique()
-    n_scored, n_independent = int(verdict["n_cases"].max()), int(verdict["n_independent"].max())
-    needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), config.verdict.confidence)
+    n_scored = int(verdict["n_cases"].max())
     return ExternalTestSet(
         name=name,
         note=source_note(source),
@@ -98,5 +97,5 @@ def _show(name: str, config: Config, tables: Mapping[str, pd.DataFrame]) -> Exte
         detection=show_detection(detection),
         sensitivity=show_sensitivity(band, detection, confidence),
         scores=show_case_scores(cases),
-        limits=caveats(n_scored, n_independent, int(verdict["run_df"].max()), needed),
+        limits=limits_of_size(verdict, cases, config.verdict.confidence),
     )

@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullLocator
 
-from lungddpm.core.arms import BASELINE, Arm, is_baseline
+from lungddpm.core.arms import Arm, is_baseline
 from lungddpm.core.drawing import (
     LABELS,
     LUNG_WINDOW_HU,
@@ -54,7 +54,14 @@ from lungddpm.quality.label_fidelity import REAL_CT
 
 _OUTCOMES = {"better": ("#0072B2", "s"), "worse": ("#D55E00", "D")}
 _NO_CLAIM = ("#555555", "o")
-_FLOORS = [COPIES, SHIFTED, CONSTANT_LUNGS, OTHER_PATIENTS]
+_FLOORS = [COPIES, CONSTANT_LUNGS, OTHER_PATIENTS]
+_OWN_FLOOR: dict[str, Any] = {
+    "color": "black",
+    "marker": "|",
+    "markersize": 15,
+    "markeredgewidth": 1.8,
+    "linestyle": "",
+}
 _GENERATOR_BAR: dict[str, Any] = {"color": "#0072B2"}
 _FLOOR_BAR: dict[str, Any] = {"facecolor": "#e2e2e2", "edgecolor": "#8a8a8a", "hatch": "//"}
 _LOWER, _HIGHER, _AT_ONE = "lower: closer", "higher: closer", "1: like the reference"
@@ -200,7 +207,9 @@ def paired_plot(cases: pd.DataFrame, measure: str, prose: str) -> Figure:
     with plt.rc_context(STYLE):
         figure, axis = _strips(differences, signed)
         axis.axvline(0, color="#777777", linewidth=1, zorder=1)
-        axis.set_xlabel(f"{prose} of each test case minus its score under real  (left: worse, right: better)")
+        axis.set_xlabel(
+            f"{prose} of each test case minus its score under the same real cases alone  (left: worse, right: better)"
+        )
     return figure
 
 
@@ -232,7 +241,7 @@ def froc_plot(band: pd.DataFrame, confidence: float) -> Figure:
             axis.grid(color="#eeeeee")
         handles = [
             Line2D([], [], color="#0072B2", label="arm"),
-            Line2D([], [], color="#777777", linestyle="--", label=BASELINE),
+            Line2D([], [], color="#777777", linestyle="--", label="the same real cases alone"),
         ]
         panels[0].legend(handles=handles, frameon=False, loc="lower right")
         figure.supxlabel(f"false positives per scan  (bands: {100 * confidence:g} %)", fontsize="medium")
@@ -385,6 +394,8 @@ def real_cases_plot(verdict: pd.DataFrame, prose: str, confidence: float) -> Fig
         confidence: level of the bands.
     """
     compared = verdict[verdict["difference"].notna()].sort_values("real_cases")
+    if compared.empty:
+        return _empty_figure("no arm could be compared")
     recipes = compared["arm"].map(lambda name: Arm.parse(name).recipe)
     lines = {recipe: compared[recipes == recipe] for recipe in dict.fromkeys(recipes)}
     by_panel: dict[str, list[Arm]] = {}
@@ -469,6 +480,7 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
 
     Args:
         quality: rows of `image_quality.csv`. Floors differ with the generators' layouts; their means are shown.
+            References shifted to a generator's brightness are its own floor, a line across its bar.
     """
     generators = list(dict.fromkeys(quality.loc[quality["image"] == SYNTHETIC, "generator"]))
     names = [*generators, *_FLOORS]
@@ -481,7 +493,9 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
             rows = quality[(quality["metric"] == metric) & (quality["region"] == region)]
             made = rows[rows["image"] == SYNTHETIC].set_index("generator")[["mean", "sd"]].reindex(generators)
             floors = rows.groupby("image")["mean"].mean().reindex(_FLOORS)
+            own_floor = rows[rows["image"] == SHIFTED].set_index("generator")["mean"].reindex(generators)
             axis.barh(generators, made["mean"], xerr=made["sd"].fillna(0), **_GENERATOR_BAR)
+            axis.plot(own_floor, generators, **_OWN_FLOOR)
             axis.barh(_FLOORS, floors, **_FLOOR_BAR)
             axis.axvline(better == _AT_ONE, color="#777777", linewidth=1)
             for place, value in enumerate([*made["mean"], *floors]):
@@ -499,9 +513,12 @@ def quality_bars(quality: pd.DataFrame) -> Figure:
             axis.tick_params(axis="y", length=0)
             axis.spines["left"].set_visible(False)
         axes[0, 0].invert_yaxis()
-        handles = [Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR)]
-        handles.append(Patch(label="floor: made without a generator", **_FLOOR_BAR))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        handles = [
+            Patch(label="generator (line: sd over samples)", **_GENERATOR_BAR),
+            Line2D([], [], label="its floor: references of its brightness", **_OWN_FLOOR),
+            Patch(label="floor: made without a generator", **_FLOOR_BAR),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
 
@@ -583,10 +600,8 @@ def cost_plot(costs: pd.DataFrame) -> Figure:
             most = made[cost].max()
             if cost == "memory_mib":
                 axis.set_xlim(0, 1.15 * most if most > 0 else 1)
-            elif cost == "seconds_per_volume":
-                axis.set_xscale("log")
             else:
-                # Generators without a network make no evaluations.
+                # Generators without a network make no evaluations, and may take no measurable time.
                 axis.set_xscale("symlog", linthresh=1)
                 axis.set_xlim(-0.4, 3 * most if most > 0 else 1)
             axis.xaxis.set_major_formatter("{x:g}")

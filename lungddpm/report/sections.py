@@ -50,17 +50,35 @@ SHARED_VARIANCE = (
 )
 
 
+def limits_of_size(verdict: pd.DataFrame, cases: pd.DataFrame, confidence: float) -> list[str]:
+    """What the test cases and replicates of one test set are too few for, as sentences.
+
+    Args:
+        verdict: rows of `verdict.csv`, or those of an external test set.
+        cases: the measures of its cases.
+        confidence: of the decision.
+    """
+    needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), confidence)
+    n_cases, n_independent, run_df = (int(verdict[column].max()) for column in ("n_cases", "n_independent", "run_df"))
+    limits = caveats(n_cases, n_independent, run_df, needed)
+    n_patients, n_scans = cases["patient_id"].nunique(), cases["case_id"].nunique()
+    if n_patients < n_scans:
+        limits.append(
+            f"{n_scans} test cases come from {plural(n_patients, 'patient')}, but are treated as independent."
+        )
+    return limits
+
+
 def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     """What this run cannot tell, as sentences."""
     verdict, cases_scored = tables["verdict"], tables["cases"]
-    n_cases, n_replicates = int(verdict["n_cases"].max()), int(verdict["n_replicates"].max())
+    n_replicates = int(verdict["n_replicates"].max())
     limits = [
         f"Not evaluated and left out: {arm}, {', '.join(replicates)}."
         for arm, replicates in missing_replicates(cases_scored, config).items()
     ]
-    run_df, n_independent = int(verdict["run_df"].max()), int(verdict["n_independent"].max())
-    needed = minimum_cases(max(int(verdict["n_compared"].max()), 1), config.verdict.confidence)
-    limits += caveats(n_cases, n_independent, run_df, needed)
+    n_independent = int(verdict["n_independent"].max())
+    limits += limits_of_size(verdict, cases_scored, config.verdict.confidence)
     if n_independent < n_replicates:
         limits.append(
             f"{n_replicates} replicates in {plural(n_independent, 'fold')}: seeds of a fold share its split of the "
@@ -69,8 +87,6 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     elif len(config.segmentation.folds) == 1:
         limits.append("All replicates share one fold: variation between splits of the training cases is not covered.")
     limits += covered_variation(config)
-    if (n_patients := cases_scored["patient_id"].nunique()) < (n_scans := cases_scored["case_id"].nunique()):
-        limits.append(f"{n_scans} test cases come from {n_patients} patients, but are treated as independent.")
     if n_empty := cases_scored.loc[cases_scored["n_lesions"] == 0, "case_id"].nunique():
         limits.append(
             f"Test cases without a nodule: {n_empty}. They do not count towards Dice and sensitivity; "
@@ -81,6 +97,8 @@ def limits_of(config: Config, tables: dict[str, pd.DataFrame]) -> list[str]:
     return limits
 
 
+PARTLY = "passed in part, the rest not measured"
+_WORST_FIRST = [FAILED, NOT_MEASURED, PASSED]
 _MARKS = {PASSED: "✓ ", FAILED: "✗ ", NOT_MEASURED: ""}
 
 
@@ -95,9 +113,18 @@ class DisplayCheck:
     overview: DisplayTable | None
     """A row per subject and a column per measure, if there are many subjects."""
 
+    @property
+    def passed(self) -> str:
+        """For how many of its subjects all lines passed, in words."""
+        subjects = {line["subject"] for line in self.lines}
+        n_open = len({line["subject"] for line in self.lines if line["status"] != PASSED})
+        if not n_open:
+            return f"Passed for all {len(subjects)}"
+        return f"Passed for {len(subjects) - n_open} of {len(subjects)}, {PARTLY} for the others"
+
 
 def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
-    """The checks of `instrument.csv` for display; the status of a check is the worst of its lines."""
+    """The checks of `instrument.csv` for display; `PARTLY` if some lines passed and the others were not measured."""
     shown = []
     for name, rows in table[table["check"] != ANSWER].groupby("check", sort=False):
         lines = [
@@ -111,8 +138,8 @@ def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:
             }
             for row in rows.to_dict("records")
         ]
-        statuses = [line["status"] for line in lines]
-        status = next((each for each in (FAILED, PASSED) if each in statuses), NOT_MEASURED)
+        statuses = {line["status"] for line in lines}
+        status = PARTLY if statuses == {PASSED, NOT_MEASURED} else min(statuses, key=_WORST_FIRST.index)
         overview = _overview(lines) if rows["subject"].nunique() > MANY else None
         shown.append(DisplayCheck(str(name), status, lines, overview))
     return shown

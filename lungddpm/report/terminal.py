@@ -12,15 +12,15 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.text import format_number, styled
 from lungddpm.evaluation.measures import deciding_measure
-from lungddpm.report.sections import interval_text, outcome_of, p_text, show_checks
+from lungddpm.report.sections import PARTLY, interval_text, outcome_of, p_text, show_checks
 from lungddpm.verdict.answer import ANSWER
 from lungddpm.verdict.instrument import COLUMNS, FAILED, NOT_MEASURED, PASSED
 from lungddpm.verdict.tables import read_csv
 
 _WIDTH = 100
 _EXPLORATORY = "On external test sets (exploratory; the verdict is the one above):"
-_MARKS = {PASSED: "+", FAILED: "!", NOT_MEASURED: "?"}
-_COLOURS = {PASSED: "green", FAILED: "red", NOT_MEASURED: "yellow"}
+_MARKS = {PASSED: "+", PARTLY: "+", FAILED: "!", NOT_MEASURED: "?"}
+_COLOURS = {PASSED: "green", PARTLY: "yellow", FAILED: "red", NOT_MEASURED: "yellow"}
 _OF_ARM = [
     "arm", "baseline", "family", "mean", "difference", "ci_low", "ci_high", "p", "p_holm", "confidence", "verdict",
     "n_cases", "n_replicates", "sentence",
@@ -53,7 +53,7 @@ def verdict_table_text(results: Path) -> str:
     lines = [f"{_MARKS[check.status]} {check.name}: {styled(check.status, _COLOURS[check.status])}" for check in checks]
     failed = [line["sentence"] for check in checks for line in check.lines if line["status"] == FAILED]
     lines += ["", *(_wrapped(text, "! ") for text in failed), _wrapped(outcome_of(instrument)["sentence"], "> ")]
-    lines += ["", table.text(_WIDTH), ""]
+    lines += ["", table.text(), ""]
     lines += [_wrapped(row["sentence"], "- ") for row in rows]
     if (found := _external_rows(results)) is not None:
         compared = found[found["arm"] != found["baseline"]]

@@ -93,6 +93,8 @@ def test_plots_of_nothing_say_so():
     cases = pd.DataFrame([{"arm": "real", "case_id": "a", "dice": np.nan}])
     assert forest_plot(verdict, {"dice": "Dice"}, 0.95).texts[0].get_text() == "no arm could be compared"
     assert "no test case" in case_plot(cases, "dice", "Dice").texts[0].get_text()
+    verdict["real_cases"] = 4
+    assert real_cases_plot(verdict, "Dice", 0.95).texts[0].get_text() == "no arm could be compared"
 
 
 def test_froc_shows_every_arm_beside_the_baseline():
@@ -117,17 +119,20 @@ def test_quality_bars_show_generators_above_the_floors():
         {"generator": generator, "image": image, "region": region, "metric": metric, "mean": mean, "sd": np.nan}
         | {"extractor": "ResNet-50, random weights" if metric == "mmd_squared" else ""}
         for generator, at in (("first", 1.0), ("second", 2.0))
-        for image, mean in (("synthetic", at), ("constant lungs", 10 * at))
+        for image, mean in (("synthetic", at), ("constant lungs", 10 * at), ("shifted references", at / 4))
         for region, metric in (("lungs", "mse"), ("lungs", "mmd_squared"))
     ]
     figure = quality_bars(pd.DataFrame(rows))
-    names = ["first", "second", "copies of the references", "shifted references", "constant lungs", "other patients"]
+    names = ["first", "second", "copies of the references", "constant lungs", "other patients"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == names
     assert figure.axes[0].get_ylim()[0] > figure.axes[0].get_ylim()[1]  # from top to bottom
     mse, fid = figure.axes[0], figure.axes[3]
     assert [bar.get_width() for bar in mse.patches][:2] == [1, 2]
-    assert mse.patches[4].get_width() == 15
-    assert [text.get_text() for text in mse.texts] == ["1", "2", "not measured", "not measured", "15", "not measured"]
+    assert mse.patches[3].get_width() == 15
+    # Each generator beside references of its own brightness.
+    (own_floor,) = [line for line in mse.lines if line.get_marker() == "|"]
+    assert own_floor.get_xdata().tolist() == [0.25, 0.5]
+    assert [text.get_text() for text in mse.texts] == ["1", "2", "not measured", "15", "not measured"]
     labels = [axis.get_xlabel() for axis in figure.axes]
     assert [label.endswith("(random weights)") for label in labels] == [False, False, False, True, True, True]
     assert {text.get_text() for text in fid.texts} == {"not measured"}

@@ -1,6 +1,7 @@
 """The page and the manifest: complete in themselves, honest about what is missing, without a trace of the machine."""
 
 import hashlib
+import json
 import math
 import re
 import shutil
@@ -15,7 +16,7 @@ from matplotlib import pyplot
 from lungddpm.config.loading import parse_config
 from lungddpm.core.cases import CaseFolder, read_cases, write_cases
 from lungddpm.core.errors import InputError
-from lungddpm.core.files import write_json
+from lungddpm.core.files import sha256_of, write_json
 from lungddpm.core.volume import write_volume
 from lungddpm.report import sections
 from lungddpm.report.page import run_report
@@ -122,6 +123,8 @@ def test_full_report(make_results, read_manifest):
     for name, recorded in manifest["sha256"].items():
         assert hashlib.sha256((results / name).read_bytes()).hexdigest() == recorded
     assert manifest["config"]["segmentation"]["folds"] == [0, 1]
+    # The config is shown in full; jobs do not know which preset it began with.
+    assert "preset" not in manifest["config"]
     assert manifest["versions"]["numpy"]
 
 
@@ -577,6 +580,46 @@ def test_an_external_test_set_that_nothing_was_tested_on_is_named(make_results):
     assert f"! ours: nothing missing: failed. {said}" in verdict_table_text(results).replace("\n  ", " ")
 
 
+def test_external_test_sets_have_the_limits_of_their_own_cases(make_results):
+    config, results = make_results(n_test=2, n_replicates=1, extras=False, external={"task06": 8})
+    values = config.model_dump(exclude_unset=True)
+    values["external_tests"] |= {"later": {"kind": "lidc", "path": "/data/later"}}
+    config, table = parse_config(values), results / "cases/cases.tsv"
+    cases = read_cases(table)
+    cases.loc[cases["data_set"] == "task06", "patient_id"] = [f"p{n // 2}" for n in range(8)]
+    write_cases(table, cases)
+    for path in results.glob("segmentation/*/*/metrics.csv"):
+        metrics = pd.read_csv(path)
+        metrics["patient_id"] = metrics["case_id"].map(cases.set_index("case_id")["patient_id"])
+        metrics.to_csv(path, index=False)
+        record = json.loads(path.with_name("evaluation.json").read_text())
+        record["sha256"]["metrics.csv"] = sha256_of(path)
+        write_json(path.with_name("evaluation.json"), record)
+    run_report(config, results)
+    text = page_of(results).text
+    assert "8 test cases come from 4 patients, but are treated as independent." in text
+    # p is corrected for all sets of the config, tested or not.
+    assert "for the 2 sets by Bonferroni" in text
+
+
+def test_the_table_in_the_terminal_has_every_number_in_full(make_results):
+    name = "latent_diffusion_with_hint_slice"
+    arms = {
+        "generators": [name],
+        "doses": [0.25],
+        "real_cases": [2, "all"],
+        "external": {name: "/data/x"},
+        "controls": [],
+    }
+    config, results = make_results(n_test=7, n_replicates=2, extras=False, arms=arms)
+    run_report(config, results)
+    text = verdict_table_text(results)
+    assert "…" not in text
+    row = pd.read_csv(results / "tables/verdict.csv").query(f"arm == 'real2+{name}@0.25' and metric == 'dice'").iloc[0]
+    assert f"real2+{name}@0.25" in text
+    assert f"{row['mean']:.3f}" in text
+
+
 def test_a_run_without_external_test_sets_does_not_mention_them(make_results):
     config, results = make_results(n_test=2, n_replicates=1, extras=False)
     run_report(config, results)
@@ -612,8 +655,33 @@ def test_a_check_of_many_generators_is_one_row_for_each():
     assert shown.overview.heads == ["", "limits of HU exceeded (limit: 0)", "label fidelity (limit: at least 0.8)"]
     assert shown.overview.rows[:2] == [["rival_0", "✓ 0", "–"], ["rival_1", "✗ 1", "–"]]
     assert shown.overview.rows[4] == ["rival_4", "", "–"]
+    assert shown.status == "failed"
     (few,) = show_checks(pd.DataFrame(rows[:4]))
     assert few.overview is None
+
+
+def test_a_check_passes_in_part_where_some_was_not_measured():
+    def shown(*statuses):
+        rows = [
+            {
+                "check": GENERATOR,
+                "subject": f"rival_{n // 2}",
+                "measure": str(n % 2),
+                "status": status,
+                "sentence": "so",
+            }
+            for n, status in enumerate(statuses)
+        ]
+        table = pd.DataFrame(rows).assign(value=1.0, limit_low=0.0, limit_high=2.0)
+        (check,) = show_checks(table)
+        return check.status, check.passed
+
+    in_part = "passed in part, the rest not measured"
+    assert shown(*["passed"] * 8) == ("passed", "Passed for all 4")
+    some_open = ["passed", "not measured", "passed", "passed", "passed", "passed", "not measured", "passed"]
+    assert shown(*some_open) == (in_part, f"Passed for 2 of 4, {in_part} for the others")
+    assert shown(*["not measured"] * 4)[0] == "not measured"
+    assert shown("passed", "failed", "not measured", "passed")[0] == "failed"
 
 
 def test_a_check_of_many_is_a_table_on_the_page_and_its_sentences_are_folded(make_results, monkeypatch):
