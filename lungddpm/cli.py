@@ -117,7 +117,7 @@ def run(context: typer.Context) -> None:
     The same command continues an interrupted run; a second run in the same folder is refused.
     Inputs: config.yaml (by default the demo's) and --configfile overlays.
     Outputs: results/ in the working directory (or --directory).
-    Example: lungddpm run --cores all --configfile config/lidc.yaml my_paths.yaml
+    Example: lungddpm run --cores all --configfile config/lidc.yaml --configfile my_paths.yaml
     """
     from lungddpm.operations.run import run_snakemake
 
@@ -721,7 +721,7 @@ def fetch_lidc(
     fetch.fetch(items, output, fetch.by_idc)
     config = fetch.write_config(output)
     typer.echo(f"Licence: {fetch.LICENCE}\nPlease cite:\n  " + "\n  ".join(fetch.CITATIONS))
-    typer.echo(f"Next: lungddpm run --cores all --configfile config/lidc.yaml {config}")
+    typer.echo(f"Next: lungddpm run --cores all --configfile config/lidc.yaml --configfile {config}")
 
 
 @config_app.command("show")

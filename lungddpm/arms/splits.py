@@ -94,7 +94,7 @@ def _draw_members(roles: Roles, patients: list[str], known: set[str]) -> dict[st
             raise ConfigError(
                 f"roles.{role}",
                 f"no patient is left for it (the source has {len(patients)} usable patients)",
-                "Raise its number, or use a source with more patients.",
+                "Raise its number, lower those of the other roles, or use a source with more patients.",
             )
     return {role: set(chosen[role]) for role in ROLES}
 

@@ -193,7 +193,7 @@ class Roles(Section):
     `role`, of which each role takes its own rows. Relative paths start in the working directory."""
 
     discovery: Members = 0.5
-    """Patients who train the denoiser and, as real data, the segmenter."""
+    """Patients who train the generator and, as real data, the segmenter."""
     reference: Members = 0.2
     """Patients whose CT fills the voxels of synthetic CT that the layout leaves open."""
     test: Members = 0.3

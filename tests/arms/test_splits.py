@@ -90,6 +90,15 @@ def test_impossible_roles_name_the_key_and_the_number_there_is(roles, n_patients
     assert error.value.what == key
 
 
+def test_a_role_without_a_patient_names_every_remedy():
+    roles = Roles(discovery=0.5, reference=0.25, test=0.25)
+    assign(cohort(3), roles, 1)
+    # With two patients, no number of its own would help: the other roles have both.
+    remedy = "Raise its number, lower those of the other roles, or use a source with more patients"
+    with pytest.raises(ConfigError, match=remedy):
+        assign(cohort(2), roles, 1)
+
+
 def test_patients_are_shared_only_when_allowed_and_with_a_warning(caplog):
     caplog.set_level(logging.WARNING, "lungddpm")
     index = assign(cohort(1), Roles(allow_shared_patients=True), 1)

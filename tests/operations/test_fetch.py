@@ -162,7 +162,7 @@ def test_the_command_fetches_and_says_how_to_continue(call, tmp_path):
     assert (done.exit_code, len(calls)) == (0, 1)
     assert "CC BY 3.0" in done.stdout
     assert "10.7937/TCIA.2018.h7umfurq" in done.stdout
-    assert f"--configfile config/lidc.yaml {tmp_path / 'd' / 'lidc.yaml'}" in done.stdout
+    assert f"--configfile config/lidc.yaml --configfile {tmp_path / 'd' / 'lidc.yaml'}" in done.stdout
     assert (tmp_path / "d" / "lidc.yaml").is_file()
 
 
