@@ -33,7 +33,7 @@ from lungddpm.core.errors import InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, read_json, sha256_of, write_json
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
-from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
+from lungddpm.models.checkpoint import Metadata, patients_of, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall, memory_mib
 from lungddpm.models.optimization import start_optimization
@@ -99,7 +99,7 @@ def run_train(
         steps=training.steps,
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
-        trained_on=sorted(set(rows["patient_id"])),
+        trained_on=sorted({*rows["patient_id"], *_patients_before(initial)}),
         code=code_of_steps([], 0, stage_fingerprint("train", config.kind)),
     )
     with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
@@ -290,6 +290,18 @@ def _config_fingerprint(config: GeneratorConfig[TrainedSettings], processes: int
         "initial_sha256": None if initial is None else sha256_of(initial),
     }
     return fingerprint(decisive)
+
+
+def _patients_before(initial: Path | None) -> list[str]:
+    """The patients that the initial weights, if any, were trained on, as far as they record them."""
+    patients = [] if initial is None else patients_of(initial)
+    if patients is None:
+        LOG.warning(
+            "%s does not record the patients that it was trained on: the leak guard cannot know whether it has seen "
+            "test cases of this run.",
+            initial,
+        )
+    return patients or []
 
 
 def _is_complete(model_path: Path, wanted: Metadata) -> bool:

@@ -254,22 +254,18 @@ def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path 
 
 def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) -> dict[str, Any]:
     """Everything that determines a sample besides its reference, layout and seed."""
+    if weights is None:
+        of_weights = {"weights_sha256": None, "trained_on": None}
+    else:
+        from lungddpm.models.checkpoint import patients_of
+
+        of_weights = {"weights_sha256": sha256_of(weights), "trained_on": patients_of(weights)}
     return {
         "generator": config.name,
         "code": stage_fingerprint("draw", config.kind),
         "settings": config.decides_samples(),
-        "weights_sha256": None if weights is None else sha256_of(weights),
-        "trained_on": None if weights is None else _patients_of(weights),
+        **of_weights,
     }
-
-
-def _patients_of(weights: Path) -> list[str] | None:
-    """The training patients of weights, for the leak guard; None if the file does not record them."""
-    if weights.suffix != ".safetensors":
-        return None
-    from lungddpm.models.checkpoint import read_metadata
-
-    return read_metadata(weights).trained_on
 
 
 def _hash_nodules(path: Path) -> str:
