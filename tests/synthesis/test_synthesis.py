@@ -313,7 +313,37 @@ def test_a_cpu_takes_samples_one_by_one(synthesize, monkeypatch, device, sizes):
     assert taken == sizes
 
 
-def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_returns_no_numbers_writes_no_sample(synthesize, tmp_path, monkeypatch, value):
+    def sample(condition, reference, generators):
+        drawn = reference.clone()
+        drawn[0, 0, 3, 4, 5] = value
+        return drawn
+
+    def make(tasks):
+        windows = [(-1024.0, 600.0)] * len(tasks)
+        return lung_ddpm.draw_volumes(tasks, windows, ["lung", "nodule"], sample, torch.device("cpu"))
+
+    monkeypatch.setattr(paste_constant, "load", lambda *_: Generator(make))
+    with pytest.raises(InputError, match=r"returned NaN or infinite values.*training\.precision"):
+        synthesize("paste_constant")
+    assert not [*(tmp_path / "out").rglob("sample*")]
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), "the GPU"), (MemoryError(), "this machine")],
+)
+def test_out_of_memory_in_drawing_is_explained(synthesize, monkeypatch, error, where):
+    def make(tasks):
+        raise error
+
+    monkeypatch.setattr(paste_constant, "load", lambda *_: Generator(make))
+    with pytest.raises(ConfigError, match=rf"paste_constant: {where} ran out of memory.*sampling\.batch_size"):
+        synthesize("paste_constant")
+
+
+def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path, caplog):
     """Another job is at the first sample: the others are made meanwhile, that one is waited for and not made twice."""
     whole = synthesize("paste_constant", folder="whole")
     first = tmp_path / "out/case03_s000"
