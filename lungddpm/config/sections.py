@@ -240,6 +240,9 @@ class TrainedSettings(GeneratorSettings):
     must match the weights; only weights of `published` can be exported."""
     training: Training = Training()
 
+    def decides_samples(self) -> dict[str, Any]:
+        return {**super().decides_samples(), "training.precision": self.training.precision}
+
     def decides_weights(self, processes: int) -> dict[str, Any]:
         """The keys that determine the weights of the trained network, as JSON-like values.
 
@@ -523,10 +526,11 @@ class GeneratorConfig(Generic[S]):
         own = self.settings.decides_samples()
         if self.weights_from is None:
             return own
-        return {
-            **own,
-            "weights_from": {"generator": self.weights_from.name, **self.weights_from.settings.decides_fit()},
-        }
+        trained = self.weights_from.settings
+        of_weights = {"generator": self.weights_from.name, **trained.decides_fit()}
+        if not isinstance(self.settings, TrainedSettings):
+            of_weights["training.precision"] = trained.training.precision
+        return {**own, "weights_from": of_weights}
 
     def decides_fit(self: GeneratorConfig[TrainedSettings]) -> dict[str, Any]:
         """The settings that weights were trained for, by dotted key, as JSON-like values: their use must match all of

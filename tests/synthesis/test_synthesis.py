@@ -290,6 +290,10 @@ def test_complete_samples_are_kept_and_broken_ones_made_again(synthesize, tmp_pa
     steps = {"sampler": "dpmsolver++", "steps": 4}
     synthesize("lung_ddpm", generators={"lung_ddpm": {**LUNG_DDPM, "sampling": steps}})
     assert len(made) == 3
+    made.clear()
+    in_fp32 = {"lung_ddpm": {**LUNG_DDPM, "training": {"precision": "fp32"}}}
+    synthesize("lung_ddpm", generators=in_fp32)
+    assert len(made) == 3, "with the same weights file"
 
 
 def test_a_smaller_dose_is_the_first_samples_of_a_larger_one(synthesize, tmp_path, monkeypatch):
