@@ -31,7 +31,8 @@ def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Acce
     if chosen.index is not None:
         torch.cuda.set_device(chosen)
     if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     if precision == "fp16" and chosen.type == "cpu":
         raise ConfigError("training.precision", "fp16 needs a GPU", "Use auto, bf16 or fp32.")
     if chosen.type == "cpu":
