@@ -31,8 +31,9 @@ from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, read_json, sha256_of, write_json
+from lungddpm.core.memory import explain_out_of_memory
 from lungddpm.core.progress import LOG, Progress
-from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.checkpoint import Metadata, patients_of, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
 from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall, memory_mib
@@ -102,7 +103,7 @@ def run_train(
         trained_on=sorted({*rows["patient_id"], *_patients_before(initial)}),
         code=code_of_steps([], 0, stage_fingerprint("train", config.kind)),
     )
-    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
+    with _held_by_main_process(output, accelerator), explain_out_of_memory("training", MEMORY_OPTIONS):
         if restart or not _is_complete(output / "model.safetensors", metadata):
             data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config.grid.size)
             model = initial_network(config, recipe, initial)

@@ -19,9 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.labels import Label
+from lungddpm.core.memory import explain_out_of_memory
 from lungddpm.core.progress import LOG, waiting
 from lungddpm.generators import plugin
-from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
 from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import checkpoint_stages, start_optimization
@@ -78,7 +79,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     processes = accelerator.num_processes
     of_phases = [sum(part.step_flop for part in parts if part.phase == phase) for phase in range(1 + parts[-1].phase)]
     LOG.info("Taking two steps of %s each", ", then of ".join(_flop(processes * each) for each in of_phases))
-    with waiting("taking steps"), explain_out_of_memory(MEMORY_OPTIONS):
+    with waiting("taking steps"), explain_out_of_memory("training", MEMORY_OPTIONS):
         recipe = recipe_of(config)
         optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         seconds = _step_seconds(optimization)

@@ -19,7 +19,7 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import SHARED, Cohort, training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
-from lungddpm.core.memory import peak_memory_mib
+from lungddpm.core.memory import explain_out_of_memory, peak_memory_mib
 from lungddpm.core.progress import LOG, Progress, waiting
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import write_volume
@@ -30,6 +30,9 @@ from lungddpm.synthesis.records import is_complete
 
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import NoduleLibrary
+
+_MEMORY_OPTIONS = "Lower sampling.batch_size, or free the device; complete samples are kept."
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def run_synthesize(config: Config, job: SynthesisJob) -> None:
     to it.
 
     Raises:
-        ConfigError: no arm uses the generator, or it cannot work with this config.
+        ConfigError: no arm uses the generator, it cannot work with this config, or memory ran out.
         InputError: no usable reference, missing or unsuitable weights, a case that breaks its contract, or one without
             room for a nodule in its lungs.
     """
@@ -127,6 +130,10 @@ class _Synthesis:
             LOG.info("%d of %d samples are already complete", len(self.planned) - len(missing), len(self.planned))
         if not missing:
             return
+        with explain_out_of_memory(f"synthesis with {self.job.generator}", _MEMORY_OPTIONS):
+            self._make_all(missing)
+
+    def _make_all(self, missing: list[_Missing]) -> None:
         with waiting(f"loading {self.job.generator}"):
             generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
         # On a CPU, batches are not faster, and results would depend on the batch in the last digit.
