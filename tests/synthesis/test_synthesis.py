@@ -303,6 +303,13 @@ def test_a_smaller_dose_is_the_first_samples_of_a_larger_one(synthesize, tmp_pat
     assert smaller["case_id"].tolist() == table["case_id"].tolist()[:2]
 
 
+@pytest.mark.parametrize("dose", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_dose_without_samples_is_refused(synthesize, tmp_path, dose):
+    with pytest.raises(ConfigError, match="--dose"):
+        synthesize("reference", dose=dose)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1]), ("cuda:0", [2, 1])])
 def test_a_cpu_takes_samples_one_by_one(synthesize, monkeypatch, device, sizes):
     """What is left of a batch depends on what other jobs make, and a CPU's sums on the batch by a last digit."""
