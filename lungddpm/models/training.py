@@ -234,7 +234,7 @@ class _Run:
             loss, stop = self.under_way.pop(0).tolist()
             step = len(self.history)
             if not math.isfinite(loss):
-                raise self._diverged(step)
+                raise self._diverged("the loss is", step)
             self.stopping |= stop > 0
             before = self.history[-1][2] if self.history else 0.0
             seconds = time.monotonic() - self.began
@@ -256,7 +256,7 @@ class _Run:
         """Write the state, then the history that belongs to it."""
         self._settle()
         if not self.optimization.is_finite():
-            raise self._diverged(len(self.history) - 1)
+            raise self._diverged("weights or Adam's moments are", len(self.history) - 1)
         if self.monitor is not None:
             history = torch.tensor(self.history, dtype=torch.float64)
             training = {**self.fingerprints, "code": self.code, "history": history}
@@ -271,11 +271,11 @@ class _Run:
         self.accelerator.end_training()
         raise SystemExit(128 + signal.SIGTERM)
 
-    def _diverged(self, step: int) -> InputError:
+    def _diverged(self, what: str, step: int) -> InputError:
         kept = f"The last good state is kept in {self.saved}." if self.saved else "No state was saved before."
         return InputError(
             self.output,
-            f"the training diverged: the loss is no longer finite at step {step + 1}",
+            f"the training diverged: {what} no longer finite at step {step + 1}",
             f"Lower training.learning_rate or set training.gradient_clip. {kept}",
         )
 

@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(
     monkeypatch.setattr(
         Optimization, "take_step", lambda self, step, *_: torch.tensor([float("nan") if step == 2 else 0.5, 0.0])
     )
-    with pytest.raises(InputError, match=r"no longer finite at step 3.*step-00000002\.pt"):
+    with pytest.raises(InputError, match=r"the loss is no longer finite at step 3.*step-00000002\.pt"):
         train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert states_of(tmp_path) == ["step-00000002.pt"]
     assert not (tmp_path / "model.safetensors").exists()
@@ -391,7 +391,7 @@ def test_a_state_on_disk_is_good_even_where_the_loss_shows_nothing(
         return result
 
     monkeypatch.setattr(Optimization, "take_step", quietly_wrong)
-    with pytest.raises(InputError, match=r"diverged.*step-00000002\.pt"):
+    with pytest.raises(InputError, match=r"diverged: weights or .* no longer finite at step 4.*step-00000002\.pt"):
         train(training_config(), tiny_cohort, tmp_path, "cpu")
     state = torch.load(tmp_path / "state/step-00000002.pt", weights_only=True)
     moments = [value for moments in state["optimizer"]["state"].values() for value in moments.values()]
