@@ -138,6 +138,7 @@ class _Synthesis:
             generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
         # On a CPU, batches are not faster, and results would depend on the batch in the last digit.
         size = 1 if generator.device == "cpu" else generator.batch_size
+        is_waiting = False
         with Progress(f"synthesis with {self.job.generator}", len(missing)) as progress:
             while missing:
                 with ExitStack() as locks:
@@ -147,6 +148,9 @@ class _Synthesis:
                 for _ in range(len(missing) - len(left)):
                     progress.advance()
                 if len(left) == len(missing):
+                    if not is_waiting:
+                        LOG.warning("Other processes are making %s: waiting for them", _shown(missing))
+                        is_waiting = True
                     time.sleep(1)
                 missing = left
 
@@ -227,6 +231,11 @@ class _Synthesis:
                 "Lower synthesis.scale, or use other patients in roles.reference.",
             )
         return Task(ct, made.layout, sample.seed, made, {**self.library.folders, case_id: folder})
+
+
+def _shown(missing: list[_Missing]) -> str:
+    names = ", ".join(each.sample.sample_id for each in missing[:_SHOWN])
+    return names if len(missing) <= _SHOWN else f"{names} and {len(missing) - _SHOWN} more"
 
 
 def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -> tuple[list[_Missing], list[_Missing]]:

@@ -367,7 +367,12 @@ def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path, caplog)
     with ExitStack() as other_job, pytest.MonkeyPatch.context() as patch:
         assert other_job.enter_context(lock_if_free(first / ".lock"))
 
-        def finish(_seconds):
+        sleeps = []
+
+        def finish(seconds):
+            sleeps.append(seconds)
+            if len(sleeps) < 3:
+                return
             shutil.copytree(tmp_path / "whole/case03_s000", first, dirs_exist_ok=True)
             other_job.close()
 
@@ -376,6 +381,8 @@ def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path, caplog)
         table = synthesize("paste_constant")
     assert len(made) == 2
     assert table["sha256"].tolist() == whole["sha256"].tolist()
+    waited = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
+    assert waited == ["Other processes are making case03_s000: waiting for them"]
 
 
 def test_generator_that_no_arm_uses(synthesize):
