@@ -147,10 +147,10 @@ def draw_grid(
         seed = seed_from(config.seed, config.run, "grid", data.case_ids[case])
         whole = data.layout[case]
         where: tuple[slice, ...] = ()
-        edge = config.settings.drawn_size(config.grid)[0]
-        if edge < min(whole.shape):
+        drawn_size = config.settings.drawn_size(config.grid)
+        if drawn_size != config.grid.size:
             chooser = torch.Generator().manual_seed(seed)
-            where, centre = draw_crop(whole, edge, recipe.crop_centres, chooser)
+            where, centre = draw_crop(whole, drawn_size[0], recipe.crop_centres, chooser)
             whole = only_nodule(whole, centre) if recipe.one_nodule else whole
         layout = whole[where]
         reference = to_model_range(data.ct[case][where], config.grid.window_hu)
