@@ -270,9 +270,8 @@ def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path 
 
 def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) -> dict[str, Any]:
     """Everything that determines a sample besides its reference, layout and seed."""
-    if weights is None:
-        of_weights = {"weights_sha256": None, "trained_on": None}
-    else:
+    of_weights: dict[str, Any] = {"weights_sha256": None, "trained_on": None}
+    if weights is not None:
         from lungddpm.models.checkpoint import patients_of
 
         of_weights = {"weights_sha256": sha256_of(weights), "trained_on": patients_of(weights)}
