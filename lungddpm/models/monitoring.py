@@ -18,7 +18,6 @@ from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core import drawing
 from lungddpm.core.files import seed_from, write_table
 from lungddpm.core.labels import Label
-from lungddpm.core.memory import peak_memory_mib
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
 from lungddpm.models.data import TrainingData, draw_crop, only_nodule
@@ -111,11 +110,6 @@ def losses_that_did_not_fall(losses: Sequence[float], phases: Sequence[int]) -> 
             if last > _NOT_FALLEN * first:
                 found.append((first, last))
     return found
-
-
-def memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB so far: of tensors on a GPU, otherwise of the whole process."""
-    return peak_memory_mib(str(device))
 
 
 def grid_cases(data: TrainingData) -> list[int]:

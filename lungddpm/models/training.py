@@ -31,15 +31,16 @@ from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, read_json, sha256_of, write_json
-from lungddpm.core.memory import explain_out_of_memory
+from lungddpm.core.memory import explain_out_of_memory, peak_memory_mib
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.torch_files import load_checked
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.checkpoint import Metadata, patients_of, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
-from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall, memory_mib
+from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall
 from lungddpm.models.optimization import start_optimization
 from lungddpm.models.recipe import Preview, Recipe, fresh
-from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
+from lungddpm.models.training_states import keep_states, newest_state, save_state
 
 MEMORY_OPTIONS = (
     "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
@@ -160,7 +161,7 @@ class _Run:
         if self.saved is None:
             LOG.info("Starting from the beginning: no saved state of this training in %s", self.output)
         else:
-            state = load_state(self.saved)
+            state = load_checked(self.saved)
             self.optimization.load_state_dict(state)
             self.history = state["history"].tolist()
             LOG.info("Resuming from step %d of %d", len(self.history), self.training.steps)
@@ -238,7 +239,7 @@ class _Run:
             self.stopping |= stop > 0
             before = self.history[-1][2] if self.history else 0.0
             seconds = time.monotonic() - self.began
-            memory = memory_mib(self.accelerator.device)
+            memory = peak_memory_mib(str(self.accelerator.device))
             self.history.append([loss, self.optimization.learning_rate(step), seconds, memory])
             if self.monitor is not None:
                 self.monitor.add_step(step + 1, self.history[-1], seconds - before)

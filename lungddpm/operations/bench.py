@@ -28,11 +28,10 @@ from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
-from lungddpm.core.memory import explain_out_of_memory, keep_freed_memory
+from lungddpm.core.memory import explain_out_of_memory, keep_freed_memory, peak_memory_mib
 from lungddpm.core.progress import LOG
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.denoiser import UNet
-from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.objectives import diffusion_recipe
 from lungddpm.models.optimization import Optimization
 from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas
@@ -431,7 +430,7 @@ class Workbench:
 
     def memory_mib(self) -> float:
         """See `monitoring.memory_mib`."""
-        return memory_mib(self.device)
+        return peak_memory_mib(str(self.device))
 
     def free_memory_mib(self) -> float:
         """Of the GPU, or of the machine."""
