@@ -167,11 +167,8 @@ def load_latent_diffusion(
 
 def _solver(config: GeneratorConfig[Settings], sampling: LatentSampling) -> DiffusionSolver:
     """Latents are unbounded, so the denoiser's estimate is not clipped."""
-    from lungddpm.models.sampling import DiffusionSolver, noise_levels
+    from lungddpm.models.sampling import make_solver
     from lungddpm.models.schedule import cosine_betas
 
-    betas = cosine_betas(config.settings.timesteps)
-    levels = noise_levels(sampling.sampler, betas, sampling.steps)
-    return DiffusionSolver(
-        sampling.sampler, sampling.order, betas, levels, config.settings.prediction, limit=lambda implied: implied
-    )
+    betas, prediction = cosine_betas(config.settings.timesteps), config.settings.prediction
+    return make_solver(sampling.sampler, sampling.order, betas, sampling.steps, prediction, limit=lambda it: it)

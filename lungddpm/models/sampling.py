@@ -174,14 +174,19 @@ class DiffusionSolver:
 
 
 def make_solver(
-    sampler: Sampler, order: int, betas: torch.Tensor, steps: int, prediction: Prediction = "epsilon"
+    sampler: Sampler,
+    order: int,
+    betas: torch.Tensor,
+    steps: int,
+    prediction: Prediction = "epsilon",
+    limit: Callable[[torch.Tensor], torch.Tensor] = clamp,
 ) -> DiffusionSolver:
-    """A solver that visits `noise_levels`.
+    """A solver that visits `noise_levels`; for the other arguments see `DiffusionSolver`.
 
     Raises:
         ValueError: fewer than one step, or more than T.
     """
-    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps), prediction)
+    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps), prediction, limit)
 
 
 def _scheduler(
