@@ -24,6 +24,7 @@ Norm = Literal["volume", "voxel"]
 TimeConditioning = Literal["shift", "scale_shift"]
 Background = Literal["reference", "generated"]
 Hint = Literal["none", "slice", "volume"]
+Intensities = Literal["corrected", "published"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -166,7 +167,7 @@ class Solving(Section):
     """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
     steps: PositiveInt = 250
     """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
-    intensities: Literal["corrected", "published"] = "corrected"
+    intensities: Intensities = "corrected"
     """Scaling of the reference for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
     axial slice by its own minimum and maximum, for published weights only."""
     times: Literal["corrected", "published"] = "corrected"

@@ -195,7 +195,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
             busy = [place for place, planned in enumerate(crops) if turn < len(planned)]
             chosen = [crops[place][turn] for place in busy]
             before = [volumes[place][crop.where] for place, crop in zip(busy, chosen, strict=True)]
-            windows = [window_of(hu, sampling, config.grid) for hu in before]
+            windows = [window_of(hu, sampling.intensities, config.grid) for hu in before]
             made = draw(
                 [to_model_range(hu, window) for hu, window in zip(before, windows, strict=True)],
                 [tasks[place].layout.array[crop.where] for place, crop in zip(busy, chosen, strict=True)],

@@ -331,10 +331,8 @@ def test_a_network_that_returns_no_numbers_writes_no_sample(synthesize, tmp_path
         drawn[0, 0, 3, 4, 5] = value
         return drawn
 
-    def make(tasks):
-        windows = [(-1024.0, 600.0)] * len(tasks)
-        return lung_ddpm.draw_volumes(tasks, windows, ["lung", "nodule"], sample, torch.device("cpu"))
-
+    config = make_config().for_generator("lung_ddpm")
+    make = lung_ddpm.whole_volumes(config, sample, torch.device("cpu"), fill=True)
     monkeypatch.setattr(paste_constant, "load", lambda *_: Generator(make))
     with pytest.raises(InputError, match=r"returned NaN or infinite values.*training\.precision"):
         synthesize("paste_constant")
