@@ -97,11 +97,13 @@ def sample_published_aas(
     condition: torch.Tensor,
     reference: torch.Tensor,
     generators: Sequence[torch.Generator],
+    blend_from: int | None = None,
 ) -> torch.Tensor:
     """AAS as Lung-DDPM does it: the reference is pasted at the level before the step, so its noise remains.
 
     Args:
         predict, solver, condition, reference, generators: see `sample_aas`.
+        blend_from: paste only at timesteps up to this one; None pastes at all of them.
 
     Returns:
         (N, 1, D, H, W) float32, on the device of `condition`.
@@ -111,9 +113,11 @@ def sample_published_aas(
     solver.start(0, pasting=True)
     state = draw_noise(condition, generators)
     for index in range(len(solver.signal) - 1):
+        timestep = solver.levels.timesteps[index]
         state = take_step(index, state)
-        if solver.levels.timesteps[index] == 0:
+        if timestep == 0:
             draw_noise(condition, generators)  # the published loop also draws noise here, and multiplies it by zero
         pasted = solver.signal[index] * reference + solver.noise[index] * draw_noise(condition, generators)
-        state = torch.where(is_open, pasted, state)
+        if blend_from is None or timestep <= blend_from:
+            state = torch.where(is_open, pasted, state)
     return state

@@ -100,14 +100,16 @@ def test_plain_sampling_equals_the_golden_volume(plain_sample, golden):
     torch.testing.assert_close(drawn, golden["plain_T12_seed4321"], rtol=0, atol=1e-4)
 
 
-def test_published_aas_equals_the_golden_volumes(golden, golden_denoiser):
+@pytest.mark.parametrize(("key", "blend_from"), [("aas_T12_seed4321", None), ("aas_T12_seed4321_blend_from6", 6)])
+def test_published_aas_equals_the_golden_volumes(golden, golden_denoiser, key, blend_from):
     condition = golden["layout"][:1].float() * 2 - 1
     solver = make_solver("ddpm", 2, cosine_betas(12), 12)
-    drawn = sample_published_aas(golden_denoiser, solver, condition, golden["x0"][:1], [seeded(4321)])
-    torch.testing.assert_close(drawn, golden["aas_T12_seed4321"], rtol=0, atol=1e-4)
+    drawn = sample_published_aas(golden_denoiser, solver, condition, golden["x0"][:1], [seeded(4321)], blend_from)
+    torch.testing.assert_close(drawn, golden[key], rtol=0, atol=1e-4)
 
 
-def test_published_aas_equals_the_published_loop(half_open):
+@pytest.mark.parametrize("blend_from", [None, 6])
+def test_published_aas_equals_the_published_loop(half_open, blend_from):
     """The loop as the publication describes it, written out; it draws the same noise in the same order."""
     condition, reference = (tensor[:1] for tensor in half_open)
     betas, generator = cosine_betas(12), seeded(7)
@@ -124,9 +126,10 @@ def test_published_aas_equals_the_published_loop(half_open):
         state = of_clean * clean + of_state * state + (t > 0) * deviation * ancestral
         pasted = signal[t].sqrt() * reference
         pasted = pasted + (1 - signal[t]).sqrt() * torch.randn(reference.shape, generator=generator)
-        state = torch.where(open_voxels(condition), pasted, state)
+        if blend_from is None or t <= blend_from:
+            state = torch.where(open_voxels(condition), pasted, state)
     solver = make_solver("ddpm", 2, betas, 12)
-    drawn = sample_published_aas(predict, solver, condition, reference, [seeded(7)])
+    drawn = sample_published_aas(predict, solver, condition, reference, [seeded(7)], blend_from)
     torch.testing.assert_close(drawn, state.float(), rtol=0, atol=1e-5)
 
 
