@@ -301,7 +301,7 @@ def synthesize(
     cohort: CohortName = "all",
     output: Annotated[Path | None, typer.Option(help="Folder; default results/synthetic/<generator>/<cohort>.")] = None,
     dose: Annotated[
-        float | None, typer.Option(min=0.0, help="Samples per real training case; default: the largest in config.")
+        float | None, typer.Option(help="Samples per real training case; default: the largest in config.")
     ] = None,
     external: Annotated[
         Path | None, typer.Option(help="Folder of samples from another system; default: arms.external.")
@@ -320,7 +320,8 @@ def synthesize(
     settings = load_config(*config)
     _set_threads(threads)
     folder = output or RESULTS / "synthetic" / generator / cohort
-    dose = dose or settings.arms.largest_doses().get(generator)
+    if dose is None:
+        dose = settings.arms.largest_doses().get(generator)
     samples = table or folder / f"samples-{dose}-{shard}.tsv"
     # Generators without a network do not need a GPU.
     with claim_device(device if weights else "cpu") as claimed:

@@ -334,6 +334,15 @@ def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
     assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"
 
 
+def test_dose_0_is_not_the_largest_dose(tiny_cohort, tmp_path):
+    config = config_for(tmp_path, grid={"size": [16, 16, 16]}, arms={"generators": ["reference"], "doses": [1.0]})
+    command = ["synthesize", "--generator", "reference", "--configfile", str(config), "--cases", str(tiny_cohort)]
+    run = lungddpm(*command, "--dose", "0", cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert "--dose: 0" in run.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_doctor_knows_what_is_here(tmp_path):
     shown = lungddpm("doctor", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
@@ -351,18 +360,20 @@ def test_doctor_names_the_commit_of_a_checkout(monkeypatch, commit, line):
     assert json.loads(CliRunner().invoke(app, ["doctor", "--json"]).stdout)["git_commit"] == commit
 
 
-def test_doctor_gives_json_with_the_keys_of_the_docs(monkeypatch):
+@pytest.mark.parametrize(("name", "major", "bf16"), [("NVIDIA L4", 8, True), ("Tesla V100", 7, False)])
+def test_doctor_gives_json_with_the_keys_of_the_docs(monkeypatch, name, major, bf16):
     import torch
 
-    properties = SimpleNamespace(total_memory=24 * 2**30)
-    for name, value in (
-        ("device_count", 1), ("get_device_name", "NVIDIA L4"), ("get_device_properties", properties),
-        ("is_bf16_supported", True),
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    properties = SimpleNamespace(total_memory=24 * 2**30, major=major)
+    for function, value in (
+        ("is_available", True), ("device_count", 1), ("current_device", 0), ("get_device_name", name),
+        ("get_device_properties", properties), ("_check_bf16_tensor_supported", True),
     ):  # fmt: skip
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(torch.cuda, function, lambda *_, value=value: value)
     shown = CliRunner().invoke(app, ["doctor", "--json"])
     values = json.loads(shown.stdout)
-    assert values["devices"] == [{"device": "cuda:0", "name": "NVIDIA L4", "memory_gib": 24.0, "bf16": True}]
+    assert values["devices"] == [{"device": "cuda:0", "name": name, "memory_gib": 24.0, "bf16": bf16}]
     assert values["versions"]["torch"] == importlib.metadata.version("torch")
     assert values["cores"] == os.cpu_count()
     keys = {"versions" if key.startswith("versions.") else key for key in keys_of(values)}

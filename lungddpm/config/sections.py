@@ -24,6 +24,7 @@ Norm = Literal["volume", "voxel"]
 TimeConditioning = Literal["shift", "scale_shift"]
 Background = Literal["reference", "generated"]
 Hint = Literal["none", "slice", "volume"]
+Intensities = Literal["corrected", "published"]
 
 
 Layer = Literal["lung", "nodule", "vessel"]
@@ -166,7 +167,7 @@ class Solving(Section):
     """Order of `dpmsolver++` and `unipc`; the other samplers have none."""
     steps: PositiveInt = 250
     """Noise levels visited, at most `timesteps`; as published, `ddpm` visits all."""
-    intensities: Literal["corrected", "published"] = "corrected"
+    intensities: Intensities = "corrected"
     """Scaling of the reference for the denoiser: `corrected` by `grid.window_hu`, as in training; `published` each
     axial slice by its own minimum and maximum, for published weights only."""
     times: Literal["corrected", "published"] = "corrected"
@@ -239,6 +240,9 @@ class TrainedSettings(GeneratorSettings):
     published weights (inferred, see docs/explanation/diffusion.md); `ras`: that of the grid, as in earlier versions. It
     must match the weights; only weights of `published` can be exported."""
     training: Training = Training()
+
+    def decides_samples(self) -> dict[str, Any]:
+        return {**super().decides_samples(), "training.precision": self.training.precision}
 
     def decides_weights(self, processes: int) -> dict[str, Any]:
         """The keys that determine the weights of the trained network, as JSON-like values.
@@ -523,10 +527,11 @@ class GeneratorConfig(Generic[S]):
         own = self.settings.decides_samples()
         if self.weights_from is None:
             return own
-        return {
-            **own,
-            "weights_from": {"generator": self.weights_from.name, **self.weights_from.settings.decides_fit()},
-        }
+        trained = self.weights_from.settings
+        of_weights = {"generator": self.weights_from.name, **trained.decides_fit()}
+        if not isinstance(self.settings, TrainedSettings):
+            of_weights["training.precision"] = trained.training.precision
+        return {**own, "weights_from": of_weights}
 
     def decides_fit(self: GeneratorConfig[TrainedSettings]) -> dict[str, Any]:
         """The settings that weights were trained for, by dotted key, as JSON-like values: their use must match all of

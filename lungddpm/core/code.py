@@ -84,7 +84,7 @@ LEFT_OUT = {
     "lungddpm.core.memory": "where arrays are stored, not their content",
     "lungddpm.core.progress": "only prints",
     "lungddpm.core.torch_device": "where something is computed, not what",
-    "lungddpm.synthesis.run._patients_of": "reads metadata of the weights, whose hash counts",
+    "lungddpm.models.checkpoint.patients_of": "reads metadata of the weights, whose hash counts",
     "lungddpm.models.accelerator": "where something is computed, and its precision if not set in config",
 }
 """Modules, packages and definitions that do not affect results, and why."""

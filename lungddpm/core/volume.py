@@ -656,6 +656,13 @@ def to_model_range(hu: np.ndarray, window_hu: Window) -> np.ndarray:
 
 
 def to_hu(values: np.ndarray, window_hu: Window) -> np.ndarray:
-    """[-1, 1] -> HU as int16, the inverse of `to_model_range` up to rounding."""
+    """A network's [-1, 1] -> HU as int16, the inverse of `to_model_range` up to rounding.
+
+    Raises:
+        InputError: NaN or infinite values.
+    """
+    if not np.isfinite(values).all():
+        remedy = "Set training.precision: bf16 or fp32 if it is fp16, or train the generator again."
+        raise InputError("drawing", "the network returned NaN or infinite values", remedy)
     low, high = window_hu
     return np.rint((np.clip(values, -1, 1).astype(np.float64) + 1) * ((high - low) / 2) + low).astype(np.int16)

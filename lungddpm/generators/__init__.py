@@ -86,8 +86,9 @@ class Generator:
 
     Attributes:
         make: tasks on grids of equal size -> one (x, y, z) int16 HU array each, on its reference's grid. Where the
-            layout is background, the array equals the reference exactly (except with published AAS, which leaves
-            noise in it, and with `med_ddpm`, which has no AAS). A task's array does not depend on the other tasks.
+            layout is background, the array equals the reference exactly, except with `background: generated`, with
+            published AAS, which leaves noise in it, and with `med_ddpm`, which has no AAS. A task's array does not
+            depend on the other tasks.
         device: description of its device, for the record.
         batch_size: tasks to pass at once on a GPU.
         describe: further inputs of a task's CT, as JSON-like values for its `sample.json`.

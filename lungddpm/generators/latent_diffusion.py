@@ -7,12 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, cast
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from lungddpm.config.sections import Background, GeneratorConfig, LatentSettings, PositiveInt, Section
-from lungddpm.generators import JITTERED, LAYOUT, OWN, SLICE, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+from lungddpm.generators import JITTERED, LAYOUT, OWN, SLICE, Drawing, Generator
+from lungddpm.generators.lung_ddpm import whole_volumes
 
 if TYPE_CHECKING:
     import torch
@@ -136,13 +135,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         with accelerator.autocast():
             return draw_by_latents(network, solver, hint, condition, reference, generators)
 
-    def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [config.grid.window_hu] * len(tasks)
-        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
-        if sampling.background == "generated":
-            return volumes
-        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
-
+    make = whole_volumes(config, sample, accelerator.device, fill=sampling.background == "reference")
     return Generator(make, str(accelerator.device), sampling.batch_size)
 
 
@@ -167,11 +160,8 @@ def load_latent_diffusion(
 
 def _solver(config: GeneratorConfig[Settings], sampling: LatentSampling) -> DiffusionSolver:
     """Latents are unbounded, so the denoiser's estimate is not clipped."""
-    from lungddpm.models.sampling import DiffusionSolver, noise_levels
+    from lungddpm.models.sampling import make_solver
     from lungddpm.models.schedule import cosine_betas
 
-    betas = cosine_betas(config.settings.timesteps)
-    levels = noise_levels(sampling.sampler, betas, sampling.steps)
-    return DiffusionSolver(
-        sampling.sampler, sampling.order, betas, levels, config.settings.prediction, limit=lambda implied: implied
-    )
+    betas, prediction = cosine_betas(config.settings.timesteps), config.settings.prediction
+    return make_solver(sampling.sampler, sampling.order, betas, sampling.steps, prediction, limit=lambda it: it)

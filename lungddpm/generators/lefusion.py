@@ -26,7 +26,7 @@ from lungddpm.core.files import seed_from
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import to_hu, to_model_range
 from lungddpm.generators import ADDED, OWN, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm_plus import Crop, CropSettings, PlusTraining, plan_crops
+from lungddpm.generators.lung_ddpm_plus import Crop, CropSettings, PlusTraining, plan_crops, to_device
 
 if TYPE_CHECKING:
     import torch
@@ -150,9 +150,6 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     betas = cosine_betas(settings.timesteps)
     solver = make_solver(sampling.sampler, sampling.order, betas, sampling.steps, settings.prediction)
 
-    def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(accelerator.device)
-
     def draw(
         hu: list[np.ndarray],
         nodules: list[np.ndarray],
@@ -161,12 +158,11 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         generators: list[torch.Generator],
     ) -> np.ndarray:
         """Crops, each with another nodule; (x, y, z) arrays in and out."""
-        condition = show(2 * to_device(nodules).float() - 1, torch.tensor(histograms, device=accelerator.device))
-        reference = to_device([to_model_range(each, window) for each in hu])
+        device = accelerator.device
+        condition = show(2 * to_device(nodules, device).float() - 1, torch.tensor(histograms, device=device))
+        reference, mask = to_device([to_model_range(each, window) for each in hu], device), to_device(drawn, device)
         with accelerator.autocast():
-            made = draw_nodules(
-                network, solver, condition, reference, to_device(drawn), generators, sampling.resampling
-            )
+            made = draw_nodules(network, solver, condition, reference, mask, generators, sampling.resampling)
         return to_hu(made[:, 0].cpu().numpy().transpose(0, 3, 2, 1), window)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:

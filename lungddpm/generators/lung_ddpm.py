@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Grid, Solving
+from lungddpm.config.sections import DiffusionSettings, GeneratorConfig, Grid, Intensities, Solving, TrainedSettings
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Window, slice_windows, to_hu, to_model_range
 from lungddpm.generators import JITTERED, LAYOUT, OWN, VOLUME, Drawing, Generator, Task
@@ -113,57 +113,55 @@ def load_sampler(
                 return sample_published_aas(predict, solver, condition, reference, generators)
             return sample_aas(predict, solver, condition, reference, generators, resampling)
 
-    def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [window_of(task.reference.array, solving, config.grid) for task in tasks]
-        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
-        if aas != "corrected":
-            return volumes
-        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
-
+    make = whole_volumes(config, sample, accelerator.device, fill=aas == "corrected", intensities=solving.intensities)
     return Generator(make, str(accelerator.device), solving.batch_size)
 
 
-def draw_volumes(
-    tasks: list[Task],
-    windows: Sequence[Window],
-    classes: Sequence[str],
+def whole_volumes(
+    config: GeneratorConfig[TrainedSettings],
     sample: Callable[[torch.Tensor, torch.Tensor, list[torch.Generator]], torch.Tensor],
     device: torch.device,
-) -> list[np.ndarray]:
-    """Whole CT volumes for tasks, with a network that was trained on `condition_channels`.
+    *,
+    fill: bool,
+    intensities: Intensities = "corrected",
+) -> Callable[[list[Task]], list[np.ndarray]]:
+    """The `Generator.make` of a network that draws whole volumes and was trained on `condition_channels`.
 
     Args:
-        tasks: on grids of one size.
-        windows: for each, the HU range that the network maps to [-1, 1].
-        classes: of the layout that condition the network.
+        config: of the generator for which the network was trained.
         sample: (condition (N, C, D, H, W), reference (N, 1, D, H, W), a generator per task) -> CT (N, 1, D, H, W).
         device: of these tensors.
-
-    Returns:
-        (x, y, z) int16 HU each.
+        fill: whether to fill open voxels with the reference.
+        intensities: see `Solving`.
     """
     import torch
 
     from lungddpm.models.denoiser import condition_channels
 
-    references = [
-        to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
-        for task, window in zip(tasks, windows, strict=True)
-    ]
-    conditions = [condition_channels(task.layout.array, classes) for task in tasks]
-    drawn = sample(
-        torch.from_numpy(np.stack(conditions)).to(device),
-        torch.from_numpy(np.stack(references)).to(device),
-        [torch.Generator(device).manual_seed(task.seed) for task in tasks],
-    )
-    return [
-        to_hu(volume[0].transpose(2, 1, 0), window) for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
-    ]
+    def make(tasks: list[Task]) -> list[np.ndarray]:
+        windows = [window_of(task.reference.array, intensities, config.grid) for task in tasks]
+        references = [
+            to_model_range(task.reference.array, window).transpose(2, 1, 0)[None]
+            for task, window in zip(tasks, windows, strict=True)
+        ]
+        conditions = [condition_channels(task.layout.array, config.settings.classes) for task in tasks]
+        drawn = sample(
+            torch.from_numpy(np.stack(conditions)).to(device),
+            torch.from_numpy(np.stack(references)).to(device),
+            [torch.Generator(device).manual_seed(task.seed) for task in tasks],
+        )
+        made = [
+            to_hu(volume[0].transpose(2, 1, 0), window)
+            for volume, window in zip(drawn.cpu().numpy(), windows, strict=True)
+        ]
+        return [fill_open_voxels(task, hu) for task, hu in zip(tasks, made, strict=True)] if fill else made
+
+    return make
 
 
-def window_of(hu: np.ndarray, solving: Solving, grid: Grid) -> Window:
+def window_of(hu: np.ndarray, intensities: Intensities, grid: Grid) -> Window:
     """The HU range that the denoiser maps to [-1, 1], for an (x, y, z) CT; see `Solving.intensities`."""
-    return slice_windows(hu, axis=2) if solving.intensities == "published" else grid.window_hu
+    return slice_windows(hu, axis=2) if intensities == "published" else grid.window_hu
 
 
 def fill_open_voxels(task: Task, hu: np.ndarray) -> np.ndarray:

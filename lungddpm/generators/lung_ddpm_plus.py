@@ -34,6 +34,8 @@ from lungddpm.generators import ADDED, OWN, VOLUME, Drawing, Generator, Task, lu
 from lungddpm.generators.lung_ddpm import fill_open_voxels, window_of
 
 if TYPE_CHECKING:
+    import torch
+
     from lungddpm.models.recipe import Preview, Recipe
 
 TITLE = "Lung-DDPM+: a diffusion model redraws crops around nodules of the reference"
@@ -164,28 +166,25 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     sampling, classes = config.settings.sampling, config.settings.classes
     solver = choose_solver(sampling, cosine_betas(config.settings.timesteps), config.settings.prediction)
 
-    def to_device(arrays: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(accelerator.device)
-
     def draw(
         clean: list[np.ndarray], layouts: list[np.ndarray], crops: list[Crop], generators: list[torch.Generator]
     ) -> np.ndarray:
         """Crops with other nodules; (x, y, z) arrays in and out, CT in [-1, 1]."""
-        condition = torch.from_numpy(np.stack([condition_channels(layout, classes) for layout in layouts]))
-        condition = condition.to(accelerator.device)
-        drawn = to_device([crop.drawn for crop in crops])
+        device = accelerator.device
+        condition = torch.from_numpy(np.stack([condition_channels(layout, classes) for layout in layouts])).to(device)
+        drawn = to_device([crop.drawn for crop in crops], device)
         # Voxels that are not used in the result.
         outside = [
             (crop.weight == 0) | (layout == Label.BACKGROUND) for crop, layout in zip(crops, layouts, strict=True)
         ]
         fresh = [torch.randn(drawn.shape[1:], generator=each, device=each.device) for each in generators]
         with accelerator.autocast():
-            path = invert(denoiser, solver, condition, to_device(clean))
+            path = invert(denoiser, solver, condition, to_device(clean, device))
             start = torch.where(drawn, torch.stack(fresh), path[0])
             if sampling.aas == "published":
                 made = sample_free(denoiser, solver, condition, generators, start)
             else:
-                made = redraw(denoiser, solver, condition, start, path, fixed_mask=to_device(outside))
+                made = redraw(denoiser, solver, condition, start, path, fixed_mask=to_device(outside, device))
         return made[:, 0].cpu().numpy().transpose(0, 3, 2, 1)
 
     def make(tasks: list[Task]) -> list[np.ndarray]:
@@ -196,7 +195,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
             busy = [place for place, planned in enumerate(crops) if turn < len(planned)]
             chosen = [crops[place][turn] for place in busy]
             before = [volumes[place][crop.where] for place, crop in zip(busy, chosen, strict=True)]
-            windows = [window_of(hu, sampling, config.grid) for hu in before]
+            windows = [window_of(hu, sampling.intensities, config.grid) for hu in before]
             made = draw(
                 [to_model_range(hu, window) for hu, window in zip(before, windows, strict=True)],
                 [tasks[place].layout.array[crop.where] for place, crop in zip(busy, chosen, strict=True)],
@@ -215,6 +214,13 @@ def drawing(config: GeneratorConfig[Settings]) -> Drawing:
     """Passes to the noise and back for each nodule."""
     sampling = config.settings.sampling
     return Drawing(2 * sampling.steps, sampling.batch_size, per_nodule=True)
+
+
+def to_device(arrays: Sequence[np.ndarray], device: torch.device) -> torch.Tensor:
+    """Crops (x, y, z) as a batch (N, 1, D, H, W) on the device."""
+    import torch
+
+    return torch.from_numpy(np.stack(arrays).transpose(0, 3, 2, 1)[:, None].copy()).to(device)
 
 
 def plan_crops(layout: np.ndarray, edge: int) -> list[Crop]:

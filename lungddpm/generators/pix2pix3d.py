@@ -10,12 +10,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from lungddpm.config.sections import Background, GeneratorConfig, Grid, HintedSettings, PositiveInt, Section, Training
-from lungddpm.generators import JITTERED, LAYOUT, OWN, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+from lungddpm.generators import JITTERED, LAYOUT, OWN, Drawing, Generator
+from lungddpm.generators.lung_ddpm import whole_volumes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -179,7 +178,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
     """
     from lungddpm.models.accelerator import make_accelerator
 
-    hint, pastes = config.settings.hint, config.settings.sampling.background == "reference"
+    hint = config.settings.hint
     accelerator = make_accelerator(device, config.settings.training.precision)
     network = _load_network(weights, config, accelerator.device)
 
@@ -187,13 +186,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         with accelerator.autocast():
             return _draw(network, hint, condition, reference, generators)
 
-    def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [config.grid.window_hu] * len(tasks)
-        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
-        if not pastes:
-            return volumes
-        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
-
+    make = whole_volumes(config, sample, accelerator.device, fill=config.settings.sampling.background == "reference")
     return Generator(make, str(accelerator.device))
 
 

@@ -5,12 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lungddpm.config.sections import GeneratorConfig, GeneratorSettings
-from lungddpm.generators import OWN, Drawing, Generator, Task
+from lungddpm.generators import OWN, Drawing, Generator
 from lungddpm.generators.latent_diffusion import load_latent_diffusion
-from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+from lungddpm.generators.lung_ddpm import whole_volumes
 
 if TYPE_CHECKING:
     import torch
@@ -38,11 +36,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
         with accelerator.autocast():
             return network.reconstruct(reference)
 
-    def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [of_weights.grid.window_hu] * len(tasks)
-        volumes = draw_volumes(tasks, windows, of_weights.settings.classes, sample, accelerator.device)
-        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
-
+    make = whole_volumes(of_weights, sample, accelerator.device, fill=True)
     return Generator(make, str(accelerator.device))
 
 

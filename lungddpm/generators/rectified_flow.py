@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-
 from lungddpm.config.sections import Background, GeneratorConfig, PositiveInt, Section, UNetSettings
-from lungddpm.generators import JITTERED, OWN, Drawing, Generator, Task
-from lungddpm.generators.lung_ddpm import draw_volumes, fill_open_voxels
+from lungddpm.generators import JITTERED, OWN, Drawing, Generator
+from lungddpm.generators.lung_ddpm import whole_volumes
 
 if TYPE_CHECKING:
     import torch
@@ -107,13 +105,7 @@ def load(config: GeneratorConfig[Settings], weights: Path, device: str) -> Gener
                 return sample_free(predict, solver, condition, generators)
             return sample_aas(predict, solver, condition, reference, generators)
 
-    def make(tasks: list[Task]) -> list[np.ndarray]:
-        windows = [config.grid.window_hu] * len(tasks)
-        volumes = draw_volumes(tasks, windows, config.settings.classes, sample, accelerator.device)
-        if sampling.background == "generated":
-            return volumes
-        return [fill_open_voxels(task, volume) for task, volume in zip(tasks, volumes, strict=True)]
-
+    make = whole_volumes(config, sample, accelerator.device, fill=sampling.background == "reference")
     return Generator(make, str(accelerator.device), sampling.batch_size)
 
 

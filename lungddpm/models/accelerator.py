@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from accelerate import Accelerator
 
@@ -31,7 +28,8 @@ def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Acce
     if chosen.index is not None:
         torch.cuda.set_device(chosen)
     if precision == "auto":
-        precision = "bf16" if chosen.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = chosen.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        precision = "bf16" if has_bf16 else "fp32"
     if precision == "fp16" and chosen.type == "cpu":
         raise ConfigError("training.precision", "fp16 needs a GPU", "Use auto, bf16 or fp32.")
     if chosen.type == "cpu":
@@ -47,20 +45,3 @@ def make_accelerator(device: str, precision: str, accumulation: int = 1) -> Acce
 def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy a tensor from the CPU to a device, without waiting for a GPU to finish earlier work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-@contextmanager
-def explain_out_of_memory(remedy: str) -> Iterator[None]:
-    """Turn an out-of-memory error into a message that names the options.
-
-    Raises:
-        ConfigError: memory ran out inside the block.
-    """
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        on_gpu = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
-        if not on_gpu and not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
-            raise
-        problem = f"{'the GPU' if on_gpu else 'this machine'} ran out of memory"
-        raise ConfigError("training", problem, remedy) from None

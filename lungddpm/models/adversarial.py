@@ -127,10 +127,7 @@ class TranslationObjective:
     def opponent_loss(self, opponent: nn.Module, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
         """See `AdversarialObjective.opponent_loss`."""
         given = _given(batch)
-        both = torch.cat([torch.cat([volumes, given], dim=1) for volumes in (batch.clean, drawn)])
-        judged = opponent(both)
-        real, made = ([[each.chunk(2)[half] for each in scale] for scale in judged] for half in range(2))
-        return (adversarial_loss(real, taken_for_real=True) + adversarial_loss(made, taken_for_real=False)) / 2
+        return judging_loss(opponent, *(torch.cat([volumes, given], dim=1) for volumes in (batch.clean, drawn)))
 
 
 def _given(batch: Batch) -> torch.Tensor:
@@ -150,6 +147,13 @@ def adversarial_loss(features: Features, *, taken_for_real: bool) -> torch.Tenso
     # Without the last argument, MONAI applies a leaky ReLU to the logits before squaring.
     loss = PatchAdversarialLoss("mean", "least_squares", no_activation_leastsq=True)
     return loss([scale[-1].float() for scale in features], taken_for_real, for_discriminator=True)
+
+
+def judging_loss(opponent: nn.Module, real: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+    """The loss of discriminators, a scalar, for as many real as drawn volumes (N, C, D, H, W), in one pass."""
+    judged = opponent(torch.cat([real, made]))
+    of_real, of_made = ([[layer.chunk(2)[half] for layer in scale] for scale in judged] for half in range(2))
+    return (adversarial_loss(of_real, taken_for_real=True) + adversarial_loss(of_made, taken_for_real=False)) / 2
 
 
 def feature_distance(drawn: Features, real: Features) -> torch.Tensor:

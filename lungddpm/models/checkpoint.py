@@ -41,7 +41,7 @@ class Metadata:
         steps: optimizer steps taken.
         config_fingerprint: of the keys that affect training.
         data_fingerprint: of the training cases.
-        trained_on: their patients.
+        trained_on: patients of the training cases, and of those of the weights that the training started from.
         code: which code version ran which steps, if known.
         kept: see `Recipe.keep`.
     """
@@ -103,6 +103,15 @@ def read_metadata(path: Path) -> Metadata:
         return Metadata(**{each.name: held[each.name] for each in fields(Metadata)})
     except KeyError as error:
         raise InputError(path, f"has damaged metadata (no {error})", _RETRAIN) from None
+
+
+def patients_of(weights: Path) -> list[str] | None:
+    """The patients that weights were trained on, for the leak guard; None if the format does not record them.
+
+    Raises:
+        InputError: see `read_metadata`.
+    """
+    return read_metadata(weights).trained_on if weights.suffix == ".safetensors" else None
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:

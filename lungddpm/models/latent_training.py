@@ -18,7 +18,7 @@ from lungddpm.config.sections import Autoencoder, GeneratorConfig, LatentSetting
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
-from lungddpm.models.adversarial import AdversarialOptimization, Discriminators, adversarial_loss
+from lungddpm.models.adversarial import AdversarialOptimization, Discriminators, adversarial_loss, judging_loss
 from lungddpm.models.data import TrainingData
 from lungddpm.models.latent import LatentDiffusion, VoxelAutoencoder, batch_in_latents, divergence, latent_noise
 from lungddpm.models.objectives import WeightedError
@@ -123,9 +123,7 @@ class AutoencoderObjective:
 
     def opponent_loss(self, opponent: nn.Module, batch: Batch, drawn: torch.Tensor) -> torch.Tensor:
         """See `AdversarialObjective.opponent_loss`."""
-        judged = opponent(torch.cat([batch.clean, drawn]))
-        real, made = ([[features.chunk(2)[half] for features in scale] for scale in judged] for half in range(2))
-        return (adversarial_loss(real, taken_for_real=True) + adversarial_loss(made, taken_for_real=False)) / 2
+        return judging_loss(opponent, batch.clean, drawn)
 
 
 class AutoencoderOptimization(AdversarialOptimization):

@@ -18,7 +18,6 @@ from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core import drawing
 from lungddpm.core.files import seed_from, write_table
 from lungddpm.core.labels import Label
-from lungddpm.core.memory import peak_memory_mib
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import to_model_range
 from lungddpm.models.data import TrainingData, draw_crop, only_nodule
@@ -113,11 +112,6 @@ def losses_that_did_not_fall(losses: Sequence[float], phases: Sequence[int]) -> 
     return found
 
 
-def memory_mib(device: torch.device) -> float:
-    """Peak memory in MiB so far: of tensors on a GPU, otherwise of the whole process."""
-    return peak_memory_mib(str(device))
-
-
 def grid_cases(data: TrainingData) -> list[int]:
     """The first few cases with a nodule, or simply the first ones."""
     having = (case for case, layout in enumerate(data.layout) if (layout == Label.NODULE).any())
@@ -147,10 +141,10 @@ def draw_grid(
         seed = seed_from(config.seed, config.run, "grid", data.case_ids[case])
         whole = data.layout[case]
         where: tuple[slice, ...] = ()
-        edge = config.settings.drawn_size(config.grid)[0]
-        if edge < min(whole.shape):
+        drawn_size = config.settings.drawn_size(config.grid)
+        if drawn_size != config.grid.size:
             chooser = torch.Generator().manual_seed(seed)
-            where, centre = draw_crop(whole, edge, recipe.crop_centres, chooser)
+            where, centre = draw_crop(whole, drawn_size[0], recipe.crop_centres, chooser)
             whole = only_nodule(whole, centre) if recipe.one_nodule else whole
         layout = whole[where]
         reference = to_model_range(data.ct[case][where], config.grid.window_hu)

@@ -51,7 +51,9 @@ class Learner:
         """Backpropagate a loss; within `accumulate`, the weights change in the last pass of a step."""
         self.accelerator.backward(loss)
         if self.accelerator.sync_gradients and self.training.gradient_clip is not None:
-            self.accelerator.clip_grad_norm_(self.network.parameters(), self.training.gradient_clip)
+            # Not by `accelerator.clip_grad_norm_`, which unscales the gradients of all learners.
+            self.accelerator.unscale_gradients(self.optimizer)
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.training.gradient_clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
 

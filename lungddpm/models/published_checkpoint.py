@@ -89,23 +89,27 @@ def export_published(weights: Path, output: Path) -> None:
     cannot be flipped for it afterwards: a stride-2 convolution of an even number of voxels starts at one end.
 
     Raises:
-        InputError: the weights are missing, truncated, not a denoiser trained here, of the orientation `ras`, or of a
-            prediction or a padding that is not published; or the output is not named `.pt`.
+        InputError: the weights are missing, truncated, not a denoiser of voxels trained here, of the orientation `ras`,
+            or of inputs, a prediction or a padding that are not published; or the output is not named `.pt`.
     """
     if output.suffix != ".pt":
         raise InputError(output, "is not a name for a published checkpoint", "It must end in .pt.")
     metadata = read_metadata(weights)
-    settings = metadata.config["settings"]
-    if "timesteps" not in settings:
-        generator = metadata.config["generator"]
-        raise InputError(weights, f"was trained by {generator}, which is not a diffusion model", "Give other weights.")
+    settings, network = metadata.config["settings"], read_weights(weights)
+    inferred = inferred_arguments(network)
+    if "timesteps" not in settings or inferred is None:
+        problem = f"was trained by {metadata.config['generator']}, which is not a diffusion model of voxels"
+        raise InputError(weights, problem, "Give other weights.")
     turned = {"orientation": ("published", "rotate every chest")}
     for key, (published, consequence) in {**turned, **_PUBLISHED}.items():
         if (own := metadata.trained_for[key]) != published:
             problem = f"was trained with {key} {own}: the published code would {consequence}"
             raise InputError(weights, problem, f"Train it with {key}: {published}, then export it.")
+    if further := inferred["in_channels"] - 1 - len(settings["classes"]):
+        problem = f"has {further} input channels besides CT and layout, which the published code does not fill"
+        raise InputError(weights, problem, "Give other weights.")
     process = published_buffers(cosine_betas(settings["timesteps"]))
-    network = {_PREFIX + name: tensor for name, tensor in read_weights(weights).items()}
+    network = {_PREFIX + name: tensor for name, tensor in network.items()}
     with atomic_path(output) as temporary:
         torch.save({"step": metadata.steps, "model": process | network, "ema": process | network}, temporary)
 

@@ -174,14 +174,19 @@ class DiffusionSolver:
 
 
 def make_solver(
-    sampler: Sampler, order: int, betas: torch.Tensor, steps: int, prediction: Prediction = "epsilon"
+    sampler: Sampler,
+    order: int,
+    betas: torch.Tensor,
+    steps: int,
+    prediction: Prediction = "epsilon",
+    limit: Callable[[torch.Tensor], torch.Tensor] = clamp,
 ) -> DiffusionSolver:
-    """A solver that visits `noise_levels`.
+    """A solver that visits `noise_levels`; for the other arguments see `DiffusionSolver`.
 
     Raises:
         ValueError: fewer than one step, or more than T.
     """
-    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps), prediction)
+    return DiffusionSolver(sampler, order, betas, noise_levels(sampler, betas, steps), prediction, limit)
 
 
 def _scheduler(
@@ -273,8 +278,9 @@ def invert(predict: Predictor, solver: DiffusionSolver, condition: torch.Tensor,
     """Find the noise from which free sampling reproduces given CT volumes, and the path to it.
 
     It follows the same flow in reverse (Song et al. 2021, section 4.3), over the same levels and with as many calls of
-    the network. From the clean CT to the least noisy level, it uses the noise predicted there for the whole step; how
-    exactly the CT is reproduced depends on the number of steps.
+    the network. From the clean CT to the least noisy level, it uses the noise predicted there for the whole step, with
+    the clean CT in place of the state; how exactly the CT is reproduced depends on the number of steps. An error of a
+    network that predicts the CT becomes one of the noise, divided by the little noise of that level.
 
     Args:
         predict, condition: see `sample_free`.
@@ -289,7 +295,8 @@ def invert(predict: Predictor, solver: DiffusionSolver, condition: torch.Tensor,
     back.start(0, pasting=False)
     states = [clean]
     if solver.noise[-1] == 0:  # no solver can leave the clean CT, whose signal-to-noise ratio is infinite
-        least = noise_of(solver.prediction, clean, predictor_of(predict, condition, back.times)(0, clean), 1.0, 0.0)
+        predicted = predictor_of(predict, condition, back.times)(0, clean)
+        least = noise_of(solver.prediction, clean, predicted, back.signal[0], back.noise[0])
         states.append(_at_level(back, 0, clean, least))
     for index in range(len(back.signal) - 1):
         states.append(take_step(index, states[-1]))

@@ -31,14 +31,16 @@ from lungddpm.core.code import CodeFromStep, code_of_steps, stage_fingerprint
 from lungddpm.core.cohorts import training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import exclusive_lock, fingerprint, read_json, sha256_of, write_json
+from lungddpm.core.memory import explain_out_of_memory, peak_memory_mib
 from lungddpm.core.progress import LOG, Progress
-from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
-from lungddpm.models.checkpoint import Metadata, read_metadata, read_weights, save_network
+from lungddpm.core.torch_files import load_checked
+from lungddpm.models.accelerator import make_accelerator
+from lungddpm.models.checkpoint import Metadata, patients_of, read_metadata, read_weights, save_network
 from lungddpm.models.data import TrainingData, open_cache
-from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall, memory_mib
+from lungddpm.models.monitoring import Monitor, draw_grid, grid_cases, losses_that_did_not_fall
 from lungddpm.models.optimization import start_optimization
 from lungddpm.models.recipe import Preview, Recipe, fresh
-from lungddpm.models.training_states import keep_states, load_state, newest_state, save_state
+from lungddpm.models.training_states import keep_states, newest_state, save_state
 
 MEMORY_OPTIONS = (
     "Set training.gradient_checkpointing: true or training.precision: bf16, lower training.batch_size, train on crops, "
@@ -99,10 +101,10 @@ def run_train(
         steps=training.steps,
         config_fingerprint=_config_fingerprint(config, accelerator.num_processes, initial),
         data_fingerprint=fingerprint(hashes),
-        trained_on=sorted(set(rows["patient_id"])),
+        trained_on=sorted({*rows["patient_id"], *_patients_before(initial)}),
         code=code_of_steps([], 0, stage_fingerprint("train", config.kind)),
     )
-    with _held_by_main_process(output, accelerator), explain_out_of_memory(MEMORY_OPTIONS):
+    with _held_by_main_process(output, accelerator), explain_out_of_memory("training", MEMORY_OPTIONS):
         if restart or not _is_complete(output / "model.safetensors", metadata):
             data = open_cache(output / "cache", rows["case_id"].tolist(), folders, hashes, config.grid.size)
             model = initial_network(config, recipe, initial)
@@ -159,7 +161,7 @@ class _Run:
         if self.saved is None:
             LOG.info("Starting from the beginning: no saved state of this training in %s", self.output)
         else:
-            state = load_state(self.saved)
+            state = load_checked(self.saved)
             self.optimization.load_state_dict(state)
             self.history = state["history"].tolist()
             LOG.info("Resuming from step %d of %d", len(self.history), self.training.steps)
@@ -233,11 +235,11 @@ class _Run:
             loss, stop = self.under_way.pop(0).tolist()
             step = len(self.history)
             if not math.isfinite(loss):
-                raise self._diverged(step)
+                raise self._diverged("the loss is", step)
             self.stopping |= stop > 0
             before = self.history[-1][2] if self.history else 0.0
             seconds = time.monotonic() - self.began
-            memory = memory_mib(self.accelerator.device)
+            memory = peak_memory_mib(str(self.accelerator.device))
             self.history.append([loss, self.optimization.learning_rate(step), seconds, memory])
             if self.monitor is not None:
                 self.monitor.add_step(step + 1, self.history[-1], seconds - before)
@@ -255,7 +257,7 @@ class _Run:
         """Write the state, then the history that belongs to it."""
         self._settle()
         if not self.optimization.is_finite():
-            raise self._diverged(len(self.history) - 1)
+            raise self._diverged("weights or Adam's moments are", len(self.history) - 1)
         if self.monitor is not None:
             history = torch.tensor(self.history, dtype=torch.float64)
             training = {**self.fingerprints, "code": self.code, "history": history}
@@ -270,11 +272,11 @@ class _Run:
         self.accelerator.end_training()
         raise SystemExit(128 + signal.SIGTERM)
 
-    def _diverged(self, step: int) -> InputError:
+    def _diverged(self, what: str, step: int) -> InputError:
         kept = f"The last good state is kept in {self.saved}." if self.saved else "No state was saved before."
         return InputError(
             self.output,
-            f"the training diverged: the loss is no longer finite at step {step + 1}",
+            f"the training diverged: {what} no longer finite at step {step + 1}",
             f"Lower training.learning_rate or set training.gradient_clip. {kept}",
         )
 
@@ -290,6 +292,18 @@ def _config_fingerprint(config: GeneratorConfig[TrainedSettings], processes: int
         "initial_sha256": None if initial is None else sha256_of(initial),
     }
     return fingerprint(decisive)
+
+
+def _patients_before(initial: Path | None) -> list[str]:
+    """The patients that the initial weights, if any, were trained on, as far as they record them."""
+    patients = [] if initial is None else patients_of(initial)
+    if patients is None:
+        LOG.warning(
+            "%s does not record the patients that it was trained on: the leak guard cannot know whether it has seen "
+            "test cases of this run.",
+            initial,
+        )
+    return patients or []
 
 
 def _is_complete(model_path: Path, wanted: Metadata) -> bool:

@@ -60,12 +60,3 @@ def newest_state(folder: Path, wanted: Mapping[str, str]) -> Path | None:
         what = " and ".join(name.removesuffix("_fingerprint") for name in different)
         LOG.info("%s is from a training with different %s and is ignored", path, what)
     return None
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """Read a state onto the CPU.
-
-    Raises:
-        ValueError: see `load_checked`.
-    """
-    return load_checked(path)

@@ -28,11 +28,10 @@ from lungddpm.config.loading import parse_config
 from lungddpm.config.sections import DiffusionSettings, GeneratorConfig
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.files import write_json
-from lungddpm.core.memory import keep_freed_memory
+from lungddpm.core.memory import explain_out_of_memory, keep_freed_memory, peak_memory_mib
 from lungddpm.core.progress import LOG
-from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.denoiser import UNet
-from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.objectives import diffusion_recipe
 from lungddpm.models.optimization import Optimization
 from lungddpm.models.sampling import Predictor, Sampler, make_solver, sample_aas
@@ -232,7 +231,7 @@ def run_bench(
         raise ConfigError("--device", f"there are no options for '{found.type}'", "Use cpu or cuda.")
     parameters, flop, _ = count(problem.config())
     asked = [option for option in OPTIONS if option == BASE or not names or option.name in names]
-    with explain_out_of_memory("Lower --size or --base."), _process(problem, BASE) as base:
+    with explain_out_of_memory("bench", "Lower --size or --base."), _process(problem, BASE) as base:
         rows = [_row(problem, base, option, rounds, longest_s, training, flop) for option in asked]
     small = replace(problem, size=min(size, _SMALL_EDGE)) if problem.kind == "cpu" else problem
     samplers = _measure_samplers(small, rounds, longest_s)
@@ -431,7 +430,7 @@ class Workbench:
 
     def memory_mib(self) -> float:
         """See `monitoring.memory_mib`."""
-        return memory_mib(self.device)
+        return peak_memory_mib(str(self.device))
 
     def free_memory_mib(self) -> float:
         """Of the GPU, or of the machine."""

@@ -76,7 +76,7 @@ def _devices() -> list[dict[str, Any]] | None:
             "device": f"cuda:{number}",
             "name": torch.cuda.get_device_name(number),
             "memory_gib": torch.cuda.get_device_properties(number).total_memory / _GIB,
-            "bf16": torch.cuda.is_bf16_supported(),
+            "bf16": torch.cuda.is_bf16_supported(including_emulation=False),
         }
         for number in range(torch.cuda.device_count())
     ]

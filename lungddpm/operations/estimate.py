@@ -19,11 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lungddpm.config.sections import GeneratorConfig, TrainedSettings
 from lungddpm.core.labels import Label
+from lungddpm.core.memory import explain_out_of_memory, peak_memory_mib
 from lungddpm.core.progress import LOG, waiting
 from lungddpm.generators import plugin
-from lungddpm.models.accelerator import explain_out_of_memory, make_accelerator
+from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
-from lungddpm.models.monitoring import memory_mib
 from lungddpm.models.optimization import checkpoint_stages, start_optimization
 from lungddpm.models.recipe import Recipe, Steps
 from lungddpm.models.training import MEMORY_OPTIONS, initial_network
@@ -78,7 +78,7 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     processes = accelerator.num_processes
     of_phases = [sum(part.step_flop for part in parts if part.phase == phase) for phase in range(1 + parts[-1].phase)]
     LOG.info("Taking two steps of %s each", ", then of ".join(_flop(processes * each) for each in of_phases))
-    with waiting("taking steps"), explain_out_of_memory(MEMORY_OPTIONS):
+    with waiting("taking steps"), explain_out_of_memory("training", MEMORY_OPTIONS):
         recipe = recipe_of(config)
         optimization = start_optimization(config, recipe, initial_network(config, recipe), made_up(config), accelerator)
         seconds = _step_seconds(optimization)
@@ -87,8 +87,9 @@ def run_estimate(config: GeneratorConfig[TrainedSettings], device: str = "auto")
     state_mib = kept * _BYTES_A_WEIGHT / 2**20
     cache_mib = 3 * math.prod(config.grid.size) / 2**20
     kind = "of GPU memory" if accelerator.device.type == "cuda" else "of the process's memory"
+    peak_mib = peak_memory_mib(str(accelerator.device))
     rows = {
-        "memory": f"{memory_mib(accelerator.device):,.0f} MiB {kind} at most; by count, as in 'lungddpm plan', "
+        "memory": f"{peak_mib:,.0f} MiB {kind} at most; by count, as in 'lungddpm plan', "
         f"{training_memory(config) / 2**20:,.0f} MiB",
         "step time": f"{', then '.join(f'{each:.3g} s' for each in seconds)}, "
         f"{_flop(of_phases[-1] / seconds[-1])}/s per process",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pandas as pd
@@ -44,13 +45,19 @@ def samples_wanted(
     """Number of samples for a dose (by default the largest): the dose times the real cases of the cohort, rounded.
 
     Raises:
-        ConfigError: no arm uses the generator, or there are not enough real cases.
+        ConfigError: no arm uses the generator, the dose is not positive, or there are not enough real cases.
     """
     doses = config.arms.largest_doses()
     if generator not in doses:
         raise ConfigError("arms", f"no arm uses the generator '{generator}'", f"In use: {', '.join(doses)}.")
+    if dose is None:
+        dose = doses[generator]
+    if not 0 < dose < math.inf:
+        raise ConfigError(
+            "--dose", f"{dose:g} is not a positive number", f"The largest in config is {doses[generator]}."
+        )
     available = len(cases.usable(table, DISCOVERY))
-    return round((dose or doses[generator]) * count_real_cases(cohort.real_cases, available))
+    return round(dose * count_real_cases(cohort.real_cases, available))
 
 
 def plan_samples(
@@ -74,7 +81,7 @@ def plan_samples(
         cohort: number of real training cases, and the replicate of the draw.
 
     Raises:
-        ConfigError: no arm uses the generator, or there are not enough real cases.
+        ConfigError: see `samples_wanted`.
         InputError: there is no reference to use.
     """
     number = samples_wanted(config, generator, table, dose, cohort)

@@ -19,7 +19,7 @@ from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import SHARED, Cohort, training_cases
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import fingerprint, lock_if_free, read_json, sha256_of, write_json
-from lungddpm.core.memory import peak_memory_mib
+from lungddpm.core.memory import explain_out_of_memory, peak_memory_mib
 from lungddpm.core.progress import LOG, Progress, waiting
 from lungddpm.core.roles import SYNTHETIC
 from lungddpm.core.volume import write_volume
@@ -30,6 +30,9 @@ from lungddpm.synthesis.records import is_complete
 
 if TYPE_CHECKING:
     from lungddpm.layouts.placement import NoduleLibrary
+
+_MEMORY_OPTIONS = "Lower sampling.batch_size, or free the device; complete samples are kept."
+_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def run_synthesize(config: Config, job: SynthesisJob) -> None:
     to it.
 
     Raises:
-        ConfigError: no arm uses the generator, or it cannot work with this config.
+        ConfigError: no arm uses the generator, it cannot work with this config, or memory ran out.
         InputError: no usable reference, missing or unsuitable weights, a case that breaks its contract, or one without
             room for a nodule in its lungs.
     """
@@ -127,10 +130,15 @@ class _Synthesis:
             LOG.info("%d of %d samples are already complete", len(self.planned) - len(missing), len(self.planned))
         if not missing:
             return
+        with explain_out_of_memory(f"synthesis with {self.job.generator}", _MEMORY_OPTIONS):
+            self._make_all(missing)
+
+    def _make_all(self, missing: list[_Missing]) -> None:
         with waiting(f"loading {self.job.generator}"):
             generator = self.plugin.load(self.of_generator, self.weights, self.job.device)
         # On a CPU, batches are not faster, and results would depend on the batch in the last digit.
         size = 1 if generator.device == "cpu" else generator.batch_size
+        is_waiting = False
         with Progress(f"synthesis with {self.job.generator}", len(missing)) as progress:
             while missing:
                 with ExitStack() as locks:
@@ -140,6 +148,9 @@ class _Synthesis:
                 for _ in range(len(missing) - len(left)):
                     progress.advance()
                 if len(left) == len(missing):
+                    if not is_waiting:
+                        LOG.warning("Other processes are making %s: waiting for them", _shown(missing))
+                        is_waiting = True
                     time.sleep(1)
                 missing = left
 
@@ -222,6 +233,11 @@ class _Synthesis:
         return Task(ct, made.layout, sample.seed, made, {**self.library.folders, case_id: folder})
 
 
+def _shown(missing: list[_Missing]) -> str:
+    names = ", ".join(each.sample.sample_id for each in missing[:_SHOWN])
+    return names if len(missing) <= _SHOWN else f"{names} and {len(missing) - _SHOWN} more"
+
+
 def _claim(missing: list[_Missing], size: int, output: Path, locks: ExitStack) -> tuple[list[_Missing], list[_Missing]]:
     """Lock the next `size` missing samples; return them, and those still missing.
 
@@ -254,22 +270,17 @@ def _weights_for(generator: str, owner: str | None, given: Path | None) -> Path 
 
 def _settings(config: GeneratorConfig[GeneratorSettings], weights: Path | None) -> dict[str, Any]:
     """Everything that determines a sample besides its reference, layout and seed."""
+    of_weights: dict[str, Any] = {"weights_sha256": None, "trained_on": None}
+    if weights is not None:
+        from lungddpm.models.checkpoint import patients_of
+
+        of_weights = {"weights_sha256": sha256_of(weights), "trained_on": patients_of(weights)}
     return {
         "generator": config.name,
         "code": stage_fingerprint("draw", config.kind),
         "settings": config.decides_samples(),
-        "weights_sha256": None if weights is None else sha256_of(weights),
-        "trained_on": None if weights is None else _patients_of(weights),
+        **of_weights,
     }
-
-
-def _patients_of(weights: Path) -> list[str] | None:
-    """The training patients of weights, for the leak guard; None if the file does not record them."""
-    if weights.suffix != ".safetensors":
-        return None
-    from lungddpm.models.checkpoint import read_metadata
-
-    return read_metadata(weights).trained_on
 
 
 def _hash_nodules(path: Path) -> str:

@@ -316,6 +316,8 @@ def test_a_generator_that_is_not_trained_is_refused():
         ({"lung_ddpm": {"sampling": {"steps": 9}}}, {"lung_ddpm"}),
         ({"lung_ddpm": {"sampling": {"batch_size": 9}}}, set()),
         ({"lung_ddpm": {"training": {"steps": 9}}}, set()),  # the weights say it
+        ({"lung_ddpm": {"training": {"precision": "fp32"}}}, {"lung_ddpm", "med_ddpm"}),
+        ({"latent_diffusion": {"training": {"precision": "fp32"}}}, {"latent_diffusion", "reconstruct"}),
         ({"lung_ddpm": {"orientation": "ras"}}, {"lung_ddpm", "med_ddpm"}),
         ({"med_ddpm": {"sampling": {"sampler": "ddim"}}}, {"med_ddpm"}),
         ({"lung_ddpm_plus": {"training": {"crop": 32}}}, {"lung_ddpm_plus"}),

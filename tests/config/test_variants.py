@@ -57,6 +57,14 @@ def test_samples_of_variants_differ_in_their_record_and_their_seeds():
     assert config.for_generator("flow_4").decides_samples()["weights_from"]["generator"] == "rectified_flow"
 
 
+def test_a_variant_draws_in_its_own_precision():
+    usual = VALUES["generators"]["flow_4"]
+    half = parse_config(over(flow_4={**usual, "training": {"precision": "fp16"}}))
+    assert (
+        half.for_generator("flow_4").decides_samples() != parse_config(VALUES).for_generator("flow_4").decides_samples()
+    )
+
+
 @pytest.mark.parametrize(
     ("generators", "message"),
     [

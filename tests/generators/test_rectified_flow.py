@@ -1,6 +1,8 @@
 """Rectified flow as a generator: trained and drawn by the commands, refused where it cannot be."""
 
 import json
+import re
+import textwrap
 
 import numpy as np
 import pandas as pd
@@ -141,3 +143,14 @@ def test_the_plan_counts_a_pass_per_step():
     start = (4 * hours[1000] - hours[4000]) / 3
     # Of two jobs, which load torch, for the draw of each of five replicates.
     assert start == pytest.approx(5 * 2 * 5 / 3600, rel=0.01)
+
+
+def test_the_example_in_the_docs_trains_as_the_demo_does(repository):
+    page = (repository / "docs/explanation/diffusion.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"(?m)^    generators:\n      rectified_flow:\n(?:    .*\n)+", page)
+    config = parse_config({"preset": "demo", **yaml.safe_load(textwrap.dedent(block))})
+    ours, demo = (config.for_generator(name).settings for name in ("rectified_flow", "lung_ddpm"))
+    assert ours.classes == demo.classes
+    assert ours.denoiser == demo.denoiser
+    how_often = {"save_every", "sample_every"}
+    assert ours.training.model_dump(exclude=how_often) == demo.training.model_dump(exclude=how_often)

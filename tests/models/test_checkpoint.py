@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.errors import InputError
+from lungddpm.generators import plugin
 from lungddpm.models.checkpoint import Metadata, read_metadata, save_network
 from lungddpm.models.denoiser import UNet, build_denoiser
 from lungddpm.models.published_checkpoint import export_published, load_denoiser
@@ -355,6 +356,28 @@ def test_export_refuses_what_it_cannot_do(saved, tmp_path):
         export_published(saved[0], tmp_path / "out.safetensors")
     with pytest.raises(InputError, match="does not exist"):
         export_published(tmp_path / "nothing.safetensors", tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("generator", "settings", "problem"),
+    [
+        (
+            "latent_diffusion",
+            {**SETTINGS, "autoencoder": {"channels": [8, 8], "norm_groups": 8}},
+            "was trained by latent_diffusion, which is not a diffusion model of voxels",
+        ),
+        ("lefusion", {**SETTINGS, "training": {"crop": 16}}, "has 16 input channels besides CT and layout"),
+        ("rectified_flow", SETTINGS, "was trained by rectified_flow, which is not a diffusion model"),
+    ],
+)
+def test_networks_without_a_published_form_are_not_exported(tmp_path, generator, settings, problem):
+    own = {"denoiser": {**settings["denoiser"], "attention": False}}
+    config = parse_config({"grid": GRID, "generators": {generator: {**settings, **own}}}).for_training(generator)
+    path = tmp_path / "model.safetensors"
+    save_network(path, plugin(generator).recipe(config).build(), Metadata.of(config, 7, "", ""))
+    with pytest.raises(InputError, match=problem):
+        export_published(path, tmp_path / "out.pt")
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -22,9 +22,9 @@ from lungddpm.core import cases
 from lungddpm.core.cohorts import Cohort, training_cases
 from lungddpm.core.errors import ConfigError, InputError
 from lungddpm.core.files import fingerprint
+from lungddpm.core.torch_files import load_checked
 from lungddpm.generators import lung_ddpm
 from lungddpm.models import monitoring, training
-from lungddpm.models import training_states as states
 from lungddpm.models.checkpoint import read_metadata
 from lungddpm.models.denoiser import build_denoiser
 from lungddpm.models.optimization import Optimization
@@ -188,7 +188,7 @@ def test_two_states_are_kept_and_a_damaged_one_falls_back(
     assert states_of(tmp_path) == ["step-00000002.pt", "step-00000004.pt"]
     newest = tmp_path / "state/step-00000004.pt"
     damaged = bytearray(newest.read_bytes())
-    history = states.load_state(newest)["history"].numpy().tobytes()
+    history = load_checked(newest)["history"].numpy().tobytes()
     damaged[damaged.index(history) + 3] ^= 1  # one bit of one number, which torch.load would not notice
     newest.write_bytes(damaged)
     train(training_config(save_every=3), tiny_cohort, tmp_path, "cpu")
@@ -360,7 +360,7 @@ def test_a_loss_that_is_not_a_number_stops_and_keeps_the_last_good_state(
     monkeypatch.setattr(
         Optimization, "take_step", lambda self, step, *_: torch.tensor([float("nan") if step == 2 else 0.5, 0.0])
     )
-    with pytest.raises(InputError, match=r"no longer finite at step 3.*step-00000002\.pt"):
+    with pytest.raises(InputError, match=r"the loss is no longer finite at step 3.*step-00000002\.pt"):
         train(training_config(), tiny_cohort, tmp_path, "cpu")
     assert states_of(tmp_path) == ["step-00000002.pt"]
     assert not (tmp_path / "model.safetensors").exists()
@@ -391,7 +391,7 @@ def test_a_state_on_disk_is_good_even_where_the_loss_shows_nothing(
         return result
 
     monkeypatch.setattr(Optimization, "take_step", quietly_wrong)
-    with pytest.raises(InputError, match=r"diverged.*step-00000002\.pt"):
+    with pytest.raises(InputError, match=r"diverged: weights or .* no longer finite at step 4.*step-00000002\.pt"):
         train(training_config(), tiny_cohort, tmp_path, "cpu")
     state = torch.load(tmp_path / "state/step-00000002.pt", weights_only=True)
     moments = [value for moments in state["optimizer"]["state"].values() for value in moments.values()]

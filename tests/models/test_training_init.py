@@ -20,7 +20,7 @@ def weights(training_config, tmp_path, monkeypatch):
     denoiser = training.initial_network(config, lung_ddpm.recipe(config))
     torch.nn.init.normal_(denoiser.out[2].weight, std=0.1)
     ours, published = tmp_path / "given.safetensors", tmp_path / "given.pt"
-    save_network(ours, denoiser, Metadata.of(config, 1, "config", "data"))
+    save_network(ours, denoiser, Metadata.of(config, 1, "config", "data", ["patient05"]))
     export_published(ours, published)
     return ours, published
 
@@ -41,6 +41,20 @@ def test_other_initial_weights_make_another_training(weights, training_config, t
         train(config, tiny_cohort, tmp_path / "run", "cpu", path)
         fingerprints.add(read_metadata(tmp_path / "run/model.safetensors").config_fingerprint)
     assert len(fingerprints) == 3
+
+
+def test_patients_of_initial_weights_count_as_trained_on(weights, training_config, tiny_cohort, tmp_path, caplog):
+    """Those of a first training are in the network that starts from it, whether or not the table still has them."""
+    config, own = training_config(steps=1), {"patient00", "patient01", "patient02"}
+    ours, published = weights
+    train(config, tiny_cohort, tmp_path / "second", "cpu", ours)
+    train(config, tiny_cohort, tmp_path / "third", "cpu", tmp_path / "second/model.safetensors")
+    for name in ("second", "third"):
+        assert read_metadata(tmp_path / name / "model.safetensors").trained_on == sorted(own | {"patient05"})
+    assert "does not record" not in caplog.text
+    train(config, tiny_cohort, tmp_path / "from published", "cpu", published)
+    assert read_metadata(tmp_path / "from published/model.safetensors").trained_on == sorted(own)
+    assert "given.pt does not record the patients" in caplog.text
 
 
 def test_initial_weights_that_do_not_fit(weights, training_config, tiny_cohort, tmp_path):

@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from lungddpm.models.training_states import load_state, newest_state, save_state
+from lungddpm.core.torch_files import load_checked
+from lungddpm.models.training_states import newest_state, save_state
 
 WANTED = {"config_fingerprint": "a", "data_fingerprint": "b"}
 
@@ -29,7 +30,7 @@ def test_the_newest_and_the_previous_state_are_kept(tmp_path):
     for step in (10, 20, 30):
         previous = save_state(tmp_path, step, state(step), previous)
     assert names(tmp_path) == ["step-00000020.pt", "step-00000030.pt"]
-    assert load_state(newest_state(tmp_path, WANTED))["model"]["w"][0] == 30
+    assert load_checked(newest_state(tmp_path, WANTED))["model"]["w"][0] == 30
 
 
 def test_the_previous_state_stays_until_the_new_one_is_whole(tmp_path, monkeypatch):
@@ -66,7 +67,7 @@ def test_a_flipped_bit_is_noticed(tmp_path, log):
     newest.write_bytes(content)
     assert torch.load(newest, weights_only=True)["model"]["w"].unique().numel() == 2  # torch does not notice
     with pytest.raises(ValueError, match="differs from its checksum"):
-        load_state(newest)
+        load_checked(newest)
     assert newest_state(tmp_path, WANTED).name == "step-00000010.pt"
     assert "differs from its checksum" in log.text
 

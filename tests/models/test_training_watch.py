@@ -11,7 +11,7 @@ from PIL import Image
 
 from lungddpm.config.loading import parse_config
 from lungddpm.core.labels import Label
-from lungddpm.generators import lung_ddpm
+from lungddpm.generators import lung_ddpm, plugin
 from lungddpm.models import monitoring
 from lungddpm.models.accelerator import make_accelerator
 from lungddpm.models.data import TrainingData
@@ -49,6 +49,28 @@ def test_the_grid_measures_the_distance_in_the_lungs(data, training_config):
     far = TrainingData(data.case_ids, data.ct + np.where(data.layout > 0, 406, 0).astype(np.int16), data.layout)
     errors, _ = grid_of(perfect, far, [1], config)
     assert errors == pytest.approx([0.25**2], rel=1e-3)  # 406 of the window's 1624 HU
+
+
+@pytest.mark.parametrize(("generator", "drawn"), [("lung_ddpm_plus", (16, 16, 16)), ("lung_ddpm", (48, 32, 16))])
+def test_a_network_of_crops_draws_a_crop_on_any_grid(generator, drawn):
+    """Even where the crop is as long as the grid's shortest edge."""
+    layout = np.full((1, 48, 32, 16), Label.LUNG, np.uint8)
+    layout[0, 20:23, 10:13, 6:9] = Label.NODULE
+    small = {
+        "denoiser": {"base_channels": 4, "multipliers": [1, 2], "norm_groups": 2, "attention": False},
+        "training": {"crop": 16},
+    }
+    settings = {"lung_ddpm": small, "lung_ddpm_plus": small}
+    config = parse_config({"grid": {"size": [16, 32, 48]}, "generators": settings}).for_training(generator)
+    data, shapes = TrainingData(["one"], np.full(layout.shape, -850, np.int16), layout), []
+
+    def preview(network, condition, reference, generators):
+        shapes.append(tuple(condition.shape[2:]))
+        return reference
+
+    recipe, accelerator = plugin(generator).recipe(config), make_accelerator("cpu", "fp32")
+    draw_grid(torch.nn.Identity(), preview, data, [0], config, recipe, accelerator)
+    assert shapes == [drawn]
 
 
 def test_the_same_noise_for_a_case_at_each_call(data, training_config):

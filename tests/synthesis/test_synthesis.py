@@ -290,6 +290,10 @@ def test_complete_samples_are_kept_and_broken_ones_made_again(synthesize, tmp_pa
     steps = {"sampler": "dpmsolver++", "steps": 4}
     synthesize("lung_ddpm", generators={"lung_ddpm": {**LUNG_DDPM, "sampling": steps}})
     assert len(made) == 3
+    made.clear()
+    in_fp32 = {"lung_ddpm": {**LUNG_DDPM, "training": {"precision": "fp32"}}}
+    synthesize("lung_ddpm", generators=in_fp32)
+    assert len(made) == 3, "with the same weights file"
 
 
 def test_a_smaller_dose_is_the_first_samples_of_a_larger_one(synthesize, tmp_path, monkeypatch):
@@ -297,6 +301,13 @@ def test_a_smaller_dose_is_the_first_samples_of_a_larger_one(synthesize, tmp_pat
     monkeypatch.setattr(lung_ddpm, "load", None)  # nothing is left to be made
     smaller = synthesize("lung_ddpm", dose=0.67)
     assert smaller["case_id"].tolist() == table["case_id"].tolist()[:2]
+
+
+@pytest.mark.parametrize("dose", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_dose_without_samples_is_refused(synthesize, tmp_path, dose):
+    with pytest.raises(ConfigError, match="--dose"):
+        synthesize("reference", dose=dose)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("device", "sizes"), [("cpu", [1, 1, 1]), ("cuda:0", [2, 1])])
@@ -313,7 +324,35 @@ def test_a_cpu_takes_samples_one_by_one(synthesize, monkeypatch, device, sizes):
     assert taken == sizes
 
 
-def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_network_that_returns_no_numbers_writes_no_sample(synthesize, tmp_path, monkeypatch, value):
+    def sample(condition, reference, generators):
+        drawn = reference.clone()
+        drawn[0, 0, 3, 4, 5] = value
+        return drawn
+
+    config = make_config().for_generator("lung_ddpm")
+    make = lung_ddpm.whole_volumes(config, sample, torch.device("cpu"), fill=True)
+    monkeypatch.setattr(paste_constant, "load", lambda *_: Generator(make))
+    with pytest.raises(InputError, match=r"returned NaN or infinite values.*training\.precision"):
+        synthesize("paste_constant")
+    assert not [*(tmp_path / "out").rglob("sample*")]
+
+
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [(torch.OutOfMemoryError("CUDA out of memory."), "the GPU"), (MemoryError(), "this machine")],
+)
+def test_out_of_memory_in_drawing_is_explained(synthesize, monkeypatch, error, where):
+    def make(tasks):
+        raise error
+
+    monkeypatch.setattr(paste_constant, "load", lambda *_: Generator(make))
+    with pytest.raises(ConfigError, match=rf"paste_constant: {where} ran out of memory.*sampling\.batch_size"):
+        synthesize("paste_constant")
+
+
+def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path, caplog):
     """Another job is at the first sample: the others are made meanwhile, that one is waited for and not made twice."""
     whole = synthesize("paste_constant", folder="whole")
     first = tmp_path / "out/case03_s000"
@@ -326,7 +365,12 @@ def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
     with ExitStack() as other_job, pytest.MonkeyPatch.context() as patch:
         assert other_job.enter_context(lock_if_free(first / ".lock"))
 
-        def finish(_seconds):
+        sleeps = []
+
+        def finish(seconds):
+            sleeps.append(seconds)
+            if len(sleeps) < 3:
+                return
             shutil.copytree(tmp_path / "whole/case03_s000", first, dirs_exist_ok=True)
             other_job.close()
 
@@ -335,6 +379,8 @@ def test_two_jobs_share_the_samples_of_their_doses(synthesize, tmp_path):
         table = synthesize("paste_constant")
     assert len(made) == 2
     assert table["sha256"].tolist() == whole["sha256"].tolist()
+    waited = [record.getMessage() for record in caplog.records if "waiting" in record.getMessage()]
+    assert waited == ["Other processes are making case03_s000: waiting for them"]
 
 
 def test_generator_that_no_arm_uses(synthesize):
