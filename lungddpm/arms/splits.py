@@ -198,15 +198,15 @@ def check_leaks(
         shown = "; ".join(f"{patient} in {', '.join(sorted(leaks[patient])[:3])}" for patient in sorted(leaks))
         raise LeakError(
             "leak guard",
-            f"{len(leaks)} test patients are in the training set ({shown})",
+            f"{plural(len(leaks), 'test patient')} {'is' if len(leaks) == 1 else 'are'} in the training set ({shown})",
             "Rebuild cases and samples with disjoint roles; do not edit tables by hand, and remove patients who are "
             "in the data under two names.",
         )
     if leaks:
         LOG.warning(
-            "WARNING: %d test patients are in this training set (roles.allow_shared_patients): "
+            "WARNING: this training set contains %s (roles.allow_shared_patients): "
             "the figures of this run say nothing about segmentation",
-            len(leaks),
+            plural(len(leaks), "test patient"),
         )
     return {
         "disjoint": not leaks,

@@ -87,7 +87,7 @@ def published_comparison(
         verdict: rows of `verdict.csv`.
         generators: published methods -> the generators of this run that represent them.
         image_quality: rows of `image_quality.csv`, if measured.
-        seconds_per_volume: mean sampling time by generator, if known.
+        seconds_per_volume: median sampling time by generator, if known.
         simulated: the run's patients are simulated, so nothing is comparable.
         measures: rows of `measures.csv`, for measures that the verdict does not have.
         passes: forward passes per sample by generator, for those with a network.

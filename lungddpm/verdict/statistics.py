@@ -106,8 +106,8 @@ class Effect:
     """Variance due to training runs (T); 0 with 0 degrees of freedom if unknown."""
     case_df: float
     """Cases minus one; NaN if that is 0."""
-    between_cases: float | None = None
-    """Variance of its mean over replicates if only the cases were random (B); `from_patients` if not given."""
+    between_cases: float
+    """Variance of its mean over replicates if only the cases were random (B); NaN with a single case."""
 
     @property
     def covers_runs(self) -> bool:
@@ -137,7 +137,7 @@ class Effect:
         hillis = runs.df * (self.variance / runs.value) ** 2
         if hillis <= self.case_df:
             return hillis
-        both = self.variance**2 / (runs.value**2 / runs.df + self._between_cases**2 / self.case_df)
+        both = self.variance**2 / (runs.value**2 / runs.df + self.between_cases**2 / self.case_df)
         return max(both, self.case_df)
 
     def p(self) -> float:
@@ -174,21 +174,17 @@ class Effect:
 
     def _at_limit(self, quantile: float) -> Effect:
         """`detectable` with each variance at the chi-squared `quantile` of its estimate, combined."""
-        parts = (self.from_runs.value, self.from_runs.df), (self._between_cases, self.case_df)
+        parts = (self.from_runs.value, self.from_runs.df), (self.between_cases, self.case_df)
         steps = [value * (df / float(stats.chi2.ppf(quantile, df)) - 1) if df else 0.0 for value, df in parts]
         length = math.hypot(*steps)
         of_runs, of_cases = (step * abs(step) / length if length else 0.0 for step in steps)
-        runs, cases = self.from_runs, self._between_cases
+        runs, cases = self.from_runs, self.between_cases
         return replace(
             self,
             from_runs=replace(runs, value=max(runs.value + of_runs, 0.0)),
             from_patients=max(self.from_patients + of_cases, 0.0),
             between_cases=max(cases + of_cases, 0.0),
         )
-
-    @property
-    def _between_cases(self) -> float:
-        return self.from_patients if self.between_cases is None else self.between_cases
 
     def _detectable(self, significance: float) -> float:
         critical = stats.t.isf(significance / 2, self.df)
@@ -217,7 +213,7 @@ def effect(sums: np.ndarray, squared_weights: float, interaction: MeanSquare, sc
     n_replicates, n_cases = sums.shape
     value, case_df, no_runs = float(sums.mean()), n_cases - 1, MeanSquare(0.0, 0)
     if n_cases < 2:
-        return Effect(value, math.nan, no_runs, math.nan)
+        return Effect(value, math.nan, no_runs, math.nan, math.nan)
     # Covariance of the replicates over cases; for a difference of two arms its off-diagonal mean is 2 (Cov2 - Cov3).
     covariance = np.atleast_2d(np.cov(sums)) / n_cases
     between_cases = float(covariance.mean())

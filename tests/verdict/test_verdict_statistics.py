@@ -200,7 +200,7 @@ def test_one_replicate_is_the_paired_t_test_over_cases():
 
 @pytest.mark.parametrize(("df", "significance"), [(1, 0.05), (7, 0.05 / 8), (16, 0.05), (249, 0.01)])
 def test_detectable_has_the_promised_power(df, significance):
-    found = Effect(0.0, 4.0, MeanSquare(0.0, 0), df).detectable(significance) / 2
+    found = Effect(0.0, 4.0, MeanSquare(0.0, 0), df, 4.0).detectable(significance) / 2
     rng = np.random.default_rng(5)
     t = (rng.normal(found, 1, 200_000)) / np.sqrt(rng.chisquare(df, 200_000) / df)
     assert (2 * stats.t.sf(abs(t), df) < significance).mean() == pytest.approx(0.8, abs=0.004)
@@ -215,7 +215,7 @@ def test_detectable_comes_out_too_large_as_often_as_too_small_and_within_its_ran
     )
     rng = np.random.default_rng(6)
     effects = [
-        Effect(0.0, from_patients, MeanSquare(from_runs * drawn / run_df, run_df), 10_000)
+        Effect(0.0, from_patients, MeanSquare(from_runs * drawn / run_df, run_df), 10_000, from_patients)
         for drawn in rng.chisquare(run_df, 4000)
     ]
     estimates = np.array([found.detectable(0.05) for found in effects])
