@@ -470,6 +470,9 @@ def quality(
     output: Annotated[Path, typer.Option(help="Table to write, one row per sample and measure, and NAME-sets.csv.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
+    weights: Annotated[
+        Path | None, typer.Option(help="MedicalNet's public file; default: image_quality.weights.")
+    ] = None,
     threads: Threads = 0,
 ) -> None:
     """Judge synthetic CT: error against its references by region (on [0, 1] over grid.window_hu), FID, MMD, diversity,
@@ -477,6 +480,9 @@ def quality(
     from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
+    if weights is not None:
+        judging = settings.image_quality.model_copy(update={"weights": weights})
+        settings = settings.model_copy(update={"image_quality": judging})
     _set_threads(threads)
     _load("lungddpm.quality.image_quality")
     from lungddpm.quality.image_quality import run_quality

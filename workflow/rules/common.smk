@@ -369,6 +369,12 @@ def files_of_external(generator):
     return [local(str(path)) for path in sorted(files)]
 
 
+def weights_of_features(_wildcards):
+    """The user's file of the feature network, so that a changed file is judged with, and a missing one known at once."""
+    weights = SETTINGS.image_quality.weights
+    return [local(str(weights))] if isinstance(weights, Path) else []
+
+
 def external_option(wildcards):
     """The folder of an external generator, as an option."""
     folder = SETTINGS.arms.external.get(wildcards.generator)
