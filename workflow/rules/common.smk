@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from lungddpm.config.loading import parse_config, read_values
 from lungddpm.core.arms import Arm
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
+from lungddpm.core.device import visible_gpus
 from lungddpm.core.errors import UserError
 from lungddpm.core.files import sha256_of
 from lungddpm.core.roles import DISCOVERY, roles_of
@@ -83,6 +85,8 @@ SIMULATED_SCANS = (
     if SOURCE.simulate and not EXTERNAL_TESTS
     else None
 )
+# `workflow.cores` raises where there is no limit, as with a cluster's profile.
+CORES = workflow.resource_settings.cores or 4
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # The merged config; see rule `merge_config`.
@@ -441,9 +445,20 @@ def training_launcher(_wildcards, threads):
 
 def all_cores(_wildcards):
     """For jobs that run alone on the machine; a cluster's profile sets threads itself."""
-    return workflow.cores or 4
+    return CORES
 
 
-def half_the_cores(_wildcards):
-    """Two trainings side by side on a workstation; a cluster's profile sets threads itself."""
-    return max(1, (workflow.cores or 4) // 2)
+def shared_cores(_wildcards):
+    """A job on each GPU of a workstation, at least two side by side; a cluster's profile sets threads itself."""
+    return max(1, CORES // max(2, number_of_gpus()))
+
+
+def cores_of_training(wildcards):
+    """The same, for each of the GPUs that share a training."""
+    return min(CORES, shared_cores(wildcards) * SETTINGS.workflow.training_gpus)
+
+
+@cache
+def number_of_gpus():
+    """The GPUs that the profile has jobs share."""
+    return len(visible_gpus())

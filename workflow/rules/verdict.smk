@@ -55,7 +55,7 @@ rule quality:
         "results/benchmarks/quality-{generator}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=8000,
         runtime=480,
@@ -99,7 +99,7 @@ rule label_fidelity:
         "results/benchmarks/label_fidelity-fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=16000,
         runtime=480,
