@@ -550,7 +550,8 @@ def verify(
     if not found:
         typer.echo(f"{results}: unchanged since the run.")
     elif repair:
-        typer.echo(f"Deleted {plural(len(found), 'damaged file')}. The same 'lungddpm run' makes them again.")
+        deleted = plural(sum(bool(damage.outputs) for damage in found), "damaged file")
+        typer.echo(f"Deleted {deleted}. The same 'lungddpm run' makes them again.")
     else:
         damaged = plural(len(found), "damaged file")
         typer.echo(f"{damaged}. 'lungddpm verify --repair' deletes them; 'lungddpm run' then makes them again.")
