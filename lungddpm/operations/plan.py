@@ -179,7 +179,7 @@ def run_plan(
 
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
-        tables: tables that may list the scans; the first that exists is used.
+        tables: tables that may list the scans; the first that lists those of the config is used.
         scans: number of scans, overriding the tables; None: from a table or the source.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
         step_seconds: of an optimizer step on that device (of one core, on a CPU); see `measured_speed`.
@@ -190,15 +190,16 @@ def run_plan(
         InputError: a table, or the file of `bench`, cannot be read.
     """
     config = load_plan_config(*configs)
-    cohort = count_cohort(config, first_table(tables), scans)
+    cohort = count_cohort(config, first_table(tables, config), scans)
     speed = choose_speed(config, device, step_seconds, bench)
     with waiting("counting the operations of its networks"):
         return Plan(cohort, speed, plan_run(config, cohort, speed))
 
 
-def first_table(tables: Sequence[Path]) -> Path | None:
-    """The first of these tables that exists."""
-    return next((table for table in tables if table.exists()), None)
+def first_table(tables: Sequence[Path], config: Config | None = None) -> Path | None:
+    """The first of these tables that exists and, if a config is given, is of its data sets."""
+    there = (table for table in tables if table.exists())
+    return next((table for table in there if config is None or _cohort_of_table(config, table) is not None), None)
 
 
 def choose_speed(config: Config, device: str, step_seconds: float | None, bench: Path | None) -> Speed:

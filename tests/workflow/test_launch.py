@@ -65,7 +65,6 @@ def test_every_gpu_of_a_workstation_has_a_job(repository, tmp_path, monkeypatch)
         assert run.returncode == 0, run.stderr
         threads = threads_of_rules(run.stdout)
         assert (threads["train_segmenter"], threads["synthesize"], threads["train_generator"]) == (4, 4, 4 * gpus)
-        assert "gpu=4" in run.stdout + run.stderr
 
 
 def threads_of_rules(output):
