@@ -66,8 +66,8 @@ def run_verify(results: Path, repair: bool) -> list[Damage]:
 
     Args:
         results: a run's folder.
-        repair: delete damaged files, and have `lungddpm run` make them again; all others are kept, and so are those that
-            no stage of this run makes, such as a user's own or those of a former arm: they get new hashes.
+        repair: delete damaged files, and have `lungddpm run` make them again. All others are kept, also those that no
+            stage of this run makes, such as a user's own or those of a former arm: they get new hashes.
 
     Returns:
         The damaged files, in order of name.

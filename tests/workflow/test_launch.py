@@ -77,7 +77,10 @@ def test_a_cluster_has_the_threads_of_its_profile(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--workflow-profile", "profiles/slurm", "--cores", "64")
     assert run.returncode == 0, run.stderr
     threads = threads_of_rules(run.stdout)
-    few, many = ("simulate", "synthesize", "predict", "label_fidelity", "quality"), ("train_generator", "train_segmenter")
+    few, many = (
+        ("simulate", "synthesize", "predict", "label_fidelity", "quality"),
+        ("train_generator", "train_segmenter"),
+    )
     assert {name: threads[name] for name in (*few, *many)} == {**dict.fromkeys(few, 4), **dict.fromkeys(many, 8)}
 
 

@@ -29,6 +29,7 @@ from lungddpm.core.device import visible_gpus
 from lungddpm.core.errors import UserError
 from lungddpm.core.files import sha256_of
 from lungddpm.core.roles import DISCOVERY, roles_of
+from lungddpm.operations.jobs import shards_of_scans
 from lungddpm.operations.run import offer_own_programs, report_error
 
 try:
@@ -192,7 +193,7 @@ def simulated_cohort(_wildcards):
 
 def has_own_draws(arm):
     """Whether each replicate of an arm trains on samples of its own."""
-    return arm.generator is not None and SETTINGS.draws(arm.generator) != [None]
+    return SETTINGS.has_own_draws(arm.generator)
 
 
 def samples_of_arm(wildcards):
@@ -333,14 +334,7 @@ def prepare_jobs(index):
     """Jobs that share the scans of the index, in turns; those of a simulated cohort are known without."""
     if SIMULATED_SCANS is not None:
         return SETTINGS.workflow.prepare_jobs(SIMULATED_SCANS)
-    usable = [
-        place for place, row in enumerate(rows_of(index)) if row["status"] == "ok"
-    ]
-    jobs = SETTINGS.workflow.prepare_jobs(len(usable))
-    # With excluded scans among them, a job might get no other.
-    while jobs > 1 and len({place % jobs for place in usable}) < jobs:
-        jobs -= 1
-    return jobs
+    return shards_of_scans(SETTINGS, [row["status"] == "ok" for row in rows_of(index)])
 
 
 def counted(table):
