@@ -334,6 +334,19 @@ def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
     assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"
 
 
+def test_quality_takes_the_path_of_a_network_that_the_config_only_names(monkeypatch):
+    from lungddpm.quality import image_quality
+
+    seen = []
+    monkeypatch.setattr(image_quality, "run_quality", lambda config, *_: seen.append(config.image_quality.weights))
+    of_job = '{"image_quality": {"weights": "resnet_50.pth"}}'
+    command = ["quality", "x.tsv", "--generator", "g", "--output", "g.csv", "--configfile", of_job, "--threads", "1"]
+    for option in ([], ["--weights", "/data/resnet_50.pth"]):
+        result = CliRunner().invoke(app, [*command, *option])
+        assert result.exit_code == 0, result.output
+    assert seen == [Path("resnet_50.pth"), Path("/data/resnet_50.pth")]
+
+
 def test_doctor_knows_what_is_here(tmp_path):
     shown = lungddpm("doctor", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

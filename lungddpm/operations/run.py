@@ -43,6 +43,8 @@ _SHOWS = [
 ]  # fmt: skip
 """With these options, Snakemake runs no job."""
 
+_MANY_CORES = 1000
+"""More than a job has threads."""
 _LEAST_FREE_BYTES = 100 * 2**20
 """With less, Snakemake itself could not keep its records."""
 
@@ -67,15 +69,23 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     options = _options_of_snakemake(arguments)
     if options is None:
         return subprocess.run(_snakemake([*arguments, *targets]), check=False).returncode
-    if options.cores is options.jobs is None and options.executor in (None, "local"):
-        arguments = [*arguments, "--cores", "all"]
+    arguments = [*arguments, *_cores(options)]
     _check_names(directory)
     _check_configs(arguments, directory)
-    work = _show if any(getattr(options, name) for name in _SHOWS) else _work
+    shows = any(getattr(options, name, None) for name in _SHOWS) and not options.report_after_run
+    work = _show if shows else _work
     code, messages = work(arguments, targets, directory)
     for message in messages:
         LOG.error("error: %s", message)
     return 2 if messages else code
+
+
+def _cores(options: argparse.Namespace) -> list[str]:
+    """The option for the number of cores, where neither the user nor a profile gives one."""
+    if options.cores is None and options.executor not in (None, "local"):
+        # They would limit the threads of a cluster's jobs; without them, a dry run shows one thread for each.
+        return ["--cores", str(_MANY_CORES)] if options.dryrun else []
+    return ["--cores", "all"] if options.cores is options.jobs is None else []
 
 
 def _options_of_snakemake(arguments: Sequence[str]) -> argparse.Namespace | None:

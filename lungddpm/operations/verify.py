@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
@@ -31,6 +31,7 @@ _SUMMED = re.compile(
     r"(?!index(\.[^/]+)?\.cache\.json$|[^/]+/[^/]+/[^/]+/(state|cache|tensorboard)/"
     r"|[^/]+/nnUNet_results/(?!.*checkpoint_final\.pth$)|(.*/)?\.|.*\.log$)"
 )
+_REPLICATE = re.compile(r"fold\d+_seed\d+")
 _LINE = re.compile(r"([0-9a-f]{64})  (.+)")
 
 
@@ -150,7 +151,14 @@ def _recorded(results: Path) -> dict[str, str]:
 def _outputs(results: Path, file: PurePosixPath, config: Config) -> list[PurePosixPath]:
     """The workflow outputs that make a file: itself, unless a stage writes it next to its output; none where no rule
     makes it for this config, for which Snakemake would refuse to run."""
+    # Like the config, it reads the modules of all generators; `lungddpm run` must start without them.
+    from lungddpm.segmentation.nnunet import weights_file
+
     match file.parts:
+        case ("arms" | "filter" | "label_fidelity" | "segmentation" | "synthetic", *names) if _is_of_another_replicate(
+            names, config
+        ):
+            return []
         case ("arms" | "filter" | "segmentation", arm, *_) if arm not in config.arms.names():
             return []
         case ("models" | "synthetic", generator, *_) if generator not in _generators(config):
@@ -177,8 +185,12 @@ def _outputs(results: Path, file: PurePosixPath, config: Config) -> list[PurePos
             return [PurePosixPath("arms", arm, "arm.json")]
         case ("arms", arm, "nnUNet_preprocessed", *_):
             return [PurePosixPath("arms", arm, "plan.json")]
-        case ("arms", _, "arm.json" | "plan.json") | ("arms", _, "nnUNet_results", *_):
+        case ("arms", _, "arm.json" | "plan.json"):
             return [file]
+        case ("arms", arm, "nnUNet_results", *_):
+            folds, seeds = config.segmentation.folds, config.segmentation.seeds
+            made = {PurePosixPath(weights_file(Path("arms", arm), fold, seed)) for fold in folds for seed in seeds}
+            return [file] if file in made else []
         case ("filter", arm, replicate, _):
             return [PurePosixPath("filter", arm, replicate, "filter.json")]
         case ("segmentation", arm, replicate, "predictions", *_):
@@ -193,6 +205,12 @@ def _outputs(results: Path, file: PurePosixPath, config: Config) -> list[PurePos
             return [PurePosixPath(MANIFEST)]
         case _:
             return []
+
+
+def _is_of_another_replicate(names: Sequence[str], config: Config) -> bool:
+    """Whether a folder or file has the name of a replicate that the config does not have (any more)."""
+    named = {found[0] for name in names if (found := _REPLICATE.search(name))}
+    return not named <= {*config.segmentation.replicates()}
 
 
 def _generators(config: Config) -> list[str]:

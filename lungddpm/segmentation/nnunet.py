@@ -429,7 +429,7 @@ def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     latest = _latest_state(folder)
-    if latest is None:  # what an earlier start logged is no part of this training
+    if latest is None:  # an earlier start that saved nothing logged other steps
         for log in folder.glob(_LOGS):
             log.unlink()
     before: list[CodeFromStep] = _settings_of(folder).get("code", []) if latest else []

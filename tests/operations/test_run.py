@@ -148,6 +148,15 @@ def test_what_runs_no_job_needs_no_lock_and_leaves_that_of_others(folder, monkey
     assert not (folder / "results").exists()
 
 
+def test_a_report_after_a_run_is_a_run(folder, monkeypatch):
+    (folder / "go").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(runner, "_supervise", lambda command, *_: seen.extend(command) or 0)
+    seen = []
+    assert runner.run_snakemake(["--cores", "1", "--report", "page.html", "--report-after-run"]) == 0
+    assert "--report-after-run" in seen
+
+
 def test_a_dry_run_is_possible_beside_a_run(folder):
     run = start(folder)
     job_of(folder, run)

@@ -40,6 +40,8 @@ MADE_BY = {
 NOT_OF_THE_RUN = [
     "cases/notes.txt", "quality/notes.csv", "arms/real+gem_3d@1.0/arm.json", "synthetic/gem_3d/all/samples-1.0-0.tsv",
     "segmentation/real+gem_3d@1.0/fold0_seed0/metrics.csv", "models/gem_3d/main/all/model.safetensors",
+    "segmentation/real/fold0_seed7/metrics.csv", f"arms/{ARM}/draws/fold0_seed7/draw.json",
+    f"arms/{ARM}/{FOLD.replace('seed0', 'seed7')}/checkpoint_final.pth",
 ]  # fmt: skip
 NOT_SUMMED = [
     "bench.json", "workflow-report.html", "README.md", "cases/index.cache.json", "cases/index.task06.cache.json",

@@ -74,7 +74,8 @@ def threads_of_rules(output):
 
 
 def test_a_cluster_has_the_threads_of_its_profile(repository, tmp_path):
-    run = dry_run(repository, tmp_path, "--workflow-profile", "profiles/slurm", "--cores", "64")
+    command = [BIN / "lungddpm", "run", "--dry-run", "--workflow-profile", "profiles/slurm", "--directory", tmp_path]
+    run = subprocess.run(command, cwd=repository, text=True, capture_output=True, check=False)
     assert run.returncode == 0, run.stderr
     threads = threads_of_rules(run.stdout)
     few, many = (
