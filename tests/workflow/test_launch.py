@@ -85,6 +85,17 @@ def test_a_cluster_has_the_threads_of_its_profile(repository, tmp_path):
     assert {name: threads[name] for name in (*few, *many)} == {**dict.fromkeys(few, 4), **dict.fromkeys(many, 8)}
 
 
+def test_a_cluster_needs_no_number_of_cores(repository, tmp_path):
+    # No dry run, in which Snakemake has one core; this job is not one of the cluster's.
+    command = [BIN / "lungddpm", "run", "--workflow-profile", "profiles/slurm", "--until", "merge_config"]
+    run = subprocess.run(
+        [*command, "--directory", tmp_path], cwd=repository, text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / "results/config.json").exists()
+    assert "Provided cores" not in run.stdout + run.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.workflow
 def test_two_nodes_compute_what_two_processes_of_one_do(make_benchmark, tmp_path, monkeypatch):
