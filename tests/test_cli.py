@@ -324,16 +324,6 @@ def unwritable(request, tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
-def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
-    config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
-    run = lungddpm("simulate", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
-    assert run.returncode == 2, run.stderr
-    assert "no space left" in run.stderr or "read-only" in run.stderr
-    assert "Traceback" not in run.stderr
-    left = [path for path in unwritable.rglob("*") if path.is_file() and not path.name.startswith(".")]
-    assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"
-
-
 def test_quality_takes_the_path_of_a_network_that_the_config_only_names(monkeypatch):
     from lungddpm.quality import image_quality
 
@@ -345,6 +335,16 @@ def test_quality_takes_the_path_of_a_network_that_the_config_only_names(monkeypa
         result = CliRunner().invoke(app, [*command, *option])
         assert result.exit_code == 0, result.output
     assert seen == [Path("resnet_50.pth"), Path("/data/resnet_50.pth")]
+
+
+def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
+    config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
+    run = lungddpm("simulate", "-c", config, "--output", unwritable / "source", cwd=tmp_path)
+    assert run.returncode == 2, run.stderr
+    assert "no space left" in run.stderr or "read-only" in run.stderr
+    assert "Traceback" not in run.stderr
+    left = [path for path in unwritable.rglob("*") if path.is_file() and not path.name.startswith(".")]
+    assert not any("phantom.json" in path.name for path in left), "an unfinished patient is not marked complete"
 
 
 def test_doctor_knows_what_is_here(tmp_path):
