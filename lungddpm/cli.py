@@ -471,6 +471,9 @@ def quality(
     output: Annotated[Path, typer.Option(help="Table to write, one row per sample and measure, and NAME-sets.csv.")],
     config: ConfigFiles = DEFAULT_CONFIG,
     cases: CasesTable = CASES,
+    weights: Annotated[
+        Path | None, typer.Option(help="MedicalNet's public file; default: image_quality.weights.")
+    ] = None,
     threads: Threads = 0,
 ) -> None:
     """Judge synthetic CT: error against its references by region (on [0, 1] over grid.window_hu), FID, MMD, diversity,
@@ -478,6 +481,9 @@ def quality(
     from lungddpm.config.loading import load_config
 
     settings = load_config(*config)
+    if weights is not None:
+        judging = settings.image_quality.model_copy(update={"weights": weights})
+        settings = settings.model_copy(update={"image_quality": judging})
     _set_threads(threads)
     _load("lungddpm.quality.image_quality")
     from lungddpm.quality.image_quality import run_quality
@@ -545,7 +551,8 @@ def verify(
     if not found:
         typer.echo(f"{results}: unchanged since the run.")
     elif repair:
-        typer.echo(f"Deleted {plural(len(found), 'damaged file')}. The same 'lungddpm run' makes them again.")
+        deleted = plural(sum(bool(damage.outputs) for damage in found), "damaged file")
+        typer.echo(f"Deleted {deleted}. The same 'lungddpm run' makes them again.")
     else:
         damaged = plural(len(found), "damaged file")
         typer.echo(f"{damaged}. 'lungddpm verify --repair' deletes them; 'lungddpm run' then makes them again.")

@@ -324,6 +324,19 @@ def unwritable(request, tmp_path):
     subprocess.run(["umount", folder], check=True)
 
 
+def test_quality_takes_the_path_of_a_network_that_the_config_only_names(monkeypatch):
+    from lungddpm.quality import image_quality
+
+    seen = []
+    monkeypatch.setattr(image_quality, "run_quality", lambda config, *_: seen.append(config.image_quality.weights))
+    of_job = '{"image_quality": {"weights": "resnet_50.pth"}}'
+    command = ["quality", "x.tsv", "--generator", "g", "--output", "g.csv", "--configfile", of_job, "--threads", "1"]
+    for option in ([], ["--weights", "/data/resnet_50.pth"]):
+        result = CliRunner().invoke(app, [*command, *option])
+        assert result.exit_code == 0, result.output
+    assert seen == [Path("resnet_50.pth"), Path("/data/resnet_50.pth")]
+
+
 def test_a_full_or_read_only_folder_is_reported(unwritable, tmp_path):
     config = config_for(tmp_path, source={"phantom": {"patients": 1, "matrix": 80, "pixel_mm": 4.4, "slice_mm": 6}})
     run = lungddpm("simulate", "-c", config, "--output", unwritable / "source", cwd=tmp_path)

@@ -451,6 +451,11 @@ class Arms(Section):
         numbers = self.numbers()
         return None if None in numbers else max(number for number in numbers if number is not None)
 
+    def numbers_of(self, generator: str) -> list[int | None]:
+        """The numbers of real cases that a generator makes samples for: all, or the one that is judged if it has no
+        arm."""
+        return [self.largest_number()] if generator in self.quality_only else self.numbers()
+
     def all(self) -> list[Arm]:
         """All arms, grouped by number of real cases: `real` first, then those with synthetic CT, then the controls."""
         mixed = [Arm(True, name, dose) for name in self.generators for dose in self.doses]
@@ -868,6 +873,10 @@ class Config(Section):
             return [None]
         return [*self.segmentation.replicates()]
 
+    def has_own_draws(self, generator: str | None) -> bool:
+        """Whether each replicate of an arm with a generator trains on samples of its own; none has, without one."""
+        return generator is not None and self.draws(generator) != [None]
+
     def cohorts(self, generator: str, real_cases: int | None) -> list[Cohort]:
         """The synthetic cohorts of a generator for a number of real cases, one per draw."""
         return [Cohort(real_cases, replicate) for replicate in self.draws(generator)]
@@ -879,9 +888,14 @@ class Config(Section):
             cohort.replicate if self.synthesis.training_per_replicate else None,
         )
 
-    def trainings(self) -> list[Cohort]:
-        """Every training of a generator, starting with the one on the most real cases for the first replicate."""
-        numbers = dict.fromkeys([self.arms.largest_number(), *self.arms.numbers()])
+    def trainings(self, generator: str) -> list[Cohort]:
+        """Every training of a generator, starting with the one on the most real cases for the first replicate; those of
+        fewer real cases only if one with its weights has an arm."""
+        plugins = [name for name in self.arms.largest_doses() if name not in self.arms.external]
+        numbers: dict[int | None, None] = {self.arms.largest_number(): None}
+        for name in plugins:
+            if self.weights_owner(name) == generator:
+                numbers |= dict.fromkeys(self.arms.numbers_of(name))
         replicates = self.segmentation.replicates() if self.synthesis.draw_per_replicate else [None]
         cohorts = [Cohort(number, replicate) for number in numbers for replicate in replicates]
         return list(dict.fromkeys(map(self.training_of, cohorts)))
@@ -919,8 +933,8 @@ class Config(Section):
 
     def trained_generators(self) -> list[GeneratorConfig[TrainedSettings]]:
         """The trained generators among those in use, each for the first of `trainings`."""
-        first = self.trainings()[0]
-        return [each for name in self.generators_in_use() if is_trained(each := self.for_generator(name, first))]
+        each = [self.for_generator(name, self.trainings(name)[0]) for name in self.generators_in_use()]
+        return [config for config in each if is_trained(config)]
 
     def only_trained_generator(self) -> str:
         """The name of the trained generator in use, if it is the only one.

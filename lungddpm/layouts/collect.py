@@ -70,7 +70,8 @@ def _check_enough(members: pd.DataFrame, key: str, gets_nodules: bool) -> None:
     raise InputError(
         key,
         f"no usable case {'' if having.empty else 'with a nodule '}is left; excluded: {why or 'none'}",
-        "Give it more patients, or fix the reasons for the exclusions.",
+        "Give it more patients, or fix the reasons for the exclusions. Then 'lungddpm run --forcerun index prepare' "
+        "reads the scans again.",
     )
 
 

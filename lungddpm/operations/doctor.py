@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from lungddpm.core.versions import LIBRARIES, git_commit, installed_versions
+from lungddpm.core.versions import git_commit, installed_versions
 
 _GIB = 2**30
 
@@ -53,17 +55,31 @@ def describe(values: dict[str, Any]) -> list[str]:
 
 def problems() -> list[str]:
     """What would stop a run: missing libraries, a torchvision that does not load, a torch with known problems."""
-    found = installed_versions()
-    problems = [f"{name} (pip install -c constraints.txt {name})" for name in LIBRARIES if name not in found]
-    if problems:
-        return problems
-    if found["torch"].startswith("2.9."):
+    missing = [name for name in _required() if not _is_installed(name)]
+    if missing:
+        return [f"{name} (pip install -c constraints.txt {name})" for name in missing]
+    problems = []
+    if importlib.metadata.version("torch").startswith("2.9."):
         problems.append("a torch other than 2.9.*, which runs 3-D convolutions under autocast four times slower")
     try:
         importlib.import_module("torchvision")
     except Exception as error:
         problems.append(f"a torchvision that matches torch: nnU-Net needs it to find its classes ({error})")
     return problems
+
+
+def _required() -> list[str]:
+    """The libraries that lungddpm declares to need, without those of its extras."""
+    declared = importlib.metadata.requires("lungddpm") or []
+    names = [re.match(r"[\w.-]+", requirement) for requirement in declared if "extra ==" not in requirement]
+    return [name[0] for name in names if name is not None]
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return bool(importlib.metadata.version(name))
+    except importlib.metadata.PackageNotFoundError:
+        return False
 
 
 def _devices() -> list[dict[str, Any]] | None:

@@ -22,6 +22,7 @@ import numpy as np
 
 from lungddpm import __version__, sources
 from lungddpm.core.cases import CASES, CaseFolder, read_cases
+from lungddpm.core.cohorts import PATTERN, Cohort
 from lungddpm.core.errors import InputError, OutputError, UserError, printable
 from lungddpm.core.files import fingerprint, read_json
 from lungddpm.core.labels import Label
@@ -155,7 +156,7 @@ def subject_of(folder: CaseFolder) -> Subject:
         raise InputError(folder.path, problem, remedy)
     record = read_json(found[0])
     try:
-        subject = _synthetic(record) if found[0] == folder.sample_record else _real(record, folder)
+        subject = _synthetic(record, folder) if found[0] == folder.sample_record else _real(record, folder)
         unchanged = record["sha256"] == folder.hash()
     except KeyError as error:
         raise InputError(found[0], f"lacks {error}", "Delete its folder and run the stage again.") from None
@@ -165,17 +166,20 @@ def subject_of(folder: CaseFolder) -> Subject:
     return subject
 
 
-def _synthetic(record: dict[str, Any]) -> Subject:
+def _synthetic(record: dict[str, Any], folder: CaseFolder) -> Subject:
     generator, sample, reference = record["generator"], record["sample_id"], record["reference_case_id"]
-    # Generators give their samples the same names.
-    name = _text(f"SYNTHETIC-{generator}-{sample}")
+    # Generators give their samples the same names, also those for different numbers of real cases.
+    cohort = folder.path.resolve().parent.name
+    number = Cohort.parse(cohort).real_cases if re.fullmatch(PATTERN, cohort) else None
+    origin = generator if number is None else f"{generator}-real{number}"
+    name = _text(f"SYNTHETIC-{origin}-{sample}")
     derivation = (
         f"SYNTHETIC CT, not a patient: drawn by the generator {generator} "
         f"(reference case: {reference or 'none'}; layout: {record['layout_origin']}; fingerprint: "
         f"{record['fingerprint']})"
     )
     title = _text(f"SYNTHETIC CT, {generator}, not a patient")
-    return Subject(name, sample, name, _text(f"SYNTHETIC^{generator} {sample}"), title, derivation, True)
+    return Subject(name, sample, name, _text(f"SYNTHETIC^{origin} {sample}"), title, derivation, True)
 
 
 def _real(record: dict[str, Any], folder: CaseFolder) -> Subject:

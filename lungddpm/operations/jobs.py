@@ -93,7 +93,7 @@ def shards_of_scans(config: Config, usable: Sequence[bool]) -> int:
 
 def _trainings(config: Config) -> Iterator[Job]:
     for trained in config.trained_generators():
-        for cohort in config.trainings():
+        for cohort in config.trainings(trained.name):
             own = config.for_training(trained.name, cohort)
             key = own.model_folder.removeprefix("models/").replace("/", "-")
             yield Job("train_generator", key, Path(own.model_folder, "model.safetensors"))
@@ -101,7 +101,7 @@ def _trainings(config: Config) -> Iterator[Job]:
 
 def _draws(config: Config, discovery: int) -> Iterator[Job]:
     for name, doses in config.arms.drawn_doses_of().items():
-        cohorts = [cohort for number in config.arms.numbers() for cohort in config.cohorts(name, number)]
+        cohorts = [cohort for number in config.arms.numbers_of(name) for cohort in config.cohorts(name, number)]
         for cohort in cohorts:
             real_cases = count_real_cases(cohort.real_cases, discovery)
             for dose in doses:
@@ -118,7 +118,7 @@ def _of_arms(config: Config) -> Iterator[Job]:
     runs = [(arm.name, replicate) for arm in arms for replicate in replicates]
     yield from (Job("compose", arm.name, Path(f"arms/{arm.name}/arm.json")) for arm in arms)
     for arm, replicate in runs:
-        if _draws_alone(config, arm):
+        if config.has_own_draws(Arm.parse(arm).generator):
             yield Job("compose_draw", f"{arm}-{replicate}", Path(f"arms/{arm}/draws/{replicate}/draw.json"))
     yield from (Job("plan", arm.name, Path(f"arms/{arm.name}/plan.json")) for arm in arms)
     for each in arms:
@@ -133,9 +133,3 @@ def _of_arms(config: Config) -> Iterator[Job]:
             yield Job("filter_samples", f"{arm}-{replicate}", Path(f"filter/{arm}/{replicate}/filter.json"))
     for arm, replicate in runs:
         yield Job("evaluate", f"{arm}-{replicate}", Path(f"segmentation/{arm}/{replicate}/metrics.csv"))
-
-
-def _draws_alone(config: Config, arm: str) -> bool:
-    """Whether each replicate of an arm trains on samples of its own."""
-    generator = Arm.parse(arm).generator
-    return generator is not None and config.draws(generator) != [None]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from lungddpm.core.progress import waiting
 from lungddpm.core.roles import ROLES, TEST
 from lungddpm.core.tables import DisplayTable
 from lungddpm.core.volume import per_axis
+from lungddpm.operations.jobs import jobs_of
 from lungddpm.sources import Size
 
 if TYPE_CHECKING:
@@ -181,7 +183,7 @@ def run_plan(
 
     Args:
         configs: files of the config, or JSON texts; `source.path` may be missing, as no scan is read.
-        tables: tables that may list the scans; the first that exists is used.
+        tables: tables that may list the scans; the first that lists those of the config is used.
         scans: number of scans, overriding the tables; None: from a table or the source.
         device: `cpu`, or a GPU of `PEAK_TFLOP_PER_S`, or any name if `step_seconds` is given.
         step_seconds: of an optimizer step on that device (of one core, on a CPU); see `measured_speed`.
@@ -192,15 +194,16 @@ def run_plan(
         InputError: a table, or the file of `bench`, cannot be read.
     """
     config = load_plan_config(*configs)
-    cohort = count_cohort(config, first_table(tables), scans)
+    cohort = count_cohort(config, first_table(tables, config), scans)
     speed = choose_speed(config, device, step_seconds, bench)
     with waiting("counting the operations of its networks"):
         return Plan(cohort, speed, plan_run(config, cohort, speed))
 
 
-def first_table(tables: Sequence[Path]) -> Path | None:
-    """The first of these tables that exists."""
-    return next((table for table in tables if table.exists()), None)
+def first_table(tables: Sequence[Path], config: Config | None = None) -> Path | None:
+    """The first of these tables that exists and, if a config is given, is of its data sets."""
+    there = (table for table in tables if table.exists())
+    return next((table for table in there if config is None or _cohort_of_table(config, table) is not None), None)
 
 
 def choose_speed(config: Config, device: str, step_seconds: float | None, bench: Path | None) -> Speed:
@@ -323,44 +326,37 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
     """
     grid = math.prod(config.grid.size)
     numbers = {number: count_real_cases(number, cohort.discovery) for number in config.arms.numbers()}
-    drawn = {name: doses[-1] for name, doses in config.arms.drawn_doses_of().items()}
-    samples, trained_on = (
-        {
-            name: len(config.draws(name)) * sum(round(dose * number) for number in numbers.values())
-            for name, dose in doses.items()
-        }
-        for doses in (drawn, config.arms.largest_doses())
-    )
-    # Doses share samples, but each is a separate job.
-    jobs_of = {
-        name: len(config.draws(name))
-        * sum(
-            1 if name in config.arms.external else config.workflow.synthesize_jobs(round(dose * number))
-            for number in numbers.values()
-            for dose in doses
-        )
+    most = numbers[config.arms.largest_number()]
+    made_for = {name: [numbers[number] for number in config.arms.numbers_of(name)] for name in config.arms.doses_of()}
+    samples = {
+        name: len(config.draws(name)) * sum(round(doses[-1] * number) for number in made_for[name])
         for name, doses in config.arms.drawn_doses_of().items()
     }
-    prepare_jobs = config.workflow.prepare_jobs(cohort.scans)
+    of_most = {name: round(dose * most) for name, dose in config.arms.largest_doses().items()}
+    listed = jobs_of(config, config.workflow.prepare_jobs(cohort.scans), cohort.discovery)
+    jobs = Counter(job.stage for job in listed)
+    # Doses share samples, but each is a separate job.
+    drawing_jobs = Counter(job.output.parts[1] for job in listed if job.stage == "synthesize")
+    training_jobs = Counter(job.output.parts[1] for job in listed if job.stage == "train_generator")
     arms = config.arms.all()
     draws = {arm: config.draws(arm.generator) if arm.generator else [None] for arm in arms}
-    own_draws = sum(len(replicates) for replicates in draws.values() if replicates != [None])
     training_cases = sum(_training_cases(arm, numbers[arm.real_cases], len(draws[arm])) for arm in arms)
-    runs = len(arms) * len(config.segmentation.replicates())
-    predictions = (cohort.test + cohort.external) * runs
+    predictions = (cohort.test + cohort.external) * jobs["predict"]
 
     stages = [
-        _light("index", 1, cohort.scans),
-        _light("prepare", prepare_jobs, cohort.scans, cohort.voxels, grid * _CASE_BYTES_PER_VOXEL),
-        _light("collect", 1, cohort.scans),
-        _light("qc", 1, cohort.scans),
+        _light("index", jobs["index"], cohort.scans),
+        _light("prepare", jobs["prepare"], cohort.scans, cohort.voxels, grid * _CASE_BYTES_PER_VOXEL),
+        _light("collect", jobs["collect"], cohort.scans),
+        _light("qc", jobs["qc"], cohort.scans),
     ]
+    if speed.is_gpu and config.layouts.lungs != "classical":  # its jobs hold a GPU as long as they run
+        stages[1] = replace(stages[1], gpu_hours=stages[1].core_hours, core_hours=0.0)
     if config.source.is_simulated:
         stages.insert(0, _light("simulate", 1, cohort.scans, cohort.voxels))
     costs = {}
     for trained in config.trained_generators():
         cost = costs[trained.name] = network_cost(trained)
-        trainings = len(config.trainings())
+        trainings = training_jobs[trained.name]
         stages.append(_train_generator(config.workflow, cost, grid * cohort.discovery, trainings, speed))
     light = []
     for name, number in samples.items():
@@ -369,34 +365,33 @@ def plan_run(config: Config, cohort: Cohort, speed: Speed) -> list[Stage]:
             light.append(name)
         else:
             drawing = config.plugin_of(name).drawing(config.for_generator(name))
-            stages.append(_draw(drawing, costs[owner], jobs_of[name], number, grid, speed))
+            stages.append(_draw(drawing, costs[owner], drawing_jobs[name], number, grid, speed))
     if light:
         made = sum(samples[name] for name in light)
-        jobs = sum(jobs_of[name] for name in light)
-        stages.append(_light("synthesize", jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
+        light_jobs = sum(drawing_jobs[name] for name in light)
+        stages.append(_light("synthesize", light_jobs, made, grid, grid * _CASE_BYTES_PER_VOXEL))
     if samples:
-        stages.append(_light("quality", len(samples), sum(trained_on.values()), grid))
+        of_quality = sum(len(config.draws(name)) * number for name, number in of_most.items())
+        stages.append(_light("quality", jobs["quality"], of_quality, grid))
     segmenter, judged = segmenter_cost(config), []
+    replicates = len(config.segmentation.replicates())
     if filtered := [arm for arm in arms if arm.filtered]:
-        replicates = len(config.segmentation.replicates())
         candidates = sum(round(config.arms.drawn_dose(arm) * numbers[arm.real_cases]) for arm in filtered)
-        jobs = len(filtered) * replicates
-        judged.append(_predict("filter_samples", config, segmenter, jobs, replicates * candidates, speed))
+        volumes = replicates * candidates
+        judged.append(_predict("filter_samples", config, segmenter, jobs["filter_samples"], volumes, speed))
     if samples:
-        limit, replicates = config.label_fidelity.samples, len(config.segmentation.replicates())
-        most = numbers[config.arms.largest_number()]
-        of_generators = [round(dose * most) for dose in config.arms.largest_doses().values()]
-        volumes = sum(min(number, limit) for number in [*of_generators, cohort.reference])
-        judged.append(_predict("label_fidelity", config, segmenter, replicates, replicates * volumes, speed))
+        limit = config.label_fidelity.samples
+        volumes = replicates * sum(min(number, limit) for number in [*of_most.values(), cohort.reference])
+        judged.append(_predict("label_fidelity", config, segmenter, jobs["label_fidelity"], volumes, speed))
     return [
         *stages,
-        _light("compose", len(arms), training_cases, grid),
-        *([_light("compose_draw", own_draws, 0)] if own_draws else []),
-        _light("plan", len(arms), training_cases, grid),
-        _train_segmenter(config.segmentation, segmenter, runs, speed),
-        _predict("predict", config, segmenter, runs, predictions, speed, _PREDICTION_BYTES_PER_VOXEL),
+        _light("compose", jobs["compose"], training_cases, grid),
+        *([_light("compose_draw", jobs["compose_draw"], 0)] if jobs["compose_draw"] else []),
+        _light("plan", jobs["plan"], training_cases, grid),
+        _train_segmenter(config.segmentation, segmenter, jobs["train_segmenter"], speed),
+        _predict("predict", config, segmenter, jobs["predict"], predictions, speed, _PREDICTION_BYTES_PER_VOXEL),
         *judged,
-        _light("evaluate", runs, predictions, grid),
+        _light("evaluate", jobs["evaluate"], predictions, grid),
         _light("write_report", 1, 1),
         _light("checksums", 1, cohort.scans + training_cases, grid),
     ]

@@ -1,7 +1,8 @@
 """`lungddpm run`: Snakemake behind our own lock, so that the same command always continues.
 
 After a kill -9 Snakemake leaves its own lock and refuses to start. Here, the process that holds `results/.lock` is the
-run; a Snakemake lock without such a process is stale and is cleared (see docs/explanation/interruption.md).
+run; a Snakemake lock without such a process is stale and is cleared (see docs/explanation/interruption.md), unless a
+Snakemake that was started by hand works in the folder. What runs no job, such as a dry run, takes and clears no lock.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from itertools import chain
 from pathlib import Path
+
+import psutil
 
 from lungddpm import __version__
 from lungddpm.config.loading import parse_yaml, read_values
@@ -34,6 +37,14 @@ SNAKEFILES = [Path("Snakefile"), Path("snakefile"), Path("workflow/Snakefile"), 
 
 CONFIG_OPTION = "--configfile"
 
+_SHOWS = [
+    "dryrun", "report", "lint", "summary", "detailed_summary", "list_rules", "list_target_rules", "list_changes",
+    "list_input_changes", "list_params_changes", "list_untracked", "list_conda_envs", "dag", "rulegraph", "filegraph",
+]  # fmt: skip
+"""With these options, Snakemake runs no job."""
+
+_MANY_CORES = 1000
+"""More than a job has threads."""
 _LEAST_FREE_BYTES = 100 * 2**20
 """With less, Snakemake itself could not keep its records."""
 
@@ -51,33 +62,94 @@ def run_snakemake(arguments: Sequence[str]) -> int:
     directory = _option(arguments, "--directory", "-d") or Path(".")
     end = arguments.index("--") if "--" in arguments else len(arguments)
     arguments, targets = _with_config_options_once(arguments[:end]), arguments[end:]
-    if not {"--cores", "-c", "--jobs", "-j", "--help", "-h", "--version", "-v"} & {a.split("=")[0] for a in arguments}:
-        arguments = [*arguments, "--cores", "all"]
     if os.environ.get("NO_COLOR"):
         arguments = [*arguments, "--nocolor"]
     if not _option(arguments, "--snakefile", "-s") and not any(map(Path.exists, SNAKEFILES)):
         arguments = _with_shipped_workflow(arguments, directory)
+    options = _options_of_snakemake(arguments)
+    if options is None:
+        return subprocess.run(_snakemake([*arguments, *targets]), check=False).returncode
+    arguments = [*arguments, *_cores(options)]
     _check_names(directory)
     _check_configs(arguments, directory)
-    with (
-        _lock(directory / "results") as lock,
-        tempfile.NamedTemporaryFile("r", encoding="utf-8", dir=_temporary_folder(directory)) as problems,
-    ):
-        environment = _environment(problems.name, directory)
-        _check_space(directory / "results")
-        _date_no_later_than_now(directory / "results")
-        # Snakemake inherits the lock's descriptor: if we are killed, it still counts as the run. Its jobs do not
-        # inherit it, so an orphaned job cannot block the next run.
-        if _has_stale_lock(directory):
-            LOG.info("Clearing the lock of an interrupted run.")
-            subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
-        damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
-        forced = ["--forcerun", *damaged] if damaged else []
-        code = _supervise(_snakemake([*arguments, "--rerun-incomplete", *forced, *targets]), environment, lock)
-        messages = list(dict.fromkeys(problems.read().splitlines()))
+    shows = any(getattr(options, name, None) for name in _SHOWS) and not options.report_after_run
+    work = _show if shows else _work
+    code, messages = work(arguments, targets, directory)
     for message in messages:
         LOG.error("error: %s", message)
     return 2 if messages else code
+
+
+def _cores(options: argparse.Namespace) -> list[str]:
+    """The option for the number of cores, where neither the user nor a profile gives one."""
+    if options.cores is None and options.executor not in (None, "local"):
+        # They would limit the threads of a cluster's jobs; without them, a dry run shows one thread for each.
+        return ["--cores", str(_MANY_CORES)] if options.dryrun else []
+    return ["--cores", "all"] if options.cores is options.jobs is None else []
+
+
+def _options_of_snakemake(arguments: Sequence[str]) -> argparse.Namespace | None:
+    """What Snakemake takes the arguments for, those of its profiles included; None if it ends with a message: its
+    help, its version, or what is wrong with them."""
+    try:
+        from snakemake.cli import parse_args
+    except ImportError:
+        raise _no_snakemake() from None
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        try:
+            return parse_args(list(arguments))[1]
+        except (Exception, SystemExit):  # Snakemake will show it
+            return None
+
+
+def _show(arguments: Sequence[str], targets: Sequence[str], directory: Path) -> tuple[int, list[str]]:
+    """Exit code and errors of a Snakemake that makes no output: it does not need the lock, nor touch another's."""
+    with tempfile.TemporaryDirectory(dir=_temporary_folder(directory)) as folder, _errors(Path(folder)) as errors:
+        command = _snakemake([*arguments, *_forced(directory), *targets])
+        code = subprocess.run(command, env=_environment(errors, directory), check=False).returncode
+        return code, _messages(errors)
+
+
+def _work(arguments: Sequence[str], targets: Sequence[str], directory: Path) -> tuple[int, list[str]]:
+    """Exit code of a run, and errors of its stages; it holds the lock of the results folder."""
+    results = directory / "results"
+    _temporary_folder(directory)
+    with _lock(results) as lock:
+        _check_space(results)
+        _date_no_later_than_now(results)
+        # Below the run's folder: of those of this machine, jobs on a cluster's nodes see no other.
+        with _errors(results) as errors:
+            environment = _environment(errors, directory)
+            # Snakemake inherits the lock's descriptor: if we are killed, it still counts as the run. Its jobs do not
+            # inherit it, so an orphaned job cannot block the next run.
+            if _is_locked(directory):
+                _check_alone(directory)
+                LOG.info("Clearing the lock of an interrupted run.")
+                subprocess.run(_snakemake([*arguments, "--unlock", "--quiet"]), env=environment, check=False)
+            command = _snakemake([*arguments, "--rerun-incomplete", *_forced(directory), *targets])
+            return _supervise(command, environment, lock), _messages(errors)
+
+
+def _forced(directory: Path) -> list[str]:
+    """The option that has damaged files made again, where there are any."""
+    damaged = [f"results/{name}" for name in outputs_to_make_again(directory / "results")]
+    return ["--forcerun", *damaged] if damaged else []
+
+
+@contextmanager
+def _errors(folder: Path) -> Iterator[Path]:
+    """An empty file for the errors of stages; see `ERRORS_VARIABLE`."""
+    path = folder.resolve() / ".errors"
+    path.write_text("", encoding="utf-8")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _messages(errors: Path) -> list[str]:
+    """The errors, each once."""
+    return list(dict.fromkeys(errors.read_text(encoding="utf-8").splitlines()))
 
 
 def _with_shipped_workflow(arguments: Sequence[str], directory: Path) -> list[str]:
@@ -141,16 +213,20 @@ def _snakemake(arguments: Sequence[str]) -> list[str]:
     beside_python = Path(sys.executable).with_name("snakemake")
     program = str(beside_python) if beside_python.exists() else shutil.which("snakemake")
     if program is None:
-        raise UserError("snakemake", "is not installed with this Python", "Run 'make demo', or pip install it.")
+        raise _no_snakemake()
     return [program, *arguments]
 
 
-def _environment(problems: str, directory: Path) -> dict[str, str]:
+def _no_snakemake() -> UserError:
+    return UserError("snakemake", "is not installed with this Python", "Run 'make demo', or pip install it.")
+
+
+def _environment(errors: Path, directory: Path) -> dict[str, str]:
     # Jobs call `lungddpm` by name: this environment's own comes first, activated or not.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     caches = _caches_in(directory / ".snakemake" / "cache") if not _can_keep_caches() else {}
     # On a cluster, jobs are `python -m snakemake`, which would import from the working folder first.
-    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", ERRORS_VARIABLE: problems, **caches}
+    return {**os.environ, "PATH": path, "PYTHONSAFEPATH": "1", ERRORS_VARIABLE: str(errors), **caches}
 
 
 def _can_keep_caches() -> bool:
@@ -260,9 +336,22 @@ def _date_no_later_than_now(results: Path) -> None:
             os.utime(path, ns=(now - 1000 * microseconds_ago[date],) * 2, follow_symlinks=False)
 
 
-def _has_stale_lock(directory: Path) -> bool:
+def _is_locked(directory: Path) -> bool:
+    """Whether a Snakemake has locked the folder, which may have been killed since."""
     locks = directory / ".snakemake" / "locks"
     return locks.is_dir() and any(locks.iterdir())
+
+
+def _check_alone(directory: Path) -> None:
+    """Refuse to work beside a Snakemake that was started without `lungddpm run`."""
+    for process in psutil.process_iter(["cmdline", "cwd"]):
+        words = process.info["cmdline"] or []
+        is_snakemake = "snakemake" in {Path(word).name for word in words[:3]}
+        # Jobs of a cluster are Snakemakes with a mode; those that outlive their run hold no lock.
+        if is_snakemake and "--mode" not in words and process.info["cwd"] == str(directory.resolve()):
+            raise OutputError(
+                directory, f"Snakemake is working in this folder (process {process.pid})", "Wait for it, or end it."
+            )
 
 
 def _supervise(command: Sequence[str], environment: dict[str, str], lock: FileLock) -> int:

@@ -129,13 +129,12 @@ def run_status(config: Config, results: Path) -> Status:
     now, lock = time.time(), results / ".lock"
     locked = is_held(lock)
     began = lock.stat().st_mtime if locked else None
-    try:
-        cohort = count_cohort(config, first_table([results / "cases/cases.tsv", results / "cases/index.tsv"]), None)
-        jobs = _jobs(config, cohort, results)
-    except ConfigError:
-        if (results / "cases/index.tsv").exists():
-            raise
-        cohort, jobs = None, [Job("index", "", Path("cases/index.tsv"))]
+    # Those of an earlier run may be of other data sets.
+    tables = [results / "cases/cases.tsv", results / "cases/index.tsv"]
+    cohort: Cohort | None = None
+    with suppress(ConfigError):  # not indexed yet
+        cohort = count_cohort(config, first_table(tables, config), None)
+    jobs = [Job("index", "", Path("cases/index.tsv"))] if cohort is None else _jobs(config, cohort, results)
     states = [_state_of(job, results, began, now) for job in jobs]
     found = {each.state for each in states}
     state = STOPPED

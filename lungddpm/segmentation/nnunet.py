@@ -51,6 +51,7 @@ CONFIGURATION = "lungddpm"
 PLANS = "nnUNetPlans"
 TRAINER = "LungDDPMTrainer"
 _FINAL = "checkpoint_final.pth"
+_LOGS = "training_log_*.txt"
 _LOGGED_EPOCH = re.compile(r"Epoch (\d+) \n(?:.*\n)?.*train_loss (-?\d+\.\d+), pseudo Dice (nan|\d+\.\d+)")
 TRAINERS = Path(__file__).parent / "trainers"
 
@@ -306,7 +307,9 @@ def segmenter_curve(arm_dir: Path, fold: int, seed: int, save_every: int) -> lis
     (NaN if they have no nodule) at every saved state of a replicate, from nnU-Net's logs; empty if there are
     none."""
     logged = {}
-    for log in sorted(fold_folder(arm_dir, fold, seed).glob("training_log_*.txt")):
+    logs = fold_folder(arm_dir, fold, seed).glob(_LOGS)
+    # Their names have the date as numbers without zeros in front.
+    for log in sorted(logs, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)]):
         # A resumed training repeats the steps that it had not saved.
         for epoch, loss, dice in _LOGGED_EPOCH.findall(log.read_text(encoding="utf-8")):
             logged[int(epoch)] = float(loss), float(dice)
@@ -426,6 +429,9 @@ def _train(arm_dir: Path, folder: Path, fold: int, settings: dict, device: torch
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     latest = _latest_state(folder)
+    if latest is None:  # an earlier start that saved nothing logged other steps
+        for log in folder.glob(_LOGS):
+            log.unlink()
     before: list[CodeFromStep] = _settings_of(folder).get("code", []) if latest else []
     write_json(folder / "training.json", settings | {"code": before})
     preprocessed = arm_dir.resolve() / "nnUNet_preprocessed" / DATASET

@@ -480,7 +480,7 @@ def test_cohorts_and_trainings_follow_numbers_and_draws():
             values | {"arms": values["arms"] | {"generators_learn_from": learn_from}, "synthesis": synthesis}
         )
         cohorts = {name: [each.name for each in config.cohorts(name, 4)] for name in ("lung_ddpm", "maisi")}
-        folders = [config.for_training("lung_ddpm", each).model_folder for each in config.trainings()]
+        folders = [config.for_training("lung_ddpm", each).model_folder for each in config.trainings("lung_ddpm")]
         return (
             cohorts["lung_ddpm"],
             cohorts["maisi"],

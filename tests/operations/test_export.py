@@ -309,6 +309,20 @@ def test_long_and_odd_names_fit_and_stay_apart(tmp_path):
     assert "M_ü_" in ids
 
 
+def test_samples_of_all_cohorts_of_a_generator_stay_apart(tmp_path):
+    sample = "P-1_fold0_seed0_s000"
+    cohorts = ["all-fold0_seed0", "real4-fold0_seed0", "real12-fold0_seed0"]
+    # Some generators give the same CT to all of them.
+    cases = [write_case(tmp_path / "synthetic/lung_ddpm" / cohort, name=sample) for cohort in cohorts]
+    export_dicom([case.path for case in cases], tmp_path / "out")
+    names = [f"SYNTHETIC-lung_ddpm-{number}P-1_fold0_seed0_s000" for number in ("", "real4-", "real12-")]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(names)
+    files = [slices(tmp_path / "out" / name)[0] for name in names]
+    assert [file.PatientID for file in files] == names
+    assert len({file.PatientName for file in files}) == len({file.StudyInstanceUID for file in files}) == 3
+    assert len({file.SOPInstanceUID for file in files}) == 3
+
+
 def test_without_highdicom_nothing_is_written(tmp_path, monkeypatch):
     case = write_case(tmp_path)
     monkeypatch.setitem(sys.modules, "highdicom", None)

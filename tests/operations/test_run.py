@@ -109,6 +109,94 @@ def test_snakemake_writes_no_colours_where_nobody_sees_them(folder, monkeypatch,
     assert ("--nocolor" in seen) == bool(value)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "added"),
+    [
+        ([], ["--cores", "all"]),
+        (["-c4"], []),
+        (["-j4"], []),
+        (["--core", "4"], []),
+        (["--cores=4"], []),
+        (["--workflow-profile", "one_core"], []),
+        (["--profile", "one_core"], []),
+        (["--workflow-profile", "cluster"], []),
+        (["--executor", "slurm", "--jobs", "9"], []),
+        (["--workflow-profile", "without"], ["--cores", "all"]),
+    ],
+)
+def test_all_cores_are_used_only_if_nothing_else_is_asked_for(folder, monkeypatch, arguments, added):
+    profiles = {"one_core": "cores: 1\n", "cluster": "executor: slurm\njobs: 50\n", "without": "keep-going: true\n"}
+    for name, text in profiles.items():
+        (folder / name).mkdir()
+        (folder / name / "profile.yaml").write_text(text)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(runner, "_supervise", lambda command, *_: seen.extend(command[1:]) or 0)
+    seen = []
+    assert runner.run_snakemake(arguments) == 0
+    assert [word for word in seen if word != "--nocolor"] == [*arguments, *added, "--rerun-incomplete"]
+
+
+@pytest.mark.parametrize("arguments", [["--dry-run"], ["-n"], ["--version"], ["--help"], ["--summary"], ["--bad"]])
+def test_what_runs_no_job_needs_no_lock_and_leaves_that_of_others(folder, monkeypatch, arguments):
+    lock = folder / ".snakemake/locks/0.input.lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(runner, "_lock", lambda _: pytest.fail("takes the lock"))
+    assert (runner.run_snakemake([*arguments, "--cores", "1"]) == 0) == (arguments != ["--bad"])
+    assert lock.exists()
+    assert not (folder / "results").exists()
+
+
+def test_a_report_after_a_run_is_a_run(folder, monkeypatch):
+    (folder / "go").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(runner, "_supervise", lambda command, *_: seen.extend(command) or 0)
+    seen = []
+    assert runner.run_snakemake(["--cores", "1", "--report", "page.html", "--report-after-run"]) == 0
+    assert "--report-after-run" in seen
+
+
+def test_a_dry_run_is_possible_beside_a_run(folder):
+    run = start(folder)
+    job_of(folder, run)
+    code, output = end_of(start(folder, "--dry-run"))
+    assert code == 0, output
+    (folder / "go").touch()
+    assert end_of(run)[0] == 0
+
+
+def test_a_snakemake_that_was_started_by_hand_keeps_its_lock(folder):
+    by_hand = subprocess.Popen(
+        [LUNGDDPM.with_name("snakemake"), "--cores", "1"], cwd=folder, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    job_of(folder, by_hand)
+    code, output = end_of(start(folder))
+    assert code == 2
+    assert f"Snakemake is working in this folder (process {by_hand.pid})" in output
+    assert list((folder / ".snakemake/locks").iterdir())
+    (folder / "go").touch()
+    assert end_of(by_hand)[0] == 0
+
+
+def test_jobs_on_other_nodes_can_leave_their_errors(folder, tmp_path_factory, monkeypatch):
+    directory = tmp_path_factory.mktemp("shared")
+
+    def supervise(command, environment, lock):
+        errors = Path(environment[runner.ERRORS_VARIABLE])
+        assert errors.is_absolute()
+        assert errors.parent == directory / "results"
+        with errors.open("a") as file:
+            file.write("x.dcm: is truncated.\n" * 2)
+        return 1
+
+    monkeypatch.setattr(runner, "_supervise", supervise)
+    monkeypatch.chdir(folder)
+    assert runner.run_snakemake(["--directory", str(directory), "--cores", "1"]) == 2
+    assert [path.name for path in (directory / "results").iterdir()] == [".lock"]
+
+
 def test_a_second_run_is_refused_and_the_first_continues(any_disk):
     folder = any_disk
     first = start(folder)

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from lungddpm.cli import app
 from lungddpm.core import locks
-from lungddpm.core.cases import COLUMNS
+from lungddpm.core.cases import COLUMNS, write_cases
 from lungddpm.core.files import json_text
 from lungddpm.core.locks import FileLock
 from lungddpm.core.roles import DISCOVERY
@@ -302,6 +302,27 @@ def test_scans_that_are_not_indexed_are_not_known(tmp_path):
     found = reading.run_status(load_plan_config(json.dumps(values)), tmp_path / "results")
     assert (found.state, found.complete, found.left) == ("not started", False, None)
     assert [each.job.name for each in found.jobs] == ["index"]
+
+
+def test_a_test_set_that_was_added_since_is_counted_once_it_is_indexed(tmp_path):
+    """The tables of the run before do not list it."""
+    row = dict.fromkeys(["case_id", "patient_id", "series_uid", "reason", "path", "sha256"], "")
+    row |= {"source": "images", "data_set": "internal", "status": "ok", "n_nodules": 1}
+    row |= {f"size_{axis}": 100 for axis in "xyz"} | {f"spacing_{axis}_mm": 1.0 for axis in "xyz"}
+    internal = [{**row, "role": role} for role in ("discovery", "discovery", "reference", "test")]
+    cases, index = (tmp_path / "cases" / name for name in ("cases.tsv", "index.tsv"))
+    cases.parent.mkdir()
+    for table in (cases, index):
+        write_cases(table, internal)
+    values = {**CONFIG, "source": {"kind": "images"}, "external_tests": {"clinic": {"kind": "images"}}}
+    config = load_plan_config(json.dumps(values))
+    found = reading.run_status(config, tmp_path)
+    assert (found.state, found.complete) == ("stopped", False)
+    assert [each.job.name for each in found.jobs] == ["index"]
+    write_cases(index, [*internal, {**row, "data_set": "clinic", "role": "test"}])
+    found = reading.run_status(config, tmp_path)
+    assert found.complete
+    assert "predict-real-fold0_seed0" in {each.job.name for each in found.jobs}
 
 
 def test_the_command_takes_the_config_that_the_run_left(run, monkeypatch):

@@ -164,6 +164,20 @@ def test_the_training_curve_is_read_from_the_logs(run):
     assert nnunet.segmenter_curve(real, 0, 99, save_every=2) == []
 
 
+def test_of_several_logs_the_latest_wins_and_a_new_training_keeps_none(run):
+    real = run / "arms" / "real"
+    folder = nnunet.fold_folder(real, 0, 5)
+    folder.mkdir(parents=True)
+    # As nnU-Net names them, without zeros in front of month and day.
+    for date, loss in (("2026_11_9", -0.25), ("2026_11_10", -0.5), ("2026_9_30", -0.125)):
+        log = folder / f"training_log_{date}_12_00_00.txt"
+        log.write_text(f"9: Epoch 7 \n9: Current learning rate: 0.1 \n9: train_loss {loss:.4f}, pseudo Dice 0.1 \n")
+    assert nnunet.segmenter_curve(real, 0, 5, save_every=2) == [(16, -0.5, 0.1)]
+    # They are of a training that was killed before it saved anything: the next one starts over.
+    nnunet.run_train_segmenter(SHORT, real, 0, 5, "cpu")
+    assert [step for step, _, _ in nnunet.segmenter_curve(real, 0, 5, save_every=2)] == [2, 4, 6, 8]
+
+
 def test_every_arm_takes_the_same_steps_from_the_same_seed(run):
     for arm in ("real", MIXED):
         nnunet.run_train_segmenter(SHORT, run / "arms" / arm, 0, 7, "cpu")

@@ -93,6 +93,23 @@ def test_prepare_asks_for_a_gpu_where_a_network_finds_the_lungs(repository, tmp_
     assert {int(re.search(r"gpu=(\d+)", resources)[1]) for resources in asked} == {gpus}
 
 
+def test_a_feature_network_keeps_its_path_in_jobs_and_only_its_name_in_results(repository, tmp_path):
+    weights = tmp_path / "my networks" / "resnet_50.pth"
+    weights.parent.mkdir()
+    weights.touch()
+    values = f"image_quality={{'weights': '{weights}'}}"
+    run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--config", values)
+    assert run.returncode == 0, run.stderr
+    (job,) = re.findall(r"rule quality:.*?Shell command: (.*?)\n", run.stdout, re.DOTALL)[:1]
+    assert f" --weights '{weights}' " in job
+    assert str(weights) not in job.partition("--configfile")[2].partition(" --generator ")[0]
+    # A missing file ends the run before its long jobs, not after them.
+    weights.unlink()
+    run = dry_run(repository, tmp_path, "--cores", "2", "--config", values)
+    assert run.returncode != 0
+    assert "resnet_50.pth" in run.stdout + run.stderr
+
+
 def test_nested_values_on_the_command_line(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2", "--config", 'segmentation={"seeds": [0], "steps": "100"}')
     assert run.returncode == 0, run.stderr

@@ -49,7 +49,51 @@ def test_the_job_asks_for_its_gpus_and_starts_a_process_on_each(repository, tmp_
     assert {resource for resource in resources if of_launch.match(resource)} == asked
     before, _, after = reported[2].partition(" lungddpm ")
     assert before.strip() == launcher
-    assert f"--threads {2 if '4' in keys else 8}" in after
+    # The stage itself divides them among the processes of a node.
+    assert after.endswith("--threads 8")
+
+
+def test_every_gpu_of_a_workstation_has_a_job(repository, tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    listed = "\n".join(f"GPU {number}: NVIDIA A100 (UUID: GPU-{number})" for number in range(4))
+    program.write_text(f"#!/bin/sh\necho '{listed}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for gpus in (1, 2):
+        run = dry_run(repository, tmp_path, "--cores", "16", "--config", f"workflow={{'training_gpus': {gpus}}}")
+        assert run.returncode == 0, run.stderr
+        threads = threads_of_rules(run.stdout)
+        assert (threads["train_segmenter"], threads["synthesize"], threads["train_generator"]) == (4, 4, 4 * gpus)
+
+
+def threads_of_rules(output):
+    """The threads of each rule's jobs; Snakemake prints no 1."""
+    found = re.findall(r"^(?:local)?rule (\w+):\n((?:    .*\n)+)", output, re.MULTILINE)
+    return {name: int(m[1]) if (m := re.search(r"threads: (\d+)", text)) else 1 for name, text in found}
+
+
+def test_a_cluster_has_the_threads_of_its_profile(repository, tmp_path):
+    command = [BIN / "lungddpm", "run", "--dry-run", "--workflow-profile", "profiles/slurm", "--directory", tmp_path]
+    run = subprocess.run(command, cwd=repository, text=True, capture_output=True, check=False)
+    assert run.returncode == 0, run.stderr
+    threads = threads_of_rules(run.stdout)
+    few, many = (
+        ("simulate", "synthesize", "predict", "label_fidelity", "quality"),
+        ("train_generator", "train_segmenter"),
+    )
+    assert {name: threads[name] for name in (*few, *many)} == {**dict.fromkeys(few, 4), **dict.fromkeys(many, 8)}
+
+
+def test_a_cluster_needs_no_number_of_cores(repository, tmp_path):
+    # No dry run, in which Snakemake has one core; this job is not one of the cluster's.
+    command = [BIN / "lungddpm", "run", "--workflow-profile", "profiles/slurm", "--until", "merge_config"]
+    run = subprocess.run(
+        [*command, "--directory", tmp_path], cwd=repository, text=True, capture_output=True, check=False
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert (tmp_path / "results/config.json").exists()
+    assert "Provided cores" not in run.stdout + run.stderr
 
 
 @pytest.mark.slow

@@ -50,9 +50,14 @@ def stage(stages, name):
 
 
 NUMBERS = {
-    "arms": {"real_cases": [2, "all", 3], "doses": [0.5, 1.0], "synthetic_only": ["lung_ddpm"]},
+    "arms": {
+        "real_cases": [2, "all", 3], "doses": [0.5, 1.0], "synthetic_only": ["lung_ddpm"],
+        # Without an arm, for the most real cases only: with weights of its own, without any, and with others'.
+        "quality_only": ["rectified_flow", "copy_paste", "lung_ddpm_5"],
+    },
+    "generators": {"lung_ddpm_5": {"kind": "lung_ddpm", "weights_of": "lung_ddpm", "sampling": {"steps": 5}}},
     "synthesis": {"training_per_replicate": True},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -142,6 +147,35 @@ def test_jobs_ask_for_a_gpu_where_one_is_planned(repository, tmp_path):
     # Of `synthesize`, only the jobs of generators that draw with a network do.
     without = {name for name, resources in asked if "gpu=1" not in resources}
     assert without - {"synthesize"} == {name for name, _ in asked} - planned
+
+
+@pytest.mark.parametrize("lungs", ["classical", "lungmask"])
+def test_preparation_holds_a_gpu_where_a_network_finds_the_lungs(repository, lungs):
+    layouts = f'{{"layouts": {{"lungs": "{lungs}"}}}}'
+    prepared = stage(plan(repository, "config.yaml", layouts), "prepare")
+    assert (prepared.gpu_hours > 0, prepared.core_hours > 0) == (lungs == "lungmask", lungs == "classical")
+    assert stage(plan(repository, "config.yaml", layouts, device="cpu"), "prepare").gpu_hours == 0
+
+
+def test_what_is_only_measured_is_drawn_and_judged_for_the_most_real_cases(repository):
+    """Against the sums by hand: 4 discovery cases, dose 2, 3 replicates."""
+    arms = {"generators": ["copy_paste"], "controls": [], "quality_only": ["paste_constant"], "doses": [2.0]}
+    values = {
+        "arms": arms | {"real_cases": [2, "all"]},
+        "segmentation": {"seeds": [0, 1, 2]},
+        "workflow": {"synthesis_shards": 1},
+    }
+    stages, rates = plan(repository, "config.yaml", json.dumps(values)), planning._RATES
+    x, y, z = planning.load_plan_config(repository / "config.yaml").grid.size
+    for name, jobs_of_stage, samples in (
+        # copy_paste for two numbers, 2 x 2 + 2 x 4 samples per replicate; paste_constant for one, 2 x 4.
+        ("synthesize", 3 * (2 + 1), 3 * (4 + 8 + 8)),
+        ("quality", 2, 3 * (8 + 8)),
+    ):
+        found = stage(stages, name)
+        seconds = samples * (rates[name].seconds + rates[name].seconds_per_mvoxel * x * y * z / 1e6)
+        assert found.jobs == jobs_of_stage
+        assert found.core_hours * 3600 == pytest.approx(jobs_of_stage * planning._START_S + seconds)
 
 
 def test_the_protocol_costs_what_its_networks_are_known_to(repository):

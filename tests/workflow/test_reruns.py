@@ -148,19 +148,37 @@ def test_changed_code_reruns_what_depends_on_it(tiny_benchmark, tmp_path, edits,
     assert rules_of(run.stdout) == rerun, run.stdout[-3000:]
 
 
-def test_a_changed_table_of_patients_lists_the_scans_again(make_benchmark, tmp_path):
-    """Otherwise two scans that turn out to be of one patient would keep their roles."""
-    scans = tmp_path / "scans"
-    image = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+@pytest.fixture
+def three_scans(make_benchmark, tmp_path):
+    """A run on three scans, each of a patient of its own by a table of patients, that are listed."""
     for name in "abc":
-        write_volume(scans / "images" / f"{name}.nii.gz", image)
-        write_volume(scans / "labels" / f"{name}.nii.gz", image.like(np.ones(image.shape, np.uint8)))
-    table = scans / "participants.tsv"
-    table.write_text("file\tpatient\na\tP1\nb\tP2\nc\tP3\n")
-    source = {"kind": "images", "path": str(scans), "images": {"patient_table": table.name}}
+        write_scan(tmp_path / "scans", name)
+    (tmp_path / "scans/participants.tsv").write_text("file\tpatient\na\tP1\nb\tP2\nc\tP3\nd\tP4\n")
+    source = {"kind": "images", "path": str(tmp_path / "scans"), "images": {"patient_table": "participants.tsv"}}
     benchmark = make_benchmark(tmp_path / "run", {"source": source, "roles": dict.fromkeys(ROLES, 1)})
     first = benchmark.run("--until", "index")
     assert first.returncode == 0, first.stdout[-3000:]
-    assert "index" not in rules_of(benchmark.run("--dry-run", "--until", "index").stdout)
-    table.write_text("file\tpatient\na\tP1\nb\tP2\nc\tP2\n")
-    assert rules_of(benchmark.run("--dry-run", "--until", "index").stdout)["index"] == 1
+    return benchmark
+
+
+def write_scan(folder, name):
+    image = Volume(np.arange(60, dtype=np.int16).reshape(3, 4, 5), np.eye(4))
+    write_volume(folder / "images" / f"{name}.nii.gz", image)
+    write_volume(folder / "labels" / f"{name}.nii.gz", image.like(np.ones(image.shape, np.uint8)))
+
+
+def test_a_changed_table_of_patients_lists_the_scans_again(three_scans, tmp_path):
+    """Otherwise two scans that turn out to be of one patient would keep their roles."""
+    assert "index" not in rules_of(three_scans.run("--dry-run", "--until", "index").stdout)
+    (tmp_path / "scans/participants.tsv").write_text("file\tpatient\na\tP1\nb\tP2\nc\tP2\n")
+    assert rules_of(three_scans.run("--dry-run", "--until", "index").stdout)["index"] == 1
+
+
+def test_one_more_scan_is_taken_in_when_asked_for(three_scans, tmp_path):
+    """Not before: it would give patients other roles, and a run of weeks would start again."""
+    write_scan(tmp_path / "scans", "d")
+    assert "index" not in rules_of(three_scans.run("--dry-run", "--until", "index").stdout)
+    again = three_scans.run("--forcerun", "index", "prepare", "--until", "index")
+    assert again.returncode == 0, again.stdout[-3000:]
+    listed = (three_scans.results / "cases/index.tsv").read_text().splitlines()
+    assert [any(patient in line for line in listed) for patient in ("P1", "P2", "P3", "P4")] == [True] * 4

@@ -90,7 +90,7 @@ rule filter_samples:
         "results/benchmarks/filter_samples-{arm}-fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=16000,
         runtime=480,

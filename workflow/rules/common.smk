@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shlex
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -24,9 +25,11 @@ from lungddpm.config.loading import parse_config, read_values
 from lungddpm.core.arms import Arm
 from lungddpm.core.code import stage_fingerprint
 from lungddpm.core.cohorts import PATTERN, Cohort, count_real_cases
+from lungddpm.core.device import visible_gpus
 from lungddpm.core.errors import UserError
 from lungddpm.core.files import sha256_of
 from lungddpm.core.roles import DISCOVERY, roles_of
+from lungddpm.operations.jobs import shards_of_scans
 from lungddpm.operations.run import offer_own_programs, report_error
 
 try:
@@ -83,6 +86,8 @@ SIMULATED_SCANS = (
     if SOURCE.simulate and not EXTERNAL_TESTS
     else None
 )
+# `workflow.cores` raises where there is no limit, as with a cluster's profile.
+CORES = workflow.resource_settings.cores or 4
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
 # The merged config; see rule `merge_config`.
@@ -188,7 +193,7 @@ def simulated_cohort(_wildcards):
 
 def has_own_draws(arm):
     """Whether each replicate of an arm trains on samples of its own."""
-    return arm.generator is not None and SETTINGS.draws(arm.generator) != [None]
+    return SETTINGS.has_own_draws(arm.generator)
 
 
 def samples_of_arm(wildcards):
@@ -329,14 +334,7 @@ def prepare_jobs(index):
     """Jobs that share the scans of the index, in turns; those of a simulated cohort are known without."""
     if SIMULATED_SCANS is not None:
         return SETTINGS.workflow.prepare_jobs(SIMULATED_SCANS)
-    usable = [
-        place for place, row in enumerate(rows_of(index)) if row["status"] == "ok"
-    ]
-    jobs = SETTINGS.workflow.prepare_jobs(len(usable))
-    # With excluded scans among them, a job might get no other.
-    while jobs > 1 and len({place % jobs for place in usable}) < jobs:
-        jobs -= 1
-    return jobs
+    return shards_of_scans(SETTINGS, [row["status"] == "ok" for row in rows_of(index)])
 
 
 def counted(table):
@@ -367,6 +365,12 @@ def files_of_external(generator):
     files = [*folder.glob("samples.json"), *folder.glob("*/*.nii.gz")]
     # `local`: the prefix of a module is not theirs.
     return [local(str(path)) for path in sorted(files)]
+
+
+def weights_of_features(_wildcards):
+    """The user's file of the feature network, so that a changed file is judged with, and a missing one known at once."""
+    weights = SETTINGS.image_quality.weights
+    return [local(str(weights))] if isinstance(weights, Path) else []
 
 
 def external_option(wildcards):
@@ -435,9 +439,20 @@ def training_launcher(_wildcards, threads):
 
 def all_cores(_wildcards):
     """For jobs that run alone on the machine; a cluster's profile sets threads itself."""
-    return workflow.cores or 4
+    return CORES
 
 
-def half_the_cores(_wildcards):
-    """Two trainings side by side on a workstation; a cluster's profile sets threads itself."""
-    return max(1, (workflow.cores or 4) // 2)
+def shared_cores(_wildcards):
+    """A job on each GPU of a workstation, at least two side by side; a cluster's profile sets threads itself."""
+    return max(1, CORES // max(2, number_of_gpus()))
+
+
+def cores_of_training(wildcards):
+    """The same, for each of the GPUs that share a training."""
+    return min(CORES, shared_cores(wildcards) * SETTINGS.workflow.training_gpus)
+
+
+@cache
+def number_of_gpus():
+    """The GPUs that the profile has jobs share."""
+    return len(visible_gpus())

@@ -15,7 +15,7 @@ rule train_generator:
         "results/benchmarks/train_generator-{generator}-{run}-{training}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: cores_of_training
     resources:
         mem_mb=16000,
         runtime=2880,
@@ -38,12 +38,9 @@ rule train_generator:
         code=lambda wildcards: stage_fingerprint(
             "train", SETTINGS.kind_of(wildcards.generator)
         ),
-        # As these depend on `threads`, Snakemake does not count them among what makes the job run again.
+        # As it depends on `threads`, Snakemake does not count it among what makes the job run again.
         launcher=training_launcher,
-        threads_each=lambda wildcards, threads: max(
-            1, threads // SETTINGS.workflow.training_gpus
-        ),
     shell:
         "{params.launcher} lungddpm --log {log:q} train --configfile {params.config:q} --generator {wildcards.generator}"
         " --cohort {wildcards.training} --cases {input.cases:q} --output {params.folder:q}"
-        " --threads {params.threads_each}"
+        " --threads {threads}"

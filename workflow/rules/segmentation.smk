@@ -45,7 +45,7 @@ rule train_segmenter:
         "results/benchmarks/train_segmenter-{arm}-fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=16000,
         runtime=1440,
@@ -73,7 +73,7 @@ rule predict:
         "results/benchmarks/predict-{arm}-fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=16000,
         runtime=480,

@@ -17,7 +17,7 @@ rule synthesize:
         "results/benchmarks/synthesize-{generator}-{cohort}-{dose}-{shard}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=16000,
         runtime=1440,

@@ -45,6 +45,7 @@ rule quality:
     input:
         cases="results/cases/cases.tsv",
         samples=lambda wildcards: samples_to_judge(wildcards.generator),
+        weights=weights_of_features,
     output:
         samples=ensure("results/quality/{generator}.csv", non_empty=True),
         sets=ensure("results/quality/{generator}-sets.csv", non_empty=True),
@@ -54,18 +55,21 @@ rule quality:
         "results/benchmarks/quality-{generator}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=8000,
         runtime=480,
     params:
         config=config_of_jobs,
         samples=lambda wildcards, input: named_tables(input.samples),
+        weights=lambda wildcards, input: (
+            f"--weights {shlex.quote(str(input.weights))}" if input.weights else ""
+        ),
         settings=settings_of("image_quality", window=SETTINGS.grid.window_hu),
         code=stage_fingerprint("quality"),
     shell:
         "lungddpm --log {log:q} quality {params.samples} --configfile {params.config:q} --generator {wildcards.generator}"
-        " --cases {input.cases:q} --output {output.samples:q} --threads {threads}"
+        " --cases {input.cases:q} {params.weights} --output {output.samples:q} --threads {threads}"
 
 
 # One process for all generators: nnU-Net's start takes as long as several cases.
@@ -95,7 +99,7 @@ rule label_fidelity:
         "results/benchmarks/label_fidelity-fold{fold}_seed{seed}.tsv"
     conda:
         "../../envs/lungddpm.yaml"
-    threads: half_the_cores
+    threads: shared_cores
     resources:
         mem_mb=16000,
         runtime=480,
