@@ -5,7 +5,7 @@ imagesTr/, labelsTr/, dataset.json        nnU-Net's raw data and the Medical Seg
                                           if labelsTs/ has its labels
 
 nnU-Net's channel suffix on the image (`case_0000.nii.gz` with the label `case.nii.gz`) is optional. One module
-per question: `files` (formats), `folders` (pairs), `meanings` (of labels), `patients`.
+per question: `files` (formats), `folders` (pairs), `meanings` (of labels), `specks` (in labels), `patients`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import numpy as np
 from lungddpm.core.cases import check_case
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.text import plural
 from lungddpm.core.volume import (
     AIR_HU,
     LARGEST_VOXELS,
@@ -38,6 +39,7 @@ from lungddpm.sources.images.folders import DATASET, Pair, case_name, describe_u
 from lungddpm.sources.images.meanings import meanings_of, translate
 from lungddpm.sources.images.patients import PatientOf, patient_finder
 from lungddpm.sources.images.settings import Images as Settings
+from lungddpm.sources.images.specks import SMALLEST_MM, fill_specks
 from lungddpm.sources.index import Cache, case_ids, reason_of
 
 if TYPE_CHECKING:
@@ -93,7 +95,7 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
         settings: meaning of the labels.
 
     Returns:
-        The CT in HU, at least -1024, with its labels; only `build_case` can judge whether it is in HU.
+        The CT in HU, at least -1024, with its labels but for specks; only `build_case` can judge whether it is in HU.
 
     Raises:
         ExcludedCaseError: an unreadable file, different grids, a CT that holds NaN or is constant, or unknown labels.
@@ -119,6 +121,10 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     if high - low > _NORMALISED_RANGE:
         ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
         low = AIR_HU
+    labels, specks = fill_specks(labels)
+    if specks:
+        parts = plural(specks, "part") + " of the nodule label " + ("is" if specks == 1 else "are")
+        notes = (*notes, f"{parts} smaller than a sphere of {SMALLEST_MM:g} mm and left out")
     if is_sheared(ct.affine):
         notes = (
             *notes,
