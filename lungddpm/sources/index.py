@@ -241,7 +241,7 @@ def join_data_sets(
 def _check_apart(name: str, rows: list[dict], others: list[dict]) -> None:
     """Make sure that an external test set has no patient and no usable series of another data set.
 
-    A series that only an XML file names is no scan: each part of a divided LIDC-IDRI may have the XML of all.
+    A series that only an XML file names is not a scan: each part of a divided LIDC-IDRI may have the XML of all.
     """
     remedies = {
         "patient_id": f"If they are other people, set external_tests.{name}.distinct_patients: true; if they are the "

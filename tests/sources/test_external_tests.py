@@ -80,7 +80,7 @@ def test_a_series_of_two_data_sets_is_one_scan_whatever_the_user_says(indexed):
         join_data_sets([own], {"task06": [other]}, {"task06"})
 
 
-def test_a_series_named_without_its_images_is_no_scan_of_either_data_set(tmp_path):
+def test_a_series_named_without_its_images_is_not_a_scan_of_either_data_set(tmp_path):
     """LIDC-IDRI split over two folders, each beside the XML of the whole collection."""
     uids = {"own": ("P-01", "1.2.3"), "clinic": ("P-02", "1.2.4")}
     for name, (patient, series) in uids.items():

@@ -288,8 +288,8 @@ def test_copies_that_differ_stay_an_error(tmp_path):
     again = write_series(tmp_path / "P-01" / "zz backup")
     write_slice(again / "000088.dcm", 2, PixelData=bytes(2 * ROWS * COLUMNS))
     assert only(tmp_path).excluded == (
-        "P-01: series is spread over 2 folders (P-01/a study/1.2.3, P-01/zz backup). P-01/a study/1.2.3: 000088.dcm and "
-        "000088.dcm are different slices at the same position. Keep one of them."
+        "P-01: series is spread over 2 folders (P-01/a study/1.2.3, P-01/zz backup). P-01/a study/1.2.3: 000088.dcm "
+        "and 000088.dcm are different slices at the same position. Keep one of them."
     )
 
 
