@@ -21,10 +21,8 @@ from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Box, Volume, bounding_box, per_axis, resample_upright
-from lungddpm.sources import Annotation, Scan
+from lungddpm.sources import READERS, Annotation, Scan
 
-READERS = 4
-"""Readers of LIDC-IDRI: a cluster of more annotations joins several nodules."""
 TOLERANCE_STEP = 0.9
 SMALLEST_TOLERANCE_MM = 0.1
 _ROUNDING_MM = 1e-3
@@ -95,7 +93,7 @@ def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
         if scan.labels is not None
         else [
             nodule
-            for cluster in cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm)
+            for cluster in cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm, scan.readers)
             if (nodule := consensus(cluster, settings.consensus, settings.consensus_by)) is not None
             and nodule.readers >= settings.minimum_readers
         ]
@@ -135,17 +133,21 @@ def number_voxels(nodules: Sequence[Nodule], shape: tuple[int, int, int]) -> np.
 
 
 def cluster_annotations(
-    annotations: Sequence[Annotation], affine: np.ndarray, slice_thickness_mm: float | None = None
+    annotations: Sequence[Annotation],
+    affine: np.ndarray,
+    slice_thickness_mm: float | None = None,
+    most_readers: int = READERS,
 ) -> list[list[Annotation]]:
     """Group the annotations of one scan into physical nodules.
 
     Two annotations are linked if their contours are within the slice thickness (single linkage). While a cluster has
-    more than four annotations, or two of one reader, its tolerance is reduced by a tenth, down to 0.1 mm.
+    more annotations than the scan has readers, or two of one reader, its tolerance is reduced by a tenth, down to 0.1 mm.
 
     Args:
         annotations: of one scan.
         affine: (4, 4) of the scan, index -> mm.
         slice_thickness_mm: None: the distance between slices.
+        most_readers: of the scan, see `Scan.readers`.
 
     Returns:
         Clusters in the order of their first annotation.
@@ -162,7 +164,7 @@ def cluster_annotations(
         members, tolerance = open_groups.pop()
         _, part = connected_components(distances[np.ix_(members, members)] <= tolerance + _ROUNDING_MM, directed=False)
         for cluster in (members[part == number] for number in range(part.max() + 1)):
-            too_many = len(cluster) > READERS or len(np.unique(readers[cluster])) < len(cluster)
+            too_many = len(cluster) > most_readers or len(np.unique(readers[cluster])) < len(cluster)
             if too_many and tolerance > SMALLEST_TOLERANCE_MM:
                 open_groups.append((cluster, max(tolerance * TOLERANCE_STEP, SMALLEST_TOLERANCE_MM)))
             else:

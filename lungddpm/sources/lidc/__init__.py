@@ -22,7 +22,7 @@ import numpy as np
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import Volume, per_axis
-from lungddpm.sources import Scan, Series, Size
+from lungddpm.sources import READERS, Scan, Series, Size
 from lungddpm.sources.index import Cache, case_ids, files_below, reason_of, relative_name
 from lungddpm.sources.lidc.headers import Header, read_headers
 from lungddpm.sources.lidc.pairing import (
@@ -131,12 +131,13 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         array[:, :, k] = slice_hu.T
     readings = [path / name for name in json.loads(case["annotations"])]
     if all(reading.suffix.lower() == ".xml" for reading in readings):
-        annotations = annotations_of(readings, stack)
+        annotations, readers = annotations_of(readings, stack), READERS
     else:
-        annotations = annotations_in(readings, stack)
+        annotations, readers = annotations_in(readings, stack)
     return Scan(
         ct=Volume(array, stack.affine),
         annotations=tuple(annotations),
+        readers=readers,
         slice_thickness_mm=stack.thickness_mm,
         files=(*dict.fromkeys(header.path for header in stack.headers), *readings),
         notes=tuple(json.loads(case.get("notes") or "[]")),
