@@ -141,7 +141,8 @@ def cluster_annotations(
     """Group the annotations of one scan into physical nodules.
 
     Two annotations are linked if their contours are within the slice thickness (single linkage). While a cluster has
-    more annotations than the scan has readers, or two of one reader, its tolerance is reduced by a tenth, down to 0.1 mm.
+    more annotations than the scan has readers, or two of one reader, its tolerance is reduced by a tenth, down to
+    0.1 mm.
 
     Args:
         annotations: of one scan.
