@@ -33,7 +33,7 @@ from lungddpm.core.volume import (
     resample_upright,
     write_volume,
 )
-from lungddpm.layouts.hounsfield import REMEDY, hounsfield_problem, recognised_problem
+from lungddpm.layouts.hounsfield import hounsfield_problem, recognised_problem, remedy_of
 from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
 from lungddpm.layouts.pictures import draw_case
@@ -314,7 +314,7 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
 
 def _check_hounsfield(problem: str | None) -> None:
     if problem is not None:
-        raise ExcludedCaseError("CT", problem, REMEDY)
+        raise ExcludedCaseError("CT", problem, remedy_of(problem))
 
 
 def _vessels(ct: Volume, labels: np.ndarray | None, lungs: np.ndarray) -> np.ndarray:

@@ -14,8 +14,7 @@ from skimage.filters import threshold_otsu
 from lungddpm.config.models import LayoutLimits
 from lungddpm.core.volume import bounding_box
 
-REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), its labels as 1 lung, 2 nodule, 3 vessel."
-
+_OTHER_LABEL = "looks like Hounsfield units, but what is labelled lung is not lung"
 _SAMPLE = 1_000_000
 """Number of sampled voxels: enough for percentiles."""
 _FEWEST = 8
@@ -147,10 +146,7 @@ def hounsfield_problem(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) 
         return cut
     without_labels = find_landmarks(ct)
     if not _in_place(found, limits) and without_labels is not None and _in_hounsfield(without_labels, limits):
-        return (
-            f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks another "
-            "structure, or the labels belong to another scan"
-        )
+        return f"{_OTHER_LABEL} ({levels}): the label marks another structure, or the labels belong to another scan"
     if _between(found.lung, limits.lung_hu) and found.tissue is not None and found.tissue <= _DARK_HU:
         return f"has no soft tissue around the lungs: everything except the lungs was masked ({levels})"
     looks = _look(found, limits) or _scaled(found)
@@ -166,6 +162,13 @@ def recognised_problem(ct: np.ndarray, limits: LayoutLimits) -> str | None:
         return cut
     looks = _look(found, limits) or (_scaled(found) if found.low >= 0 else None)
     return looks and f"is not in Hounsfield units: {looks} ({_tell(found)})"
+
+
+def remedy_of(problem: str) -> str:
+    """What the user can do about a problem that was found here, as a sentence."""
+    if problem.startswith(_OTHER_LABEL):
+        return "Correct the labels."
+    return "Export the CT in Hounsfield units (air -1000, water 0)."
 
 
 def _in_hounsfield(found: Landmarks, limits: LayoutLimits) -> bool:
