@@ -12,7 +12,7 @@ import numpy as np
 from skimage.filters import threshold_otsu
 
 from lungddpm.config.models import LayoutLimits
-from lungddpm.core.volume import bounding_box
+from lungddpm.core.volume import SMALLEST_RANGE_HU, bounding_box
 
 _OTHER_LABEL = "looks like Hounsfield units, but what is labelled lung is not lung"
 _SAMPLE = 1_000_000
@@ -27,7 +27,6 @@ _CONTRAST_HU = (350.0, 1350.0)
 """Soft tissue minus lung, for any lungs: values with a larger or smaller difference are scaled."""
 _DARKEST_HU = (-1600.0, -800.0)
 """1st percentile of any lungs."""
-_SMALLEST_RANGE = 60.0
 _ROUNDING = 1e-3
 _DARK_OF_UNSIGNED = 5000.0
 _TISSUE_SPREAD_HU = 150.0
@@ -182,7 +181,7 @@ def _in_place(found: Landmarks, limits: LayoutLimits) -> bool:
 
 
 def _cut_to_a_window(found: Landmarks) -> str | None:
-    if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= _SMALLEST_RANGE:
+    if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= SMALLEST_RANGE_HU:
         return None
     return f"is clipped to a window: no voxel is below {found.cut:g} HU, where most of the lungs should be"
 
@@ -193,7 +192,7 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     tissue = lung if found.tissue is None else found.tissue
     if high - low <= 1e-6:
         return None
-    if high - low <= _SMALLEST_RANGE:
+    if high - low <= SMALLEST_RANGE_HU:
         thousandths = _between(1000 * lung, limits.lung_hu) and abs(1000 * tissue - _TISSUE_HU) <= _TISSUE_SPREAD_HU
         if low >= -_ROUNDING and high <= 1 + _ROUNDING:
             return "its values are normalised to [0, 1]"

@@ -26,12 +26,14 @@ from lungddpm.core.text import plural
 from lungddpm.core.volume import (
     AIR_HU,
     LARGEST_VOXELS,
+    SMALLEST_RANGE_HU,
     Header,
     Volume,
     is_sheared,
     resample_upright,
     tilt_degrees,
     upright_grid,
+    whole_hu,
 )
 from lungddpm.sources import Scan, Series
 from lungddpm.sources.images.files import files_of, read_header, read_labels, read_volume, suffix_of
@@ -51,8 +53,6 @@ TITLE = "chest CT as NIfTI, NRRD or MetaImage, in folders of your own, of nnU-Ne
 CITATION = "None: cite the data set."
 
 _DEFAULTS = Settings()
-_NORMALISED_RANGE = 60.0
-"""Smallest range of HU of a CT."""
 
 
 def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> list[Series]:
@@ -118,8 +118,8 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     low, high = float(ct.array.min()), float(ct.array.max())
     # A smaller range is not HU. `build_case` describes what the values look like, which rounding or
     # padding with air would hide.
-    if high - low > _NORMALISED_RANGE:
-        ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
+    if high - low > SMALLEST_RANGE_HU:
+        ct = ct.like(whole_hu(ct.array))
         low = AIR_HU
     labels, specks = fill_specks(labels)
     if specks:
