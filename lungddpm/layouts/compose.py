@@ -50,6 +50,8 @@ _SHARE_PER_MM = (1e-6, 0.05, 0.5, 50.0)
 """Penalty on a cell's share per mm of distance. The smallest only breaks ties, and is used if every cell that the
 nodule fills is taken."""
 _NAME_FOLDER = "Run 'lungddpm index' again, with the same external_tests and folders as here."
+_OF_SCAN = ("patient_id", "source", "series_uid", "size_x", "size_y", "size_z", "path", "annotations")
+"""Columns of the index that a case depends on."""
 _LIBRARIES = (
     "numpy",
     "scipy",
@@ -271,13 +273,14 @@ def _hash_nodules(path: Path) -> str:
 
 
 def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[str]) -> str:
-    """Dependencies of a case: settings, code, the row of the index, the content of the input files."""
+    """Dependencies of a case: settings, code, the scan's row of the index, the content of the input files."""
     return fingerprint(
         {
             "grid": config.grid,
             "layouts": config.layouts,
             "code": stage_fingerprint("prepare", row["source"]),
-            "row": {column: row[column] for column in ("patient_id", "source", "series_uid", "path", "annotations")},
+            # The size: files that a series gets later are not among the inputs.
+            "row": {column: str(row[column]) for column in _OF_SCAN},
             "reading": _reading(config, row),
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }

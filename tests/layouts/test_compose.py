@@ -398,6 +398,18 @@ def test_only_what_has_changed_is_done_again(cohort):
     assert cohort.loads == ["case4"]
 
 
+def test_a_series_that_has_got_more_slices_is_read_again(cohort):
+    """Its row shows it, although the files that were read are unchanged."""
+    cohort.prepare(shard=0, shards=5)
+    index = read_index(cohort.root / "index.tsv")
+    index.loc[index["case_id"] == "case0", "size_z"] = 2
+    write_index(cohort.root / "index.tsv", index.to_dict("records"))
+    assert cohort.prepare(shard=0, shards=5).loc["case0", "size_z"] == 2
+    assert cohort.loads == ["case0"]
+    cohort.prepare(shard=0, shards=5)
+    assert cohort.loads == []
+
+
 def test_a_shard_without_cases_writes_an_empty_table(cohort):
     assert cohort.prepare(shard=8, shards=9).empty
 
