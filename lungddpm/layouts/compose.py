@@ -71,7 +71,7 @@ class Case:
     Attributes:
         ct: int16 HU.
         layout: uint8 `Label`, same grid.
-        qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read.
+        qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read and what was left out.
         found: the segmentation behind the layout, in the scan's own resolution.
     """
 
@@ -92,7 +92,8 @@ def build_case(scan: Scan, config: Config) -> Case:
     """
     ct = scan.ct.canonical()
     ct = ct.like(np.maximum(ct.array, AIR_HU))
-    nodules = [nodule.canonical(scan.ct) for nodule in find_nodules(scan, config.layouts)]
+    nodules, notes = find_nodules(scan, config.layouts)
+    nodules = [nodule.canonical(scan.ct) for nodule in nodules]
     if is_sheared(ct.affine):
         # Contours are defined in the tilted slices, so only their masks can be resampled.
         nodules = [nodule.upright(ct) for nodule in nodules]
@@ -116,7 +117,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     cells = nodules_on_grid([nodule.volume_in(ct) for nodule in nodules], affine, config.grid.size)
     layout[cells > 0] = Label.NODULE
 
-    qc = {"notes": list(scan.notes), **measure_layout(found, nodules, grid_ct.like(cells))}
+    qc = {"notes": [*scan.notes, *notes], **measure_layout(found, nodules, grid_ct.like(cells))}
     check_layout(qc, config.layouts.limits)
     return Case(grid_ct.like(np.rint(grid_ct.array).astype(np.int16)), grid_ct.like(layout), qc, found)
 

@@ -31,7 +31,7 @@ def test_a_tumour_and_slips_of_the_brush_are_one_nodule_and_a_note(tmp_path):
         labels[speck] = Label.NODULE
     write(tmp_path, labels)
     scan = load(tmp_path)
-    (nodule,) = find_nodules(scan, Layouts())
+    (nodule,), _ = find_nodules(scan, Layouts())
     assert nodule.voxels == np.count_nonzero(tumour)
     assert scan.notes == ("3 parts of the nodule label are smaller than a sphere of 3 mm and left out",)
 
@@ -53,4 +53,4 @@ def test_a_nodule_of_3_mm_is_kept(tmp_path, diameter_mm, nodules):
     """LIDC-IDRI's readers outlined nodules of 3 mm and more."""
     write(tmp_path, np.where(ball(diameter_mm), Label.NODULE, Label.LUNG))
     scan = load(tmp_path)
-    assert (len(find_nodules(scan, Layouts())), len(scan.notes)) == (nodules, 1 - nodules)
+    assert (len(find_nodules(scan, Layouts())[0]), len(scan.notes)) == (nodules, 1 - nodules)

@@ -223,7 +223,7 @@ NESTED = [box((k, 10 - k), (k, 12 - k), (1, 3)) for k in (1, 2, 3, 4, 4)]
 )
 def test_a_nodule_may_have_as_many_readers_as_are_named(tmp_path, ids, nodules):
     write_idc(tmp_path, dict(zip(ids, NESTED, strict=True)))
-    found = find_nodules(load(tmp_path), Layouts())
+    found, _ = find_nodules(load(tmp_path), Layouts())
     assert len(found) == nodules
     if nodules == 1:
         assert found[0].readers == 5
@@ -455,7 +455,7 @@ def without_xml(top, source, row, write):
 
 
 def assert_same_nodules(by_xml, by_object, level, **keys):
-    one, other = (find_nodules(scan, Layouts(consensus=level, **keys)) for scan in (by_xml, by_object))
+    one, other = (find_nodules(scan, Layouts(consensus=level, **keys))[0] for scan in (by_xml, by_object))
     assert [nodule.corner for nodule in one] == [nodule.corner for nodule in other]
     assert [nodule.readers for nodule in one] == [nodule.readers for nodule in other]
     for nodule_of_xml, nodule_of_object in zip(one, other, strict=True):
