@@ -241,16 +241,16 @@ def test_positions_are_those_of_a_rotated_grid(open_page, tmp_path):
     (tmp_path / "page.html").write_text(html + PROBE_POSITIONS, encoding="utf-8")
     seen = open_page(tmp_path / "page.html")
 
-    def told(voxel):
+    def shown_mm(voxel):
         return [f"{value:.0f}".replace("-", "−") for value in np.rint(affine @ [*voxel, 1])[:3]]
 
-    x, y, z = told((30, 25, 8))
+    x, y, z = shown_mm((30, 25, 8))
     assert seen["slices"] == [
         f"slice 9 of 30, z = {z} mm",
         f"slice 26 of 36, y = {y} mm",
         f"slice 31 of 40, x = {x} mm",
     ]
-    x, y, z = told((12, 3, 8))
+    x, y, z = shown_mm((12, 3, 8))
     assert seen["hovered"].startswith(f"x {x}, y {y}, z {z} mm: ")
 
 
