@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from nibabel.spatialimages import SpatialImage
 
 AIR_HU = -1024
+SMALLEST_RANGE_HU = 60.0
+"""Smallest range of a CT: values with a smaller one are normalised."""
 LABEL_TOLERANCE = 1e-3
 """Tolerance between a stored label and the whole number that it means."""
 SHEAR_TOLERANCE_DEGREES = 0.05
@@ -647,6 +649,12 @@ def slice_windows(hu: np.ndarray, axis: int) -> Window:
     others = tuple(place for place in range(hu.ndim) if place != axis)
     low = hu.min(axis=others, keepdims=True).astype(np.float32)
     return low, np.maximum(hu.max(axis=others, keepdims=True).astype(np.float32), low + 1)
+
+
+def whole_hu(values: np.ndarray) -> np.ndarray:
+    """HU as int16: rounded, at least -1024, at most what int16 can hold."""
+    whole = np.rint(values) if values.dtype.kind == "f" else values
+    return np.clip(whole, AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
 
 
 def to_model_range(hu: np.ndarray, window_hu: Window) -> np.ndarray:

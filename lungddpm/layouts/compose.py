@@ -33,7 +33,7 @@ from lungddpm.core.volume import (
     resample_upright,
     write_volume,
 )
-from lungddpm.layouts.hounsfield import REMEDY, hounsfield_problem, recognised_problem
+from lungddpm.layouts.hounsfield import hounsfield_problem, recognised_problem, remedy_of
 from lungddpm.layouts.lungs import check_lungs, segment_lungs, split_lungs
 from lungddpm.layouts.nodules import Nodule, centroid_mm, find_nodules, number_voxels
 from lungddpm.layouts.pictures import draw_case
@@ -50,6 +50,8 @@ _SHARE_PER_MM = (1e-6, 0.05, 0.5, 50.0)
 """Penalty on a cell's share per mm of distance. The smallest only breaks ties, and is used if every cell that the
 nodule fills is taken."""
 _NAME_FOLDER = "Run 'lungddpm index' again, with the same external_tests and folders as here."
+_OF_SCAN = ("patient_id", "source", "series_uid", "size_x", "size_y", "size_z", "path", "annotations")
+"""Columns of the index that a case depends on."""
 _LIBRARIES = (
     "numpy",
     "scipy",
@@ -69,7 +71,7 @@ class Case:
     Attributes:
         ct: int16 HU.
         layout: uint8 `Label`, same grid.
-        qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read.
+        qc: figures on the layout (see `measure_layout`), and `notes` on how the scan was read and what was left out.
         found: the segmentation behind the layout, in the scan's own resolution.
     """
 
@@ -90,7 +92,8 @@ def build_case(scan: Scan, config: Config) -> Case:
     """
     ct = scan.ct.canonical()
     ct = ct.like(np.maximum(ct.array, AIR_HU))
-    nodules = [nodule.canonical(scan.ct) for nodule in find_nodules(scan, config.layouts)]
+    nodules, notes = find_nodules(scan, config.layouts)
+    nodules = [nodule.canonical(scan.ct) for nodule in nodules]
     if is_sheared(ct.affine):
         # Contours are defined in the tilted slices, so only their masks can be resampled.
         nodules = [nodule.upright(ct) for nodule in nodules]
@@ -114,7 +117,7 @@ def build_case(scan: Scan, config: Config) -> Case:
     cells = nodules_on_grid([nodule.volume_in(ct) for nodule in nodules], affine, config.grid.size)
     layout[cells > 0] = Label.NODULE
 
-    qc = {"notes": list(scan.notes), **measure_layout(found, nodules, grid_ct.like(cells))}
+    qc = {"notes": [*scan.notes, *notes], **measure_layout(found, nodules, grid_ct.like(cells))}
     check_layout(qc, config.layouts.limits)
     return Case(grid_ct.like(np.rint(grid_ct.array).astype(np.int16)), grid_ct.like(layout), qc, found)
 
@@ -271,13 +274,14 @@ def _hash_nodules(path: Path) -> str:
 
 
 def _fingerprint(config: Config, source: Path, row: pd.Series, inputs: Iterable[str]) -> str:
-    """Dependencies of a case: settings, code, the row of the index, the content of the input files."""
+    """Dependencies of a case: settings, code, the scan's row of the index, the content of the input files."""
     return fingerprint(
         {
             "grid": config.grid,
             "layouts": config.layouts,
             "code": stage_fingerprint("prepare", row["source"]),
-            "row": {column: row[column] for column in ("patient_id", "source", "series_uid", "path", "annotations")},
+            # The size: files that a series gets later are not among the inputs.
+            "row": {column: str(row[column]) for column in _OF_SCAN},
             "reading": _reading(config, row),
             "inputs": {name: sha256_of(source / name) for name in inputs},
         }
@@ -314,7 +318,7 @@ def _lungs(ct: Volume, labels: np.ndarray | None, nodules: list[Nodule], config:
 
 def _check_hounsfield(problem: str | None) -> None:
     if problem is not None:
-        raise ExcludedCaseError("CT", problem, REMEDY)
+        raise ExcludedCaseError("CT", problem, remedy_of(problem))
 
 
 def _vessels(ct: Volume, labels: np.ndarray | None, lungs: np.ndarray) -> np.ndarray:

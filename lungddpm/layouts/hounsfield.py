@@ -12,10 +12,9 @@ import numpy as np
 from skimage.filters import threshold_otsu
 
 from lungddpm.config.models import LayoutLimits
-from lungddpm.core.volume import bounding_box
+from lungddpm.core.volume import SMALLEST_RANGE_HU, bounding_box
 
-REMEDY = "Export the CT in Hounsfield units (air -1000, water 0), its labels as 1 lung, 2 nodule, 3 vessel."
-
+_OTHER_LABEL = "looks like Hounsfield units, but what is labelled lung is not lung"
 _SAMPLE = 1_000_000
 """Number of sampled voxels: enough for percentiles."""
 _FEWEST = 8
@@ -28,7 +27,6 @@ _CONTRAST_HU = (350.0, 1350.0)
 """Soft tissue minus lung, for any lungs: values with a larger or smaller difference are scaled."""
 _DARKEST_HU = (-1600.0, -800.0)
 """1st percentile of any lungs."""
-_SMALLEST_RANGE = 60.0
 _ROUNDING = 1e-3
 _DARK_OF_UNSIGNED = 5000.0
 _TISSUE_SPREAD_HU = 150.0
@@ -147,10 +145,7 @@ def hounsfield_problem(ct: np.ndarray, lungs: np.ndarray, limits: LayoutLimits) 
         return cut
     without_labels = find_landmarks(ct)
     if not _in_place(found, limits) and without_labels is not None and _in_hounsfield(without_labels, limits):
-        return (
-            f"looks like Hounsfield units, but what is labelled lung (1) is not lung ({levels}): 1 marks another "
-            "structure, or the labels belong to another scan"
-        )
+        return f"{_OTHER_LABEL} ({levels}): the label marks another structure, or the labels belong to another scan"
     if _between(found.lung, limits.lung_hu) and found.tissue is not None and found.tissue <= _DARK_HU:
         return f"has no soft tissue around the lungs: everything except the lungs was masked ({levels})"
     looks = _look(found, limits) or _scaled(found)
@@ -168,6 +163,13 @@ def recognised_problem(ct: np.ndarray, limits: LayoutLimits) -> str | None:
     return looks and f"is not in Hounsfield units: {looks} ({_tell(found)})"
 
 
+def remedy_of(problem: str) -> str:
+    """What the user can do about a problem that was found here, as a sentence."""
+    if problem.startswith(_OTHER_LABEL):
+        return "Correct the labels."
+    return "Export the CT in Hounsfield units (air -1000, water 0)."
+
+
 def _in_hounsfield(found: Landmarks, limits: LayoutLimits) -> bool:
     dark_enough = found.darkest <= _AERATED_HU and (found.cut is None or found.cut <= _CUT_HU)
     return _in_place(found, limits) and dark_enough
@@ -179,7 +181,7 @@ def _in_place(found: Landmarks, limits: LayoutLimits) -> bool:
 
 
 def _cut_to_a_window(found: Landmarks) -> str | None:
-    if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= _SMALLEST_RANGE:
+    if found.cut is None or not _CUT_HU < found.cut < 0 or found.high - found.low <= SMALLEST_RANGE_HU:
         return None
     return f"is clipped to a window: no voxel is below {found.cut:g} HU, where most of the lungs should be"
 
@@ -190,7 +192,7 @@ def _look(found: Landmarks, limits: LayoutLimits) -> str | None:
     tissue = lung if found.tissue is None else found.tissue
     if high - low <= 1e-6:
         return None
-    if high - low <= _SMALLEST_RANGE:
+    if high - low <= SMALLEST_RANGE_HU:
         thousandths = _between(1000 * lung, limits.lung_hu) and abs(1000 * tissue - _TISSUE_HU) <= _TISSUE_SPREAD_HU
         if low >= -_ROUNDING and high <= 1 + _ROUNDING:
             return "its values are normalised to [0, 1]"

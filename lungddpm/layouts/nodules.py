@@ -20,11 +20,10 @@ from skimage.measure import grid_points_in_poly
 from lungddpm.config.models import Layouts
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.labels import Label
+from lungddpm.core.text import plural
 from lungddpm.core.volume import Box, Volume, bounding_box, per_axis, resample_upright
-from lungddpm.sources import Annotation, Scan
+from lungddpm.sources import READERS, Annotation, Scan
 
-READERS = 4
-"""Readers of LIDC-IDRI: a cluster of more annotations joins several nodules."""
 TOLERANCE_STEP = 0.9
 SMALLEST_TOLERANCE_MM = 0.1
 _ROUNDING_MM = 1e-3
@@ -83,24 +82,31 @@ class Nodule:
         return replace(self, corner=per_axis(side.start for side in box), mask=moved[box])
 
 
-def find_nodules(scan: Scan, settings: Layouts) -> list[Nodule]:
-    """The physical nodules of a scan, from feet to head.
+def find_nodules(scan: Scan, settings: Layouts) -> tuple[list[Nodule], tuple[str, ...]]:
+    """The physical nodules of a scan, from feet to head, and notes on those left out for lack of agreement.
 
     Contours are clustered and merged by consensus; nodules of fewer than `settings.minimum_readers` distinct readers,
     and those without a voxel at `settings.consensus`, are left out. For labels, every 26-connected component of
     the label `NODULE` is a nodule, whatever the settings.
     """
-    nodules = (
-        _labelled_nodules(scan.labels)
-        if scan.labels is not None
-        else [
-            nodule
-            for cluster in cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm)
-            if (nodule := consensus(cluster, settings.consensus, settings.consensus_by)) is not None
-            and nodule.readers >= settings.minimum_readers
-        ]
-    )
-    return sorted(nodules, key=lambda nodule: centroid_mm(nodule.volume_in(scan.ct))[::-1].tolist())
+    nodules, notes = (_labelled_nodules(scan.labels), ()) if scan.labels is not None else _agreed(scan, settings)
+    return sorted(nodules, key=lambda nodule: centroid_mm(nodule.volume_in(scan.ct))[::-1].tolist()), notes
+
+
+def _agreed(scan: Scan, settings: Layouts) -> tuple[list[Nodule], tuple[str, ...]]:
+    """The nodules that the readers of a scan agree on, in the order of its annotations, and notes."""
+    clusters = [
+        cluster
+        for cluster in cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm, scan.readers)
+        if len({annotation.reader for annotation in cluster}) >= settings.minimum_readers
+    ]
+    agreed = [consensus(cluster, settings.consensus, settings.consensus_by) for cluster in clusters]
+    nodules = [nodule for nodule in agreed if nodule is not None]
+    if not (lost := len(agreed) - len(nodules)):
+        return nodules, ()
+    verbs = ("has", "was") if lost == 1 else ("have", "were")
+    where = f"no voxel at layouts.consensus {settings.consensus:g}"
+    return nodules, (f"{plural(lost, 'nodule')} {verbs[0]} {where} and {verbs[1]} left out",)
 
 
 def centroid_mm(mask: Volume) -> np.ndarray:
@@ -135,17 +141,22 @@ def number_voxels(nodules: Sequence[Nodule], shape: tuple[int, int, int]) -> np.
 
 
 def cluster_annotations(
-    annotations: Sequence[Annotation], affine: np.ndarray, slice_thickness_mm: float | None = None
+    annotations: Sequence[Annotation],
+    affine: np.ndarray,
+    slice_thickness_mm: float | None = None,
+    most_readers: int = READERS,
 ) -> list[list[Annotation]]:
     """Group the annotations of one scan into physical nodules.
 
     Two annotations are linked if their contours are within the slice thickness (single linkage). While a cluster has
-    more than four annotations, or two of one reader, its tolerance is reduced by a tenth, down to 0.1 mm.
+    more annotations than the scan has readers, or two of one reader, its tolerance is reduced by a tenth, down to
+    0.1 mm.
 
     Args:
         annotations: of one scan.
         affine: (4, 4) of the scan, index -> mm.
         slice_thickness_mm: None: the distance between slices.
+        most_readers: of the scan, see `Scan.readers`.
 
     Returns:
         Clusters in the order of their first annotation.
@@ -162,7 +173,7 @@ def cluster_annotations(
         members, tolerance = open_groups.pop()
         _, part = connected_components(distances[np.ix_(members, members)] <= tolerance + _ROUNDING_MM, directed=False)
         for cluster in (members[part == number] for number in range(part.max() + 1)):
-            too_many = len(cluster) > READERS or len(np.unique(readers[cluster])) < len(cluster)
+            too_many = len(cluster) > most_readers or len(np.unique(readers[cluster])) < len(cluster)
             if too_many and tolerance > SMALLEST_TOLERANCE_MM:
                 open_groups.append((cluster, max(tolerance * TOLERANCE_STEP, SMALLEST_TOLERANCE_MM)))
             else:

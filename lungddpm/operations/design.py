@@ -111,7 +111,7 @@ def run_design(
     """
     config = load_plan_config(*configs)
     tables = tables if results is None else [results / "cases" / "cases.tsv"]
-    cohort = count_cohort(config, first_table(tables), scans)
+    cohort = count_cohort(config, first_table(tables, config), scans)
     components, origin = _components(config, results, assumed)
     own = design_of(config, cohort.test - cohort.test_without_nodule)
     costs = {} if results is None else _timed_costs(config, results)

@@ -132,7 +132,7 @@ def _pack(one: DisplaySample) -> tuple[dict[str, Any], dict[str, str]]:
         "title": one.case_id + origin + (f" ({one.why})" if one.why else ""),
         "shape": sample.ct.shape,
         "spacing_mm": sample.ct.spacing_mm.tolist(),
-        "origin_mm": sample.ct.affine[:3, 3].tolist(),
+        "affine": sample.ct.affine.tolist(),
         "limit_hu": limit_hu,
         "volumes": {name: key for name, (key, _) in arrays.items()},
         "nodules": list_nodules(sample),

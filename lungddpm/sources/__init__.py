@@ -49,6 +49,10 @@ _NO_SOURCES = {"index"}
 """Other modules in this folder."""
 
 
+READERS = 4
+"""Of a scan of LIDC-IDRI."""
+
+
 @dataclass(frozen=True)
 class Series:
     """One CT series as described by its headers: a row of the index."""
@@ -116,6 +120,8 @@ class Scan:
     """Every file that was read, for provenance."""
     notes: tuple[str, ...] = ()
     """Remarks for the user on how it was read, a clause each; stored in `qc.notes` of `case.json`."""
+    readers: int = READERS
+    """How many people read the scan, at most: a group of more annotations marks several nodules."""
 
 
 @dataclass(frozen=True)

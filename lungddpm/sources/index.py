@@ -224,7 +224,7 @@ def join_data_sets(
             get the name of the data set in front.
 
     Raises:
-        InputError: two data sets share a patient, or a series.
+        InputError: two data sets share a patient, or a usable series.
     """
     joined = list(internal)
     for name, rows in externals.items():
@@ -239,15 +239,22 @@ def join_data_sets(
 
 
 def _check_apart(name: str, rows: list[dict], others: list[dict]) -> None:
-    """Make sure that an external test set has no patient and no series of another data set."""
+    """Make sure that an external test set has no patient and no usable series of another data set.
+
+    A series that only an XML file names is not a scan: each part of a divided LIDC-IDRI may have the XML of all.
+    """
     remedies = {
         "patient_id": f"If they are other people, set external_tests.{name}.distinct_patients: true; if they are the "
         "same, take their scans out of one of the two.",
         "series_uid": "It is the same scan: take it out of one of the two.",
     }
     for column, remedy in remedies.items():
-        owner = {row[column].casefold(): row["data_set"] for row in others if row[column]}
-        if shared := sorted({row[column] for row in rows if row[column].casefold() in owner}):
+        ours, theirs = (
+            [row for row in side if row[column] and (column == "patient_id" or row["status"] == "ok")]
+            for side in (rows, others)
+        )
+        owner = {row[column].casefold(): row["data_set"] for row in theirs}
+        if shared := sorted({row[column] for row in ours if row[column].casefold() in owner}):
             what = {"patient_id": "patient ids", "series_uid": "series"}[column]
             more = f" and {len(shared) - 3} more" if len(shared) > 3 else ""
             other = owner[shared[0].casefold()]

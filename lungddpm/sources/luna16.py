@@ -22,7 +22,7 @@ from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.labels import Label
 from lungddpm.core.progress import Progress
 from lungddpm.core.text import plural
-from lungddpm.core.volume import AIR_HU, Volume, per_axis
+from lungddpm.core.volume import Volume, per_axis, whole_hu
 from lungddpm.sources import Scan, Series
 from lungddpm.sources.images.files import files_of, read_header, read_stored, stem_of, suffix_of
 from lungddpm.sources.images.patients import PatientOf, patient_finder
@@ -126,11 +126,9 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     except InputError as error:
         raise ExcludedCaseError(error.what, error.problem, error.remedy) from None
     array = stored.array
-    if array.dtype.kind == "f":
-        if not np.isfinite(array).all():
-            raise ExcludedCaseError(image, "has NaN or infinite values", "Copy it again.")
-        array = np.rint(array)
-    ct = stored.like(np.clip(array, AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ExcludedCaseError(image, "has NaN or infinite values", "Copy it again.")
+    ct = stored.like(whole_hu(array))
     files = (*files_of(image), *annotated)
     if settings.nodules == "spheres":
         spheres = read_spheres(annotated[0]).get(case["series_uid"], [])

@@ -14,6 +14,7 @@ from lungddpm.core.volume import (
     occupancy,
     resample_image,
     resample_upright,
+    whole_hu,
 )
 
 
@@ -38,6 +39,19 @@ def blob(shape=(60, 52, 30), centre=(33.4, 20.7, 14.2), sigma=(6, 5, 3)):
     axes = np.ogrid[tuple(slice(n) for n in shape)]
     exponent = sum(((a - c) / s) ** 2 for a, c, s in zip(axes, centre, sigma, strict=True))
     return np.exp(-exponent / 2).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([-3024.0, -1024.4, -0.6, 41.5, 42.5, 1e9]), [-1024, -1024, -1, 42, 42, 32767]),
+        (np.array([-3024, 7, 70_000], np.int32), [-1024, 7, 32767]),
+        (np.array([0, 65535], np.uint16), [0, 32767]),
+    ],
+)
+def test_whole_hu(values, expected):
+    hu = whole_hu(values)
+    assert (hu.dtype, hu.tolist()) == (np.int16, expected)
 
 
 @pytest.mark.parametrize("flips", [(1, 1, 1), (-1, -1, 1), (1, -1, -1)])

@@ -19,7 +19,7 @@ from lungddpm.core.volume import AIR_HU, Volume, model_grid, occupancy, read_vol
 from lungddpm.layouts import compose
 from lungddpm.layouts.compose import build_case, nodules_on_grid, run_prepare
 from lungddpm.layouts.nodules import centroid_mm
-from lungddpm.sources import Scan
+from lungddpm.sources import Annotation, Contour, Scan
 from lungddpm.sources.index import INDEX_COLUMNS, read_index, write_index
 
 SIZE = (64, 64, 64)
@@ -101,6 +101,19 @@ def test_qc_agrees_with_the_truth(patient, case):
 def test_notes_on_how_the_scan_was_read_are_kept(patient):
     scan = replace(labelled(patient), notes=("read with tongs",))
     assert build_case(scan, Config()).qc["notes"] == ["read with tongs"]
+
+
+def test_nodules_that_the_readers_do_not_agree_on_are_noted(patient):
+    """Of two readers on adjacent slices, in a scan that the lungs are segmented in."""
+    size, slices = 12, (30, 31)
+    middle = np.argwhere(patient.lungs[:, :, 30]).mean(axis=0).astype(int)
+    side = np.arange(size)
+    ring = np.r_[np.c_[side, 0 * side], np.c_[0 * side + size, side], np.c_[size - side, 0 * side + size],
+                 np.c_[0 * side, size - side]] + middle  # fmt: skip
+    marks = tuple(Annotation(reader, (Contour(k, ring),)) for reader, k in enumerate(slices))
+    qc = build_case(Scan(patient.ct, marks), Config(layouts={"consensus": 1.0})).qc
+    assert (qc["n_nodules"], qc["nodules"]) == (0, [])
+    assert qc["notes"] == ["1 nodule has no voxel at layouts.consensus 1 and was left out"]
 
 
 def test_every_nodule_is_described(patient, case):
@@ -396,6 +409,18 @@ def test_only_what_has_changed_is_done_again(cohort):
 
     cohort.prepare(Config(grid=Grid(size=(32, 32, 32))), shard=4, shards=5)
     assert cohort.loads == ["case4"]
+
+
+def test_a_series_that_has_got_more_slices_is_read_again(cohort):
+    """Its row shows it, although the files that were read are unchanged."""
+    cohort.prepare(shard=0, shards=5)
+    index = read_index(cohort.root / "index.tsv")
+    index.loc[index["case_id"] == "case0", "size_z"] = 2
+    write_index(cohort.root / "index.tsv", index.to_dict("records"))
+    assert cohort.prepare(shard=0, shards=5).loc["case0", "size_z"] == 2
+    assert cohort.loads == ["case0"]
+    cohort.prepare(shard=0, shards=5)
+    assert cohort.loads == []
 
 
 def test_a_shard_without_cases_writes_an_empty_table(cohort):

@@ -196,7 +196,7 @@ def test_labels_that_are_not_lung_are_distinguished_from_wrong_values(patient, w
         "all of the body": patient.ct.array > -500,
     }
     error = hounsfield_problem(patient.ct.array, labels[wrong], LIMITS)
-    assert "looks like Hounsfield units, but what is labelled lung (1) is not lung" in error
+    assert "looks like Hounsfield units, but what is labelled lung is not lung" in error
 
 
 def scan_of(patient, hu, *names):
@@ -214,8 +214,19 @@ def scan_of(patient, hu, *names):
 def test_no_case_is_made_of_it_whatever_the_labels(patient, labels, case):
     spoil, description = SPOILT[case]
     hu = spoil(np.maximum(patient.ct.array, AIR_HU))
-    with pytest.raises(ExcludedCaseError, match=f"not in Hounsfield units: .*{description}.*Export the CT in"):
+    with pytest.raises(ExcludedCaseError, match=f"not in Hounsfield units: .*{description}") as error:
         build_case(scan_of(patient, hu, *labels), Config())
+    # Nothing about labels: DICOM has none, and those of nnU-Net or of the config have other numbers.
+    assert error.value.remedy == "Export the CT in Hounsfield units (air -1000, water 0)."
+
+
+def test_the_remedy_for_a_wrong_label_is_about_the_label(patient):
+    scan = scan_of(patient, patient.ct.array, Label.NODULE)
+    scan.labels[patient.ct.array > -500] = Label.LUNG
+    with pytest.raises(ExcludedCaseError, match="what is labelled lung is not lung") as error:
+        build_case(scan, Config())
+    assert "1" not in error.value.problem.partition("(")[0]
+    assert error.value.remedy == "Correct the labels."
 
 
 def test_the_limits_are_those_of_the_config(patient):

@@ -129,7 +129,7 @@ def test_tolerance_of_other_clusters_does_not_shrink():
 
 def test_repeated_reader_who_touches_is_united_and_flagged():
     first, second, other = drawn(0, slices=(3,), m=2), drawn(0, slices=(3,), shift=6, m=5), drawn(1, high=14, m=4)
-    (nodule,) = nodules.find_nodules(scan_of(first, second, other), Layouts(consensus=1.0))
+    (nodule,), _ = nodules.find_nodules(scan_of(first, second, other), Layouts(consensus=1.0))
     assert (nodule.readers, nodule.flagged, nodule.characteristics) == (2, True, {"m": 4.0})
     assert nodule.voxels == 2 * 25
 
@@ -196,8 +196,8 @@ def test_staple_is_chosen_in_the_config():
     masks = np.ones((3, 9, 9, 1), bool)
     masks[:2] = np.pad(np.ones((1, 7, 7, 1), bool), [(0, 0), (1, 1), (1, 1), (0, 0)])
     probability, _, _ = expectation_maximization(np.pad(masks, [(0, 0)] + [(1, 1)] * 3))
-    (by_vote,) = nodules.find_nodules(scan, Layouts(consensus=1 / 3))
-    (by_staple,) = nodules.find_nodules(scan, Layouts(consensus=1 / 3, consensus_by="staple"))
+    (by_vote,), _ = nodules.find_nodules(scan, Layouts(consensus=1 / 3))
+    (by_staple,), _ = nodules.find_nodules(scan, Layouts(consensus=1 / 3, consensus_by="staple"))
     assert by_vote.voxels == 9**2
     assert by_staple.voxels == np.count_nonzero(probability >= 1 / 3) == 7**2
 
@@ -209,10 +209,22 @@ def test_characteristics_are_medians():
 
 def test_fewer_readers_than_asked_for_and_empty_consensus_are_left_out():
     pair = [drawn(0, slices=(3,)), drawn(1, slices=(4,))]
-    assert nodules.find_nodules(scan_of(*pair), Layouts(consensus=1.0)) == []
-    assert len(nodules.find_nodules(scan_of(*pair), Layouts(consensus=0.5))) == 1
-    assert nodules.find_nodules(scan_of(*pair), Layouts(consensus=0.5, minimum_readers=3)) == []
-    assert nodules.find_nodules(scan_of(), Layouts()) == []
+    note = "1 nodule has no voxel at layouts.consensus 1 and was left out"
+    assert nodules.find_nodules(scan_of(*pair), Layouts(consensus=1.0)) == ([], (note,))
+    found, notes = nodules.find_nodules(scan_of(*pair), Layouts(consensus=0.5))
+    assert (len(found), notes) == (1, ())
+    # What the user asks for needs no note.
+    for level in (0.5, 1.0):
+        assert nodules.find_nodules(scan_of(*pair), Layouts(consensus=level, minimum_readers=3)) == ([], ())
+    assert nodules.find_nodules(scan_of(), Layouts()) == ([], ())
+
+
+def test_nodules_without_a_consensus_are_counted():
+    """STAPLE trusts neither of two readers who share no voxel."""
+    pairs = [drawn(reader, slices=(3 + reader,), shift=shift) for shift in (0, 20) for reader in (0, 1)]
+    found, notes = nodules.find_nodules(scan_of(*pairs), Layouts(consensus_by="staple"))
+    assert found == []
+    assert notes == ("2 nodules have no voxel at layouts.consensus 0.5 and were left out",)
 
 
 def test_labels_give_components_that_touch_at_corners_as_one():
@@ -221,7 +233,7 @@ def test_labels_give_components_that_touch_at_corners_as_one():
     labels[3:5, 3:5, 3] = labels[5, 5, 4] = 2
     labels[10, 10, 1] = 2
     labels[30, 30, 10] = 3
-    found = nodules.find_nodules(scan_of(labels=labels), Layouts(minimum_readers=3))
+    found, _ = nodules.find_nodules(scan_of(labels=labels), Layouts(minimum_readers=3))
     assert [(nodule.corner, nodule.voxels, nodule.readers) for nodule in found] == [
         ((10, 10, 1), 1, 1),
         ((3, 3, 3), 5, 1),
@@ -239,7 +251,9 @@ def test_nodules_run_from_feet_to_head_whichever_way_the_slices_do():
     turn = np.diag([1.0, 1, -1, 1])
     turn[2, 3] = labels.shape[2] - 1
     turned = Scan(Volume(upright.ct.array, AFFINE @ turn), labels=labels[:, :, ::-1])
-    assert [[n.voxels for n in nodules.find_nodules(scan, Layouts())] for scan in (upright, turned)] == [[1, 3, 2]] * 2
+    assert [[n.voxels for n in nodules.find_nodules(scan, Layouts())[0]] for scan in (upright, turned)] == [
+        [1, 3, 2]
+    ] * 2
 
 
 def test_numbers_of_nodules_show_the_smaller_one_on_top():
@@ -459,7 +473,7 @@ def box_of(annotations):
 @pytest.mark.parametrize("patient", ["LIDC-IDRI-0001", "LIDC-IDRI-0003"])
 @pytest.mark.parametrize("level", [0.25, 0.5, 0.75, 1.0])
 def test_equals_the_oracle_voxel_for_voxel(real_scans, shared_data, oracle, patient, level):
-    found = nodules.find_nodules(real_scans[patient], Layouts(consensus=level))
+    found, _ = nodules.find_nodules(real_scans[patient], Layouts(consensus=level))
     painted = np.zeros(real_scans[patient].ct.shape, bool)
     for nodule in found:
         nodule.paste(painted)

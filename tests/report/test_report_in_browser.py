@@ -9,11 +9,16 @@ from html import unescape
 
 import numpy as np
 import pytest
+from jinja2 import Environment, PackageLoader
 
 from lungddpm.core.cases import CaseFolder
 from lungddpm.core.drawing import PLANES, oriented_slice
-from lungddpm.quality.image_quality import read_sample
+from lungddpm.core.labels import Label
+from lungddpm.core.volume import Volume
+from lungddpm.quality.image_quality import Sample, read_sample
 from lungddpm.report.page import run_report
+from lungddpm.report.samples import DisplaySample
+from lungddpm.report.viewer import viewer_values
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +70,22 @@ addEventListener("load", async () => {
   const note = document.createElement("pre");
   note.id = "seen";
   note.textContent = JSON.stringify({...seen, errors});
+  document.body.append(note);
+});
+</script>"""
+
+# What is written of the slices, and of the axial voxel (12, 3), found by where plotly has drawn it.
+PROBE_POSITIONS = """<script>
+addEventListener("load", async () => {
+  while (!document.getElementById("viewer").dataset.shows) await new Promise(done => setTimeout(done, 50));
+  const axial = document.getElementById("viewer-axial"), {x0, dx, y0, dy} = axial.data[0];
+  axial.emit("plotly_hover", {points: [{x: x0 + 12 * dx, y: y0 + 3 * dy}]});
+  const note = document.createElement("pre");
+  note.id = "seen";
+  note.textContent = JSON.stringify({
+    slices: ["axial", "coronal", "sagittal"].map(name => document.getElementById("viewer-at-" + name).textContent),
+    hovered: document.getElementById("viewer-values").textContent,
+  });
   document.body.append(note);
 });
 </script>"""
@@ -202,6 +223,35 @@ def test_slices_in_a_browser(make_results, browse):
     check("mediastinum", samples[0], (2, 2, 2), mediastinum)
     check("nodule", samples[0], nodule, mediastinum)
     check("other", samples[1], nodule, mediastinum)
+
+
+def test_positions_are_those_of_a_rotated_grid(open_page, tmp_path):
+    """As of a patient who lay 10 degrees askew: a voxel's x depends on its row, too."""
+    shape, spacing, angle = (40, 36, 30), (5.0, 6.0, 7.0), np.radians(10)
+    affine = np.eye(4)
+    affine[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+    affine[:3, :3] *= spacing
+    affine[:3, 3] = [-90, -120, -400]
+    layout = np.zeros(shape, np.uint8)
+    layout[30, 25, 8] = Label.NODULE
+    sample = Sample(Volume(np.zeros(shape, np.int16), affine), Volume(layout, affine), reference=None)
+    template = '<!DOCTYPE html><body>{% from "viewer.html.jinja" import view %}{{ view(viewer) }}'
+    page = Environment(loader=PackageLoader("lungddpm.report", "templates"), autoescape=True).from_string(template)
+    html = page.render(viewer=viewer_values([DisplaySample("external", "a", "", sample)]))
+    (tmp_path / "page.html").write_text(html + PROBE_POSITIONS, encoding="utf-8")
+    seen = open_page(tmp_path / "page.html")
+
+    def shown_mm(voxel):
+        return [f"{value:.0f}".replace("-", "−") for value in np.rint(affine @ [*voxel, 1])[:3]]
+
+    x, y, z = shown_mm((30, 25, 8))
+    assert seen["slices"] == [
+        f"slice 9 of 30, z = {z} mm",
+        f"slice 26 of 36, y = {y} mm",
+        f"slice 31 of 40, x = {x} mm",
+    ]
+    x, y, z = shown_mm((12, 3, 8))
+    assert seen["hovered"].startswith(f"x {x}, y {y}, z {z} mm: ")
 
 
 def test_the_page_fits_a_phone(make_results, open_page, tmp_path):

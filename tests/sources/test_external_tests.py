@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 import yaml
+from lidc_files import nodule, roi, write_series, xml
 from typer.testing import CliRunner
 
 from lungddpm.arms.splits import assign_roles
@@ -77,6 +78,23 @@ def test_a_series_of_two_data_sets_is_one_scan_whatever_the_user_says(indexed):
     own, other = own | {"series_uid": "1.2.3"}, other | {"series_uid": "1.2.3"}
     with pytest.raises(InputError, match="shares series with the data set 'internal': 1.2.3. It is the same scan"):
         join_data_sets([own], {"task06": [other]}, {"task06"})
+
+
+def test_a_series_named_without_its_images_is_not_a_scan_of_either_data_set(tmp_path):
+    """LIDC-IDRI split over two folders, each beside the XML of the whole collection."""
+    uids = {"own": ("P-01", "1.2.3"), "clinic": ("P-02", "1.2.4")}
+    for name, (patient, series) in uids.items():
+        write_series(tmp_path / name / patient, patient=patient, series=series)
+        for _, uid in uids.values():
+            file = tmp_path / name / "tcia-lidc-xml" / f"{uid}.xml"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(xml(nodule(roi(1, series=uid)), series=uid))
+    own, clinic = (index_source("lidc", tmp_path / name) for name in uids)
+    joined = join_data_sets(own, {"clinic": clinic})
+    assert [(row["data_set"], row["series_uid"]) for row in joined if row["status"] == "ok"] == [
+        ("internal", "1.2.3"), ("clinic", "1.2.4"),
+    ]  # fmt: skip
+    assert [row["series_uid"] for row in joined if row["status"] == "excluded"] == ["1.2.4", "1.2.3"]
 
 
 def test_external_patients_are_tested_and_change_nobody_elses_role(indexed, caplog):

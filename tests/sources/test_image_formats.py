@@ -17,7 +17,8 @@ from lungddpm.sources.index import Cache, index_source
 
 SHAPE = (8, 7, 6)
 CT = np.random.default_rng(2).integers(-1000, 2000, SHAPE).astype(np.int16)
-LABELS = np.random.default_rng(3).integers(0, 4, SHAPE).astype(np.uint8)
+LABELS = np.random.default_rng(8).integers(0, 4, SHAPE).astype(np.uint8)
+"""One nodule, without a speck."""
 SPACING, ORIGIN = (0.7, 0.8, 2.5), (10.0, -20.0, 30.0)
 NAMES = ["a.nii", "a.nii.gz", "a.nrrd", "a.mha", "a.mhd"]
 

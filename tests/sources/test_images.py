@@ -21,7 +21,8 @@ from lungddpm.sources.index import Cache, index_source, read_index, write_index
 SHAPE = (8, 7, 6)
 AFFINE = np.diag([0.7, 0.8, 2.5, 1.0])
 CT = np.random.default_rng(2).integers(-1000, 2000, SHAPE).astype(np.int16)
-LABELS = np.random.default_rng(3).integers(0, 4, SHAPE).astype(np.uint8)
+LABELS = np.random.default_rng(8).integers(0, 4, SHAPE).astype(np.uint8)
+"""One nodule, without a speck."""
 
 
 def save(path, array, affine=AFFINE):

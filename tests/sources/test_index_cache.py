@@ -7,7 +7,7 @@ import shutil
 import nibabel
 import numpy as np
 import pytest
-from lidc_files import SLICES, nodule, roi, write_case, write_slice, xml
+from lidc_files import SLICES, nodule, roi, write_case, write_series, write_slice, xml
 
 from lungddpm.sources import images, lidc
 from lungddpm.sources import index as source_index
@@ -104,6 +104,22 @@ def test_copies_are_compared_once_and_again_when_one_changes(tree, monkeypatch):
     rows = index(tree)
     assert rows == index_source("lidc", tree / "data")
     assert "spread over 2 folders" in rows[1]["reason"]
+
+
+def test_series_in_the_same_folders_are_kept_apart(tree):
+    """One is divided over two folders, of the other there is a copy in the second one."""
+    first, second = tree / "data" / "one", tree / "data" / "other"
+    write_series(first, [0, 1, 2], series="1.2.4", patient="P-04")
+    write_series(second, [3, 4], series="1.2.4", patient="P-04")
+    for k in range(SLICES):
+        for folder in (first, second):
+            write_slice(folder / f"b{k}.dcm", k, series="1.2.5", patient="P-05")
+    for number in (4, 5):
+        (first / f"{number}.xml").write_text(xml(nodule(roi(1, series=f"1.2.{number}")), series=f"1.2.{number}"))
+    expected = index_source("lidc", tree / "data")
+    assert [row["status"] for row in expected] == ["ok"] * 5 + ["excluded"]
+    assert [row["path"] for row in expected[3:5]] == [".", "one"]
+    assert index(tree) == index(tree) == expected
 
 
 def test_images_that_arrive_later_find_their_reads(tree):

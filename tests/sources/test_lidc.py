@@ -246,12 +246,6 @@ def drop_reads(folder):
     (folder / "reads.xml").unlink()
 
 
-def split(folder, rest):
-    rest.mkdir()
-    for name in ("000086.dcm", "000087.dcm"):
-        (folder / name).rename(rest / name)
-
-
 def as_radiograph(folder):
     for k in range(SLICES):
         write_slice(folder / f"{90 - k:06d}.dcm", k, Modality="DX")
@@ -275,7 +269,6 @@ ERRORS = {
         lambda f: (f / "reads.xml").write_text(xml(root="IdriReadMessage")),
         "readings of a chest radiograph",
     ),
-    "two folders": (lambda f: split(f, f.parent / "rest"), "spread over 2 folders"),
     "single slice": (lambda f: [(f / f"{90 - k:06d}.dcm").unlink() for k in range(1, SLICES)], "single slice"),
 }
 

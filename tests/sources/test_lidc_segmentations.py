@@ -208,6 +208,28 @@ def test_a_cluster_is_split_where_a_reader_drew_both(tmp_path):
         assert len(cluster_annotations(scan.annotations, scan.ct.affine, scan.slice_thickness_mm)) == nodules
 
 
+NESTED = [box((k, 10 - k), (k, 12 - k), (1, 3)) for k in (1, 2, 3, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("ids", "nodules"),
+    [
+        # Five people, by their prefixes.
+        (["anna_1", "ben_1", "cleo_1", "dan_1", "eva_1"], 1),
+        (["anna_1", "ben_1", "cleo_1", "dan_1", "7"], 1),
+        # Four of LIDC-IDRI's: the gap between 7 and 500 makes two of one.
+        (["IL057_1", "MI014_1", "Nodule 001", "7", "500"], 4),
+    ],
+)
+def test_a_nodule_may_have_as_many_readers_as_are_named(tmp_path, ids, nodules):
+    write_idc(tmp_path, dict(zip(ids, NESTED, strict=True)))
+    found, _ = find_nodules(load(tmp_path), Layouts())
+    assert len(found) == nodules
+    if nodules == 1:
+        assert found[0].readers == 5
+        assert found[0].voxels == np.count_nonzero(NESTED[2])
+
+
 def test_several_segments_in_one_object_and_frames_of_a_part_of_the_slice(tmp_path):
     folder = write_series(tmp_path / "ct")
 
@@ -433,7 +455,7 @@ def without_xml(top, source, row, write):
 
 
 def assert_same_nodules(by_xml, by_object, level, **keys):
-    one, other = (find_nodules(scan, Layouts(consensus=level, **keys)) for scan in (by_xml, by_object))
+    one, other = (find_nodules(scan, Layouts(consensus=level, **keys))[0] for scan in (by_xml, by_object))
     assert [nodule.corner for nodule in one] == [nodule.corner for nodule in other]
     assert [nodule.readers for nodule in one] == [nodule.readers for nodule in other]
     for nodule_of_xml, nodule_of_object in zip(one, other, strict=True):

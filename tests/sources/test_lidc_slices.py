@@ -287,7 +287,70 @@ def test_copies_that_differ_stay_an_error(tmp_path):
     write_case(tmp_path)
     again = write_series(tmp_path / "P-01" / "zz backup")
     write_slice(again / "000088.dcm", 2, PixelData=bytes(2 * ROWS * COLUMNS))
-    assert "series is spread over 2 folders" in only(tmp_path).excluded
+    assert only(tmp_path).excluded == (
+        "P-01: series is spread over 2 folders (P-01/a study/1.2.3, P-01/zz backup). P-01/a study/1.2.3: 000088.dcm "
+        "and 000088.dcm are different slices at the same position. Keep one of them."
+    )
+
+
+DIVIDED = {
+    "halves": [[0, 1, 2], [3, 4]],
+    "every other slice": [[0, 2, 4], [1, 3]],
+    "a folder each": [[k] for k in range(SLICES)],
+    "with a copy of a half": [[0, 1, 2], [3, 4], [0, 1]],
+    "overlapping": [[0, 1, 2], [2, 3, 4]],
+}
+
+
+@pytest.mark.parametrize("name", DIVIDED)
+def test_a_series_divided_over_folders_is_one_scan(tmp_path, name):
+    """As on CDs and in exports of a PACS."""
+    for number, slices in enumerate(DIVIDED[name]):
+        write_series(tmp_path / "cd" / f"DIR{number:03d}", slices)
+    (tmp_path / "cd" / "reads.xml").write_text(xml(nodule(roi(1), roi(2))))
+    (row,) = index_source("lidc", tmp_path)
+    assert (row["status"], row["size_z"], row["path"]) == ("ok", SLICES, "cd")
+    note, *_ = notes_of(tmp_path)
+    assert note.startswith(f"its slices are in {len(DIVIDED[name])} folders (cd/DIR000, cd/DIR001")
+    assert_true_scan(tmp_path)
+    scan = load(tmp_path)
+    assert [contour.slice_index for contour in scan.annotations[0].contours] == [1, 2]
+    assert len(scan.files) == SLICES + 1
+
+
+def test_a_part_may_be_in_a_folder_below_another(tmp_path):
+    folder = write_series(tmp_path / "ct", [0, 1, 2])
+    write_series(folder / "more", [3, 4])
+    (folder / "reads.xml").write_text(xml(nodule(roi(1))))
+    assert_true_scan(tmp_path)
+
+
+def test_slices_missing_from_a_divided_series_are_missed(tmp_path):
+    write_series(tmp_path / "DIR000", [0, 1])
+    write_series(tmp_path / "DIR001", [3, 4])
+    assert "series is spread over 2 folders (DIR000, DIR001). DIR000: 1 slice(s) missing" in only(tmp_path).excluded
+
+
+def test_damage_beside_a_part_excludes_the_series(tmp_path):
+    write_series(tmp_path / "DIR000", [0, 1, 2])
+    write_series(tmp_path / "DIR001", [3, 4])
+    (tmp_path / "reads.xml").write_text(xml(nodule(roi(1))))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.dcm").write_bytes(b"nothing")
+    row, other = index_source("lidc", tmp_path)
+    assert (row["status"], other["status"]) == ("ok", "excluded")
+    assert lidc.load_scan(tmp_path, row).ct.shape[2] == SLICES
+    (tmp_path / "elsewhere" / "x.dcm").rename(tmp_path / "DIR001" / "x.dcm")
+    (row,) = index_source("lidc", tmp_path)
+    assert row["reason"].startswith("DIR001/x.dcm: is empty or not a DICOM file")
+    with pytest.raises(ExcludedCaseError, match="x.dcm: is empty"):
+        lidc.load_scan(tmp_path, row)
+
+
+def test_a_divided_series_of_two_patients_is_refused(tmp_path):
+    write_series(tmp_path / "DIR000", [0, 1, 2])
+    write_series(tmp_path / "DIR001", [3, 4], patient="P-02")
+    assert only(tmp_path).excluded == "DIR000: the slices do not have one PatientID. Fix the headers."
 
 
 # ---------------------------------------------------------------- multi-frame files

@@ -5,7 +5,7 @@ imagesTr/, labelsTr/, dataset.json        nnU-Net's raw data and the Medical Seg
                                           if labelsTs/ has its labels
 
 nnU-Net's channel suffix on the image (`case_0000.nii.gz` with the label `case.nii.gz`) is optional. One module
-per question: `files` (formats), `folders` (pairs), `meanings` (of labels), `patients`.
+per question: `files` (formats), `folders` (pairs), `meanings` (of labels), `specks` (in labels), `patients`.
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import numpy as np
 from lungddpm.core.cases import check_case
 from lungddpm.core.errors import ExcludedCaseError, InputError
 from lungddpm.core.progress import LOG, Progress
+from lungddpm.core.text import plural
 from lungddpm.core.volume import (
     AIR_HU,
     LARGEST_VOXELS,
+    SMALLEST_RANGE_HU,
     Header,
     Volume,
     is_sheared,
     resample_upright,
     tilt_degrees,
     upright_grid,
+    whole_hu,
 )
 from lungddpm.sources import Scan, Series
 from lungddpm.sources.images.files import files_of, read_header, read_labels, read_volume, suffix_of
@@ -38,6 +41,7 @@ from lungddpm.sources.images.folders import DATASET, Pair, case_name, describe_u
 from lungddpm.sources.images.meanings import meanings_of, translate
 from lungddpm.sources.images.patients import PatientOf, patient_finder
 from lungddpm.sources.images.settings import Images as Settings
+from lungddpm.sources.images.specks import SMALLEST_MM, fill_specks
 from lungddpm.sources.index import Cache, case_ids, reason_of
 
 if TYPE_CHECKING:
@@ -49,8 +53,6 @@ TITLE = "chest CT as NIfTI, NRRD or MetaImage, in folders of your own, of nnU-Ne
 CITATION = "None: cite the data set."
 
 _DEFAULTS = Settings()
-_NORMALISED_RANGE = 60.0
-"""Smallest range of HU of a CT."""
 
 
 def find_series(path: Path, cache: Cache, settings: Settings = _DEFAULTS) -> list[Series]:
@@ -93,7 +95,7 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
         settings: meaning of the labels.
 
     Returns:
-        The CT in HU, at least -1024, with its labels; only `build_case` can judge whether it is in HU.
+        The CT in HU, at least -1024, with its labels but for specks; only `build_case` can judge whether it is in HU.
 
     Raises:
         ExcludedCaseError: an unreadable file, different grids, a CT that holds NaN or is constant, or unknown labels.
@@ -116,9 +118,13 @@ def load_scan(path: Path, case: pd.Series, settings: Settings = _DEFAULTS) -> Sc
     low, high = float(ct.array.min()), float(ct.array.max())
     # A smaller range is not HU. `build_case` describes what the values look like, which rounding or
     # padding with air would hide.
-    if high - low > _NORMALISED_RANGE:
-        ct = ct.like(np.clip(np.rint(ct.array), AIR_HU, np.iinfo(np.int16).max).astype(np.int16))
+    if high - low > SMALLEST_RANGE_HU:
+        ct = ct.like(whole_hu(ct.array))
         low = AIR_HU
+    labels, specks = fill_specks(labels)
+    if specks:
+        parts = plural(specks, "part") + " of the nodule label " + ("is" if specks == 1 else "are")
+        notes = (*notes, f"{parts} smaller than a sphere of {SMALLEST_MM:g} mm and left out")
     if is_sheared(ct.affine):
         notes = (
             *notes,

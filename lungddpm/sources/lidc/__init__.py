@@ -9,6 +9,7 @@ doi 10.1118/1.3528204.
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ import numpy as np
 from lungddpm.core.errors import ExcludedCaseError
 from lungddpm.core.progress import LOG, Progress
 from lungddpm.core.volume import Volume, per_axis
-from lungddpm.sources import Scan, Series, Size
+from lungddpm.sources import READERS, Scan, Series, Size
 from lungddpm.sources.index import Cache, case_ids, files_below, reason_of, relative_name
 from lungddpm.sources.lidc.headers import Header, read_headers
 from lungddpm.sources.lidc.pairing import (
@@ -48,13 +49,17 @@ CITATION = "Lung Image Database Consortium and Image Database Resource Initiativ
 
 _DOCUMENTS = {"KO", "PR", "SR"}
 """Modalities without an image: documents about images."""
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The part of one series in one folder, as cached."""
+    """Slices of one series, as cached: those in one folder, or in several if it is divided over them."""
 
     folder: str
+    """That has them all, itself or in folders below."""
+    folders: Sequence[str]
+    """That have slices."""
     series_uid: str
     patients: list[str]
     modalities: list[str]
@@ -86,7 +91,7 @@ def find_series(path: Path, cache: Cache) -> list[Series]:
     nameless |= damaged
     folders = {uid: [part.folder for part in of_series] for uid, of_series in parts.items()}
     reads = read_all(path, xml_files, folders, drawn, cache)
-    parts = {uid: _keep_one_copy(path, of_series, cache) for uid, of_series in parts.items()}
+    parts = {uid: _joined(path, of_series, cache) for uid, of_series in parts.items()}
     found = [
         _describe(uid, of_series, nameless, readings_of(uid, of_series[0].folder, reads))
         for uid, of_series in parts.items()
@@ -94,7 +99,7 @@ def find_series(path: Path, cache: Cache) -> list[Series]:
     ]
     if documents := len(parts) - len(found):
         LOG.info("%d series are documents, not images (%s)", documents, ", ".join(sorted(_DOCUMENTS)))
-    with_slices = {part.folder for of_series in parts.values() for part in of_series}
+    with_slices = {folder for of_series in parts.values() for part in of_series for folder in part.folders}
     found += [Series("", "", "", path=name, excluded=nameless[name]) for name in nameless if name not in with_slices]
     found += reads.without_images
     found.sort(key=lambda series: (not series.patient_id, series.patient_id, bool(series.excluded), series.series_uid))
@@ -115,13 +120,7 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
     Raises:
         ExcludedCaseError: slices are missing, duplicated or damaged, or the XML does not match them.
     """
-    folder = path / case["path"]
-    slices, problem = read_headers(_files_in(folder))
-    if problem is not None:
-        raise problem
-    if case["series_uid"] not in slices:
-        raise ExcludedCaseError(folder, f"no longer has series {case['series_uid']}", "Index the data set again.")
-    stack = stack_of(slices[case["series_uid"]])
+    stack = stack_of(_slices_below(path / case["path"], case["series_uid"]))
     slices_hu = hounsfield(stack.headers, stack.size[1::-1])
     first = next(slices_hu)
     # Only now: a damaged header could request more memory than there is. Fortran order keeps slices contiguous, here
@@ -132,16 +131,41 @@ def load_scan(path: Path, case: pd.Series) -> Scan:
         array[:, :, k] = slice_hu.T
     readings = [path / name for name in json.loads(case["annotations"])]
     if all(reading.suffix.lower() == ".xml" for reading in readings):
-        annotations = annotations_of(readings, stack)
+        annotations, readers = annotations_of(readings, stack), READERS
     else:
-        annotations = annotations_in(readings, stack)
+        annotations, readers = annotations_in(readings, stack)
     return Scan(
         ct=Volume(array, stack.affine),
         annotations=tuple(annotations),
+        readers=readers,
         slice_thickness_mm=stack.thickness_mm,
         files=(*dict.fromkeys(header.path for header in stack.headers), *readings),
         notes=tuple(json.loads(case.get("notes") or "[]")),
     )
+
+
+def _slices_below(folder: Path, uid: str) -> list[Header]:
+    """The slices of a series in a folder and those below it.
+
+    Raises:
+        ExcludedCaseError: there are none, or a file among them does not name its series.
+    """
+    found: list[Header] = []
+    for inside in _by_folder(files_below(folder)[0]).values():
+        slices, problem = read_headers(inside)
+        if uid in slices and problem is not None:
+            raise problem
+        found += slices.get(uid, [])
+    if not found:
+        raise ExcludedCaseError(folder, f"no longer has series {uid}", "Index the data set again.")
+    return found
+
+
+def _by_folder(files: Iterable[Path]) -> dict[Path, list[Path]]:
+    in_folder: dict[Path, list[Path]] = defaultdict(list)
+    for file in files:
+        in_folder[file.parent].append(file)
+    return in_folder
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -154,14 +178,11 @@ def _read_folders(
     """The parts of every series except SEG and RTSTRUCT by folder, all such objects, and for each folder with files of
     unknown series the reason for the first.
     """
-    in_folder: dict[Path, list[Path]] = defaultdict(list)
-    for file in files:
-        in_folder[file.parent].append(file)
     parts: dict[str, list[_Part]] = defaultdict(list)
     drawn: list[Drawn] = []
     nameless: dict[str, str] = {}
     with Progress("slice headers", total=len(files)) as progress:
-        for folder, inside in in_folder.items():
+        for folder, inside in _by_folder(files).items():
             done = progress.done
             found = cache.recall(
                 f"slices {relative_name(folder, top)}",
@@ -206,8 +227,10 @@ def _part(top: Path, headers: list[Header]) -> _Part:
         size, spacing_mm, notes = stack.size, stack.spacing_mm, stack.notes
     except ExcludedCaseError as error:
         problem = reason_of(error, top)
+    folders = sorted({header.path.parent for header in headers})
     return _Part(
-        folder=relative_name(headers[0].path.parent, top),
+        folder=relative_name(Path(os.path.commonpath(folders)), top),
+        folders=[relative_name(folder, top) for folder in folders],
         series_uid=headers[0]["SeriesInstanceUID"],
         patients=sorted({header["PatientID"] for header in headers}),
         modalities=sorted({header["Modality"] for header in headers}),
@@ -219,22 +242,33 @@ def _part(top: Path, headers: list[Header]) -> _Part:
     )
 
 
-def _keep_one_copy(top: Path, parts: list[_Part], cache: Cache) -> list[_Part]:
-    """The parts of one series; if its folders are copies of each other, the first complete one."""
+def _joined(top: Path, parts: list[_Part], cache: Cache) -> list[_Part]:
+    """The folders of one series as one part; those of several patients as they are."""
     if len(parts) == 1 or len({patient for part in parts for patient in part.patients}) > 1:
         return parts
     folders = [part.folder for part in parts]
     files = [file for folder in folders for file in _files_in(top / folder)]
-    number = cache.recall(f"copies in {json.dumps(folders)}", files, lambda: _complete_copy(top, parts))
-    if number is None:
-        return parts
-    note = f"copies of these slices elsewhere were left out ({', '.join(f for f in folders if f != folders[number])})"
-    return [replace(parts[number], notes=[*parts[number].notes, note])]
+    key = f"series {parts[0].series_uid} in {json.dumps(folders)}"
+    return [_Part(**cache.recall(key, files, lambda: asdict(_join(top, parts))))]
 
 
-def _complete_copy(top: Path, parts: list[_Part]) -> int | None:
-    """The number of the first part with all slices of the others, with equal content."""
+def _join(top: Path, parts: list[_Part]) -> _Part:
+    """The first folder that is complete, if the others are copies of its slices; else the slices of all together."""
+    folders = [part.folder for part in parts]
     of_part = [read_headers(_files_in(top / part.folder))[0].get(part.series_uid, []) for part in parts]
+    if (number := _complete_copy(parts, of_part)) is not None:
+        others = ", ".join(folder for folder in folders if folder != folders[number])
+        note = f"copies of these slices elsewhere were left out ({others})"
+        return replace(parts[number], notes=[*parts[number].notes, note])
+    whole = _part(top, [header for headers in of_part for header in headers])
+    where = f"{len(folders)} folders ({', '.join(folders[:_SHOWN])}{', ...' if len(folders) > _SHOWN else ''})"
+    if whole.problem:
+        return replace(whole, problem=f"{whole.folder}: series is spread over {where}. {whole.problem}")
+    return replace(whole, notes=[f"its slices are in {where}", *whole.notes])
+
+
+def _complete_copy(parts: list[_Part], of_part: list[list[Header]]) -> int | None:
+    """The number of the first part with all slices of the others, with equal content."""
     for number, part in enumerate(parts):
         if part.problem:
             continue
@@ -253,7 +287,7 @@ def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: 
 
     Args:
         uid: SeriesInstanceUID.
-        parts: of the series, by folder.
+        parts: of the series; several only if these have different patients.
         nameless: the reason for each folder with damaged files.
         readings: of this series.
     """
@@ -273,16 +307,14 @@ def _describe(uid: str, parts: list[_Part], nameless: dict[str, str], readings: 
 
 
 def _problem_of_slices(parts: list[_Part], nameless: dict[str, str]) -> str:
-    folders = [part.folder for part in parts]
+    folders = [folder for part in parts for folder in part.folders]
     modalities = sorted({modality or "missing" for part in parts for modality in part.modalities})
     if modalities != ["CT"]:
         kind = "is a chest radiograph" if set(modalities) <= {"CR", "DX"} else "is not CT"
         return f"{folders[0]}: {kind} (modality {', '.join(modalities)}). Leave it out."
     if damaged := next((nameless[folder] for folder in folders if folder in nameless), ""):
         return damaged
-    if len(parts) > 1:
-        return f"{folders[0]}: series is spread over {len(folders)} folders. Keep one copy of it."
-    if len(parts[0].patients) > 1 or not parts[0].patients[0]:
+    if len({patient for part in parts for patient in part.patients}) > 1 or not parts[0].patients[0]:
         return f"{folders[0]}: the slices do not have one PatientID. Fix the headers."
     if undecodable := next((syntax for syntax in parts[0].syntaxes if not can_be_decoded(syntax)), ""):
         return (

@@ -20,6 +20,7 @@ from lungddpm.sources.lidc.objects import LABEL_EXAMPLE, numbered_nodule, read_o
 from lungddpm.sources.lidc.readings import Reads, in_scan, merged, named_series, read_xml
 from lungddpm.sources.lidc.segmentations import (
     SEG,
+    most_readers,
     name_readers,
     outlines,
     read_segmentation,
@@ -266,17 +267,21 @@ def annotations_of(xml_files: Sequence[Path], stack: Stack) -> list[Annotation]:
     return [in_scan(mark, stack, xml_files[0]) for mark in merged([_read_or_exclude(file) for file in xml_files])]
 
 
-def annotations_in(files: Sequence[Path], stack: Stack) -> list[Annotation]:
+def annotations_in(files: Sequence[Path], stack: Stack) -> tuple[list[Annotation], int]:
     """The annotations in the SEG or RTSTRUCT objects of one series, in the index space of the stack.
 
     The contours follow LIDC's rule: the first voxels outside the nodule.
+
+    Returns:
+        The annotations, and how many people can have drawn them (see `most_readers`).
 
     Raises:
         ExcludedCaseError: an object is damaged, empty, or does not fit the slices.
     """
     drawn = [part for file in files for part in _parts_in(file)(file, stack)]
     readers = readers_of(name for name, _ in drawn)
-    return [Annotation(readers[name], outlines(region), region=region) for name, region in drawn]
+    annotations = [Annotation(readers[name], outlines(region), region=region) for name, region in drawn]
+    return annotations, most_readers(readers)
 
 
 def _parts_in(file: Path) -> Callable[[Path, Stack], list[tuple[str, Region]]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lungddpm.core.errors import ExcludedCaseError
-from lungddpm.core.volume import AIR_HU
+from lungddpm.core.volume import AIR_HU, whole_hu
 from lungddpm.sources.lidc.dicom import (
     COPY_AGAIN,
     EXPLICIT_BIG_ENDIAN,
@@ -188,9 +188,9 @@ def _in_hu(stored: np.ndarray, values: np.ndarray, dataset: pydicom.Dataset, fra
         if not np.isfinite([slope, intercept]).all():
             raise no_rescale
         if slope == 1 and abs(intercept) < _LARGEST_INTERCEPT and intercept.is_integer() and values.itemsize <= 2:
-            hu = values + np.int32(intercept)  # by far the most frequent case, and twice as fast
+            hu: np.ndarray = values + np.int32(intercept)  # by far the most frequent case, and twice as fast
         else:
-            hu = np.rint(values * slope + intercept)
+            hu = values * slope + intercept
         if (padding := dataset.get("PixelPaddingValue")) is not None:
             # Headers often give a negative value as unsigned (63536 for -2000): wrap it like the pixels.
             # It may use bits beyond those of the image.
@@ -203,7 +203,7 @@ def _in_hu(stored: np.ndarray, values: np.ndarray, dataset: pydicom.Dataset, fra
     except (TypeError, ValueError, OverflowError) as error:
         problem = f"rescale or padding value is not a number ({error})"
         raise ExcludedCaseError(path, problem, COPY_AGAIN) from None
-    return np.clip(hu, AIR_HU, np.iinfo(np.int16).max).astype(np.int16)
+    return whole_hu(hu)
 
 
 def _rescale(dataset: pydicom.Dataset, frame: int, keyword: str) -> Any:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from lungddpm.core.errors import ExcludedCaseError
-from lungddpm.sources import Contour, Region
+from lungddpm.sources import READERS, Contour, Region
 from lungddpm.sources.lidc.dicom import COPY_AGAIN, frame_value
 from lungddpm.sources.lidc.headers import LARGEST_NUMBER
 from lungddpm.sources.lidc.objects import ON_GRID, Marked, annotated, other_grid, problem_of_header, read_object, region
@@ -130,6 +130,14 @@ def readers_of(annotation_ids: Iterable[str]) -> dict[str, int]:
             name = str(chain)
         readers[annotation_id] = ways.setdefault(name, len(ways))
     return readers
+
+
+def most_readers(annotation_ids: Iterable[str]) -> int:
+    """How many people can have read one scan, by the ids of their annotations: at least LIDC's four.
+
+    Only prefixes name people: all plain numbers count as those of one, because `readers_of` can take one for two.
+    """
+    return max(READERS, len({_parts(annotation_id)[0] for annotation_id in annotation_ids}))
 
 
 def outlines(region: Region) -> tuple[Contour, ...]:
