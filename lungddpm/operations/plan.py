@@ -200,10 +200,10 @@ def run_plan(
         return Plan(cohort, speed, plan_run(config, cohort, speed))
 
 
-def first_table(tables: Sequence[Path], config: Config | None = None) -> Path | None:
-    """The first of these tables that exists and, if a config is given, is of its data sets."""
+def first_table(tables: Sequence[Path], config: Config) -> Path | None:
+    """The first of these tables that exists and is of the config's data sets."""
     there = (table for table in tables if table.exists())
-    return next((table for table in there if config is None or _cohort_of_table(config, table) is not None), None)
+    return next((table for table in there if _cohort_of_table(config, table) is not None), None)
 
 
 def choose_speed(config: Config, device: str, step_seconds: float | None, bench: Path | None) -> Speed:
