@@ -139,7 +139,10 @@ def test_truncated_file(tmp_path):
     assert find(tmp_path)[0].excluded.startswith("labels/a.nii.gz: cannot be read")
 
 
-@pytest.mark.parametrize("tail", [b"", bytes(100), b"junk" * 9, gzip.compress(bytes(100))])
+TAILS = {"none": b"", "zeros": bytes(100), "junk": b"junk" * 9, "another member": gzip.compress(bytes(100))}
+
+
+@pytest.mark.parametrize("tail", TAILS.values(), ids=TAILS)
 def test_what_follows_the_voxels_is_ignored(tmp_path, tail):
     write_case(tmp_path)
     file = tmp_path / "images" / "a_0000.nii.gz"
