@@ -198,7 +198,7 @@ def check_leaks(
         shown = "; ".join(f"{patient} in {', '.join(sorted(leaks[patient])[:3])}" for patient in sorted(leaks))
         raise LeakError(
             "leak guard",
-            f"{plural(len(leaks), 'test patient')} {'is' if len(leaks) == 1 else 'are'} in the training set ({shown})",
+            f"the training set contains {plural(len(leaks), 'test patient')} ({shown})",
             "Rebuild cases and samples with disjoint roles; do not edit tables by hand, and remove patients who are "
             "in the data under two names.",
         )

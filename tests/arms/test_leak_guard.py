@@ -100,7 +100,7 @@ def test_a_test_patient_that_was_exported_again_is_found(prepared, tmp_path):
     records = [json.loads((table.parent / name / "case.json").read_text()) for name in ("3", EXPORTED_AGAIN, "1")]
     assert records[0]["scan_sha256"] == records[1]["scan_sha256"] != records[2]["scan_sha256"]
     assert (records[1]["patient_id"], records[1]["series_uid"] != records[0]["series_uid"]) == (EXPORTED_AGAIN, True)
-    with pytest.raises(LeakError, match=r"1 test patient is in the training set \(3 in 5\)"):
+    with pytest.raises(LeakError, match=r"the training set contains 1 test patient \(3 in 5\)"):
         run_compose(settings, "real", table, [], tmp_path / "real")
 
 
@@ -120,5 +120,5 @@ def test_a_discovery_patient_in_an_external_test_set_is_found_under_another_name
     paths = cases / "index.tsv", data, cases, 0, 1, cases / "cases-0.tsv"
     run_prepare(settings, *paths, external={"ours": tmp_path / "archive"})
     run_collect(settings, [cases / "cases-0.tsv"], cases / "cases.tsv")
-    with pytest.raises(LeakError, match=r"1 test patient is in the training set \(archive in 1\)"):
+    with pytest.raises(LeakError, match=r"the training set contains 1 test patient \(archive in 1\)"):
         run_compose(settings, "real", cases / "cases.tsv", [], tmp_path / "real")
