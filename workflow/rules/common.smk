@@ -86,7 +86,7 @@ SIMULATED_SCANS = (
     if SOURCE.simulate and not EXTERNAL_TESTS
     else None
 )
-# `workflow.cores` raises where there is no limit, as with a cluster's profile.
+# `workflow.cores` raises if nothing limits the cores, as with a cluster's profile.
 CORES = workflow.resource_settings.cores or 4
 ARMS = SETTINGS.arms.names()
 SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
