@@ -16,7 +16,7 @@ from lungddpm.core.labels import Label
 from lungddpm.core.progress import LOG
 from lungddpm.core.volume import Volume, bounding_box, read_volume, write_volume
 
-pytest_plugins = ["made_up_results", "made_up_trainings"]
+pytest_plugins = ["made_up_results", "made_up_trainings", "stand_in_gpu"]
 
 ROOT = Path(__file__).resolve().parent.parent
 
