@@ -519,6 +519,9 @@ class Segmentation(Section):
     augmentation: Literal["nnunet", "mirror", "left_right", "none"] = "nnunet"
     """`nnunet`: all of nnU-Net's. The others need fewer steps. `mirror`: mirroring along all axes; `left_right`: along
     the left-right axis only; `none`: as nnU-Net's `nnUNetTrainerNoDA`."""
+    test_time_mirroring: bool = True
+    """Average each prediction with those of its mirrored copies, as nnU-Net does, along the axes that `augmentation`
+    mirrors: up to 8 times the work."""
     n_folds: Annotated[int, Field(ge=2)] = 5
     """Number of folds into which the real training cases are split, by patient and balanced by nodule volume."""
     folds: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] = [0, 1, 2, 3, 4]
@@ -538,6 +541,12 @@ class Segmentation(Section):
                 f"segmentation.steps {self.steps} is not a multiple of segmentation.save_every {self.save_every}"
             )
         return self
+
+    @property
+    def predictions_per_case(self) -> int:
+        """Copies of a case that are predicted, itself included."""
+        mirrored_axes = {"nnunet": 3, "mirror": 3, "left_right": 1, "none": 0}[self.augmentation]
+        return 2**mirrored_axes if self.test_time_mirroring else 1
 
     def replicates(self) -> list[str]:
         """Names of all replicates, e.g. `fold0_seed0`."""

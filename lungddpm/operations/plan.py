@@ -575,11 +575,11 @@ def _train_segmenter(segmentation: Segmentation, cost: NetworkCost, runs: int, s
 def _predict(
     name: str, config: Config, cost: NetworkCost, jobs: int, volumes: int, speed: Speed, bytes_per_voxel: float = 0.0
 ) -> Stage:
-    # nnU-Net's windows overlap by half; mirrored copies are averaged on a GPU only.
+    # nnU-Net's windows overlap by half.
     windows = math.prod(
         2 * math.ceil(edge / side) - 1 for edge, side in zip(config.grid.size, _patch(config), strict=True)
     )
-    flop = volumes * windows * cost.forward_flop * (8 if speed.is_gpu else 1)
+    flop = volumes * windows * cost.forward_flop * config.segmentation.predictions_per_case
     disk = volumes * bytes_per_voxel * math.prod(config.grid.size)
     return _heavy(name, jobs, flop, cost.weights_bytes + cost.drawing_bytes, disk, speed)
 

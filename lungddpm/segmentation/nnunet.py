@@ -261,8 +261,6 @@ def open_segmenter(
 ) -> Iterator[Segmenter]:
     """A trained replicate of an arm, loaded once for all segmentations within the block.
 
-    Mirrored copies are averaged on a GPU only (8 times the work).
-
     Args:
         config: the run's config.
         arm_dir: folder of a planned arm.
@@ -283,7 +281,7 @@ def open_segmenter(
         )
     with _environment(arm_dir, processes, seed), _quiet(folder / "console.log"):
         with waiting("loading nnU-Net"):
-            segmenter = Segmenter(*_predictor(arm_dir, folder, chosen))
+            segmenter = Segmenter(*_predictor(arm_dir, folder, chosen, config.segmentation.test_time_mirroring))
         yield segmenter
 
 
@@ -506,7 +504,9 @@ def _read_checkpoint(path: Path) -> dict:
         raise InputError(path, str(error), "Delete it and run again.") from None
 
 
-def _predictor(arm_dir: Path, folder: Path, device: torch.device) -> tuple[nnUNetPredictor, BaseReaderWriter]:
+def _predictor(
+    arm_dir: Path, folder: Path, device: torch.device, mirroring: bool
+) -> tuple[nnUNetPredictor, BaseReaderWriter]:
     """nnU-Net's predictor with the replicate's last weights, and the reader of its images."""
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -528,9 +528,8 @@ def _predictor(arm_dir: Path, folder: Path, device: torch.device) -> tuple[nnUNe
     )
     checkpoint = _read_checkpoint(folder / _FINAL)
     suit_to_device(network, device)
-    on_cpu = device.type == "cpu"
-    kind = CpuPredictor if on_cpu else nnUNetPredictor
-    predictor = kind(use_mirroring=not on_cpu, device=device, allow_tqdm=False)
+    kind = CpuPredictor if device.type == "cpu" else nnUNetPredictor
+    predictor = kind(use_mirroring=mirroring, device=device, allow_tqdm=False)
     predictor.manual_initialization(
         network,
         plans,

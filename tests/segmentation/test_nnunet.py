@@ -35,6 +35,7 @@ def configured(**segmentation):
         "save_every": 25,
         "optimizer": "adamw",
         "learning_rate": 0.01,
+        "test_time_mirroring": False,
         "n_folds": 2,
         "folds": [0],
     }
@@ -137,6 +138,28 @@ def test_a_trained_arm_finds_the_balls_of_patients_it_never_saw(run, tmp_path):
         assert alone.same_grid(layout)
         # Without probabilities ties may fall the other way.
         assert (alone.array[~unlike] == mask.array[~unlike]).all()
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+def test_a_gpu_trains_and_predicts_as_a_cpu_does(run, stand_in_gpu, tmp_path, monkeypatch, mirrored):
+    arm, table = copied_arm(run, f"mirrored_{mirrored}"), run / "cases" / "cases.tsv"
+    config = configured(steps=8, save_every=4, augmentation="left_right", test_time_mirroring=mirrored)
+    monkeypatch.setenv("nnUNet_compile", "f")  # the compiler would ask the stand-in for a driver
+    with stand_in_gpu():
+        nnunet.run_train_segmenter(config, arm, 0, 0, "cuda")
+        nnunet.run_predict(config, arm, 0, 0, table, tmp_path / "gpu", "cuda")
+    nnunet.run_predict(config, arm, 0, 0, table, tmp_path / "cpu", "cpu")
+    other = configured(steps=8, save_every=4, augmentation="left_right", test_time_mirroring=not mirrored)
+    nnunet.run_predict(other, arm, 0, 0, table, tmp_path / "other", "cpu")
+
+    def probability(device, case):
+        # On a GPU nnU-Net sums logits in half precision, weighted by a Gaussian over each tile: coarse in the corners
+        # of the volume, which are only in the corners of tiles.
+        return read_volume(tmp_path / device / f"probability/{case}.nii.gz").array[8:-8, 8:-8, 8:-8] / 65535
+
+    for case in usable(read_cases(table), "test")["case_id"]:
+        np.testing.assert_allclose(probability("gpu", case), probability("cpu", case), atol=2**-8)
+        assert np.abs(probability("cpu", case) - probability("other", case)).max() > 0.02
 
 
 def test_a_gpu_that_nnunet_would_not_take_is_refused(run, tmp_path, monkeypatch):

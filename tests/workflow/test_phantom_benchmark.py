@@ -140,6 +140,7 @@ JUDGE_SAMPLES = {"quality": 1, "label_fidelity": 1}
         ("verdict={'bootstraps': 300}", {}),
         ("workflow={'case_shards': 1}", None),  # as it was
         ("segmentation={'steps': 25}", SEGMENT_ALL_ARMS),
+        ("segmentation={'test_time_mirroring': True}", {"predict": 4, "evaluate": 4, "label_fidelity": 1}),
         # The replicates of seed 0 stay.
         ("segmentation={'seeds': [0, 1]}", {**SEGMENT_ALL_ARMS, "synthesize": 1, "compose_draw": 2, "quality": 1}),
         (

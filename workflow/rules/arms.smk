@@ -101,7 +101,7 @@ rule filter_samples:
         folder=subpath(output[0], parent=True),
         samples=lambda wildcards, input: named_tables(input.samples),
         # How many are judged; which of them are kept is decided later.
-        settings=settings_of(draws=SETTINGS.arms.filter.draws),
+        settings=settings_of(draws=SETTINGS.arms.filter.draws, **PREDICTION),
         code=stage_fingerprint("filter_samples"),
     shell:
         "lungddpm --log {log:q} filter {params.samples} --configfile {params.config:q} --arm {wildcards.arm:q}"

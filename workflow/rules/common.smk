@@ -89,7 +89,10 @@ SIMULATED_SCANS = (
 # `workflow.cores` raises if nothing limits the cores, as with a cluster's profile.
 CORES = workflow.resource_settings.cores or 4
 ARMS = SETTINGS.arms.names()
-SEGMENTER = SETTINGS.segmentation.model_dump(exclude={"folds", "seeds"})
+SEGMENTER = SETTINGS.segmentation.model_dump(
+    exclude={"folds", "seeds", "test_time_mirroring"}
+)
+PREDICTION = SETTINGS.segmentation.model_dump(include={"test_time_mirroring"})
 # The merged config; see rule `merge_config`.
 MERGED_CONFIG = "results/config.json"
 if SIMULATED_SCANS is not None:

@@ -81,6 +81,7 @@ rule predict:
     params:
         config=config_of_jobs,
         folder=subpath(input.plan, parent=True),
+        settings=settings_of(**PREDICTION),
         code=stage_fingerprint("predict"),
     shell:
         "lungddpm --log {log:q} segment predict --configfile {params.config:q} --arm-folder {params.folder:q}"

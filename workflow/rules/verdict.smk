@@ -109,7 +109,7 @@ rule label_fidelity:
         arm=subpath(input.plan, parent=True),
         folder=subpath(output.metrics, parent=True),
         samples=lambda wildcards, input: named_tables(input.samples),
-        settings=settings_of("label_fidelity"),
+        settings=settings_of("label_fidelity", **PREDICTION),
         code=stage_fingerprint("label_fidelity"),
     shell:
         "lungddpm --log {log:q} label-fidelity {params.samples} --configfile {params.config:q} --arm-folder {params.arm:q}"
