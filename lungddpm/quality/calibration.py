@@ -1,8 +1,8 @@
 """The calibration check: do a generator's samples have the HU of their references, region by region?
 
 A segmenter learns brightness before shape: lungs that are darker than real ones can explain a loss, or a gain, that has
-nothing to do with nodules. Layout and anatomy are the reference's own, so the mean difference of a sample to its
-reference is the generator's doing.
+nothing to do with nodules. Layout and anatomy are the reference's own. Its brightness need not be: a generator learns
+that of its training cases, which are other patients. With few of these, the difference may be theirs.
 """
 
 from __future__ import annotations
@@ -21,12 +21,17 @@ LUNGS_ALONE, VESSELS, NODULES = "lungs without nodules", "vessels", "nodules"
 """Regions. The first includes vessels: denoisers that do not know where these are draw as many, but elsewhere."""
 DIFFERENCE, SPREAD = "hu_difference", "hu_spread_ratio"
 """Mean HU of a sample minus that of its reference; standard deviation of its HU over that of the reference's."""
+TRAINING = "training_hu_difference"
+"""Mean HU of the training cases minus that of the references."""
 CHECKS = (
     (LUNGS_ALONE, DIFFERENCE), (LUNGS_ALONE, SPREAD), (VESSELS, DIFFERENCE), (NODULES, DIFFERENCE), (NODULES, SPREAD),
 )  # fmt: skip
 """Region and measure of every line of the check."""
 PASSED, FAILED, NO_LIMIT, NOT_MEASURED = "within limits", "outside limits", "no limit", "not measured"
-COLUMNS = ["generator", "region", "measure", "n_samples", "mean", "sd", "limit_low", "limit_high", "status"]
+COLUMNS = [
+    "generator", "region", "measure", "n_samples", "mean", "sd", "limit_low", "limit_high", "status",
+    "training_difference",
+]  # fmt: skip
 
 
 def compare_hu(
@@ -47,17 +52,35 @@ def compare_hu(
         One dict {region, metric, value, note} for each of `CHECKS`; NaN if there is nothing to compare.
     """
     same = layout == reference_layout
-    masks = {
-        LUNGS_ALONE: ((layout == Label.LUNG) | (layout == Label.VESSEL)) & same,
-        VESSELS: (layout == Label.VESSEL) & same,
-        NODULES: (layout == Label.NODULE) & same.all(),
-    }
+    masks = {region: mask & same for region, mask in _masks(layout).items()}
+    masks[NODULES] &= same.all()
     measures = {DIFFERENCE: _difference, SPREAD: _spread_ratio}
     rows = []
     for region, metric in CHECKS:
         made, real = (hu[masks[region]].astype(np.float64) for hu in (image, reference))
         rows.append({"region": region, "metric": metric, "value": measures[metric](made, real), "note": ""})
     return rows
+
+
+def mean_hu(hu: np.ndarray, layout: np.ndarray) -> dict[str, float]:
+    """Mean HU of each region; NaN where it is empty.
+
+    Args:
+        hu: (x, y, z).
+        layout: labels, same shape.
+    """
+    return {
+        region: float(hu[mask].mean(dtype=np.float64)) if mask.any() else math.nan
+        for region, mask in _masks(layout).items()
+    }
+
+
+def _masks(layout: np.ndarray) -> dict[str, np.ndarray]:
+    return {
+        LUNGS_ALONE: (layout == Label.LUNG) | (layout == Label.VESSEL),
+        VESSELS: layout == Label.VESSEL,
+        NODULES: layout == Label.NODULE,
+    }
 
 
 def _difference(made: np.ndarray, real: np.ndarray) -> float:
@@ -77,11 +100,14 @@ def calibration_table(quality: pd.DataFrame | None, generators: list[str], limit
         limits: of the config.
 
     Returns:
-        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), and the status. Measures without a
-            value are marked as such and never pass.
+        `COLUMNS`: mean and sd over samples, the limits of the mean (NaN: none), the status, and the mean difference of
+            the training cases to the references, which changes nothing in the status. Measures without a value are
+            marked as such and never pass.
     """
-    measured = {}
+    measured, of_training = {}, {}
     if quality is not None:
+        training = quality[quality["metric"] == TRAINING]
+        of_training = training.set_index(["generator", "region"])["mean"].to_dict()
         found = quality[quality["metric"].isin([DIFFERENCE, SPREAD])]
         measured = found.set_index(["generator", "region", "metric"])[["n", "mean", "sd"]].to_dict("index")
     rows = []
@@ -90,7 +116,8 @@ def calibration_table(quality: pd.DataFrame | None, generators: list[str], limit
             found = measured.get((generator, region, measure), {"n": 0, "mean": math.nan, "sd": math.nan})
             low, high = _limits(limits, region, measure)
             values = (int(found["n"]), found["mean"], found["sd"], low, high, _status(found["mean"], low, high))
-            rows.append((generator, region, measure, *values))
+            own = of_training.get((generator, region), math.nan) if measure == DIFFERENCE else math.nan
+            rows.append((generator, region, measure, *values, own))
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -125,7 +152,9 @@ def _failure(row: dict) -> str:
         limits = f"(limits {low:g} to {high:g})"
         return f"the spread of HU in the {region} is {ratio} times that of the references {limits}"
     how = "too bright" if row["mean"] > 0 else "too dark"
-    return f"{region} {how}, {signed(row['mean'], _digits(row, 0))} HU against the references (limit ±{high:g})"
+    own = row["training_difference"]
+    limit = f"limit ±{high:g}" + ("" if math.isnan(own) else f"; the training cases: {signed(own, 0)}")
+    return f"{region} {how}, {signed(row['mean'], _digits(row, 0))} HU against the references ({limit})"
 
 
 def _digits(row: dict, least: int) -> int:

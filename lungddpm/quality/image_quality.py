@@ -26,7 +26,7 @@ from lungddpm.core.progress import Progress, waiting
 from lungddpm.core.roles import DISCOVERY, REFERENCE
 from lungddpm.core.text import plural
 from lungddpm.core.volume import Volume, to_model_range
-from lungddpm.quality.calibration import NODULES, compare_hu
+from lungddpm.quality.calibration import NODULES, TRAINING, compare_hu, mean_hu
 from lungddpm.quality.diversity import NoduleDraws, compare_draws, memorisation, nearest_case, pairwise_similarity
 from lungddpm.quality.feature_distances import ImageSet, distances_of_sets
 from lungddpm.quality.similarity import n_scales, similarities
@@ -263,6 +263,7 @@ class RealCase:
         hu: (x, y, z) int16, clipped to the window.
         lungs: bool, same shape: labelled voxels, including nodules and vessels.
         nodules_hu: mean HU of each of its nodules.
+        mean_hu: of each region, see `calibration.mean_hu`.
     """
 
     case_id: str
@@ -270,6 +271,7 @@ class RealCase:
     hu: np.ndarray
     lungs: np.ndarray
     nodules_hu: list[float]
+    mean_hu: dict[str, float]
 
 
 def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], generator: str, output: Path) -> None:
@@ -299,6 +301,7 @@ def run_quality(config: Config, cases_table: Path, sample_tables: list[Path], ge
     with waiting("distances between real cases"):
         rows += _nearest_of_real(training, references)
     sets = _distance_rows(cases_table, samples, training, references, window, extractor)
+    sets += _training_rows(training, references)
     with waiting("diversity of the samples"):
         sets += _memorisation_rows(rows, len(training)) + _diversity_rows(samples, window) + _real_nodules_row(training)
     for path, found, columns in ((output, rows, COLUMNS), (sets_beside(output), sets, SET_COLUMNS)):
@@ -314,8 +317,9 @@ def _read_real(cases_table: Path, table: pd.DataFrame, role: str, window: tuple[
     found = []
     for _, row in cases.usable(table, role).iterrows():
         ct, layout = cases.folder_of(cases_table, row).read()
-        lungs, hu = layout.array != Label.BACKGROUND, _clip(ct, window)
-        found.append(RealCase(row["case_id"], row["patient_id"], hu, lungs, nodule_means(hu, layout.array)))
+        labels, hu = layout.array, _clip(ct, window)
+        measures = nodule_means(hu, labels), mean_hu(hu, labels)
+        found.append(RealCase(row["case_id"], row["patient_id"], hu, labels != Label.BACKGROUND, *measures))
     return found
 
 
@@ -458,6 +462,16 @@ def _distance_rows(
         rows = distances_of_sets(sets, real, sets[OTHER_PATIENTS], (WHOLE, LUNGS))
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     return [row | network for row in rows]
+
+
+def _training_rows(training: list[RealCase], references: list[RealCase]) -> list[dict]:
+    """How much brighter the training cases are than the references, by region."""
+    here, there = (pd.DataFrame([case.mean_hu for case in group]) for group in (training, references))
+    if here.empty or there.empty:
+        return []
+    differences = here.mean() - there.mean()
+    row = {"image": OTHER_PATIENTS, "metric": TRAINING, "n_real": len(there), "note": ""}
+    return [row | {"region": region, "value": value, "n": len(here)} for region, value in differences.items()]
 
 
 def _diversity_rows(samples: pd.DataFrame, window: tuple[float, float]) -> list[dict]:

@@ -245,10 +245,11 @@ def show_calibration(calibration: pd.DataFrame) -> DisplayTable:
                 row["generator"], row["region"], name, str(row["n_samples"]),
                 format_spread(row["mean"], row["sd"], form),
                 "" if pd.isna(row["limit_low"]) else " to ".join(limits), row["status"],
+                format_number(row["training_difference"], "+.1f"),
             ]
         )  # fmt: skip
-    heads = ["generator", "region", "measure", "samples", "mean ± sd", "limits of the mean", "check"]
-    return DisplayTable(heads, rows, [False, False, False, True, True, True, False])
+    heads = ["generator", "region", "measure", "samples", "mean ± sd", "limits of the mean", "check", "training cases"]
+    return DisplayTable(heads, rows, [False, False, False, True, True, True, False, True])
 
 
 def show_run_spread(spread: pd.DataFrame, significance: float) -> DisplayTable:

@@ -9,6 +9,7 @@ import pytest
 
 from lungddpm.config.loading import parse_config
 from lungddpm.config.models import Calibration
+from lungddpm.core.cases import CaseFolder
 from lungddpm.core.errors import ConfigError
 from lungddpm.core.labels import Label
 from lungddpm.core.volume import Volume, read_volume, write_volume
@@ -22,12 +23,14 @@ from lungddpm.quality.calibration import (
     NOT_MEASURED,
     PASSED,
     SPREAD,
+    TRAINING,
     VESSELS,
     calibration_notes,
     calibration_table,
     compare_hu,
+    mean_hu,
 )
-from lungddpm.quality.image_quality import run_quality
+from lungddpm.quality.image_quality import OTHER_PATIENTS, run_quality
 from lungddpm.verdict.tables import write_tables
 
 
@@ -104,8 +107,20 @@ def test_moved_nodules_are_left_out(reference):
     assert math.isnan(found[NODULES, SPREAD])
 
 
-def quality_of(**values):
-    """Rows of `image_quality.csv`; the keywords are lungs, spread, vessels, nodules and speckle."""
+def test_the_mean_of_a_region_is_that_of_its_voxels(reference):
+    ct, layout = reference
+    lungs = (layout == Label.LUNG) | (layout == Label.VESSEL)
+    assert mean_hu(ct, layout) == {
+        LUNGS_ALONE: pytest.approx(ct[lungs].mean()),
+        VESSELS: pytest.approx(ct[layout == Label.VESSEL].mean()),
+        NODULES: pytest.approx(ct[layout == Label.NODULE].mean()),
+    }
+    assert math.isnan(mean_hu(ct, np.where(layout == Label.NODULE, Label.LUNG, layout))[NODULES])
+
+
+def quality_of(training=None, **values):
+    """Rows of `image_quality.csv`: lungs, spread, vessels, nodules and speckle of samples, and the mean HU of the lungs
+    of the training cases minus that of the references."""
     names = dict(zip(CHECKS, ("lungs", "spread", "vessels", "nodules", "speckle"), strict=True))
     rows = [
         {"generator": "g", "image": "synthetic", "region": region, "metric": metric, "n": 4, "sd": 2.0}
@@ -114,6 +129,9 @@ def quality_of(**values):
         if names[region, metric] in values
     ]
     other = {"generator": "g", "image": "synthetic", "region": "lungs", "metric": "mse", "n": 4, "sd": 1, "mean": 1}
+    if training is not None:
+        row = {"generator": "g", "image": OTHER_PATIENTS, "region": LUNGS_ALONE, "metric": TRAINING, "n": 2}
+        rows.append({**row, "mean": training})
     return pd.DataFrame([*rows, other])
 
 
@@ -157,6 +175,17 @@ def test_failures_are_reported_with_their_limits():
     assert calibration_notes(passed) == []
 
 
+def test_training_cases_that_differ_themselves_are_named_and_excuse_nothing():
+    """A perfect generator draws the brightness of its training cases, which may be that of other patients."""
+    table = calibration_table(quality_of(lungs=-18.2, spread=1, training=-10.6), ["g"], Calibration())
+    found = table.set_index(["region", "measure"])["training_difference"]
+    assert found[LUNGS_ALONE, DIFFERENCE] == -10.6
+    assert found.drop((LUNGS_ALONE, DIFFERENCE)).isna().all()
+    assert table["status"][0] == FAILED
+    (note,) = calibration_notes(table)
+    assert "lungs too dark, −18 HU against the references (limit ±10; the training cases: −11)." in note
+
+
 def test_limits_that_no_sample_can_keep_are_refused():
     for name in ("spread_ratio", "nodules_spread_ratio"):
         with pytest.raises(ConfigError, match=rf"\b{name}: 1 must be between"):
@@ -183,3 +212,10 @@ def test_a_run_whose_lungs_are_too_dark_reports_it(make_results, shift):
     assert table.loc[(LUNGS_ALONE, DIFFERENCE), "n_samples"] == 2
     expected = [FAILED if shift else PASSED, PASSED, NOT_MEASURED, FAILED if shift else PASSED, PASSED]
     assert table["status"].tolist() == expected
+    # One training case and one reference, each with its own noise: equal but for that.
+    training, real = (results / "cases" / name for name in ("case-00", "case-01"))
+    lungs = [
+        ct.array[np.isin(layout.array, (Label.LUNG, Label.VESSEL))].mean()
+        for ct, layout in (CaseFolder(path).read() for path in (training, real))
+    ]
+    assert table.loc[(LUNGS_ALONE, DIFFERENCE), "training_difference"] == pytest.approx(lungs[0] - lungs[1], abs=1e-3)
