@@ -41,9 +41,9 @@ class Components:
     """Between cases (arm x case), the same in all runs."""
 
 
-MEASURED_ON_PHANTOMS = Components(0.055, 0.085, 0.105)
+MEASURED_ON_PHANTOMS = Components(0.045, 0.08, 0.09)
 """Of the demo's arm with synthetic CT, root mean square over the runs in docs/explanation/demo-seeds/ (two cores, AMD
-EPYC); single runs gave 0.043 to 0.070, 0.059 to 0.094, and 0.067 to 0.147."""
+EPYC); single runs gave 0.023 to 0.069, 0.068 to 0.105, and 0.063 to 0.111."""
 ASSUMED = Components(0.015, 0.1, 0.1)
 """The values behind the simulated rates in docs/reference/measures.md; no real cohort has been measured."""
 
