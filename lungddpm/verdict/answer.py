@@ -32,11 +32,12 @@ from lungddpm.verdict.instrument import (
     NULL,
     POSITIVE,
     SHORT,
+    UNSEEN,
 )
 
 ANSWER = "the answer"
 STANDS, CANNOT_TELL = "stands", "cannot tell"
-_OF_ANY = {CONVERGED, COMPLETE, DISTINCT}
+_OF_ANY = {UNSEEN, CONVERGED, COMPLETE, DISTINCT}
 _NEEDED = {
     "better": _OF_ANY | {NULL, ALIKE, NAMED},
     "worse": _OF_ANY | {NULL, ALIKE, NAMED, GENERATOR},
@@ -47,6 +48,7 @@ and a defect of this generator does not make synthetic CT useless. The other out
 MANY = 3
 """More generators or arms than this are counted, not named: the checks name them."""
 _REASONS = {
+    UNSEEN: "test patients have other roles, too",
     POSITIVE: "it misses the gain from more real data",
     NULL: "it reports a difference for an arm that adds nothing",
     CONVERGED: "the segmenters of {subject} were still learning",
@@ -59,6 +61,7 @@ _REASONS = {
 }
 _MORE_REPLICATES = "more replicates"
 _REMEDIES = {
+    UNSEEN: "test patients with no other role",
     POSITIVE: f"fewer real cases, so that more data make a difference, or {_MORE_REPLICATES}",
     NULL: _MORE_REPLICATES,
     GENERATOR: "samples of {subject} within the limits (longer training, or another seed)",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -31,11 +31,12 @@ from lungddpm.verdict.statistics import POWER
 
 COLUMNS = ["check", "subject", "measure", "value", "limit_low", "limit_high", "status", "sentence"]
 PASSED, FAILED, NOT_MEASURED = "passed", "failed", "not measured"
+UNSEEN = "test patients unseen"
 POSITIVE, NULL = "positive control found", "null control quiet"
 CONVERGED, GENERATOR, MEMORISED = "segmenters converged", "generator calibrated", "no sample near a training case"
 ENOUGH, COMPLETE = "enough runs and cases", "nothing missing"
 DISTINCT, ALIKE, NAMED = "no run is a copy", "runs scatter alike", "primary arm chosen in advance"
-CHECKS = (POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
+CHECKS = (UNSEEN, POSITIVE, NULL, CONVERGED, GENERATOR, MEMORISED, ENOUGH, COMPLETE, DISTINCT, ALIKE, NAMED)
 """In the order of the page."""
 OF_TEST_SET = (POSITIVE, NULL, ENOUGH, COMPLETE)
 """Those that depend on the test cases, so every test set has its own."""
@@ -71,6 +72,7 @@ def instrument_table(
     missing: Missing,
     copies: list[list[str]],
     named_late: list[str],
+    shared_patients: Sequence[str] = (),
 ) -> pd.DataFrame:
     """All checks of a run.
 
@@ -81,6 +83,7 @@ def instrument_table(
         missing: runs and cases that were not evaluated.
         copies: groups of replicates that are the same, each as "arm, replicate".
         named_late: replicates that were evaluated before `verdict.primary` was as it is now.
+        shared_patients: test patients who have another role as well, with `roles.allow_shared_patients`.
 
     Returns:
         `COLUMNS`, one row per check and subject (an arm or a generator; empty: the whole run): what was measured, its
@@ -91,6 +94,7 @@ def instrument_table(
     asked = [arm.generator for arm in config.arms.all() if not arm.is_control(config.arms.controls)]
     names, limits = [name for name in dict.fromkeys(asked) if name], config.verdict.instrument
     rows = [
+        *(_unseen(shared_patients) if config.roles.allow_shared_patients else ()),
         *_controls(config, verdict),
         *_convergence(tables["convergence"], limits),
         *(row for name in names for row in _generator(name, tables, limits)),
@@ -427,13 +431,28 @@ def _alike(spread: pd.DataFrame, significance: float) -> list[dict]:
     return [_row(ALIKE, "", measure, smallest, limits, _judged(smallest, limits), " ".join(notes) or said)]
 
 
+def _unseen(shared_patients: Sequence[str]) -> list[dict]:
+    said = "No test patient has another role."
+    if shared_patients:
+        have = "has" if len(shared_patients) == 1 else "have"
+        said = (
+            f"{plural(len(shared_patients), 'test patient')} {have} another role, too ({_first(shared_patients)}), so "
+            "segmenters or generators may have learned from them: this run only shows that the pipeline works."
+        )
+    status, number = FAILED if shared_patients else PASSED, float(len(shared_patients))
+    return [_row(UNSEEN, "", "test patients with another role", number, (math.nan, 0.0), status, said)]
+
+
+def _first(names: Sequence[str]) -> str:
+    return "; ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
 def _named(named_late: list[str]) -> list[dict]:
     said = "The primary arm was chosen before anything was evaluated."
     if named_late:
-        shown = "; ".join(named_late[:3]) + (" ..." if len(named_late) > 3 else "")
         said = (
             f"{plural(len(named_late), 'replicate')} had been evaluated before verdict.primary was set to its "
-            f"current value: {shown}. An arm chosen after seeing results is not a primary arm."
+            f"current value: {_first(named_late)}. An arm chosen after seeing results is not a primary arm."
         )
     status = FAILED if named_late else PASSED
     measure = "replicates evaluated before"

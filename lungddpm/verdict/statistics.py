@@ -632,12 +632,12 @@ def caveats(n_cases: int, n_independent: int, run_df: int, needed_cases: int = M
         )
     elif n_cases < SMALL_TEST_SET:
         warnings.append(f"Only {n_cases} test cases: too few to represent patients in general.")
-    if not run_df:
+    if not run_df and n_independent == 1:
         warnings.append(
             "One replicate: the run-to-run variance is not known, and another seed may reverse the result. "
             "Nothing is decided."
         )
-    elif run_df < MINIMUM_RUN_DF:
+    elif 0 < run_df < MINIMUM_RUN_DF:
         warnings.append(
             f"The run-to-run variance is estimated with {plural(run_df, 'degree')} of freedom. With fewer than "
             f"{MINIMUM_RUN_DF} it is often underestimated, so the test is stricter. More replicates would help."

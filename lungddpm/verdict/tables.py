@@ -16,7 +16,7 @@ from lungddpm.core.cases import CASES, internal, read_cases, usable
 from lungddpm.core.errors import InputError
 from lungddpm.core.files import seed_from, write_table, write_text
 from lungddpm.core.progress import LOG
-from lungddpm.core.roles import DISCOVERY, INTERNAL, TEST
+from lungddpm.core.roles import DISCOVERY, INTERNAL, REFERENCE, TEST
 from lungddpm.evaluation.froc import froc_tables
 from lungddpm.evaluation.lesions import SIZE_COLUMNS, TEXTURES, texture_class
 from lungddpm.evaluation.measures import MEASURES, deciding_measure, verdict_measures
@@ -193,6 +193,12 @@ def identical_replicates(cases: pd.DataFrame) -> list[list[str]]:
         measures = rows.drop(columns=["arm", "replicate"]).sort_values("case_id").to_csv(index=False)
         alike.setdefault(measures, []).append(f"{arm}, {replicate}")
     return [names for names in alike.values() if len(names) > 1]
+
+
+def shared_patients(cases: pd.DataFrame) -> list[str]:
+    """Test patients with another role, among the usable cases."""
+    tested, *others = (set(usable(cases, role)["patient_id"]) for role in (TEST, DISCOVERY, REFERENCE))
+    return sorted(tested & set.union(*others))
 
 
 def named_late(results: Path, config: Config) -> list[str]:
@@ -545,7 +551,8 @@ def check_instrument(
     all_cases = read_cases(results / "cases" / CASES)
     test_cases = usable(internal(all_cases), TEST)["case_id"]
     missing = Missing(missing_replicates(cases, config), sorted(set(test_cases) - set(cases["case_id"])))
-    checks = instrument_table(config, tables, missing, copies, named_late(results, config))
+    shared = shared_patients(internal(all_cases))
+    checks = instrument_table(config, tables, missing, copies, named_late(results, config), shared)
     costs = timed_costs(config, tables["timing"], all_cases) if "timing" in tables else None
     answer = answer_row(checks, verdict, components, config, costs)
     return pd.concat([checks, pd.DataFrame([answer], columns=COLUMNS)], ignore_index=True)

@@ -282,6 +282,17 @@ def test_shared_patients_raise_an_alarm(make_results):
     assert html.index('class="alarm"') < html.index('class="answers"')
 
 
+def test_a_test_patient_with_another_role_is_named_on_the_page_and_in_the_terminal(make_results):
+    config, results = make_results(n_replicates=3, roles={"allow_shared_patients": True})
+    table = read_cases(results / "cases" / "cases.tsv")
+    table.loc[table["role"] == "test", "patient_id"] = "patient-00"  # of the discovery case
+    write_cases(results / "cases" / "cases.tsv", table.to_dict("records"))
+    run_report(config, results)
+    for text in (page_of(results).text, verdict_table_text(results)):
+        assert "1 test patient has another role, too (patient-00)" in " ".join(text.split())
+        assert "test patients have other roles, too" in " ".join(text.split())
+
+
 def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):
     shares = {"real+lung_ddpm": 0.52, "real+reference": 0.52}
     arms, verdict = {"controls": ["real", "reference"]}, {"relevant_difference": 0.05}

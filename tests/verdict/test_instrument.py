@@ -28,6 +28,7 @@ from lungddpm.verdict.instrument import (
     OF_TEST_SET,
     PASSED,
     POSITIVE,
+    UNSEEN,
     Missing,
     external_instrument_table,
     instrument_table,
@@ -37,11 +38,11 @@ ARM, MORE_REAL, REPEATED = "real+lung_ddpm@1.0", "real+reference@1.0", "real+rea
 COSTS = Costs({"train_segmenter": 20.0, "prepare": 1.0}, 5, 16, 40)
 
 
-def config_of(replicates=5, controls=("real", "reference"), **verdict):
+def config_of(replicates=5, controls=("real", "reference"), roles=None, **verdict):
     settings = {"relevant_difference": 0.1} | verdict
     arms, folds = {"controls": list(controls)}, list(range(replicates))
     segmentation = {"folds": folds, "n_folds": max(5, replicates)}
-    return parse_config({"arms": arms, "verdict": settings, "segmentation": segmentation})
+    return parse_config({"arms": arms, "verdict": settings, "segmentation": segmentation, "roles": roles or {}})
 
 
 def verdict_of(answer="no difference shown", positive="better", null="no difference shown"):
@@ -108,10 +109,10 @@ def tables_of(
     return tables
 
 
-def judge(config=None, missing=None, copies=(), late=(), costs=COSTS, **changes):
+def judge(config=None, missing=None, copies=(), late=(), shared=(), costs=COSTS, **changes):
     """The checks' worst status and sentences by name, and the answer's row."""
     config, tables = config or config_of(), tables_of(**changes)
-    checks = instrument_table(config, tables, missing or Missing({}, []), list(copies), list(late))
+    checks = instrument_table(config, tables, missing or Missing({}, []), list(copies), list(late), list(shared))
     answer = answer_row(checks, tables["verdict"], tables["variance_components"], config, costs)
     statuses = {
         name: next(each for each in (FAILED, NOT_MEASURED, PASSED) if each in set(rows["status"]))
@@ -212,6 +213,20 @@ def test_the_reasons_of_several_arms_are_one():
     _, said, answer = judge(verdict=verdict_of("no difference shown"), rise=0.1)
     assert f"the segmenters of {BASELINE} and {ARM} were still learning. It would need: longer" in answer["sentence"]
     assert said[CONVERGED].count("validation Dice rose by +0.10") == 2
+
+
+@pytest.mark.parametrize("outcome", ["better", "worse", "no difference shown"])
+def test_test_patients_with_another_role_answer_nothing(outcome):
+    allowed = config_of(roles={"allow_shared_patients": True})
+    statuses, said, answer = judge(config=allowed, shared=["P1", "P2"], verdict=verdict_of(outcome))
+    assert statuses[UNSEEN] == FAILED
+    assert said[UNSEEN].startswith("2 test patients have another role, too (P1; P2)")
+    assert answer["status"] == CANNOT_TELL
+    assert "test patients have other roles, too" in answer["sentence"]
+    statuses, _, answer = judge(config=allowed, verdict=verdict_of(outcome))
+    assert statuses[UNSEEN] == PASSED
+    assert "other roles" not in answer["sentence"]
+    assert UNSEEN not in judge(verdict=verdict_of(outcome))[0]  # the leak guard stops such a run
 
 
 def test_many_subjects_are_counted_instead_of_named():

@@ -497,6 +497,8 @@ def test_no_gain_or_loss_is_promised_that_the_scale_has_no_room_for(baseline_mea
     ("n_cases", "n_independent", "run_df", "n_warnings"),
     [
         (2, 1, 0, 2),
+        # With one case nothing but its number counts; the runs are several.
+        (1, 4, 0, 1),
         (5, 3, 4, 1),
         (12, 3, 4, 1),
         (12, 1, 0, 2),
