@@ -134,7 +134,7 @@ def _compute(function: Any, args: tuple, kwargs: dict) -> Any:
 
 def _patch(patch: pytest.MonkeyPatch) -> None:
     """Replace what would ask the driver, or takes a way around the dispatcher."""
-    torch._C._ensureCUDADeviceGuardSet()  # the one that torch's own fake tensors use where there is no driver
+    torch._C._ensureCUDADeviceGuardSet()  # torch's own fake tensors use it without a driver
     for name, value in {
         "_lazy_init": None, "is_available": True, "device_count": 1, "current_device": 0, "set_device": None,
         "get_device_name": "stand-in", "get_device_capability": (9, 0), "is_bf16_supported": True,
