@@ -503,3 +503,11 @@ def test_only_a_training_for_one_replicate_has_seeds_of_its_own():
     assert {shared.for_generator("lung_ddpm", cohort).run for cohort in cohorts} == {"main"}
     runs = [each.for_generator("med_ddpm", cohort).of_weights.run for cohort in cohorts]
     assert runs == ["main-fold0_seed0", "main-fold0_seed0", "main-fold1_seed0"]
+
+
+@pytest.mark.parametrize(("augmentation", "copies"), [("nnunet", 8), ("mirror", 8), ("left_right", 2), ("none", 1)])
+def test_predictions_are_mirrored_along_the_axes_of_training_unless_turned_off(augmentation, copies):
+    """2 to the power of the mirrored axes, as nnU-Net's predictor does."""
+    for mirrored, expected in ((True, copies), (False, 1)):
+        settings = {"augmentation": augmentation, "test_time_mirroring": mirrored}
+        assert parse_config({"segmentation": settings}).segmentation.predictions_per_case == expected
