@@ -143,7 +143,7 @@ def _patch(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(torch.cuda, name, lambda *_, _value=value, **__: _value)
     patch.setattr(torch, "Generator", _Generator)
     patch.setattr(torch.Tensor, "pin_memory", lambda tensor, device=None: tensor)  # also in the threads of loaders
-    # Views of tensors made outside it cannot be wrapped inside it.
+    # Inference mode does not let us wrap views of tensors that were made outside it.
     patch.setattr(torch._C, "_InferenceMode", lambda mode: torch.no_grad())
 
 

@@ -48,7 +48,7 @@ and a defect of this generator does not make synthetic CT useless. The other out
 MANY = 3
 """More generators or arms than this are counted, not named: the checks name them."""
 _REASONS = {
-    UNSEEN: "test patients have other roles, too",
+    UNSEEN: "test patients also have other roles",
     POSITIVE: "it misses the gain from more real data",
     NULL: "it reports a difference for an arm that adds nothing",
     CONVERGED: "the segmenters of {subject} were still learning",

@@ -436,7 +436,7 @@ def _unseen(shared_patients: Sequence[str]) -> list[dict]:
     if shared_patients:
         have = "has" if len(shared_patients) == 1 else "have"
         said = (
-            f"{plural(len(shared_patients), 'test patient')} {have} another role, too ({_first(shared_patients)}), so "
+            f"{plural(len(shared_patients), 'test patient')} also {have} another role ({_first(shared_patients)}), so "
             "segmenters or generators may have learned from them: this run only shows that the pipeline works."
         )
     status, number = FAILED if shared_patients else PASSED, float(len(shared_patients))

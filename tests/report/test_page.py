@@ -289,8 +289,8 @@ def test_a_test_patient_with_another_role_is_named_on_the_page_and_in_the_termin
     write_cases(results / "cases" / "cases.tsv", table.to_dict("records"))
     run_report(config, results)
     for text in (page_of(results).text, verdict_table_text(results)):
-        assert "1 test patient has another role, too (patient-00)" in " ".join(text.split())
-        assert "test patients have other roles, too" in " ".join(text.split())
+        assert "1 test patient also has another role (patient-00)" in " ".join(text.split())
+        assert "test patients also have other roles" in " ".join(text.split())
 
 
 def test_a_control_that_is_not_found_reads_as_cannot_tell(make_results):

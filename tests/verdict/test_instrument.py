@@ -220,9 +220,9 @@ def test_test_patients_with_another_role_answer_nothing(outcome):
     allowed = config_of(roles={"allow_shared_patients": True})
     statuses, said, answer = judge(config=allowed, shared=["P1", "P2"], verdict=verdict_of(outcome))
     assert statuses[UNSEEN] == FAILED
-    assert said[UNSEEN].startswith("2 test patients have another role, too (P1; P2)")
+    assert said[UNSEEN].startswith("2 test patients also have another role (P1; P2)")
     assert answer["status"] == CANNOT_TELL
-    assert "test patients have other roles, too" in answer["sentence"]
+    assert "test patients also have other roles" in answer["sentence"]
     statuses, _, answer = judge(config=allowed, verdict=verdict_of(outcome))
     assert statuses[UNSEEN] == PASSED
     assert "other roles" not in answer["sentence"]
