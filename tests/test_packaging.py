@@ -233,7 +233,7 @@ def test_the_package_claims_the_versions_of_python_that_are_tested(repository):
 
 def test_continuous_integration_on_github_runs_what_the_local_one_runs(repository):
     local = re.findall(r"^(?:exec )?make (\S+)$", (repository / ".ci/run").read_text(), re.MULTILINE)
-    assert local == ["test", "dist", "test-slow"]
+    assert local == ["test", "dist"]
     commands = {command for job in jobs_of(repository, "ci").values() for command in commands_of(job)}
     assert commands == {"make lint", "make pytest", "make dist", "make docs-site"}
     assert re.search("^test: pytest lint$", (repository / "Makefile").read_text(), re.MULTILINE)
