@@ -85,6 +85,8 @@ class Scenario:
 
 DEMO = {"replicate_sd": 0.034, "arm_case_sd": 0.02, "residual_sd": 0.066}
 """Components like those of the demo."""
+NULL = {"replicate_sd": 0.054, "arm_case_sd": 0.02, "residual_sd": 0.074}
+"""Components of sixteen runs of `benchmarks/null.yaml`."""
 FEW_CASES = {"replicate_sd": 0.03, "residual_sd": 0.02}
 """Nearly all variance is between patients: the hardest case for few test cases."""
 SCENARIOS = [
@@ -94,6 +96,7 @@ SCENARIOS = [
     *(Scenario(3, replicates, replicate_sd=sd) for replicates in (3, 5) for sd in (0.0, 0.03)),
     # Few cases.
     *(Scenario(3, replicates, n_cases, **DEMO) for n_cases in (8, 16, 40) for replicates in (2, 5)),
+    Scenario(1, 4, 12, **NULL),
     *(Scenario(arms, 5, n_cases, **FEW_CASES) for arms, n_cases in ((1, 6), (3, 7), (10, 9))),
     Scenario(1, 1),
     # A primary arm, or two, tested first.
