@@ -405,6 +405,12 @@ def test_one_layout_is_shown_by_all_generators_that_drew_it(make_results):
     assert shared_sample(only, results, samples_to_show(only, results)) is None
 
 
+def test_sentences_about_a_primary_arm_do_not_run_together(make_results):
+    config, results = make_results(n_test=7, n_replicates=2, verdict={"primary": ["real+lung_ddpm@1.0"]})
+    run_report(config, results)
+    assert "below that of a primary arm. Nothing is decided" in page_of(results).text
+
+
 def test_arms_of_fewer_real_cases_are_next_to_their_own_baseline(make_results):
     arms = {"controls": ["real"], "real_cases": [1, "all"], "generators": ["lung_ddpm"]}
     config, results = make_results(n_replicates=3, arms=arms)
@@ -423,6 +429,7 @@ def test_arms_of_fewer_real_cases_are_next_to_their_own_baseline(make_results):
     assert "real1+lung_ddpm@1.0: better than real1." in text
     assert "real1: mean" not in text
     assert "Fewer real cases, more gain?" in text
+    assert "<code>real4</code>. Both the test patients" in " ".join(html.split())
     assert (results / "figures" / "real_cases.png").exists()
 
 
