@@ -40,25 +40,27 @@ def cell_of(config: Config, generator: str) -> tuple[str, str] | None:
 def stands_for(config: Config, generator: str) -> str:
     """The published method that a generator represents, as configured; empty if there is none.
 
-    None of them has a wavelet network, and those that are given the volume paste it around what they draw.
+    None of them has a wavelet network. Those that are given the volume paste it around what they draw; their network
+    sees none of it.
     """
     cell = cell_of(config, generator)
     if cell is None:
         return ""
-    of_generator = config.for_generator(generator)
-    sampling = getattr(of_generator.settings, "sampling", None)
-    shown_volume = cell[1] == VOLUME and getattr(sampling, "background", None) != "reference"
-    if shown_volume or has_wavelets(config, generator):
+    shown = getattr(_settings_of_network(config, generator), "hint", "none") != "none"
+    if (cell[1] == VOLUME and shown) or has_wavelets(config, generator):
         return ""
     return config.plugin_of(generator).published_as.get(cell[1], "")
 
 
 def has_wavelets(config: Config, generator: str) -> bool:
     """Whether a generator of the config draws with a network that works on wavelets (`denoiser.wavelet`)."""
+    return bool(getattr(getattr(_settings_of_network(config, generator), "denoiser", None), "wavelet", False))
+
+
+def _settings_of_network(config: Config, generator: str) -> Any:
+    """The settings of the generator whose network draws; of one without a network, its own."""
     of_generator = config.for_generator(generator)
-    # Not `of_weights`: controls have none.
-    settings = (of_generator.weights_from or of_generator).settings
-    return bool(getattr(getattr(settings, "denoiser", None), "wavelet", False))
+    return (of_generator.weights_from or of_generator).settings
 
 
 def published_generators(config: Config) -> dict[str, str]:

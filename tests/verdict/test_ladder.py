@@ -22,6 +22,8 @@ RIVALS = {
     "med_with_slice": {"kind": "med_ddpm", "weights_of": "lung_with_slice"},
     "lung_with_slice": {"kind": "lung_ddpm", "hint": "slice"},
     "shown_voxels": {"kind": "lung_ddpm", "hint": "volume", **GENERATED},
+    "pasted_and_shown_voxels": {"kind": "lung_ddpm", "hint": "volume"},
+    "pasted_and_shown_slice": {"kind": "lung_ddpm", "hint": "slice"},
     "free_voxels": {"kind": "lung_ddpm", "weights_of": "lung_ddpm", **GENERATED},
     "wavelet": {"kind": "lung_ddpm", "denoiser": {"wavelet": True}},
     "free_wavelet": {"kind": "med_ddpm", "weights_of": "wavelet"},
@@ -40,8 +42,10 @@ CELLS = {
     "rectified_flow": ("rectified flow", "layout+volume", ""),
     "free_flow": ("rectified flow", "layout", ""),
     "med_with_slice": ("pixel diffusion", "layout+slice", ""),
-    # Lung-DDPM pastes, and its network is of voxels, as is Med-DDPM's.
+    # Lung-DDPM pastes the volume and shows its network none of it, and its network is of voxels, as is Med-DDPM's.
     "shown_voxels": ("pixel diffusion", "layout+volume", ""),
+    "pasted_and_shown_voxels": ("pixel diffusion", "layout+volume", ""),
+    "pasted_and_shown_slice": ("pixel diffusion", "layout+volume", ""),
     "free_voxels": ("pixel diffusion", "layout", "Med-DDPM"),
     "wavelet": ("pixel diffusion", "layout+volume", ""),
     "free_wavelet": ("pixel diffusion", "layout", ""),
