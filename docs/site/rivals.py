@@ -15,7 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE, TABLES, IMAGES = (
     ROOT / path for path in ("docs/explanation/rivals.md", "docs/explanation/rivals", "docs/images")
 )
-COPIED = ["ladder", "label_fidelity", "quality_and_cost", "calibration", "verdict", "instrument", "run_spread"]
+COPIED = [
+    "ladder", "label_fidelity", "quality_and_cost", "calibration", "verdict", "instrument", "run_spread",
+    "sample_filter",
+]  # fmt: skip
 OF_SETS = [
     "fid", "kid", "mmd_squared", "feature_precision", "feature_recall", "classifier_auc", "nearest_training_ratio",
     "smallest_training_ratio", "n_nearer_than_any_real", "pairwise_ms_ssim", "voxel_sd_hu", "nodule_mean_sd_hu",
@@ -29,7 +32,9 @@ FLOORS = {
 BEGIN, END = "<!-- begin: python docs/site/rivals.py, {} -->\n", "<!-- end -->"
 DASH = "–"
 GIVEN = {"layout": "layout", "layout+slice": "layout + slice", "layout+volume": "layout + volume"}
-CONTROLS = {"real+reference": "positive control", "real+real": "null control"}
+ROLES = {
+    "real+reference": "positive control", "real+real": "null control", "real+reconstruct": "floor",
+}  # fmt: skip
 
 
 def copy(results: Path) -> None:
@@ -77,8 +82,10 @@ def gains() -> list[list[str]]:
     rows = [["(`real` alone)", "", "", "", f"{baseline['mean']:.3f}", "", "", ""]]
     for row in verdict[verdict["arm"] != "real"].itertuples():
         name = row.arm.partition("@")[0]
-        cell = cells.loc[row.arm] if row.arm in cells.index else None
-        kind = f" ({CONTROLS[name]})" if name in CONTROLS else ""
+        # A filtered arm is in the cell of its generator.
+        unfiltered = row.arm.replace(".filtered", "")
+        cell = cells.loc[unfiltered] if unfiltered in cells.index else None
+        kind = f" ({ROLES[name]})" if name in ROLES else ""
         rows.append([
             f"`{name.removeprefix('real+') if cell is not None else name}`{kind}",
             "" if cell is None else cell["family"],
@@ -188,7 +195,7 @@ def subject(line: dict) -> str:
         return f"`{line['subject']}` ({', '.join(texts)})"
     name = line["subject"].partition("@")[0]
     value = f" {number(line['value'], 2)}" if pd.notna(line["value"]) else ""
-    return f"`{name if name in CONTROLS else name.removeprefix('real+')}`{value}"
+    return f"`{name if name in ROLES else name.removeprefix('real+')}`{value}"
 
 
 def signed(value: float, digits: int = 3) -> str:

@@ -54,8 +54,8 @@ def test_the_rivals_train_each_network_once(repository, tmp_path):
     run = dry_run(repository, tmp_path, "--cores", "2", "--printshellcmds", "--configfile", "config/rivals.yaml")
     assert run.returncode == 0, run.stderr
     shown = run.stdout + run.stderr
-    # Nine networks; three controls and thirteen generators with arms, four without.
-    assert (jobs(shown)["train_generator"], jobs(shown)["compose"], jobs(shown)["quality"]) == (9, 16, 18)
+    # Twelve networks; three controls, and seventeen generators with arms, one of them also filtered, three without.
+    assert (jobs(shown)["train_generator"], jobs(shown)["compose"], jobs(shown)["quality"]) == (12, 21, 21)
     assert re.search("--generator flow_4 .*--weights results/models/rectified_flow/main/all/model.safetensors ", shown)
     assert re.search("--generator gem_3d .*--weights results/models/gem_3d/main/all/model.safetensors ", shown)
 
