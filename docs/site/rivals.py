@@ -82,7 +82,7 @@ def gains() -> list[list[str]]:
     rows = [["(`real` alone)", "", "", "", f"{baseline['mean']:.3f}", "", "", ""]]
     for row in verdict[verdict["arm"] != "real"].itertuples():
         name = row.arm.partition("@")[0]
-        # A filtered arm is in the cell of its generator.
+        # A filtered arm is in the cell of its generator, but stands for no published method.
         unfiltered = row.arm.replace(".filtered", "")
         cell = cells.loc[unfiltered] if unfiltered in cells.index else None
         kind = f" ({ROLES[name]})" if name in ROLES else ""
@@ -90,7 +90,7 @@ def gains() -> list[list[str]]:
             f"`{name.removeprefix('real+') if cell is not None else name}`{kind}",
             "" if cell is None else cell["family"],
             "" if cell is None else GIVEN[cell["given"]],
-            "" if cell is None or pd.isna(cell["stands_for"]) else cell["stands_for"],
+            "" if row.arm not in cells.index or pd.isna(cell["stands_for"]) else cell["stands_for"],
             f"{row.mean:.3f}", signed(row.difference), f"{signed(row.ci_low)} to {signed(row.ci_high)}", row.verdict,
         ])  # fmt: skip
     return [["generator", "family", "given", "stands for", "Dice", "difference", "95 % CI", "called"], *rows]
