@@ -120,7 +120,7 @@ class DisplayCheck:
         n_open = len({line["subject"] for line in self.lines if line["status"] != PASSED})
         if not n_open:
             return f"Passed for all {len(subjects)}"
-        return f"Passed for {len(subjects) - n_open} of {len(subjects)}, {PARTLY} for the others"
+        return f"Passed for {len(subjects) - n_open} of {len(subjects)}; the others {PARTLY}"
 
 
 def show_checks(table: pd.DataFrame) -> list[DisplayCheck]:

@@ -697,7 +697,7 @@ def test_a_check_passes_in_part_where_some_was_not_measured():
     in_part = "passed in part, the rest not measured"
     assert shown(*["passed"] * 8) == ("passed", "Passed for all 4")
     some_open = ["passed", "not measured", "passed", "passed", "passed", "passed", "not measured", "passed"]
-    assert shown(*some_open) == (in_part, f"Passed for 2 of 4, {in_part} for the others")
+    assert shown(*some_open) == (in_part, f"Passed for 2 of 4; the others {in_part}")
     assert shown(*["not measured"] * 4)[0] == "not measured"
     assert shown("passed", "failed", "not measured", "passed")[0] == "failed"
 
